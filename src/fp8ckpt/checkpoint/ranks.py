@@ -1,0 +1,69 @@
+"""The ranks that share one job, whether torchrun started them or the caller's process group is there already.
+
+A single process pays nothing for this: torch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Ranks:
+    """One process of ``size`` that run the same job together; by default the only one."""
+
+    rank = 0
+    size = 1
+    local_size = 1  # processes on this machine, which share its cores
+
+    def agree(self, error: Exception | None, facts: object = None) -> list[Any]:
+        """Meet the other ranks. Raises the first error that any rank met with; otherwise returns the ``facts`` of each."""
+        if error is not None:
+            raise error
+        return [facts]
+
+
+class _TorchRanks(Ranks):
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self._group = dist.new_group(backend="gloo")
+
+    def agree(self, error: Exception | None, facts: object = None) -> list[Any]:
+        import torch.distributed as dist
+
+        met: list[Any] = [None] * self.size
+        dist.all_gather_object(met, (error, facts), group=self._group)
+        if error is not None:
+            raise error  # this rank's own, with its traceback
+        for other, _ in met:
+            if other is not None:
+                raise other
+        return [facts for _, facts in met]
+
+
+@contextmanager
+def ranks_of_this_job() -> Iterator[Ranks]:
+    """The ranks of the initialized process group; else those of torchrun, joined for the time of the job; else one."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            yield _TorchRanks() if dist.get_world_size() > 1 else Ranks()
+            return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        try:
+            yield _TorchRanks()
+        finally:
+            dist.destroy_process_group()
+        return
+    yield Ranks()

@@ -1,0 +1,1 @@
+"""What the numbers are: no I/O, no tensor names, nothing of torch."""

@@ -1,0 +1,91 @@
+"""The meaning of one stored byte.
+
+A *code* is one FP8 byte; `code_values` gives the float32 value of each of its 256 patterns. A *scale* is always the
+multiplier, whatever a file calls it; `scale_values` gives scales as float32, exactly (every scale dtype fits in it).
+
+Dtype names are those of safetensors headers. Sources: OCP "8-bit Floating Point Specification" 1.0 (E4M3, E5M2), OCP
+"Microscaling Formats" 1.0 (E8M0), and the IEEE-style ``fnuz`` variants of Noune et al. 2022 (one NaN, at 0x80; no
+infinities; no negative zero).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class CodeFormat(NamedTuple):
+    """Layout of an FP8 dtype: sign bit, then ``exponent_bits``, then ``mantissa_bits``."""
+
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    # A code c is not finite where (c & mask) - first, as a byte, is below `count`: one test that a compiler vectorises.
+    nonfinite_mask: int
+    nonfinite_first: int
+    nonfinite_count: int
+
+
+#: FP8 dtypes by their safetensors name. Only e4m3fn is found in released models; the rest are read if met.
+CODE_FORMATS = {
+    "F8_E4M3": CodeFormat(4, 3, 7, 0x7F, 0x7F, 1),
+    "F8_E5M2": CodeFormat(5, 2, 15, 0x7F, 0x7C, 4),
+    "F8_E4M3FNUZ": CodeFormat(4, 3, 8, 0xFF, 0x80, 1),
+    "F8_E5M2FNUZ": CodeFormat(5, 2, 16, 0xFF, 0x80, 1),
+}
+
+#: Bytes per element of the dtypes that codes are dequantized to.
+TARGET_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+#: Scale dtypes; U8 holds e8m0 exponents.
+SCALE_DTYPES = {"F32": np.uint32, "BF16": np.uint16, "F16": np.float16, "U8": np.uint8, "F8_E8M0": np.uint8}
+E8M0_DTYPES = ("U8", "F8_E8M0")
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+
+@lru_cache
+def code_values(dtype: str) -> F32:
+    """Float32 values [256] of every code of an FP8 dtype; NaN codes keep their sign bit, and are quiet."""
+    form = CODE_FORMATS[dtype]
+    bits = np.zeros(256, np.uint32)
+    for code in range(256):
+        exponent = code >> form.mantissa_bits & (1 << form.exponent_bits) - 1
+        mantissa = code & (1 << form.mantissa_bits) - 1
+        if (code & form.nonfinite_mask) - form.nonfinite_first & 0xFF < form.nonfinite_count:
+            infinite = dtype == "F8_E5M2" and mantissa == 0
+            bits[code] = 0x7F800000 if infinite else 0x7FC00000
+        else:
+            fraction = mantissa / (1 << form.mantissa_bits)
+            magnitude = (1 + fraction) * 2.0 ** (exponent - form.bias) if exponent else fraction * 2.0 ** (1 - form.bias)
+            bits[code] = np.float32(magnitude).view(np.uint32)
+        # The single NaN of the fnuz formats sits where negative zero would be; it has no sign of its own, and is
+        # given the one that the reference decoders (ml_dtypes, torch) give it.
+        bits[code] |= np.uint32((code >> 7) << 31)
+    values = bits.view(np.float32)
+    values.flags.writeable = False
+    return values
+
+
+def scale_values(stored: npt.NDArray[np.generic], dtype: str) -> F32:
+    """Scales as float32, exactly. ``stored`` has the numpy dtype that `SCALE_DTYPES` gives; the shape is kept."""
+    if dtype == "F32":
+        return stored.view(np.float32)
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return stored.astype(np.float32)
+    exponent = stored.astype(np.uint32)  # the value is 2 ** (byte - 127)
+    bits = exponent << 23
+    bits[exponent == 0] = 0x00400000  # 2 ** -127, a float32 subnormal
+    bits[exponent == 255] = 0x7FC00000
+    return bits.view(np.float32)
+
+
+def count_bad_scales(scales: F32) -> int:
+    """How many scales are NaN, infinite, zero or negative."""
+    return int(scales.size - np.count_nonzero((scales > 0) & (scales < np.inf)))

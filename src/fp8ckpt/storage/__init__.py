@@ -1,0 +1,1 @@
+"""What is on disk: headers, pairing, layouts and files. No tensor arithmetic, nothing of torch.distributed."""

@@ -1,0 +1,162 @@
+"""Reading logical tensors: scales checked, codes looked up, straight into a caller's buffer.
+
+The only part of this room that touches tensor values. Memory is one small buffer of codes, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8ckpt.errors import Fp8CheckpointError, ScaleValueError, StorageError, TruncatedFileError, UnsupportedFormatError
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
+from fp8ckpt.numerics.dequantize import Bits, Dequantizer, bits_dtype
+from fp8ckpt.storage.files import Bytes, Region, checked_region, opened, read_into, read_region
+from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
+
+if TYPE_CHECKING:
+    import torch
+
+CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
+_SCALES_AT_ONCE = 8 << 20  # bytes
+
+
+def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
+    """Read a tensor's scales and make them ready. Raises `ScaleValueError` where one is NaN, infinite, zero or negative."""
+    stored = np.empty(tensor.scale.nbytes, np.uint8)
+    with opened(tensor.scale.file) as fd:
+        read_into(fd, stored, tensor.scale.start, tensor.scale.file)
+    scales = stored.view(SCALE_DTYPES[tensor.scale.dtype])
+    if count_bad_scales(scale_values(scales, tensor.scale.dtype)):
+        raise _bad_scale(tensor.scale, scale_values(scales, tensor.scale.dtype))
+    return Dequantizer(tensor.grid, scales, tensor.scale.dtype, tensor.weight.dtype, dtype)
+
+
+def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
+    """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
+
+    Scales that lie side by side are read together; memory is 8 MiB.
+    """
+    spans = [*others]
+    for tensor in tensors:
+        spans.append(tensor.scale)
+        spans.extend(tensor.activation_scales)
+    spans = [span for span in spans if span.dtype in SCALE_DTYPES and span.nbytes]
+    spans.sort(key=lambda span: (span.file, span.start))
+    buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
+    defects: list[Fp8CheckpointError] = []
+    for group in _adjacent(spans):
+        try:
+            with opened(group[0].file) as fd:
+                for start in range(group[0].start, group[-1].stop, _SCALES_AT_ONCE):
+                    part = buffer[: min(_SCALES_AT_ONCE, group[-1].stop - start)]
+                    read_into(fd, part, start, group[0].file)
+                    if count_bad_scales(scale_values(part.view(SCALE_DTYPES[group[0].dtype]), group[0].dtype)):
+                        defects += _bad_scales(fd, group)
+                        break
+        except (StorageError, TruncatedFileError) as error:
+            defects.append(error)
+    return defects
+
+
+def _adjacent(spans: list[TensorSpan]) -> Iterator[list[TensorSpan]]:
+    group: list[TensorSpan] = []
+    for span in spans:
+        if group and (span.file is not group[-1].file or span.start != group[-1].stop or span.dtype != group[-1].dtype):
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group
+
+
+def _bad_scales(fd: int, group: list[TensorSpan]) -> Iterator[Fp8CheckpointError]:
+    for span in group:
+        stored = np.empty(span.nbytes, np.uint8)
+        read_into(fd, stored, span.start, span.file)
+        values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
+        if count_bad_scales(values):
+            yield _bad_scale(span, values)
+
+
+def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
+    bad = np.flatnonzero(~((values > 0) & (values < np.inf)))
+    where = f" at {tuple(int(i) for i in np.unravel_index(bad[0], span.shape))}" if span.shape else ""
+    found = f"{bad.size} of {values.size} scales cannot be a scale, the first {values[bad[0]]}{where}"
+    return ScaleValueError(found, tensor=span.name, file=span.file, expected="finite and positive", remedy="fetch the file again")
+
+
+def read_dequantized(fd: int, tensor: QuantizedTensor, dequantizer: Dequantizer, region: Region, out: Bits, codes: Bytes) -> None:
+    """Read a checked region's codes from the weight's open file and look them up into ``out``.
+
+    ``out`` has the region's sizes and any strides; ``codes`` is scratch, and bounds how much is read at once.
+    """
+    offsets, sizes = region
+    count = prod(sizes)
+    if count > codes.size:
+        axis = next(i for i, size in enumerate(sizes) if size > 1)
+        step = max(1, sizes[axis] * codes.size // count)
+        for first in range(0, sizes[axis], step):
+            size = min(step, sizes[axis] - first)
+            part = (
+                (*offsets[:axis], offsets[axis] + first, *offsets[axis + 1 :]),
+                (*sizes[:axis], size, *sizes[axis + 1 :]),
+            )
+            read_dequantized(fd, tensor, dequantizer, part, out[(*(slice(None),) * axis, slice(first, first + size))], codes)
+    elif count:
+        scratch = codes[:count]
+        read_region(fd, tensor.weight, offsets, sizes, scratch)
+        dequantizer.region(scratch.reshape(sizes), offsets, out)
+
+
+def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
+    """A logical tensor, or a region of it, as a fresh torch tensor: FP8 as bfloat16, all else as stored."""
+    import torch
+
+    if isinstance(tensor, QuantizedTensor):
+        region = checked_region(tensor.weight, offsets, sizes)
+        result = torch.empty(region[1], dtype=torch.bfloat16)
+        if result.numel():
+            dequantizer = load_dequantizer(tensor, "BF16")
+            with opened(tensor.weight.file) as fd:
+                codes = np.empty(min(CODES_BUFFER, result.numel()), np.uint8)
+                read_dequantized(fd, tensor, dequantizer, region, bits_of(result, "BF16"), codes)
+        return result
+    if DTYPE_BITS[tensor.dtype] % 8:
+        found = f"dtype {tensor.dtype} packs several elements in a byte"
+        raise UnsupportedFormatError(
+            found, tensor=tensor.name, file=tensor.file, expected="whole bytes", remedy="use the tool that wrote it"
+        )
+    region = checked_region(tensor, offsets, sizes)
+    result = torch.empty(region[1], dtype=torch_dtype(tensor.dtype))
+    if result.numel():
+        with opened(tensor.file) as fd:
+            read_region(fd, tensor, *region, result.reshape(-1).view(torch.uint8).numpy())
+    return result
+
+
+def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
+    """A numpy view, of any strides, of a CPU tensor's bit patterns; ``dtype`` is its safetensors dtype (BF16, F16, F32)."""
+    import torch
+
+    view = tensor.view(torch.uint16 if bits_dtype(dtype) is np.uint16 else torch.uint32)
+    return view.numpy()
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype."""
+    import torch
+
+    names = {
+        "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64",
+        "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    }  # fmt: skip
+    found: torch.dtype = getattr(torch, names[dtype])
+    return found

@@ -1,0 +1,282 @@
+"""Prove it: one checkpoint is sound, or two hold the same tensors, bit for bit.
+
+Both are read as logical checkpoints, streaming, in parallel: an FP8 tensor is compared as the values that its codes and
+scales mean, in the dtype of the other side (bfloat16 where both are FP8). Memory is a few MiB a worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fp8ckpt.errors import Fp8CheckpointError, IndexMismatchError
+from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.storage.checkpoint import Checkpoint, survey
+from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
+from fp8ckpt.storage.files import opened, read_into
+from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.storage.side_files import side_files
+
+_CHUNK = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How one tensor differs. ``elements`` is None where the tensors cannot be compared element by element.
+
+    ``largest`` is the greatest ``|a - b|`` and ``largest_relative`` the greatest ``|a - b| / max(|a|, |b|)``, over the elements
+    that are finite in both; None where there is none, or where the dtype is not one of floating point.
+    """
+
+    name: str
+    reason: str
+    elements: int | None = None
+    numel: int | None = None
+    largest: float | None = None
+    largest_relative: float | None = None
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` found: ``ok`` if there is no defect and no difference. ``nan_codes`` counts NaN codes by side and tensor."""
+
+    paths: tuple[Path, ...]
+    tensors: int
+    bytes_read: int
+    nan_codes: tuple[dict[str, int], ...]
+    defects: tuple[Fp8CheckpointError, ...]
+    tensor_differences: tuple[TensorDifference, ...]
+    file_differences: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong, and nothing differs."""
+        return not (self.defects or self.tensor_differences or self.file_differences)
+
+
+def verify(
+    a: str | Path, b: str | Path | None = None, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> VerifyResult:
+    """Check every invariant of one checkpoint, NaN codes counted; or compare two, tensors bit for bit, config and side files too.
+
+    ``progress`` is called with (bytes read so far, in all). Raises only where there is nothing to look at.
+    """
+    sides = [survey(path) for path in (a, b) if path is not None]
+    defects = [defect for side in sides for defect in _defects(side)]
+    job = _Job(sides, progress)
+    if defects:  # the values of a defective checkpoint mean nothing
+        return VerifyResult(tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), ())
+    job.run(workers or max(1, len(os.sched_getaffinity(0))))
+    return VerifyResult(
+        paths=tuple(side.path for side in sides),
+        tensors=len(set().union(*(side.tensors for side in sides))),
+        bytes_read=job.bytes_read,
+        nan_codes=tuple(dict(sorted(counts.items())) for counts in job.nan_codes),
+        defects=(),
+        tensor_differences=tuple(job.differences()),
+        file_differences=tuple(_file_differences(*sides)) if len(sides) == 2 else (),
+    )
+
+
+def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
+    from fp8ckpt.storage.reading import scale_defects
+
+    yield from side.defects
+    yield from scale_defects(side.quantized, side.cache_scales)
+    for note in side.notes:  # harmless to a reader of values, and yet an invariant
+        yield IndexMismatchError(note.partition(": ")[2], file=side.index_name, remedy="write the index anew")
+
+
+def _compared_dtype(tensors: list[LogicalTensor]) -> str | None:
+    """The dtype in which tensors are compared, or None where they are not of one dtype."""
+    plain = {tensor.dtype for tensor in tensors if isinstance(tensor, TensorSpan)}
+    if not plain:
+        return "BF16"
+    dtype = plain.pop()
+    if plain or (dtype not in TARGET_BYTES and any(isinstance(tensor, QuantizedTensor) for tensor in tensors)):
+        return None
+    return dtype
+
+
+def _described(tensor: LogicalTensor) -> str:
+    return f"{tensor.weight.dtype if isinstance(tensor, QuantizedTensor) else tensor.dtype} {list(tensor.shape)}"
+
+
+@dataclass
+class _Tally:
+    """Differing elements of one tensor, added up over its chunks."""
+
+    elements: int = 0
+    largest: float | None = None
+    largest_relative: float | None = None
+
+
+class _Job:
+    """The comparison of two sides, or the reading of one, in chunks of elements."""
+
+    def __init__(self, sides: list[Checkpoint], progress: Callable[[int, int], None] | None) -> None:
+        self.sides = sides
+        self.progress = progress
+        self.bytes_read = 0
+        self.nan_codes: list[dict[str, int]] = [{} for _ in sides]
+        self._incomparable: list[TensorDifference] = []
+        self._tallies: dict[str, _Tally] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._todo: dict[str, str] = {}  # tensor: compared dtype
+        for name in dict.fromkeys(name for side in sides for name in side.tensors):
+            found = [side.tensors.get(name) for side in sides]
+            present = [tensor for tensor in found if tensor is not None]
+            dtype = _compared_dtype(present)
+            if len(present) < len(found):
+                self._incomparable.append(TensorDifference(name, f"only in {sides[0 if found[0] else 1].path}"))
+            elif dtype is None or len({tensor.shape for tensor in present}) > 1:
+                self._incomparable.append(TensorDifference(name, " against ".join(_described(tensor) for tensor in present)))
+            elif len(sides) == 2 or isinstance(present[0], QuantizedTensor):  # alone, only codes have something to say
+                self._todo[name] = dtype
+
+    def run(self, workers: int) -> None:
+        from fp8ckpt.storage.reading import load_dequantizer
+
+        self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
+        self._total = sum(self._nbytes(side.tensors[name]) for name in self._todo for side in self.sides)
+        self._chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
+        with ThreadPoolExecutor(workers, "fp8ckpt-verify") as pool:
+            futures = [pool.submit(self._work) for _ in range(workers)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                self._stop.set()
+
+    @staticmethod
+    def _nbytes(tensor: LogicalTensor) -> int:
+        return tensor.weight.nbytes if isinstance(tensor, QuantizedTensor) else tensor.nbytes
+
+    def _work(self) -> None:
+        import numpy as np
+
+        sides = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self.sides]
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    name, start = next(self._chunks, (None, 0))
+                if name is None:
+                    return
+                dtype = self._todo[name]
+                values = []
+                for i, side in enumerate(self.sides):
+                    values.append(self._values(i, side.tensors[name], dtype, start, *sides[i]))
+                if len(values) == 2 and not np.array_equal(values[0], values[1]):
+                    self._differs(name, dtype, values[0], values[1])
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _values(self, i: int, tensor: LogicalTensor, dtype: str, start: int, out: Any, codes: Any) -> Any:
+        """The bytes u8 [n, itemsize] or bit patterns [n] of one chunk of one side."""
+        from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
+
+        count = min(_CHUNK, tensor.numel - start)
+        if isinstance(tensor, TensorSpan):
+            bits = DTYPE_BITS[dtype]  # F4 and F6 are refused before; 8 elements of any dtype are whole bytes
+            result = out[: count * bits // 8]
+            self._read(tensor, start * bits // 8, result)
+            return result
+        part = codes[:count]
+        self._read(tensor.weight, start, part)
+        if nan := count_nonfinite(part, tensor.weight.dtype):
+            with self._lock:
+                self.nan_codes[i][tensor.name] = self.nan_codes[i].get(tensor.name, 0) + nan
+        result = out[: count * TARGET_BYTES[dtype]]
+        if len(self.sides) == 2:
+            self._dequantizer(tensor, dtype).flat(part, start, result.view(bits_dtype(dtype)))
+        return result
+
+    def _read(self, span: TensorSpan, offset: int, buffer: Any) -> None:
+        with opened(span.file) as fd:
+            read_into(fd, buffer, span.start + offset, span.file)
+        with self._lock:
+            self.bytes_read += buffer.nbytes
+            if self.progress is not None:
+                self.progress(self.bytes_read, self._total)
+
+    def _differs(self, name: str, dtype: str, a: Any, b: Any) -> None:
+        import numpy as np
+
+        itemsize = max(1, DTYPE_BITS[dtype] // 8)
+        unequal = (a.reshape(-1, itemsize) != b.reshape(-1, itemsize)).any(axis=1)
+        largest = relative = None
+        if dtype in (*TARGET_BYTES, "F64"):
+            left, right = (_floats(side.reshape(-1, itemsize)[unequal].reshape(-1), dtype) for side in (a, b))
+            finite = np.isfinite(left) & np.isfinite(right)
+            if finite.any():
+                distance = np.abs(left[finite] - right[finite])
+                size = np.maximum(np.abs(left[finite]), np.abs(right[finite]))
+                largest = float(distance.max())
+                relative = float(np.divide(distance, size, out=np.zeros_like(size), where=size > 0).max())
+        with self._lock:
+            tally = self._tallies.setdefault(name, _Tally())
+            tally.elements += int(np.count_nonzero(unequal))
+            for attribute, value in (("largest", largest), ("largest_relative", relative)):
+                if value is not None:
+                    setattr(tally, attribute, max(value, getattr(tally, attribute) or 0.0))
+
+    def differences(self) -> Iterator[TensorDifference]:
+        """All differing tensors, in the order of the first side."""
+        yield from self._incomparable
+        for name in self._todo:
+            if tally := self._tallies.get(name):
+                numel = self.sides[0].tensors[name].numel
+                yield TensorDifference(name, "values differ", tally.elements, numel, tally.largest, tally.largest_relative)
+
+
+def _floats(stored: Any, dtype: str) -> Any:
+    import numpy as np
+
+    from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
+
+    if dtype == "F64":
+        return stored.view(np.float64)
+    return scale_values(stored.view(SCALE_DTYPES[dtype]), dtype).astype(np.float64)
+
+
+def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """Configuration and side files. Where one side is FP8 and the other is not, quantization is left out of the comparison."""
+    mixed = bool(a.quantized) != bool(b.quantized)
+    files = [_side_files(side, mixed) for side in (a, b)]
+    for name in sorted(files[0] | files[1]):
+        if name not in files[0] or name not in files[1]:
+            yield f"{name}: only in {(a if name in files[0] else b).path}"
+        elif name in (CONFIG, MISTRAL_CONFIG):
+            configs = [load_json(side[name]) or {} for side in files]
+            if mixed:
+                configs = [without_quantization(name, config, "BF16") for config in configs]
+            for key in sorted(configs[0].keys() | configs[1].keys()):
+                if configs[0].get(key) != configs[1].get(key):
+                    yield f"{name}: {key} differs"
+        elif not _same_bytes(files[0][name], files[1][name]):
+            yield f"{name}: differs"
+
+
+def _side_files(side: Checkpoint, mixed: bool) -> dict[str, Path]:
+    found = side_files(side)
+    if mixed:
+        found.pop(MODELOPT_CONFIG, None)
+    return found
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    digests = []
+    for file in (a, b):
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").digest())
+    return digests[0] == digests[1]
