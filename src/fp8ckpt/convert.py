@@ -1,9 +1,9 @@
 """Convert a directory of FP8 safetensors to the BF16 (or FP16, FP32) directory that a trainer can use.
 
 Plan first, as pure data: the output's files, headers and offsets follow from the source's headers. Then dumb I/O: worker
-threads take *chunks* of the output, page-aligned pieces of a few MiB, fill each from the source (codes through a table
-look-up, everything else byte for byte) and write it at its offset. Buffers are reused, so memory is a few MiB a worker
-whatever the checkpoint's size; every source byte is read once and every output byte is written once.
+threads take pieces of the output, fill each from the source (codes through a table look-up, everything else byte for byte)
+and write it at its offset. Buffers are reused, so memory is a few MiB a worker whatever the checkpoint's size; every source
+byte is read once and every output byte is written once.
 
 The output appears at its name when it is whole and on disk. A run that was cut off is resumed by the same command and ends
 with the same bytes. Under torchrun the ranks share the work: call `convert` on all of them.
@@ -13,31 +13,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fp8ckpt.errors import Fp8CheckpointError, OutputExistsError, RangeError, StorageError
+from fp8ckpt.errors import OutputExistsError, RangeError, StorageError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, dump_json, load_json, without_quantization
-from fp8ckpt.storage.files import OutputFile, aligned_buffer, copy_whole, create, opened, read_into, write_whole
+from fp8ckpt.storage.files import Bytes, copy_whole, create, open_to_read, opened, read_into, write_whole
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import QuantizedTensor
-from fp8ckpt.storage.partial import PartialOutput, partial_of
+from fp8ckpt.storage.partial import PartialOutput
 from fp8ckpt.storage.side_files import side_files
+from fp8ckpt.storage.writing import CHUNK, EXTENT, ExtentWriter, Progress, extents_of
+
+if TYPE_CHECKING:
+    from fp8ckpt.checkpoint.ranks import Ranks
+    from fp8ckpt.numerics.dequantize import Dequantizer
 
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_CHUNK = 4 << 20  # bytes of output; with its codes it stays in a second-level cache, and a disk takes it in one request
-_EXTENT = 16 * _CHUNK  # bytes of output between two flushes: what a resumed run may have to write again, per worker
 _FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
 
 
@@ -58,14 +59,6 @@ class ConvertResult:
     seconds: float
 
 
-class _Extent(NamedTuple):
-    """A piece of an output file: the unit of sharing among ranks, of flushing, and of resuming."""
-
-    layout: int
-    start: int
-    stop: int
-
-
 @dataclass(frozen=True)
 class _Plan:
     source: Checkpoint
@@ -73,14 +66,6 @@ class _Plan:
     layouts: tuple[FileLayout, ...]
     texts: dict[str, bytes]  # files that are written anew: index and configuration
     copies: dict[str, Path]  # files that are copied, by their path in the directory
-
-    @property
-    def extents(self) -> list[_Extent]:
-        return [
-            _Extent(i, start, min(start + _EXTENT, layout.size))
-            for i, layout in enumerate(self.layouts)
-            for start in range(0, layout.size, _EXTENT)
-        ]
 
     @property
     def names(self) -> set[str]:
@@ -98,7 +83,7 @@ class _Plan:
             header.file.name: [header.size, header.file.stat().st_mtime_ns, hashlib.sha256(header.text).hexdigest()]
             for header in self.source.files
         }
-        return {"format": 1, "job": "convert", "dtype": self.dtype, "extent": _EXTENT, "sources": sources, "planned": digest.hexdigest()}
+        return {"format": 1, "job": "convert", "dtype": self.dtype, "extent": EXTENT, "sources": sources, "planned": digest.hexdigest()}
 
 
 def convert(
@@ -107,7 +92,7 @@ def convert(
     *,
     to: str = "bf16",
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ConvertResult:
     """Convert ``source`` to ``destination`` with every FP8 weight dequantized to ``to``: "bf16", "fp16" or "fp32".
 
@@ -125,60 +110,50 @@ def convert(
         raise ValueError(f"to={to!r}; expected one of {', '.join(TARGETS)}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}; expected at least 1")
-    begun = time.monotonic()
     output = PartialOutput(Path(destination).absolute())
-    with ranks_of_this_job() as ranks:
-        plan, error = None, None
-        done: dict[int, dict[str, Any]] = {}
-        try:
-            plan = _plan(source, output, TARGETS[to])
-            if ranks.rank == 0:
-                _begin(plan, output)
-                done = output.records()
-        except Fp8CheckpointError as caught:
-            error = caught
-        try:
-            done = ranks.agree(error, done)[0]  # as the first rank saw it: others may be writing already
-            assert plan is not None  # agree() raised where it is
-            extents = plan.extents
-            mine = [i for i in range(len(extents)) if i not in done][ranks.rank :: ranks.size]
-            job = _Job(plan, output, ranks.rank, mine, progress)
-            try:
-                job.run(workers or max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
-            except Fp8CheckpointError as caught:
-                error = caught
-            read = sum(ranks.agree(error, job.bytes_read))
-            records = output.records()
-            if ranks.rank == 0:
-                try:
-                    output.publish()
-                except Fp8CheckpointError as caught:
-                    error = caught
-            ranks.agree(error)
-        except StorageError as caught:
-            if partial_of(output.destination).exists():
-                caught.remedy = f"{caught.remedy}; what was written is in {output.directory}, and the same command goes on from there"
-                raise StorageError(
-                    caught.found, tensor=caught.tensor, file=caught.file, expected=caught.expected, remedy=caught.remedy
-                ) from caught
+    try:
+        with ranks_of_this_job() as ranks:
+            return _run(source, output, to, workers or max(1, len(os.sched_getaffinity(0)) // ranks.local_size), progress, ranks)
+    except StorageError as error:
+        if not output.directory.exists():
             raise
-        finally:
-            output.release()
-    nan_codes: Counter[str] = Counter()
-    for record in records.values():
-        nan_codes.update(record["nan_codes"])
+        remedy = f"{error.remedy}; what was written is in {output.directory}, and the same command goes on from there"
+        raise StorageError(error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy) from error
+    finally:
+        output.release()
+
+
+def _run(source: str | Path, output: PartialOutput, to: str, workers: int, progress: Progress | None, ranks: Ranks) -> ConvertResult:
+    from fp8ckpt.storage.reading import load_dequantizer
+
+    begun = time.monotonic()
+    plan = ranks.together(lambda: _plan(source, output, TARGETS[to]))[ranks.rank]
+    # What is done is what the first rank saw: others may be writing by the time that the last one looks.
+    done = ranks.together(lambda: _begin(plan, output) if ranks.rank == 0 else {})[0]
+    extents = extents_of(plan.layouts)
+    mine = [i for i in range(len(extents)) if i not in done][ranks.rank :: ranks.size]
+    # Neighbouring chunks are of one tensor, and workers stay close together.
+    dequantizer = lru_cache(maxsize=2 * workers)(partial(load_dequantizer, dtype=plan.dtype))
+    fillers = [_Filler(plan, dequantizer) for _ in range(workers)]
+
+    def write() -> int:
+        ExtentWriter(output, ranks.rank, extents, mine, progress).run(fillers)
+        return sum(filler.bytes_read for filler in fillers)
+
+    bytes_read = sum(ranks.together(write))
+    nan_codes = ranks.together(lambda: _publish(output) if ranks.rank == 0 else {})[0]
     quantized = plan.source.quantized
     return ConvertResult(
         destination=output.destination,
         to=to,
-        files=len(plan.names),
+        files=len(plan.layouts) + len(plan.texts) + len(plan.copies),
         tensors=len(plan.source.tensors),
         dequantized=len(quantized),
         dropped_scales=sum(1 + len(tensor.activation_scales) for tensor in quantized) + len(plan.source.cache_scales),
-        bytes_read=read,
+        bytes_read=bytes_read,
         bytes_written=sum(layout.size for layout in plan.layouts),
         bytes_resumed=sum(extents[i].stop - extents[i].start for i in done),
-        nan_codes=dict(sorted(nan_codes.items())),
+        nan_codes=nan_codes,
         seconds=time.monotonic() - begun,
     )
 
@@ -232,7 +207,7 @@ def _refuse_overflow(tensor: QuantizedTensor) -> None:
     largest = float(values[np.isfinite(values)].max())
     if dequantizer.largest_scale * largest < _FP16_OVERFLOW:
         return
-    codes = np.empty(_CHUNK // 2, np.uint8)
+    codes = np.empty(CHUNK // 2, np.uint8)
     halves = np.empty(codes.size, np.uint16)
     count = 0
     with opened(tensor.weight.file) as fd:
@@ -246,8 +221,8 @@ def _refuse_overflow(tensor: QuantizedTensor) -> None:
         raise RangeError(found, tensor=tensor.name, file=tensor.weight.file, remedy="convert to bf16 or fp32")
 
 
-def _begin(plan: _Plan, output: PartialOutput) -> None:
-    """What one process does for all: the directory, its empty files, and the small files."""
+def _begin(plan: _Plan, output: PartialOutput) -> dict[int, dict[str, int]]:
+    """What one process does for all: the directory, its empty files, and the small files. Returns what was done before."""
     output.begin(plan.fingerprint(), plan.names)
     for layout in plan.layouts:
         create(output.directory / layout.name, layout.size)
@@ -255,92 +230,32 @@ def _begin(plan: _Plan, output: PartialOutput) -> None:
         write_whole(output.directory / name, text)
     for name, file in plan.copies.items():
         copy_whole(file, output.directory / name)
+    return output.records()
 
 
-@dataclass
-class _Job:
-    """The extents that this process writes."""
+def _publish(output: PartialOutput) -> dict[str, int]:
+    """The last step: the NaN codes of all extents, added up before their records go."""
+    nan_codes: Counter[str] = Counter()
+    for counts in output.records().values():
+        nan_codes.update(counts)
+    output.publish()
+    return dict(sorted(nan_codes.items()))
 
-    plan: _Plan
-    output: PartialOutput
-    rank: int
-    extents: list[int]
-    progress: Callable[[int, int], None] | None
-    bytes_read: int = 0
-    _written: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, workers: int) -> None:
-        """Write all of them; the first error stops every worker, and is raised."""
-        from fp8ckpt.storage.reading import load_dequantizer
+class _Filler:
+    """One worker's reading and dequantizing: fills pieces of the output from the source, with buffers of its own."""
 
-        self._all = self.plan.extents
-        self._total = sum(self._all[i].stop - self._all[i].start for i in self.extents)
-        self._chunks = self._each_chunk()
-        self._open: dict[int, _OpenExtent] = {}
-        # Neighbouring chunks are of one tensor, and workers stay close together.
-        self._dequantizer = lru_cache(maxsize=2 * workers)(lambda tensor: load_dequantizer(tensor, self.plan.dtype))
-        try:
-            with ThreadPoolExecutor(workers, "fp8ckpt-convert") as pool:
-                futures = [pool.submit(self._work) for _ in range(workers)]
-                try:
-                    for future in futures:
-                        future.result()
-                finally:  # an error of one worker, or Ctrl-C: the others end after their chunk
-                    self._stop.set()
-        finally:
-            for extent in self._open.values():
-                extent.file.close()
-
-    def _each_chunk(self) -> Iterator[tuple[int, int, int]]:
-        for i in self.extents:
-            _, start, stop = self._all[i]
-            for first in range(start, stop, _CHUNK):
-                yield i, first, min(first + _CHUNK, stop)
-
-    def _work(self) -> None:
+    def __init__(self, plan: _Plan, dequantizer: Callable[[QuantizedTensor], Dequantizer]) -> None:
         import numpy as np
 
-        out = aligned_buffer(_CHUNK)
-        codes = np.empty(_CHUNK // TARGET_BYTES[self.plan.dtype], np.uint8)
-        reader = _Reader()
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    chunk = next(self._chunks, None)
-                    if chunk is None:
-                        return
-                    i, start, stop = chunk
-                    extent = self._open.get(i)
-                    if extent is None:
-                        layout = self.plan.layouts[self._all[i].layout]
-                        extent = self._open[i] = _OpenExtent(
-                            OutputFile(self.output.directory / layout.name), -(-(self._all[i].stop - self._all[i].start) // _CHUNK)
-                        )
-                nan_codes = self._fill(reader, self.plan.layouts[self._all[i].layout], start, stop, out, codes)
-                extent.file.write(out[: stop - start], start)
-                with self._lock:
-                    extent.nan_codes.update(nan_codes)
-                    extent.chunks_left -= 1
-                    last = extent.chunks_left == 0
-                    self._written += stop - start
-                    if self.progress is not None:
-                        self.progress(self._written, self._total)
-                if last:
-                    extent.file.flush()
-                    self.output.record(self.rank, i, {"nan_codes": dict(extent.nan_codes)})
-                    with self._lock:
-                        self._open.pop(i).file.close()
-        except BaseException:
-            self._stop.set()
-            raise
-        finally:
-            reader.close()
-            with self._lock:
-                self.bytes_read += reader.bytes_read
+        self._tensors = plan.source.tensors
+        self._dequantizer = dequantizer
+        self._codes = np.empty(CHUNK // TARGET_BYTES[plan.dtype], np.uint8)
+        self._file: Path | None = None
+        self._fd = -1
+        self.bytes_read = 0
 
-    def _fill(self, reader: _Reader, layout: FileLayout, start: int, stop: int, out: Any, codes: Any) -> dict[str, int]:
+    def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> dict[str, int]:
         """Fill ``out`` with the bytes ``[start, stop)`` of an output file; returns the NaN codes met, by tensor."""
         from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
 
@@ -348,51 +263,29 @@ class _Job:
         if start < len(layout.head):
             head = layout.head[start:stop]
             out[: len(head)] = memoryview(head)
-        first = bisect_right(layout.spans, start, key=lambda span: span.stop)
-        for k in range(first, len(layout.spans)):
+        for k in range(bisect_right(layout.spans, start, key=lambda span: span.stop), len(layout.spans)):
             span = layout.spans[k]
             if span.start >= stop:
                 break
             low, high = max(span.start, start), min(span.stop, stop)
             target = out[low - start : high - start]
-            tensor = self.plan.source.tensors[span.name]
+            tensor = self._tensors[span.name]
             if isinstance(tensor, TensorSpan):
-                reader.read(tensor, low - span.start, target)
+                self._read(tensor, low - span.start, target)
                 continue
             itemsize = TARGET_BYTES[span.dtype]
-            part = codes[: (high - low) // itemsize]
-            reader.read(tensor.weight, (low - span.start) // itemsize, part)
-            self._dequantizer(tensor).flat(part, (low - span.start) // itemsize, target.view(bits_dtype(span.dtype)))
-            if count := count_nonfinite(part, tensor.weight.dtype):
+            first, codes = (low - span.start) // itemsize, self._codes[: (high - low) // itemsize]
+            self._read(tensor.weight, first, codes)
+            self._dequantizer(tensor).flat(codes, first, target.view(bits_dtype(span.dtype)))
+            if count := count_nonfinite(codes, tensor.weight.dtype):
                 nan_codes[tensor.name] = count
         return nan_codes
 
-
-@dataclass
-class _OpenExtent:
-    file: OutputFile
-    chunks_left: int
-    nan_codes: Counter[str] = field(default_factory=Counter)
-
-
-class _Reader:
-    """Reads source bytes, and keeps the last file open: neighbouring tensors lie in the same one."""
-
-    def __init__(self) -> None:
-        self.bytes_read = 0
-        self._file: Path | None = None
-        self._fd = -1
-
-    def read(self, span: TensorSpan, offset: int, buffer: Any) -> None:
-        """Fill ``buffer`` from byte ``offset`` of a tensor on."""
-        if not buffer.size:
-            return
+    def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
+        """Fill ``buffer`` from byte ``offset`` of a tensor on. The file stays open: the next tensor is likely in it."""
         if span.file != self._file:
             self.close()
-            try:
-                self._fd = os.open(span.file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise StorageError(f"cannot be opened: {error.strerror}", file=span.file, remedy="restore the file") from error
+            self._fd = open_to_read(span.file)
             self._file = span.file
         read_into(self._fd, buffer, span.start + offset, span.file)
         self.bytes_read += buffer.nbytes

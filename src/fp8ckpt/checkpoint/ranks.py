@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -19,11 +21,9 @@ class Ranks:
     size = 1
     local_size = 1  # processes on this machine, which share its cores
 
-    def agree(self, error: Exception | None, facts: object = None) -> list[Any]:
-        """Meet the other ranks. Raises the first error that any rank met with; otherwise returns the ``facts`` of each."""
-        if error is not None:
-            raise error
-        return [facts]
+    def together(self, step: Callable[[], T]) -> list[T]:
+        """Take a step on every rank, and meet: returns each rank's result, or raises the first error that any met with."""
+        return [step()]
 
 
 class _TorchRanks(Ranks):
@@ -35,17 +35,22 @@ class _TorchRanks(Ranks):
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self._group = dist.new_group(backend="gloo")
 
-    def agree(self, error: Exception | None, facts: object = None) -> list[Any]:
+    def together(self, step: Callable[[], T]) -> list[T]:
         import torch.distributed as dist
 
+        result, error = None, None
+        try:
+            result = step()
+        except Exception as caught:  # whatever it is, the other ranks must hear of it, or they wait for ever
+            error = caught
         met: list[Any] = [None] * self.size
-        dist.all_gather_object(met, (error, facts), group=self._group)
+        dist.all_gather_object(met, (error, result), group=self._group)
         if error is not None:
             raise error  # this rank's own, with its traceback
         for other, _ in met:
             if other is not None:
                 raise other
-        return [facts for _, facts in met]
+        return [result for _, result in met]
 
 
 @contextmanager

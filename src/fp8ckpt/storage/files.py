@@ -34,13 +34,18 @@ def aligned_buffer(size: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[int]:
-    """A descriptor for reading ``file``."""
+def open_to_read(file: Path) -> int:
+    """A descriptor for reading ``file``, which the caller closes."""
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise StorageError(f"cannot be opened: {error.strerror}", file=file, remedy="restore the file") from error
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[int]:
+    """A descriptor for reading ``file``, closed in the end."""
+    fd = open_to_read(file)
     try:
         yield fd
     finally:

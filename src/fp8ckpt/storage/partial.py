@@ -87,21 +87,21 @@ class PartialOutput:
                 found, file=str(self.destination), expected="no such path", remedy="choose another one, or move it away"
             )
 
-    def records(self) -> dict[int, dict[str, Any]]:
-        """What was recorded of each extent that is on disk, by all processes so far."""
-        done: dict[int, dict[str, Any]] = {}
+    def records(self) -> dict[int, dict[str, int]]:
+        """The counts that were recorded of each extent that is on disk, by all processes so far."""
+        done: dict[int, dict[str, int]] = {}
         for file in sorted(self._state.glob("done-*")):
             for line in file.read_bytes().split(b"\n"):
                 try:
                     record = json.loads(line)
-                    done[record["extent"]] = record
+                    done[record["extent"]] = record["counts"]
                 except (ValueError, TypeError, KeyError):
                     continue  # cut off while it was written: the extent is written again
         return done
 
-    def record(self, writer: int, extent: int, facts: Mapping[str, Any]) -> None:
+    def record(self, writer: int, extent: int, counts: Mapping[str, int]) -> None:
         """Record that an extent is on disk; call it after the flush. ``writer`` tells processes apart."""
-        line = json.dumps({"extent": extent, **facts})
+        line = json.dumps({"extent": extent, "counts": counts})
         try:
             fd = os.open(self._state / f"done-{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
