@@ -110,8 +110,17 @@ def families() -> dict[str, Family]:
     add("block 128 e5m2", w, _codes(rng, 130, 260, dtype="F8_E5M2"), s, _scales(rng, "F32", 2, 3), (128, 128), block)
     add("DeepSeek V4", w, _codes(rng, 130, 260), "m.q.scale", _scales(rng, "F8_E8M0", 2, 3), (128, 128), block, tensors={
         "m.hc_attn_scale": _plain(rng, 3), "m.norm.scale": _plain(rng, 4), "m.norm.weight": _plain(rng, 4)})  # fmt: skip
-    add("experts [E,1,1]", "m.experts.gate_up_proj", _codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale_inv", _scales(rng, "BF16", 3, 1, 1),
-        (1, 20, 16), fp8, "m.experts.gate_up_proj_activation_scale")  # fmt: skip
+    e = "m.experts.gate_up_proj"
+    add(
+        "experts [E,1,1]",
+        e,
+        _codes(rng, 3, 20, 16),
+        f"{e}_scale_inv",
+        _scales(rng, "BF16", 3, 1, 1),
+        (1, 20, 16),
+        fp8,
+        f"{e}_activation_scale",
+    )
     add("experts in blocks", "m.experts.down_proj", _codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv", _scales(rng, "F32", 3, 2, 2),
         (1, 128, 128), block)  # fmt: skip
     add("experts fbgemm", "m.experts.gate_up_proj", _codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale", _scales(rng, "F32", 3, 1, 16),
@@ -119,8 +128,9 @@ def families() -> dict[str, Family]:
     modelopt = {"quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}}
     add("ModelOpt 4-D", w, _codes(rng, 256, 384), "m.q.weight_scale", _scales(rng, "F32", 2, 1, 3, 1), (128, 128), {},
         more_files={"hf_quant_config.json": modelopt})  # fmt: skip
-    add("ModelOpt FP8", "m.k_proj.weight", _codes(rng, 32, 16), "m.k_proj.weight_scale", _scales(rng, "F32"), (32, 16), {}, "m.k_proj.input_scale",
-        tensors={"m.k_proj.k_scale": _scales(rng, "F32"), "m.v_proj.v_scale": _scales(rng, "F32")}, dropped=("m.k_proj.k_scale", "m.v_proj.v_scale"),
+    cache = {"m.k_proj.k_scale": _scales(rng, "F32"), "m.v_proj.v_scale": _scales(rng, "F32")}
+    add("ModelOpt FP8", "m.k_proj.weight", _codes(rng, 32, 16), "m.k_proj.weight_scale", _scales(rng, "F32"), (32, 16), {},
+        "m.k_proj.input_scale", tensors=cache, dropped=tuple(cache),
         more_files={"hf_quant_config.json": {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}})  # fmt: skip
     mx = {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}}
     for dtype in ("U8", "F8_E8M0"):

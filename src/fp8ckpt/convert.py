@@ -127,9 +127,9 @@ def _run(source: str | Path, output: PartialOutput, to: str, workers: int, progr
     from fp8ckpt.storage.reading import load_dequantizer
 
     begun = time.monotonic()
-    plan = ranks.together(lambda: _plan(source, output, TARGETS[to]))[ranks.rank]
+    plan = ranks.together(lambda: _plan(source, output, TARGETS[to]))
     # What is done is what the first rank saw: others may be writing by the time that the last one looks.
-    done = ranks.together(lambda: _begin(plan, output) if ranks.rank == 0 else {})[0]
+    done = ranks.gather(lambda: _begin(plan, output) if ranks.rank == 0 else {})[0]
     extents = extents_of(plan.layouts)
     mine = [i for i in range(len(extents)) if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.
@@ -140,8 +140,8 @@ def _run(source: str | Path, output: PartialOutput, to: str, workers: int, progr
         ExtentWriter(output, ranks.rank, extents, mine, progress).run(fillers)
         return sum(filler.bytes_read for filler in fillers)
 
-    bytes_read = sum(ranks.together(write))
-    nan_codes = ranks.together(lambda: _publish(output) if ranks.rank == 0 else {})[0]
+    bytes_read = sum(ranks.gather(write))
+    nan_codes = ranks.gather(lambda: _publish(output) if ranks.rank == 0 else {})[0]
     quantized = plan.source.quantized
     return ConvertResult(
         destination=output.destination,

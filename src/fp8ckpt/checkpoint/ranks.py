@@ -21,8 +21,12 @@ class Ranks:
     size = 1
     local_size = 1  # processes on this machine, which share its cores
 
-    def together(self, step: Callable[[], T]) -> list[T]:
-        """Take a step on every rank, and meet: returns each rank's result, or raises the first error that any met with."""
+    def together(self, step: Callable[[], T]) -> T:
+        """Take a step on every rank, and meet. Returns this rank's result, or raises the first error that any rank met with."""
+        return step()
+
+    def gather(self, step: Callable[[], T]) -> list[T]:
+        """The same, and returns the results of all ranks; they are pickled."""
         return [step()]
 
 
@@ -35,7 +39,12 @@ class _TorchRanks(Ranks):
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self._group = dist.new_group(backend="gloo")
 
-    def together(self, step: Callable[[], T]) -> list[T]:
+    def together(self, step: Callable[[], T]) -> T:
+        own: list[T] = []
+        self.gather(lambda: own.append(step()))
+        return own[0]
+
+    def gather(self, step: Callable[[], T]) -> list[T]:
         import torch.distributed as dist
 
         result, error = None, None

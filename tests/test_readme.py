@@ -1,0 +1,64 @@
+"""The documentation is executed: README's blocks and the examples in the help texts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from fp8ckpt.cli import app
+from tests.conftest import Run
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]  # a group, since the app has several commands
+
+
+def test_readme_blocks_run(tmp_path: Path) -> None:
+    """Every bash and python block of the README runs, in order, in one directory."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert {language for language, _ in blocks} == {"bash", "python"}
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    for language, code in blocks:
+        command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": path, "HOME": str(tmp_path)}, timeout=240)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def test_make_targets_of_the_readme_are_run_by_ci() -> None:
+    """The README's make commands exist, and CI runs each of them."""
+    named = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert named == {"demo", "test"}
+    ci = (ROOT / ".ci/run").read_text()
+    for target in named:
+        assert f"make {target}" in ci
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_readme_names_every_command() -> None:
+    """No command is undocumented."""
+    readme = (ROOT / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"`{name} " in readme
+
+
+def test_help_examples_run(tmp_path: Path, cli: Run) -> None:
+    """Each command's help ends in an example, and the examples work one after the other."""
+    for name in ("sample", "inspect", "convert", "verify"):
+        text = cli(name, "--help").stdout.strip().splitlines()[-1]
+        program, *arguments = shlex.split(text.strip().removeprefix("Example: "))
+        assert program == "fp8ckpt"
+        done = cli(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert set(COMMANDS) == {"sample", "inspect", "convert", "verify"}
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+def test_links_lead_somewhere(page: str) -> None:
+    """Every relative link of the documentation names a file."""
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        assert "://" in target or ((ROOT / page).parent / target).exists(), target
