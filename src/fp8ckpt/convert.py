@@ -205,7 +205,7 @@ def _refuse_overflow(tensor: QuantizedTensor) -> None:
     dequantizer = load_dequantizer(tensor, "F16")
     values = code_values(tensor.weight.dtype)
     largest = float(values[np.isfinite(values)].max())
-    if dequantizer.largest_scale * largest < _FP16_OVERFLOW:
+    if float(dequantizer.scales.max(initial=0)) * largest < _FP16_OVERFLOW:
         return
     codes = np.empty(CHUNK // 2, np.uint8)
     halves = np.empty(codes.size, np.uint16)

@@ -12,10 +12,12 @@
     ├── ScaleShapeError           (ValueError)  a scale that does not tile its weight
     ├── ScaleDtypeError           (ValueError)  a scale of a dtype that no FP8 family uses
     ├── ScaleValueError           (ValueError)  a scale that is NaN, infinite, zero or negative
+    ├── WeightValueError          (ValueError)  a weight that cannot be quantized: it is not finite
     ├── UnsupportedFormatError    (ValueError)  FP4, packed or integer weights: recognised, not handled
     ├── UnknownTensorError        (KeyError)    no tensor of that name
     ├── RegionError               (IndexError)  offsets and sizes outside the tensor
     ├── RangeError                (OverflowError)  finite codes that the target dtype cannot hold
+    ├── ModelMismatchError        (ValueError)  the model and the checkpoint do not hold the same tensors
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
@@ -118,6 +120,10 @@ class ScaleValueError(Fp8CheckpointError, ValueError):
     """A scale is NaN, infinite, zero or negative."""
 
 
+class WeightValueError(Fp8CheckpointError, ValueError):
+    """A weight holds NaN or infinity, and has no FP8 code."""
+
+
 class UnsupportedFormatError(Fp8CheckpointError, ValueError):
     """FP4, packed or integer quantization: recognised, and not handled."""
 
@@ -132,6 +138,10 @@ class RegionError(Fp8CheckpointError, IndexError):
 
 class RangeError(Fp8CheckpointError, OverflowError):
     """Finite values do not fit the range of the target dtype."""
+
+
+class ModelMismatchError(Fp8CheckpointError, ValueError):
+    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other shapes."""
 
 
 class OutputExistsError(Fp8CheckpointError, FileExistsError):

@@ -9,7 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -30,21 +33,25 @@ class Ranks:
         return [step()]
 
 
-class _TorchRanks(Ranks):
-    def __init__(self) -> None:
+class GroupRanks(Ranks):
+    """The ranks of a torch process group; by default of the default one."""
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
         import torch.distributed as dist
 
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self._group = dist.new_group(backend="gloo")
+        self._group = group
 
     def together(self, step: Callable[[], T]) -> T:
+        """As `Ranks.together`."""
         own: list[T] = []
         self.gather(lambda: own.append(step()))
         return own[0]
 
     def gather(self, step: Callable[[], T]) -> list[T]:
+        """As `Ranks.gather`."""
         import torch.distributed as dist
 
         result, error = None, None
@@ -69,14 +76,14 @@ def ranks_of_this_job() -> Iterator[Ranks]:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
-            yield _TorchRanks() if dist.get_world_size() > 1 else Ranks()
+            yield GroupRanks() if dist.get_world_size() > 1 else Ranks()
             return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
         try:
-            yield _TorchRanks()
+            yield GroupRanks()
         finally:
             dist.destroy_process_group()
         return

@@ -75,9 +75,9 @@ class Dequantizer:
         self._table = scale_table(self._values.reshape(-1), code_dtype, dtype)[0] if grid.per_tensor else None
 
     @property
-    def largest_scale(self) -> float:
-        """The largest of the scales, as float32 holds it."""
-        return float(self._values.max(initial=0))
+    def scales(self) -> F32:
+        """The scales as float32, in the grid's shape."""
+        return self._values.reshape(self.grid.shape)
 
     def flat(self, codes: U8, start: int, out: Bits) -> None:
         """Dequantize codes u8 [n], which are the elements ``start`` to ``start + n`` in row-major order, into out [n]."""

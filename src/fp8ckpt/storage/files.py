@@ -82,6 +82,26 @@ def checked_region(span: TensorSpan, offsets: tuple[int, ...] | None, sizes: tup
     raise RegionError(found, tensor=span.name, file=span.file, expected=f"a region of {span.shape}")
 
 
+def pieces(region: Region, most: int) -> Iterator[Region]:
+    """The region in pieces of at most ``most`` elements that follow one another in its row-major order."""
+    offsets, sizes = region
+    count = prod(sizes)
+    if count <= most:
+        if count:
+            yield region
+        return
+    axis = next(i for i, size in enumerate(sizes) if size > 1)
+    step = max(1, sizes[axis] * most // count)
+    for first in range(0, sizes[axis], step):
+        size = min(step, sizes[axis] - first)
+        yield from pieces(((*offsets[:axis], offsets[axis] + first, *offsets[axis + 1 :]), (*sizes[:axis], size, *sizes[axis + 1 :])), most)
+
+
+def within(piece: Region, region: Region) -> tuple[slice, ...]:
+    """Where a piece lies in an array of the region's sizes."""
+    return tuple(slice(at - start, at - start + size) for at, start, size in zip(piece[0], region[0], piece[1], strict=True))
+
+
 def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The region as (first element, count) runs that are contiguous in a row-major tensor, in order and as few as can be."""
     if not prod(sizes):
@@ -101,10 +121,14 @@ def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...
 def read_region(fd: int, span: TensorSpan, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Bytes) -> None:
     """Read a checked region of a tensor of whole bytes into ``out`` (flat, contiguous, in the region's row-major order)."""
     itemsize = DTYPE_BITS[span.dtype] // 8
+    view = out.data
     done = 0
     for first, count in runs(span.shape, offsets, sizes):
-        read_into(fd, out[done : done + count * itemsize], span.start + first * itemsize, span.file)
-        done += count * itemsize
+        start, size = span.start + first * itemsize, count * itemsize
+        # Runs may be short and many, as of a slice of columns: the common case is one call.
+        if os.preadv(fd, (view[done : done + size],), start) != size:
+            read_into(fd, out[done : done + size], start, span.file)
+        done += size
 
 
 class OutputFile:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fp8ckpt.errors import Fp8CheckpointError, ScaleValueError, StorageError, TruncatedFileError, UnsupportedFormatError
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Bits, Dequantizer, bits_dtype
-from fp8ckpt.storage.files import Bytes, Region, checked_region, opened, read_into, read_region
+from fp8ckpt.storage.files import Bytes, Region, checked_region, opened, pieces, read_into, read_region, within
 from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 
@@ -96,22 +96,10 @@ def read_dequantized(fd: int, tensor: QuantizedTensor, dequantizer: Dequantizer,
 
     ``out`` has the region's sizes and any strides; ``codes`` is scratch, and bounds how much is read at once.
     """
-    offsets, sizes = region
-    count = prod(sizes)
-    if count > codes.size:
-        axis = next(i for i, size in enumerate(sizes) if size > 1)
-        step = max(1, sizes[axis] * codes.size // count)
-        for first in range(0, sizes[axis], step):
-            size = min(step, sizes[axis] - first)
-            part = (
-                (*offsets[:axis], offsets[axis] + first, *offsets[axis + 1 :]),
-                (*sizes[:axis], size, *sizes[axis + 1 :]),
-            )
-            read_dequantized(fd, tensor, dequantizer, part, out[(*(slice(None),) * axis, slice(first, first + size))], codes)
-    elif count:
-        scratch = codes[:count]
+    for offsets, sizes in pieces(region, codes.size):
+        scratch = codes[: prod(sizes)]
         read_region(fd, tensor.weight, offsets, sizes, scratch)
-        dequantizer.region(scratch.reshape(sizes), offsets, out)
+        dequantizer.region(scratch.reshape(sizes), offsets, out[within((offsets, sizes), region)])
 
 
 def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
@@ -148,15 +136,23 @@ def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
     return view.numpy()
 
 
+_TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64",
+    "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype."""
     import torch
 
-    names = {
-        "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64",
-        "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    }  # fmt: skip
-    found: torch.dtype = getattr(torch, names[dtype])
+    found: torch.dtype = getattr(torch, _TORCH_NAMES[dtype])
     return found
+
+
+def stored_dtype(dtype: torch.dtype) -> str | None:
+    """The safetensors dtype of a torch dtype, or None where there is none."""
+    name = str(dtype).removeprefix("torch.")
+    return next((stored for stored, known in _TORCH_NAMES.items() if known == name), None)

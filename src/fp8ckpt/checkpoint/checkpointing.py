@@ -1,0 +1,214 @@
+"""Load a checkpoint into a model, in place, whatever its sharding; and save a model as a checkpoint.
+
+Loading is three verbs: names (`model.state_dict_adapter`, or the layout found in the file), ``dcp.load`` with
+`FP8StorageReader`, and nothing else: every byte goes from the file through a table into the parameter. It is strict: a
+tensor that is missing on either side is an error that names it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.tensor import DTensor
+
+from fp8ckpt.checkpoint.buffers import restore_buffers
+from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
+from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
+from fp8ckpt.errors import ModelMismatchError, shown
+from fp8ckpt.models.naming import find_layout
+from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.storage.pairing import QuantizedTensor
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMES = 10  # in one message
+
+
+class Checkpointer:
+    """Loads and saves models through torch's distributed checkpoint.
+
+    ``process_group``: the ranks that hold the model together; by default all. All of them must make each call.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self._group = process_group
+
+    def load_model(self, model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False) -> None:
+        """Fill every parameter and persistent buffer of ``model`` from the checkpoint at ``path``.
+
+        The model may be unsharded, or a mix of DTensors of any mesh and placement (FSDP2, TP, a PP stage). FP8 tensors are
+        dequantized to the parameter's own dtype (bfloat16, float16 or float32), others are cast to it where it differs.
+        Names go through ``model.state_dict_adapter`` if there is one, otherwise through the layout found in the file. Tied
+        weights end up tied, and a transformers model's non-persistent buffers, which ``to_empty`` leaves undefined, get
+        their values back.
+
+        ``partial``: the model is only a part of what is in the checkpoint (a PP stage, the text model of a VLM). Without
+        it, a checkpoint tensor that no part of the model takes is an error; a parameter that the checkpoint lacks always is.
+
+        Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the checkpoint's own
+        `Fp8CheckpointError`.
+        """
+        ranks = self._ranks()
+        plan = ranks.together(lambda: _LoadPlan(model, path, partial))
+        plan.log()
+        reader = FP8StorageReader(plan.checkpoint)
+        self._load(plan.targets, reader)
+        if any(ranks.gather(lambda: len(plan.twice))):
+            second = {name: torch.empty_like(plan.named[name]) for name in plan.twice}
+            self._load(second, reader)
+            ranks.together(lambda: plan.compare(second))
+        plan.finish()
+
+    def _load(self, targets: dict[str, torch.Tensor], reader: FP8StorageReader) -> None:
+        alone = not (dist.is_available() and dist.is_initialized())
+        dcp_load(targets, storage_reader=reader, process_group=self._group, no_dist=alone)
+
+    def _ranks(self) -> Ranks:
+        if not (dist.is_available() and dist.is_initialized()):
+            return Ranks()
+        return GroupRanks(self._group)
+
+
+def load_model(model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False) -> None:
+    """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`."""
+    Checkpointer().load_model(model, path, partial=partial)
+
+
+class _LoadPlan:
+    """What goes where, checked before the first byte is read."""
+
+    def __init__(self, model: nn.Module, path: str | Path | Checkpoint, partial: bool) -> None:
+        self.model = model
+        self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        self.adapter = getattr(model, "state_dict_adapter", None)
+        _tie(model)
+        native = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+        on_meta = [name for name, tensor in native.items() if tensor.is_meta]
+        if on_meta:
+            raise ModelMismatchError(
+                f"{len(on_meta)} tensors are on the meta device: {_listed(on_meta)}",
+                remedy="materialize the model first: model.to_empty(device=...)",
+            )
+        named = dict(native)
+        if self.adapter is not None:
+            named = dict(self.adapter.to_hf(native))
+        else:
+            layout = find_layout(native, self.checkpoint.tensors)
+            named = {layout.native_to_hf(name): tensor for name, tensor in native.items()}
+        self.native, self.named = native, named
+        self._sources, self.twice = self._find_sources()
+        self._refuse_mismatches(partial)
+        self.targets = {name: tensor for name, tensor in named.items() if self._sources[name] == name and name not in self.twice}
+
+    def _find_sources(self) -> tuple[dict[str, str], dict[str, str]]:
+        """For each HF name of the model the name on disk that fills it, if any: its own, or that of a tensor it is tied to.
+
+        Also the tied tensors that are on disk twice, each with the one that is loaded: they must be the same.
+        """
+        stored = self.checkpoint.tensors
+        hf_name = {id(tensor): name for name, tensor in self.named.items()}
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        tied = [group for group in groups.values() if len(group) > 1]
+        tied += [list(pair) for pair in _tied_by_configuration(self.model).items()]
+        sources = {name: name for name in self.named if name in stored}
+        twice: dict[str, str] = {}
+        for group in tied:
+            names = [hf_name[id(self.native[name])] for name in group if name in self.native and id(self.native[name]) in hf_name]
+            present = [name for name in names if name in stored]
+            if present:
+                sources.update((name, present[0]) for name in names if name not in stored)
+                twice.update((name, present[0]) for name in present[1:])
+        return sources, twice
+
+    def _refuse_mismatches(self, partial: bool) -> None:
+        stored, where = self.checkpoint.tensors, self.checkpoint.path
+        missing = [name for name in self.named if name not in self._sources]
+        if missing:
+            remedy = "load another checkpoint, or give the model a state_dict_adapter that knows its names"
+            raise ModelMismatchError(f"{len(missing)} tensors of the model are not in it: {_listed(missing)}", file=where, remedy=remedy)
+        unused = [name for name in stored if name not in self.named]
+        if unused and not partial:
+            remedy = "if the model is meant to be only a part of it, say partial=True"
+            raise ModelMismatchError(f"{len(unused)} of its tensors are not in the model: {_listed(unused)}", file=where, remedy=remedy)
+        for name, tensor in self.named.items():
+            expected = stored[self._sources[name]].shape
+            if tuple(tensor.shape) != tuple(expected):
+                raise ModelMismatchError(
+                    f"shape {tuple(tensor.shape)} in the model", tensor=name, file=where, expected=f"{tuple(expected)}"
+                )
+
+    def log(self) -> None:
+        """The pre-flight line: what this rank will hold, what it will read, and what that takes beyond it."""
+        held = sum(_local(tensor).nbytes for tensor in self.named.values())
+        read = 0
+        for name, tensor in self.targets.items():
+            source = self.checkpoint.tensors[name]
+            span = source.weight if isinstance(source, QuantizedTensor) else source
+            read += span.nbytes * _local(tensor).numel() // max(1, span.numel)
+        logger.info(
+            "loading %s: this rank holds %d bytes, reads %d bytes of the source, and takes at most 64 MiB beyond the model",
+            self.checkpoint.path,
+            held,
+            read,
+        )
+
+    def compare(self, second: Mapping[str, torch.Tensor]) -> None:
+        """Tied tensors that are on disk twice must be equal there."""
+        for name, tensor in second.items():
+            loaded = _local(self.named[self.twice[name]]), _local(tensor)
+            if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
+                found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
+                raise ModelMismatchError(
+                    found, tensor=name, file=self.checkpoint.path, remedy="set tie_word_embeddings to false in the configuration"
+                )
+
+    def finish(self) -> None:
+        """Tied names, names that an adapter made new tensors of, and buffers that no checkpoint holds."""
+        with torch.no_grad():
+            for name, source in self._sources.items():
+                if name != source:  # a copy onto itself, where the two are one tensor
+                    self.named[name].copy_(self.named[source])
+            if self.adapter is not None:
+                for name, tensor in self.adapter.from_hf(dict(self.named)).items():
+                    if name in self.native and tensor is not self.native[name]:
+                        self.native[name].copy_(tensor)
+        _tie(self.model)
+        restore_buffers(self.model)
+
+
+def _tied_by_configuration(model: nn.Module) -> dict[str, str]:
+    """The parameters that a transformers model ties, {target: source}; empty for any other."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _tie(model: Any) -> None:
+    """Make one parameter of what the configuration ties and `to_empty` has taken apart.
+
+    Sharded parameters stay as the caller's parallelization made them: there it decides what is shared.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in _tied_by_configuration(model).items():
+        a, b = parameters.get(target), parameters.get(source)
+        if a is not None and b is not None and a is not b and not isinstance(a, DTensor) and not isinstance(b, DTensor):
+            model.tie_weights()
+            return
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more

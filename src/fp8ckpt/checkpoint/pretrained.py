@@ -1,0 +1,57 @@
+"""A trainer's one line: from a checkpoint's directory to a model that is sharded, loaded, tied and runnable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8ckpt.checkpoint.checkpointing import load_model
+from fp8ckpt.errors import ConfigError
+from fp8ckpt.storage.checkpoint import open_checkpoint
+from fp8ckpt.storage.config import CONFIG
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    partial: bool = False,
+) -> nn.Module:
+    """Build the transformers model that ``config.json`` names, on the meta device; shard, materialize and load it; return it.
+
+    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. ``dtype``
+    is that of the parameters. ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs transformers.
+    """
+    import transformers
+
+    checkpoint = open_checkpoint(path)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    for section in (config, *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig))):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config  # the model is a plain one
+    names = config.architectures or []
+    if not names or not hasattr(transformers, names[0]):
+        remedy = "build the model yourself, and call load_model"
+        raise ConfigError(f"architectures is {names!r}", file=checkpoint.path / CONFIG, expected="a class of transformers", remedy=remedy)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model: Any = getattr(transformers, names[0])(config)
+    finally:
+        torch.set_default_dtype(before)
+    if parallelize is not None:
+        model = parallelize(model) or model
+    model.to_empty(device=device)
+    load_model(model, checkpoint, partial=partial)
+    with suppress(OSError):  # a checkpoint without generation_config.json keeps the default
+        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
+    model.eval()
+    return model  # type: ignore[no-any-return]  # a class that is known by name only

@@ -1,0 +1,135 @@
+"""Read a region of a logical tensor straight into a torch tensor, on any device, with any strides.
+
+On the CPU, codes are looked up from a small buffer into the target itself. Elsewhere the codes travel as bytes, through
+pinned memory where the device is CUDA, and are multiplied there: float32 product, one rounding, the same bits. Memory
+beyond the target is a few MiB a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.numerics.dequantize import Dequantizer
+from fp8ckpt.storage.files import Region, open_to_read, pieces, read_region, within
+from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.storage.reading import bits_of, load_dequantizer, read_dequantized, stored_dtype, torch_dtype
+
+_BUFFER = 4 << 20  # bytes; the codes of one piece. On a device its float32 values take four times as much
+
+DequantizerOf = Callable[[QuantizedTensor, str], Dequantizer]
+
+
+def dequantizers(threads: int) -> DequantizerOf:
+    """A cache of the dequantizers that ``threads`` threads are using; they stay close together in a file."""
+    return lru_cache(maxsize=2 * threads)(load_dequantizer)
+
+
+class RegionLoader:
+    """One thread's means of loading: its buffer, and the file it read last."""
+
+    def __init__(self, dequantizer: DequantizerOf) -> None:
+        self.bytes_read = 0
+        self._dequantizer = dequantizer
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._file: Path | None = None
+        self._fd = -1
+
+    def load(self, tensor: LogicalTensor, region: Region, target: torch.Tensor) -> None:
+        """Fill ``target``, which has the region's sizes. An FP8 tensor is dequantized to the target's dtype; a target of the
+        stored FP8 dtype gets the codes themselves. Any other tensor is cast where the dtypes differ, as DCP does.
+        """
+        if isinstance(tensor, QuantizedTensor) and stored_dtype(target.dtype) == tensor.weight.dtype:
+            self._load_plain(tensor.weight, region, target)
+        elif isinstance(tensor, QuantizedTensor):
+            self._load_quantized(tensor, region, target)
+        else:
+            self._load_plain(tensor, region, target)
+
+    def _load_quantized(self, tensor: QuantizedTensor, region: Region, target: torch.Tensor) -> None:
+        dtype = stored_dtype(target.dtype)
+        if dtype not in TARGET_BYTES:
+            found = f"a target of dtype {target.dtype} for an FP8 tensor"
+            expected = (
+                f"one of {', '.join(str(torch_dtype(name)) for name in TARGET_BYTES)}, or {torch_dtype(tensor.weight.dtype)} for the codes"
+            )
+            raise UnsupportedFormatError(
+                found, tensor=tensor.name, file=tensor.weight.file, expected=expected, remedy="change the model's dtype"
+            )
+        dequantizer = self._dequantizer(tensor, dtype)
+        buffer = self._scratch(target.device)
+        if target.device.type == "cpu":
+            read_dequantized(self._open(tensor.weight), tensor, dequantizer, region, bits_of(target, dtype), buffer.numpy())
+            self.bytes_read += prod(region[1])
+            return
+        for piece in pieces(region, buffer.numel()):
+            codes = self._read(tensor.weight, piece, buffer)
+            codes = codes.view(torch_dtype(tensor.weight.dtype)).reshape(piece[1])
+            dequantize_on_device(codes.to(target.device), dequantizer, piece[0], target[within(piece, region)])
+
+    def _load_plain(self, span: TensorSpan, region: Region, target: torch.Tensor) -> None:
+        dtype = torch_dtype(span.dtype)
+        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            if target.numel():
+                read_region(self._open(span), span, *region, target.reshape(-1).view(torch.uint8).numpy())
+                self.bytes_read += target.nbytes
+            return
+        buffer = self._scratch(target.device)
+        for piece in pieces(region, buffer.numel() * 8 // DTYPE_BITS[span.dtype]):
+            target[within(piece, region)].copy_(self._read(span, piece, buffer).view(dtype).reshape(piece[1]))
+
+    def _read(self, span: TensorSpan, piece: Region, buffer: torch.Tensor) -> torch.Tensor:
+        """Read a piece's bytes into the buffer. It is used again for the next piece: copies out of it must be waited for."""
+        scratch = buffer[: prod(piece[1]) * DTYPE_BITS[span.dtype] // 8]
+        read_region(self._open(span), span, *piece, scratch.numpy())
+        self.bytes_read += scratch.nbytes
+        return scratch
+
+    def _scratch(self, device: torch.device) -> torch.Tensor:
+        pin = device.type == "cuda"
+        if not self._buffer.numel() or pin != self._buffer.is_pinned():
+            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=pin)
+        return self._buffer
+
+    def _open(self, span: TensorSpan) -> int:
+        if span.file != self._file:
+            self.close()
+            self._fd = open_to_read(span.file)
+            self._file = span.file
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._fd)
+            self._file = None
+
+
+def dequantize_on_device(codes: torch.Tensor, dequantizer: Dequantizer, offsets: tuple[int, ...], target: torch.Tensor) -> None:
+    """``target = round(float32(codes) * float32(scales))`` with torch's own kernels, on the device where both lie.
+
+    ``codes``: FP8, of a region at ``offsets`` in the full tensor; ``target``: of the same shape, bfloat16, float16 or float32.
+    """
+    values = codes.to(torch.float32)
+    values *= expanded_scales(dequantizer, offsets, tuple(codes.shape), codes.device)
+    target.copy_(values)
+
+
+def expanded_scales(dequantizer: Dequantizer, offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The scales f32 of a region, of a shape that broadcasts against it: 1 where one block spans the region's dimension."""
+    scales = dequantizer.scales
+    grid = dequantizer.grid
+    for axis, (start, size, block) in enumerate(zip(offsets, sizes, grid.block_size, strict=True)):
+        first, last = start // block, (start + max(size, 1) - 1) // block
+        index = [first] if first == last else np.arange(start, start + size) // block
+        scales = np.take(scales, index, axis=axis)
+    return torch.from_numpy(np.ascontiguousarray(scales)).to(device)

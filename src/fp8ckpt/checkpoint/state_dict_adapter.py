@@ -1,0 +1,24 @@
+"""The contract between a model's own state dict (native) and the names and dtypes on disk (HF)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class StateDictAdapter(ABC):
+    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those that it does not know."""
+
+    @abstractmethod
+    def to_hf(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Convert a model-native state dict to the HF (on-disk) layout."""
+
+    @abstractmethod
+    def from_hf(self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Convert an HF-layout state dict to the model's own."""
+
+    @abstractmethod
+    def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> list[tuple[str, Any]]:
+        """Convert one native tensor: the (HF name, tensor) pairs that are stored for it."""

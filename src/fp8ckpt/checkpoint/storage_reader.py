@@ -1,0 +1,155 @@
+"""A storage reader that shows torch's distributed checkpoint the logical checkpoint.
+
+`FP8StorageReader` serves ``dcp.load(state_dict, storage_reader=...)``: the state dict holds plain BF16 (or FP16, FP32) tensors,
+DTensors of any placement among them, under the names on disk; scales do not exist. Each requested region's bytes are read
+once and looked up straight into the planner's target: no FP8 placeholder, no second copy.
+
+Its life, as DCP calls it:
+
+1. ``reset(path)``                      a new load begins
+2. ``read_metadata()``                  headers only; every defect is raised here, before the first data byte
+3. ``set_up_storage_reader(...)``       on every rank
+4. ``prepare_local_plan(plan)``         nothing to add: a `ReadItem` has its region in coordinates of the full tensor
+5. ``prepare_global_plan(plans)``       nothing to add
+6. ``read_data(plan, planner)``         reads this rank's regions, with as many threads as the rank has cores
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
+from fp8ckpt.errors import RegionError
+from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.storage.files import Region, pieces, within
+from fp8ckpt.storage.header import TensorSpan
+from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.storage.reading import torch_dtype
+
+_PIECE = 32 << 20  # elements; what a thread takes at once, so that a large tensor is shared among threads
+
+
+class FP8StorageReader(StorageReader):
+    """A reader of the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open `Checkpoint`.
+
+    ``threads``: default, this process's cores, divided by the ranks that torchrun started on the machine. ``bytes_read``
+    counts the data bytes read so far, scales aside.
+
+    A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders made
+    by an adapter's ``to_hf(quantization=True)`` are filled, too.
+    """
+
+    def __init__(self, path: str | Path | Checkpoint, *, threads: int | None = None) -> None:
+        self._path: str | Path = path.path if isinstance(path, Checkpoint) else path
+        self._checkpoint = path if isinstance(path, Checkpoint) else None
+        self._threads = threads
+        self.bytes_read = 0
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, opened at first use."""
+        if self._checkpoint is None:
+            self._checkpoint = open_checkpoint(self._path)
+        return self._checkpoint
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether there is a directory or file of that name."""
+        return Path(checkpoint_id).exists()
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, with another checkpoint where one is named."""
+        if checkpoint_id is not None and str(checkpoint_id) != str(self._path):
+            self._path, self._checkpoint = str(checkpoint_id), None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Every logical tensor as one chunk, FP8 ones as bfloat16; and the scales, under their own names."""
+        tensors: dict[str, Any] = {name: _metadata(tensor) for name, tensor in self.checkpoint.tensors.items()}
+        tensors.update({span.name: _metadata(span) for span in self._scales().values()})
+        return Metadata(state_dict_metadata=tensors, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up: every rank opens the checkpoint for itself."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Load every item of this rank's plan into its target. The first error stops all threads, and is raised."""
+        threads = self._threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        targets = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
+        work = self._work(targets)
+        lock, stop = threading.Lock(), threading.Event()
+        dequantizer = dequantizers(threads)
+
+        def load() -> int:
+            loader = RegionLoader(dequantizer)
+            try:
+                while not stop.is_set():
+                    with lock:
+                        part = next(work, None)
+                    if part is None:
+                        break
+                    with torch.no_grad():
+                        loader.load(*part)
+            except BaseException:
+                stop.set()
+                raise
+            finally:
+                loader.close()
+            return loader.bytes_read
+
+        with ThreadPoolExecutor(threads, "fp8ckpt-load") as pool:
+            futures = [pool.submit(load) for _ in range(threads)]
+            try:
+                self.bytes_read += sum(future.result() for future in futures)
+            finally:
+                stop.set()
+        for item, target in targets:
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _work(self, targets: list[tuple[ReadItem, torch.Tensor]]) -> Iterator[tuple[LogicalTensor, Region, torch.Tensor]]:
+        """(tensor, region, target) in the order of the files, large regions in pieces."""
+        scales = self._scales()
+        found = []
+        for item, target in targets:
+            name = item.storage_index.fqn
+            tensor = scales[name] if name in scales else self.checkpoint[name]
+            region = (tuple(item.storage_offsets), tuple(item.lengths))
+            if tuple(target.shape) != region[1]:
+                raise RegionError(f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says")
+            span = tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
+            found.append(((span.file, span.start), tensor, region, target))
+        found.sort(key=lambda entry: entry[0])
+        for _, tensor, region, target in found:
+            for piece in pieces(region, _PIECE):
+                yield tensor, piece, target[within(piece, region)]
+
+    def _scales(self) -> dict[str, TensorSpan]:
+        return {span.name: span for tensor in self.checkpoint.quantized for span in (tensor.scale, *tensor.activation_scales)}
+
+
+def _metadata(tensor: LogicalTensor) -> TensorStorageMetadata:
+    dtype = torch.bfloat16 if isinstance(tensor, QuantizedTensor) else torch_dtype(tensor.dtype)
+    size = torch.Size(tensor.shape)
+    chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
+    return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[chunk])

@@ -1,0 +1,95 @@
+"""State-dict adapter of models whose FP8 weights have scales of 128 x 128 blocks, as DeepSeek V3 has them.
+
+Scale grids are whole on every rank: they are 1/4096 of the weights' bytes, and the shards of a DTensor need not end where blocks
+end (576 or 1536 rows over 8 ranks do not). Each shard is dequantized by its offsets in the full tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fp8ckpt.checkpoint.quantized_dtensors import quantize_blocks
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.numerics.grid import tiled
+from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.storage.reading import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SIZE = (128, 128)
+
+# Weights of the release that are not FP8: embeddings, heads, norms, routers, and the projection of multi-token prediction.
+_NON_QUANTIZED_SUFFIXES = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "norm.weight",
+    "mlp.gate.weight",
+    "eh_proj.weight",
+    "shared_head.head.weight",
+)
+
+
+def _is_fp8_weight_key(model_key: str) -> bool:
+    """Return True iff ``model_key`` names an FP8 Linear weight of the release."""
+    return model_key.endswith(".weight") and not model_key.endswith(_NON_QUANTIZED_SUFFIXES)
+
+
+def _identity(k: str) -> str:
+    return k
+
+
+class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
+    """Maps a model's state dict to an FP8 checkpoint with block scales, and back; names are the same by default."""
+
+    logger = logger
+    block_size = BLOCK_SIZE
+
+    def __init__(
+        self,
+        *,
+        native_to_hf: Callable[[str], str] = _identity,
+        hf_to_native: Callable[[str], str] = _identity,
+        layout_name: str = "deepseek_v3",
+    ) -> None:
+        super().__init__(native_to_hf, hf_to_native, layout_name)
+        self._scale_dtypes: dict[str, torch.dtype] | None = None
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path | Checkpoint) -> DeepseekV3FP8StateDictAdapter:
+        """For the checkpoint at ``path``: which weights are FP8, and the dtype of their scales, from its headers.
+
+        Raises `UnsupportedFormatError` where a scale is no grid of 128 x 128 blocks, named ``_scale_inv``.
+        """
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        adapter = cls()
+        adapter._scale_dtypes = {}
+        for tensor in checkpoint.quantized:
+            grid = tiled(tensor.shape, BLOCK_SIZE)
+            if grid is None or tensor.scale.shape != grid.shape or tensor.scale.name != tensor.name + "_scale_inv":
+                found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
+                remedy = "use load_model or FP8StorageReader, which take any"
+                expected = f"{grid.shape if grid else 'a matrix'}, _scale_inv"
+                raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.scale.file, expected=expected, remedy=remedy)
+            adapter._scale_dtypes[tensor.name] = torch_dtype(tensor.scale.dtype)
+        return adapter
+
+    def is_fp8_weight(self, fqn: str) -> bool:
+        """By the file, if there is one; otherwise by the release's rule for names."""
+        return self.native_to_hf(fqn) in self._scale_dtypes if self._scale_dtypes is not None else _is_fp8_weight_key(fqn)
+
+    def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
+        """A whole grid: F32, or of the file's dtype."""
+        grid = tiled(tuple(weight.shape), BLOCK_SIZE)
+        if grid is None:
+            raise UnsupportedFormatError(f"shape {tuple(weight.shape)}", tensor=fqn, expected="at least two dimensions")
+        dtype = (self._scale_dtypes or {}).get(self.native_to_hf(fqn), torch.float32)
+        return torch.ones(grid.shape, dtype=torch.float32, device=weight.device).to(dtype)
+
+    def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, F32 scales of the grid)."""
+        return quantize_blocks(fqn, weight, (1,) * (weight.dim() - 2) + BLOCK_SIZE)

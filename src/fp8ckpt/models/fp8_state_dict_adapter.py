@@ -1,0 +1,112 @@
+"""What the FP8 adapters of all families share: placeholders going out, pairing and dequantizing coming in.
+
+For hosts that own their reader. ``to_hf(quantization=True)`` emits FP8 placeholders and their scales', so that the reader fetches
+codes verbatim; ``from_hf`` pairs, dequantizes and drops. Hosts that take a reader get `FP8StorageReader` instead, and need
+``to_hf(quantization=False)`` only. Both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, dequantize
+from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
+
+SCALE_SUFFIX = "_scale_inv"
+ACTIVATION_SUFFIX = ".activation_scale"
+
+
+class FP8StateDictAdapter(StateDictAdapter):
+    """A family says which weights are FP8, what their scales look like, and how they are tiled."""
+
+    logger: logging.Logger
+    block_size: tuple[int, ...] | None = None
+
+    def __init__(self, native_to_hf: Callable[[str], str], hf_to_native: Callable[[str], str], layout_name: str) -> None:
+        self.native_to_hf = native_to_hf
+        self.hf_to_native = hf_to_native
+        self.layout_name = layout_name
+
+    @abstractmethod
+    def is_fp8_weight(self, fqn: str) -> bool:
+        """Whether a native name is that of an FP8 weight."""
+
+    @abstractmethod
+    def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor of the shape and dtype that the weight's scale has on disk; whole on every rank."""
+
+    @abstractmethod
+    def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scale) of a weight."""
+
+    def to_hf(
+        self, state_dict: dict[str, Any], exclude_key_regex: str | None = None, quantization: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Convert a native state dict to the HF layout.
+
+        With ``quantization``, each FP8 weight becomes a placeholder of its shape, device and placements whose codes are
+        still to be read, followed by one for its scale; everything else is the same object. Native names that match
+        ``exclude_key_regex`` from their start are left out. Further keywords, which hosts pass, change nothing.
+        """
+        hf: dict[str, Any] = {}
+        for fqn, value in state_dict.items():
+            if exclude_key_regex is not None and re.match(exclude_key_regex, fqn):
+                continue
+            key = self.native_to_hf(fqn)
+            if quantization and isinstance(value, torch.Tensor) and self.is_fp8_weight(fqn):
+                hf[key] = torch.empty_like(value, dtype=torch.float8_e4m3fn, requires_grad=False)
+                hf[key + SCALE_SUFFIX] = self.scale_placeholder(fqn, value)
+            else:
+                hf[key] = value
+        return hf
+
+    def from_hf(self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Convert an HF state dict, FP8 or not, to the native one.
+
+        An FP8 weight with its ``_scale_inv`` beside it becomes bfloat16, a DTensor stays one; scales and activation scales
+        are dropped; the rest passes as the same object, an FP8 weight without a scale too, which hosts rely on.
+        """
+        native: dict[str, Any] = {}
+        dequantized = scales = activations = 0
+        for key, value in hf_state_dict.items():
+            if key.endswith(SCALE_SUFFIX):
+                scales += 1
+            elif key.endswith(ACTIVATION_SUFFIX):
+                activations += 1
+            else:
+                scale = hf_state_dict.get(key + SCALE_SUFFIX)
+                if isinstance(value, torch.Tensor) and value.dtype in FLOAT8_DTYPES and scale is not None:
+                    value = self.dequantize(key, value, scale)
+                    dequantized += 1
+                native[self.hf_to_native(key)] = value
+        self.logger.info(
+            "%s[%s].from_hf: dequantized %d FP8 weights, dropped %d scale_inv + %d activation_scale keys",
+            type(self).__name__, self.layout_name, dequantized, scales, activations,
+        )  # fmt: skip
+        return native
+
+    def dequantize(self, key: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The bfloat16 values of codes."""
+        return dequantize(key, weight, scale, self.block_size)
+
+    def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> list[tuple[str, Any]]:
+        """The (HF name, tensor) pairs that are stored for a native tensor.
+
+        One pair, of the same object; with ``quantization=True`` two for an FP8 weight: its codes, and a scale with which they
+        reproduce the tensor that went in - exactly, if it was FP8 before. All ranks that hold shards must call.
+        """
+        key = self.native_to_hf(fqn)
+        excluded = kwargs.get("exclude_key_regex")
+        if excluded is not None and re.match(excluded, fqn):
+            return []
+        if kwargs.get("quantization", False) and isinstance(tensor, torch.Tensor) and self.is_fp8_weight(fqn):
+            codes, scale = self.quantize(fqn, tensor)
+            return [(key, codes), (key + SCALE_SUFFIX, scale)]
+        return [(key, tensor)]

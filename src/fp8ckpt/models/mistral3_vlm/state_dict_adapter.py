@@ -1,0 +1,123 @@
+"""State-dict adapter of Mistral3 models that were released in FP8, with one scale a tensor.
+
+The text model's Linear weights are e4m3 with a scalar ``weight_scale_inv`` beside each, and an ``activation_scale`` that
+training does not use; vision tower, projector, ``lm_head``, embeddings and norms are BF16. The names and signatures here are
+those that host trainers know from the adapter's reference documentation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize_per_tensor
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.models.naming import IDENTITY, NESTED
+from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.storage.reading import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+# Endings, not modules: the last must also catch "model.language_model.norm.weight".
+_NON_QUANTIZED_SUFFIXES = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "model.norm.weight",
+)
+_VLM_TEXT, _NESTED_TEXT = NESTED.prefixes[0]
+_VLM_PREFIXES = ("model.vision_tower", "model.multi_modal_projector")
+
+
+def _is_fp8_weight_key(model_key: str, not_fp8_prefixes: tuple[str, ...] = ()) -> bool:
+    """Return True iff ``model_key`` names an FP8 Linear weight.
+
+    ``not_fp8_prefixes``: modules that are not FP8, they and all below them; no mere beginnings of names.
+    """
+    if not model_key.endswith(".weight") or model_key.endswith(_NON_QUANTIZED_SUFFIXES):
+        return False
+    return not any(model_key == prefix or model_key.startswith(prefix + ".") for prefix in not_fp8_prefixes)
+
+
+def _dequantize_from_fp8(weight_fp8: torch.Tensor, scale_inv: torch.Tensor, target_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Dequantize one FP8 weight by its scalar scale: float32 product, one rounding. DTensors stay DTensors."""
+    return dequantize("weight", weight_fp8, scale_inv, None, target_dtype)
+
+
+def _identity(k: str) -> str:
+    return k
+
+
+class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
+    """Maps a Mistral3 model's state dict to its FP8 checkpoint, and back.
+
+    ``native_to_hf``, ``hf_to_native``: the names; by default the same on both sides. ``layout_name`` appears in log lines.
+    ``not_fp8_prefixes``: native modules that are BF16 on disk.
+    """
+
+    logger = logger
+
+    def __init__(
+        self,
+        *,
+        native_to_hf: Callable[[str], str] = _identity,
+        hf_to_native: Callable[[str], str] = _identity,
+        layout_name: str = "vlm_full",
+        not_fp8_prefixes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(native_to_hf, hf_to_native, layout_name)
+        self.not_fp8_prefixes = not_fp8_prefixes
+        # What from_checkpoint() reads from the headers; without a file, the release's own.
+        self._fp8_keys: frozenset[str] | None = None
+        self._scales: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    @classmethod
+    def for_vlm_full(cls) -> Mistral3FP8StateDictAdapter:
+        """For the full model whose names are the same on disk, as in Mistral Medium 3.5 128B."""
+        return cls(layout_name="vlm_full", not_fp8_prefixes=_VLM_PREFIXES)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path | Checkpoint) -> Mistral3FP8StateDictAdapter:
+        """For the checkpoint at ``path``: layout, which weights are FP8, and the dtype and shape of their scales, from its headers.
+
+        Raises `UnsupportedFormatError` where its scales are not one a tensor, named ``_scale_inv``.
+        """
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        layout = NESTED if any(name.startswith(_NESTED_TEXT) for name in checkpoint.tensors) else IDENTITY
+        is_vlm = layout is NESTED or any(name.startswith(_VLM_TEXT) for name in checkpoint.tensors)
+        adapter = cls(
+            native_to_hf=layout.native_to_hf,
+            hf_to_native=layout.hf_to_native,
+            layout_name=layout.name if is_vlm else "text_only",
+            not_fp8_prefixes=_VLM_PREFIXES if is_vlm else (),
+        )
+        for tensor in checkpoint.quantized:
+            if not tensor.grid.per_tensor or tensor.scale.name != tensor.name + "_scale_inv":
+                found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
+                remedy = "use load_model or FP8StorageReader, which take any"
+                raise UnsupportedFormatError(
+                    found, tensor=tensor.name, file=tensor.scale.file, expected="one scale a tensor, _scale_inv", remedy=remedy
+                )
+            adapter._scales[layout.hf_to_native(tensor.name)] = (tensor.scale.shape, torch_dtype(tensor.scale.dtype))
+        adapter._fp8_keys = frozenset(adapter._scales)
+        return adapter
+
+    def is_fp8_weight(self, fqn: str) -> bool:
+        """By the file, if there is one; otherwise by the release's rule for names."""
+        return fqn in self._fp8_keys if self._fp8_keys is not None else _is_fp8_weight_key(fqn, self.not_fp8_prefixes)
+
+    def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
+        """One element: 0-d BF16, or as the file has it."""
+        shape, dtype = self._scales.get(fqn, ((), torch.bfloat16))
+        return torch.ones(shape, dtype=dtype, device=weight.device)
+
+    def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scale): a fresh scale, of the shape and dtype that the file has."""
+        shape, dtype = self._scales.get(fqn, ((), torch.bfloat16))
+        codes, scale = quantize_per_tensor(fqn, weight, dtype)
+        return codes, scale.reshape(shape)
