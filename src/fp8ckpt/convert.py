@@ -23,22 +23,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8ckpt.errors import OutputExistsError, RangeError, StorageError
-from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.numerics.codes import TARGET_BYTES, TARGETS
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
-from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, dump_json, load_json, without_quantization
+from fp8ckpt.storage.config import dump_json
 from fp8ckpt.storage.files import Bytes, copy_whole, create, open_to_read, opened, read_into, write_whole
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
-from fp8ckpt.storage.side_files import side_files
+from fp8ckpt.storage.side_files import plain_side_files
 from fp8ckpt.storage.writing import CHUNK, EXTENT, ExtentWriter, Progress, extents_of
 
 if TYPE_CHECKING:
     from fp8ckpt.checkpoint.ranks import Ranks
     from fp8ckpt.numerics.dequantize import Dequantizer
 
-TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
 
 
@@ -177,22 +176,11 @@ def _plan(source: str | Path, output: PartialOutput, dtype: str) -> _Plan:
         specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
         if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
             layouts.append(lay_out(header.file.name, specs, {**header.metadata, "format": header.metadata.get("format", "pt")}))
-    texts, copies = _side_files(checkpoint, dtype)
+    texts, copies = plain_side_files(checkpoint, dtype)
     if checkpoint.index is not None or len(layouts) > 1:
         metadata = (checkpoint.index or {}).get("metadata")
         texts[checkpoint.index_name or INDEX] = dump_json(index_of(layouts, metadata if isinstance(metadata, dict) else {}), sort_keys=True)
     return _Plan(checkpoint, dtype, tuple(layouts), texts, copies)
-
-
-def _side_files(checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """The configuration without quantization, and the files to copy."""
-    texts: dict[str, bytes] = {}
-    copies = side_files(checkpoint)
-    copies.pop(MODELOPT_CONFIG, None)
-    for name in (CONFIG, MISTRAL_CONFIG):
-        if copies.pop(name, None) is not None:
-            texts[name] = dump_json(without_quantization(name, load_json(checkpoint.path / name) or {}, dtype))
-    return texts, copies
 
 
 def _refuse_overflow(tensor: QuantizedTensor) -> None:

@@ -7,6 +7,7 @@ tensor that is missing on either side is an error that names it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,15 +18,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
+from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
 from fp8ckpt.errors import ModelMismatchError, shown
-from fp8ckpt.models.naming import find_layout
+from fp8ckpt.models.naming import IDENTITY, find_layout
+from fp8ckpt.numerics.codes import TARGETS
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.storage.config import CONFIG, dump_json, without_quantization
 from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.storage.side_files import plain_side_files
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +73,93 @@ class Checkpointer:
             ranks.together(lambda: plan.compare(second))
         plan.finish()
 
+    def save_model(
+        self,
+        model: nn.Module,
+        path: str | Path,
+        *,
+        to: str = "bf16",
+        base: str | Path | Checkpoint | None = None,
+        max_file_bytes: int = DEFAULT_FILE_BYTES,
+    ) -> None:
+        """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
+
+        Every rank writes its own shards into the same files. Names go through ``model.state_dict_adapter`` if there is one.
+        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``base``: the checkpoint that the model
+        came from: it decides names, files, the dtype of tensors that it does not hold as FP8, configuration and side files.
+        Without it, names are the model's own, files end at ``max_file_bytes``, and the configuration is ``model.config``.
+
+        Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
+        tensors, and `StorageError` where the disk refuses. The directory is not seen until it is whole and on disk.
+        """
+        if to not in TARGETS:
+            raise ValueError(f"to={to!r}; expected one of {', '.join(TARGETS)}")
+        ranks = self._ranks()
+        checkpoint = None if base is None else ranks.together(lambda: base if isinstance(base, Checkpoint) else open_checkpoint(base))
+        if checkpoint is not None:
+            side_files = SideFiles(*plain_side_files(checkpoint, TARGETS[to]))
+        else:
+            side_files = SideFiles(_configuration_of(model, TARGETS[to]))
+        writer = SafetensorsStorageWriter(path, dtype=TARGETS[to], base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
+        dcp_save(_state_to_save(model, checkpoint), storage_writer=writer, process_group=self._group, no_dist=_alone())
+
     def _load(self, targets: dict[str, torch.Tensor], reader: FP8StorageReader) -> None:
-        alone = not (dist.is_available() and dist.is_initialized())
-        dcp_load(targets, storage_reader=reader, process_group=self._group, no_dist=alone)
+        dcp_load(targets, storage_reader=reader, process_group=self._group, no_dist=_alone())
 
     def _ranks(self) -> Ranks:
-        if not (dist.is_available() and dist.is_initialized()):
-            return Ranks()
-        return GroupRanks(self._group)
+        return Ranks() if _alone() else GroupRanks(self._group)
 
 
 def load_model(model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False) -> None:
     """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`."""
     Checkpointer().load_model(model, path, partial=partial)
+
+
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    to: str = "bf16",
+    base: str | Path | Checkpoint | None = None,
+    max_file_bytes: int = DEFAULT_FILE_BYTES,
+) -> None:
+    """Write ``model`` as final Hugging Face files: see `Checkpointer.save_model`."""
+    Checkpointer().save_model(model, path, to=to, base=base, max_file_bytes=max_file_bytes)
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+def _state_to_save(model: nn.Module, base: Checkpoint | None) -> dict[str, torch.Tensor]:
+    """The tensors by their HF names; of those that are tied, the ones that the base has, or else the first."""
+    native = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    adapter = getattr(model, "state_dict_adapter", None)
+    layout = find_layout(native, base.tensors) if base is not None else IDENTITY
+    pairs: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in native.items():
+        if adapter is not None:
+            pairs[name] = adapter.convert_single_tensor_to_hf(name, tensor, quantization=False)
+        else:
+            pairs[name] = [(layout.native_to_hf(name), tensor)]
+    for group in _tied_groups(model):
+        present = [name for name in group if name in pairs]
+        kept = [name for name in present if base is not None and all(hf in base.tensors for hf, _ in pairs[name])] or present[:1]
+        for name in present:
+            if name not in kept:
+                del pairs[name]
+    return {name: tensor for converted in pairs.values() for name, tensor in converted}
+
+
+def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:
+    """The configuration files of a transformers model; nothing for any other."""
+    files: dict[str, bytes] = {}
+    for attribute, name in (("config", CONFIG), ("generation_config", "generation_config.json")):
+        held: Any = getattr(model, attribute, None)
+        if hasattr(held, "to_json_string"):
+            text = json.loads(held.to_json_string())
+            files[name] = dump_json(without_quantization(CONFIG, text, dtype) if name == CONFIG else text)
+    return files
 
 
 class _LoadPlan:
@@ -115,14 +195,9 @@ class _LoadPlan:
         """
         stored = self.checkpoint.tensors
         hf_name = {id(tensor): name for name, tensor in self.named.items()}
-        groups: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name)
-        tied = [group for group in groups.values() if len(group) > 1]
-        tied += [list(pair) for pair in _tied_by_configuration(self.model).items()]
         sources = {name: name for name in self.named if name in stored}
         twice: dict[str, str] = {}
-        for group in tied:
+        for group in _tied_groups(self.model):
             names = [hf_name[id(self.native[name])] for name in group if name in self.native and id(self.native[name]) in hf_name]
             present = [name for name in names if name in stored]
             if present:
@@ -189,6 +264,16 @@ class _LoadPlan:
 def _tied_by_configuration(model: nn.Module) -> dict[str, str]:
     """The parameters that a transformers model ties, {target: source}; empty for any other."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one, or that the configuration says should be; the source first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [[source, target] for target, source in _tied_by_configuration(model).items()] + [
+        group for group in groups.values() if len(group) > 1
+    ]
 
 
 def _tie(model: Any) -> None:

@@ -40,6 +40,9 @@ CODE_FORMATS = {
 #: Bytes per element of the dtypes that codes are dequantized to.
 TARGET_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
+#: The same by the names that people use.
+TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
 #: Scale dtypes; U8 holds e8m0 exponents.
 SCALE_DTYPES = {"F32": np.uint32, "BF16": np.uint16, "F16": np.float16, "U8": np.uint8, "F8_E8M0": np.uint8}
 E8M0_DTYPES = ("U8", "F8_E8M0")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fp8ckpt.errors import StorageError
 from fp8ckpt.storage.checkpoint import INDEX, NATIVE_INDEX, Checkpoint
+from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, dump_json, load_json, without_quantization
 
 _FOREIGN_DIRECTORIES = (".git", ".cache")  # of the tools that fetched the checkpoint; not part of it
 
@@ -38,3 +39,14 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
                 raise StorageError("it is a link to a folder, or no file at all", file=relative, expected="a file", remedy="move it away")
             found[relative] = file
     return found
+
+
+def plain_side_files(checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """For the same weights in ``dtype``: the configuration without quantization, and the files to copy."""
+    texts: dict[str, bytes] = {}
+    copies = side_files(checkpoint)
+    copies.pop(MODELOPT_CONFIG, None)
+    for name in (CONFIG, MISTRAL_CONFIG):
+        if copies.pop(name, None) is not None:
+            texts[name] = dump_json(without_quantization(name, load_json(checkpoint.path / name) or {}, dtype))
+    return texts, copies
