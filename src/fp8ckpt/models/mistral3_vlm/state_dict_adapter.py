@@ -74,6 +74,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
         self.not_fp8_prefixes = not_fp8_prefixes
         # What from_checkpoint() reads from the headers; without a file, the release's own.
         self._fp8_keys: frozenset[str] | None = None
+        self._stored_keys: frozenset[str] | None = None
         self._scales: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     @classmethod
@@ -105,6 +106,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
                 )
             adapter._scales[layout.hf_to_native(tensor.name)] = (tensor.scale.shape, torch_dtype(tensor.scale.dtype))
         adapter._fp8_keys = frozenset(adapter._scales)
+        adapter._stored_keys = frozenset(checkpoint.tensors)
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:

@@ -1,0 +1,81 @@
+"""NeMo AutoModel: our adapter, on its streaming path too.
+
+`Mistral3FP8StateDictAdapter` itself serves that trainer's single-process and DCP paths. Its streaming path asks for more: that
+the adapter be an instance of its own base class, and cut the load into parts, each finished before the next begins. Written
+against nemo-automodel 0.7.0.
+
+    model.state_dict_adapter = AutoModelMistral3FP8StateDictAdapter.from_checkpoint(path)
+    checkpointer.load_model(model, path, is_init_step=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from nemo_automodel.components.checkpoint.state_dict_adapter import CheckpointLoadPart
+from nemo_automodel.components.checkpoint.state_dict_adapter import StateDictAdapter as HostStateDictAdapter
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from fp8ckpt.models.fp8_state_dict_adapter import SCALE_SUFFIX
+from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
+
+_PART = 1 << 28  # elements of the full tensors; every rank must cut at the same places, so shards do not count
+
+
+class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStateDictAdapter):  # type: ignore[misc]  # the host is untyped
+    """The same adapter, as an instance of the host's base class."""
+
+    def iter_checkpoint_load_parts(
+        self, model_state_dict: dict[str, torch.Tensor], device_mesh: DeviceMesh | None = None
+    ) -> Iterator[CheckpointLoadPart]:
+        """Parts of about a quarter of a billion elements: FP8 placeholders for a few weights at a time, and their finishing.
+
+        Tensors that are BF16 on disk are filled in place. A tied tensor that is not on disk is filled with the one whose
+        memory it shares, and counts as done with the last part.
+        """
+        stored = {name: tensor for name, tensor in model_state_dict.items() if not self._is_only_tied(name, model_state_dict)}
+        tied = frozenset(model_state_dict.keys() - stored.keys())
+        parts: list[dict[str, torch.Tensor]] = [{}]
+        size = 0
+        for name, tensor in stored.items():
+            if size >= _PART:
+                parts.append({})
+                size = 0
+            parts[-1][name] = tensor
+            size += tensor.numel()
+        for part in parts:
+            yield self._load_part(part, tied if part is parts[-1] else frozenset())
+
+    def _is_only_tied(self, name: str, state_dict: dict[str, torch.Tensor]) -> bool:
+        if self._stored_keys is None or self.native_to_hf(name) in self._stored_keys:
+            return False
+        # A rank without rows of it has no address to compare; the other ranks have, and must come to the same answer.
+        address = _address(state_dict[name])
+        return not address or any(other != name and _address(tensor) == address for other, tensor in state_dict.items())
+
+    def _load_part(self, native: dict[str, torch.Tensor], tied: frozenset[str]) -> CheckpointLoadPart:
+        placeholders = self.to_hf(native, quantization=True)
+        fp8 = [self.native_to_hf(name) for name in native if self.is_fp8_weight(name)]
+        temporary = frozenset(key for name in fp8 for key in (name, name + SCALE_SUFFIX))
+        return CheckpointLoadPart(
+            checkpoint_tensors=placeholders,
+            model_keys=frozenset(native) | tied,
+            temporary_checkpoint_keys=temporary,
+            finish=self._finish({key: placeholders[key] for key in placeholders if key in temporary}, native),
+        )
+
+    def _finish(self, placeholders: dict[str, torch.Tensor], native: dict[str, torch.Tensor]) -> Callable[[], None]:
+        def finish() -> None:
+            with torch.no_grad():
+                for name, values in self.from_hf(placeholders).items():
+                    native[name].copy_(values)
+            placeholders.clear()
+
+        return finish
+
+
+def _address(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr()
