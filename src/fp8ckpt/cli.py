@@ -67,9 +67,14 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank meets the same error
+    if _speaks():  # under torchrun every rank meets the same error
         print(f"fp8ckpt: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+def _speaks() -> bool:
+    """Whether this process prints: under torchrun, the first rank does for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
 
 
 @app.command(epilog="Example: fp8ckpt inspect sample-fp8")
@@ -108,12 +113,10 @@ def convert(
         with _progress("converting") as progress:
             result = run(source, destination, to=to.value, workers=workers, progress=progress)
     except KeyboardInterrupt:
-        print(
-            f"fp8ckpt: interrupted; what was written is in {shown(destination)}.partial, and the same command goes on from there",
-            file=sys.stderr,
-        )
+        kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
+        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial').exists() else ''}", file=sys.stderr)
         sys.exit(130)
-    if os.environ.get("RANK", "0") != "0":
+    if not _speaks():
         return
     if as_json:
         _print_json(result)

@@ -68,8 +68,8 @@ class _Plan:
 
     @property
     def names(self) -> set[str]:
-        """The top-level entries of the finished directory."""
-        return {layout.name for layout in self.layouts} | set(self.texts) | {name.split("/")[0] for name in self.copies}
+        """Every file of the finished directory, by its path in it."""
+        return {layout.name for layout in self.layouts} | set(self.texts) | set(self.copies)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a partial output to be taken up: the source's files, and every byte that is planned."""
@@ -97,7 +97,7 @@ def convert(
 
     The same files hold the same tensors, less the scales; unquantized tensors keep their bytes. The configuration loses its
     ``quantization_config``, the index is made anew, and every other file is copied, but for Mistral's own copy of the
-    weights (``consolidated*``) and ``hf_quant_config.json``. ``workers`` (default: the cores of this process) changes speed
+    weights (``consolidated*.safetensors``) and ``hf_quant_config.json``. ``workers`` (default: the cores of this process) changes speed
     and never output. ``progress`` is called with (bytes of this call's output written so far, in all).
 
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
@@ -169,7 +169,8 @@ def _plan(source: str | Path, output: PartialOutput, dtype: str) -> _Plan:
     raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))
     if dtype == "F16":
         for tensor in checkpoint.quantized:
-            _refuse_overflow(tensor)
+            if tensor.numel:
+                _refuse_overflow(tensor)
     layouts = []
     for header in checkpoint.files:
         logical = [checkpoint.tensors[span.name] for span in header.spans if span.name in checkpoint.tensors]
@@ -256,6 +257,8 @@ class _Filler:
             if span.start >= stop:
                 break
             low, high = max(span.start, start), min(span.stop, stop)
+            if low == high:  # a tensor without elements
+                continue
             target = out[low - start : high - start]
             tensor = self._tensors[span.name]
             if isinstance(tensor, TensorSpan):

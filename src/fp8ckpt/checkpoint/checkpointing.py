@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.buffers import restore_buffers
+from fp8ckpt.checkpoint.naming import IDENTITY, find_layout
 from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
 from fp8ckpt.errors import ModelMismatchError, shown
-from fp8ckpt.models.naming import IDENTITY, find_layout
 from fp8ckpt.numerics.codes import TARGETS
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, dump_json, without_quantization

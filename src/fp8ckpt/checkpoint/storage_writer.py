@@ -117,7 +117,7 @@ class SafetensorsStorageWriter(StorageWriter):
                 index_of(self._layouts, {}), sort_keys=True
             )
         digest = hashlib.sha256(b"".join(layout.head for layout in self._layouts)).hexdigest()
-        names = {layout.name for layout in self._layouts} | {name.split("/")[0] for name in (*texts, *self._side_files.copies)}
+        names = {layout.name for layout in self._layouts} | {*texts, *self._side_files.copies}
         self._output.begin({"format": 1, "job": "save", "planned": digest}, names)
         try:
             for layout in self._layouts:

@@ -11,15 +11,17 @@ against nemo-automodel 0.7.0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from nemo_automodel.components.checkpoint.state_dict_adapter import CheckpointLoadPart
 from nemo_automodel.components.checkpoint.state_dict_adapter import StateDictAdapter as HostStateDictAdapter
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from fp8ckpt.models.fp8_state_dict_adapter import SCALE_SUFFIX
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _PART = 1 << 28  # elements of the full tensors; every rank must cut at the same places, so shards do not count
 
@@ -77,5 +79,5 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
 
 
 def _address(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's own part
     return local.data_ptr()

@@ -11,13 +11,15 @@ import logging
 import re
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, dequantize
 from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SCALE_SUFFIX = "_scale_inv"
 ACTIVATION_SUFFIX = ".activation_scale"

@@ -84,8 +84,8 @@ def scale_values(stored: npt.NDArray[np.generic], dtype: str) -> F32:
         return stored.astype(np.float32)
     exponent = stored.astype(np.uint32)  # the value is 2 ** (byte - 127)
     bits = exponent << 23
-    bits[exponent == 0] = 0x00400000  # 2 ** -127, a float32 subnormal
-    bits[exponent == 255] = 0x7FC00000
+    bits = np.where(exponent == 0, np.uint32(0x00400000), bits)  # 2 ** -127, a float32 subnormal
+    bits = np.where(exponent == 255, np.uint32(0x7FC00000), bits)
     return bits.view(np.float32)
 
 

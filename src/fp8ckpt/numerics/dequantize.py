@@ -68,7 +68,7 @@ class Dequantizer:
             (1, 1, *grid.block_size)[-max(2, len(grid.block_size)) :],
         )
         self._shape, self._block = shape, block
-        blocks = tuple(-(-dim // size) for dim, size in zip(shape, block, strict=True))
+        blocks = tuple(max(1, -(-dim // size)) for dim, size in zip(shape, block, strict=True))  # an empty weight has its one scale
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
         self._values = scale_values(scales, scale_dtype).reshape(blocks)
         self._exponents = scales.reshape(blocks) if scale_dtype in E8M0_DTYPES and not grid.per_tensor else None

@@ -82,9 +82,7 @@ def look_up_blocks(
         block = 0
         while start < cols:
             stop = min(cols, (block + 1) * block_cols - col_phase)
-            table = tables[ids[block_row, block]]
-            for c in range(start, stop):
-                out[r, c] = table[codes[r, c]]
+            look_up(codes[r, start:stop], tables[ids[block_row, block]], out[r, start:stop])
             start = stop
             block += 1
 
@@ -110,8 +108,10 @@ def multiply_blocks(
         while start < cols:
             stop = min(cols, (block + 1) * block_cols - col_phase)
             scale = scales[block_row, block]
-            for c in range(start, stop):
-                out[r, c] = _rounded(values[codes[r, c]] * scale, target)
+            part = codes[r, start:stop]
+            result = out[r, start:stop]
+            for i in range(part.size):
+                result[i] = _rounded(values[part[i]] * scale, target)
             start = stop
             block += 1
 

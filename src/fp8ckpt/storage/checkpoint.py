@@ -7,6 +7,7 @@ read: `survey` collects every defect, `open_checkpoint` raises the first.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -150,9 +151,9 @@ def survey(path: str | Path) -> Checkpoint:
 def _resolve(path: str | Path) -> tuple[Path, Path | None]:
     """The directory, and the file where one file was named."""
     local = Path(path)
-    if local.is_dir():
+    if os.path.isdir(local):  # noqa: PTH112 - Path.is_dir() raises for a name that is too long
         return local, None
-    if local.is_file():
+    if os.path.isfile(local):  # noqa: PTH113 - as above
         return local.parent, local
     if not _is_hub_id(str(path)):
         raise CheckpointNotFoundError("there is no such directory or file", file=str(path), remedy="check the path")
@@ -213,7 +214,7 @@ def _file_names(directory: Path, index_name: str | None, index: dict[str, Any] |
             remedy = "do not use this checkpoint unless you know who wrote it"
             found = f"it names the file {shown(name)}"
             defects.append(IndexMismatchError(found, file=index_name, expected="the name of a file in the directory", remedy=remedy))
-        elif not (directory / name).is_file():
+        elif not os.path.isfile(directory / name):  # noqa: PTH113 - Path.is_file() raises for a name that is too long
             tensor = next(tensor for tensor, file in index["weight_map"].items() if file == name)
             found = f"the file {shown(name)} is not there"
             defects.append(
@@ -250,7 +251,7 @@ def _compare_index(
     weight_map: dict[str, str] = index["weight_map"]
     stored = {name: span.file.name for name, span in spans.items()}
     if stored != weight_map:
-        for name in weight_map.keys() | stored.keys():
+        for name in sorted(weight_map.keys() | stored.keys()):
             listed, actual = weight_map.get(name), stored.get(name)
             if listed == actual or (actual is None and not complete):
                 continue
@@ -260,7 +261,9 @@ def _compare_index(
                 found = f"{shown(listed)} does not hold this tensor, and the index {file.name} says that it does"
             else:
                 found = f"the index {file.name} says {shown(listed)}, and it is in {shown(actual)}"
-            defects.append(IndexMismatchError(found, tensor=name, expected="the index and the headers to agree", remedy="fetch both again"))
+            defects.append(
+                IndexMismatchError(found, tensor=name, file=file, expected="the index and the headers to agree", remedy="fetch both again")
+            )
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     actual_total = sum(span.nbytes for span in spans.values())

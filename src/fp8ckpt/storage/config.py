@@ -77,13 +77,14 @@ def block_size(directory: Path, config: Json) -> tuple[int, ...] | None:
     for section in (quantization, modelopt):
         if isinstance(section, dict) and isinstance(section.get("quant_algo"), str):
             stated.append(_MODELOPT_BLOCKS.get(section["quant_algo"]))
-    sizes = {tuple(size) if isinstance(size, list | tuple) else size for size in stated if size is not None}
+    sizes = [tuple(size) if isinstance(size, list | tuple) else size for size in stated if size is not None]
     if not sizes:
         return None
-    size = sizes.pop()
-    if sizes:
+    size = sizes[0]
+    others = [other for other in sizes if other != size]
+    if others:
         raise ConfigError(
-            f"the configuration states several block sizes: {size} and {sizes.pop()}",
+            f"the configuration states several block sizes: {size} and {others[0]}",
             file=directory / CONFIG,
             expected="one for all weights",
         )
@@ -95,7 +96,10 @@ def block_size(directory: Path, config: Json) -> tuple[int, ...] | None:
 def skip_patterns(directory: Path, config: Json) -> tuple[str, ...]:
     """The modules that the configuration lists as not quantized: names, prefixes, wildcards, or ``re:`` patterns."""
     quantization = quantization_config(config)
-    modelopt = (load_json(directory / MODELOPT_CONFIG) or {}).get("quantization")
+    try:
+        modelopt = (load_json(directory / MODELOPT_CONFIG) or {}).get("quantization")
+    except ConfigError:  # a defect, which opening the checkpoint has listed
+        modelopt = None
     listed: list[Any] = []
     for section, keys in (
         (quantization, ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")),

@@ -126,7 +126,11 @@ def read_region(fd: int, span: TensorSpan, offsets: tuple[int, ...], sizes: tupl
     for first, count in runs(span.shape, offsets, sizes):
         start, size = span.start + first * itemsize, count * itemsize
         # Runs may be short and many, as of a slice of columns: the common case is one call.
-        if os.preadv(fd, (view[done : done + size],), start) != size:
+        try:
+            whole = os.preadv(fd, (view[done : done + size],), start) == size
+        except OSError:
+            whole = False  # read_into will meet it again, and name it
+        if not whole:
             read_into(fd, out[done : done + size], start, span.file)
         done += size
 

@@ -122,11 +122,16 @@ def parse_json(text: bytes, file: Path, kind: type[Fp8CheckpointError]) -> dict[
             raise kind("the name occurs twice", tensor=name, file=file, expected="each name once", remedy="write the file anew")
         return mapping
 
+    def whole(text: str) -> int:
+        if text == "-0":
+            raise ValueError("-0 is no whole number")
+        return int(text)
+
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=constant, parse_int=whole if b"-0" in text else None)
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate is no text, and cannot be printed
     except (ValueError, RecursionError) as error:
@@ -153,7 +158,7 @@ def _validated(file: Path, size: int, text: bytes, entries: dict[str, Any]) -> t
             # Exact types: JSON booleans and floats are not sizes.
             if type(dtype) is not str or type(shape) is not list or type(begin) is not int or type(end) is not int:
                 raise TypeError
-            if len(shape) > _MOST_DIMENSIONS:
+            if len(shape) > _MOST_DIMENSIONS or len(entry) != 3:
                 raise TypeError
             for dim in shape:
                 if type(dim) is not int or not 0 <= dim <= _LARGEST_DIMENSION:
@@ -172,7 +177,7 @@ def _validated(file: Path, size: int, text: bytes, entries: dict[str, Any]) -> t
             )
             complete = False
             continue
-        if begin < 0 or end < begin or prod(shape) * bits != (end - begin) * 8:
+        if prod(dim or 1 for dim in shape) * bits >= 2**64 or begin < 0 or end < begin or prod(shape) * bits != (end - begin) * 8:
             found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
             expected = (
                 f"{shown(prod(shape) * bits / 8 if prod(shape) < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"

@@ -7,6 +7,7 @@ one of a foreign dtype. FP4 and other packed weights are recognised and refused.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -202,7 +203,7 @@ def _checked(
 def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
     """Names that speak of a scale, by the module that they stand in: what a misnamed scale is looked for among."""
     names: dict[str, list[str]] = {}
-    for name in spans:
+    for name in sorted(spans):
         module, _, leaf = name.rpartition(".")
         if "scale" in leaf and not name.endswith(_ONLY_ACTIVATION_SCALES):
             names.setdefault(module, []).append(name)
@@ -211,14 +212,16 @@ def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
 
 def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> Fp8CheckpointError:
     module, _, leaf = weight.name.rpartition(".")
-    near = [name for name in near_scales.get(module, ()) if leaf == "weight" or name.startswith(weight.name)]
+    names = near_scales.get(module, [])
+    first = 0 if leaf == "weight" else bisect_left(names, weight.name)
+    near = [name for name in names[first : first + 1] if leaf == "weight" or name.startswith(weight.name)]
     found = f"{weight.dtype} weight without a scale" + (f" (is {shown(near[0])} its scale, misnamed?)" if near else "")
     remedy = "without it the codes are not values: fetch the checkpoint again, or give the scale its name"
     return MissingScaleError(found, tensor=weight.name, file=weight.file, expected=shown(weight.name + "_scale_inv"), remedy=remedy)
 
 
 def _orphan(scale: TensorSpan, spans: Mapping[str, TensorSpan]) -> Fp8CheckpointError:
-    endings = (*SCALE_SUFFIXES, *ACTIVATION_SUFFIXES)
+    endings = sorted((*SCALE_SUFFIXES, *ACTIVATION_SUFFIXES), key=lambda pair: -len(pair[1]))  # the longest says most
     weights = [scale.name.removesuffix(end) + weight for weight, end in endings if scale.name.endswith(end)]
     stored = next((spans[name] for name in weights if name in spans), None)
     found = "a scale without a weight" if stored is None else f"the scale of a weight of dtype {stored.dtype}, which is not FP8"

@@ -40,16 +40,24 @@ class PartialOutput:
     def begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         """Create the partial output, or take up the one that is there; hold its lock until `release`.
 
-        ``names`` are the top-level entries that the finished directory will have. Raises `OutputExistsError` where the
+        ``names`` are the files that the finished directory will have, by their paths in it. Raises `OutputExistsError` where the
         destination is there, `OutputBusyError` where another process writes it, and `ResumeMismatchError` where the partial
         output is of another fingerprint or holds anything else.
         """
+        try:
+            self._begin(fingerprint, names)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         self.refuse_existing()
         begin_anew = f"delete {self.directory} to begin anew, or choose another destination"
         try:
             fresh = not self.directory.exists()
             if not fresh:
-                strange = sorted({entry.name for entry in self.directory.iterdir()} - set(names) - {_STATE})
+                files = {file.relative_to(self.directory).as_posix() for file in self.directory.rglob("*") if not file.is_dir()}
+                strange = sorted(name for name in files - set(names) if not name.startswith(_STATE + "/"))
                 if strange:
                     found = f"it holds {strange[0]}, which this output does not have"
                     raise ResumeMismatchError(found, file=str(self.directory), remedy=begin_anew)
@@ -59,6 +67,7 @@ class PartialOutput:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputBusyError("another process is writing it", file=str(self.directory), remedy="wait for it to end") from None
+            self.refuse_existing()  # whoever held the lock before may have finished
             plan = self._state / _PLAN
             if plan.exists():
                 if json.loads(plan.read_text()) != fingerprint:
@@ -72,7 +81,7 @@ class PartialOutput:
                 draft = self._state / (_PLAN + ".draft")
                 write_whole(draft, json.dumps(fingerprint).encode())
                 draft.rename(plan)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise ResumeMismatchError("its state cannot be read", file=str(self.directory), remedy=begin_anew) from None
         except OSError as error:
             if isinstance(error, OutputExistsError):
@@ -95,7 +104,7 @@ class PartialOutput:
                 try:
                     record = json.loads(line)
                     done[record["extent"]] = record["counts"]
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     continue  # cut off while it was written: the extent is written again
         return done
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from fp8ckpt.checkpoint.naming import IDENTITY, NESTED
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize_per_tensor
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
-from fp8ckpt.models.naming import IDENTITY, NESTED
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.storage.reading import torch_dtype
 

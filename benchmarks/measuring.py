@@ -1,0 +1,99 @@
+"""What all benchmarks share: interleaved timing, the memory of child processes, and the machine's facts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+# Python of the environment that `make test-hosts` makes; its peers are measured if it is there.
+HOSTS_PYTHON = ROOT / ".venv-hosts" / "bin" / "python"
+
+
+def facts() -> dict[str, Any]:
+    """What a figure means nothing without."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    family = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "cpu family" in line), "?")
+    memory = int(next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")))
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": f"{model} (family {family}), {len(os.sched_getaffinity(0))} cores",
+        "memory_gib": round(memory / 2**20, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+        "numba": version("numba"),
+        "safetensors": version("safetensors"),
+    }
+
+
+def interleaved(runs: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Time each run once a round, in turn, so that what the machine does meanwhile falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: {"median": statistics.median(times), "least": min(times), "most": max(times)} for name, times in seconds.items()}
+
+
+def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:
+    """Print times and ratios to ours."""
+    print(f"\n{title}")
+    for name, row in rows.items():
+        ratio = row["median"] / rows[ours]["median"]
+        print(f"  {name:<44} {row['median']:8.3f} s  (least {row['least']:.3f}, most {row['most']:.3f})  {ratio:6.2f} x ours")
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[Callable[[], int]]:
+    """Sample this process's anonymous (private) memory; the callable gives the peak so far, in bytes."""
+    peak = 0
+    stop = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not stop.is_set():
+            status = Path("/proc/self/status").read_text()
+            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+            stop.wait(0.002)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def child(code: str, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
+    """Run Python code in a process of its own; its last line of output is JSON."""
+    done = subprocess.run([python, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Write a dated result, with the machine's facts."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}.json"
+    file.write_text(json.dumps({"facts": facts(), **result}, indent=2) + "\n")
+    print(f"  -> {file.relative_to(ROOT)}")

@@ -1,0 +1,239 @@
+"""The house as DESIGN draws it: which room may import which, what the public names are, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fp8ckpt
+
+ROOT = Path(fp8ckpt.__file__).parent
+MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
+JOBS = ("convert", "inspect", "sample", "verify")
+
+# A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
+ARROWS = {
+    "__init__": {*JOBS, "checkpoint", "storage"},
+    "__main__": {"cli"},
+    "cli": set(JOBS),
+    **{job: {"checkpoint", "storage", "numerics"} for job in JOBS},
+    "hosts": {"models", "checkpoint", "storage", "numerics"},
+    "models": {"checkpoint", "storage", "numerics"},
+    "checkpoint": {"storage", "numerics"},
+    "storage": {"numerics"},
+    "numerics": set(),
+    "errors": set(),
+}
+WITHOUT_ERRORS = {"errors", "numerics", "__main__"}
+
+PUBLIC = [
+    "Checkpoint",
+    "Checkpointer",
+    "ConvertResult",
+    "FP8StorageReader",
+    "Fp8CheckpointError",
+    "Inspection",
+    "QuantizedTensor",
+    "SafetensorsStorageWriter",
+    "StateDictAdapter",
+    "TensorSpan",
+    "VerifyResult",
+    "convert",
+    "inspect",
+    "load_model",
+    "load_pretrained",
+    "open_checkpoint",
+    "sample",
+    "save_model",
+    "verify",
+]
+
+
+class Import(NamedTuple):
+    """One imported module; ``typing_only`` where it stands below ``if TYPE_CHECKING``."""
+
+    name: str
+    typing_only: bool
+
+
+def _imports(node: ast.AST, typing_only: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, typing_only) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield Import(child.module or "", typing_only)
+            yield from (Import(f"{child.module}.{alias.name}", typing_only) for alias in child.names)
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for inner in child.body:
+                yield from _imports(ast.Module([inner], []), True)
+            for inner in child.orelse:
+                yield from _imports(ast.Module([inner], []), typing_only)
+        else:
+            yield from _imports(child, typing_only)
+
+
+def imports_of(module: str) -> set[Import]:
+    """Everything that a module imports, at its top, inside functions and for type checkers."""
+    return set(_imports(ast.parse((ROOT / f"{module}.py").read_text())))
+
+
+def room_of(module: str) -> str:
+    """``storage/header`` and ``fp8ckpt.storage.header`` are of the room ``storage``."""
+    return module.removeprefix("fp8ckpt.").replace("/", ".").split(".")[0]
+
+
+def test_the_import_reader_sees_every_kind_of_import() -> None:
+    """The parser below the tests of this file finds imports wherever they stand."""
+    source = """
+import a.b
+from c import d
+if TYPE_CHECKING:
+    from e import f
+else:
+    import g
+def h():
+    try:
+        import i
+    except ImportError:
+        from j.k import l
+class M:
+    if typing.TYPE_CHECKING:
+        import n
+"""
+    found = set(_imports(ast.parse(source)))
+    assert {name for name, typing_only in found if not typing_only} == {"a.b", "c", "c.d", "g", "i", "j.k", "j.k.l"}
+    assert {name for name, typing_only in found if typing_only} == {"e", "e.f", "n"}
+
+
+def test_every_module_is_of_a_known_room() -> None:
+    """A new room is drawn in the design, and here, before it is built; and nothing is called utils."""
+    assert {room_of(module) for module in MODULES} <= set(ARROWS)
+    assert not [module for module in MODULES if "util" in module or "helper" in module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module: str) -> None:
+    """Each module imports its own room and those below it, type checkers' imports included."""
+    room = room_of(module)
+    ours = {name for name, _ in imports_of(module) if name.startswith("fp8ckpt.")}
+    allowed = ARROWS[room] | ({room} if (ROOT / room).is_dir() else set()) | (set() if room in WITHOUT_ERRORS else {"errors"})
+    assert {name for name in ours if room_of(name) not in allowed} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_the_package(module: str) -> None:
+    """The public names are for users: inside, each thing is imported from where it lives."""
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "fp8ckpt"
+        if isinstance(node, ast.Import):
+            assert "fp8ckpt" not in [alias.name for alias in node.names]
+
+
+def importers_of(package: str, typing_too: bool) -> set[str]:
+    found = set()
+    for module in MODULES:
+        for name, typing_only in imports_of(module):
+            if (name == package or name.startswith(package + ".")) and (typing_too or not typing_only):
+                found.add(module)
+    return found
+
+
+def test_only_the_checkpoint_room_imports_torch_distributed() -> None:
+    """At run time; a signature elsewhere may name its types for a type checker."""
+    assert {room_of(module) for module in importers_of("torch.distributed", typing_too=False)} == {"checkpoint"}
+
+
+def test_only_kernels_imports_numba() -> None:
+    """Nothing else does, not even for a type checker."""
+    assert importers_of("numba", typing_too=True) == {"numerics/kernels"}
+
+
+def test_numerics_knows_no_torch() -> None:
+    """The numbers are numpy's."""
+    assert not [module for module in importers_of("torch", typing_too=True) if room_of(module) == "numerics"]
+
+
+def test_only_the_checkpoint_knows_the_hub() -> None:
+    """huggingface_hub and transformers are imported inside functions, by the modules that open and load; safetensors nowhere."""
+    assert importers_of("huggingface_hub", typing_too=False) == {"storage/checkpoint"}
+    assert not importers_of("safetensors", typing_too=True)
+
+
+def test_the_public_names() -> None:
+    """``__all__`` is this list, sorted as it is written."""
+    assert list(fp8ckpt.__all__) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_name_resolves(name: str) -> None:
+    """Each is a class or a function with a docstring, also for ``from fp8ckpt import name``."""
+    value = getattr(fp8ckpt, name)
+    assert callable(value)
+    assert value.__doc__
+    assert getattr(__import__("fp8ckpt", fromlist=[name]), name) is value
+    assert value.__module__.startswith("fp8ckpt.")
+
+
+def test_functions_are_not_hidden_by_their_modules() -> None:
+    """``fp8ckpt.convert`` is the function, though ``fp8ckpt/convert.py`` is imported too."""
+    for name in JOBS:
+        module = importlib.import_module(f"fp8ckpt.{name}")
+        assert getattr(fp8ckpt, name) is getattr(module, name)
+        assert callable(getattr(fp8ckpt, name))
+
+
+@pytest.mark.parametrize("first", ["import fp8ckpt.{0}", "from fp8ckpt.{0} import {0}", "import fp8ckpt.cli, fp8ckpt.{0}"])
+@pytest.mark.parametrize("name", JOBS)
+def test_the_order_of_imports_does_not_matter(first: str, name: str) -> None:
+    """In a fresh process, a submodule imported first leaves the public function where it is."""
+    run_python(f"{first.format(name)}; import fp8ckpt; assert callable(fp8ckpt.{name}); assert fp8ckpt.{name}.__name__ == '{name}'")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def heavy_modules(code: str) -> set[str]:
+    """Which of the heavy packages are loaded once ``code`` has run."""
+    report = "import json, sys; print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    loaded = set(json.loads(run_python(f"{code}\n{report}").splitlines()[-1]))
+    assert "fp8ckpt" in loaded
+    return loaded & {"torch", "numba", "llvmlite", "transformers", "huggingface_hub", "safetensors", "ml_dtypes"}
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """Neither torch nor numba nor the hub's client."""
+    assert heavy_modules("import fp8ckpt") == set()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "--help"], ["convert", "--help"], ["verify", "--help"], ["sample", "--help"], []]
+)
+def test_help_is_cheap(arguments: list[str]) -> None:
+    """Help texts, and the usage that no argument gives, import neither torch nor numba."""
+    code = (
+        f"import sys\nfrom fp8ckpt.cli import main\nsys.argv = {['fp8ckpt', *arguments]!r}\ntry:\n    main()\nexcept SystemExit:\n    pass"
+    )
+    assert heavy_modules(code) == set()
+
+
+def test_inspecting_and_opening_are_cheap(sample_fp8: Path) -> None:
+    """Headers need no torch and no numba."""
+    assert heavy_modules(f"import fp8ckpt; assert fp8ckpt.open_checkpoint({str(sample_fp8)!r}).tensors") == set()
+
+
+def test_the_heavy_check_can_fail() -> None:
+    """A process that does import numba is seen to."""
+    assert "numba" in heavy_modules("import fp8ckpt.numerics.kernels")

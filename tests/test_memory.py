@@ -1,0 +1,72 @@
+"""Memory is bounded: some MiB a worker above the interpreter with torch, whatever the size of the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fp8ckpt import sample
+from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
+
+BUDGET = 256 << 20
+
+
+def peak(code: str) -> int:
+    """Peak resident bytes of a child process that imports torch, then runs ``code``."""
+    # VmHWM, not ru_maxrss: the latter starts at the size of the process that forked the child, which is this one.
+    script = f"import torch\n{code}\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) << 10
+
+
+@pytest.fixture(scope="module")
+def torch_alone() -> int:
+    """Peak of a process that only imports torch."""
+    return peak("")
+
+
+def sizes(scheme: str, factor: int) -> Mistral3Sizes | DeepseekSizes:
+    """About 75 MB of FP8 at factor 1, in weights that are larger than any buffer."""
+    if scheme == "block":
+        return DeepseekSizes(layers=factor, dense_layers=factor, hidden=2048, intermediate=12000, vocabulary=512)
+    return Mistral3Sizes(layers=factor, hidden=2048, intermediate=10240, heads=16, kv_heads=4, head_dim=128)
+
+
+@pytest.fixture(scope="module", params=["per-tensor", "block"])
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A checkpoint of about 75 MB, and one of six times as much."""
+    folder = tmp_path_factory.mktemp("memory")
+    # Holes read as zeros, and cost neither time nor disk to make.
+    yield (
+        sample(folder / "small", sizes(request.param, 1), files=1, sparse=True),
+        sample(folder / "large", sizes(request.param, 6), files=1, sparse=True),
+    )
+    shutil.rmtree(folder)
+
+
+def stored(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("job", ["convert", "verify", "verify one"])
+def test_peak_memory_is_bounded_and_does_not_grow(job: str, checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path) -> None:
+    """Two workers stay within the budget at both sizes, and the larger one takes as much as the smaller, to 32 MiB."""
+    assert stored(checkpoints[1]) > 5 * stored(checkpoints[0]) > 300 << 20
+    peaks = []
+    for source in checkpoints:
+        run = {
+            "convert": f"import fp8ckpt; fp8ckpt.convert({str(source)!r}, {str(tmp_path / source.name)!r}, workers=2)",
+            "verify": f"import fp8ckpt; assert fp8ckpt.verify({str(source)!r}, {str(source)!r}, workers=2).ok",
+            "verify one": f"import fp8ckpt; assert fp8ckpt.verify({str(source)!r}, workers=2).ok",
+        }[job]
+        peaks.append(peak(run))
+        shutil.rmtree(tmp_path / source.name, ignore_errors=True)
+    assert all(used > torch_alone for used in peaks)  # it is measured at all
+    assert max(peaks) - torch_alone <= BUDGET
+    assert peaks[1] - peaks[0] < 32 << 20

@@ -1,0 +1,520 @@
+"""A conversion that is cut off, at any moment and for any reason, is finished by the same command with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8ckpt import convert, sample
+from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError, TruncatedFileError
+from fp8ckpt.sample import Mistral3Sizes
+from tests.conftest import Run
+
+MODULES = [importlib.import_module(name) for name in ("fp8ckpt.convert", "fp8ckpt.storage.writing")]
+GOES_ON = "the same command goes on from there"
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Every file below a directory, by its SHA-256, hidden ones included."""
+    found = {}
+    for file in sorted(directory.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as stream:
+                found[file.relative_to(directory).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, chunk: int = 4096, chunks: int = 4) -> None:
+    """Make the pieces of an output small: chunks of so many bytes, extents of so many chunks."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "EXTENT", chunk * chunks)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint of 170 MB in three files."""
+    folder = tmp_path_factory.mktemp("big")
+    sizes = Mistral3Sizes(layers=10, hidden=1024, intermediate=4096, heads=8, kv_heads=4, head_dim=128, vocabulary=4096)
+    yield sample(folder / "fp8", sizes)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(big: Path) -> dict[str, str]:
+    """The digests of what an undisturbed run writes."""
+    out = big.parent / "undisturbed"
+    convert(big, out)
+    found = digests(out)
+    shutil.rmtree(out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The digests of an undisturbed conversion of the miniature."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    convert(sample_fp8, out)
+    return digests(out)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fp8ckpt", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_a_record(child: subprocess.Popen[str], out: Path) -> None:
+    """Return once the first extent is on disk and recorded, and the run still goes on."""
+    state = out.with_name(out.name + ".partial") / ".fp8ckpt"
+    deadline = time.monotonic() + 60
+    while not any(file.stat().st_size for file in state.glob("done-*")):
+        assert child.poll() is None, "the run ended before it could be cut off"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sigkill_at_random_moments(seed: int, big: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Killed again and again at random moments, a conversion ends with the bytes of an undisturbed one."""
+    rng = random.Random(seed)
+    out = tmp_path / "out"
+    left = out.with_name("out.partial")
+    kills = 0
+    while not out.exists():
+        child = start("convert", big, out, "--workers", rng.choice("12"))
+        while not left.exists() and child.poll() is None:  # loading Python takes longer than writing, and is not cut off
+            time.sleep(0.001)
+        # The first is certain to be cut off; later ones get longer, so that the loop ends on a slow machine too.
+        try:
+            _, stderr = child.communicate(timeout=rng.uniform(0.0, 0.1 + 0.15 * kills))
+            assert (child.returncode, stderr) == (0, "")
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            kills += 1
+    assert kills
+    assert digests(out) == undisturbed
+    assert os.listdir(tmp_path) == ["out"]
+    shutil.rmtree(out)
+
+
+def test_resumed_run_writes_only_what_is_missing(
+    big: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a SIGKILL, bytes_resumed is what was on disk, and the rest, no more, is written."""
+    out = tmp_path / "out"
+    child = start("convert", big, out, "--workers", "1")
+    wait_for_a_record(child, out)
+    child.kill()
+    child.communicate()
+    written = []
+    pwrite = os.pwrite
+
+    def counted(fd: int, data: Any, offset: int) -> int:
+        written.append(pwrite(fd, data, offset))
+        return written[-1]
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    seen: list[tuple[int, int]] = []
+    result = convert(big, out, progress=lambda done, total: seen.append((done, total)))
+    assert 0 < result.bytes_resumed < result.bytes_written
+    assert sum(written) == result.bytes_written - result.bytes_resumed
+    assert seen[-1] == (sum(written), sum(written))
+    assert digests(out) == undisturbed
+    shutil.rmtree(out)
+
+
+def test_resumed_command_says_so(big: Path, undisturbed: dict[str, str], tmp_path: Path, cli: Run) -> None:
+    """Ctrl-C: exit 130 and one line that says the run can be resumed; the rerun says what was there, and ends with equal bytes."""
+    out = tmp_path / "out"
+    child = start("convert", big, out, "--workers", "1")
+    wait_for_a_record(child, out)
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout) == (130, "")
+    assert stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
+    assert os.listdir(tmp_path) == ["out.partial"]
+    done = cli("convert", big, out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "were there from an earlier run" in done.stdout
+    assert digests(out) == undisturbed
+    shutil.rmtree(out)
+
+
+class Died(BaseException):
+    """The process is gone; no handler of ours may stop it."""
+
+
+STEPS = ("mkdir", "unlink", "rmdir", "rename", "ftruncate", "pwrite", "fdatasync", "fsync", "write")
+
+
+def test_death_at_every_step(sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dying before any one change to the disk, or halfway through a write, then running again gives the same directory."""
+    cut(monkeypatch, 64 << 10, 2)
+    step, ended = 0, False
+    left = 0
+
+    def before(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return real(*arguments, **more)
+        if left == -1 and real.__name__ in ("pwrite", "write"):
+            real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], *arguments[2:])
+        raise Died
+
+    while not ended:
+        out = tmp_path / f"out{step}"
+        left = step
+        with monkeypatch.context() as patch:
+            for name in STEPS:
+                patch.setattr(os, name, partial(before, getattr(os, name)))
+            try:
+                convert(sample_fp8, out, workers=1)
+                ended = True
+            except Died:
+                pass
+        if not ended:
+            # The very last step is the flush of the parent's new entry: DST stands already, and is whole.
+            if out.exists():
+                assert not out.with_name(out.name + ".partial").exists()
+            else:
+                convert(sample_fp8, out, workers=2)
+        assert digests(out) == expected, f"step {step}"
+        shutil.rmtree(out)
+        step += 1
+    assert step > 40
+    assert os.listdir(tmp_path) == []
+
+
+def test_nan_codes_of_an_earlier_run_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The summary of a resumed run counts the NaN codes of all runs."""
+    from tests.test_convert import SCALE, WEIGHT, Family, Stored, np, scalar
+
+    cut(monkeypatch, 4096, 1)
+    codes = Stored.codes(np.full((100, 200), 0x7F, np.uint8))
+    source = Family({WEIGHT: codes, SCALE: scalar(1)}, {}, {WEIGHT: (SCALE, (100, 200))}).write(tmp_path / "fp8")
+    fail_after(monkeypatch, "pwrite", 5, errno.EIO)
+    with pytest.raises(StorageError):
+        convert(source, tmp_path / "out", workers=1)
+    monkeypatch.undo()
+    cut(monkeypatch, 4096, 1)
+    result = convert(source, tmp_path / "out")
+    assert result.bytes_resumed > 0
+    assert result.nan_codes == {WEIGHT: 20_000}
+
+
+@pytest.fixture
+def begun(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A copy of the miniature, and a DST whose partial output holds some of its conversion."""
+    source = Path(shutil.copytree(sample_fp8, tmp_path / "fp8"))
+    (source / "assets").mkdir()
+    (source / "assets/a.txt").write_text("a")
+    cut(monkeypatch)
+    with monkeypatch.context() as patch:
+        fail_after(patch, "pwrite", 20, errno.EIO)
+        with pytest.raises(StorageError):
+            convert(source, tmp_path / "out", workers=1)
+    return source, tmp_path / "out"
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int, code: int, only: str = "") -> None:
+    """Let so many calls of a function of os pass (of those on files whose name holds ``only``), then fail all."""
+    real = getattr(os, name)
+    left = calls
+
+    def failing(fd: int, *rest: Any) -> Any:
+        nonlocal left
+        if only in Path(f"/proc/self/fd/{fd}").readlink().name:
+            left -= 1
+            if left < 0:
+                raise OSError(code, os.strerror(code))
+        return real(fd, *rest)
+
+    monkeypatch.setattr(os, name, failing)
+
+
+def assert_refused_untouched(source: Path, out: Path, match: str, **arguments: Any) -> None:
+    """A rerun is refused, and not one file is made, changed or removed."""
+    left = out.with_name("out.partial")
+    before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in left.rglob("*")}
+    content = digests(left)
+    with pytest.raises(ResumeMismatchError, match=match) as refused:
+        convert(source, out, **arguments)
+    assert "delete" in str(refused.value)
+    assert str(left) in str(refused.value)
+    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in left.rglob("*")} == before
+    assert digests(left) == content
+    assert not out.exists()
+
+
+def test_partial_output_is_resumable(begun: tuple[Path, Path], expected: dict[str, str]) -> None:
+    """What the refusals below start from would be taken up if nothing had changed."""
+    source, out = begun
+    result = convert(source, out)
+    assert result.bytes_resumed > 0
+    assert {name: digest for name, digest in digests(out).items() if name != "assets/a.txt"} == expected
+
+
+@pytest.mark.parametrize("kind", ["touched", "a byte of a weight", "a tensor renamed", "config", "scale", "side file gone"])
+def test_changed_source_is_refused(kind: str, begun: tuple[Path, Path]) -> None:
+    """Another source than the one that the partial output is of: refused, nothing touched."""
+    source, out = begun
+    file = min(source.glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    if kind == "touched":
+        os.utime(file)
+    elif kind in ("a byte of a weight", "scale"):
+        at = len(raw) - 1 if kind == "scale" else len(raw) // 2
+        raw[at] ^= 1
+        file.write_bytes(raw)
+    elif kind == "a tensor renamed":
+        for changed in (file, source / "model.safetensors.index.json"):
+            changed.write_bytes(changed.read_bytes().replace(b"embed_tokens", b"embed_tokenz"))
+    elif kind == "side file gone":
+        (source / "README.md").unlink()
+    else:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    assert_refused_untouched(source, out, "README" if kind == "side file gone" else "another source")
+
+
+def test_side_files_are_those_of_the_last_run(begun: tuple[Path, Path]) -> None:
+    """Side files are copied anew by each run: one that was added or changed since then is as the source has it."""
+    source, out = begun
+    (source / "more.txt").write_text("more")
+    (source / "README.md").write_text("changed")
+    convert(source, out)
+    assert (out / "more.txt").read_text() == "more"
+    assert (out / "README.md").read_text() == "changed"
+
+
+@pytest.mark.parametrize("to", ["fp16", "fp32"])
+def test_other_target_dtype_is_refused(to: str, begun: tuple[Path, Path]) -> None:
+    """A partial bf16 output is not continued as another dtype."""
+    assert_refused_untouched(*begun, "another target dtype", to=to)
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "model-00009-of-00009.safetensors", ".hidden", "folder/file"])
+def test_stray_file_in_the_partial_output_is_refused(stray: str, begun: tuple[Path, Path]) -> None:
+    """What the finished directory would not have is not published and not deleted."""
+    source, out = begun
+    file = out.with_name("out.partial") / stray
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    assert_refused_untouched(source, out, stray.split("/")[0].replace(".", r"\."))
+
+
+def test_stray_file_in_a_folder_of_the_partial_output_is_not_published(begun: tuple[Path, Path]) -> None:
+    """A side file that the source has lost since then is not in the output, in sub-folders neither."""
+    source, out = begun
+    (source / "assets/a.txt").rename(source / "assets/b.txt")
+    with suppress(ResumeMismatchError):  # to refuse is as good
+        convert(source, out)
+        assert sorted(os.listdir(out / "assets")) == ["b.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff", "{}"])
+def test_damaged_state_is_refused(text: str, begun: tuple[Path, Path]) -> None:
+    """A plan that cannot be read, or is no plan, is refused."""
+    source, out = begun
+    (out.with_name("out.partial") / ".fp8ckpt/plan.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert_refused_untouched(source, out, "its state cannot be read|another source")
+
+
+@pytest.mark.parametrize("torn", [b"\n{", b'\n{"extent": 1', b"\n5\n", b"\n[]\n", b'\n{"extent": 1}\n', b"\n\xff\n", b"\n{}\n", b'\n"x"\n'])
+def test_torn_record_is_written_again(torn: bytes, begun: tuple[Path, Path]) -> None:
+    """The last line of the records may be cut off anywhere: its extent is written again."""
+    source, out = begun
+    record = out.with_name("out.partial") / ".fp8ckpt/done-0"
+    whole = record.read_bytes()
+    record.write_bytes(whole + torn)
+    convert(source, out)
+    convert(source, out.with_name("again"))
+    assert digests(out) == digests(out.with_name("again"))
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp16"])
+def test_records_without_a_plan_are_not_believed(to: str, begun: tuple[Path, Path]) -> None:
+    """Cut off while the state was being removed: whatever is converted next, not one extent is taken for done."""
+    source, out = begun
+    (out.with_name("out.partial") / ".fp8ckpt/plan.json").unlink()
+    assert convert(source, out, to=to).bytes_resumed == 0
+    convert(source, out.with_name("again"), to=to)
+    assert digests(out) == digests(out.with_name("again"))
+
+
+def test_partial_output_of_a_sample_is_refused(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A partial output of another job is not taken up."""
+    with monkeypatch.context() as patch:
+        fail_after(patch, "pwrite", 3, errno.ENOSPC)
+        with pytest.raises(StorageError):
+            sample(tmp_path / "out")
+    assert_refused_untouched(sample_fp8, tmp_path / "out", "another source")
+
+
+def test_partial_output_that_is_a_file(sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
+    """Something else stands where the partial output would be: refused with one line, and left."""
+    (tmp_path / "out.partial").write_text("mine")
+    done = cli("convert", sample_fp8, tmp_path / "out")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    assert (tmp_path / "out.partial").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["out.partial"]
+
+
+def test_destination_that_appears_meanwhile_is_left(sample_fp8: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """A DST that someone else makes during the run is not replaced, even if empty; once it is gone, a rerun ends well."""
+    out = tmp_path / "out"
+    with pytest.raises(OutputExistsError):
+        convert(sample_fp8, out, progress=lambda done, total: out.mkdir(exist_ok=True))
+    assert os.listdir(out) == []
+    out.rmdir()
+    convert(sample_fp8, out)
+    assert digests(out) == expected
+
+
+@pytest.mark.parametrize("calls", [0, 1, 7, 20])
+def test_full_disk(calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC after some writes: a named error that says how to go on, no DST, and the rerun ends with the same bytes."""
+    cut(monkeypatch, 32 << 10, 2)
+    with monkeypatch.context() as patch:
+        fail_after(patch, "pwrite", calls, errno.ENOSPC)
+        with pytest.raises(StorageError, match=r"out\.partial, and the same command goes on") as caught:
+            convert(sample_fp8, tmp_path / "out", workers=2)
+    assert "writing failed: No space left on device; free some space" in str(caught.value)
+    assert os.listdir(tmp_path) == ["out.partial"]
+    convert(sample_fp8, tmp_path / "out")
+    assert digests(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("name", ["ftruncate", "fdatasync", "fsync"])
+def test_disk_that_refuses_other_calls(
+    name: str, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that changes or flushes the disk may fail, and is a named error; the rerun ends with the same bytes."""
+    calls = 0
+    while not (tmp_path / "out").exists():
+        with monkeypatch.context() as patch:
+            fail_after(patch, name, calls, errno.EDQUOT)
+            with suppress(StorageError):
+                convert(sample_fp8, tmp_path / "out", workers=1)
+        calls += 1
+    assert calls > 2
+    # The flush after the rename may fail when DST is whole.
+    assert digests(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("calls", [0, 1, 30])
+def test_read_error(calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO on the source after some reads: a named error with the file, no DST, and the rerun ends with the same bytes."""
+    cut(monkeypatch, 32 << 10, 2)
+    reads = count_scale_reads(sample_fp8, tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        fail_after(patch, "preadv", reads + calls, errno.EIO, only=".safetensors")
+        with pytest.raises(StorageError, match=r"model-.*safetensors: reading at byte \d+ failed: Input/output error") as caught:
+            convert(sample_fp8, tmp_path / "out", workers=1)
+    assert GOES_ON in str(caught.value)
+    assert os.listdir(tmp_path) == ["out.partial"]
+    convert(sample_fp8, tmp_path / "out")
+    assert digests(tmp_path / "out") == expected
+
+
+def count_scale_reads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many reads come before the first byte is written."""
+    before = 0
+    preadv, pwrite = os.preadv, os.pwrite
+    writing = False
+
+    def counted_preadv(fd: int, *rest: Any) -> int:
+        nonlocal before
+        before += not writing
+        return preadv(fd, *rest)
+
+    def noted_pwrite(fd: int, *rest: Any) -> int:
+        nonlocal writing
+        writing = True
+        return pwrite(fd, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", counted_preadv)
+        patch.setattr(os, "pwrite", noted_pwrite)
+        convert(source, tmp_path / "dry", workers=1)
+    shutil.rmtree(tmp_path / "dry")
+    return before
+
+
+def test_source_truncated_during_the_run(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that shrinks while it is read is a named error, no DST appears, and what was written is not taken up later."""
+    cut(monkeypatch)
+    source = Path(shutil.copytree(sample_fp8, tmp_path / "fp8"))
+    file = max(source.glob("*.safetensors"))
+    whole = file.read_bytes()
+    with pytest.raises(TruncatedFileError, match=f"{file.name}: the file ends at byte"):
+        convert(source, tmp_path / "out", workers=1, progress=lambda done, total: os.truncate(file, len(whole) // 2))
+    assert sorted(os.listdir(tmp_path)) == ["fp8", "out.partial"]
+    with pytest.raises(TruncatedFileError, match="the file holds"):
+        convert(source, tmp_path / "out")
+    time.sleep(0.02)
+    file.write_bytes(whole)
+    assert_refused_untouched(source, tmp_path / "out", "another source")
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for part in ("fp8ckpt: ", *parts):
+        assert part in done.stderr
+
+
+def test_file_size_limit(sample_fp8: Path, expected: dict[str, str], tmp_path: Path, cli: Run) -> None:
+    """A real refusal by the kernel: with a limit on file sizes, exit 1, one line, no DST; without it, the rerun ends well."""
+    command = shlex.join([sys.executable, "-m", "fp8ckpt", "convert", str(sample_fp8), str(tmp_path / "out")])
+    limited = ["bash", "-c", f"ulimit -f 64; exec {command}"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert_one_line(done, "File too large", f"{tmp_path}/out.partial", GOES_ON)
+    assert os.listdir(tmp_path) == ["out.partial"]
+    assert cli("convert", sample_fp8, tmp_path / "out").returncode == 0
+    assert digests(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, less than the output takes."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mounted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here ({done.stderr.strip()}); test_file_size_limit has the kernel refuse instead")
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_disk_that_is_really_full(sample_fp8: Path, expected: dict[str, str], small_disk: Path, cli: Run) -> None:
+    """A disk of 1 MiB: exit 1, one line, no DST; once it is larger, the rerun ends with the same bytes."""
+    out = small_disk / "out"
+    for _ in range(2):
+        assert_one_line(cli("convert", sample_fp8, out), "No space left on device", "free some space", f"{out}.partial", GOES_ON)
+        assert os.listdir(small_disk) == ["out.partial"]
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert cli("convert", sample_fp8, out).returncode == 0
+    assert digests(out) == expected
