@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+HOSTS := .venv-hosts
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-hosts lint bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +18,16 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto
 
+# The host trainers' own environment. NeMo AutoModel comes without what it declares, which its checkpointing does not import.
+$(HOSTS)/.installed: pyproject.toml constraints-hosts.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --editable . transformers pytest pytest-timeout
+	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --no-deps nemo-automodel
+	touch $@
+
+test-hosts: $(HOSTS)/.installed
+	$(HOSTS)/bin/python -m pytest tests_hosts
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -27,4 +38,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(HOSTS) demo

@@ -18,23 +18,34 @@ BLOCKS = DeepseekSizes(
     layers=2, dense_layers=2, hidden=7168, intermediate=18432, heads=16, q_rank=1536, kv_rank=512, nope_dim=64, rope_dim=128, v_dim=128
 )
 
-OURS_IN_CHILD = """
-import json, resource, sys, time
+# Not ru_maxrss: a child that is forked begins with its parent's.
+PEAK = """
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+"""
+OURS_IN_CHILD = (
+    PEAK
+    + """
+import json, sys, time
 import fp8ckpt
 import torch
 begun = time.perf_counter()
 fp8ckpt.convert(sys.argv[1], sys.argv[2])
-print(json.dumps({"seconds": time.perf_counter() - begun, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"seconds": time.perf_counter() - begun, "peak": peak()}))
 """
-PEER_IN_CHILD = """
-import json, resource, sys, time
+)
+PEER_IN_CHILD = (
+    PEAK
+    + """
+import json, sys, time
 import torch
 from compressed_tensors.entrypoints.convert import convert_checkpoint
 from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import FP8BlockDequantizer
 begun = time.perf_counter()
 convert_checkpoint(sys.argv[1], sys.argv[2], FP8BlockDequantizer.from_pretrained(sys.argv[1]))
-print(json.dumps({"seconds": time.perf_counter() - begun, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"seconds": time.perf_counter() - begun, "peak": peak()}))
 """
+)
 
 
 def tree_bytes(directory: Path) -> int:
@@ -103,9 +114,7 @@ def memory(work: Path) -> None:
         peaks[factor] = {"source_bytes": tree_bytes(source), **child(OURS_IN_CHILD, source, work / f"out{factor}")}
         shutil.rmtree(source)
         shutil.rmtree(work / f"out{factor}")
-    base = child("import json, resource, torch; print(json.dumps({'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))")[
-        "peak"
-    ]
+    base = child(PEAK + "import json, torch; print(json.dumps({'peak': peak()}))")["peak"]
     print("\npeak memory of convert, in a process that has imported torch")
     print(f"  torch alone {base / 2**20:.0f} MiB")
     for row in peaks.values():

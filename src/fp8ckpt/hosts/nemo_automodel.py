@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _PART = 1 << 28  # elements of the full tensors; every rank must cut at the same places, so shards do not count
+_ENDS = ("embed_tokens.weight", "model.norm.weight")  # of the text model; a pipeline stage lacks one or both
 
 
 class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStateDictAdapter):  # type: ignore[misc]  # the host is untyped
@@ -31,31 +32,30 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
 
     def iter_checkpoint_load_parts(
         self, model_state_dict: dict[str, torch.Tensor], device_mesh: DeviceMesh | None = None
-    ) -> Iterator[CheckpointLoadPart]:
+    ) -> Iterator[CheckpointLoadPart] | None:
         """Parts of about a quarter of a billion elements: FP8 placeholders for a few weights at a time, and their finishing.
 
-        Tensors that are BF16 on disk are filled in place. A tied tensor that is not on disk is filled with the one whose
-        memory it shares, and counts as done with the last part.
+        Tensors that are BF16 on disk are filled in place. A head that is not on disk, being tied to the embedding, counts as
+        done with the last part; the host ties the two when all parts are done. None for a pipeline stage: the host reads each
+        part on all ranks together, and stages have parts of different number; it then takes its DCP path.
         """
-        stored = {name: tensor for name, tensor in model_state_dict.items() if not self._is_only_tied(name, model_state_dict)}
-        tied = frozenset(model_state_dict.keys() - stored.keys())
+        if not all(any(name.endswith(end) for name in model_state_dict) for end in _ENDS):
+            return None
+        tied = frozenset(name for name in model_state_dict if self._is_only_tied(name))
         parts: list[dict[str, torch.Tensor]] = [{}]
         size = 0
-        for name, tensor in stored.items():
+        for name, tensor in model_state_dict.items():
+            if name in tied:
+                continue
             if size >= _PART:
                 parts.append({})
                 size = 0
             parts[-1][name] = tensor
             size += tensor.numel()
-        for part in parts:
-            yield self._load_part(part, tied if part is parts[-1] else frozenset())
+        return (self._load_part(part, tied if part is parts[-1] else frozenset()) for part in parts)
 
-    def _is_only_tied(self, name: str, state_dict: dict[str, torch.Tensor]) -> bool:
-        if self._stored_keys is None or self.native_to_hf(name) in self._stored_keys:
-            return False
-        # A rank without rows of it has no address to compare; the other ranks have, and must come to the same answer.
-        address = _address(state_dict[name])
-        return not address or any(other != name and _address(tensor) == address for other, tensor in state_dict.items())
+    def _is_only_tied(self, name: str) -> bool:
+        return self._ties_embeddings and name.endswith("lm_head.weight") and self.native_to_hf(name) not in (self._stored_keys or ())
 
     def _load_part(self, native: dict[str, torch.Tensor], tied: frozenset[str]) -> CheckpointLoadPart:
         placeholders = self.to_hf(native, quantization=True)
@@ -76,8 +76,3 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
             placeholders.clear()
 
         return finish
-
-
-def _address(tensor: torch.Tensor) -> int:
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's own part
-    return local.data_ptr()

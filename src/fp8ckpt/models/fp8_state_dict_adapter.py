@@ -17,6 +17,7 @@ import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, dequantize
 from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
+from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -112,3 +113,7 @@ class FP8StateDictAdapter(StateDictAdapter):
             codes, scale = self.quantize(fqn, tensor)
             return [(key, codes), (key + SCALE_SUFFIX, scale)]
         return [(key, tensor)]
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> FP8StorageReader:
+        """The reader that torchtitan asks its adapter for. Whether the checkpoint is quantized, the file knows."""
+        return FP8StorageReader(path)

@@ -177,7 +177,12 @@ def _validated(file: Path, size: int, text: bytes, entries: dict[str, Any]) -> t
             )
             complete = False
             continue
-        if prod(dim or 1 for dim in shape) * bits >= 2**64 or begin < 0 or end < begin or prod(shape) * bits != (end - begin) * 8:
+        if (
+            (0 in shape and prod(dim or 1 for dim in shape) * bits >= 2**64)
+            or begin < 0
+            or end < begin
+            or prod(shape) * bits != (end - begin) * 8
+        ):
             found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
             expected = (
                 f"{shown(prod(shape) * bits / 8 if prod(shape) < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"

@@ -75,6 +75,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
         # What from_checkpoint() reads from the headers; without a file, the release's own.
         self._fp8_keys: frozenset[str] | None = None
         self._stored_keys: frozenset[str] | None = None
+        self._ties_embeddings = False
         self._scales: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     @classmethod
@@ -107,6 +108,8 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
             adapter._scales[layout.hf_to_native(tensor.name)] = (tensor.scale.shape, torch_dtype(tensor.scale.dtype))
         adapter._fp8_keys = frozenset(adapter._scales)
         adapter._stored_keys = frozenset(checkpoint.tensors)
+        text = checkpoint.config.get("text_config") or {}
+        adapter._ties_embeddings = bool(checkpoint.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:

@@ -1,0 +1,61 @@
+"""`load_model` against the adapter with torch's own reader, transformers, and (where it is installed) NeMo AutoModel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import HOSTS_PYTHON, ROOT, keep
+from fp8ckpt import sample
+from fp8ckpt.sample import Mistral3Sizes
+
+# A layer of Mistral Medium 3.5: 1.9 GB on disk, 3.3 GB as BF16.
+SIZES = Mistral3Sizes(layers=1, hidden=12288, intermediate=28672, heads=96, kv_heads=8, head_dim=128, vocabulary=4096, vision_layers=1)
+ROUNDS = 3
+
+
+def load_once(kind: str, source: Path, ranks: int) -> dict[str, Any]:
+    """One load in fresh processes; rank 0's figures."""
+    python = str(HOSTS_PYTHON) if kind.startswith("nemo") else sys.executable
+    launcher = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [python]
+    command = [*launcher, str(ROOT / "benchmarks" / "load_once.py"), kind, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    result: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    return result
+
+
+def main() -> None:
+    peers = {1: ["ours", "adapter", "transformers"], 2: ["ours", "adapter"]}
+    if HOSTS_PYTHON.exists():
+        peers[1] += ["nemo-streaming"]
+        peers[2] += ["nemo-streaming", "nemo-dcp"]
+    figures: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
+        source = sample(Path(work) / "fp8", SIZES, files=2)
+        size = sum(file.stat().st_size for file in source.iterdir())
+        for ranks, kinds in peers.items():
+            for _ in range(ROUNDS):
+                for kind in kinds:
+                    figures.setdefault(f"{kind}, {ranks} rank{'s' if ranks > 1 else ''}", []).append(load_once(kind, source, ranks))
+            checksums = {kind: figures[f"{kind}, {ranks} rank{'s' if ranks > 1 else ''}"][0]["checksum"] for kind in kinds}
+            assert len(set(checksums.values())) == 1, checksums  # the same bits in every parameter, or the figures mean nothing
+    print(f"\nloading {size / 1e9:.2f} GB, source in the page cache, fresh memory (best of {ROUNDS}, each in processes of its own)")
+    for name, runs in figures.items():
+        ours = min(run["seconds"] for run in figures["ours" + name[name.index(",") :]])
+        best = min(runs, key=lambda run: float(run["seconds"]))
+        beyond = (best["peak"] - best["model"]) / 2**20
+        print(
+            f"  {name:<26} {best['seconds']:7.2f} s  {best['seconds'] / ours:6.2f} x ours"
+            f"   peak {best['peak'] / 1e9:5.2f} GB a rank, {beyond:+8.0f} MiB beyond the model's {best['model'] / 1e9:.2f} GB"
+        )
+    keep("loading", {"source_bytes": size, "runs": figures})
+
+
+if __name__ == "__main__":
+    main()
