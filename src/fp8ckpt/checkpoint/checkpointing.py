@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
@@ -26,7 +28,7 @@ from fp8ckpt.checkpoint.naming import IDENTITY, find_layout
 from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
-from fp8ckpt.errors import ModelMismatchError, shown
+from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, shown
 from fp8ckpt.numerics.codes import TARGETS
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, dump_json, without_quantization
@@ -101,10 +103,16 @@ class Checkpointer:
         else:
             side_files = SideFiles(_configuration_of(model, TARGETS[to]))
         writer = SafetensorsStorageWriter(path, dtype=TARGETS[to], base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
-        dcp_save(_state_to_save(model, checkpoint), storage_writer=writer, process_group=self._group, no_dist=_alone())
+        state = ranks.together(lambda: _state_to_save(model, checkpoint))
+        try:
+            with _named_errors():
+                dcp_save(state, storage_writer=writer, process_group=self._group, no_dist=_alone())
+        finally:
+            writer.release()
 
     def _load(self, targets: dict[str, torch.Tensor], reader: FP8StorageReader) -> None:
-        dcp_load(targets, storage_reader=reader, process_group=self._group, no_dist=_alone())
+        with _named_errors():
+            dcp_load(targets, storage_reader=reader, process_group=self._group, no_dist=_alone())
 
     def _ranks(self) -> Ranks:
         return Ranks() if _alone() else GroupRanks(self._group)
@@ -125,6 +133,18 @@ def save_model(
 ) -> None:
     """Write ``model`` as final Hugging Face files: see `Checkpointer.save_model`."""
     Checkpointer().save_model(model, path, to=to, base=base, max_file_bytes=max_file_bytes)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """DCP wraps what a rank raises, and tells every rank; take the named error out again."""
+    try:
+        yield
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, Fp8CheckpointError):
+                raise cause from error
+        raise
 
 
 def _alone() -> bool:

@@ -17,9 +17,10 @@ from fp8ckpt.numerics.codes import SCALE_DTYPES, TARGET_BYTES, count_bad_scales,
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.grid import BlockGrid, infer_grid
 from fp8ckpt.storage.files import pieces, within
-from fp8ckpt.storage.reading import bits_of, stored_dtype
+from fp8ckpt.storage.reading import bits_of, bytes_of, stored_dtype
 
 LARGEST_CODE = 448.0  # of e4m3fn
+_LOOK = 1 << 16  # elements
 _ON_DEVICE = 4 << 20  # elements; float32 temporaries take four times as many bytes
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -44,7 +45,7 @@ def dequantize(
             tensor=name,
             expected=f"a grid of blocks of {block_size}",
         )
-    scales = whole.reshape(-1).view(torch.uint8).numpy().view(SCALE_DTYPES[scale_dtype])
+    scales = bytes_of(whole).view(SCALE_DTYPES[scale_dtype])
     if bad := count_bad_scales(scale_values(scales, scale_dtype)):
         raise ScaleValueError(f"{bad} of {scales.size} scales are not finite and positive", tensor=name, remedy="was the scale loaded?")
     target = stored_dtype(dtype) if stored_dtype(dtype) in TARGET_BYTES else "F32"
@@ -88,63 +89,103 @@ def _largest_of_all(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def quantize_per_tensor(name: str, weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes e4m3fn, 0-d scale) of a weight, the same on every mesh.
+def quantize(
+    name: str, weight: torch.Tensor, block_size: tuple[int, ...] | None, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes e4m3fn, scales of the grid) of a weight, the same on every mesh; without a block size one 0-d scale.
 
-    Where some scale reproduces the weight exactly - it was FP8 before - that scale is found; otherwise it is ``amax / 448``,
-    rounded up so that nothing clips, and 1 for a weight of zeros. Raises `WeightValueError` where the weight is not finite.
+    Where a scale reproduces a block exactly - it was FP8 before - such a scale is found; otherwise it is ``amax / 448``, rounded
+    up so that nothing clips, and 1 for zeros. Raises `WeightValueError`, on all ranks, where the weight is not finite on any.
     """
-    local, _ = local_shard(weight)
-    amax = _largest_of_all(_amax(name, local, weight), weight)
-    if not float(amax):
-        scale = torch.ones((), dtype=scale_dtype, device=local.device)
-        return like(weight, _encode(local, scale)), scale
-    # A weight that was FP8 has as its largest element one of e4m3's seven largest values, times the scale
-    # and a power of two.
-    for significand in (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0):
-        scale = (amax / significand).to(scale_dtype)
-        if not float(scale) or not bool(scale.isfinite()):
-            continue
-        codes = _encode(local, scale)
-        differs = (codes.to(torch.float32) * scale.to(torch.float32)).to(local.dtype).ne(local).any().to(torch.float32)
-        if not float(_largest_of_all(differs, weight)):
-            return like(weight, codes), scale
-    scale = _rounded_up(amax / LARGEST_CODE, scale_dtype)
-    return like(weight, _encode(local, scale)), scale
-
-
-def quantize_blocks(name: str, weight: torch.Tensor, block_size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes e4m3fn, scales f32 of the grid, whole on every rank) of a weight, the same on every mesh."""
-    grid = BlockGrid(tuple(weight.shape), block_size)
-    local, offsets = local_shard(weight)
-    amax = torch.zeros(grid.shape, dtype=torch.float32, device=local.device)
-    blocks = [
-        torch.arange(start, start + size, device=local.device) // block
-        for start, size, block in zip(offsets, local.shape, block_size, strict=True)
-    ]
-    if local.numel():
-        _amax(name, local, weight)  # refuses what is not finite
-        index = blocks[0]
-        for axis, block in enumerate(blocks[1:], 1):
-            index = index.unsqueeze(-1) * grid.shape[axis] + block
-        amax.view(-1).scatter_reduce_(0, index.reshape(-1), local.abs().to(torch.float32).reshape(-1), "amax")
-    scales = _largest_of_all(amax, weight) / LARGEST_CODE
-    scales[scales == 0] = 1.0
-    expanded = scales
-    for axis, block in enumerate(blocks):
-        expanded = expanded.index_select(axis, block)
-    return like(weight, _encode(local, expanded)), scales
-
-
-def _amax(name: str, local: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude f32 of a shard; refuses NaN and infinity."""
-    if not local.numel():
-        return torch.zeros((), device=local.device)
-    amax = local.abs().max().to(torch.float32)
-    if not bool(amax.isfinite()):
-        found = f"{int((~local.isfinite()).sum())} elements are not finite"
+    blocks = _Blocks(weight, block_size)
+    local = blocks.local
+    amax = blocks.largest(_finite_or_inf(local.abs()))
+    if not bool(amax.isfinite().all()):
+        count = int((~local.isfinite()).sum())
+        found = f"{count} elements are not finite" if count else "elements of another rank's part are not finite"
         raise WeightValueError(found, tensor=name, expected="finite weights", remedy="find out where the training diverged")
-    return amax
+    scales = torch.where(amax > 0, _rounded_up(amax / LARGEST_CODE, scale_dtype), torch.ones_like(amax, dtype=scale_dtype))
+    if block_size is not None or not _has_moved(local, weight):
+        scales = _reproducing(blocks, amax, scales)
+    return like(weight, _encode(local, blocks.spread(scales))), scales
+
+
+def _has_moved(local: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a weight with one scale cannot have been FP8: those have at most 126 magnitudes besides zero, and a look tells."""
+    magnitudes = torch.unique(local.reshape(-1)[:_LOOK].abs())
+    return bool(_largest_of_all(torch.tensor(float(magnitudes.numel() > 127), device=local.device), weight))
+
+
+def _reproducing(blocks: _Blocks, amax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``scales``, with those replaced for which another reproduces its block exactly.
+
+    The largest element of a block that was FP8 is one of e4m3's eight significands, times its scale and a power of two, which
+    gives all codes of the block; and each code bounds the scales with which it rounds to its element.
+    """
+    local = blocks.local
+    value = local.abs().to(torch.float64)
+    below = torch.nextafter(local.abs(), torch.zeros_like(local)).to(torch.float64)
+    above = torch.nextafter(local.abs(), torch.full_like(local, np.inf)).to(torch.float64)
+    open_blocks = amax > 0
+    for significand in (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0):
+        codes = _encode(local, blocks.spread(torch.where(amax > 0, amax / significand, torch.ones_like(amax))))
+        magnitude = codes.to(torch.float64).abs()
+        least = torch.where(magnitude > 0, (value + below) / 2 / magnitude, torch.zeros_like(value))
+        most = torch.where(magnitude > 0, (value + above) / 2 / magnitude, torch.full_like(value, np.inf))
+        middle = ((blocks.largest(least) - blocks.largest(-most, -np.inf)) / 2).to(torch.float32).to(scales.dtype)
+        for scale in (
+            middle,
+            torch.nextafter(middle, torch.full_like(middle, np.inf)),
+            torch.nextafter(middle, torch.zeros_like(middle)),
+        ):
+            product = codes.to(torch.float32) * blocks.spread(scale).to(torch.float32)
+            differs = blocks.largest(product.to(local.dtype).ne(local).to(torch.float32))
+            found = open_blocks & (differs == 0) & (scale > 0) & scale.isfinite()
+            scales = torch.where(found, scale, scales)
+            open_blocks = open_blocks & ~found
+        if not bool(open_blocks.any()):
+            break
+    return scales
+
+
+class _Blocks:
+    """This rank's part of a weight, and where its elements lie in the grid of blocks."""
+
+    def __init__(self, weight: torch.Tensor, block_size: tuple[int, ...] | None) -> None:
+        self.weight = weight
+        self.local, offsets = local_shard(weight)
+        self.shape: tuple[int, ...] = ()
+        self._index: list[torch.Tensor] = []
+        if block_size is not None:
+            self.shape = BlockGrid(tuple(weight.shape), block_size).shape
+            device = self.local.device
+            self._index = [
+                torch.arange(start, start + size, device=device) // block
+                for start, size, block in zip(offsets, self.local.shape, block_size, strict=True)
+            ]
+
+    def largest(self, values: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+        """The largest of ``values``, one an element, in each block of the whole weight, and not below ``least``."""
+        start = torch.full(self.shape, least, dtype=values.dtype, device=values.device)
+        if values.numel() and self._index:
+            index = self._index[0]
+            for axis, block in enumerate(self._index[1:], 1):
+                index = index.unsqueeze(-1) * self.shape[axis] + block
+            start.view(-1).scatter_reduce_(0, index.reshape(-1), values.reshape(-1), "amax")
+        elif values.numel():
+            start = torch.maximum(start, values.max())
+        return _largest_of_all(start, self.weight)
+
+    def spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales of the grid, so that they meet this rank's elements."""
+        for axis, block in enumerate(self._index):
+            scales = scales.index_select(axis, block)
+        return scales
+
+
+def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
+    """As float32, with NaN made infinite: a maximum over ranks is defined for the one, and not for the other."""
+    return magnitudes.to(torch.float32).nan_to_num(nan=np.inf, posinf=np.inf)
 
 
 def _encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

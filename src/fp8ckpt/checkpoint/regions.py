@@ -22,7 +22,7 @@ from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.storage.files import Region, open_to_read, pieces, read_region, within
 from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
-from fp8ckpt.storage.reading import bits_of, load_dequantizer, read_dequantized, stored_dtype, torch_dtype
+from fp8ckpt.storage.reading import bits_of, bytes_of, load_dequantizer, read_dequantized, stored_dtype, torch_dtype
 
 _BUFFER = 4 << 20  # bytes; the codes of one piece. On a device its float32 values take four times as much
 
@@ -80,7 +80,7 @@ class RegionLoader:
         dtype = torch_dtype(span.dtype)
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             if target.numel():
-                read_region(self._open(span), span, *region, target.reshape(-1).view(torch.uint8).numpy())
+                read_region(self._open(span), span, *region, bytes_of(target))
                 self.bytes_read += target.nbytes
             return
         buffer = self._scratch(target.device)

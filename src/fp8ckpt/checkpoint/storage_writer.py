@@ -43,7 +43,7 @@ from fp8ckpt.storage.header import TensorSpan, tensor_nbytes
 from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
-from fp8ckpt.storage.reading import stored_dtype, torch_dtype
+from fp8ckpt.storage.reading import bytes_of, stored_dtype, torch_dtype
 
 _PIECE = 4 << 20  # elements that are cast and written at once
 
@@ -188,7 +188,11 @@ class SafetensorsStorageWriter(StorageWriter):
                     file.close()
             self._output.publish()
         finally:
-            self._output.release()
+            self.release()
+
+    def release(self) -> None:
+        """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
+        self._output.release()
 
     def _checked(self, plans: Iterable[SavePlan]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
         """Shapes and dtypes by name, in the order met; every element of every tensor must be planned exactly once."""
@@ -215,6 +219,11 @@ class SafetensorsStorageWriter(StorageWriter):
             raise ModelMismatchError(
                 found, file=self._base.path, expected="the same logical tensors", remedy="give the base that the model came from"
             )
+        for name, tensor in self._base.tensors.items() if self._base is not None else ():
+            if tensor.shape != shapes[name]:
+                raise ModelMismatchError(
+                    f"shape {shapes[name]} in the model", tensor=name, file=self._base and self._base.path, expected=f"{tensor.shape}"
+                )
         return shapes, dtypes
 
     def _stored_dtype(self, name: str, dtype: torch.dtype) -> str:
@@ -257,7 +266,7 @@ def _region(item: WriteItem) -> Region:
 
 def _write_piece(file: OutputFile, span: TensorSpan, piece: Region, values: torch.Tensor) -> int:
     """Cast a piece and write its runs of bytes at their places; returns how many."""
-    stored = values.to(device="cpu", dtype=torch_dtype(span.dtype)).contiguous().reshape(-1).view(torch.uint8).numpy()
+    stored = bytes_of(values.to(device="cpu", dtype=torch_dtype(span.dtype)).contiguous())
     itemsize = span.nbytes // max(1, span.numel)
     done = 0
     for first, count in runs(span.shape, *piece):

@@ -136,6 +136,9 @@ class PartialOutput:
                 raise
             raise write_error(error, self.directory) from error
 
+    def __del__(self) -> None:
+        self.release()  # of an output whose owner met an error
+
     def release(self) -> None:
         """Give up the lock."""
         if self._lock is not None:

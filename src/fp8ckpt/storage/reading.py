@@ -124,8 +124,15 @@ def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: t
     result = torch.empty(region[1], dtype=torch_dtype(tensor.dtype))
     if result.numel():
         with opened(tensor.file) as fd:
-            read_region(fd, tensor, *region, result.reshape(-1).view(torch.uint8).numpy())
+            read_region(fd, tensor, *region, bytes_of(result))
     return result
+
+
+def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """A flat numpy view of the bytes of a contiguous CPU tensor. One of a single element may have any strides, and is contiguous."""
+    import torch
+
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:

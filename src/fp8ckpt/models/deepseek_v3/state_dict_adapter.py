@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fp8ckpt.checkpoint.quantized_dtensors import quantize_blocks
+from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.numerics.grid import tiled
@@ -91,5 +91,6 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
         return torch.ones(grid.shape, dtype=torch.float32, device=weight.device).to(dtype)
 
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, F32 scales of the grid)."""
-        return quantize_blocks(fqn, weight, (1,) * (weight.dim() - 2) + BLOCK_SIZE)
+        """(codes, scales of the grid): F32, or of the file's dtype."""
+        dtype = (self._scale_dtypes or {}).get(self.native_to_hf(fqn), torch.float32)
+        return quantize(fqn, weight, (1,) * (weight.dim() - 2) + BLOCK_SIZE, dtype)

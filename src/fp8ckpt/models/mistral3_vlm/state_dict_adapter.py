@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fp8ckpt.checkpoint.naming import IDENTITY, NESTED
-from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize_per_tensor
+from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
@@ -124,5 +124,5 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, scale): a fresh scale, of the shape and dtype that the file has."""
         shape, dtype = self._scales.get(fqn, ((), torch.bfloat16))
-        codes, scale = quantize_per_tensor(fqn, weight, dtype)
+        codes, scale = quantize(fqn, weight, None, dtype)
         return codes, scale.reshape(shape)

@@ -1,0 +1,127 @@
+"""A rehearsal at full size: the 128B release's true names and shapes in sparse files, planned for 64 ranks, TP8 x PP8."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, Mistral3ForConditionalGeneration
+
+from fp8ckpt import Checkpoint, FP8StorageReader, QuantizedTensor, open_checkpoint, sample
+from fp8ckpt.sample import Mistral3Sizes
+from tests.distributed import apart, local, stage, tp
+
+STAGES, SHARDS = 8, 8
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """128 GB of holes, and true headers."""
+    return open_checkpoint(sample(tmp_path_factory.mktemp("release") / "128B", Mistral3Sizes.true_shape(), files=27, sparse=True))
+
+
+class Planned(NamedTuple):
+    """One rank's plan: regions by tensor, in the order planned; and how many elements of each tensor it holds."""
+
+    regions: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    held: dict[str, int]
+    seconds: float
+
+
+def _plan(work: tuple[int, Path]) -> Planned:
+    """Plan as a rank of a world of 64 of which no other rank is there; its parameters are on meta.
+
+    In a process of its own: torch remembers placements, and with them the rank that they were first computed for.
+    """
+    rank, path = work
+    warnings.simplefilter("ignore")
+    dist.init_process_group("fake", rank=rank, world_size=STAGES * SHARDS)
+    mesh = init_device_mesh("cpu", (STAGES, SHARDS), mesh_dim_names=("pp", "tp"))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model: Any = Mistral3ForConditionalGeneration(AutoConfig.from_pretrained(path))
+    state = tp(stage(model, mesh.get_local_rank("pp"), STAGES), mesh["tp"]).state_dict()
+    begun = time.perf_counter()
+    reader, planner = FP8StorageReader(path), DefaultLoadPlanner()
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, rank == 0)
+    planner.set_up_planner(state, metadata, rank == 0)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    seconds = time.perf_counter() - begun
+    assert all(item.storage_index.fqn == item.dest_index.fqn for item in plan.items)
+    regions = [(item.storage_index.fqn, tuple(item.storage_offsets), tuple(item.lengths)) for item in plan.items]
+    return Planned(regions, {name: local(tensor).numel() for name, tensor in state.items()}, seconds)
+
+
+@pytest.fixture(scope="module")
+def plans(release: Checkpoint) -> list[Planned]:
+    """By rank."""
+    return apart(_plan, [(rank, release.path) for rank in range(STAGES * SHARDS)])
+
+
+def _bytes(name: str, numel: int, release: Checkpoint) -> int:
+    tensor = release[name]
+    return numel if isinstance(tensor, QuantizedTensor) else numel * tensor.nbytes // tensor.numel
+
+
+def test_64_ranks_read_each_byte_once(release: Checkpoint, plans: list[Planned]) -> None:
+    """Each rank plans its shards and no more; over all ranks each sharded tensor is covered once, each other one once a rank."""
+    assert sum(tensor.numel for tensor in release.tensors.values()) > 125e9
+    regions: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    planned = []
+    for plan in plans:
+        planned.append(sum(_bytes(name, prod(sizes), release) for name, _, sizes in plan.regions))
+        assert planned[-1] == sum(_bytes(name, numel, release) for name, numel in plan.held.items())
+        for name, offsets, sizes in plan.regions:
+            regions.setdefault(name, []).append((offsets, sizes))
+
+    sharded = {name for plan in plans for name, numel in plan.held.items() if numel < release[name].numel}
+    assert regions.keys() == release.tensors.keys()
+    linears = [name for name, tensor in release.tensors.items() if isinstance(tensor, QuantizedTensor)]
+    assert sharded == {*linears, "lm_head.weight"}
+    for name, found in regions.items():
+        shape = release[name].shape
+        if name not in sharded:
+            assert found == [((0,) * len(shape), shape)] * SHARDS, name
+            continue
+        assert sum(prod(sizes) for _, sizes in found) == prod(shape), name
+        # Eight slices of one dimension, one after the other: together with the sum above, a partition.
+        [axis] = {i for _, sizes in found for i, (size, dim) in enumerate(zip(sizes, shape, strict=True)) if size < dim}
+        end = 0
+        for offsets, sizes in sorted(found, key=lambda region: region[0]):
+            assert offsets[axis] == end, name
+            end += sizes[axis]
+        assert end == shape[axis]
+    total = sum(_bytes(name, tensor.numel, release) for name, tensor in release.tensors.items())
+    copies = sum(_bytes(name, release[name].numel, release) for name in regions.keys() - sharded)
+    assert sum(planned) == total + (SHARDS - 1) * copies
+    slowest = max(plan.seconds for plan in plans)
+    print(f"planned in at most {slowest * 1000:.0f} ms; {min(planned) / 1e9:.2f} to {max(planned) / 1e9:.2f} GB a rank, ", end="")
+    print(f"{sum(planned) / 1e9:.1f} GB together, of {total / 1e9:.1f} GB on disk")
+
+
+def test_stages_divide_the_model(plans: list[Planned]) -> None:
+    """Eleven layers a stage: the ends hold the embeddings and the vision tower, and the norm and the head."""
+    layers = [{int(name.split(".")[3]) for name in plan.held if name.startswith("model.language_model.layers.")} for plan in plans]
+    assert layers == [set(range(11 * (rank // SHARDS), 11 * (rank // SHARDS) + 11)) for rank in range(STAGES * SHARDS)]
+    first, middle, last = (set(plans[rank].held) for rank in (0, 27, 63))
+    assert all(name.startswith("model.language_model.layers.") for name in middle)
+    assert "model.language_model.embed_tokens.weight" in first
+    assert any(name.startswith("model.vision_tower") for name in first)
+    assert {"lm_head.weight", "model.language_model.norm.weight"} <= last
+    assert "lm_head.weight" not in first
+
+
+def test_the_release_takes_no_room(release: Checkpoint) -> None:
+    """The files are as long as the release's, and mostly holes."""
+    files = list(Path(release.path).glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) > 120e9
+    assert sum(file.stat().st_blocks * 512 for file in files) < 20e6

@@ -1,0 +1,461 @@
+"""Saving from sharded models: the final files, each byte once, equal to what a conversion gives; or nothing at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.multiprocessing import ProcessExitedException
+from transformers import Mistral3ForConditionalGeneration
+
+import fp8ckpt
+from fp8ckpt import Checkpointer, SafetensorsStorageWriter, convert, load_pretrained, open_checkpoint, sample, save_model, verify
+from fp8ckpt.checkpoint import checkpointing, storage_writer
+from fp8ckpt.errors import ModelMismatchError, OutputExistsError, ResumeMismatchError, StorageError
+from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
+from fp8ckpt.sample import Mistral3Sizes
+from tests.distributed import assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
+from tests.oracle import Stored, read_directory, read_safetensors
+
+UNEVEN = Mistral3Sizes(
+    layers=2, hidden=100, intermediate=203, heads=6, kv_heads=1, head_dim=4, vocabulary=515, vision_hidden=68, vision_intermediate=37
+)
+
+
+@pytest.fixture(scope="module")
+def paths(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sample, and one of uneven sizes in the other layout; each with what `convert` makes of it beside it."""
+    root = tmp_path_factory.mktemp("save")
+    found = {"identity": sample_fp8, "uneven": sample(root / "uneven", UNEVEN, layout="nested", files=2)}
+    for name in list(found):
+        for to in ("bf16", "fp32"):
+            convert(found[name], root / f"{name}-{to}", to=to)
+            found[f"{name} {to}"] = root / f"{name}-{to}"
+    return found
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+def _assert_same_directory(found: Path, expected: Path) -> None:
+    one, two = _files(found), _files(expected)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+def _tensor_bytes(directory: Path) -> int:
+    return sum(len(tensor.data) for tensor in read_directory(directory).values())
+
+
+class _Counting(SafetensorsStorageWriter):
+    made: list[_Counting] = []  # noqa: RUF012  # of this process
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.made.append(self)
+
+
+# ---------------------------------------------------------------- with a base
+
+
+@pytest.mark.parametrize("name", ["identity", "uneven"])
+@pytest.mark.parametrize("to", ["bf16", "fp32"])
+def test_load_then_save_equals_convert(name: str, to: str, paths: dict[str, Path], tmp_path: Path) -> None:
+    """With the base, in one process: every file of the directory is the one that `convert` writes, byte for byte."""
+    model = load_pretrained(paths[name], dtype=torch.float32)  # rounded once, when it is saved
+    save_model(model, tmp_path / "out", to=to, base=paths[name])
+    _assert_same_directory(tmp_path / "out", paths[f"{name} {to}"])
+    assert verify(paths[name], tmp_path / "out").ok
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_adapter_and_checkpointer(paths: dict[str, Path], tmp_path: Path) -> None:
+    """By the model's adapter, through `Checkpointer`, from an open base: the same directory."""
+    model = load_pretrained(paths["uneven"])
+    model.state_dict_adapter = Mistral3FP8StateDictAdapter.from_checkpoint(paths["uneven"])
+    Checkpointer().save_model(model, tmp_path / "out", base=open_checkpoint(paths["uneven"]))
+    _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+
+
+def test_changed_weights_are_saved(paths: dict[str, Path], tmp_path: Path) -> None:
+    """What was trained is what is stored, under the base's names and in its files."""
+    model = load_pretrained(paths["uneven"])
+    changed = model.model.language_model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        changed.mul_(3).add_(0.25)
+    save_model(model, str(tmp_path / "out"), base=str(paths["uneven"]))
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    out, expected = read_directory(tmp_path / "out"), read_directory(paths["uneven bf16"])
+    assert out[name].data == bits(changed)
+    assert {key for key in expected if out[key] != expected[key]} == {name}
+    assert out.keys() == expected.keys()
+
+
+# ---------------------------------------------------------------- without a base
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_without_a_base_it_loads_in_transformers(to: str, dtype: torch.dtype, paths: dict[str, Path], tmp_path: Path) -> None:
+    """A float32 model in the dtype asked for: its own names, its configuration without quantization, and the values rounded."""
+    model = load_pretrained(paths["uneven"], dtype=torch.float32)
+    save_model(model, tmp_path / "out", to=to)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Mistral3ForConditionalGeneration"]
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert "quantization_config" not in config
+    stored = read_directory(tmp_path / "out")
+    assert stored.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert stored[name].data == bits(tensor.to(dtype)), name
+    again, info = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=dtype, output_loading_info=True)
+    assert {key: list(names) for key, names in info.items() if names} == {}
+    for name, tensor in again.state_dict().items():
+        assert_same(tensor, model.state_dict()[name].to(dtype), name)
+    assert again.config.dtype == dtype
+
+
+def test_files_end_where_they_are_told(paths: dict[str, Path], tmp_path: Path) -> None:
+    """Several files of at most ``max_file_bytes`` of tensors, in order, with an index that fits; transformers loads them."""
+    model, most = load_pretrained(paths["identity"]), 200_000
+    save_model(model, tmp_path / "out", max_file_bytes=most)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    count = len(files)
+    assert count > 3
+    assert [file.name for file in files] == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    held = [read_safetensors(file) for file in files]
+    assert all(sum(len(t.data) for t in tensors.values()) <= most for tensors in held)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file, tensors in zip(files, held, strict=True) for name in tensors}
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    again = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for name, tensor in again.state_dict().items():
+        assert_same(tensor, model.state_dict()[name], name)
+
+
+def test_a_tensor_larger_than_a_file_has_one_of_its_own(tmp_path: Path) -> None:
+    """No tensor is cut, and no file is empty."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(40, 40, bias=False), nn.Linear(2, 2, bias=False))
+    save_model(model, tmp_path / "out", to="fp32", max_file_bytes=20)
+    assert [set(read_safetensors(file)) for file in sorted((tmp_path / "out").glob("*.safetensors"))] == [
+        {"0.weight"}, {"1.weight"}, {"2.weight"}
+    ]  # fmt: skip
+
+
+def test_adapter_names_without_a_base(paths: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter's names on disk are those of the release."""
+    model = load_pretrained(paths["uneven"])
+    model.state_dict_adapter = Mistral3FP8StateDictAdapter.from_checkpoint(paths["uneven"])
+    save_model(model, tmp_path / "out")
+    assert read_directory(tmp_path / "out") == read_directory(paths["uneven bf16"])
+
+
+def test_a_target_that_is_none_is_refused(tmp_path: Path) -> None:
+    """The message lists the dtypes."""
+    with pytest.raises(ValueError, match="bf16, fp16, fp32"):
+        save_model(nn.Linear(2, 2), tmp_path / "out", to="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- tied
+
+
+def _tied(source: Path, destination: Path, *, head: bool = False) -> Path:
+    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        name = next(name for name in tensors if name.endswith("lm_head.weight"))
+        embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+        kept = {key: tensor for key, tensor in tensors.items() if key != name}
+        return {**kept, name: tensors[embeddings]} if head else kept
+
+    def tie(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+
+    return rewrite(source, destination, change, tie)
+
+
+@pytest.mark.parametrize("name", ["identity", "uneven"])
+def test_tied_models(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
+    """The tied tensor is stored once, or as often as in the base; without a base the model loads again, tied."""
+    for head in (False, True):
+        source = _tied(paths[name], tmp_path / f"fp8-{head}", head=head)
+        model = load_pretrained(source)
+        save_model(model, tmp_path / f"out-{head}", base=source)
+        convert(source, tmp_path / f"converted-{head}")
+        _assert_same_directory(tmp_path / f"out-{head}", tmp_path / f"converted-{head}")
+    save_model(model, tmp_path / "alone")
+    assert read_directory(tmp_path / "alone").keys() == model.state_dict().keys() - {"lm_head.weight"}
+    again, info = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "alone", dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
+    assert_same(again.lm_head.weight, model.lm_head.weight)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_existing_destination_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is ever overwritten, be it a file, a directory or a broken link."""
+    model = load_pretrained(paths["uneven"])
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("directory", "file", "link"):
+        with pytest.raises(OutputExistsError, match=name):
+            save_model(model, tmp_path / name, base=paths["uneven"])
+        assert not SafetensorsStorageWriter.validate_checkpoint_id(tmp_path / name)
+    assert SafetensorsStorageWriter.validate_checkpoint_id(tmp_path / "free")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["directory", "file", "link"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_base_of_another_model_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """A tensor that only one of the two has, or that has another shape in each: `ModelMismatchError` names it; nothing is written."""
+    model: Any = load_pretrained(paths["identity"])
+    model.extra = nn.Linear(2, 2, bias=False)
+    with pytest.raises(ModelMismatchError, match=r"extra\.weight"):
+        save_model(model, tmp_path / "out", base=paths["identity"])
+    model.extra = None
+    head, model.lm_head = model.lm_head, None
+    with pytest.raises(ModelMismatchError, match=r"lm_head\.weight"):
+        save_model(model, tmp_path / "out", base=paths["identity"])
+    model.lm_head = head
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_of_other_shapes_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """A model whose vocabulary has grown is not the base's any more: its configuration would be wrong."""
+    model: Any = load_pretrained(paths["identity"])
+    model.lm_head = nn.Linear(128, 520, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(ModelMismatchError, match=r"lm_head\.weight"):
+        save_model(model, tmp_path / "out", base=paths["identity"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    """A number, or a tensor of a dtype that safetensors does not know, is refused by name; nothing is written."""
+    for state, name in (({"step": 3}, "step"), ({"z": torch.zeros(2, dtype=torch.complex128)}, "z")):
+        with pytest.raises(BaseException, match=f"UnsupportedFormatError: {name}: "):
+            dcp.save(state, storage_writer=SafetensorsStorageWriter(tmp_path / "out"), no_dist=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space_leaves_no_destination(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk's refusal is `StorageError`; the destination is not there; once there is space, the same call succeeds."""
+    model = load_pretrained(paths["uneven"])
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            save_model(model, tmp_path / "out", base=paths["uneven"])
+    assert not (tmp_path / "out").exists()
+    save_model(model, tmp_path / "out", base=paths["uneven"])
+    _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+
+
+# ---------------------------------------------------------------- killed
+
+
+def _die_while_saving(path: Path, destination: Path) -> None:
+    write, left = storage_writer._write_piece, [5]
+
+    def write_or_die(*arguments: Any) -> int:
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+        return write(*arguments)
+
+    storage_writer._write_piece = write_or_die
+    save_model(load_pretrained(path), destination, base=path)
+
+
+def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path: Path) -> None:
+    """A process dies while it writes: no destination; the same save ends with the same bytes, any other is refused."""
+    with pytest.raises(ProcessExitedException, match="exit code 9"):
+        run(1, _die_while_saving, paths["uneven"], tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.partial"]
+    assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 2
+    model = load_pretrained(paths["uneven"])
+    with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
+        save_model(model, tmp_path / "out", to="fp32", base=paths["uneven"])
+    save_model(model, tmp_path / "out", base=paths["uneven"])
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+
+
+# ---------------------------------------------------------------- plain dcp.save
+
+
+def _state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "matrix": torch.randn(7, 5, generator=generator),
+        "half": torch.randn(3, 4, generator=generator).half(),
+        "double": torch.randn(3, 4, generator=generator).double(),
+        "transposed": torch.randn(5, 6, generator=generator).T,
+        "every second": torch.randn(4, 6, generator=generator)[:, ::2],
+        "one of two": torch.tensor([[1.0, 2.0]])[:, 1:],
+        "one, strided": torch.randn(1, 1, 2, generator=generator)[..., 0],
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 3),
+        "steps": torch.arange(6).reshape(2, 3),
+        "mask": torch.tensor([True, False, True]),
+        "codes": torch.arange(4, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "parameter": nn.Parameter(torch.ones(2, 2)),
+    }
+
+
+def _assert_stored(directory: Path, state: dict[str, torch.Tensor], dtype: torch.dtype, name: str) -> None:
+    stored = read_directory(directory)
+    assert stored.keys() == state.keys()
+    for key, tensor in state.items():
+        floats = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
+        cast = tensor.detach().to(dtype) if tensor.dtype in floats else tensor
+        assert (stored[key].shape, stored[key].data) == (tuple(tensor.shape), bits(cast)), key
+        assert tensor.dtype not in floats or stored[key].dtype == name
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("BF16", torch.bfloat16), ("F32", torch.float32)])
+def test_plain_dcp_save(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Tensors of every kind and stride: one file, floats in the dtype asked for, all else as it is; bytes are counted."""
+    writer = SafetensorsStorageWriter(tmp_path / "out", dtype=name)
+    dcp.save(_state(), storage_writer=writer, no_dist=True)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    _assert_stored(tmp_path / "out", _state(), dtype, name)
+    assert writer.bytes_written == _tensor_bytes(tmp_path / "out")
+    dcp.save({"a": torch.ones(2)}, storage_writer=writer, checkpoint_id=str(tmp_path / "again"), no_dist=True)
+    assert set(read_directory(tmp_path / "again")) == {"a"}
+    assert writer.bytes_written == _tensor_bytes(tmp_path / "again")
+
+
+def _dtensors_on_ranks(destination: Path) -> int:
+    flat, state = mesh(), {}
+    for i, (name, tensor) in enumerate(_state().items()):
+        placement = [Shard(0), Shard(tensor.dim() - 1), Replicate()][i % 3] if tensor.dim() else Replicate()
+        if tensor.dtype.itemsize == 1:  # what gloo does not scatter
+            state[name] = tensor
+        else:
+            state[name] = distribute_tensor(tensor.detach().contiguous(), flat, [placement])
+    assert any(isinstance(tensor, DTensor) for tensor in state.values())
+    writer = SafetensorsStorageWriter(destination, max_file_bytes=100)
+    dcp.save(state, storage_writer=writer)
+    return writer.bytes_written
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_plain_dcp_save_of_dtensors(ranks: int, tmp_path: Path) -> None:
+    """Rows, columns and copies, in several files: each byte written once over all ranks."""
+    written = run(ranks, _dtensors_on_ranks, tmp_path / "out")
+    _assert_stored(tmp_path / "out", _state(), torch.bfloat16, "BF16")
+    assert sum(written) == _tensor_bytes(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
+    """Save from every sharding, with and without a base; returns the bytes that this rank wrote, by output."""
+    checkpointing.SafetensorsStorageWriter = _Counting  # type: ignore[misc]
+    size, flat, written = dist.get_world_size(), mesh(), {}
+    shardings: dict[str, Any] = {"fsdp": lambda m: fsdp(m, flat), "tp": lambda m: tp(m, flat)}
+    if size == 4:
+        both = mesh(2, 2, names=("dp", "tp"))
+        shardings["2-D"] = lambda m: tp_fsdp(m, both)
+    for name in ("identity", "uneven"):
+        for kind, parallelize in shardings.items():
+            model = load_pretrained(paths[name], parallelize=parallelize)
+            save_model(model, root / f"{name} {kind}", base=paths[name])
+            written[f"{name} {kind}"] = _Counting.made.pop().bytes_written
+    model = load_pretrained(paths["identity"], parallelize=shardings["fsdp"], dtype=torch.float32)
+    save_model(model, root / "alone", max_file_bytes=300_000)
+    written["alone"] = _Counting.made.pop().bytes_written
+    model = load_pretrained(paths["tied"], parallelize=shardings["fsdp"])
+    save_model(model, root / "tied", base=paths["tied"])
+    written["tied"] = _Counting.made.pop().bytes_written
+    return written
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> None:
+    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written once over all ranks."""
+    tied = _tied(paths["identity"], tmp_path / "tied fp8")
+    convert(tied, tmp_path / "tied bf16")
+    root = tmp_path / "out"
+    root.mkdir()
+    written = run(ranks, _save_on_ranks, {**paths, "tied": tied}, root)
+    outputs = {file.name for file in root.iterdir()}
+    assert outputs == written[0].keys()
+    assert len(outputs) == 6 + 2 * (ranks == 4)
+    for name in outputs:
+        assert sum(counts[name] for counts in written) == _tensor_bytes(root / name), name
+        if name == "tied":
+            _assert_same_directory(root / name, tmp_path / "tied bf16")
+        elif name != "alone":
+            _assert_same_directory(root / name, paths[name.split()[0] + " bf16"])
+    again = Mistral3ForConditionalGeneration.from_pretrained(root / "alone", dtype=torch.bfloat16)
+    expected = open_checkpoint(paths["identity"])
+    for name, tensor in again.state_dict().items():
+        assert_same(tensor, expected.read(name), name)
+    assert len(list((root / "alone").glob("*.safetensors"))) > 1
+    if ranks > 1:
+        assert all(counts["identity fsdp"] for counts in written)
+
+
+def _refused_on_ranks(path: Path, root: Path) -> list[str]:
+    """Refusals that only one rank meets with; what this rank was told."""
+    rank, told = dist.get_rank(), []
+
+    def attempt(model: nn.Module, destination: Path) -> None:
+        try:
+            save_model(model, destination, base=path)
+        except BaseException as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("nothing was raised")
+        dist.barrier()
+
+    model: Any = load_pretrained(path, parallelize=lambda m: fsdp(m, mesh()))
+    (root / "there").mkdir(exist_ok=True)
+    attempt(model, root / "there")
+    write = os.pwrite
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank == 1:
+        os.pwrite = full
+    attempt(model, root / "full")
+    os.pwrite = write
+    attempt(model, root / "full")
+    model.extra = nn.Linear(2, 2, bias=False)
+    attempt(model, root / "other")
+    return told
+
+
+def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> None:
+    """An existing destination, a full disk of one rank, another model's base: all ranks raise the same, and go on together."""
+    for told in run(2, _refused_on_ranks, paths["uneven"], tmp_path):
+        assert told[0].startswith("OutputExistsError: ")
+        assert told[1].startswith("StorageError: ")
+        assert told[2] == "nothing was raised"
+        assert told[3].startswith("ModelMismatchError: ")
+    _assert_same_directory(tmp_path / "full", paths["uneven bf16"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "there"]
+
+
+def test_the_writer_is_public() -> None:
+    """`fp8ckpt.SafetensorsStorageWriter` is the one that `save_model` uses."""
+    assert fp8ckpt.SafetensorsStorageWriter is checkpointing.SafetensorsStorageWriter is storage_writer.SafetensorsStorageWriter

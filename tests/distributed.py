@@ -1,0 +1,159 @@
+"""Run a function on several gloo ranks; shard a transformers Mistral3 model as trainers do; make variants of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from tests.oracle import Stored, read_directory, write_safetensors
+
+# Imported once, by the server that the ranks are forked from; nothing of it starts threads.
+_PRELOAD = (
+    "fp8ckpt.checkpoint.checkpointing",
+    "fp8ckpt.numerics.kernels",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "transformers",
+    "transformers.models.ministral3.modeling_ministral3",
+    "transformers.models.mistral3.modeling_mistral3",
+    "transformers.models.pixtral.modeling_pixtral",
+)
+
+
+def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` on ``size`` ranks; what each returns, by rank. The first rank that fails fails the caller.
+
+    ``function`` is importable (of a module, not of a test), and so are what it takes and returns.
+    """
+    multiprocessing.set_forkserver_preload(list(_PRELOAD))
+    with TemporaryDirectory(prefix="ranks-") as folder:
+        mp.start_processes(_rank, (size, Path(folder), function, arguments), size, start_method="forkserver")
+        return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(size)]
+
+
+def apart(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
+    """``function`` of each argument in a process of its own, two at a time, without a process group."""
+    multiprocessing.set_forkserver_preload(list(_PRELOAD))
+    with multiprocessing.get_context("forkserver").Pool(2, maxtasksperchild=1) as pool:
+        return pool.map(function, arguments, chunksize=1)
+
+
+def _rank(rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    warnings.simplefilter("ignore")
+    os.environ.update(LOCAL_WORLD_SIZE=str(size), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    try:
+        result = function(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:  # torch's CheckpointException is one; the process that waits hears of Exceptions only
+        raise RuntimeError("".join(traceback.format_exception(error))) from None
+    (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def mesh(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """A mesh of all ranks; by default of one dimension."""
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def fsdp(model: nn.Module, over: DeviceMesh) -> nn.Module:
+    """FSDP2: each text layer, then the rest."""
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=over)
+    return fully_shard(model, mesh=over)
+
+
+def tp(model: nn.Module, over: DeviceMesh) -> nn.Module:
+    """Tensor parallelism of the text layers (columns, then rows) and of the head."""
+    plan = {f"mlp.{name}": ColwiseParallel() for name in ("gate_proj", "up_proj")}
+    plan |= {f"self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+    plan |= {"mlp.down_proj": RowwiseParallel(), "self_attn.o_proj": RowwiseParallel()}
+    text, head = model.model.language_model, model.lm_head
+    for layer in text.layers:
+        if not isinstance(layer, nn.Identity):  # of another pipeline stage
+            parallelize_module(layer, over, plan)
+    if head is not None and (text.embed_tokens is None or head.weight is not text.embed_tokens.weight):
+        parallelize_module(model, over, {"lm_head": ColwiseParallel()})
+    return model
+
+
+def tp_fsdp(model: nn.Module, over: DeviceMesh) -> nn.Module:
+    """Both: ``over`` has the dimensions "dp" and "tp"."""
+    return fsdp(tp(model, over["tp"]), over["dp"])
+
+
+def stage(model: nn.Module, index: int, count: int) -> nn.Module:
+    """A pipeline stage: its share of the text layers; vision and embeddings on the first, norm and head on the last."""
+    text = model.model.language_model
+    layers = len(text.layers)
+    for i in range(layers):
+        if not layers * index // count <= i < layers * (index + 1) // count:
+            text.layers[i] = nn.Identity()
+    if index:
+        text.embed_tokens = model.model.vision_tower = model.model.multi_modal_projector = None
+    if index < count - 1:
+        text.norm = model.lm_head = None
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor; every rank of its mesh must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor's values, in row-major order."""
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # reshape() keeps odd strides of one element
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, name: object = "") -> None:
+    """The same dtype, shape and bits."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+    assert bits(found) == bits(expected), name
+
+
+def rewrite(
+    source: Path,
+    destination: Path,
+    tensors: Callable[[dict[str, Stored]], dict[str, Stored]] | None = None,
+    config: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """A copy of a checkpoint as one file, its stored tensors and its configuration changed."""
+    shutil.copytree(source, destination, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    stored = read_directory(source)
+    write_safetensors(destination / "model.safetensors", tensors(stored) if tensors else stored, {"format": "pt"})
+    text = json.loads((source / "config.json").read_text())
+    if config is not None:
+        config(text)
+    (destination / "config.json").write_text(json.dumps(text))
+    return destination
