@@ -25,7 +25,14 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     for language, code in blocks:
         command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": path, "HOME": str(tmp_path)}, timeout=240)
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PATH": path, "HOME": str(tmp_path), "FP8CKPT": str(ROOT)},
+            timeout=240,
+        )
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
 
 
