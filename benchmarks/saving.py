@@ -49,9 +49,8 @@ def main() -> None:
     ours = min(run["seconds"] for run in figures["ours"])
     for kind, runs in figures.items():
         best = min(runs, key=lambda run: float(run["seconds"]))
-        print(
-            f"  {kind:<6} {best['seconds']:6.2f} s  {best['seconds'] / ours:5.2f} x ours   {best['written'] / size:5.3f} bytes written for each"
-        )
+        ratio, written = best["seconds"] / ours, best["written"] / size
+        print(f"  {kind:<6} {best['seconds']:6.2f} s  {ratio:5.2f} x ours   {written:5.3f} bytes written for each of the output")
     keep("saving", {"bytes": size, "runs": figures})
 
 
