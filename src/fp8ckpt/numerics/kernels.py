@@ -70,6 +70,41 @@ def look_up(codes: Array, table: Array, out: Array) -> None:
         out[i] = table[codes[i]]
 
 
+_SCRATCH = 4096  # elements; with codes and results they stay in the first-level cache
+_LEAST_NORMAL = 2.0**-6  # of e4m3
+
+
+@njit(nogil=True, cache=True)
+def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
+    """What `look_up` gives for e4m3fn codes and a table of bfloat16, in loops that a compiler turns into vector instructions.
+
+    codes u8 [n], scale f32, out u16 [n]. A code's bits, moved into a float32, are its value; those of a subnormal code are read
+    as ``2**-6 * (1 + m / 8)``, from which ``2**-6`` is taken: exact, and without float32 subnormals, which some processors
+    handle a hundred times slower. 32-bit operations throughout, or half of a vector is wasted.
+    """
+    bits = np.empty(_SCRATCH, np.int32)
+    values = bits.view(np.float32)
+    for start in range(0, codes.size, _SCRATCH):
+        part = codes[start : start + _SCRATCH]
+        result = out[start : start + _SCRATCH]
+        for i in range(part.size):
+            size = np.int32(np.int32(part[i]) & np.int32(0x7F))
+            exponent = np.int32(120 << 23) if size > np.int32(7) else np.int32(121 << 23)
+            bits[i] = np.int32(np.int32(size << np.int32(20)) + exponent)
+        for i in range(part.size):
+            excess = np.float32(0) if (part[i] & np.uint8(0x7F)) > np.uint8(7) else np.float32(_LEAST_NORMAL)
+            values[i] = (values[i] - excess) * scale
+        for i in range(part.size):
+            product = bits[i]
+            result[i] = np.uint16(np.int32(product + np.int32(0x7FFF) + ((product >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+        for i in range(part.size):
+            code = part[i]
+            value = result[i]
+            if (code & np.uint8(0x7F)) == np.uint8(0x7F):
+                value = np.uint16(0x7FC0)
+            result[i] = value | (np.uint16(code & np.uint8(0x80)) << np.uint16(8))
+
+
 @njit(nogil=True, cache=True)
 def look_up_blocks(
     codes: Array, tables: Array, ids: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
