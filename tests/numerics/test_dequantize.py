@@ -168,7 +168,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
-        for name in ("look_up", "look_up_blocks", "multiply_blocks"):
+        for name in ("look_up", "look_up_blocks", "multiply_blocks", "multiply_e4m3_to_bf16"):
             monkeypatch.setattr(module.kernels, name, self._counting(name, getattr(module.kernels, name)))
 
     def _counting(self, name: str, kernel: Any) -> Any:
@@ -194,7 +194,9 @@ class Calls:
     ],
 )
 def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch, shape: Shape, block: Shape, scale_dtype: str, kernel: str, dtype: str) -> None:
-    """Large blocks and exponents are looked up, small blocks are multiplied; both give the oracle's bits."""
+    """Large blocks and exponents are looked up, small blocks and the commonest case are multiplied; all give the oracle's bits."""
+    if kernel == "look_up" and dtype == "BF16":
+        kernel = "multiply_e4m3_to_bf16"
     calls = Calls(monkeypatch)
     case = Case(shape, block, "F8_E4M3", scale_dtype, dtype, 11)
     case.check_flat(0, case.codes.size)
@@ -287,3 +289,16 @@ def test_a_dequantizer_is_shared_by_threads() -> None:
     case = Case((300, 400), (128, 128), "F8_E4M3", "F32", "BF16", 4)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: case.check_flat(i * 997, case.codes.size - i * 31), range(100)))
+
+
+def test_the_commonest_kernel_for_every_code_and_scale() -> None:
+    """All codes under every positive finite BF16 scale, and float32 scales of every magnitude, subnormal ones included."""
+    codes = np.tile(np.arange(256, dtype=np.uint8), 20)  # more than its scratch holds, and not a multiple of it
+    every = (np.arange(1, 0x7F80, dtype=np.uint32) << 16).view(np.float32)
+    rng = np.random.default_rng(5)
+    fine = rng.integers(1, 0x7F800000, 2000, np.uint32).view(np.float32)
+    out = np.empty(codes.size, np.uint16)
+    for scale in np.concatenate((every[::7], fine)):
+        module.kernels.multiply_e4m3_to_bf16(codes, scale, out)
+        expected = np.frombuffer(dequantize(Stored.codes(codes[:256]), Stored.of(scale.reshape(1), "F32"), (256,), "BF16"), np.uint16)
+        assert np.array_equal(out.reshape(-1, 256), np.broadcast_to(expected, (20, 256))), scale
