@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.grid import BlockGrid
-from fp8ckpt.storage.checkpoint import Checkpoint, survey
+from fp8ckpt.storage.checkpoint import Checkpoint, collector_paused, survey
 from fp8ckpt.storage.config import skip_patterns, skips
 from fp8ckpt.storage.pairing import QuantizedTensor
 
@@ -63,6 +63,11 @@ class Inspection:
 
 def inspect(path: str | Path) -> Inspection:
     """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at."""
+    with collector_paused():
+        return _inspect(path)
+
+
+def _inspect(path: str | Path) -> Inspection:
     from fp8ckpt.storage.reading import scale_defects
 
     checkpoint = survey(path)

@@ -105,12 +105,12 @@ def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
 
 def survey(path: str | Path) -> Checkpoint:
     """The checkpoint with all its defects listed; raises only where there is nothing to look at."""
-    with _collector_paused():
+    with collector_paused():
         return _survey(*_resolve(path))
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """A large model is a few hundred thousand small tuples, none in a cycle: looking for cycles takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
