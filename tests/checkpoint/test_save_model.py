@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -459,3 +460,12 @@ def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> No
 def test_the_writer_is_public() -> None:
     """`fp8ckpt.SafetensorsStorageWriter` is the one that `save_model` uses."""
     assert fp8ckpt.SafetensorsStorageWriter is checkpointing.SafetensorsStorageWriter is storage_writer.SafetensorsStorageWriter
+
+
+def test_a_destination_inside_the_base_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """A base's side files would be copied into themselves."""
+    base = tmp_path / "base"
+    shutil.copytree(paths["uneven"], base)
+    with pytest.raises(OutputExistsError, match="inside the base"):
+        save_model(load_pretrained(base), base / "out", base=base)
+    assert not list(base.glob("out*"))

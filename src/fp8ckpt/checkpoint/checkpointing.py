@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,9 +138,14 @@ def save_model(
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """DCP wraps what a rank raises, and tells every rank; take the named error out again."""
+    """DCP wraps what a rank raises, and tells every rank; take the named error out again.
+
+    It also warns that a single process is alone, which the caller of a single process knows.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            yield
     except CheckpointException as error:
         for cause, _ in error.failures.values():
             if isinstance(cause, Fp8CheckpointError):

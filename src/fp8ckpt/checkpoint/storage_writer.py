@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, UnsupportedFormatError, shown
+from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, OutputExistsError, UnsupportedFormatError, shown
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint
 from fp8ckpt.storage.config import dump_json
@@ -97,6 +97,9 @@ class SafetensorsStorageWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Refuse an existing destination before any planning."""
         self._output.refuse_existing()
+        if self._base is not None and self._output.destination.resolve().is_relative_to(self._base.path.resolve()):
+            found = f"the destination lies inside the base {self._base.path}"
+            raise OutputExistsError(found, file=str(self._output.destination), expected="a path outside it", remedy="choose another one")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The plan as it is; only tensors can be stored."""
