@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import keep
-from fp8ckpt.numerics.dequantize import Dequantizer
+from fp8ckpt.numerics import kernels
+from fp8ckpt.numerics.dequantize import Dequantizer, scale_table
 from fp8ckpt.numerics.grid import BlockGrid
 
 ROWS, COLS = 4096, 12288  # 50 M elements; 150 MB of codes and values: far beyond the caches
@@ -20,12 +21,7 @@ ROWS, COLS = 4096, 12288  # 50 M elements; 150 MB of codes and values: far beyon
 def rate(run: Callable[[], None], rounds: int = 15) -> float:
     """Elements a second, the median of warm rounds."""
     run()
-    seconds = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begun)
-    return ROWS * COLS / statistics.median(seconds)
+    return ROWS * COLS / seconds_of(run, rounds)
 
 
 def in_threads(work: Callable[[slice], None], count: int) -> Callable[[], None]:
@@ -40,6 +36,32 @@ def in_threads(work: Callable[[slice], None], count: int) -> Callable[[], None]:
             thread.join()
 
     return run
+
+
+def _kernels_in_cache() -> dict[str, float]:
+    """The two kernels for one scale on codes that stay in the second-level cache: elements a second."""
+    codes = np.random.default_rng(1).integers(0, 256, 1 << 18, np.uint8)
+    scale = np.float32(0.00123)
+    table = scale_table(np.array([scale]), "F8_E4M3", "BF16")[0]
+    arithmetic, looked_up = np.empty((2, codes.size), np.uint16)
+    runs = {
+        "arithmetic": lambda: kernels.multiply_e4m3_to_bf16(codes, scale, arithmetic),
+        "look-up": lambda: kernels.look_up(codes, table, looked_up),
+    }
+    for run in runs.values():
+        run()
+    assert np.array_equal(arithmetic, looked_up)
+    return {name: codes.size / seconds_of(run, 200) for name, run in runs.items()}
+
+
+def seconds_of(run: Callable[[], None], rounds: int) -> float:
+    """Seconds of one run, the median of warm rounds."""
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
 
 
 def main() -> None:
@@ -79,7 +101,9 @@ def main() -> None:
             f"  {name:<16} ours {ours_rate:5.2f}   (w.float() * s).to(bf16) {torch_rate:5.2f} ({ours_rate / torch_rate:4.1f} x)"
             f"   bf16 copy_ {copy_rate:5.2f} ({ours_rate / copy_rate:4.2f} x)"
         )
-    keep("kernel", {"unit": "elements a second", "threads": cores, "shape": [ROWS, COLS], "rates": result})
+    in_cache = _kernels_in_cache()
+    print(f"  in cache, one thread: arithmetic {in_cache['arithmetic'] / 1e9:.2f}, look-up {in_cache['look-up'] / 1e9:.2f}")
+    keep("kernel", {"in_cache_one_thread": in_cache, "unit": "elements a second", "threads": cores, "shape": [ROWS, COLS], "rates": result})
 
 
 if __name__ == "__main__":

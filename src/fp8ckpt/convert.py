@@ -12,7 +12,6 @@ with the same bytes. Under torchrun the ranks share the work: call `convert` on 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -26,7 +25,7 @@ from fp8ckpt.errors import OutputExistsError, RangeError, StorageError
 from fp8ckpt.numerics.codes import TARGET_BYTES, TARGETS
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
 from fp8ckpt.storage.config import dump_json
-from fp8ckpt.storage.files import Bytes, copy_whole, create, open_to_read, opened, read_into, write_whole
+from fp8ckpt.storage.files import Bytes, LastFile, copy_whole, create, opened, read_into, write_whole
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import QuantizedTensor
@@ -103,7 +102,7 @@ def convert(
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
     exists; `StorageError` where the disk refuses, with what was written kept for the next run.
     """
-    from fp8ckpt.checkpoint.ranks import ranks_of_this_job
+    from fp8ckpt.checkpoint.ranks import ranks_of_this_job, threads_of_this_rank
 
     if to not in TARGETS:
         raise ValueError(f"to={to!r}; expected one of {', '.join(TARGETS)}")
@@ -112,7 +111,7 @@ def convert(
     output = PartialOutput(Path(destination).absolute())
     try:
         with ranks_of_this_job() as ranks:
-            return _run(source, output, to, workers or max(1, len(os.sched_getaffinity(0)) // ranks.local_size), progress, ranks)
+            return _run(source, output, to, workers or threads_of_this_rank(), progress, ranks)
     except StorageError as error:
         if not output.directory.exists():
             raise
@@ -240,8 +239,7 @@ class _Filler:
         self._tensors = plan.source.tensors
         self._dequantizer = dequantizer
         self._codes = np.empty(CHUNK // TARGET_BYTES[plan.dtype], np.uint8)
-        self._file: Path | None = None
-        self._fd = -1
+        self._file = LastFile()
         self.bytes_read = 0
 
     def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> dict[str, int]:
@@ -273,16 +271,10 @@ class _Filler:
         return nan_codes
 
     def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
-        """Fill ``buffer`` from byte ``offset`` of a tensor on. The file stays open: the next tensor is likely in it."""
-        if span.file != self._file:
-            self.close()
-            self._fd = open_to_read(span.file)
-            self._file = span.file
-        read_into(self._fd, buffer, span.start + offset, span.file)
+        """Fill ``buffer`` from byte ``offset`` of a tensor on."""
+        read_into(self._file.descriptor(span.file), buffer, span.start + offset, span.file)
         self.bytes_read += buffer.nbytes
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._fd)
-            self._file = None
+        """Close the file that was read last."""
+        self._file.close()

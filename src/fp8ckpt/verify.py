@@ -10,7 +10,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from fp8ckpt.storage.files import opened, read_into
 from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.storage.side_files import side_files
+from fp8ckpt.storage.workers import share
 
 _CHUNK = 1 << 20  # elements
 
@@ -130,7 +130,6 @@ class _Job:
         self._incomparable: list[TensorDifference] = []
         self._tallies: dict[str, _Tally] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._todo: dict[str, str] = {}  # tensor: compared dtype
         for name in dict.fromkeys(name for side in sides for name in side.tensors):
             found = [side.tensors.get(name) for side in sides]
@@ -148,38 +147,27 @@ class _Job:
 
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
         self._total = sum(self._nbytes(side.tensors[name]) for name in self._todo for side in self.sides)
-        self._chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
-        with ThreadPoolExecutor(workers, "fp8ckpt-verify") as pool:
-            futures = [pool.submit(self._work) for _ in range(workers)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                self._stop.set()
+        chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
+        share(chunks, [self._comparer() for _ in range(workers)])
 
     @staticmethod
     def _nbytes(tensor: LogicalTensor) -> int:
         return tensor.weight.nbytes if isinstance(tensor, QuantizedTensor) else tensor.nbytes
 
-    def _work(self) -> None:
+    def _comparer(self) -> Callable[[tuple[str, int]], None]:
+        """One worker, with buffers of its own."""
         import numpy as np
 
-        sides = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self.sides]
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    name, start = next(self._chunks, (None, 0))
-                if name is None:
-                    return
-                dtype = self._todo[name]
-                values = []
-                for i, side in enumerate(self.sides):
-                    values.append(self._values(i, side.tensors[name], dtype, start, *sides[i]))
-                if len(values) == 2 and not np.array_equal(values[0], values[1]):
-                    self._differs(name, dtype, values[0], values[1])
-        except BaseException:
-            self._stop.set()
-            raise
+        buffers = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self.sides]
+
+        def compare(chunk: tuple[str, int]) -> None:
+            name, start = chunk
+            dtype = self._todo[name]
+            values = [self._values(i, side.tensors[name], dtype, start, *buffers[i]) for i, side in enumerate(self.sides)]
+            if len(values) == 2 and not np.array_equal(values[0], values[1]):
+                self._differs(name, dtype, values[0], values[1])
+
+        return compare
 
     def _values(self, i: int, tensor: LogicalTensor, dtype: str, start: int, out: Any, codes: Any) -> Any:
         """The bytes u8 [n, itemsize] or bit patterns [n] of one chunk of one side."""

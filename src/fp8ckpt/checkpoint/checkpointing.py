@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.naming import IDENTITY, find_layout
 from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
+from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
 from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, shown
@@ -97,14 +98,16 @@ class Checkpointer:
         """
         if to not in TARGETS:
             raise ValueError(f"to={to!r}; expected one of {', '.join(TARGETS)}")
-        ranks = self._ranks()
-        checkpoint = None if base is None else ranks.together(lambda: base if isinstance(base, Checkpoint) else open_checkpoint(base))
-        if checkpoint is not None:
-            side_files = SideFiles(*plain_side_files(checkpoint, TARGETS[to]))
-        else:
-            side_files = SideFiles(_configuration_of(model, TARGETS[to]))
-        writer = SafetensorsStorageWriter(path, dtype=TARGETS[to], base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
-        state = ranks.together(lambda: _state_to_save(model, checkpoint))
+
+        def prepare() -> tuple[SafetensorsStorageWriter, dict[str, torch.Tensor]]:
+            checkpoint = open_checkpoint(base) if isinstance(base, str | Path) else base
+            texts, copies = plain_side_files(checkpoint, dtype) if checkpoint is not None else (_configuration_of(model, dtype), {})
+            side_files = SideFiles(texts, copies)
+            writer = SafetensorsStorageWriter(path, dtype=dtype, base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
+            return writer, _state_to_save(model, checkpoint)
+
+        dtype = TARGETS[to]
+        writer, state = self._ranks().together(prepare)
         try:
             with _named_errors():
                 dcp_save(state, storage_writer=writer, process_group=self._group, no_dist=_alone())
@@ -203,7 +206,6 @@ class _LoadPlan:
                 f"{len(on_meta)} tensors are on the meta device: {_listed(on_meta)}",
                 remedy="materialize the model first: model.to_empty(device=...)",
             )
-        named = dict(native)
         if self.adapter is not None:
             named = dict(self.adapter.to_hf(native))
         else:
@@ -257,10 +259,11 @@ class _LoadPlan:
             span = source.weight if isinstance(source, QuantizedTensor) else source
             read += span.nbytes * _local(tensor).numel() // max(1, span.numel)
         logger.info(
-            "loading %s: this rank holds %d bytes, reads %d bytes of the source, and takes at most 64 MiB beyond the model",
+            "loading %s: this rank holds %d bytes, reads %d bytes of the source, and takes at most %d MiB beyond the model",
             self.checkpoint.path,
             held,
             read,
+            BEYOND >> 20,
         )
 
     def compare(self, second: Mapping[str, torch.Tensor]) -> None:

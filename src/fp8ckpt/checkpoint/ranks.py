@@ -22,7 +22,6 @@ class Ranks:
 
     rank = 0
     size = 1
-    local_size = 1  # processes on this machine, which share its cores
 
     def together(self, step: Callable[[], T]) -> T:
         """Take a step on every rank, and meet. Returns this rank's result, or raises the first error that any rank met with."""
@@ -41,7 +40,6 @@ class GroupRanks(Ranks):
 
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self._group = group
 
     def together(self, step: Callable[[], T]) -> T:
@@ -67,6 +65,20 @@ class GroupRanks(Ranks):
             if other is not None:
                 raise other
         return [result for _, result in met]
+
+
+def threads_of_this_rank() -> int:
+    """The cores of this machine that are this rank's: an equal share of them with the other ranks here.
+
+    torchrun says how many those are; without it, all ranks of the process group are taken to be on this machine.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None and "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            here = str(dist.get_world_size())
+    return max(1, len(os.sched_getaffinity(0)) // int(here or 1))
 
 
 @contextmanager

@@ -2,16 +2,14 @@
 
 On the CPU, codes are looked up from a small buffer into the target itself. Elsewhere the codes travel as bytes, through
 pinned memory where the device is CUDA, and are multiplied there: float32 product, one rounding, the same bits. Memory
-beyond the target is a few MiB a thread.
+beyond the target is a few MiB a thread, and bounded for all threads together (`BEYOND`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +17,16 @@ import torch
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import Dequantizer
-from fp8ckpt.storage.files import Region, open_to_read, pieces, read_region, within
+from fp8ckpt.storage.files import LastFile, Region, pieces, read_region, within
 from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.storage.reading import bits_of, bytes_of, load_dequantizer, read_dequantized, stored_dtype, torch_dtype
 
-_BUFFER = 4 << 20  # bytes; the codes of one piece. On a device its float32 values take four times as much
+BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond the model
+_LARGEST_BUFFER = 4 << 20  # bytes; more makes nothing faster
+# Beside the buffer of codes: on a device the codes again, their float32 values, and at most as many float32 scales.
+_TIMES_ON_DEVICE = 10
+_LEAST_BUFFER = 64 << 10  # bytes; of a machine with a thousand cores
 
 DequantizerOf = Callable[[QuantizedTensor, str], Dequantizer]
 
@@ -37,13 +39,14 @@ def dequantizers(threads: int) -> DequantizerOf:
 class RegionLoader:
     """One thread's means of loading: its buffer, and the file it read last."""
 
-    def __init__(self, dequantizer: DequantizerOf) -> None:
+    def __init__(self, dequantizer: DequantizerOf, threads: int) -> None:
         self.bytes_read = 0
         self._dequantizer = dequantizer
+        self._threads = threads
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._file: Path | None = None
-        self._fd = -1
+        self._file = LastFile()
 
+    @torch.no_grad()
     def load(self, tensor: LogicalTensor, region: Region, target: torch.Tensor) -> None:
         """Fill ``target``, which has the region's sizes. An FP8 tensor is dequantized to the target's dtype; a target of the
         stored FP8 dtype gets the codes themselves. Any other tensor is cast where the dtypes differ, as DCP does.
@@ -68,7 +71,7 @@ class RegionLoader:
         dequantizer = self._dequantizer(tensor, dtype)
         buffer = self._scratch(target.device)
         if target.device.type == "cpu":
-            read_dequantized(self._open(tensor.weight), tensor, dequantizer, region, bits_of(target, dtype), buffer.numpy())
+            read_dequantized(self._file.descriptor(tensor.weight.file), tensor, dequantizer, region, bits_of(target, dtype), buffer.numpy())
             self.bytes_read += prod(region[1])
             return
         for piece in pieces(region, buffer.numel()):
@@ -80,7 +83,7 @@ class RegionLoader:
         dtype = torch_dtype(span.dtype)
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             if target.numel():
-                read_region(self._open(span), span, *region, bytes_of(target))
+                read_region(self._file.descriptor(span.file), span, *region, bytes_of(target))
                 self.bytes_read += target.nbytes
             return
         buffer = self._scratch(target.device)
@@ -90,28 +93,21 @@ class RegionLoader:
     def _read(self, span: TensorSpan, piece: Region, buffer: torch.Tensor) -> torch.Tensor:
         """Read a piece's bytes into the buffer. It is used again for the next piece: copies out of it must be waited for."""
         scratch = buffer[: prod(piece[1]) * DTYPE_BITS[span.dtype] // 8]
-        read_region(self._open(span), span, *piece, scratch.numpy())
+        read_region(self._file.descriptor(span.file), span, *piece, scratch.numpy())
         self.bytes_read += scratch.nbytes
         return scratch
 
     def _scratch(self, device: torch.device) -> torch.Tensor:
         pin = device.type == "cuda"
         if not self._buffer.numel() or pin != self._buffer.is_pinned():
-            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=pin)
+            share = BEYOND // self._threads // (1 if device.type == "cpu" else _TIMES_ON_DEVICE)
+            size = min(_LARGEST_BUFFER, max(share, _LEAST_BUFFER)) & -8  # whole elements of any dtype
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         return self._buffer
 
-    def _open(self, span: TensorSpan) -> int:
-        if span.file != self._file:
-            self.close()
-            self._fd = open_to_read(span.file)
-            self._file = span.file
-        return self._fd
-
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._fd)
-            self._file = None
+        """Close the file that was read last."""
+        self._file.close()
 
 
 def dequantize_on_device(codes: torch.Tensor, dequantizer: Dequantizer, offsets: tuple[int, ...], target: torch.Tensor) -> None:

@@ -17,9 +17,8 @@ Its life, as DCP calls it:
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from fp8ckpt.checkpoint.ranks import threads_of_this_rank
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
 from fp8ckpt.errors import RegionError
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
@@ -36,6 +36,7 @@ from fp8ckpt.storage.files import Region, pieces, within
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.storage.reading import torch_dtype
+from fp8ckpt.storage.workers import share
 
 _PIECE = 32 << 20  # elements; what a thread takes at once, so that a large tensor is shared among threads
 
@@ -92,35 +93,16 @@ class FP8StorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load every item of this rank's plan into its target. The first error stops all threads, and is raised."""
-        threads = self._threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = self._threads or threads_of_this_rank()
         targets = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
-        work = self._work(targets)
-        lock, stop = threading.Lock(), threading.Event()
         dequantizer = dequantizers(threads)
-
-        def load() -> int:
-            loader = RegionLoader(dequantizer)
-            try:
-                while not stop.is_set():
-                    with lock:
-                        part = next(work, None)
-                    if part is None:
-                        break
-                    with torch.no_grad():
-                        loader.load(*part)
-            except BaseException:
-                stop.set()
-                raise
-            finally:
+        loaders = [RegionLoader(dequantizer, threads) for _ in range(threads)]
+        try:
+            share(self._work(targets), [partial(_load, loader) for loader in loaders])
+        finally:
+            for loader in loaders:
                 loader.close()
-            return loader.bytes_read
-
-        with ThreadPoolExecutor(threads, "fp8ckpt-load") as pool:
-            futures = [pool.submit(load) for _ in range(threads)]
-            try:
-                self.bytes_read += sum(future.result() for future in futures)
-            finally:
-                stop.set()
+                self.bytes_read += loader.bytes_read
         for item, target in targets:
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -146,6 +128,10 @@ class FP8StorageReader(StorageReader):
 
     def _scales(self) -> dict[str, TensorSpan]:
         return {span.name: span for tensor in self.checkpoint.quantized for span in (tensor.scale, *tensor.activation_scales)}
+
+
+def _load(loader: RegionLoader, part: tuple[LogicalTensor, Region, torch.Tensor]) -> None:
+    loader.load(*part)
 
 
 def _metadata(tensor: LogicalTensor) -> TensorStorageMetadata:

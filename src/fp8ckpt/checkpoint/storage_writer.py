@@ -19,9 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -34,6 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from fp8ckpt.checkpoint.ranks import threads_of_this_rank
 from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, OutputExistsError, UnsupportedFormatError, shown
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint
@@ -44,6 +43,7 @@ from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
 from fp8ckpt.storage.reading import bytes_of, stored_dtype, torch_dtype
+from fp8ckpt.storage.workers import share
 
 _PIECE = 4 << 20  # elements that are cast and written at once
 
@@ -138,36 +138,22 @@ class SafetensorsStorageWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's regions, with as many threads as it has cores, and flush them to disk."""
         spans: dict[str, TensorSpan] = plan.storage_data or {}
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        names = {span.file.name for span in spans.values()}
-        files = {name: OutputFile(self._output.directory / name) for name in names}
-        work = ((item, piece) for item in plan.items for piece in pieces(_region(item), _PIECE))
-        lock, stop = threading.Lock(), threading.Event()
+        files = {name: OutputFile(self._output.directory / name) for name in {span.file.name for span in spans.values()}}
+        written: list[int] = []
 
-        def write() -> int:
-            written = 0
-            try:
-                while not stop.is_set():
-                    with lock:
-                        item, piece = next(work, (None, None))
-                        if item is None or piece is None:
-                            break
-                        tensor = planner.resolve_data(item)
-                    assert isinstance(tensor, torch.Tensor)  # prepare_local_plan() refused all else
-                    span = spans[item.index.fqn]
-                    written += _write_piece(files[span.file.name], span, piece, tensor.detach()[within(piece, _region(item))])
-            except BaseException:
-                stop.set()
-                raise
-            return written
+        def work() -> Iterator[tuple[TensorSpan, Region, torch.Tensor]]:
+            for item in plan.items:
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, torch.Tensor)  # prepare_local_plan() refused all else
+                for piece in pieces(_region(item), _PIECE):
+                    yield spans[item.index.fqn], piece, tensor.detach()[within(piece, _region(item))]
+
+        def write(part: tuple[TensorSpan, Region, torch.Tensor]) -> None:
+            written.append(_write_piece(files[part[0].file.name], *part))
 
         try:
-            with ThreadPoolExecutor(threads, "fp8ckpt-save") as pool:
-                futures = [pool.submit(write) for _ in range(threads)]
-                try:
-                    self.bytes_written += sum(future.result() for future in futures)
-                finally:
-                    stop.set()
+            share(work(), [write] * threads_of_this_rank())
+            self.bytes_written += sum(written)
             for file in files.values():
                 file.flush()
         finally:
@@ -213,21 +199,23 @@ class SafetensorsStorageWriter(StorageWriter):
             if planned[name] != prod(shape):
                 found = f"the ranks' plans hold {planned[name]} of its elements"
                 raise ModelMismatchError(found, tensor=name, expected=f"{prod(shape)}", remedy="use a planner that saves each shard once")
-        if self._base is not None and shapes.keys() != self._base.tensors.keys():
-            missing, extra = self._base.tensors.keys() - shapes.keys(), shapes.keys() - self._base.tensors.keys()
+        if self._base is not None:
+            self._compare_with_base(self._base, shapes)
+        return shapes, dtypes
+
+    @staticmethod
+    def _compare_with_base(base: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        missing, extra = base.tensors.keys() - shapes.keys(), shapes.keys() - base.tensors.keys()
+        if missing or extra:
             name, which = (
                 (min(missing), "in the base, and not in the model") if missing else (min(extra), "in the model, and not in the base")
             )
             found = f"{len(missing)} tensors are only in the base, {len(extra)} only in the model; the first is {shown(name)}, {which}"
-            raise ModelMismatchError(
-                found, file=self._base.path, expected="the same logical tensors", remedy="give the base that the model came from"
-            )
-        for name, tensor in self._base.tensors.items() if self._base is not None else ():
+            remedy = "give the base that the model came from"
+            raise ModelMismatchError(found, file=base.path, expected="the same logical tensors", remedy=remedy)
+        for name, tensor in base.tensors.items():
             if tensor.shape != shapes[name]:
-                raise ModelMismatchError(
-                    f"shape {shapes[name]} in the model", tensor=name, file=self._base and self._base.path, expected=f"{tensor.shape}"
-                )
-        return shapes, dtypes
+                raise ModelMismatchError(f"shape {shapes[name]} in the model", tensor=name, file=base.path, expected=f"{tensor.shape}")
 
     def _stored_dtype(self, name: str, dtype: torch.dtype) -> str:
         stored = stored_dtype(dtype)

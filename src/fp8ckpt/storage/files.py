@@ -42,6 +42,28 @@ def open_to_read(file: Path) -> int:
         raise StorageError(f"cannot be opened: {error.strerror}", file=file, remedy="restore the file") from error
 
 
+class LastFile:
+    """Keeps the file that was read last open: the next tensor is likely in it. For one thread."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._fd = -1
+
+    def descriptor(self, file: Path) -> int:
+        """A descriptor for reading ``file``, good until the next call."""
+        if file != self._file:
+            self.close()
+            self._fd = open_to_read(file)
+            self._file = file
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._fd)
+            self._file = None
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[int]:
     """A descriptor for reading ``file``, closed in the end."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from fp8ckpt.storage.files import Bytes, OutputFile, aligned_buffer
 from fp8ckpt.storage.layout import FileLayout
 from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.storage.workers import share
 
 CHUNK = 4 << 20  # bytes; with what it is made of it stays in a second-level cache, and a disk takes it in one request
 EXTENT = 16 * CHUNK  # bytes; what a run that was cut off has to write again, at most, per worker
@@ -66,55 +67,33 @@ class ExtentWriter:
         self._progress = progress
         self._total = sum(extents[i].stop - extents[i].start for i in mine)
         self._written = 0
-        self._chunks = self._each_chunk(mine)
+        self._mine = mine
         self._open: dict[int, _OpenExtent] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
 
     def run(self, fillers: Sequence[Filler]) -> None:
         """Write them all, with a worker thread a filler; the first error stops every worker, and is raised."""
         try:
-            with ThreadPoolExecutor(len(fillers), "fp8ckpt-write") as pool:
-                futures = [pool.submit(self._work, filler) for filler in fillers]
-                try:
-                    for future in futures:
-                        future.result()
-                finally:  # an error of one worker, or Ctrl-C: the others end after their chunk
-                    self._stop.set()
+            share(self._chunks(), [partial(self._write, filler, aligned_buffer(CHUNK)) for filler in fillers])
         finally:
+            for filler in fillers:
+                filler.close()
             for extent in self._open.values():
                 extent.file.close()
 
-    def _each_chunk(self, mine: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        for i in mine:
-            _, start, stop = self._extents[i]
+    def _chunks(self) -> Iterator[tuple[int, int, int]]:
+        for i in self._mine:
+            layout, start, stop = self._extents[i]
+            self._open[i] = _OpenExtent(OutputFile(self._output.directory / layout.name), -(-(stop - start) // CHUNK))
             for first in range(start, stop, CHUNK):
                 yield i, first, min(first + CHUNK, stop)
 
-    def _work(self, filler: Filler) -> None:
-        out = aligned_buffer(CHUNK)
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    chunk = next(self._chunks, None)
-                    if chunk is None:
-                        return
-                    i, start, stop = chunk
-                    extent = self._opened(i)
-                counts = filler.fill(self._extents[i].layout, start, stop, out[: stop - start])
-                extent.file.write(out[: stop - start], start)
-                self._finish_chunk(i, extent, counts, stop - start)
-        except BaseException:
-            self._stop.set()
-            raise
-        finally:
-            filler.close()
-
-    def _opened(self, i: int) -> _OpenExtent:
-        if i not in self._open:
-            layout, start, stop = self._extents[i]
-            self._open[i] = _OpenExtent(OutputFile(self._output.directory / layout.name), -(-(stop - start) // CHUNK))
-        return self._open[i]
+    def _write(self, filler: Filler, out: Bytes, chunk: tuple[int, int, int]) -> None:
+        i, start, stop = chunk
+        extent = self._open[i]
+        counts = filler.fill(self._extents[i].layout, start, stop, out[: stop - start])
+        extent.file.write(out[: stop - start], start)
+        self._finish_chunk(i, extent, counts, stop - start)
 
     def _finish_chunk(self, i: int, extent: _OpenExtent, counts: dict[str, int], size: int) -> None:
         with self._lock:
@@ -127,5 +106,4 @@ class ExtentWriter:
         if last:
             extent.file.flush()
             self._output.record(self._writer, i, extent.counts)
-            with self._lock:
-                self._open.pop(i).file.close()
+            self._open.pop(i).file.close()
