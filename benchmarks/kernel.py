@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.measuring import keep
+from benchmarks.measuring import interleaved, keep
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.dequantize import Dequantizer, scale_table
 from fp8ckpt.numerics.grid import BlockGrid
@@ -18,10 +18,11 @@ from fp8ckpt.numerics.grid import BlockGrid
 ROWS, COLS = 4096, 12288  # 50 M elements; 150 MB of codes and values: far beyond the caches
 
 
-def rate(run: Callable[[], None], rounds: int = 15) -> float:
-    """Elements a second, the median of warm rounds."""
-    run()
-    return ROWS * COLS / seconds_of(run, rounds)
+def rates(runs: dict[str, Callable[[], None]], rounds: int = 15) -> dict[str, float]:
+    """Elements a second of each, the median of warm rounds taken in turn: what the machine does meanwhile falls on all alike."""
+    for run in runs.values():
+        run()
+    return {name: ROWS * COLS / row["median"] for name, row in interleaved(runs, rounds, pause=0.3).items()}
 
 
 def in_threads(work: Callable[[slice], None], count: int) -> Callable[[], None]:
@@ -91,12 +92,16 @@ def main() -> None:
 
         in_threads(ours, cores)()
         assert torch.equal(out.view(torch.int16), reference.view(torch.int16)), name
-        result[name] = {"ours": rate(in_threads(ours, cores))}
-        result[name]["torch"] = rate(lambda expanded=expanded: (weight.float() * expanded).to(torch.bfloat16))  # type: ignore[misc]
-        result[name]["copy"] = rate(lambda reference=reference: out.copy_(reference))  # type: ignore[misc]
+        result[name] = rates(
+            {
+                "ours": in_threads(ours, cores),
+                "torch": lambda expanded=expanded: (weight.float() * expanded).to(torch.bfloat16),  # type: ignore[misc]
+                "copy": lambda reference=reference: out.copy_(reference),  # type: ignore[misc]
+            }
+        )
     print(f"\ndequantize to bf16, {cores} threads, warm memory (billion elements a second)")
-    for name, rates in result.items():
-        ours_rate, torch_rate, copy_rate = (rates[peer] / 1e9 for peer in ("ours", "torch", "copy"))
+    for name, row in result.items():
+        ours_rate, torch_rate, copy_rate = (row[peer] / 1e9 for peer in ("ours", "torch", "copy"))
         print(
             f"  {name:<16} ours {ours_rate:5.2f}   (w.float() * s).to(bf16) {torch_rate:5.2f} ({ours_rate / torch_rate:4.1f} x)"
             f"   bf16 copy_ {copy_rate:5.2f} ({ours_rate / copy_rate:4.2f} x)"

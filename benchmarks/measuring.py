@@ -41,11 +41,15 @@ def facts() -> dict[str, Any]:
     }
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Time each run once a round, in turn, so that what the machine does meanwhile falls on all alike."""
+def interleaved(runs: dict[str, Callable[[], None]], rounds: int = 5, pause: float = 0.0) -> dict[str, dict[str, float]]:
+    """Time each run once a round, in turn, so that what the machine does meanwhile falls on all alike.
+
+    ``pause``: seconds before each run, for the threads of torch's own pool to stop spinning after theirs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(pause)
             begun = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begun)
