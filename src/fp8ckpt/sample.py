@@ -184,7 +184,7 @@ def _bytes_of(weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed
     """(stored tensor, offset in it in bytes, bytes) of a weight and its scales."""
     import numpy as np
 
-    from fp8ckpt.numerics import kernels
+    from fp8ckpt.numerics.quantize import encode, parts_of_run, values_of
 
     scale_name = weight.name + "_scale_inv"
     if weight.fp8 and block is None:
@@ -208,19 +208,16 @@ def _bytes_of(weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed
         tensor_scale = (stored.astype(np.uint32) << 16).view(np.float32)[0]
         yield scale_name, 0, stored.view(np.uint8)
     for offset, values in _bands(weight, seed):
-        codes = np.empty(values.shape, np.uint8)
-        if tensor_scale is not None:
-            kernels.encode_e4m3(values.reshape(-1), tensor_scale, codes.reshape(-1))
+        codes = np.empty(values.size, np.uint8)
+        if block is None:
+            grid, scales = BlockGrid(values.shape, values.shape), np.full((1, 1), tensor_scale, np.float32)
         else:
+            grid = BlockGrid(values.shape, (len(values), _BLOCK[1]))
             edges = np.arange(0, values.shape[1], _BLOCK[1])
-            scales = (np.maximum.reduceat(np.abs(values).max(axis=0), edges) / np.float32(448)).astype(np.float32)
-            for edge, scale in zip(edges, scales, strict=True):
-                part = np.ascontiguousarray(values[:, edge : edge + _BLOCK[1]])
-                encoded = np.empty(part.size, np.uint8)
-                kernels.encode_e4m3(part.reshape(-1), scale, encoded)
-                codes[:, edge : edge + _BLOCK[1]] = encoded.reshape(part.shape)
-            yield scale_name, offset // (values.shape[1] * _BLOCK[0]) * len(edges) * 4, scales.view(np.uint8)
-        yield weight.name, offset, codes.reshape(-1)
+            scales = (np.maximum.reduceat(np.abs(values).max(axis=0), edges) / np.float32(448)).astype(np.float32)[np.newaxis]
+            yield scale_name, offset // (values.shape[1] * _BLOCK[0]) * len(edges) * 4, scales.reshape(-1).view(np.uint8)
+        encode(parts_of_run(grid, 0, values.size), values_of(values.reshape(-1).view(np.uint8), "F32"), scales, codes)
+        yield weight.name, offset, codes
 
 
 def _bf16(values: Any, *, up: bool = False) -> Any:

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.codes import CODE_FORMATS, E8M0_DTYPES, F32, SCALE_DTYPES, TARGET_BYTES, U8, code_values, scale_values
-from fp8ckpt.numerics.grid import BlockGrid
+from fp8ckpt.numerics.grid import BlockGrid, Window, as_matrices, window, windows
 
-_ROUNDING = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
+ROUNDING = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
 _LEAST_ELEMENTS_PER_TABLE = 1024  # filling a table costs about as much as 400 look-ups
 
 Bits = npt.NDArray[Any]  # u16 or u32: the bit patterns of the target dtype
@@ -35,7 +35,7 @@ def bits_dtype(dtype: str) -> type[np.uint16] | type[np.uint32]:
 def scale_table(scales: F32, code_dtype: str, dtype: str) -> Bits:
     """Tables [T, 256] of the target's bit patterns, one row for each of ``scales`` [T]."""
     tables = np.empty((scales.size, 256), bits_dtype(dtype))
-    kernels.fill_tables(scales, code_values(code_dtype), _ROUNDING[dtype], tables)
+    kernels.fill_tables(scales, code_values(code_dtype), ROUNDING[dtype], tables)
     return tables
 
 
@@ -63,13 +63,8 @@ class Dequantizer:
         self.grid = grid
         self.code_dtype = code_dtype
         self.dtype = dtype
-        # A weight of fewer than two dimensions is handled as one row.
-        shape, block = (
-            (1, 1, *grid.weight_shape)[-max(2, len(grid.weight_shape)) :],
-            (1, 1, *grid.block_size)[-max(2, len(grid.block_size)) :],
-        )
-        self._shape, self._block = shape, block
-        blocks = tuple(max(1, -(-dim // size)) for dim, size in zip(shape, block, strict=True))  # an empty weight has its one scale
+        self._matrices = as_matrices(grid)
+        blocks = tuple(max(1, size) for size in self._matrices.shape)  # an empty weight has its one scale
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
         self._values = scale_values(scales, scale_dtype).reshape(blocks)
         self._exponents = scales.reshape(blocks) if scale_dtype in E8M0_DTYPES and not grid.per_tensor else None
@@ -85,30 +80,22 @@ class Dequantizer:
         if self._table is not None:
             self._whole(codes, self._table, out)
             return
-        cols = self._shape[-1]
-        done = 0
-        while done < codes.size:
-            row, col = divmod(start + done, cols)
-            lead, row = divmod(row, self._shape[-2])
-            # A whole number of rows, as many as remain in this matrix; or the rest of a row that was entered midway.
-            rows = 1 if col else min(self._shape[-2] - row, (codes.size - done) // cols) or 1
-            width = min(cols - col, codes.size - done)
-            part = slice(done, done + rows * width)
-            self._window(codes[part].reshape(rows, width), lead, row, col, out[part].reshape(rows, width))
-            done += rows * width
+        for part in windows(self._matrices, start, codes.size):
+            shape = part.rows, part.cols
+            self._window(codes[part.elements].reshape(shape), part, out[part.elements].reshape(shape))
 
     def region(self, codes: U8, offsets: tuple[int, ...], out: Bits) -> None:
         """Dequantize codes of a region at ``offsets`` in the full tensor; ``out`` has the codes' shape, and any strides."""
-        rank = len(self._shape)
+        rank = len(self._matrices.weight_shape)
         codes = codes.reshape((1,) * (rank - codes.ndim) + codes.shape)
         out = out[(np.newaxis,) * (rank - out.ndim)]
         offsets = (0,) * (rank - len(offsets)) + offsets
-        leading = self._shape[:-2]
+        if not codes.size:
+            return
         for index in np.ndindex(codes.shape[:-2]):
-            lead = 0
-            for size, offset, i in zip(leading, offsets, index, strict=False):
-                lead = lead * size + offset + i
-            self._window(codes[index], lead, offsets[-2], offsets[-1], out[index])
+            lead = tuple(offset + i for offset, i in zip(offsets, index, strict=False))
+            part = window(self._matrices, lead, offsets[-2], offsets[-1], codes.shape[-2:], slice(0, 0))
+            self._window(codes[index], part, out[index])
 
     def _whole(self, codes: U8, table: Bits, out: Bits) -> None:
         """Codes [n] of a weight with one scale."""
@@ -117,37 +104,25 @@ class Dequantizer:
         else:
             kernels.look_up(codes, table, out)
 
-    def _window(self, codes: U8, lead: int, row: int, col: int, out: Bits) -> None:
-        """A window [R, C] at (row, col) of the ``lead``-th matrix of the weight."""
-        rows, cols = codes.shape
-        if not rows or not cols:
-            return
+    def _window(self, codes: U8, part: Window, out: Bits) -> None:
+        """Codes [R, C] of a window of the weight."""
         if self._table is not None:
             if codes.flags.c_contiguous and out.flags.c_contiguous:
                 self._whole(codes.reshape(-1), self._table, out.reshape(-1))
             else:
-                kernels.look_up_blocks(codes, self._table[np.newaxis], _ONE_ID, 0, 0, rows, cols, out)
+                kernels.look_up_blocks(codes, self._table[np.newaxis], _ONE_ID, 0, 0, part.rows, part.cols, out)
             return
-        block_rows, block_cols = self._block[-2:]
-        matrix = np.unravel_index(lead, self._shape[:-2]) if self._shape[:-2] else ()
-        index = tuple(int(i) // size for i, size in zip(matrix, self._block, strict=False))
-        window: tuple[Any, ...] = (
-            *index,
-            slice(row // block_rows, (row + rows - 1) // block_rows + 1),
-            slice(col // block_cols, (col + cols - 1) // block_cols + 1),
-        )
-        phase = (row % block_rows, col % block_cols, block_rows, block_cols)
         if self._exponents is not None:
             tables = _exponent_tables(self.code_dtype, self.dtype)
-            kernels.look_up_blocks(codes, tables, self._exponents[window], *phase, out)
+            kernels.look_up_blocks(codes, tables, self._exponents[part.blocks], *part.phase, out)
             return
-        scales = np.ascontiguousarray(self._values[window])
-        if rows * cols >= _LEAST_ELEMENTS_PER_TABLE * prod(scales.shape):
+        scales = np.ascontiguousarray(self._values[part.blocks])
+        if codes.size >= _LEAST_ELEMENTS_PER_TABLE * prod(scales.shape):
             tables = scale_table(scales.reshape(-1), self.code_dtype, self.dtype)
             ids = np.arange(scales.size, dtype=np.uint32).reshape(scales.shape)
-            kernels.look_up_blocks(codes, tables, ids, *phase, out)
+            kernels.look_up_blocks(codes, tables, ids, *part.phase, out)
         else:
-            kernels.multiply_blocks(codes, code_values(self.code_dtype), scales, _ROUNDING[self.dtype], *phase, out)
+            kernels.multiply_blocks(codes, code_values(self.code_dtype), scales, ROUNDING[self.dtype], *part.phase, out)
 
 
 _ONE_ID = np.zeros((1, 1), np.uint32)

@@ -7,6 +7,7 @@ guessing by division: what neither the shapes nor the configuration states is re
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -28,6 +29,58 @@ class BlockGrid(NamedTuple):
     def per_tensor(self) -> bool:
         """Whether one scale spans the whole weight."""
         return prod(self.shape) <= 1
+
+
+class Window(NamedTuple):
+    """A part of a weight that is a rectangle of one matrix, and where it lies in the grid.
+
+    ``elements``: its place in the run of elements that was cut up; ``rows``, ``cols``: its sizes. ``blocks`` selects the scales
+    that meet it, as a matrix, from those of `as_matrices`; ``phase``: (rows, columns) by which it begins inside its first block,
+    then the block's own.
+    """
+
+    elements: slice
+    rows: int
+    cols: int
+    blocks: tuple[int | slice, ...]
+    phase: tuple[int, int, int, int]
+
+
+def as_matrices(grid: BlockGrid) -> BlockGrid:
+    """The grid of at least two dimensions, of which a weight of fewer is one row. The scales are the same, in the same order."""
+    rank = max(2, len(grid.weight_shape))
+    return BlockGrid((1, 1, *grid.weight_shape)[-rank:], (1, 1, *grid.block_size)[-rank:])
+
+
+def window(grid: BlockGrid, lead: tuple[int, ...], row: int, col: int, sizes: tuple[int, ...], elements: slice) -> Window:
+    """The window of ``sizes`` (rows, columns) at (row, col) of matrix ``lead`` of a grid of matrices."""
+    rows, cols = sizes
+    block_rows, block_cols = grid.block_size[-2:]
+    blocks: tuple[int | slice, ...] = (
+        *(i // size for i, size in zip(lead, grid.block_size, strict=False)),
+        slice(row // block_rows, (row + rows - 1) // block_rows + 1),
+        slice(col // block_cols, (col + cols - 1) // block_cols + 1),
+    )
+    return Window(elements, rows, cols, blocks, (row % block_rows, col % block_cols, block_rows, block_cols))
+
+
+def windows(grid: BlockGrid, start: int, count: int) -> Iterator[Window]:
+    """The elements ``start`` to ``start + count`` of a grid of matrices, in row-major order, as windows."""
+    shape = grid.weight_shape
+    rows_of_one, cols = shape[-2:]
+    done = 0
+    while done < count:
+        row, col = divmod(start + done, cols)
+        matrix, row = divmod(row, rows_of_one)
+        lead = []
+        for dim in reversed(shape[:-2]):
+            matrix, i = divmod(matrix, dim)
+            lead.append(i)
+        # A whole number of rows, as many as remain in this matrix; or the rest of a row that was entered midway.
+        rows = 1 if col else min(rows_of_one - row, (count - done) // cols) or 1
+        width = min(cols - col, count - done)
+        yield window(grid, tuple(reversed(lead)), row, col, (rows, width), slice(done, done + rows * width))
+        done += rows * width
 
 
 def tiled(weight_shape: Shape, block_size: Shape) -> BlockGrid | None:

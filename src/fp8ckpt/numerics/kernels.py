@@ -160,19 +160,222 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
     return total
 
 
+# ---------------------------------------------------------------- quantizing
+#
+# Values come as bit patterns, u16 of bfloat16 or u32 of float32, with ``shift`` (16 or 0) saying which: shifted left by it, both are
+# float32. Divisions do not check for zero (``error_model``), or they would not become vector instructions; scales are positive.
+
+
 @njit(nogil=True, cache=True)
-def encode_e4m3(values: Array, scale: Any, out: Array) -> None:
-    """``out[i] = e4m3fn(clamp(values[i] / scale, -448, 448))``, nearest even: values f32 [n], all finite; out u8 [n]."""
+def raise_maxima(values: Array, shift: int, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array) -> None:
+    """Raise the ``maxima`` u32 [R blocks, C blocks] to the largest magnitude of each block of a window, as bits of a float32.
+
+    values u16/u32 [R, C]. Bits of magnitudes are ordered as the magnitudes are, infinity and NaN above all others.
+    """
+    rows, cols = values.shape
+    for r in range(rows):
+        block_row = (row_phase + r) // block_rows
+        start = 0
+        block = 0
+        while start < cols:
+            stop = min(cols, (block + 1) * block_cols - col_phase)
+            part = values[r, start:stop]
+            largest = np.uint32(0)
+            for i in range(part.size):
+                largest = max(largest, np.uint32((np.uint32(part[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF)))
+            maxima[block_row, block] = max(maxima[block_row, block], largest)
+            start = stop
+            block += 1
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int, out: Array) -> None:
+    """The scales of one row's elements from ``start`` on, one an element: out f32 [n]."""
+    done = 0
+    block = (col_phase + start) // block_cols
+    while done < out.size:
+        stop = min(out.size, (block + 1) * block_cols - col_phase - start)
+        out[done:stop] = scales[row, block]
+        done = stop
+        block += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def encode_blocks(
+    values: Array, shift: int, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
+) -> None:
+    """``out = e4m3fn(clamp(values / scale, -448, 448))``, nearest even, in a window of finite values; out u8 [R, C].
+
+    values u16/u32 [R, C], scales f32 [R blocks, C blocks]. Loops that become vector instructions: a code's exponent and
+    mantissa are the quotient's own bits, rounded at the 20th; of a quotient below ``2**-6`` they are whole steps of ``2**-9``,
+    which an addition of ``2**14`` rounds to.
+    """
+    rows, cols = values.shape
+    divisors = np.empty(_SCRATCH, np.float32)
+    bits = np.empty(_SCRATCH, np.int32)
+    quotients = bits.view(np.float32)
+    steps = np.empty(_SCRATCH, np.int32)
+    shifted = steps.view(np.float32)
+    for start in range(0, cols, _SCRATCH):
+        size = min(_SCRATCH, cols - start)
+        spread = -1
+        for r in range(rows):
+            block_row = (row_phase + r) // block_rows
+            if block_row != spread:
+                _spread(scales, block_row, start, col_phase, block_cols, divisors[:size])
+                spread = block_row
+            part = values[r, start : start + size]
+            result = out[r, start : start + size]
+            for i in range(size):
+                bits[i] = np.int32((np.uint32(part[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF))
+            for i in range(size):
+                quotients[i] = min(quotients[i] / divisors[i], np.float32(448))
+            for i in range(size):
+                shifted[i] = quotients[i] + np.float32(2.0**14)
+            for i in range(size):
+                rebased = np.int32(bits[i] - np.int32(120 << 23))
+                normal = np.int32(rebased + np.int32(0x7FFFF) + ((rebased >> np.int32(20)) & np.int32(1))) >> np.int32(20)
+                subnormal = np.int32(steps[i] - np.int32(0x46800000))  # the bits of 2**14
+                steps[i] = subnormal if bits[i] < np.int32(121 << 23) else normal
+            for i in range(size):
+                sign = np.uint8((np.uint32(part[i]) << np.uint32(shift)) >> np.uint32(24)) & np.uint8(0x80)
+                result[i] = np.uint8(steps[i]) | sign
+
+
+TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest error
+
+
+@njit(nogil=True, cache=True)
+def tally_blocks(
+    values: Array,
+    shift: int,
+    codes: Array,
+    scales: Array,
+    limits: Array,
+    row_phase: int,
+    col_phase: int,
+    block_rows: int,
+    block_cols: int,
+    sums: Array,
+    counts: Array,
+) -> None:
+    """Add to ``sums`` f64 [4] what codes e4m3fn of a window lose, and to ``counts`` i64 [2] how many values lie beyond.
+
+    The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; largest magnitude, largest
+    error. counts: magnitudes above 449 times their scale, and above their block's of ``limits`` f32 [R blocks, C blocks].
+    """
+    rows, cols = values.shape
+    factors = np.empty(_SCRATCH, np.float32)
+    bounds = np.empty(_SCRATCH, np.float32)
+    bits = np.empty(_SCRATCH, np.int32)
+    sizes = bits.view(np.float32)
+    decoded = np.empty(_SCRATCH, np.int32)
+    errors = decoded.view(np.float32)
+    lanes = np.zeros((2, 16), np.float32)
+    for start in range(0, cols, _SCRATCH):
+        size = min(_SCRATCH, cols - start)
+        spread = -1
+        for r in range(rows):
+            block_row = (row_phase + r) // block_rows
+            if block_row != spread:
+                _spread(scales, block_row, start, col_phase, block_cols, factors[:size])
+                _spread(limits, block_row, start, col_phase, block_cols, bounds[:size])
+                spread = block_row
+            part = values[r, start : start + size]
+            coded = codes[r, start : start + size]
+            for i in range(size):
+                bits[i] = np.int32((np.uint32(part[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF))
+            for i in range(size):
+                code = np.int32(coded[i]) & np.int32(0x7F)
+                exponent = np.int32(120 << 23) if code > np.int32(7) else np.int32(121 << 23)
+                decoded[i] = np.int32((code << np.int32(20)) + exponent)
+            for i in range(size):
+                excess = np.float32(0) if (coded[i] & np.uint8(0x7F)) > np.uint8(7) else np.float32(_LEAST_NORMAL)
+                errors[i] = abs((errors[i] - excess) * factors[i] - sizes[i])
+            clipped = np.int32(0)
+            for i in range(size):
+                clipped += np.int32(sizes[i] > factors[i] * np.float32(449))
+            outgrown = np.int32(0)
+            for i in range(size):
+                outgrown += np.int32(sizes[i] > bounds[i])
+            largest = np.int32(0)
+            for i in range(size):
+                largest = max(largest, bits[i])
+            worst = np.int32(0)
+            for i in range(size):
+                worst = max(worst, decoded[i])
+            # Sums in 16 lanes: an order of addition that vector instructions can keep.
+            lanes[:] = 0
+            whole = size - size % 16
+            for first in range(0, whole, 16):
+                for lane in range(16):
+                    lanes[0, lane] += sizes[first + lane]
+                    lanes[1, lane] += errors[first + lane]
+            for i in range(whole, size):
+                lanes[0, i - whole] += sizes[i]
+                lanes[1, i - whole] += errors[i]
+            for lane in range(16):
+                sums[0] += np.float64(lanes[0, lane])
+                sums[1] += np.float64(lanes[1, lane])
+            bits[0], decoded[0] = largest, worst
+            sums[2] = max(sums[2], np.float64(sizes[0]))
+            sums[3] = max(sums[3], np.float64(errors[0]))
+            counts[0] += clipped
+            counts[1] += outgrown
+
+
+@njit(nogil=True, cache=True)
+def count_inexact(
+    values: Array,
+    shift: int,
+    codes: Array,
+    table: Array,
+    scales: Array,
+    target: int,
+    row_phase: int,
+    col_phase: int,
+    block_rows: int,
+    block_cols: int,
+    counts: Array,
+) -> None:
+    """Add to ``counts`` i64 [R blocks, C blocks] how many values of a window their codes do not give back.
+
+    A value is given back if ``table[code] * scale``, table f32 [256], equals it when rounded to ``target``, or to bfloat16: a
+    float32 weight may be a bfloat16 one in a wider dtype.
+    """
+    rows, cols = values.shape
+    for r in range(rows):
+        block_row = (row_phase + r) // block_rows
+        start = 0
+        block = 0
+        while start < cols:
+            stop = min(cols, (block + 1) * block_cols - col_phase)
+            scale = scales[block_row, block]
+            part = values[r, start:stop]
+            coded = codes[r, start:stop]
+            count = 0
+            for i in range(part.size):
+                wide = np.uint32(part[i]) << np.uint32(shift)
+                product = table[coded[i]] * scale
+                exact = _rounded(product, BF16) << np.uint32(16) == wide
+                if target == F16:
+                    exact = exact or _rounded(product, F16) == _rounded(np.uint32(wide).view(np.float32), F16)
+                elif target == F32:
+                    exact = exact or _rounded(product, F32) == wide
+                count += not exact
+            counts[block_row, block] += count
+            start = stop
+            block += 1
+
+
+@njit(nogil=True, cache=True)
+def round_values(values: Array, target: int, out: Array) -> int:
+    """Bits of float32 values [n] rounded to ``target``: out u16/u32 [n]. Returns how many finite ones became infinite."""
+    overflown = 0
     for i in range(values.size):
-        quotient = np.float32(values[i] / scale)
-        bits = quotient.view(np.uint32)
-        sign = (bits >> np.uint32(24)) & np.uint32(0x80)
-        size = abs(quotient)
-        if size >= np.float32(448):
-            code = np.uint32(0x7E)
-        elif size >= np.float32(2.0**-6):
-            rebased = (bits & np.uint32(0x7FFFFFFF)) - np.uint32(120 << 23)
-            code = (rebased + np.uint32(0x7FFFF) + ((rebased >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
-        else:  # subnormal: whole steps of 2 ** -9
-            code = np.uint32(np.rint(size * np.float32(512)))
-        out[i] = np.uint8(sign | code)
+        out[i] = _rounded(values[i], target)
+        if target == F16:
+            overflown += (out[i] & 0x7FFF) == 0x7C00 and abs(values[i]) < np.float32(np.inf)
+        elif target == BF16:
+            overflown += (out[i] & 0x7FFF) == 0x7F80 and abs(values[i]) < np.float32(np.inf)
+    return overflown
