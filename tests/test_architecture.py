@@ -23,8 +23,10 @@ JOBS = ("convert", "inspect", "sample", "verify")
 ARROWS = {
     "__init__": {*JOBS, "checkpoint", "storage"},
     "__main__": {"cli"},
-    "cli": set(JOBS),
-    **{job: {"checkpoint", "storage", "numerics"} for job in JOBS},
+    "cli": {*JOBS, "conversion"},
+    **{job: {"checkpoint", "storage", "numerics"} for job in (*JOBS, "serving")},
+    "convert": {"conversion", "checkpoint", "storage", "numerics"},
+    "conversion": {"serving", "checkpoint", "storage", "numerics"},
     "hosts": {"models", "checkpoint", "storage", "numerics"},
     "models": {"checkpoint", "storage", "numerics"},
     "checkpoint": {"storage", "numerics"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -21,13 +20,12 @@ from safetensors import safe_open
 from fp8ckpt import convert, open_checkpoint, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
+from fp8ckpt.storage import writing
 from fp8ckpt.storage.pairing import QuantizedTensor
 from tests.conftest import Run
 from tests.families import Family, families
 from tests.oracle import NUMPY, Stored, dequantize, read_directory, read_safetensors, write_safetensors
 
-# By import_module, since the package's attribute `convert` is the function.
-MODULES = [importlib.import_module(name) for name in ("fp8ckpt.convert", "fp8ckpt.storage.writing")]
 FAMILIES = families()
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -48,9 +46,8 @@ def one_weight(weight: Stored, scale: Stored, block: tuple[int, ...], config: di
 
 def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:
     """Make the pieces of an output small: chunks of so many bytes, extents of so many chunks."""
-    for module in MODULES:
-        monkeypatch.setattr(module, "CHUNK", chunk)
-        monkeypatch.setattr(module, "EXTENT", chunk * chunks)
+    monkeypatch.setattr(writing, "CHUNK", chunk)
+    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
 
 
 def all_codes(*shape: int) -> Stored:

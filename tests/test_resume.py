@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -25,9 +24,9 @@ import pytest
 from fp8ckpt import convert, sample
 from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError, TruncatedFileError
 from fp8ckpt.sample import Mistral3Sizes
+from fp8ckpt.storage import writing
 from tests.conftest import Run
 
-MODULES = [importlib.import_module(name) for name in ("fp8ckpt.convert", "fp8ckpt.storage.writing")]
 GOES_ON = "the same command goes on from there"
 
 
@@ -43,9 +42,8 @@ def digests(directory: Path) -> dict[str, str]:
 
 def cut(monkeypatch: pytest.MonkeyPatch, chunk: int = 4096, chunks: int = 4) -> None:
     """Make the pieces of an output small: chunks of so many bytes, extents of so many chunks."""
-    for module in MODULES:
-        monkeypatch.setattr(module, "CHUNK", chunk)
-        monkeypatch.setattr(module, "EXTENT", chunk * chunks)
+    monkeypatch.setattr(writing, "CHUNK", chunk)
+    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from fp8ckpt import convert
 
 # The command line with small extents, so that a miniature has work for every rank, and with the faults a test asks for.
 SCRIPT = """
-import errno, importlib, os, sys, time
+import errno, os, sys, time
 from pathlib import Path
 
-for name in ("fp8ckpt.convert", "fp8ckpt.storage.writing"):
-    module = importlib.import_module(name)
-    module.CHUNK, module.EXTENT = 8192, 3 * 8192
+from fp8ckpt.storage import writing
+
+writing.CHUNK, writing.EXTENT = 8192, 3 * 8192
 
 rank, writes, pwrite = os.environ["RANK"], 0, os.pwrite
 

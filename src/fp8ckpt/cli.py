@@ -21,6 +21,7 @@ import typer
 from fp8ckpt.errors import Fp8CheckpointError, shown
 
 if TYPE_CHECKING:
+    from fp8ckpt.conversion.quantized import QuantizationReport
     from fp8ckpt.inspect import Inspection
     from fp8ckpt.verify import VerifyResult
 
@@ -32,6 +33,8 @@ app = typer.Typer(
     help="Take an FP8-released model into BF16 training, and back, losslessly.",
 )
 
+_MOST_MOVED = 10  # rows of the table
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")]
 
@@ -42,6 +45,22 @@ class Target(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+    fp8 = "fp8"
+
+
+class Scheme(StrEnum):
+    """How to quantize without a base."""
+
+    per_tensor = "per-tensor"
+    block = "block"
+    channel = "channel"
+
+
+class Scales(StrEnum):
+    """Which scales to quantize with."""
+
+    reuse = "reuse"
+    fresh = "fresh"
 
 
 class KeyLayout(StrEnum):
@@ -98,11 +117,20 @@ def inspect(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, a safetensors file, or a hub id in the local cache.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make; it must not exist.")],
-    to: Annotated[Target, typer.Option("--to", help="What FP8 weights become.")] = Target.bf16,
+    to: Annotated[Target, typer.Option("--to", help="What FP8 weights become; or fp8, the way back.")] = Target.bf16,
+    like: Annotated[str | None, typer.Option(metavar="BASE", help="With --to fp8: the FP8 checkpoint that SRC came from.")] = None,
+    scheme: Annotated[Scheme | None, typer.Option(help="With --to fp8, without a base: how to quantize.")] = None,
+    scales: Annotated[Scales, typer.Option(help="With --like: keep the base's scale where values fit it, or make all new.")] = Scales.reuse,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")] = True,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="With --like: put right what engines trip over in the base's own files.")
+    ] = False,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Dequantize every FP8 weight, exactly, and write the directory that a trainer loads.
+    """Dequantize every FP8 weight, exactly, and write the directory that a trainer loads. Or, --to fp8, quantize again.
+
+    With --like BASE, what goes out has BASE's layout to the byte, and SRC's values; what was not trained comes back as it was.
 
     What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
     Under torchrun, the ranks share the work.
@@ -111,7 +139,22 @@ def convert(
 
     try:
         with _progress("converting") as progress:
-            result = run(source, destination, to=to.value, workers=workers, progress=progress)
+            result = run(
+                source,
+                destination,
+                to=to.value,
+                like=like,
+                scheme=None if scheme is None else scheme.value,
+                scales=scales.value,
+                report=report,
+                serving=serving,
+                workers=workers,
+                progress=progress,
+            )
+    except ValueError as error:
+        if isinstance(error, Fp8CheckpointError):
+            raise
+        raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
         kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
         print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial').exists() else ''}", file=sys.stderr)
@@ -121,13 +164,19 @@ def convert(
     if as_json:
         _print_json(result)
         return
-    print(
-        f"{result.destination}: {result.tensors} tensors in {_size(result.bytes_written)}, "
-        f"{result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, {result.seconds:.1f} s"
-    )
+    done = f"{result.destination}: {result.tensors} tensors in {_size(result.bytes_written)}"
+    if result.to == Target.fp8.value:
+        print(f"{done}, {result.quantized} quantized, {result.seconds:.1f} s")
+    else:
+        print(f"{done}, {result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, {result.seconds:.1f} s")
     if result.bytes_resumed:
         print(f"{_size(result.bytes_resumed)} were there from an earlier run")
-    _print_nan_codes(result.nan_codes)
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.report is not None:
+        _print_report(result.report)
+    if result.to != Target.fp8.value:
+        _print_nan_codes(result.nan_codes)
 
 
 @app.command(epilog="Example: fp8ckpt verify sample-fp8 sample-bf16")
@@ -234,6 +283,29 @@ def _print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:
         print(f"{sum(nan_codes.values())} NaN codes{where}, in {len(nan_codes)} tensors, the first {shown(name)}: carried over as NaN")
     else:
         print(f"0 NaN codes{where}")
+
+
+def _print_report(report: QuantizationReport) -> None:
+    total = report.total
+    moved = "" if total.moved is None else f"{_share(total.moved, total.elements)} codes moved, "
+    print(f"{moved}{total.clipped:,} elements clipped, {_share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new")
+    print(f"error against the source: {total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest")
+    if total.outgrown:
+        print(f"{total.outgrown:,} elements had outgrown the base's scales")
+    if total.moved:
+        print("most moved:")
+        rows = sorted(report.weights, key=lambda row: -(row.moved or 0) / max(1, row.elements))[:_MOST_MOVED]
+        head = ("weight", "moved", "of", "new scales", "of", "outgrown", "mean error", "largest")
+        cells: list[tuple[object, ...]] = [
+            (r.name, r.moved, r.elements, r.fresh, r.scales, r.outgrown, f"{r.mean_error:.3g}", f"{r.largest_error:.3g}")
+            for r in rows
+            if r.moved
+        ]
+        _table(head, cells)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" + (f" ({100 * part / whole:.3g} %)" if whole else "")
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:

@@ -287,7 +287,7 @@ def test_a_record_that_was_cut_off(destination: Path, cut: int) -> None:
         b"[1]\n",
         b"7\n",
         b"{}\n",
-        b'{"extent": [1], "counts": {}}\n',
+        b'{"extent": [1], "facts": {}}\n',
         b'{"extent": 9}\n',
         b"\0\0\0\0",
         b"null\n",

@@ -262,7 +262,7 @@ def tally_blocks(
     """Add to ``sums`` f64 [4] what codes e4m3fn of a window lose, and to ``counts`` i64 [2] how many values lie beyond.
 
     The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; largest magnitude, largest
-    error. counts: magnitudes above 449 times their scale, and above their block's of ``limits`` f32 [R blocks, C blocks].
+    error. counts: magnitudes above 450 times their scale, and above their block's of ``limits`` f32 [R blocks, C blocks].
     """
     rows, cols = values.shape
     factors = np.empty(_SCRATCH, np.float32)
@@ -294,7 +294,7 @@ def tally_blocks(
                 errors[i] = abs((errors[i] - excess) * factors[i] - sizes[i])
             clipped = np.int32(0)
             for i in range(size):
-                clipped += np.int32(sizes[i] > factors[i] * np.float32(449))
+                clipped += np.int32(sizes[i] > factors[i] * np.float32(450))
             outgrown = np.int32(0)
             for i in range(size):
                 outgrown += np.int32(sizes[i] > bounds[i])

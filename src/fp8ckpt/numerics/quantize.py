@@ -4,8 +4,8 @@ The contract: ``code = e4m3fn(clamp(float32(w) / float32(scale), -448, 448))``, 
 ``amax / 448`` in float32, 1 where ``amax`` is 0, stored in a scale dtype rounded up, so that nothing clips; for exponents
 (e8m0) it is the least power of two that is not below. A scale that is there already is kept where the block still *fits* it:
 
-- nothing lies beyond: no magnitude is above 449 times the scale. The largest code is 448; a value of 448 times the scale that was
-  rounded to bfloat16 may be larger by one part in 512 (448.875), and still has that code as its nearest;
+- nothing lies beyond: no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the scale that was
+  rounded to bfloat16 may be larger by one part in 256 (449.75), and still has that code as its nearest;
 - and it is not so small that precision is thrown away: the largest magnitude is at least 28 times the scale, so that no more
   than four of e4m3's binades are left unused; or the block is zero; or the scale gives back every element exactly.
 
@@ -29,7 +29,7 @@ from fp8ckpt.numerics.grid import BlockGrid, Window, as_matrices, window, window
 
 CODE_DTYPE = "F8_E4M3"
 LARGEST_CODE = np.float32(448)
-_BEYOND = np.float32(449)  # times the scale
+_BEYOND = np.float32(450)  # times the scale
 _TOO_SMALL = np.float32(28)  # times the scale
 
 Scales = npt.NDArray[Any]  # as they are stored: of the numpy dtype that SCALE_DTYPES gives
@@ -166,12 +166,18 @@ def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before:
     return Tally(codes.size, 0, int(counts[0]), int(counts[1]), *map(float, sums))
 
 
+def within(maxima: F32, scales: F32) -> Mask:
+    """Which blocks have nothing beyond their scale."""
+    with np.errstate(over="ignore"):
+        inside: Mask = maxima / scales <= _BEYOND
+    return inside
+
+
 def fits(maxima: F32, scales: F32) -> Mask:
     """Which blocks fit their scale by their largest magnitude alone. Of the others, `may_fit` says which an exact look decides."""
     with np.errstate(over="ignore"):
-        ratio = maxima / scales
-    fitting: Mask = (maxima == 0) | ((ratio <= _BEYOND) & (ratio >= _TOO_SMALL))
-    return fitting
+        large: Mask = (maxima == 0) | (maxima / scales >= _TOO_SMALL)
+    return large & within(maxima, scales)
 
 
 def may_fit(maxima: F32, scales: F32) -> Mask:

@@ -176,9 +176,18 @@ class OutputFile:
             raise write_error(error, self.file) from error
 
     def write(self, data: Bytes, offset: int) -> None:
-        """Write all of ``data`` at ``offset``. Directly, if it begins at a page in memory and fills whole pages on disk."""
-        whole = data.nbytes % ALIGNMENT == 0 and offset % ALIGNMENT == 0
-        fd = self._direct if self._direct is not None and whole else self._cached
+        """Write all of ``data`` at ``offset``: the whole pages directly, if in memory they lie as they do on disk, and the rest not."""
+        first = -offset % ALIGNMENT
+        direct = (data.nbytes - first) // ALIGNMENT * ALIGNMENT
+        if self._direct is None or direct <= 0 or (data.ctypes.data + first) % ALIGNMENT:
+            self._write(self._cached, data, offset)
+            return
+        last = first + direct
+        self._write(self._direct, data[first:last], offset + first)
+        self._write(self._cached, data[:first], offset)
+        self._write(self._cached, data[last:], offset + last)
+
+    def _write(self, fd: int, data: Bytes, offset: int) -> None:
         view = data.data
         done = 0
         while done < len(view):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,21 +97,21 @@ class PartialOutput:
                 found, file=str(self.destination), expected="no such path", remedy="choose another one, or move it away"
             )
 
-    def records(self) -> dict[int, dict[str, int]]:
-        """The counts that were recorded of each extent that is on disk, by all processes so far."""
-        done: dict[int, dict[str, int]] = {}
+    def records(self) -> dict[int, dict[str, Any]]:
+        """The facts that were recorded of each extent that is on disk, by all processes so far; in the order of the extents."""
+        done: dict[int, dict[str, Any]] = {}
         for file in sorted(self._state.glob("done-*")):
             for line in file.read_bytes().split(b"\n"):
                 try:
                     record = json.loads(line)
-                    done[record["extent"]] = record["counts"]
+                    done[record["extent"]] = record["facts"]
                 except (ValueError, TypeError, KeyError, RecursionError):
                     continue  # cut off while it was written: the extent is written again
-        return done
+        return dict(sorted(done.items()))
 
-    def record(self, writer: int, extent: int, counts: Mapping[str, int]) -> None:
+    def record(self, writer: int, extent: int, facts: Mapping[str, Any]) -> None:
         """Record that an extent is on disk; call it after the flush. ``writer`` tells processes apart."""
-        line = json.dumps({"extent": extent, "counts": counts})
+        line = json.dumps({"extent": extent, "facts": facts})
         try:
             fd = os.open(self._state / f"done-{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -135,6 +136,12 @@ class PartialOutput:
             if isinstance(error, OutputExistsError):
                 raise
             raise write_error(error, self.directory) from error
+
+    def discard(self) -> None:
+        """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""
+        if self._lock is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.release()
 
     def __del__(self) -> None:
         self.release()  # of an output whose owner met an error

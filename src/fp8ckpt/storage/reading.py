@@ -28,13 +28,18 @@ _SCALES_AT_ONCE = 8 << 20  # bytes
 
 def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
     """Read a tensor's scales and make them ready. Raises `ScaleValueError` where one is NaN, infinite, zero or negative."""
+    return Dequantizer(tensor.grid, load_scales(tensor), tensor.scale.dtype, tensor.weight.dtype, dtype)
+
+
+def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
+    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` where one is NaN, infinite, zero or negative."""
     stored = np.empty(tensor.scale.nbytes, np.uint8)
     with opened(tensor.scale.file) as fd:
         read_into(fd, stored, tensor.scale.start, tensor.scale.file)
-    scales = stored.view(SCALE_DTYPES[tensor.scale.dtype])
+    scales: npt.NDArray[Any] = stored.view(SCALE_DTYPES[tensor.scale.dtype])
     if count_bad_scales(scale_values(scales, tensor.scale.dtype)):
         raise _bad_scale(tensor.scale, scale_values(scales, tensor.scale.dtype))
-    return Dequantizer(tensor.grid, scales, tensor.scale.dtype, tensor.weight.dtype, dtype)
+    return scales
 
 
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
