@@ -5,7 +5,7 @@ The contract: ``code = e4m3fn(clamp(float32(w) / float32(scale), -448, 448))``, 
 (e8m0) it is the least power of two that is not below. A scale that is there already is kept where the block still *fits* it:
 
 - nothing lies beyond: no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the scale that was
-  rounded to bfloat16 may be larger by one part in 256 (449.75), and still has that code as its nearest;
+  rounded to bfloat16 may be larger by one part in 257 (449.743), and still has that code as its nearest;
 - and it is not so small that precision is thrown away: the largest magnitude is at least 28 times the scale, so that no more
   than four of e4m3's binades are left unused; or the block is zero; or the scale gives back every element exactly.
 
