@@ -160,9 +160,11 @@ class Tally:
 def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before: F32) -> Tally:
     """What ``codes`` with ``scales`` lose of the values; ``before``: the scales that might have been kept (infinite where none)."""
     sums, counts = np.zeros(kernels.TALLY), np.zeros(2, np.int64)
+    with np.errstate(over="ignore"):
+        beyond = before * _BEYOND
     for part in parts:
-        given, limits = (np.ascontiguousarray(blocks[part.window.blocks]) for blocks in (scales, before))
-        kernels.tally_blocks(part.of(values.bits), values.shift, part.of(codes), given, limits * _BEYOND, *part.window.phase, sums, counts)
+        given, limits = (np.ascontiguousarray(blocks[part.window.blocks]) for blocks in (scales, beyond))
+        kernels.tally_blocks(part.of(values.bits), values.shift, part.of(codes), given, limits, *part.window.phase, sums, counts)
     return Tally(codes.size, 0, int(counts[0]), int(counts[1]), *map(float, sums))
 
 
@@ -182,7 +184,9 @@ def fits(maxima: F32, scales: F32) -> Mask:
 
 def may_fit(maxima: F32, scales: F32) -> Mask:
     """Blocks that are small for their scale, and keep it if it gives back every element."""
-    small: Mask = (maxima > 0) & (maxima / scales < _TOO_SMALL)
+    with np.errstate(over="ignore"):
+        ratio = maxima / scales
+    small: Mask = (maxima > 0) & (ratio < _TOO_SMALL)
     return small
 
 
@@ -204,7 +208,7 @@ def fresh_scales(maxima: F32, dtype: str) -> Scales:
     if dtype == "F16":
         with np.errstate(over="ignore"):
             half = wanted.astype(np.float16)
-        return np.where(half.astype(np.float32) < wanted, np.nextafter(half, np.float16(np.inf)), half)
+            return np.where(half.astype(np.float32) < wanted, np.nextafter(half, np.float16(np.inf)), half)
     assert dtype in E8M0_DTYPES
     exponents = (bits + np.uint32(0x7FFFFF)) >> np.uint32(23)
     least = bits <= 0x00400000  # 2 ** -127, whose exponent is stored as 0
