@@ -48,15 +48,59 @@ def scale_floats(scale: Stored) -> np.ndarray:
     return values.astype(np.float32).reshape(scale.shape)
 
 
+def spread(scales: np.ndarray, shape: tuple[int, ...], block_size: tuple[int, ...]) -> np.ndarray:
+    """One scale a block [grid] as one an element [shape]."""
+    scales = scales.reshape(tuple(-(-dim // block) for dim, block in zip(shape, block_size, strict=True)))
+    for axis, (dim, block) in enumerate(zip(shape, block_size, strict=True)):
+        scales = np.take(scales, np.arange(dim) // block, axis=axis)
+    return scales
+
+
 def dequantize(weight: Stored, scale: Stored, block_size: tuple[int, ...], dtype: str) -> bytes:
     """``round_nearest_even(float32(code) * float32(scale), dtype)``, element by element, as the bytes of the whole tensor."""
     codes = weight.array.astype(np.float32)
-    grid = tuple(-(-dim // block) for dim, block in zip(weight.shape, block_size, strict=True))
-    scales = scale_floats(scale).reshape(grid)
-    for axis, (dim, block) in enumerate(zip(weight.shape, block_size, strict=True)):
-        scales = np.take(scales, np.arange(dim) // block, axis=axis)
+    scales = spread(scale_floats(scale), weight.shape, block_size)
     with np.errstate(all="ignore"):
         return np.ascontiguousarray((codes * scales).astype(np.float32).astype(NUMPY[dtype])).tobytes()
+
+
+def quantize(values: Stored, scale: Stored, block_size: tuple[int, ...]) -> bytes:
+    """``e4m3fn(clamp(float32(value) / float32(scale), -448, 448))``, nearest even, of finite values: the codes of the whole tensor."""
+    scales = spread(scale_floats(scale), values.shape, block_size)
+    with np.errstate(all="ignore"):
+        quotients = np.asarray(values.array.astype(np.float32) / scales, np.float32)
+    clamped = np.clip(quotients, np.float32(-448), np.float32(448))
+    return np.ascontiguousarray(clamped.astype(ml_dtypes.float8_e4m3fn)).tobytes()
+
+
+def maxima(values: Stored, block_size: tuple[int, ...]) -> np.ndarray:
+    """The largest magnitude of each block, as float32 [grid]."""
+    magnitudes = np.abs(values.array.astype(np.float32))
+    found = np.zeros(tuple(-(-dim // block) for dim, block in zip(values.shape, block_size, strict=True)), np.float32)
+    for index in np.ndindex(found.shape):
+        found[index] = magnitudes[tuple(slice(i * block, (i + 1) * block) for i, block in zip(index, block_size, strict=True))].max()
+    return found
+
+
+def fresh_scale(values: Stored, block_size: tuple[int, ...], dtype: str) -> Stored:
+    """``amax / 448`` in float32, 1 for zeros, as the least value of ``dtype`` that is not below.
+
+    A quotient below 2**-126 has fewer bits: there it is the least multiple of 2**-149 of which 448 are not below ``amax``.
+    """
+    amax = maxima(values, block_size)
+    quotients = np.asarray(amax / np.float32(448), np.float32)
+    steps = np.ldexp(amax.astype(np.float64), 149)  # whole numbers, exactly
+    up = np.ldexp(np.ceil(np.where(steps < 2.0**33, steps, 0) / 448), -149).astype(np.float32)
+    wanted = np.where(quotients < 2.0**-126, up, quotients)
+    wanted = np.where(amax == 0, np.float32(1), wanted)
+    if dtype == "F32":
+        return Stored(dtype, amax.shape, wanted.tobytes())
+    kind = np.dtype(NUMPY["F8_E8M0" if dtype == "U8" else dtype])
+    every = np.arange(1 << 8 * kind.itemsize).astype(f"u{kind.itemsize}").view(kind)
+    with np.errstate(invalid="ignore"):
+        every = np.sort(every.astype(np.float32)[every.astype(np.float32) > 0])
+    least = every[np.searchsorted(every, wanted, side="left")]
+    return Stored(dtype, amax.shape, np.ascontiguousarray(least.astype(kind)).tobytes())
 
 
 def write_safetensors(file: Path, tensors: dict[str, Stored], metadata: dict[str, str] | None = None) -> None:
