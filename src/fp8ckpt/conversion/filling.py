@@ -155,23 +155,23 @@ class QuantizingFiller:
             maxima = quantize.block_array(sub, np.float32)
             quantize.raise_maxima(parts, values, maxima)
             if not np.isfinite(maxima).all():
-                self._refuse_nonfinite(weight)
-            shape = maxima.shape
-            stored = quantize.fresh_scales(maxima, weight.scale.dtype)
-            before = np.full(shape, np.inf, np.float32)
+                refuse_nonfinite(weight.name, weight.source)
+            before, kept = np.full(maxima.shape, np.inf, np.float32), None
+            exact = None
             if weight.before is not None:
-                kept = self._read_scales(weight.before.scale, blocks).reshape(shape)
-                before = scale_values(kept, weight.scale.dtype)
-                if not self._plan.fresh:
-                    keep = _keep(parts, values, maxima, before, codes)
-                    stored = np.where(keep, kept, stored)
-                    facts.kept += int(np.count_nonzero(keep))
-            facts.made += stored.size
-            scales = self._checked(weight, stored)
+                old = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
+                before = scale_values(old, weight.scale.dtype)
+                kept = None if self._plan.fresh else old
+                if kept is not None and quantize.may_fit(maxima, before).any():
+                    quantize.encode(parts, values, before, codes)
+                    exact = quantize.count_inexact(parts, values, codes, before) == 0
+            stored, keep = quantize.choose_scales(maxima, kept, weight.scale.dtype, exact)
+            facts.kept += int(np.count_nonzero(keep))
+            facts.made += int(np.count_nonzero(~keep))
+            scales = checked_scales(weight, stored)
             quantize.encode(parts, values, scales, codes)
             self._write_scales(weight.scale, blocks.start, stored)
             self._report(facts, weight, first, parts, values, codes, scales, before)
-        facts.made -= facts.kept
         return Filled({weight.name: asdict(facts)})
 
     # ---------------------------------------------------------------- wide weights
@@ -189,7 +189,7 @@ class QuantizingFiller:
             here = np.zeros_like(maxima)
             quantize.raise_maxima(parts, values, here)
             if not np.isfinite(here).all():
-                self._refuse_nonfinite(weight)
+                refuse_nonfinite(weight.name, weight.source)
             np.maximum(maxima, here, out=maxima)
             if self._plan.fresh or unit in self._outgrown:
                 continue
@@ -213,7 +213,7 @@ class QuantizingFiller:
         assert self._decided is not None
         facts = WeightFacts()
         before = self._scales_before(weight)
-        scales = self._checked(weight, self._decided[weight.name]).reshape(before.shape)
+        scales = checked_scales(weight, self._decided[weight.name]).reshape(before.shape)
         for first in range(begin, begin + count, STEP):
             size = min(STEP, begin + count - first)
             values, codes = self._values(weight.source, first, size), out[first - begin :][:size]
@@ -279,12 +279,6 @@ class QuantizingFiller:
         data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         self._scale_file.write(data, span.start + first * stored.itemsize)
 
-    def _checked(self, weight: Quantization, stored: Stored) -> F32:
-        return checked_scales(weight, stored)
-
-    def _refuse_nonfinite(self, weight: Quantization) -> NoReturn:
-        refuse_nonfinite(weight.name, weight.source)
-
     def close(self) -> None:
         """Close the files that were used last."""
         self._source_file.close()
@@ -292,16 +286,6 @@ class QuantizingFiller:
         if self._scale_file is not None:
             self._scale_file.close()
             self._scale_file = None
-
-
-def _keep(parts: list[quantize.Part], values: Values, maxima: F32, before: F32, codes: U8) -> quantize.Mask:
-    """Which blocks keep their scale; ``codes`` is scratch."""
-    keep = quantize.fits(maxima, before)
-    small = quantize.may_fit(maxima, before) & ~keep
-    if small.any():
-        quantize.encode(parts, values, before, codes)
-        keep |= small & (quantize.count_inexact(parts, values, codes, before) == 0)
-    return keep
 
 
 def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, slice]]:

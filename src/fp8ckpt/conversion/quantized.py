@@ -144,17 +144,11 @@ def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: li
     for part in facts:
         for block, largest in part.maxima.items():
             flat[int(block)] = max(flat[int(block)], np.float32(largest))
-    fresh = quantize.fresh_scales(maxima, weight.scale.dtype).reshape(-1)
-    if weight.before is None:
-        return fresh, False
-    kept = load_scales(weight.before)
-    if plan.fresh:
-        return fresh, False
-    before = scales_before(weight)
     exact = np.ones(maxima.size, np.bool_)
     exact[[block for part in facts for block in part.inexact]] = False
-    keep = quantize.fits(maxima, before) | (quantize.may_fit(maxima, before) & exact.reshape(maxima.shape))
-    return np.where(keep.reshape(-1), kept, fresh), bool(keep.all())
+    kept = None if weight.before is None or plan.fresh else load_scales(weight.before).reshape(maxima.shape)
+    stored, keep = quantize.choose_scales(maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape))
+    return stored.reshape(-1), bool(keep.all())
 
 
 def _write_scales(output: PartialOutput, weight: Quantization, stored: Stored) -> None:

@@ -10,18 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fp8ckpt.conversion.base import equal_units
 from fp8ckpt.conversion.planning import OutputPlan, refuse_inside
 from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan, refuse_dtype, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.grid import BlockGrid, Shape, tiled
+from fp8ckpt.serving import serving_config
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, Json, dump_json
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.storage.siblings import equal_units
 from fp8ckpt.storage.side_files import side_files
 
 _BLOCK = (128, 128)
@@ -91,8 +92,6 @@ def is_quantized(span: TensorSpan) -> bool:
 
 def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, report: bool) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written."""
-    from fp8ckpt.serving import serving_config
-
     output.refuse_existing()
     given = open_checkpoint(source)
     refuse_inside(output, given, "source")
@@ -134,7 +133,9 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
         base=None,
         weights=weights,
         plain={name: span for name, span in tensors.items() if name not in weights},
-        units=tuple(equal_units(weights.values())),
+        units=tuple(
+            equal_units({name: b"" if weight.grid.per_tensor else name.encode() for name, weight in weights.items() if weight.wide})
+        ),
         fresh=True,
         report=report,
     )

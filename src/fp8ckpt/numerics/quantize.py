@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.numerics import kernels
-from fp8ckpt.numerics.codes import E8M0_DTYPES, F32, SCALE_DTYPES, U8, code_values
+from fp8ckpt.numerics.codes import E8M0_DTYPES, F32, SCALE_DTYPES, U8, code_values, scale_values
 from fp8ckpt.numerics.dequantize import ROUNDING
 from fp8ckpt.numerics.grid import BlockGrid, Window, as_matrices, window, windows
 
@@ -213,6 +213,21 @@ def fresh_scales(maxima: F32, dtype: str) -> Scales:
     exponents = (bits + np.uint32(0x7FFFFF)) >> np.uint32(23)
     least = bits <= 0x00400000  # 2 ** -127, whose exponent is stored as 0
     return np.where(least, np.uint32(0), exponents).astype(SCALE_DTYPES[dtype])
+
+
+def choose_scales(maxima: F32, kept: Scales | None, dtype: str, exact: Mask | None = None) -> tuple[Scales, Mask]:
+    """(scales as stored in ``dtype``, which of them are ``kept``) for blocks of these largest magnitudes.
+
+    ``kept``: the scales of before, of the same shape, or None to make all anew; ``exact``: where they give back every element.
+    """
+    fresh = fresh_scales(maxima, dtype)
+    if kept is None:
+        return fresh, np.zeros(maxima.shape, np.bool_)
+    before = scale_values(kept, dtype)
+    keep = fits(maxima, before)
+    if exact is not None:
+        keep = keep | (may_fit(maxima, before) & exact)
+    return np.where(keep, kept, fresh), keep
 
 
 def round_to(values: F32, dtype: str, out: npt.NDArray[Any]) -> int:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fp8ckpt.errors import Fp8CheckpointError, ScaleValueError, StorageError, TruncatedFileError, UnsupportedFormatError
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Bits, Dequantizer, bits_dtype
-from fp8ckpt.storage.files import Bytes, Region, checked_region, opened, pieces, read_into, read_region, within
+from fp8ckpt.storage.files import Bytes, LastFile, Region, checked_region, opened, pieces, read_into, read_region, within
 from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 
@@ -40,6 +40,20 @@ def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
     if count_bad_scales(scale_values(scales, tensor.scale.dtype)):
         raise _bad_scale(tensor.scale, scale_values(scales, tensor.scale.dtype))
     return scales
+
+
+def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
+    """What the scales of weights are, by the weight's name: equal bytes are equal scales. For weights of few scales."""
+    found: dict[str, bytes] = {}
+    file = LastFile()
+    try:
+        for tensor in tensors:
+            stored = np.empty(tensor.scale.nbytes, np.uint8)
+            read_into(file.descriptor(tensor.scale.file), stored, tensor.scale.start, tensor.scale.file)
+            found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + stored.tobytes()
+    finally:
+        file.close()
+    return found
 
 
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:

@@ -6,7 +6,7 @@ largest of them, so what it serves is no longer what the file holds; equal scale
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 #: Leaf modules that are joined where they stand in the same module, in the order in which they are joined.
 FUSED_LEAVES = (
@@ -34,3 +34,18 @@ def sibling_units(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [
         tuple(parent + leaf + _WEIGHT for leaf in leaves if leaf in found) for (parent, leaves), found in present.items() if len(found) > 1
     ]
+
+
+def equal_units(scales: Mapping[str, bytes]) -> list[tuple[str, ...]]:
+    """All weights of ``scales`` (what their scales are, as stored), each alone or with the siblings whose scale equals its own.
+
+    A new scale of one of a unit is one of all: what was equal for the engine's sake stays equal.
+    """
+    units: list[tuple[str, ...]] = []
+    for siblings in sibling_units(scales):
+        by_scale: dict[bytes, list[str]] = {}
+        for name in siblings:
+            by_scale.setdefault(scales[name], []).append(name)
+        units += [tuple(names) for names in by_scale.values()]
+    together = {name for unit in units for name in unit}
+    return units + [(name,) for name in scales if name not in together]
