@@ -24,9 +24,11 @@ ARROWS = {
     "__init__": {*JOBS, "checkpoint", "storage"},
     "__main__": {"cli"},
     "cli": {*JOBS, "conversion"},
-    **{job: {"checkpoint", "storage", "numerics"} for job in (*JOBS, "serving")},
+    **{job: {"checkpoint", "storage", "numerics"} for job in JOBS},
     "convert": {"conversion", "checkpoint", "storage", "numerics"},
     "conversion": {"serving", "checkpoint", "storage", "numerics"},
+    "verify": {"serving", "checkpoint", "storage", "numerics"},
+    "serving": {"checkpoint", "storage", "numerics"},  # a part of two jobs, and no job with a public name
     "hosts": {"models", "checkpoint", "storage", "numerics"},
     "models": {"checkpoint", "storage", "numerics"},
     "checkpoint": {"storage", "numerics"},

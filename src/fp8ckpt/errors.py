@@ -18,6 +18,7 @@
     ├── RegionError               (IndexError)  offsets and sizes outside the tensor
     ├── RangeError                (OverflowError)  finite codes that the target dtype cannot hold
     ├── ModelMismatchError        (ValueError)  the model and the checkpoint do not hold the same tensors
+    ├── ServingError              (ValueError)  a serving engine would refuse the directory, or serve something else
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
@@ -142,6 +143,10 @@ class RangeError(Fp8CheckpointError, OverflowError):
 
 class ModelMismatchError(Fp8CheckpointError, ValueError):
     """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other shapes."""
+
+
+class ServingError(Fp8CheckpointError, ValueError):
+    """A serving engine would refuse the directory, or serve something else than what is in it."""
 
 
 class OutputExistsError(Fp8CheckpointError, FileExistsError):
