@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -183,6 +183,9 @@ def convert(
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another, to compare with it.")] = None,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Also check what vLLM, SGLang and transformers need to serve the last one right.")
+    ] = False,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -190,7 +193,7 @@ def verify(
     from fp8ckpt.verify import verify as run
 
     with _progress("verifying") as progress:
-        result = run(a, b, workers=workers, progress=progress)
+        result = run(a, b, serving=serving, workers=workers, progress=progress)
     if as_json:
         _print_json(result, ok=result.ok)
     else:
@@ -338,8 +341,8 @@ def _print_inspection(found: Inspection) -> None:
     _print_defects(found.defects)
 
 
-def _print_defects(defects: tuple[Fp8CheckpointError, ...]) -> None:
-    print(f"defects: {len(defects) or 'none'}")
+def _print_defects(defects: Sequence[Fp8CheckpointError], kind: str = "defects") -> None:
+    print(f"{kind}: {len(defects) or 'none'}")
     for defect in defects:
         print(f"  {type(defect).__name__}: {defect.message}")
 
@@ -362,8 +365,13 @@ def _print_verification(result: VerifyResult) -> None:
         print(f"{paths}: defective")
     elif len(result.paths) == 1:
         print(f"{paths}: sound, {result.tensors:,} tensors")
-    elif result.ok:
+    elif not (result.tensor_differences or result.file_differences):
         print(f"{paths}: the same, {result.tensors:,} tensors bit for bit, configuration and side files")
     else:
         tensors = f"{len(result.tensor_differences)} of {result.tensors:,} tensors"
         print(f"{paths}: different, {tensors}, {len(result.file_differences)} other differences")
+    if result.serving is not None:
+        _print_defects(result.serving.failures, "failures in serving")
+        for note in result.serving.notes:
+            print(f"note: {note}")
+        print(f"{result.paths[-1]}: {'not ' if result.serving.failures or result.defects else ''}fit to be served")

@@ -1,7 +1,8 @@
 """Prove it: one checkpoint is sound, or two hold the same tensors, bit for bit.
 
 Both are read as logical checkpoints, streaming, in parallel: an FP8 tensor is compared as the values that its codes and
-scales mean, in the dtype of the other side (bfloat16 where both are FP8). Memory is a few MiB a worker.
+scales mean, in the dtype of the other side (bfloat16 where both are FP8). Memory is a few MiB a worker. On request the last
+one is also examined for what serving engines need beyond that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from fp8ckpt.errors import Fp8CheckpointError, IndexMismatchError
 from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.serving import Servability, examine
 from fp8ckpt.storage.checkpoint import Checkpoint, survey
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.storage.files import opened, read_into
@@ -46,7 +48,10 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` found: ``ok`` if there is no defect and no difference. ``nan_codes`` counts NaN codes by side and tensor."""
+    """What `verify` found: ``ok`` if there is no defect, no difference and nothing that a serving engine would trip over.
+
+    ``nan_codes`` counts NaN codes by side and tensor; ``serving`` is None where it was not asked for.
+    """
 
     paths: tuple[Path, ...]
     tensors: int
@@ -55,25 +60,34 @@ class VerifyResult:
     defects: tuple[Fp8CheckpointError, ...]
     tensor_differences: tuple[TensorDifference, ...]
     file_differences: tuple[str, ...]
+    serving: Servability | None = None
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong, and nothing differs."""
-        return not (self.defects or self.tensor_differences or self.file_differences)
+        unservable = self.serving is not None and self.serving.failures
+        return not (self.defects or self.tensor_differences or self.file_differences or unservable)
 
 
 def verify(
-    a: str | Path, b: str | Path | None = None, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    a: str | Path,
+    b: str | Path | None = None,
+    *,
+    serving: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult:
     """Check every invariant of one checkpoint, NaN codes counted; or compare two, tensors bit for bit, config and side files too.
 
+    With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see `fp8ckpt.serving`.
     ``progress`` is called with (bytes read so far, in all). Raises only where there is nothing to look at.
     """
     sides = [survey(path) for path in (a, b) if path is not None]
     defects = [defect for side in sides for defect in _defects(side)]
+    servability = examine(sides[-1]) if serving else None
     job = _Job(sides, progress)
     if defects:  # the values of a defective checkpoint mean nothing
-        return VerifyResult(tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), ())
+        return VerifyResult(tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability)
     job.run(workers or max(1, len(os.sched_getaffinity(0))))
     return VerifyResult(
         paths=tuple(side.path for side in sides),
@@ -83,6 +97,7 @@ def verify(
         defects=(),
         tensor_differences=tuple(job.differences()),
         file_differences=tuple(_file_differences(*sides)) if len(sides) == 2 else (),
+        serving=servability,
     )
 
 
