@@ -369,7 +369,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[_Finding]:
     unmarked = [header for header in checkpoint.files if header.metadata.get("format") != "pt"]
     if unmarked:
         found = f"the metadata does not say what wrote it, in {len(unmarked)} of {len(files)} files"
-        remedy = "write the file anew: transformers refuses files without it"
+        remedy = "write the file anew: loaders that serve several frameworks refuse it, or guess"
         yield ServingError(found, file=unmarked[0].file, expected='{"format": "pt"}', remedy=remedy)
 
 
