@@ -208,9 +208,10 @@ def encode_blocks(
 
     values u16/u32 [R, C], scales f32 [R blocks, C blocks]. Loops that become vector instructions: a code's exponent and
     mantissa are the quotient's own bits, rounded at the 20th; of a quotient below ``2**-6`` they are whole steps of ``2**-9``,
-    which an addition of ``2**14`` rounds to.
+    which an addition of ``2**14`` rounds to. Each result is cast to 32 bits, or numba makes it 64, and half of a vector is wasted.
     """
     rows, cols = values.shape
+    left = np.int32(shift)
     divisors = np.empty(_SCRATCH, np.float32)
     bits = np.empty(_SCRATCH, np.int32)
     quotients = bits.view(np.float32)
@@ -227,19 +228,20 @@ def encode_blocks(
             part = values[r, start : start + size]
             result = out[r, start : start + size]
             for i in range(size):
-                bits[i] = np.int32((np.uint32(part[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF))
+                bits[i] = np.int32(np.int32(part[i]) << left) & np.int32(0x7FFFFFFF)
             for i in range(size):
                 quotients[i] = min(quotients[i] / divisors[i], np.float32(448))
             for i in range(size):
                 shifted[i] = quotients[i] + np.float32(2.0**14)
             for i in range(size):
                 rebased = np.int32(bits[i] - np.int32(120 << 23))
-                normal = np.int32(rebased + np.int32(0x7FFFF) + ((rebased >> np.int32(20)) & np.int32(1))) >> np.int32(20)
+                even = np.int32(np.int32(rebased >> np.int32(20)) & np.int32(1))
+                normal = np.int32(np.int32(rebased + np.int32(0x7FFFF) + even) >> np.int32(20))
                 subnormal = np.int32(steps[i] - np.int32(0x46800000))  # the bits of 2**14
                 steps[i] = subnormal if bits[i] < np.int32(121 << 23) else normal
             for i in range(size):
-                sign = np.uint8((np.uint32(part[i]) << np.uint32(shift)) >> np.uint32(24)) & np.uint8(0x80)
-                result[i] = np.uint8(steps[i]) | sign
+                sign = np.int32(np.int32(np.int32(part[i]) << left) >> np.int32(24)) & np.int32(0x80)
+                result[i] = np.uint8(np.int32(steps[i] | sign))
 
 
 TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest error
@@ -265,13 +267,13 @@ def tally_blocks(
     error. counts: magnitudes above 450 times their scale, and above their block's of ``limits`` f32 [R blocks, C blocks].
     """
     rows, cols = values.shape
+    left = np.int32(shift)
     factors = np.empty(_SCRATCH, np.float32)
     bounds = np.empty(_SCRATCH, np.float32)
     bits = np.empty(_SCRATCH, np.int32)
     sizes = bits.view(np.float32)
     decoded = np.empty(_SCRATCH, np.int32)
     errors = decoded.view(np.float32)
-    lanes = np.zeros((2, 16), np.float32)
     for start in range(0, cols, _SCRATCH):
         size = min(_SCRATCH, cols - start)
         spread = -1
@@ -284,39 +286,35 @@ def tally_blocks(
             part = values[r, start : start + size]
             coded = codes[r, start : start + size]
             for i in range(size):
-                bits[i] = np.int32((np.uint32(part[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF))
+                bits[i] = np.int32(np.int32(part[i]) << left) & np.int32(0x7FFFFFFF)
             for i in range(size):
-                code = np.int32(coded[i]) & np.int32(0x7F)
+                code = np.int32(np.int32(coded[i]) & np.int32(0x7F))
                 exponent = np.int32(120 << 23) if code > np.int32(7) else np.int32(121 << 23)
-                decoded[i] = np.int32((code << np.int32(20)) + exponent)
+                decoded[i] = np.int32(np.int32(code << np.int32(20)) + exponent)
             for i in range(size):
                 excess = np.float32(0) if (coded[i] & np.uint8(0x7F)) > np.uint8(7) else np.float32(_LEAST_NORMAL)
                 errors[i] = abs((errors[i] - excess) * factors[i] - sizes[i])
             clipped = np.int32(0)
-            for i in range(size):
-                clipped += np.int32(sizes[i] > factors[i] * np.float32(450))
             outgrown = np.int32(0)
-            for i in range(size):
-                outgrown += np.int32(sizes[i] > bounds[i])
             largest = np.int32(0)
-            for i in range(size):
-                largest = max(largest, bits[i])
             worst = np.int32(0)
             for i in range(size):
+                clipped = np.int32(clipped + np.int32(sizes[i] > factors[i] * np.float32(450)))
+                outgrown = np.int32(outgrown + np.int32(sizes[i] > bounds[i]))
+                largest = max(largest, bits[i])
                 worst = max(worst, decoded[i])
-            # Sums in 16 lanes: an order of addition that vector instructions can keep.
-            lanes[:] = 0
-            whole = size - size % 16
-            for first in range(0, whole, 16):
-                for lane in range(16):
-                    lanes[0, lane] += sizes[first + lane]
-                    lanes[1, lane] += errors[first + lane]
-            for i in range(whole, size):
-                lanes[0, i - whole] += sizes[i]
-                lanes[1, i - whole] += errors[i]
-            for lane in range(16):
-                sums[0] += np.float64(lanes[0, lane])
-                sums[1] += np.float64(lanes[1, lane])
+            # Sums by halves, in place: an order of addition that vector instructions can keep, and that loses little.
+            left_over = size
+            while left_over > 16:
+                half = (left_over + 1) // 2
+                for i in range(left_over - half):
+                    sizes[i] += sizes[i + half]
+                for i in range(left_over - half):
+                    errors[i] += errors[i + half]
+                left_over = half
+            for i in range(left_over):
+                sums[0] += np.float64(sizes[i])
+                sums[1] += np.float64(errors[i])
             bits[0], decoded[0] = largest, worst
             sums[2] = max(sums[2], np.float64(sizes[0]))
             sums[3] = max(sums[3], np.float64(errors[0]))
