@@ -191,7 +191,8 @@ class QuantizingFiller:
             if not np.isfinite(here).all():
                 refuse_nonfinite(weight.name, weight.source)
             np.maximum(maxima, here, out=maxima)
-            if self._plan.fresh or unit in self._outgrown:
+            # One scale is new once an element lies beyond it; of several, each is asked whether it gives its own block back.
+            if self._plan.fresh or (unit in self._outgrown and weight.grid.per_tensor):
                 continue
             codes = out[first - begin :][:size]
             quantize.encode(parts, values, before, codes)
@@ -200,7 +201,7 @@ class QuantizingFiller:
                 facts.inexact = sorted({*facts.inexact, *map(int, np.flatnonzero(inexact))})
             if not quantize.within(here, before).all():
                 self._outgrown.add(unit)
-            else:
+            elif unit not in self._outgrown:
                 self._report(facts, weight, first, parts, values, codes, before, before)
         flat = maxima.reshape(-1)
         facts.maxima = {str(block): float(flat[block]) for block in np.flatnonzero(flat)}
