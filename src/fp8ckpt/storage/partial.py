@@ -111,11 +111,13 @@ class PartialOutput:
 
     def record(self, writer: int, extent: int, facts: Mapping[str, Any]) -> None:
         """Record that an extent is on disk; call it after the flush. ``writer`` tells processes apart."""
-        line = json.dumps({"extent": extent, "facts": facts})
+        # The first newline ends a line that was cut off.
+        line = memoryview(("\n" + json.dumps({"extent": extent, "facts": facts}) + "\n").encode())
         try:
             fd = os.open(self._state / f"done-{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                os.write(fd, f"\n{line}\n".encode())  # the first newline ends a line that was cut off
+                while line:
+                    line = line[os.write(fd, line) :]  # a disk that fills up may take a part
             finally:
                 os.close(fd)
         except OSError as error:
