@@ -78,6 +78,8 @@ def run(make_plan: Callable[[], QuantizingPlan], output: PartialOutput, workers:
     first = dict(enumerate(plan.extents()))
     numbers = count(len(first))
     second = {name: {next(numbers): extent for extent in extents} for name, extents in plan.second_pass().items()}
+    if not first.keys() <= done.keys():  # records may be lost in a power cut, and then the first pass writes over the second
+        done = {i: facts for i, facts in done.items() if i in first}
     before = lru_cache(maxsize=4 * workers)(scales_before)
     outgrown: set[tuple[str, ...]] = set()
     steps = _Steps(progress)
