@@ -49,6 +49,13 @@ def test_a_vector_of_columns_is_refused() -> None:
     assert infer_grid((40, 24), (24,), None) is None
 
 
+def test_scales_of_a_weight_without_elements() -> None:
+    """One spans it, as it spans any; more belong to no block, and are refused."""
+    assert infer_grid((0, 6), (1, 1), None) == BlockGrid((0, 6), (1, 6))
+    assert infer_grid((0, 6), (0, 1), None) == BlockGrid((0, 6), (1, 6))
+    assert infer_grid((0, 6), (1, 6), None) is None
+
+
 @pytest.mark.parametrize(
     ("weight", "scale", "expected"),
     [

@@ -51,7 +51,7 @@ def plan_like(source: str | Path, base: str | Path, output: PartialOutput, *, fr
         base=like,
         weights=weights,
         plain=plain,
-        units=tuple(equal_units(stored_scales(weight.before for weight in weights.values() if weight.wide and weight.before))),
+        units=tuple(equal_units(stored_scales(w.before for w in weights.values() if w.wide and w.before and w.scale.nbytes))),
         fresh=fresh,
         report=report,
         notes=tuple(_side_file_notes(given, like)),

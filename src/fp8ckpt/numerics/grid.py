@@ -117,5 +117,5 @@ def infer_grid(weight_shape: Shape, scale_shape: Shape, block_size: Shape | None
             return grid
     if all(scale in (1, dim) for scale, dim in zip(scale_shape, weight_shape, strict=True)):
         block = tuple(1 if scale == dim else dim for scale, dim in zip(scale_shape, weight_shape, strict=True))
-        return BlockGrid(weight_shape, block)
+        return BlockGrid(weight_shape, block) if all(block) else None  # there is no block where there is no element
     return None
