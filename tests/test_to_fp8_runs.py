@@ -1,0 +1,888 @@
+"""The way back to FP8 as a run: cut off and resumed, shared by workers and ranks, counted byte by byte, and as a command."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fp8ckpt import convert, open_checkpoint, sample, verify
+from fp8ckpt.cli import main
+from fp8ckpt.errors import ResumeMismatchError, StorageError
+from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
+from fp8ckpt.storage.header import TensorSpan
+from fp8ckpt.storage.partial import PartialOutput
+from tests.families import Family, families
+from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after, wait_for_a_record
+from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, quantize, steps, tree, write_plain
+from tests.test_torchrun import ended, torchrun
+
+# The command line in small pieces: many extents, so that a run can be cut off in the midst of either pass.
+IN_PIECES = """
+from fp8ckpt.storage import writing
+
+writing.CHUNK, writing.EXTENT = 1 << 20, 2 << 20
+
+from fp8ckpt.cli import main
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plug is pulled here, and waiting for the disk is most of the time."""
+
+    def fsync(fd: int) -> None:
+        os.fstat(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fdatasync", fsync)
+
+
+def grow(plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up_proj", "down_proj")) -> Path:
+    """A trained copy of a BF16 directory: in weights of these names the last element has grown far beyond, and some others have moved."""
+    shutil.copytree(plain, destination)
+    for file in destination.glob("*.safetensors"):
+        raw = np.memmap(file, np.uint8, "r+")
+        header = json.loads(bytes(raw[8 : 8 + (size := int.from_bytes(raw[:8].tobytes(), "little"))]))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, stop = (8 + size + at for at in entry["data_offsets"])
+            if "embed" not in name and len(entry["shape"]) == 2:
+                raw[start : stop - 2 : 1022] ^= 3  # low bits of mantissas
+                if any(word in name for word in words):
+                    raw[stop - 2 : stop] = np.frombuffer(Stored.of(np.float32(3000), "BF16").data, np.uint8)
+        raw.flush()
+    return destination
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a miniature ``fp8``, its ``plain`` conversion, and ``trained``, of which many weights have outgrown their scale."""
+    folder = tmp_path_factory.mktemp("small")
+    sample(folder / "fp8", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384))
+    convert(folder / "fp8", folder / "plain")
+    grow(folder / "plain", folder / "trained")
+    convert(folder / "trained", folder / "undisturbed", to="fp8", like=folder / "fp8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same of 140 MB of FP8."""
+    folder = tmp_path_factory.mktemp("big")
+    sizes = Mistral3Sizes(layers=8, hidden=1024, intermediate=4096, heads=8, kv_heads=4, head_dim=128, vocabulary=4096)
+    sample(folder / "fp8", sizes)
+    convert(folder / "fp8", folder / "plain")
+    grow(folder / "plain", folder / "trained")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(big: Path) -> dict[str, dict[str, str]]:
+    """The digests of what undisturbed runs write, by source."""
+    found = {"plain": digests(big / "fp8")}
+    result = convert(big / "trained", big / "out", to="fp8", like=big / "fp8")
+    assert result.report is not None
+    assert result.report.total.fresh > 0.5 * result.report.total.scales
+    found["trained"] = digests(big / "out")
+    shutil.rmtree(big / "out")
+    return found
+
+
+def start(script: Path, *arguments: object) -> subprocess.Popen[str]:
+    """The command line in small pieces, in a process of its own."""
+    script.write_text(IN_PIECES)
+    return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# ---------------------------------------------------------------- cut off, and resumed
+
+
+@pytest.mark.parametrize(("source", "seed"), [("plain", 0), ("trained", 1), ("trained", 2)])
+def test_sigkill_at_random_moments(source: str, seed: int, big: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    """Killed again and again at random moments, in either pass, and run with other workers, it ends with the bytes of one run."""
+    rng = random.Random(seed)
+    out, left = tmp_path / "out", tmp_path / "out.partial"
+    kills = 0
+    while not out.exists():
+        child = start(
+            tmp_path / "script.py", "convert", big / source, out, "--to", "fp8", "--like", big / "fp8", "--workers", rng.choice("123")
+        )
+        while not left.exists() and child.poll() is None:  # loading Python takes longer than writing, and is not cut off
+            time.sleep(0.001)
+        try:
+            _, stderr = child.communicate(timeout=rng.uniform(0.0, 0.2 + 0.15 * kills))
+            assert (child.returncode, stderr) == (0, "")
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            kills += 1
+    assert kills
+    assert digests(out) == undisturbed[source]
+    assert sorted(os.listdir(tmp_path)) == ["out", "script.py"]
+    shutil.rmtree(out)
+
+
+def test_ctrl_c_and_the_same_command_again(
+    big: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends with equal bytes."""
+    out = tmp_path / "out"
+    command = ["convert", big / "plain", out, "--to", "fp8", "--like", big / "fp8"]
+    child = start(tmp_path / "script.py", *command, "--workers", "1")
+    wait_for_a_record(child, out)
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=60)
+    assert (child.returncode, stdout) == (130, "")
+    assert stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
+    cut(monkeypatch, 1 << 20, 2)
+    code, stdout, _ = run_cli(monkeypatch, capsys, *command)
+    assert code == 0
+    assert "were there from an earlier run" in stdout
+    assert digests(out) == undisturbed["plain"]
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("scales", ["reuse", "fresh"])
+def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all was looked at and nothing decided: the rerun reads only what the second pass writes."""
+    cut(monkeypatch, 4096, 4)
+
+    def died(*_: object) -> None:
+        raise Died
+
+    how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "scales": scales}
+    whole = convert(small / "trained", tmp_path / "whole", **how)
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8ckpt.conversion.quantized._decide", died)
+        with pytest.raises(Died):
+            convert(small / "trained", tmp_path / "out", **how)
+    result = convert(small / "trained", tmp_path / "out", **how)
+    assert_same_tree(tmp_path / "out", tmp_path / "whole")
+    assert result.report == whole.report
+    assert result.report is not None
+    again = sum(2 * row.elements for row in result.report.weights if row.fresh)
+    assert result.bytes_read == again > 0
+    assert result.bytes_resumed > result.bytes_written - again
+    assert result.bytes_rewritten == 0
+
+
+@pytest.mark.parametrize("remainder", range(2))
+def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dying before any one change to the disk, or halfway through a write, then running again gives the same directory."""
+    cut(monkeypatch, 24 << 10, 3)
+    step, ended = remainder, False
+    left, passes = 0, set()
+
+    def before(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return real(*arguments, **more)
+        if left == -1 and real.__name__ in ("pwrite", "write"):
+            real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], *arguments[2:])
+        raise Died
+
+    while not ended:
+        out = tmp_path / f"out{step}"
+        left = step
+        with monkeypatch.context() as patch:
+            for name in STEPS:
+                patch.setattr(os, name, partial(before, getattr(os, name)))
+            try:
+                convert(small / "trained", out, to="fp8", like=small / "fp8", report=step % 2 == 0, workers=1)
+                ended = True
+            except Died:
+                pass
+        if not ended and not out.exists():
+            result = convert(small / "trained", out, to="fp8", like=small / "fp8", report=step % 2 == 0, workers=2)
+            passes.add(result.bytes_resumed > result.bytes_written)  # all of the first pass, and some of the second
+        assert_same_tree(out, small / "undisturbed")
+        shutil.rmtree(out)
+        step += 2
+    assert passes == {False, True}
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("source", ["plain", "trained"])
+def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC after some writes of either pass: named, source and base untouched, no DST; the rerun, with other workers, ends well."""
+    cut(monkeypatch, 8 << 10, 2)
+    before = tree(small / source), tree(small / "fp8")
+    moments = (0, 1, 9, 60, 120) if source == "plain" else (0, 5, 70, 130, 150)
+    for calls in moments:
+        out = tmp_path / f"out{calls}"
+        with monkeypatch.context() as patch:
+            fail_after(patch, "pwrite", calls, errno.ENOSPC)
+            with pytest.raises(StorageError, match=rf"No space left on device; free some space.*{out.name}\.partial, and {GOES_ON}"):
+                convert(small / source, out, to="fp8", like=small / "fp8", workers=workers)
+        assert os.listdir(tmp_path) == [f"{out.name}.partial"]
+        assert (tree(small / source), tree(small / "fp8")) == before
+        result = convert(small / source, out, to="fp8", like=small / "fp8", workers=3 - workers)
+        assert result.bytes_resumed > 0 or calls < 10
+        assert_same_tree(out, small / ("fp8" if source == "plain" else "undisturbed"))
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_record_that_the_disk_cuts_short(full: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first pass has found is not forgotten: a record taken in part is completed, or ends the run, which can be resumed."""
+    cut(monkeypatch, 8 << 10, 2)
+    write = os.write
+    shortened = 0
+
+    def short(fd: int, data: Any) -> int:
+        nonlocal shortened
+        if b": 3008.0" in bytes(data) and not shortened:  # what decides on a new scale
+            shortened = write(fd, bytes(data)[: len(data) // 2])
+            return shortened
+        if shortened and full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", short)
+        if full:
+            with pytest.raises(StorageError, match="No space left on device"):
+                convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
+            assert not (tmp_path / "out").exists()
+        else:
+            convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
+    assert shortened
+    if full:
+        convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8")
+    assert_same_tree(tmp_path / "out", small / "undisturbed")
+
+
+def test_a_second_pass_whose_first_lost_a_record_is_done_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut some records may be gone: what the second pass wrote stands only if all of the first still does."""
+    cut(monkeypatch, 8 << 10, 2)
+
+    def died(_: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialOutput, "publish", died)
+        with pytest.raises(Died):
+            convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
+    record = tmp_path / "out.partial/.fp8ckpt/done-0"
+    kept, lost = [], 0
+    for line in filter(None, record.read_text().split("\n")):
+        maxima = [value for facts in json.loads(line)["facts"].values() for value in facts["maxima"].values()]
+        if maxima and max(maxima) < 1000:  # of the first pass, and with nothing in it that has outgrown its scale
+            lost += 1
+        else:
+            kept.append(line)
+    assert lost
+    record.write_text("\n".join(kept) + "\n")
+    convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
+    assert_same_tree(tmp_path / "out", small / "undisturbed")
+
+
+@pytest.mark.parametrize("change", ["scales", "report", "base", "scheme", "to", "source", "serving"])
+def test_other_arguments_are_not_taken_up(change: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rerun that would write other bytes, or report other facts, is refused, and nothing is touched; the same command goes on."""
+    cut(monkeypatch, 4096, 2)
+    base = Path(shutil.copytree(small / "fp8", tmp_path / "base"))
+    how: dict[str, Any] = {"to": "fp8", "like": base}
+    with monkeypatch.context() as patch:
+        fail_after(patch, "pwrite", 60, errno.EIO)
+        with pytest.raises(StorageError):
+            convert(small / "trained", tmp_path / "out", workers=1, **how)
+    other: dict[str, Any] = {
+        "scales": {**how, "scales": "fresh"},
+        "report": {**how, "report": False},
+        "base": {"to": "fp8", "like": sample(tmp_path / "other", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384), seed=1)},
+        "scheme": {"to": "fp8", "scheme": "per-tensor"},
+        "to": {"to": "bf16"},
+        "source": how,
+        "serving": {**how, "serving": True},
+    }[change]
+    source = small / ("plain" if change == "source" else "trained")
+    left = tmp_path / "out.partial"
+    before = digests(left)
+    with pytest.raises(ResumeMismatchError, match=f"delete {left}"):
+        convert(source if change != "to" else base, tmp_path / "out", **other)
+    assert digests(left) == before
+    result = convert(small / "trained", tmp_path / "out", workers=2, **how)
+    assert result.bytes_resumed > 0
+    assert_same_tree(tmp_path / "out", small / "undisturbed")
+
+
+# ---------------------------------------------------------------- workers, and ranks
+
+
+@pytest.mark.parametrize("how", [{}, {"scales": "fresh"}, {"scheme": "per-tensor"}, {"scheme": "block"}])
+def test_workers_change_no_byte_and_no_number(how: dict[str, str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1, 2 and 7 workers write the same directory and report the same, to the last digit of every sum."""
+    cut(monkeypatch, 4096, 3)
+    steps(monkeypatch, 1000)
+    like = {} if "scheme" in how else {"like": small / "fp8"}
+    results = [
+        convert(small / "trained", tmp_path / str(workers), to="fp8", workers=workers, **how, **like)  # type: ignore[arg-type]
+        for workers in (1, 2, 7)
+    ]
+    assert results[0].report is not None
+    assert results[0].report.total.fresh > 0
+    for other in results[1:]:
+        assert_same_tree(other.destination, results[0].destination)
+        assert other.report == results[0].report
+        assert (other.bytes_read, other.bytes_written) == (results[0].bytes_read, results[0].bytes_written)
+
+
+def test_wide_weights_of_many_blocks_are_decided_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once one block has outgrown its scale, the others are still asked whether theirs gives them back; in any number of pieces."""
+    rng = np.random.default_rng(4)
+    codes = rng.integers(1, 127, (48, 64)).astype(np.uint8)
+    scales = Stored.of(np.full((3, 2), 0.5), "F32")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}
+    base = Family({"w.weight": Stored.codes(codes), "w.weight_scale_inv": scales}, config, {}).write(tmp_path / "fp8", files=1)
+    values = Stored.codes(codes).array.astype(np.float32) * np.float32(0.5)
+    values[0, 0] = 4000
+    values[20:32, :32] = values[16:28, :32] = 0.001 * rng.standard_normal((12, 32))
+    values[16:32, 32:] = 0.5 * 2.0**-9 * rng.integers(0, 8, (16, 32))  # small, and exact
+    values[40:, 40:] *= np.float32(1e-3)
+    for dtype in ("BF16", "F32"):
+        given = {"w.weight": Stored.of(values, dtype)}
+        source = write_plain(tmp_path / dtype, given)
+        scale = expected_scale(given["w.weight"], scales, (16, 32))
+        for chunk, workers in ((4 << 20, 1), (512, 1), (512, 3), (64, 2)):
+            cut(monkeypatch, chunk, 2)
+            steps(monkeypatch, 96)
+            out = tmp_path / f"{dtype}-{chunk}-{workers}"
+            convert(source, out, to="fp8", like=base, workers=workers)
+            found = read_directory(out)
+            assert found["w.weight_scale_inv"] == scale
+            assert found["w.weight"].data == quantize(given["w.weight"], scale, (16, 32))
+
+
+LIBRARY = """
+import errno, json, os, sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+import fp8ckpt
+from fp8ckpt.storage import writing
+
+writing.CHUNK, writing.EXTENT = 8192, 2 * 8192
+folder, out = map(Path, sys.argv[1:])
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+pwrite, writes, full = os.pwrite, 0, False
+
+def counted(fd, data, offset):
+    global writes
+    writes += 1
+    if full and rank == size - 1 and writes > 5:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return pwrite(fd, data, offset)
+
+os.pwrite = counted
+everywhere, results = [None] * size, {}
+
+def job(name, source, **how):
+    global writes
+    writes = 0
+    try:
+        done = fp8ckpt.convert(folder / source, out / name, to="fp8", workers=1, **how)
+        found = {key: value for key, value in asdict(done).items() if key not in ("seconds", "destination")}
+        dist.all_gather_object(everywhere, (writes, found))
+    except fp8ckpt.Fp8CheckpointError as error:
+        dist.all_gather_object(everywhere, (writes, type(error).__name__ + ": " + str(error)))
+    assert all(found == everywhere[0][1] for _, found in everywhere), everywhere
+    assert all(count for count, _ in everywhere), name
+    results[name] = everywhere[0][1]
+
+like = folder / "fp8"
+job("plain", "plain", like=like)
+job("trained", "trained", like=like)
+job("fresh", "trained", like=like, scales="fresh")
+job("block", "trained", scheme="block")
+job("nan", "nan", like=like)
+full = True
+job("full", "trained", like=like)
+full = False
+job("full2", "trained", like=like)
+dist.destroy_process_group()
+if rank == 0:
+    print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_write_and_report_what_one_process_does(ranks: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes and the same report, to the last digit; an error of one rank is every rank's, by name, and can be resumed."""
+    cut(monkeypatch, 8192, 2)
+    folder = Path(shutil.copytree(small, tmp_path / "in", ignore=shutil.ignore_patterns("undisturbed")))
+    shutil.copytree(folder / "trained", folder / "nan")
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    file = next(file for file in (folder / "nan").glob("*.safetensors") if name in read_safetensors(file))
+    weights = read_safetensors(file)
+    values = weights[name].array.copy()
+    values[3, 3] = np.inf
+    write_safetensors(file, {**weights, name: Stored.of(values, "BF16")}, {"format": "pt"})
+    (tmp_path / "library.py").write_text(LIBRARY)
+    (tmp_path / "out").mkdir()
+    code, stdout, stderr = ended(torchrun(ranks, tmp_path / "library.py", folder, tmp_path / "out"))
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    assert found.pop("nan").startswith(f"WeightValueError: {name} in {file.name}: 1 of {values.size} elements are NaN or infinite")
+    full = found.pop("full")
+    assert full.startswith("StorageError: ")
+    assert "No space left on device" in full
+    assert GOES_ON in full
+    assert sorted(os.listdir(tmp_path / "out")) == ["block", "fresh", "full.partial", "full2", "plain", "trained"]
+    jobs: dict[str, tuple[str, dict[str, Any]]] = {
+        "plain": ("plain", {"like": folder / "fp8"}),
+        "trained": ("trained", {"like": folder / "fp8"}),
+        "fresh": ("trained", {"like": folder / "fp8", "scales": "fresh"}),
+        "block": ("trained", {"scheme": "block"}),
+        "full2": ("trained", {"like": folder / "fp8"}),
+    }
+    timing = ("base_bytes_read", "bytes_rewritten")  # of weights that turn out to have outgrown their scale: when is anybody's luck
+    for key, (source, how) in jobs.items():
+        alone = asdict(convert(folder / source, tmp_path / f"alone-{key}", to="fp8", **how))
+        alone = json.loads(json.dumps({name: value for name, value in alone.items() if name not in ("seconds", "destination", *timing)}))
+        assert {name: value for name, value in found[key].items() if name not in timing} == alone
+        assert_same_tree(tmp_path / "out" / key, tmp_path / f"alone-{key}")
+    convert(folder / "trained", tmp_path / "out/full", to="fp8", like=folder / "fp8")
+    assert_same_tree(tmp_path / "out/full", small / "undisturbed")
+
+
+# ---------------------------------------------------------------- counted
+
+
+class Counted:
+    """How often each byte of each file is read and written at an offset while it is looked at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: dict[str, np.ndarray] = {}
+        self.written: dict[str, np.ndarray] = {}
+        preadv, pwrite, lock = os.preadv, os.pwrite, threading.Lock()
+
+        def counted_read(fd: int, buffers: Any, offset: int) -> int:
+            count = preadv(fd, buffers, offset)
+            with lock:
+                self._of(self.read, fd, str)[offset : offset + count] += 1
+            return count
+
+        def counted_write(fd: int, data: Any, offset: int) -> int:
+            count = pwrite(fd, data, offset)
+            with lock:
+                self._of(self.written, fd, lambda path: Path(path).name)[offset : offset + count] += 1
+            return count
+
+        monkeypatch.setattr(os, "preadv", counted_read)
+        monkeypatch.setattr(os, "pwrite", counted_write)
+
+    @staticmethod
+    def _of(counts: dict[Any, np.ndarray], fd: int, key: Callable[[str], Any]) -> np.ndarray:
+        path = key(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        if path not in counts:
+            counts[path] = np.zeros(os.fstat(fd).st_size, np.int64)
+        found: np.ndarray = counts[path]
+        return found
+
+    def of(self, span: TensorSpan) -> set[int]:
+        """How often the bytes of a stored tensor were read."""
+        counts = self.read.get(str(span.file))
+        return {0} if counts is None else {*map(int, counts[span.start : span.stop])}
+
+
+@pytest.mark.parametrize("report", [True, False])
+@pytest.mark.parametrize(
+    "case", ["untouched", "block fresh", "block trained", "channel fresh", "MXFP8 fresh", "scheme block", "scheme channel"]
+)
+def test_each_byte_is_read_once_and_written_once(case: str, report: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source wherever scales are kept, or blocks fit a chunk; the base's codes for the report alone; the output always."""
+    family = {"channel fresh": "per-channel [o,1]", "MXFP8 fresh": "MXFP8 U8"}.get(case)
+    if family is not None:
+        base = families()[family].write(tmp_path / "fp8")
+    else:
+        base = sample(tmp_path / "fp8", DeepseekSizes(layers=1) if "block" in case else Mistral3Sizes(layers=1, vision_layers=1))
+    plain = convert(base, tmp_path / "plain").destination
+    if case == "block trained":
+        plain = grow(plain, tmp_path / "trained")
+    how: dict[str, Any] = {"scheme": case.split()[1]} if "scheme" in case else {"like": base}
+    how |= {"scales": "fresh"} if "fresh" in case else {}
+    cut(monkeypatch, 128 << 10, 2)
+    with monkeypatch.context() as patch:
+        counted = Counted(patch)
+        result = convert(plain, tmp_path / "out", to="fp8", report=report, **how)
+    source, like = open_checkpoint(plain), open_checkpoint(base)
+    spans = [span for header in source.files for span in header.spans]
+    assert {count for span in spans for count in counted.of(span)} == {1}
+    stored = {span.name for span in spans}
+    only_in_base = [s for h in like.files for s in h.spans if s.name not in stored and s.name not in {t.scale.name for t in like.quantized}]
+    from_base = sum(span.nbytes for span in only_in_base) if "like" in how else 0
+    assert result.bytes_read == sum(span.nbytes for span in spans) + from_base
+    codes = sum(tensor.weight.nbytes for tensor in like.quantized)
+    once = report and "like" in how
+    assert {count for tensor in like.quantized for count in counted.of(tensor.weight)} == {int(once)}
+    assert result.base_bytes_read == (codes if once else 0)
+    files = {file.name: file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")}
+    assert {name: counts.size for name, counts in counted.written.items()} == files
+    assert {int(count) for counts in counted.written.values() for count in np.unique(counts)} == {1}
+    assert result.bytes_written == sum(files.values())
+    assert result.bytes_rewritten == 0
+
+
+def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that outgrew their scale are read twice, and no others; ``bytes_rewritten`` is what the disk saw."""
+    cut(monkeypatch, 4096, 2)
+    with monkeypatch.context() as patch:
+        counted = Counted(patch)
+        result = convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", report=False, workers=1)
+    twice = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
+    twice = {name for name in twice if "o_proj" not in name and "gate" not in name}
+    source = open_checkpoint(small / "trained")
+    read = {span.name: counted.of(span) for header in source.files for span in header.spans}
+    again = {name for name, counts in read.items() if counts == {2}}
+    assert {name: counts for name, counts in read.items() if name not in again and counts != {1}} == {}
+    assert {name.split(".")[-2] for name in again} >= {"v_proj", "up_proj", "down_proj"}
+    assert result.bytes_read == sum(span.nbytes * max(read[span.name]) for header in source.files for span in header.spans) + sum(
+        span.nbytes for tensor in open_checkpoint(small / "fp8").quantized for span in tensor.activation_scales
+    )
+    assert result.bytes_rewritten == sum(int((counts - 1).sum()) for counts in counted.written.values()) > 0
+
+
+# ---------------------------------------------------------------- any checkpoint
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int, int]:
+    """(tensors, the file of each, chunk, chunks, step): FP8 weights of any shape and grid, among tensors of any dtype."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    dims = st.integers(0, 9) | st.integers(120, 140)
+    tensors: dict[str, Stored] = {}
+    for i in range(draw(st.integers(1, 4))):
+        matrix = st.tuples(dims, dims) | st.tuples(st.integers(1, 3), dims, dims)
+        shape = draw(st.sampled_from([(), (5,), (0,), (7,), (0, 6), (6, 0)]) | matrix | matrix)
+        codes = rng.integers(0, 256, shape).astype(np.uint8)
+        codes = np.where((codes & 0x7F) == 0x7F, 0x3A, codes).astype(np.uint8)
+        grids = [(), (1,), (1,) * len(shape)]
+        if len(shape) >= 2 and 0 in shape:
+            grids.append((*shape[:-2], *(-(-dim // 4) for dim in shape[-2:])))
+        elif len(shape) >= 2:
+            lead = shape[:-2]
+            grids += [(*lead, shape[-2], 1), (*lead, 1, 1), (*lead, *(-(-dim // 4) for dim in shape[-2:])), (*lead, 1, shape[-1])]
+        scale_shape = draw(st.sampled_from(grids))
+        dtype = draw(st.sampled_from(["F32", "BF16", "F16", "F8_E8M0"]))
+        if dtype == "F8_E8M0":
+            scale = Stored.codes(rng.integers(100, 140, scale_shape).astype(np.uint8), dtype)
+        else:
+            scale = Stored.of(np.exp2(rng.uniform(-12, 8, scale_shape)).astype(np.float32), dtype)
+        tensors[f"layers.{i}.q_proj.weight"] = Stored.codes(codes)
+        tensors[f"layers.{i}.q_proj.weight_scale_inv"] = scale
+        if draw(st.booleans()):
+            tensors[f"layers.{i}.q_proj.activation_scale"] = Stored.of(np.float32(0.5), dtype) if dtype != "F8_E8M0" else scale
+    for i in range(draw(st.integers(0, 4))):
+        shape = tuple(draw(st.lists(dims, max_size=2)))
+        tensors[f"other.{i}"] = Stored.of(
+            rng.integers(0, 2, shape), draw(st.sampled_from(["BF16", "F16", "F32", "I64", "U8", "BOOL", "F64", "I8"]))
+        )
+    files = draw(st.lists(st.integers(0, 2), min_size=len(tensors), max_size=len(tensors)))
+    return (
+        tensors,
+        files,
+        draw(st.sampled_from([8, 64, 1000, 4096, 1 << 16])),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([7, 100, 1 << 19])),
+    )
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=checkpoints(), to=st.sampled_from(["bf16", "fp32"]), report=st.booleans())
+def test_any_checkpoint_round_trips(
+    drawn: tuple[dict[str, Stored], list[int], int, int, int], to: str, report: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever it holds and however it is cut up, in files and in pieces: to bf16 or fp32, and back byte for byte."""
+    tensors, files, chunk, chunks, step = drawn
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        base = folder / "fp8"
+        base.mkdir()
+        (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}))
+        for file in set(files):
+            part = {name: tensor for (name, tensor), own in zip(tensors.items(), files, strict=True) if own == file}
+            write_safetensors(base / f"model-{file}.safetensors", part, {"format": "pt"})
+        with pytest.MonkeyPatch.context() as patch:
+            cut(patch, chunk, chunks)
+            steps(patch, step)
+            convert(base, folder / "plain", to=to)
+            result = convert(folder / "plain", folder / "back", to="fp8", like=base, report=report)
+        assert_same_tree(folder / "back", base)
+        assert result.bytes_rewritten == 0
+        if report:
+            assert result.report is not None
+            total = result.report.total
+            weights = {name: tensor for name, tensor in tensors.items() if name.endswith("q_proj.weight")}
+            assert (total.elements, total.moved, total.fresh) == (sum(math.prod(t.shape) for t in weights.values()), 0, 0)
+            assert total.scales == sum(math.prod(tensors[f"{name}_scale_inv"].shape) for name in weights)
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- as a command
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """The command line in this process: exit code, stdout, stderr."""
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["fp8ckpt", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """``command("convert", ...)``: exit code, stdout, stderr."""
+    return partial(run_cli, monkeypatch, capsys)
+
+
+def test_summary_of_what_was_not_trained(small: Path, tmp_path: Path, command: Cli) -> None:
+    """Nothing moved, every scale kept, and no table."""
+    code, out, err = command("convert", small / "plain", tmp_path / "out", "--to", "fp8", "--like", small / "fp8")
+    assert (code, err) == (0, "")
+    quantized = len(open_checkpoint(small / "fp8").quantized)
+    elements = sum(tensor.weight.nbytes for tensor in open_checkpoint(small / "fp8").quantized)
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'out'}: {len(open_checkpoint(small / 'plain').tensors)} tensors in ")
+    assert f", {quantized} quantized, " in lines[0]
+    assert lines[1] == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, {quantized} of {quantized} (100 %) scales kept, 0 new"
+    assert lines[2].startswith("error against the source: ")
+    assert len(lines) == 3
+    assert_same_tree(tmp_path / "out", small / "fp8")
+
+
+def test_summary_of_what_was_trained(small: Path, tmp_path: Path, command: Cli) -> None:
+    """What moved, what is new, what had outgrown its scale; and the weights that moved most, in that order."""
+    like = ("--to", "fp8", "--like", small / "fp8")
+    code, out, err = command("convert", small / "trained", tmp_path / "out", *like)
+    assert (code, err) == (0, "")
+    result = convert(small / "trained", tmp_path / "again", to="fp8", like=small / "fp8")
+    assert result.report is not None
+    total, lines = result.report.total, out.splitlines()
+    assert total.moved
+    assert lines[1].startswith(f"{total.moved:,} of {total.elements:,} (")
+    assert lines[1].endswith(f" scales kept, {total.fresh} new")
+    assert lines[3] == f"{total.outgrown} elements had outgrown the base's scales"
+    assert lines[4] == "most moved:"
+    assert lines[5].split() == ["weight", "moved", "of", "new", "scales", "of", "outgrown", "mean", "error", "largest"]
+    rows = sorted((row for row in result.report.weights if row.moved), key=lambda row: -(row.moved or 0) / row.elements)
+    assert [line.split()[:3] for line in lines[6:]] == [[row.name, f"{row.moved:,}", f"{row.elements:,}"] for row in rows[:10]]
+    assert_same_tree(tmp_path / "out", small / "undisturbed")
+
+
+def test_no_report_and_fresh_scales(small: Path, tmp_path: Path, command: Cli) -> None:
+    """One line, and the bytes of the library call."""
+    for i, more in enumerate((["--no-report"], ["--no-report", "--scales", "fresh", "--workers", "2"])):
+        code, out, err = command("convert", small / "trained", tmp_path / f"out{i}", "--to", "fp8", "--like", small / "fp8", *more)
+        assert (code, err, len(out.splitlines())) == (0, "", 1)
+    assert_same_tree(tmp_path / "out0", small / "undisturbed")
+    convert(small / "trained", tmp_path / "fresh", to="fp8", like=small / "fp8", scales="fresh")
+    assert_same_tree(tmp_path / "out1", tmp_path / "fresh")
+
+
+def test_json_is_the_whole_result(small: Path, tmp_path: Path, command: Cli) -> None:
+    """Every field of `ConvertResult`, the report of each weight and of all among them."""
+    code, out, err = command("convert", small / "trained", tmp_path / "out", "--to", "fp8", "--like", small / "fp8", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    result = asdict(convert(small / "trained", tmp_path / "again", to="fp8", like=small / "fp8"))
+    assert found.keys() == result.keys()
+    assert found["report"] == json.loads(json.dumps(result["report"]))
+    assert [row["name"] for row in found["report"]["weights"]] == [t.name for t in open_checkpoint(small / "fp8").quantized]
+    assert {key: found[key] for key in ("to", "quantized", "bytes_read")} == {key: result[key] for key in ("to", "quantized", "bytes_read")}
+    code, out, _ = command("convert", small / "trained", tmp_path / "none", "--to", "fp8", "--like", small / "fp8", "--json", "--no-report")
+    assert json.loads(out)["report"] is None
+
+
+@pytest.mark.parametrize("scheme", ["per-tensor", "block", "channel"])
+def test_scheme_as_a_command(scheme: str, small: Path, tmp_path: Path, command: Cli) -> None:
+    """Nothing is said of codes that moved, for there is no base; the bytes are those of the library call."""
+    code, out, err = command("convert", small / "trained", tmp_path / "out", "--to", "fp8", "--scheme", scheme)
+    assert (code, err) == (0, "")
+    assert "moved" not in out
+    assert "outgrown" not in out
+    assert " 0 elements clipped, 0 of " in " " + out.splitlines()[1]
+    result = convert(small / "trained", tmp_path / "again", to="fp8", scheme=scheme)
+    assert result.report is not None
+    assert out.splitlines()[1].endswith(f" scales kept, {result.report.total.scales:,} new")
+    assert {row.moved for row in result.report.weights} == {None}
+    assert_same_tree(tmp_path / "out", tmp_path / "again")
+
+
+def test_notes_are_printed(small: Path, tmp_path: Path, command: Cli) -> None:
+    """Side files of the source that are not written."""
+    plain = Path(shutil.copytree(small / "plain", tmp_path / "plain"))
+    (plain / "mine.txt").write_text("mine")
+    _, out, _ = command("convert", plain, tmp_path / "out", "--to", "fp8", "--like", small / "fp8", "--no-report")
+    assert out.splitlines()[1:] == ["note: mine.txt is only in the source, and is not written"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--to", "fp8"],
+        ["--to", "fp8", "--like", "BASE", "--scheme", "block"],
+        ["--to", "fp8", "--scheme", "int4"],
+        ["--to", "fp8", "--like", "BASE", "--scales", "some"],
+        ["--to", "bf16", "--like", "BASE"],
+        ["--like", "BASE"],
+        ["--scheme", "block"],
+        ["--scales", "fresh"],
+        ["--serving"],
+        ["--to", "fp8", "--scheme", "block", "--scales", "fresh"],
+        ["--to", "fp8", "--scheme", "block", "--serving"],
+        ["--to", "fp8", "--like", "BASE", "--workers", "0"],
+    ],
+)
+def test_combinations_that_make_no_sense(arguments: list[str], small: Path, tmp_path: Path, command: Cli) -> None:
+    """Exit 2 with the usage, and nothing written."""
+    given = [str(small / "fp8") if argument == "BASE" else argument for argument in arguments]
+    code, out, err = command("convert", small / "plain", tmp_path / "out", *given)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: ")
+    assert "Error" in err
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "like", "found"),
+    [
+        ("fp8", "fp8", "it is FP8 already; expected BF16, F16 or F32; convert it first: --to bf16"),
+        ("plain", "plain", "none of its tensors is FP8"),
+        ("plain", "other", "tensors are only in the base"),
+        ("plain", "nothing", "nothing"),
+        ("nothing", "fp8", "nothing"),
+    ],
+)
+def test_refusals_are_one_line(source: str, like: str, found: str, small: Path, tmp_path: Path, command: Cli) -> None:
+    """Exit 1, one line that names what was found, nothing written."""
+    if like == "other":
+        sample(tmp_path / "other", DeepseekSizes(layers=1))
+    base = tmp_path / "other" if like == "other" else small / like
+    code, out, err = command("convert", small / source, tmp_path / "out", "--to", "fp8", "--like", base)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith("fp8ckpt: ")
+    assert found in err
+    assert not {"out", "out.partial"} & {*os.listdir(tmp_path)}
+
+
+# ---------------------------------------------------------------- fit to be served
+
+
+def test_serving_completes_the_released_list(tmp_path: Path, command: Cli) -> None:
+    """Without ``--serving`` the release comes back byte for byte, its list of three with it; with it, engines serve the output right."""
+    for layout in ("identity", "nested"):
+        folder = tmp_path / layout
+        base = sample(folder / "fp8", layout=layout)
+        convert(base, folder / "plain")
+        like = ("--to", "fp8", "--like", base, "--no-report")
+        assert command("convert", folder / "plain", folder / "same", *like)[0] == 0
+        assert_same_tree(folder / "same", base)
+        assert command("verify", folder / "same", "--serving")[0] == 1
+        assert command("convert", folder / "plain", folder / "out", *like, "--serving")[0] == 0
+        code, out, _ = command("verify", folder / "out", "--serving")
+        assert code == 0
+        assert "fit to be served" in out
+        found, expected = tree(folder / "out"), tree(base)
+        assert {name for name in expected if found[name] != expected[name]} == {"config.json"}
+        assert found.keys() == expected.keys()
+
+
+def fall_short(base: Path, what: str) -> None:
+    """Spoil a base in place, in one of the ways in which releases and other tools' outputs fall short."""
+    if what in ("[1,1] scales", "activation scales"):
+        for file in sorted(base.glob("*.safetensors")):
+            tensors = read_safetensors(file)
+            for name, tensor in list(tensors.items()):
+                if what == "[1,1] scales" and name.endswith("_scale_inv"):
+                    tensors[name] = Stored(tensor.dtype, (1, 1), tensor.data)
+                if what == "activation scales" and name.endswith("q_proj.activation_scale"):
+                    del tensors[name]
+            write_safetensors(file, tensors, {"format": "pt"})
+        index = json.loads((base / "model.safetensors.index.json").read_text())
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in read_directory(base)}
+        index["metadata"] = {}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif what == "params.json":
+        (base / what).write_text('{"dim": 128, "quantization": {"qformat_weight": "fp8_e4m3"}}')
+        write_safetensors(base / "consolidated.safetensors", {"x": Stored.of(np.ones(3), "BF16")})
+    elif what == "no index":
+        (base / "model.safetensors.index.json").unlink()
+    elif what == "no format":
+        for file in base.glob("*.safetensors"):
+            write_safetensors(file, read_safetensors(file))
+
+
+SHORT = ("[1,1] scales", "activation scales", "params.json", "no index")
+
+
+@pytest.mark.parametrize("layout", ["identity", "nested"])
+@pytest.mark.parametrize("what", [*SHORT, "all of them"])
+def test_serving_puts_right_what_engines_trip_over(what: str, layout: str, tmp_path: Path) -> None:
+    """Whatever the base lacks, the output has; the values are the same, and nothing else of it is."""
+    base = sample(tmp_path / "fp8", Mistral3Sizes(layers=1, vision_layers=1), layout=layout)
+    for short in SHORT if what == "all of them" else (what,):
+        fall_short(base, short)
+    assert verify(base).defects == ()
+    assert not verify(base, serving=True).ok
+    convert(base, tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "same", to="fp8", like=base)
+    assert {**tree(base), **tree(tmp_path / "same")} == tree(base)
+    result = convert(tmp_path / "plain", tmp_path / "out", to="fp8", like=base, serving=True)
+    assert result.report is not None
+    assert (result.report.total.moved, result.report.total.fresh) == (0, 0)
+    compared = verify(base, tmp_path / "out", serving=True)
+    assert compared.serving is not None
+    assert compared.serving.failures == ()
+    assert (compared.defects, compared.tensor_differences) == ((), ())
+    assert verify(tmp_path / "plain", tmp_path / "out").tensor_differences == ()
+    quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    stored = read_directory(tmp_path / "out")
+    activations = {name for name in stored if name.endswith("activation_scale")}
+    lost = what in ("activation scales", "all of them")
+    assert quantization["activation_scheme"] == ("dynamic" if lost else "static")
+    assert bool(activations) == (not lost)
+    assert {stored[name].shape for name in stored if name.endswith("_scale_inv")} == {
+        (1,) if what in ("[1,1] scales", "all of them") else ()
+    }
+    assert not list((tmp_path / "out").glob("consolidated*"))
+    assert not (tmp_path / "out/params.json").exists()
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
