@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ def rates(runs: dict[str, Callable[[], None]], rounds: int = 15) -> dict[str, fl
     return {name: ROWS * COLS / row["median"] for name, row in interleaved(runs, rounds, pause=0.3).items()}
 
 
-def in_threads(work: Callable[[slice], None], count: int) -> Callable[[], None]:
-    """Do the rows in ``count`` threads."""
-    parts = [slice(i * ROWS // count, (i + 1) * ROWS // count) for i in range(count)]
+def in_threads(work: Callable[[slice], None], count: int, rows: int = ROWS) -> Callable[[], None]:
+    """Do the rows in ``count`` threads, each a whole number of 128."""
+    edges = [i * (rows // 128) // count * 128 for i in range(count)] + [rows]
+    parts = [slice(first, last) for first, last in pairwise(edges)]
 
     def run() -> None:
         threads = [threading.Thread(target=work, args=(part,)) for part in parts]

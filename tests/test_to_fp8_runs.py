@@ -701,9 +701,12 @@ def test_summary_of_what_was_trained(small: Path, tmp_path: Path, command: Cli) 
     assert lines[1].endswith(f" scales kept, {total.fresh} new")
     assert lines[3] == f"{total.outgrown} elements had outgrown the base's scales"
     assert lines[4] == "most moved:"
-    assert lines[5].split() == ["weight", "moved", "of", "new", "scales", "of", "outgrown", "mean", "error", "largest"]
+    assert lines[5].split() == ["weight", "moved", "share", "new", "scales", "of", "outgrown", "mean", "error", "largest"]
     rows = sorted((row for row in result.report.weights if row.moved), key=lambda row: -(row.moved or 0) / row.elements)
-    assert [line.split()[:3] for line in lines[6:]] == [[row.name, f"{row.moved:,}", f"{row.elements:,}"] for row in rows[:10]]
+    shares = [f"{100 * (row.moved or 0) / row.elements:.3g}" for row in rows]
+    assert [line.split()[:3] for line in lines[6:]] == [
+        [row.name, f"{row.moved:,}", share] for row, share in zip(rows[:10], shares, strict=False)
+    ]
     assert_same_tree(tmp_path / "out", small / "undisturbed")
 
 

@@ -298,11 +298,20 @@ def _print_report(report: QuantizationReport) -> None:
     if total.moved:
         print("most moved:")
         rows = sorted(report.weights, key=lambda row: -(row.moved or 0) / max(1, row.elements))[:_MOST_MOVED]
-        head = ("weight", "moved", "of", "new scales", "of", "outgrown", "mean error", "largest")
+        head = ("weight", "moved", "share", "new scales", "of", "outgrown", "mean error", "largest")
         cells: list[tuple[object, ...]] = [
-            (r.name, r.moved, r.elements, r.fresh, r.scales, r.outgrown, f"{r.mean_error:.3g}", f"{r.largest_error:.3g}")
-            for r in rows
-            if r.moved
+            (
+                row.name,
+                row.moved,
+                f"{100 * row.moved / row.elements:.3g} %",
+                row.fresh,
+                row.scales,
+                row.outgrown,
+                f"{row.mean_error:.3g}",
+                f"{row.largest_error:.3g}",
+            )
+            for row in rows
+            if row.moved
         ]
         _table(head, cells)
 
