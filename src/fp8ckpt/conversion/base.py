@@ -6,6 +6,7 @@ text of every header, configuration and side files. Only values are the source's
 
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 
 from fp8ckpt.checkpoint.naming import find_layout
@@ -65,6 +66,6 @@ def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:
     for name in sorted(ours.keys() - {CONFIG, MISTRAL_CONFIG}):
         if name not in theirs:
             notes.append(f"{name} is only in the source, and is not written")
-        elif ours[name].stat().st_size != theirs[name].stat().st_size or ours[name].read_bytes() != theirs[name].read_bytes():
+        elif not filecmp.cmp(ours[name], theirs[name], shallow=False):
             notes.append(f"{name} differs in the source; the base's is written")
     return notes

@@ -78,7 +78,7 @@ class QuantizingFiller:
     """One worker's reading and quantizing, with buffers of its own.
 
     ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, so that nobody
-    encodes more of them in vain. ``decided``: in the second pass, the scales of each wide weight, as they are stored.
+    encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each wide weight.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class QuantizingFiller:
         directory: Path,
         scales_before: Callable[[Quantization], F32],
         outgrown: set[tuple[str, ...]],
-        decided: Mapping[str, Stored] | None = None,
+        decided: Mapping[str, F32] | None = None,
     ) -> None:
         self._plan = plan
         self._directory = directory
@@ -180,31 +180,31 @@ class QuantizingFiller:
         """The first pass: how large the values are, and the codes that they have if the scales of before are kept."""
         facts = WeightFacts()
         unit = self._plan.unit_of[weight.name]
-        before = self._scales_before(weight)
-        maxima = quantize.block_array(weight.grid, np.float32)
-        for first in range(begin, begin + count, STEP):
-            size = min(STEP, begin + count - first)
+        before_all = self._scales_before(weight).reshape(-1)
+        maxima: dict[int, np.float32] = {}
+        for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
             values = self._values(weight.source, first, size)
-            parts = quantize.parts_of_run(weight.grid, first, size)
-            here = np.zeros_like(maxima)
+            parts = quantize.parts_of_run(grid, start, size)
+            here = quantize.block_array(grid, np.float32)
             quantize.raise_maxima(parts, values, here)
             if not np.isfinite(here).all():
                 refuse_nonfinite(weight.name, weight.source)
-            np.maximum(maxima, here, out=maxima)
+            for block in np.flatnonzero(here):
+                at = blocks.start + int(block)
+                maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
             # One scale is new once an element lies beyond it; of several, each is asked whether it gives its own block back.
             if self._plan.fresh or (unit in self._outgrown and weight.grid.per_tensor):
                 continue
-            codes = out[first - begin :][:size]
+            codes, before = out[first - begin :][:size], before_all[blocks].reshape(here.shape)
             quantize.encode(parts, values, before, codes)
             if quantize.may_fit(here, before).any():
-                inexact = quantize.count_inexact(parts, values, codes, before)
-                facts.inexact = sorted({*facts.inexact, *map(int, np.flatnonzero(inexact))})
+                inexact = np.flatnonzero(quantize.count_inexact(parts, values, codes, before))
+                facts.inexact = sorted({*facts.inexact, *(blocks.start + int(block) for block in inexact)})
             if not quantize.within(here, before).all():
                 self._outgrown.add(unit)
             elif unit not in self._outgrown:
                 self._report(facts, weight, first, parts, values, codes, before, before)
-        flat = maxima.reshape(-1)
-        facts.maxima = {str(block): float(flat[block]) for block in np.flatnonzero(flat)}
+        facts.maxima = {str(block): float(largest) for block, largest in maxima.items()}
         write = not self._plan.fresh and unit not in self._outgrown
         self.looked_and_wrote[weight.name] += count if write else 0
         return Filled({weight.name: asdict(facts)}, write)
@@ -213,12 +213,12 @@ class QuantizingFiller:
         """The second pass: the codes that the values have with scales that were decided on."""
         assert self._decided is not None
         facts = WeightFacts()
-        before = self._scales_before(weight)
-        scales = checked_scales(weight, self._decided[weight.name]).reshape(before.shape)
-        for first in range(begin, begin + count, STEP):
-            size = min(STEP, begin + count - first)
+        before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
+        for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
             values, codes = self._values(weight.source, first, size), out[first - begin :][:size]
-            parts = quantize.parts_of_run(weight.grid, first, size)
+            parts = quantize.parts_of_run(grid, start, size)
+            shape = quantize.block_array(grid, np.float32).shape
+            before, scales = before_all[blocks].reshape(shape), scales_all[blocks].reshape(shape)
             quantize.encode(parts, values, scales, codes)
             self._report(facts, weight, first, parts, values, codes, scales, before)
         return Filled({weight.name: asdict(facts)})
@@ -304,6 +304,24 @@ def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, 
         start = (matrix * block_rows + row // block[0]) * block_cols
         yield first, rows, sub, slice(start, start + prod(sub.shape))
         first += rows * cols
+
+
+def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, int, slice]]:
+    """A run of a wide weight in pieces of at most `STEP` elements: (first element, elements, a grid that holds them, where they begin in
+    that, its blocks). The grid is that of one matrix, unless blocks span matrices: stacked experts may have many scales.
+    """
+    matrices = as_matrices(grid)
+    matrix = prod(matrices.weight_shape[-2:])
+    per_matrix = BlockGrid(matrices.weight_shape[-2:], matrices.block_size[-2:])
+    if any(size > 1 for size in matrices.block_size[:-2]):
+        matrix, per_matrix = max(1, prod(matrices.weight_shape)), matrices
+    blocks = max(1, prod(per_matrix.shape))
+    first = begin
+    while first < begin + count:
+        index, start = divmod(first, matrix)
+        size = min(STEP, begin + count - first, matrix - start)
+        yield first, size, per_matrix, start, slice(index * blocks, (index + 1) * blocks)
+        first += size
 
 
 def checked_scales(weight: Quantization, stored: Stored) -> F32:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp8ckpt.conversion.filling import QuantizingFiller, Stored, WeightFacts, combine, scales_before
+from fp8ckpt.conversion.filling import QuantizingFiller, Stored, WeightFacts, checked_scales, combine, scales_before
 from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32
+from fp8ckpt.numerics.codes import F32, scale_values
 from fp8ckpt.storage.files import OutputFile
 from fp8ckpt.storage.partial import PartialOutput
 from fp8ckpt.storage.reading import load_scales
@@ -84,7 +84,7 @@ def run(make_plan: Callable[[], QuantizingPlan], output: PartialOutput, workers:
     outgrown: set[tuple[str, ...]] = set()
     steps = _Steps(progress)
 
-    def write(extents: Mapping[int, Extent], decided: Mapping[str, Stored] | None) -> tuple[int, int, Counter[str]]:
+    def write(extents: Mapping[int, Extent], decided: Mapping[str, F32] | None) -> tuple[int, int, Counter[str]]:
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
         fillers = [QuantizingFiller(plan, output.directory, before, outgrown, decided) for _ in range(workers)]
         ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
@@ -94,7 +94,8 @@ def run(make_plan: Callable[[], QuantizingPlan], output: PartialOutput, workers:
     looked = ranks.gather(lambda: write(first, None))
     decided = ranks.gather(lambda: _decide(plan, output, first) if ranks.rank == 0 else {})[0]
     again = {i: extent for name in decided for i, extent in second[name].items()}
-    counts = looked + ranks.gather(lambda: write(again, decided))
+    scales = {name: scale_values(stored, plan.weights[name].scale.dtype) for name, stored in decided.items()}
+    counts = looked + ranks.gather(lambda: write(again, scales))
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
     report = ranks.gather(lambda: _publish(plan, output, first, decided, second) if ranks.rank == 0 else None)[0]
@@ -132,6 +133,7 @@ def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Ext
         members = [plan.weights[name] for name in unit]
         stored, kept = _scales_of_unit(plan, members, [facts.get(name, WeightFacts()) for name in unit])
         for weight in members:
+            checked_scales(weight, stored)
             _write_scales(output, weight, stored)
             if not kept:
                 decided[weight.name] = stored
