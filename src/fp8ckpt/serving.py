@@ -151,8 +151,9 @@ def _common_block(quantized: Sequence[QuantizedTensor]) -> list[int] | None:
 
 
 def _is_native_only(checkpoint: Checkpoint) -> bool:
-    """Whether this is Mistral's own layout alone, which has no ``config.json`` and no index."""
-    return all(is_native(header.file.name) for header in checkpoint.files) and not (checkpoint.path / CONFIG).exists()
+    """Whether this is Mistral's own layout alone, which has no ``config.json`` and no index. What is only planned has no files."""
+    native = bool(checkpoint.files) and all(is_native(header.file.name) for header in checkpoint.files)
+    return native and not (checkpoint.path / CONFIG).exists()
 
 
 def _modelopt(checkpoint: Checkpoint) -> dict[str, Any]:
