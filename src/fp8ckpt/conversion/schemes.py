@@ -76,7 +76,9 @@ SCHEMES = {
 
 # What releases leave in BF16: parts of module names, and the names of whole modules.
 _SKIPPED_PARTS = re.compile(r"embed|norm|conv|vision|visual|vit\b|image|audio|projector|merger|connector|mm_", re.IGNORECASE)
-_SKIPPED_MODULES = frozenset({"lm_head", "output", "head", "score", "classifier", "gate", "router", "shared_expert_gate"})
+_SKIPPED_MODULES = frozenset(
+    {"lm_head", "output", "head", "score", "classifier", "gate", "router", "shared_expert_gate", "eh_proj", "weights_proj"}
+)
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)$")
 
 
