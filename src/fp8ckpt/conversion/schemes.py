@@ -136,7 +136,8 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
         weights=weights,
         plain={name: span for name, span in tensors.items() if name not in weights},
         units=tuple(
-            equal_units({name: b"" if weight.grid.per_tensor else name.encode() for name, weight in weights.items() if weight.wide})
+            # Engines join grids of blocks as they are; of whole tensors they need one scale.
+            equal_units({name: b"" if scheme == "per-tensor" else name.encode() for name, weight in weights.items() if weight.wide})
         ),
         fresh=True,
         report=report,
