@@ -17,7 +17,7 @@ from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.grid import BlockGrid, Shape, tiled
 from fp8ckpt.serving import serving_config
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint
-from fp8ckpt.storage.config import CONFIG, Json, dump_json
+from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
@@ -123,7 +123,11 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
     texts: dict[str, bytes] = {}
     copies = side_files(given)
     copies.pop(CONFIG, None)
-    config = {**given.config, "quantization_config": row.config}
+    notes = []
+    for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would believe them
+        if copies.pop(name, None) is not None:
+            notes.append(f"{name} speaks of other weights, and is not written")
+    config = {**without_quantization(CONFIG, given.config, None), "quantization_config": row.config}
     written = Checkpoint(output.destination, (), planned, (), config, None, None, (), ())
     texts[CONFIG] = dump_json(serving_config(written, static=False))
     if given.index is not None or len(layouts) > 1:
@@ -141,4 +145,5 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
         ),
         fresh=True,
         report=report,
+        notes=tuple(notes),
     )

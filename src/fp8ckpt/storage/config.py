@@ -123,8 +123,8 @@ def skips(pattern: str, module: str) -> bool:
     return module == pattern or module.startswith(pattern + ".") or module.endswith("." + pattern)
 
 
-def without_quantization(name: str, config: Json, dtype: str) -> Json:
-    """``config.json`` or ``params.json`` for weights of ``dtype``: no quantization, and the dtype it names set to ours."""
+def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
+    """``config.json`` or ``params.json`` for weights of ``dtype``: no quantization, and the dtype it names, if ours is one, set to it."""
     if name == MISTRAL_CONFIG:
         return {key: value for key, value in config.items() if key != "quantization"}
     result: Json = {}
@@ -132,7 +132,7 @@ def without_quantization(name: str, config: Json, dtype: str) -> Json:
         if key == "quantization_config":
             continue
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            value = _DTYPE_NAMES[dtype]
+            value = value if dtype is None else _DTYPE_NAMES[dtype]
         elif key.endswith("_config") and isinstance(value, dict):
             value = without_quantization(CONFIG, value, dtype)
         result[key] = value
