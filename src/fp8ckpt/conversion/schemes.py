@@ -16,7 +16,7 @@ from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.grid import BlockGrid, Shape, tiled
 from fp8ckpt.serving import serving_config
-from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint
+from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, is_native, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import TensorSpec, index_of, lay_out
@@ -98,6 +98,9 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
     given = open_checkpoint(source)
     refuse_inside(output, given, "source")
     tensors = source_tensors(given, {name: name for name in given.tensors})
+    if all(is_native(header.file.name) for header in given.files):
+        found = "Mistral's own layout, which states quantization in another way than a scheme does"
+        raise UnsupportedFormatError(found, file=str(given.path), remedy="give the base that it came from: --like BASE")
     row = SCHEMES[scheme]
     grids = {name: row.grid(span.shape) for name, span in tensors.items() if is_quantized(span)}
     if not grids:
