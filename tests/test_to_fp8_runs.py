@@ -31,9 +31,9 @@ from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.partial import PartialOutput
 from tests.families import Family, families
-from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.oracle import Stored, quantize, read_directory, read_safetensors, write_safetensors
 from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after, wait_for_a_record
-from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, quantize, steps, tree, write_plain
+from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
 from tests.test_torchrun import ended, torchrun
 
 # The command line in small pieces: many extents, so that a run can be cut off in the midst of either pass.
