@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +52,35 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     shutil.rmtree(folder)
 
 
+def trained(base: Path, destination: Path) -> Path:
+    """The same model in BF16, of holes, but that the last element of each matrix is 1000: none of their last blocks' scales fits."""
+    destination.mkdir()
+    shutil.copy(base / "config.json", destination)
+    raw = (base / "model.safetensors").open("rb")
+    with raw, (destination / "model.safetensors").open("wb") as stream:
+        header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+        plain, size = {}, 0
+        for name, entry in header.items():
+            if name != "__metadata__" and "_scale" not in name:
+                dtype = "BF16" if entry["dtype"] == "F8_E4M3" else entry["dtype"]
+                nbytes = (entry["data_offsets"][1] - entry["data_offsets"][0]) * (2 if dtype != entry["dtype"] else 1)
+                plain[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [size, size + nbytes]}
+                size += nbytes
+        text = json.dumps(plain).encode()
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + size)
+        for entry in plain.values():
+            if entry["dtype"] == "BF16":
+                os.pwrite(stream.fileno(), b"\x7a\x44", 8 + len(text) + entry["data_offsets"][1] - 2)
+    return destination
+
+
+@pytest.fixture(scope="module")
+def trainings(checkpoints: tuple[Path, Path]) -> dict[Path, Path]:
+    """A training of each of the two."""
+    return {base: trained(base, base.with_name(f"{base.name}-trained")) for base in checkpoints}
+
+
 def stored(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
@@ -68,5 +99,28 @@ def test_peak_memory_is_bounded_and_does_not_grow(job: str, checkpoints: tuple[P
         peaks.append(peak(run))
         shutil.rmtree(tmp_path / source.name, ignore_errors=True)
     assert all(used > torch_alone for used in peaks)  # it is measured at all
+    assert max(peaks) - torch_alone <= BUDGET
+    assert peaks[1] - peaks[0] < 32 << 20
+
+
+@pytest.mark.parametrize("how", ["like", "like fresh", "scheme"])
+def test_peak_memory_to_fp8(
+    how: str, checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
+) -> None:
+    """The same on the way back, whether scales are kept or made, weights written once or twice, with a report of each."""
+    block = json.loads((checkpoints[0] / "config.json").read_text())["quantization_config"]["weight_block_size"] is not None
+    peaks = []
+    for base, source in trainings.items():
+        out = tmp_path / base.name
+        more = {
+            "like": f"like={str(base)!r}",
+            "like fresh": f"like={str(base)!r}, scales='fresh'",
+            "scheme": f"scheme={'block' if block else 'per-tensor'!r}",
+        }[how]
+        run = f"import fp8ckpt; done = fp8ckpt.convert({str(source)!r}, {str(out)!r}, to='fp8', {more}, workers=2)"
+        peaks.append(peak(f"{run}; assert done.report.total.elements > 0 and done.report.total.fresh > 0"))
+        assert stored(out) > 0.9 * stored(base)
+        shutil.rmtree(out)
+    assert all(used > torch_alone for used in peaks)
     assert max(peaks) - torch_alone <= BUDGET
     assert peaks[1] - peaks[0] < 32 << 20

@@ -320,7 +320,7 @@ def test_refusals(tmp_path: Path) -> None:
     refused(UnsupportedFormatError, "Mistral's own layout.*--like BASE", tmp_path / "native", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("scheme", "value"), product(SCHEMES, [np.nan, -np.inf]))
+@pytest.mark.parametrize(("scheme", "value"), list(product(SCHEMES, [np.nan, -np.inf])))
 def test_weights_that_are_not_finite_are_refused(scheme: str, value: float, tmp_path: Path) -> None:
     """By name and count, stacked experts too."""
     directory, _ = stacked(tmp_path / "plain", "F32")

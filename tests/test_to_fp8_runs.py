@@ -58,7 +58,7 @@ def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fdatasync", fsync)
 
 
-def grow(plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up_proj", "down_proj")) -> Path:
+def grow(plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up_proj", "down_proj"), value: float = 3000) -> Path:
     """A trained copy of a BF16 directory: in weights of these names the last element has grown far beyond, and some others have moved."""
     shutil.copytree(plain, destination)
     for file in destination.glob("*.safetensors"):
@@ -70,7 +70,7 @@ def grow(plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up
             if "embed" not in name and len(entry["shape"]) == 2:
                 raw[start : stop - 2 : 1022] ^= 3  # low bits of mantissas
                 if any(word in name for word in words):
-                    raw[stop - 2 : stop] = np.frombuffer(Stored.of(np.float32(3000), "BF16").data, np.uint8)
+                    raw[stop - 2 : stop] = np.frombuffer(Stored.of(np.asarray(value), "BF16").data, np.uint8)
         raw.flush()
     return destination
 
@@ -599,7 +599,7 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int
         tensors[f"layers.{i}.q_proj.weight"] = Stored.codes(codes)
         tensors[f"layers.{i}.q_proj.weight_scale_inv"] = scale
         if draw(st.booleans()):
-            tensors[f"layers.{i}.q_proj.activation_scale"] = Stored.of(np.float32(0.5), dtype) if dtype != "F8_E8M0" else scale
+            tensors[f"layers.{i}.q_proj.activation_scale"] = Stored.of(np.asarray(0.5), dtype) if dtype != "F8_E8M0" else scale
     for i in range(draw(st.integers(0, 4))):
         shape = tuple(draw(st.lists(dims, max_size=2)))
         tensors[f"other.{i}"] = Stored.of(

@@ -1,4 +1,4 @@
-"""The result is what transformers needs: it loads, and is bit for bit what transformers makes of the FP8 source itself."""
+"""What is written is what transformers needs: it loads, BF16 or FP8, and is bit for bit what transformers dequantizes itself."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from fp8ckpt import convert, open_checkpoint, sample
+from fp8ckpt.sample import DeepseekSizes
+from tests.test_to_fp8_runs import grow
 
 PROMPT = torch.tensor([[1, 300, 17, 42, 255, 3, 99]])
 # Four patches after merging 2 x 2: an image of 56 x 56 has 4 x 4 patches of 14.
@@ -125,3 +127,67 @@ def test_block_scales_load_in_deepseek(sample_block: Path, tmp_path: Path) -> No
     assert logits.shape == (1, 7, 512)
     assert torch.isfinite(logits).all()
     assert logits.float().std() > 0.01
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the miniature as ``fp8`` and a ``trained`` BF16 copy, of which some weights have outgrown their scale."""
+    folder = tmp_path_factory.mktemp("trained")
+    sample(folder / "fp8")
+    convert(folder / "fp8", folder / "plain")
+    grow(folder / "plain", folder / "trained", value=1.0)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["like", "like serving", "per-tensor", "block"])
+def test_fp8_outputs_load_as_they_dequantize(how: str, trained: Path, tmp_path: Path) -> None:
+    """transformers reads the output by its own configuration; weights and logits equal those of its conversion to BF16, bit for bit."""
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    if how.startswith("like"):
+        result = convert(trained / "trained", out, to="fp8", like=trained / "fp8", serving="serving" in how)
+        assert result.report is not None
+        assert result.report.total.moved
+        assert 0 < result.report.total.fresh < result.report.total.scales
+    else:
+        convert(trained / "trained", out, to="fp8", scheme=how)
+    convert(out, plain)
+    stated = json.loads((out / "config.json").read_text())["quantization_config"]
+    stated = {key: stated[key] for key in ("activation_scheme", "weight_block_size", "modules_to_not_convert")}
+    ours = Mistral3ForConditionalGeneration.from_pretrained(plain, dtype=torch.bfloat16).eval()
+    theirs, info = Mistral3ForConditionalGeneration.from_pretrained(
+        out, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True, **stated), output_loading_info=True
+    )
+    assert {key: [name for name in names if "activation_scale" not in name] for key, names in info.items() if names} in (
+        {},
+        {"unexpected_keys": []},
+    )
+    two = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        assert_equal_bits(tensor, two[name])
+    given = Mistral3ForConditionalGeneration.from_pretrained(trained / "trained", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        one, other, before = (model(input_ids=PROMPT).logits for model in (ours, theirs.eval(), given))
+    assert torch.isfinite(one).all()
+    assert one.float().std() > 0.01
+    assert_equal_bits(one, other)
+    assert not torch.equal(one, before)  # 8 bits are fewer than 16
+    assert (one.float() - before.float()).abs().mean() < 0.2 * before.float().std()
+
+
+def test_block_scheme_loads_in_deepseek(tmp_path: Path) -> None:
+    """The same of experts and latent attention, whose sizes are whole blocks, as transformers needs them."""
+    attention = {"q_rank": 128, "kv_rank": 112, "nope_dim": 48, "v_dim": 16}
+    base = sample(tmp_path / "fp8", DeepseekSizes(hidden=256, intermediate=384, expert_intermediate=128, **attention))
+    convert(base, tmp_path / "plain")
+    out = tmp_path / "out"
+    convert(tmp_path / "plain", out, to="fp8", scheme="block")
+    convert(out, tmp_path / "again")
+    ours = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16).eval()
+    config = FineGrainedFP8Config(dequantize=True, weight_block_size=[128, 128], activation_scheme="dynamic")
+    theirs = DeepseekV3ForCausalLM.from_pretrained(out, dtype=torch.bfloat16, quantization_config=config).eval()
+    two = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        if tensor.dtype == torch.bfloat16:
+            assert_equal_bits(tensor, two[name])
+    with torch.no_grad():
+        assert_equal_bits(ours(input_ids=PROMPT).logits, theirs(input_ids=PROMPT).logits)
