@@ -22,6 +22,7 @@ from fp8ckpt.errors import ConfigError, Fp8CheckpointError, ServingError, Storag
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES, scale_values
 from fp8ckpt.numerics.grid import tiled
 from fp8ckpt.storage import config as configuration
+from fp8ckpt.storage.base_layout import with_needless_dimensions
 from fp8ckpt.storage.checkpoint import Checkpoint, is_native
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
 from fp8ckpt.storage.files import LastFile, opened, read_into
@@ -242,10 +243,7 @@ def _fp8_configuration(stated: _Stated, quantized: Sequence[QuantizedTensor]) ->
 
 def _scale_shapes(checkpoint: Checkpoint) -> Iterator[_Finding]:
     quantized = checkpoint.quantized
-    wrong: list[TensorSpan] = []
-    if configuration.block_size(checkpoint.path, checkpoint.config) is None:
-        # One scale for a matrix; [1, 1] is right only where it is a scale a row, of one row.
-        wrong = [t.scale for t in quantized if t.scale.numel == 1 and len(t.scale.shape) > 1 and len(t.shape) == 2 and t.shape[0] != 1]
+    wrong: list[TensorSpan] = [tensor.scale for tensor in with_needless_dimensions(checkpoint)]
     if wrong:
         found = f"the scale of a whole tensor has shape {list(wrong[0].shape)}, in {len(wrong)} of {len(quantized)} FP8 tensors"
         remedy = "store it without dimensions: vLLM's loader fails on this one"

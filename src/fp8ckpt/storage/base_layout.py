@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint
-from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, Json, dump_json
+from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, Json, block_size, dump_json
 from fp8ckpt.storage.header import Header
 from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
+from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.side_files import side_files
 
 
@@ -16,11 +17,20 @@ def has_activation_scales(base: Checkpoint) -> bool:
     return all(tensor.activation_scales for tensor in base.quantized)
 
 
+def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
+    """The FP8 matrices whose one scale has dimensions, ``[1, 1]``; where scales are of blocks, or of the only row, that is right."""
+    if block_size(base.path, base.config) is not None:
+        return []
+    one = [tensor for tensor in base.quantized if tensor.scale.numel == 1 and len(tensor.scale.shape) > 1]
+    return [tensor for tensor in one if len(tensor.shape) == 2 and tensor.shape[0] != 1]
+
+
 class BaseLayout:
     """The files of an output in a base's layout: the base's own, or, with a ``served`` configuration, what engines trip over put right.
 
-    Put right: scales of shape ``[1, 1]`` become ``[1]``; activation scales that are not there for all weights are left out; the
-    configuration is the one given; several files get an index; Mistral's ``params.json`` is left out beside Hugging Face files.
+    Put right: scales of whole matrices of shape ``[1, 1]`` become ``[1]``; activation scales that are not there for all weights are
+    left out; the configuration is the one given; several files get an index; Mistral's ``params.json`` is left out beside Hugging
+    Face files.
     ``layouts``: files of weights; ``texts``: others that are written anew; ``copies``: others that are copied.
     """
 
@@ -32,7 +42,7 @@ class BaseLayout:
         if served is not None:
             if not has_activation_scales(base):
                 self._left_out = {span.name for tensor in quantized for span in tensor.activation_scales}
-            self._flat = {tensor.scale.name for tensor in quantized if tensor.grid.per_tensor and len(tensor.scale.shape) > 1}
+            self._flat = {tensor.scale.name for tensor in with_needless_dimensions(base)}
         self.layouts = tuple(self._layout(header) for header in base.files)
         self.texts: dict[str, bytes] = {}
         self.copies = side_files(base)
