@@ -231,6 +231,8 @@ def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monke
     """ENOSPC after some writes of either pass: named, source and base untouched, no DST; the rerun, with other workers, ends well."""
     cut(monkeypatch, 8 << 10, 2)
     before = tree(small / source), tree(small / "fp8")
+    whole = convert(small / source, tmp_path / "whole", to="fp8", like=small / "fp8")
+    shutil.rmtree(tmp_path / "whole")
     moments = (0, 1, 9, 60, 120) if source == "plain" else (0, 5, 70, 130, 150)
     for calls in moments:
         out = tmp_path / f"out{calls}"
@@ -242,6 +244,7 @@ def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monke
         assert (tree(small / source), tree(small / "fp8")) == before
         result = convert(small / source, out, to="fp8", like=small / "fp8", workers=3 - workers)
         assert result.bytes_resumed > 0 or calls < 10
+        assert result.report == whole.report
         assert_same_tree(out, small / ("fp8" if source == "plain" else "undisturbed"))
         shutil.rmtree(out)
 
@@ -889,3 +892,59 @@ def test_serving_puts_right_what_engines_trip_over(what: str, layout: str, tmp_p
     assert not list((tmp_path / "out").glob("consolidated*"))
     assert not (tmp_path / "out/params.json").exists()
     assert (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+SERVED: dict[str, Callable[[Path], Path]] = {
+    **{name: family.write for name, family in families().items() if {family.tensors[w].dtype for w in family.blocks} == {"F8_E4M3"}},
+    "DeepSeek": lambda folder: sample(folder, DeepseekSizes(layers=1)),
+    "small blocks": lambda folder: sample(folder, DeepseekSizes(layers=1, hidden=96, intermediate=96, q_rank=64)),
+    "Mistral3": lambda folder: sample(folder, Mistral3Sizes(layers=1, vision_layers=1)),
+    **{
+        scheme: lambda folder, scheme=scheme: from_scheme(folder, scheme)  # type: ignore[misc]
+        for scheme in ("per-tensor", "block", "channel")
+    },
+}
+
+
+def from_scheme(folder: Path, scheme: str) -> Path:
+    """A base that a scheme made, with a weight of one row."""
+    plain = folder.with_name("given")
+    plain.mkdir()
+    rng = np.random.default_rng(6)
+    shapes = {"q_proj": (200, 24), "one": (1, 24), "narrow": (24, 1), "single": (1, 1)}
+    tensors = {
+        f"model.layers.0.{name}.weight": Stored.of(rng.standard_normal(shape).astype(np.float32), "BF16") for name, shape in shapes.items()
+    }
+    tensors["model.layers.0.experts.down_proj"] = Stored.of(rng.standard_normal((1, 24, 30)).astype(np.float32), "BF16")
+    write_safetensors(plain / "model.safetensors", tensors)
+    return convert(plain, folder, to="fp8", scheme=scheme).destination
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_serving_changes_nothing_that_is_right(name: str, tmp_path: Path) -> None:
+    """A base that engines serve right goes out as it is; of any other, what goes out is sound, and falls short in nothing new."""
+    base = SERVED[name](tmp_path / "fp8")
+    before = verify(base, serving=True)
+    convert(base, tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "out", to="fp8", like=base, serving=True)
+    if before.ok:
+        assert_same_tree(tmp_path / "out", base)
+    after = verify(base, tmp_path / "out", serving=True)
+    assert (after.defects, after.tensor_differences) == ((), ())
+    assert before.serving is not None
+    assert after.serving is not None
+    assert {failure.found for failure in after.serving.failures} <= {failure.found for failure in before.serving.failures}
+
+
+def test_progress_goes_on_over_both_passes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done never falls, nor exceeds what there is to do, and in the end all is done."""
+    cut(monkeypatch, 8192, 2)
+    seen: list[tuple[int, int]] = []
+    how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "workers": 2}
+    result = convert(small / "trained", tmp_path / "out", progress=lambda done, total: seen.append((done, total)), **how)
+    assert seen == sorted(seen)
+    assert all(done <= total for done, total in seen)
+    scales = sum(tensor.scale.nbytes for tensor in open_checkpoint(small / "fp8").quantized)
+    assert result.report is not None
+    again = sum(row.elements for row in result.report.weights if row.fresh)
+    assert seen[-1] == (result.bytes_written - scales + again,) * 2
