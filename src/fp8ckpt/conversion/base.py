@@ -7,6 +7,7 @@ text of every header, configuration and side files. Only values are the source's
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fp8ckpt.checkpoint.naming import find_layout
@@ -52,11 +53,17 @@ def plan_like(source: str | Path, base: str | Path, output: PartialOutput, *, fr
         base=like,
         weights=weights,
         plain=plain,
-        units=tuple(equal_units(stored_scales(w.before for w in weights.values() if w.wide and w.before and w.scale.nbytes))),
+        units=tuple(_units([weight for weight in weights.values() if weight.wide and weight.scale.nbytes])),
         fresh=fresh,
         report=report,
         notes=tuple(_side_file_notes(given, like)),
     )
+
+
+def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
+    """Wide weights, those of one scale with the siblings that share it. Grids are joined by engines as they are: each is alone."""
+    yield from equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
+    yield from ((weight.name,) for weight in wide if not weight.grid.per_tensor)
 
 
 def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:
