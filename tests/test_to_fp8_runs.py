@@ -31,7 +31,7 @@ from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.partial import PartialOutput
 from tests.families import Family, families
-from tests.oracle import Stored, quantize, read_directory, read_safetensors, write_safetensors
+from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after, wait_for_a_record
 from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
 from tests.test_torchrun import ended, torchrun
@@ -381,6 +381,28 @@ def test_wide_weights_of_many_blocks_are_decided_block_by_block(tmp_path: Path, 
             assert found["w.weight"].data == quantize(given["w.weight"], scale, (16, 32))
 
 
+def test_siblings_in_blocks_have_scales_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines join grids as they are: of two siblings with equal grids one grows, and the other keeps its scales, in pieces of any size."""
+    codes = np.random.default_rng(3).integers(1, 127, (32, 64)).astype(np.uint8)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}
+    scale = Stored.of(np.full((2, 2), 0.5), "F32")
+    names = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+    tensors = {name: Stored.codes(codes) for name in names} | {f"{name}_scale_inv": scale for name in names}
+    base = Family(tensors, config, {}).write(tmp_path / "fp8", files=1)
+    values = Stored.codes(codes).array.astype(np.float32) * np.float32(0.5)
+    given = {name: Stored.of(values * factor, "BF16") for name, factor in zip(names, (1, 3), strict=True)}
+    source = write_plain(tmp_path / "trained", given)
+    for chunk in (4 << 20, 256):
+        cut(monkeypatch, chunk, 2)
+        convert(source, tmp_path / str(chunk), to="fp8", like=base)
+        found = read_directory(tmp_path / str(chunk))
+        for name in names:
+            expected = expected_scale(given[name], scale, (16, 32))
+            assert found[f"{name}_scale_inv"] == expected
+            assert found[name].data == quantize(given[name], expected, (16, 32))
+        assert found[f"{names[0]}_scale_inv"] == scale
+
+
 LIBRARY = """
 import errno, json, os, sys
 from dataclasses import asdict
@@ -588,11 +610,15 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int
         codes = rng.integers(0, 256, shape).astype(np.uint8)
         codes = np.where((codes & 0x7F) == 0x7F, 0x3A, codes).astype(np.uint8)
         grids = [(), (1,), (1,) * len(shape)]
+        if len(shape) == 1 and shape != (0,):
+            grids.append(shape)
         if len(shape) >= 2 and 0 in shape:
             grids.append((*shape[:-2], *(-(-dim // 4) for dim in shape[-2:])))
         elif len(shape) >= 2:
-            lead = shape[:-2]
-            grids += [(*lead, shape[-2], 1), (*lead, 1, 1), (*lead, *(-(-dim // 4) for dim in shape[-2:])), (*lead, 1, shape[-1])]
+            lead, (rows, cols) = shape[:-2], shape[-2:]
+            for own in (lead, (1,) * len(lead)):
+                grids += [(*own, rows, 1), (*own, 1, 1), (*own, 1, cols)]
+            grids.append((*lead, -(-rows // 4), -(-cols // 4)))
         scale_shape = draw(st.sampled_from(grids))
         dtype = draw(st.sampled_from(["F32", "BF16", "F16", "F8_E8M0"]))
         if dtype == "F8_E8M0":
@@ -646,6 +672,48 @@ def test_any_checkpoint_round_trips(
             weights = {name: tensor for name, tensor in tensors.items() if name.endswith("q_proj.weight")}
             assert (total.elements, total.moved, total.fresh) == (sum(math.prod(t.shape) for t in weights.values()), 0, 0)
             assert total.scales == sum(math.prod(tensors[f"{name}_scale_inv"].shape) for name in weights)
+    finally:
+        shutil.rmtree(folder)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=checkpoints(), dtype=st.sampled_from(["BF16", "F32"]), seed=st.integers(0, 2**32), workers=st.integers(1, 3))
+def test_any_training_equals_the_oracle(
+    drawn: tuple[dict[str, Stored], list[int], int, int, int],
+    dtype: str,
+    seed: int,
+    workers: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Each block grown, shrunk, made zero or left by itself: scales by the rule, codes by the contract, however it is cut up."""
+    tensors, _, chunk, chunks, step = drawn
+    rng = np.random.default_rng(seed)
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
+        base = Family(tensors, config, {}).write(folder / "fp8", files=1)
+        convert(base, folder / "plain", to="fp32")
+        trained = read_directory(folder / "plain")
+        expected = dict(tensors)
+        for tensor in open_checkpoint(base).quantized:
+            values, scale = trained[tensor.name].array.copy(), tensor.scale.name
+            block = tensor.grid.block_size
+            if values.size:
+                grid = tuple(-(-dim // size) for dim, size in zip(values.shape, block, strict=True))
+                factors = rng.choice([1, 1, 1, 2, 0.3, 2.0**-7, 1e-3, 0], grid).astype(np.float32)
+                part = tuple(slice(int(rng.integers(0, dim)), None) for dim in values.shape)
+                values[part] *= spread(factors, values.shape, block)[part]
+            trained[tensor.name] = Stored.of(values, dtype)
+            if values.size:
+                expected[scale] = expected_scale(trained[tensor.name], tensors[scale], block)
+                expected[tensor.name] = Stored("F8_E4M3", values.shape, quantize(trained[tensor.name], expected[scale], block))
+        source = write_plain(folder / "trained", trained)
+        with pytest.MonkeyPatch.context() as patch:
+            cut(patch, chunk, chunks)
+            steps(patch, step)
+            convert(source, folder / "out", to="fp8", like=base, workers=workers)
+        found = read_directory(folder / "out")
+        assert {name for name in expected if found[name] != expected[name]} == set()
     finally:
         shutil.rmtree(folder)
 
