@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fp8ckpt.checkpoint.naming import find_layout
-from fp8ckpt.conversion.planning import OutputPlan, refuse_inside
-from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan, refuse_mismatches, source_tensors
-from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.serving import serving_config
 from fp8ckpt.storage.base_layout import BaseLayout, has_activation_scales
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint, raise_first
+from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG
+from fp8ckpt.storage.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.storage.partial import PartialOutput
-from fp8ckpt.storage.reading import scale_defects, stored_scales
+from fp8ckpt.storage.planning import OutputPlan, refuse_inside
+from fp8ckpt.storage.reading import stored_scales
 from fp8ckpt.storage.siblings import equal_units
 from fp8ckpt.storage.side_files import side_files
 
@@ -30,13 +30,11 @@ def plan_like(source: str | Path, base: str | Path, output: PartialOutput, *, fr
     given, like = open_checkpoint(source), open_checkpoint(base)
     refuse_inside(output, given, "source")
     refuse_inside(output, like, "base")
-    if not like.quantized:
-        remedy = "give the FP8 checkpoint that the source came from, or choose a --scheme"
-        raise UnsupportedFormatError("none of its tensors is FP8", file=str(like.path), expected="an FP8 base", remedy=remedy)
-    raise_first(scale_defects(like.quantized, like.cache_scales))
+    refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
     naming = find_layout(given.tensors, like.tensors)
     tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
-    refuse_mismatches(given, tensors, like)
+    refuse_other_tensors(tensors, like, "source", f"give the base that {given.path} came from")
+    refuse_other_dtypes(tensors, like)
     changes = BaseLayout(like, served=serving_config(like, static=has_activation_scales(like)) if serving else None)
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from fp8ckpt.conversion.planning import OutputPlan, refuse_inside
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.storage import writing
@@ -20,6 +19,7 @@ from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.storage.planning import OutputPlan, refuse_inside
 from fp8ckpt.storage.side_files import plain_side_files
 from fp8ckpt.storage.writing import ExtentWriter, Facts, Filled, Progress, extents_of, page_chunks
 

@@ -13,15 +13,14 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-from fp8ckpt.conversion.planning import OutputPlan
-from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
-from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.grid import BlockGrid, as_matrices
 from fp8ckpt.storage import writing
 from fp8ckpt.storage.checkpoint import Checkpoint
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import FileLayout
 from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.storage.planning import OutputPlan
 from fp8ckpt.storage.writing import Extent, extents_of
 
 
@@ -160,46 +159,3 @@ def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Te
             )
         found[names[name]] = tensor
     return found
-
-
-def refuse_mismatches(source: Checkpoint, found: Mapping[str, TensorSpan], base: Checkpoint) -> None:
-    """The same logical tensors, of the same shapes, and of dtypes that can be made of one another."""
-    missing, extra = base.tensors.keys() - found.keys(), found.keys() - base.tensors.keys()
-    if missing or extra:
-        name, where = (min(missing), "base") if missing else (min(extra), "source")
-        found_in = (
-            f"{len(missing)} tensors are only in the base, {len(extra)} only in the source; the first is {shown(name)}, in the {where}"
-        )
-        remedy = f"give the base that {source.path} came from"
-        raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
-    for name, tensor in base.tensors.items():
-        span = found[name]
-        if span.shape != tensor.shape:
-            raise ModelMismatchError(
-                f"shape {span.shape}", tensor=name, file=span.file, expected=f"{tensor.shape}, as in the base", remedy="give its own base"
-            )
-        if isinstance(tensor, QuantizedTensor):
-            if tensor.weight.dtype != "F8_E4M3":
-                remedy = "choose a --scheme instead of the base"
-                raise UnsupportedFormatError(
-                    f"{tensor.weight.dtype} codes in the base",
-                    tensor=name,
-                    file=tensor.weight.file,
-                    expected="F8_E4M3, the one FP8 dtype that releases use and fp8ckpt writes",
-                    remedy=remedy,
-                )
-            refuse_dtype(span)
-        elif span.dtype != tensor.dtype and not {span.dtype, tensor.dtype} <= TARGET_BYTES.keys():
-            raise ModelMismatchError(f"dtype {span.dtype}", tensor=name, file=span.file, expected=f"{tensor.dtype}, as in the base")
-
-
-def refuse_dtype(span: TensorSpan) -> None:
-    """A weight to be quantized is of a dtype that quantizing is defined for."""
-    if span.dtype not in TARGET_BYTES:
-        raise UnsupportedFormatError(
-            f"a weight of dtype {span.dtype}",
-            tensor=span.name,
-            file=span.file,
-            expected=f"one of {', '.join(TARGET_BYTES)}",
-            remedy="cast it first",
-        )

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fp8ckpt.conversion.planning import OutputPlan, refuse_inside
-from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan, refuse_dtype, source_tensors
+from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.grid import BlockGrid, Shape, tiled
@@ -20,8 +19,10 @@ from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, is_native, open_checkp
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import TensorSpec, index_of, lay_out
+from fp8ckpt.storage.matching import refuse_dtype
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.storage.planning import OutputPlan, refuse_inside
 from fp8ckpt.storage.siblings import equal_units
 from fp8ckpt.storage.side_files import side_files
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -211,6 +212,33 @@ class OutputFile:
         for fd in (self._cached, self._direct):
             if fd is not None:
                 os.close(fd)
+
+
+class OutputFiles:
+    """The files of a directory that a process writes to, each opened when it is first asked for; for any number of threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, OutputFile] = {}
+        self._lock = threading.Lock()
+
+    def of(self, name: str) -> OutputFile:
+        """The file of that name, which exists."""
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = OutputFile(self._directory / name)
+            return self._files[name]
+
+    def flush(self) -> None:
+        """Return when all that was written is on disk."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Release the descriptors; does not flush."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
 
 def create(file: Path, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What every conversion plans before the first byte: its files, and what a partial output must match to be taken up."""
+"""What every job plans before the first byte of an output: its files, and what a partial output must match to be taken up."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""What the storage writers share: torch's distributed checkpoint writes one directory of final files, in one pass.
+
+The coordinator lays out every file from the global plan, before any byte; every rank then writes its own regions at their
+offsets; the coordinator adds the headers, flushes, and renames. Each byte is written once: nothing is saved in shards and
+consolidated later. The rules of partial outputs are those of `fp8ckpt.storage.partial`. A writer decides what the files are
+(`_planned`), what each rank must know (`_shared_out`), and how bytes are made (`_write`).
+
+Its life, as DCP calls it:
+
+1. ``reset(path)``                      a new save begins
+2. ``set_up_storage_writer(...)``       on every rank
+3. ``prepare_local_plan(plan)``         nothing to add
+4. ``prepare_global_plan(plans)``       coordinator: check that the plans cover each tensor once, lay out, create the files
+5. ``write_data(plan, planner)``        this rank's regions, flushed to disk
+6. ``finish(metadata, results)``        coordinator: the headers; then the name
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.storage.checkpoint import Checkpoint
+from fp8ckpt.storage.files import Bytes, OutputFiles, Region, runs
+from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.storage.layout import FileLayout, TensorSpec
+from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.storage.planning import OutputPlan, refuse_inside
+from fp8ckpt.storage.reading import stored_dtype
+
+
+class DirectoryWriter(StorageWriter):
+    """Writes the new directory ``path``. ``bytes_written`` counts this rank's tensor bytes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._output = PartialOutput(Path(path).absolute())
+        self._plan: OutputPlan | None = None  # the coordinator's
+        self.bytes_written = 0
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether nothing stands there yet."""
+        return not os.path.lexists(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, at another path where one is named. What a failed save held is given up."""
+        self.release()
+        if checkpoint_id is not None:
+            self._output = PartialOutput(Path(checkpoint_id).absolute())
+        self.bytes_written = 0
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Refuse an existing destination before any planning."""
+        self._output.refuse_existing()
+        if (base := self._base_of_output()) is not None:
+            refuse_inside(self._output, base, "base")
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is; only tensors can be stored."""
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                remedy = "keep it out of the state dict"
+                raise UnsupportedFormatError("it is no tensor", tensor=item.index.fqn, expected="tensors only", remedy=remedy)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Lay out the files, create them empty, and tell every rank what it must know."""
+        self._plan = self._planned(_tensors_of(plans))
+        try:
+            self._plan.begin(self._output)
+            return self._shared_out(plans, self._plan)
+        except BaseException:
+            self.release()
+            raise
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's regions, with as many threads as it has cores, and flush them to disk."""
+        files = OutputFiles(self._output.directory)
+        try:
+            self.bytes_written += self._write(plan, planner, files)
+        finally:
+            files.close()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(
+            [WriteResult(index=item.index, size_in_bytes=item.tensor_storage_size() or 0, storage_data=None) for item in plan.items]
+        )
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the headers, and give the directory its name."""
+        assert self._plan is not None  # prepare_global_plan() was called
+        try:
+            for layout in self._plan.layouts:
+                files = OutputFiles(self._output.directory)
+                try:
+                    files.of(layout.name).write(np.frombuffer(layout.head, np.uint8), 0)
+                    self.bytes_written += self._complete(layout, files)
+                    files.flush()
+                finally:
+                    files.close()
+            self._output.publish()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
+        self._output.release()
+
+    # ---------------------------------------------------------------- what a writer decides
+
+    @abstractmethod
+    def _base_of_output(self) -> Checkpoint | None:
+        """The checkpoint whose layout is written, if there is one."""
+
+    @abstractmethod
+    def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
+        """The files of the output, from the model's tensors by name; or the refusal."""
+
+    @abstractmethod
+    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
+        """The plans with what each rank must know as their ``storage_data``."""
+
+    @abstractmethod
+    def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
+        """Write and flush this rank's regions; returns how many bytes."""
+
+    def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
+        """Coordinator: write what no rank's tensors are made of; returns how many bytes."""
+        return 0
+
+
+def region_of(item: WriteItem) -> Region:
+    """Where an item lies in the full tensor."""
+    assert item.tensor_data is not None  # no BYTE_IO is left
+    return tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)
+
+
+def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    """The values of an item, of the sizes of its region."""
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, torch.Tensor)  # prepare_local_plan() refused all else
+    return tensor.detach()
+
+
+def write_region(files: OutputFiles, span: TensorSpan, region: Region, data: Bytes) -> int:
+    """Write the bytes of a region, in its row-major order, at their places; returns how many."""
+    itemsize = DTYPE_BITS[span.dtype] // 8
+    file = files.of(span.file.name)
+    done = 0
+    for first, count in runs(span.shape, *region):
+        file.write(data[done : done + count * itemsize], span.start + first * itemsize)
+        done += count * itemsize
+    return done
+
+
+def _tensors_of(plans: Iterable[SavePlan]) -> dict[str, TensorSpec]:
+    """The tensors by name, in the order met; every element of each must be planned exactly once."""
+    found: dict[str, TensorSpec] = {}
+    planned: dict[str, int] = {}
+    for plan in plans:
+        for item in plan.items:
+            assert item.tensor_data is not None  # no BYTE_IO is left
+            name = item.index.fqn
+            if name not in found:
+                dtype = item.tensor_data.properties.dtype
+                stored = stored_dtype(dtype)
+                if stored is None:
+                    raise UnsupportedFormatError(f"dtype {dtype} has no place in a safetensors file", tensor=name, remedy="cast it first")
+                found[name] = TensorSpec(name, stored, tuple(item.tensor_data.size))
+            planned[name] = planned.get(name, 0) + prod(item.tensor_data.chunk.sizes)
+    for name, tensor in found.items():
+        if planned[name] != prod(tensor.shape):
+            found_in = f"the ranks' plans hold {planned[name]} of its elements"
+            remedy = "use a planner that saves each shard once"
+            raise ModelMismatchError(found_in, tensor=name, expected=f"{prod(tensor.shape)}", remedy=remedy)
+    return found
