@@ -43,6 +43,7 @@ PUBLIC = [
     "Checkpointer",
     "ConvertResult",
     "FP8StorageReader",
+    "FP8StorageWriter",
     "Fp8CheckpointError",
     "Inspection",
     "QuantizedTensor",

@@ -18,6 +18,7 @@ from fp8ckpt.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
     from fp8ckpt.checkpoint.checkpointing import Checkpointer, load_model, save_model
+    from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
     from fp8ckpt.checkpoint.pretrained import load_pretrained
     from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
     from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _ON_FIRST_USE = {
     "Checkpointer": "checkpoint.checkpointing",
     "FP8StorageReader": "checkpoint.storage_reader",
+    "FP8StorageWriter": "checkpoint.fp8_storage_writer",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
     "StateDictAdapter": "checkpoint.state_dict_adapter",
     "load_model": "checkpoint.checkpointing",
@@ -38,6 +40,7 @@ __all__ = [
     "Checkpointer",
     "ConvertResult",
     "FP8StorageReader",
+    "FP8StorageWriter",
     "Fp8CheckpointError",
     "Inspection",
     "QuantizedTensor",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fp8ckpt.conversion import dequantizing
 from fp8ckpt.errors import RangeError, StorageError, WeightValueError
-from fp8ckpt.numerics.codes import TARGETS
+from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.storage.partial import PartialOutput
 from fp8ckpt.storage.writing import Progress
 
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from fp8ckpt.checkpoint.ranks import Ranks
     from fp8ckpt.conversion.quantized import QuantizationReport
 
-FP8 = "fp8"
 SCHEMES = ("per-tensor", "block", "channel")
-SCALES = ("reuse", "fresh")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.numerics.grid import BlockGrid, infer_grid, tiled
+from fp8ckpt.numerics.grid import BlockGrid, first_elements, infer_grid, surroundings, tiled, whole_blocks
 
 Shape = tuple[int, ...]
 
@@ -220,3 +221,43 @@ def test_every_tiling_of_a_configured_block_is_found(weight: Shape, data: st.Dat
         grid = infer_grid(weight, shape, block)
         assert grid is not None
         assert grid.shape == scale
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_regions_and_blocks(seed: int) -> None:
+    """Which blocks a region meets, holds whole, and has the first element of: against masks of elements."""
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(1, 4))
+    shape = tuple(int(n) for n in rng.integers(1, 9, rank))
+    block = tuple(int(rng.integers(1, dim + 3)) for dim in shape)
+    offsets = tuple(int(rng.integers(0, dim)) for dim in shape)
+    sizes = tuple(int(rng.integers(1, dim - start + 1)) for dim, start in zip(shape, offsets, strict=True))
+    grid = BlockGrid(shape, block)
+    numbers = np.arange(prod(grid.shape)).reshape(grid.shape)
+    of_element = numbers[np.ix_(*(np.arange(dim) // size for dim, size in zip(shape, block, strict=True)))]
+    region = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+    around = surroundings(grid, offsets, sizes)
+    met = tuple(slice(start, start + count) for start, count in zip(around.first, around.grid.shape, strict=True))
+    assert set(numbers[met].flat) == set(of_element[region].flat)
+    assert around.grid.block_size == block
+    corner = tuple(start * size for start, size in zip(around.first, block, strict=True))
+    assert around.offsets == tuple(start - at for start, at in zip(offsets, corner, strict=True))
+    extent = tuple(slice(at, at + size) for at, size in zip(corner, around.grid.weight_shape, strict=True))
+    assert np.array_equal(np.isin(of_element, numbers[met]), _mask(shape, extent))
+
+    starts, lengths = whole_blocks(grid, offsets, sizes)
+    counts, inside = np.bincount(of_element.flat), np.bincount(of_element[region].flat, minlength=numbers.size)
+    expected = np.isin(of_element, np.flatnonzero(counts == inside))
+    found = _mask(shape, tuple(slice(start, start + size) for start, size in zip(starts, lengths, strict=True)))
+    assert np.array_equal(found, expected)
+
+    first, count = first_elements(grid, offsets, sizes)
+    begins = [numbers[at] for at in np.ndindex(grid.shape) if _mask(shape, region)[tuple(i * b for i, b in zip(at, block, strict=True))]]
+    assert sorted(numbers[tuple(slice(at, at + n) for at, n in zip(first, count, strict=True))].flat) == sorted(begins)
+
+
+def _mask(shape: tuple[int, ...], region: tuple[slice, ...]) -> np.ndarray:
+    mask = np.zeros(shape, np.bool_)
+    mask[region] = True
+    return mask

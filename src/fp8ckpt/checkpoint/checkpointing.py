@@ -25,13 +25,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.buffers import restore_buffers
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter
+from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
 from fp8ckpt.checkpoint.naming import IDENTITY, find_layout
 from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
 from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
 from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, shown
-from fp8ckpt.numerics.codes import TARGETS
+from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, dump_json, without_quantization
 from fp8ckpt.storage.pairing import QuantizedTensor
@@ -84,6 +86,7 @@ class Checkpointer:
         *,
         to: str = "bf16",
         base: str | Path | Checkpoint | None = None,
+        scales: str = "reuse",
         max_file_bytes: int = DEFAULT_FILE_BYTES,
     ) -> None:
         """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
@@ -93,20 +96,29 @@ class Checkpointer:
         came from: it decides names, files, the dtype of tensors that it does not hold as FP8, configuration and side files.
         Without it, names are the model's own, files end at ``max_file_bytes``, and the configuration is ``model.config``.
 
-        Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
-        tensors, and `StorageError` where the disk refuses. The directory is not seen until it is whole and on disk.
-        """
-        if to not in TARGETS:
-            raise ValueError(f"to={to!r}; expected one of {', '.join(TARGETS)}")
+        ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same values, on any
+        mesh; each shard is quantized as it is written. ``base`` must be given. ``scales`` "reuse" keeps the scale of a block whose
+        values still fit it (`fp8ckpt.numerics.quantize` has the rule), "fresh" makes all anew.
 
-        def prepare() -> tuple[SafetensorsStorageWriter, dict[str, torch.Tensor]]:
+        Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
+        tensors, and `StorageError` where the disk refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on every rank.
+        The directory is not seen until it is whole and on disk.
+        """
+        _refuse_arguments(to, base, scales)
+
+        def prepare() -> tuple[DirectoryWriter, dict[str, torch.Tensor]]:
             checkpoint = open_checkpoint(base) if isinstance(base, str | Path) else base
-            texts, copies = plain_side_files(checkpoint, dtype) if checkpoint is not None else (_configuration_of(model, dtype), {})
-            side_files = SideFiles(texts, copies)
-            writer = SafetensorsStorageWriter(path, dtype=dtype, base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
+            writer: DirectoryWriter
+            if to == FP8:
+                assert checkpoint is not None  # _refuse_arguments() saw to it
+                writer = FP8StorageWriter(path, base=checkpoint, scales=scales, process_group=self._group)
+            else:
+                dtype = TARGETS[to]
+                texts, copies = plain_side_files(checkpoint, dtype) if checkpoint is not None else (_configuration_of(model, dtype), {})
+                side_files = SideFiles(texts, copies)
+                writer = SafetensorsStorageWriter(path, dtype=dtype, base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
             return writer, _state_to_save(model, checkpoint)
 
-        dtype = TARGETS[to]
         writer, state = self._ranks().together(prepare)
         try:
             with _named_errors():
@@ -133,10 +145,22 @@ def save_model(
     *,
     to: str = "bf16",
     base: str | Path | Checkpoint | None = None,
+    scales: str = "reuse",
     max_file_bytes: int = DEFAULT_FILE_BYTES,
 ) -> None:
-    """Write ``model`` as final Hugging Face files: see `Checkpointer.save_model`."""
-    Checkpointer().save_model(model, path, to=to, base=base, max_file_bytes=max_file_bytes)
+    """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see `Checkpointer.save_model`."""
+    Checkpointer().save_model(model, path, to=to, base=base, scales=scales, max_file_bytes=max_file_bytes)
+
+
+def _refuse_arguments(to: str, base: str | Path | Checkpoint | None, scales: str) -> None:
+    if to not in (*TARGETS, FP8):
+        raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
+    if scales not in SCALES:
+        raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+    if to == FP8 and base is None:
+        raise ValueError("to='fp8' needs base, the FP8 checkpoint that the model came from; without one, save in bf16 and convert --scheme")
+    if to != FP8 and scales != "reuse":
+        raise ValueError(f"scales goes with to='fp8', and not with to={to!r}")
 
 
 @contextmanager

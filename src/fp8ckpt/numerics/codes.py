@@ -43,6 +43,11 @@ TARGET_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 #: The same by the names that people use.
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
+FP8 = "fp8"  # the other target: not one dtype for all, but a base's or a scheme's choice
+
+#: What becomes of a base's scales: kept where the values still fit them, or all made anew.
+SCALES = ("reuse", "fresh")
+
 #: Scale dtypes; U8 holds e8m0 exponents.
 SCALE_DTYPES = {"F32": np.uint32, "BF16": np.uint16, "F16": np.float16, "U8": np.uint8, "F8_E8M0": np.uint8}
 E8M0_DTYPES = ("U8", "F8_E8M0")

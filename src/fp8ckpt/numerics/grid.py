@@ -83,6 +83,45 @@ def windows(grid: BlockGrid, start: int, count: int) -> Iterator[Window]:
         done += rows * width
 
 
+class Surroundings(NamedTuple):
+    """The blocks that a region meets, as a grid of their own.
+
+    ``offsets``: where the region lies in that grid's weight; ``first``: the index in the whole grid of its first block.
+    """
+
+    grid: BlockGrid
+    offsets: Shape
+    first: Shape
+
+
+def surroundings(grid: BlockGrid, offsets: Shape, sizes: Shape) -> Surroundings:
+    """The blocks that meet the region at ``offsets`` of ``sizes``, which is not empty."""
+    first, inside, shape = [], [], []
+    for dim, block, start, size in zip(*grid, offsets, sizes, strict=True):
+        at = start // block
+        first.append(at)
+        inside.append(start - at * block)
+        shape.append(min(dim, -(-(start + size) // block) * block) - at * block)
+    return Surroundings(BlockGrid(tuple(shape), grid.block_size), tuple(inside), tuple(first))
+
+
+def whole_blocks(grid: BlockGrid, offsets: Shape, sizes: Shape) -> tuple[Shape, Shape]:
+    """The region (offsets, sizes) of those blocks that lie in a region with all of their elements; sizes of 0 where there is none."""
+    starts, lengths = [], []
+    for dim, block, start, size in zip(*grid, offsets, sizes, strict=True):
+        low = -(-start // block) * block
+        high = dim if start + size == dim else (start + size) // block * block
+        starts.append(low)
+        lengths.append(max(0, high - low))
+    return tuple(starts), tuple(lengths)
+
+
+def first_elements(grid: BlockGrid, offsets: Shape, sizes: Shape) -> tuple[Shape, Shape]:
+    """The blocks, as a region (first, count) of the grid, whose first element lies in a region of the weight."""
+    bounds = [(-(-start // block), -(-(start + size) // block)) for block, start, size in zip(grid.block_size, offsets, sizes, strict=True)]
+    return tuple(low for low, _ in bounds), tuple(high - low for low, high in bounds)
+
+
 def tiled(weight_shape: Shape, block_size: Shape) -> BlockGrid | None:
     """The grid of a configured block size, which belongs to the weight's last dimensions; leading ones get one block an index."""
     lead = len(weight_shape) - len(block_size)

@@ -1,0 +1,263 @@
+"""A storage writer that makes torch's distributed checkpoint quantize as it writes: final FP8 files in a base's own layout, in one pass.
+
+What is written is, file for file and byte for byte, what ``convert(..., to="fp8", like=base)`` makes of the same values, however they
+are sharded: names, headers, index, configuration and side files are the base's, and so are activation scales and the scales of a
+cache; a scale is kept or made by the rule of `fp8ckpt.numerics.quantize`, of all elements of its block. No rank holds a copy of its
+shard, in any dtype. Values stay on their device until a piece of them is worked on.
+
+Its life is that of `fp8ckpt.checkpoint.directory_writer`. ``write_data`` takes three steps, after each of which all ranks meet: look at
+the blocks that are cut by the edges of shards; exchange what decides their scales, where there are any; write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, region_of, resolved, write_region
+from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks, threads_of_this_rank
+from fp8ckpt.checkpoint.regions import BEYOND
+from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
+from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
+from fp8ckpt.errors import RangeError, WeightValueError
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import SCALES
+from fp8ckpt.numerics.dequantize import bits_dtype
+from fp8ckpt.storage.base_layout import BaseLayout
+from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.storage.files import Bytes, OutputFiles, Region, opened, pieces, read_into, within
+from fp8ckpt.storage.header import TensorSpan
+from fp8ckpt.storage.layout import FileLayout, TensorSpec
+from fp8ckpt.storage.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
+from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.storage.planning import OutputPlan
+from fp8ckpt.storage.reading import bytes_of, stored_dtype, stored_scales
+from fp8ckpt.storage.siblings import equal_units
+from fp8ckpt.storage.workers import share
+
+_LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
+_LEAST_STEP = 1 << 16  # of a machine with a thousand cores
+
+T = TypeVar("T")
+
+
+class FP8StorageWriter(DirectoryWriter):
+    """Quantizes to the new directory ``path``, for ``dcp.save(state_dict, storage_writer=...)`` and ``dcp.async_save``.
+
+    ``base``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open `Checkpoint`. The
+    state dict has its logical tensors under its names, in bfloat16, float16 or float32; DTensors of any placement. ``scales``:
+    "reuse" keeps the scale of a block whose values still fit it, "fresh" makes all anew. ``process_group``: the one that ``dcp.save`` is
+    given. ``bytes_written`` counts this rank's tensor bytes.
+
+    Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
+    `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not finite,
+    `RangeError` for values that no stored dtype can hold. Through ``dcp.save`` they come inside torch's ``CheckpointException``.
+    """
+
+    def __init__(
+        self, path: str | Path, *, base: str | Path | Checkpoint, scales: str = "reuse", process_group: ProcessGroup | None = None
+    ) -> None:
+        if scales not in SCALES:
+            raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+        super().__init__(path)
+        self._base = base
+        self._fresh = scales == "fresh"
+        self._group = process_group
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save is given.
+        return {**self.__dict__, "_group": None}
+
+    def _base_of_output(self) -> Checkpoint:
+        if not isinstance(self._base, Checkpoint):
+            self._base = open_checkpoint(self._base)
+        return self._base
+
+    def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
+        base = self._base_of_output()
+        remedy = "give the FP8 checkpoint that the model came from"
+        refuse_base(base, remedy)
+        refuse_other_tensors(tensors, base, "model", remedy)
+        refuse_other_dtypes(tensors, base)
+        layout = BaseLayout(base)
+        return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
+
+    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
+        per_tensor = (tensor for tensor in self._base_of_output().quantized if tensor.grid.per_tensor)
+        leader = {name: unit[0] for unit in equal_units(stored_scales(per_tensor)) if len(unit) > 1 for name in unit}
+        return [
+            dataclasses.replace(
+                plan,
+                storage_data=_Task(
+                    rank, len(plans), {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader}
+                ),
+            )
+            for rank, plan in enumerate(plans)
+        ]
+
+    def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
+        task: _Task = plan.storage_data
+        try:
+            return _Writing(self._base_of_output(), task, plan, planner, files, self._fresh).run(self._ranks(task))
+        except (WeightValueError, RangeError):  # of the model's values: what was written can never become whole
+            self._output.discard()
+            raise
+        except BaseException:
+            self.release()
+            raise
+
+    def _ranks(self, task: _Task) -> Ranks:
+        if task.size == 1:
+            return Ranks()
+        ranks = GroupRanks(self._group)
+        if (ranks.rank, ranks.size) != (task.rank, task.size):
+            found = f"rank {ranks.rank} of {ranks.size} in the writer's process group is rank {task.rank} of {task.size} in the save's"
+            raise ValueError(f"{found}; give FP8StorageWriter the process_group that dcp.save is given")
+        return ranks
+
+    def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
+        """What no shard holds: the base's activation scales and scales of a cache, and the scales of weights without elements."""
+        base = self._base_of_output()
+        sharded = {name for name, tensor in base.tensors.items() if isinstance(tensor, TensorSpan) or tensor.numel}
+        sharded |= {tensor.scale.name for tensor in base.quantized if tensor.numel}
+        empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
+        done = 0
+        with opened(base.path / layout.name) as fd:
+            for span in layout.spans:
+                if span.name in sharded or not span.nbytes:
+                    continue
+                stored = np.empty(span.nbytes, np.uint8)
+                if self._fresh and span.name in empty:
+                    stored[:] = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
+                else:
+                    read_into(fd, stored, span.start, base.path / layout.name)
+                files.of(layout.name).write(stored, span.start)
+                done += span.nbytes
+        return done
+
+
+class _Task(NamedTuple):
+    """What a rank must know: which it is of how many, and of which weight each of its weights shares the scale (units of two or more)."""
+
+    rank: int
+    size: int
+    leader: Mapping[str, str]
+
+
+class _Plain(NamedTuple):
+    """A piece of a tensor that is not quantized."""
+
+    span: TensorSpan
+    region: Region
+    values: torch.Tensor
+
+
+class _Writing:
+    """One rank's part of one save."""
+
+    def __init__(self, base: Checkpoint, task: _Task, plan: SavePlan, planner: SavePlanner, files: OutputFiles, fresh: bool) -> None:
+        self._base = base
+        self._planner = planner
+        self._files = files
+        self._fresh = fresh
+        self._threads = threads_of_this_rank()
+        self._step = min(_LARGEST_STEP, max(_LEAST_STEP, BEYOND // self._threads // BYTES_OF_STEP))
+        numbers = number_blocks(base)
+        self._shards: list[Shard] = []
+        self._plain: list[tuple[WriteItem, TensorSpan]] = []
+        for item in plan.items:
+            name = item.index.fqn
+            tensor = base.tensors[name]
+            if isinstance(tensor, QuantizedTensor):
+                self._shards.append(Shard(item, tensor, numbers[task.leader.get(name, name)], name in task.leader))
+            else:
+                self._plain.append((item, tensor))
+        self._waiting = WaitingBlocks(self._shards, self._step)
+
+    def run(self, ranks: Ranks) -> int:
+        """Look, exchange, write; returns how many bytes. Every rank meets the others at each step, whatever it has to do."""
+        looked = ranks.gather(self._look)
+        self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in looked])
+        self._waiting.exchange(ranks, max(shared for _, shared in looked))
+        wrote = ranks.gather(self._write)
+        self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in wrote])
+        return wrote[ranks.rank][1]
+
+    def _look(self) -> tuple[set[str], int]:
+        quantizers = self._quantizers()
+        _share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers], quantizers)
+        return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
+
+    def _write(self) -> tuple[set[str], int]:
+        quantizers = self._quantizers()
+        written: list[int] = []
+
+        def write(quantizer: ShardQuantizer, piece: Cut | _Plain) -> None:
+            if isinstance(piece, Cut):
+                quantizer.write(piece)
+            else:
+                written.append(write_region(self._files, piece.span, piece.region, _cast(piece)))
+
+        _share(self._all_pieces(), [partial(write, quantizer) for quantizer in quantizers], quantizers)
+        self._files.flush()
+        nonfinite = set().union(*(quantizer.nonfinite for quantizer in quantizers))
+        return nonfinite, sum(written) + sum(quantizer.bytes_written for quantizer in quantizers)
+
+    def _refuse_nonfinite(self, ranks: Ranks, met: list[set[str]]) -> None:
+        """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and refuse it."""
+        names = set().union(*met)
+        if names:
+            tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
+            counts = ranks.gather(lambda: self._count_nonfinite(tensor.name))
+            found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
+            remedy = "find out where the training diverged"
+            raise WeightValueError(found, tensor=tensor.name, expected="finite weights", remedy=remedy)
+
+    def _count_nonfinite(self, name: str) -> int:
+        shards = [shard for shard in self._shards if shard.weight.name == name]
+        return sum(count_nonfinite(shard, resolved(self._planner, shard.item), self._step) for shard in shards)
+
+    def _quantizers(self) -> list[ShardQuantizer]:
+        return [ShardQuantizer(self._files, self._waiting, fresh=self._fresh, step=self._step) for _ in range(self._threads)]
+
+    def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
+        for shard in self._shards:
+            yield from cut(shard, resolved(self._planner, shard.item), self._step)
+
+    def _all_pieces(self) -> Iterator[Cut | _Plain]:
+        yield from self._cuts(cut_all)
+        for item, span in self._plain:
+            region, values = region_of(item), resolved(self._planner, item)
+            for piece in pieces(region, self._step):
+                yield _Plain(span, piece, values[within(piece, region)])
+
+
+def _share(items: Iterator[T], workers: list[Callable[[T], None]], quantizers: list[ShardQuantizer]) -> None:
+    try:
+        share(items, workers)
+    finally:
+        for quantizer in quantizers:
+            quantizer.close()
+
+
+def _cast(piece: _Plain) -> Bytes:
+    """The bytes of a piece in the stored dtype; rounded as a conversion rounds them, where the dtypes differ."""
+    values = piece.values.to("cpu").contiguous()
+    stored, dtype = bytes_of(values), stored_dtype(values.dtype)
+    if dtype == piece.span.dtype:
+        return stored
+    given = quantize.values_of(stored, dtype or "")
+    wide = (given.bits.astype(np.uint32) << np.uint32(given.shift)).view(np.float32)
+    cast = np.empty(wide.size, bits_dtype(piece.span.dtype))
+    if overflown := quantize.round_to(wide, piece.span.dtype, cast):
+        found = f"finite values of {dtype} do not fit {piece.span.dtype}, {overflown} of them in one piece"
+        raise RangeError(found, tensor=piece.span.name, file=piece.span.file, expected=f"{piece.span.dtype}, as in the base")
+    return cast.view(np.uint8)

@@ -1,0 +1,229 @@
+"""Quantize the shards of a weight where they lie, with the scales that the whole weight would have.
+
+Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one go, with nothing kept of them. Waiting blocks are
+looked at first; what decides their scale - the largest magnitude, and whether the scale of before gives back every element - is
+combined over the pieces, and over the ranks for those that more than one rank may meet. Both are maxima, so that it does not
+matter how a weight was cut.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from functools import partial
+from math import prod
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fp8ckpt.checkpoint.directory_writer import write_region
+from fp8ckpt.checkpoint.ranks import Ranks
+from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block
+from fp8ckpt.errors import RangeError
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
+from fp8ckpt.numerics.grid import BlockGrid, Surroundings, first_elements, surroundings, whole_blocks
+from fp8ckpt.numerics.quantize import Mask, Scales, Values
+from fp8ckpt.storage.files import ALIGNMENT, LastFile, OutputFiles, Region, aligned_buffer, pieces, read_region, runs, within
+from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.storage.reading import bytes_of, stored_dtype
+
+# What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, and a piece of eight steps.
+BYTES_OF_STEP = 17
+_EXCHANGED = 1 << 20  # blocks that the ranks exchange at once, over all of them: 13 bytes each
+
+
+class WaitingBlocks:
+    """What decides the scales of the blocks that wait, by their numbers; for any number of threads."""
+
+    def __init__(self, shards: Iterable[Shard], step: int) -> None:
+        waiting: list[Numbers] = []
+        own: list[Numbers] = []
+        for shard in shards:
+            grid = shard.weight.grid
+            for part in shard.waiting(step):
+                around = surroundings(grid, *part)
+                waiting.append(shard.numbers(around.first, around.grid.shape))
+            whole = whole_blocks(grid, *shard.region)
+            if not shard.joined and elements_of_block(grid) > step and 0 not in whole[1]:
+                around = surroundings(grid, *whole)
+                own.append(shard.numbers(around.first, around.grid.shape))
+        self._numbers: Numbers = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]))
+        self._maxima: F32 = np.zeros(self._numbers.size, np.float32)
+        self._inexact: Mask = np.zeros(self._numbers.size, np.bool_)
+        self._shared = np.flatnonzero(~np.isin(self._numbers, np.concatenate([np.empty(0, np.int64), *own])))
+        self._lock = threading.Lock()
+
+    @property
+    def shared(self) -> int:
+        """How many of them other ranks, or other weights, may have a part in."""
+        return self._shared.size
+
+    def raise_to(self, numbers: Numbers, maxima: F32, inexact: Mask) -> None:
+        """Take in what was found in a part of some blocks."""
+        at = np.searchsorted(self._numbers, numbers)
+        with self._lock:
+            self._maxima[at] = np.maximum(self._maxima[at], maxima)
+            self._inexact[at] |= inexact
+
+    def of(self, numbers: Numbers) -> tuple[F32, Mask]:
+        """The largest magnitude of each block, and whether the scale of before gives back all of it."""
+        at = np.searchsorted(self._numbers, numbers)
+        return self._maxima[at], ~self._inexact[at]
+
+    def exchange(self, ranks: Ranks, most: int) -> None:
+        """Combine the shared ones over the ranks, none of which has more than ``most``; memory is bounded."""
+        if ranks.size == 1:
+            return
+        at_once = max(1, _EXCHANGED // ranks.size)
+        for start in range(0, most, at_once):
+            for numbers, maxima, inexact in ranks.gather(partial(self._part, slice(start, start + at_once))):
+                ours = np.isin(numbers, self._numbers)
+                self.raise_to(numbers[ours], maxima[ours], inexact[ours])
+
+    def _part(self, part: slice) -> tuple[Numbers, F32, Mask]:
+        at = self._shared[part]
+        return self._numbers[at], self._maxima[at], self._inexact[at]
+
+
+class ShardQuantizer:
+    """One worker's means of looking at pieces and of writing them, with buffers of its own.
+
+    ``fresh``: no scale is kept. ``nonfinite``: weights with elements that have no code; with one of them the output is never whole.
+    """
+
+    def __init__(self, files: OutputFiles, waiting: WaitingBlocks, *, fresh: bool, step: int) -> None:
+        self._files = files
+        self._waiting = waiting
+        self._fresh = fresh
+        self._step = step
+        self._codes = aligned_buffer(PIECE * step + ALIGNMENT)  # takes no memory before it is used
+        self._scratch = np.empty(step, np.uint8)
+        self._base_file = LastFile()
+        self.nonfinite: set[str] = set()
+        self.bytes_written = 0
+
+    def look(self, cut: Cut) -> None:
+        """Find what decides the scales of a piece's waiting blocks."""
+        for region in cut.steps(self._step):
+            values, around, parts = _taken(cut, region)
+            maxima = self._maxima(cut.shard, values, around.grid, parts)
+            if maxima is None:
+                continue
+            weight = cut.shard.weight
+            exact = self._exact(weight, parts, values, maxima, self._kept(weight, around, maxima.shape))
+            inexact = np.zeros(maxima.shape, np.bool_) if exact is None else ~exact
+            numbers = cut.shard.numbers(around.first, around.grid.shape)
+            self._waiting.raise_to(numbers, maxima.reshape(-1), inexact.reshape(-1))
+
+    def write(self, cut: Cut) -> None:
+        """Write a piece's codes, and the scales of the blocks that begin in it."""
+        weight = cut.shard.weight
+        first = next(runs(weight.shape, *cut.region))[0]
+        # As it lies on disk, so that it can be written directly.
+        flat = self._codes[(weight.weight.start + first) % ALIGNMENT :][: prod(cut.region[1])]
+        codes = flat.reshape(cut.region[1])
+        for region in cut.steps(self._step):
+            values, around, parts = _taken(cut, region)
+            if (stored := self._scales(cut, values, around, parts)) is None:
+                continue
+            target = _part_of(codes, within(region, cut.region))
+            out = target if target.flags.c_contiguous else self._scratch[: target.size].reshape(target.shape)
+            quantize.encode(parts, values, _checked(weight, stored), out)
+            if out is not target:
+                target[...] = out
+            self._write_scales(weight, region, around, stored)
+        self.bytes_written += write_region(self._files, weight.weight, cut.region, flat)
+
+    def _scales(self, cut: Cut, values: Values, around: Surroundings, parts: list[quantize.Part]) -> Scales | None:
+        """The scales of a step's blocks, as they are stored; None where values are not finite."""
+        weight = cut.shard.weight
+        shape = quantize.block_array(around.grid, np.bool_).shape
+        kept = self._kept(weight, around, shape)
+        if not cut.whole:
+            largest, exact = self._waiting.of(cut.shard.numbers(around.first, around.grid.shape))
+            return quantize.choose_scales(largest.reshape(shape), kept, weight.scale.dtype, exact.reshape(shape))[0]
+        if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
+            return None
+        return quantize.choose_scales(maxima, kept, weight.scale.dtype, self._exact(weight, parts, values, maxima, kept))[0]
+
+    def _maxima(self, shard: Shard, values: Values, grid: BlockGrid, parts: list[quantize.Part]) -> F32 | None:
+        """The largest magnitudes; None where a value is not finite, and the name is noted."""
+        maxima = quantize.block_array(grid, np.float32)
+        quantize.raise_maxima(parts, values, maxima)
+        if np.isfinite(maxima).all():
+            return maxima
+        self.nonfinite.add(shard.weight.name)
+        return None
+
+    def _exact(self, weight: QuantizedTensor, parts: list[quantize.Part], values: Values, maxima: F32, kept: Scales | None) -> Mask | None:
+        """Which blocks the scales of before give back; None where none is so small that it matters."""
+        if kept is None:
+            return None
+        before = scale_values(kept, weight.scale.dtype)
+        if not quantize.may_fit(maxima, before).any():
+            return None
+        codes = self._scratch[: values.bits.size]
+        quantize.encode(parts, values, before, codes)
+        exact: Mask = quantize.count_inexact(parts, values, codes, before) == 0
+        return exact
+
+    def _kept(self, weight: QuantizedTensor, around: Surroundings, shape: tuple[int, ...]) -> Scales | None:
+        """The scales of the base, as they are stored; None where none is kept."""
+        if self._fresh:
+            return None
+        dtype = np.dtype(SCALE_DTYPES[weight.scale.dtype])
+        stored = np.empty(prod(shape) * dtype.itemsize, np.uint8)
+        span = weight.scale._replace(shape=weight.grid.shape)
+        read_region(self._base_file.descriptor(span.file), span, around.first, around.grid.shape, stored)
+        return stored.view(dtype).reshape(shape)
+
+    def _write_scales(self, weight: QuantizedTensor, region: Region, around: Surroundings, stored: Scales) -> None:
+        owned = first_elements(weight.grid, *region)
+        if prod(owned[1]):
+            found = _part_of(stored.reshape(around.grid.shape), within(owned, (around.first, around.grid.shape)))
+            data = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+            self.bytes_written += write_region(self._files, weight.scale._replace(shape=weight.grid.shape), owned, data)
+
+    def close(self) -> None:
+        """Close the file of the base that was read last."""
+        self._base_file.close()
+
+
+def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:
+    """How many elements of a shard are NaN or infinite."""
+    return sum(quantize.count_nonfinite(_values(values[within(piece, shard.region)])) for piece in pieces(shard.region, step))
+
+
+def _taken(cut: Cut, region: Region) -> tuple[Values, Surroundings, list[quantize.Part]]:
+    """A step's values, and where they lie among blocks."""
+    around = surroundings(cut.shard.weight.grid, *region)
+    parts = quantize.parts_of_region(around.grid, around.offsets, region[1])
+    return _values(cut.values[within(region, cut.shard.region)]), around, parts
+
+
+def _values(part: torch.Tensor) -> Values:
+    """Contiguous and on the CPU; no more than the part is copied."""
+    part = part.to("cpu").contiguous()
+    return quantize.values_of(bytes_of(part), stored_dtype(part.dtype) or "")
+
+
+def _checked(weight: QuantizedTensor, stored: Scales) -> F32:
+    """Stored scales as float32."""
+    scales = scale_values(stored, weight.scale.dtype)
+    if count_bad_scales(scales):
+        _refuse_range(weight)
+    return scales
+
+
+def _refuse_range(weight: QuantizedTensor) -> NoReturn:
+    found = f"its values need a scale beyond the range of {weight.scale.dtype}"
+    expected = "values that the base's scale dtype can scale"
+    raise RangeError(found, tensor=weight.name, file=weight.scale.file, expected=expected, remedy="save in bf16, and choose a --scheme")
+
+
+def _part_of(array: npt.NDArray[Any], index: tuple[slice, ...]) -> npt.NDArray[Any]:
+    """A view, also of an array of no dimensions."""
+    return array[index] if index else array

@@ -1,0 +1,135 @@
+"""How the shards of a quantized weight are cut into pieces, in coordinates of the full weight and of its grid. No values are touched.
+
+A block whose elements all lie in one shard can be decided and written in one go. Any other block *waits*: it is cut by the edge of
+a shard, or is larger than what is worked on at once, or has one scale with its siblings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed.checkpoint.planner import WriteItem
+
+from fp8ckpt.checkpoint.directory_writer import region_of
+from fp8ckpt.numerics.grid import BlockGrid, surroundings, whole_blocks
+from fp8ckpt.storage.checkpoint import Checkpoint
+from fp8ckpt.storage.files import Region, pieces
+from fp8ckpt.storage.pairing import QuantizedTensor
+
+PIECE = 8  # steps; one write, where it is contiguous
+
+Numbers = npt.NDArray[np.int64]
+
+
+class Shard(NamedTuple):
+    """A part of an FP8 weight of the base that this rank writes.
+
+    ``number``: of the weight's first block, where all blocks of the base are numbered; members of a unit have the same. ``joined``:
+    whether it is one of a unit.
+    """
+
+    item: WriteItem
+    weight: QuantizedTensor
+    number: int
+    joined: bool
+
+    @property
+    def region(self) -> Region:
+        """Where it lies in the weight."""
+        return region_of(self.item)
+
+    def inner(self, step: int) -> Region:
+        """The blocks of it that need not wait, where ``step`` elements are worked on at once."""
+        grid = self.weight.grid
+        offsets, sizes = whole_blocks(grid, *self.region)
+        if self.joined or elements_of_block(grid) > step:
+            return offsets, (0,) * len(sizes)
+        return offsets, sizes
+
+    def waiting(self, step: int) -> Iterator[Region]:
+        """What is left beside `inner`."""
+        return _outside(self.region, self.inner(step))
+
+    def numbers(self, first: tuple[int, ...], count: tuple[int, ...]) -> Numbers:
+        """The numbers [n] of the blocks of a region of the grid."""
+        found: Numbers = np.zeros(1, np.int64)
+        for blocks, start, length in zip(self.weight.grid.shape, first, count, strict=True):
+            found = np.add.outer(found * blocks, np.arange(start, start + length)).reshape(-1)
+        return self.number + found
+
+
+def number_blocks(base: Checkpoint) -> dict[str, int]:
+    """The number of each weight's first block: the same on every rank that has the base."""
+    numbers, following = {}, 0
+    for tensor in base.quantized:
+        numbers[tensor.name] = following
+        following += max(prod(tensor.grid.shape), 1)
+    return numbers
+
+
+class Cut(NamedTuple):
+    """A piece of a shard, with the shard's values. ``whole``: it consists of whole blocks, and none of them waits."""
+
+    shard: Shard
+    values: torch.Tensor
+    region: Region
+    whole: bool
+
+    def steps(self, most: int) -> Iterator[Region]:
+        """Its regions of at most so many elements, of whole blocks where it consists of those."""
+        if self.whole:
+            return _pieces_of_blocks(self.shard.weight.grid, self.region, most)
+        return pieces(self.region, most)
+
+
+def cut_waiting(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
+    """What must be looked at before it can be written."""
+    for part in shard.waiting(step):
+        for region in pieces(part, PIECE * step):
+            yield Cut(shard, values, region, whole=False)
+
+
+def cut_all(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
+    """All of a shard."""
+    for region in _pieces_of_blocks(shard.weight.grid, shard.inner(step), PIECE * step):
+        yield Cut(shard, values, region, whole=True)
+    yield from cut_waiting(shard, values, step)
+
+
+def elements_of_block(grid: BlockGrid) -> int:
+    """Of a block that no edge cuts."""
+    return prod(min(dim, block) for dim, block in zip(*grid, strict=True))
+
+
+def _pieces_of_blocks(grid: BlockGrid, region: Region, most: int) -> Iterator[Region]:
+    """A region of whole blocks in pieces of at most ``most`` elements, or one block."""
+    if not prod(region[1]):
+        return
+    around = surroundings(grid, *region)
+    ends = [start + size for start, size in zip(*region, strict=True)]
+    for first, count in pieces((around.first, around.grid.shape), max(1, most // elements_of_block(grid))):
+        offsets = tuple(at * block for at, block in zip(first, grid.block_size, strict=True))
+        stops = [min((at + n) * block, end) for at, n, block, end in zip(first, count, grid.block_size, ends, strict=True)]
+        yield offsets, tuple(stop - start for start, stop in zip(offsets, stops, strict=True))
+
+
+def _outside(region: Region, inner: Region) -> Iterator[Region]:
+    """The region less an inner one, as rectangles; all of it where the inner one is empty."""
+    if not prod(inner[1]):
+        if prod(region[1]):
+            yield region
+        return
+    offsets, sizes = list(region[0]), list(region[1])
+    for axis, (start, size) in enumerate(zip(*inner, strict=True)):
+        for low, high in ((offsets[axis], start), (start + size, offsets[axis] + sizes[axis])):
+            if high > low:
+                yield (
+                    (*offsets[:axis], low, *offsets[axis + 1 :]),
+                    (*sizes[:axis], high - low, *sizes[axis + 1 :]),
+                )
+        offsets[axis], sizes[axis] = start, size

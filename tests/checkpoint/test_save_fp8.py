@@ -1,0 +1,765 @@
+"""Saving as FP8 from any sharding: file for file what `convert --to fp8 --like BASE` writes of the same values; or nothing at all."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.multiprocessing import ProcessExitedException
+
+import fp8ckpt
+from fp8ckpt import Checkpointer, FP8StorageWriter, convert, load_model, load_pretrained, open_checkpoint, sample, save_model, verify
+from fp8ckpt.checkpoint import checkpointing, fp8_storage_writer, shard_quantizing
+from fp8ckpt.errors import (
+    Fp8CheckpointError,
+    ModelMismatchError,
+    OutputExistsError,
+    RangeError,
+    ResumeMismatchError,
+    ScaleValueError,
+    StorageError,
+    UnsupportedFormatError,
+    WeightValueError,
+)
+from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
+from fp8ckpt.sample import Mistral3Sizes
+from tests.distributed import fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
+from tests.families import Family
+from tests.oracle import Stored, read_directory
+from tests.test_to_fp8 import E4M3, OTHERS, assert_same_tree, siblings, trained, write_plain
+
+UNEVEN = Mistral3Sizes(
+    layers=2, hidden=100, intermediate=203, heads=6, kv_heads=1, head_dim=4, vocabulary=515, vision_hidden=68, vision_intermediate=37
+)
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
+MODES = ("reuse", "fresh")
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """A state dict of a directory of plain tensors."""
+    return {
+        name: torch.frombuffer(bytearray(tensor.data), dtype=TORCH[tensor.dtype]).reshape(tensor.shape)
+        if tensor.data
+        else torch.empty(tensor.shape, dtype=TORCH[tensor.dtype])
+        for name, tensor in read_directory(directory).items()
+    }
+
+
+def stored_bytes(directory: Path) -> int:
+    return sum(len(tensor.data) for tensor in read_directory(directory).values())
+
+
+def plain_save(state: dict[str, Any], path: Path, base: Path, **how: Any) -> int:
+    """Through plain ``dcp.save``; returns the bytes that this rank wrote."""
+    writer = FP8StorageWriter(path, base=base, **how)
+    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    return writer.bytes_written
+
+
+def small_steps(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """Make what is worked on at once small, so that more blocks wait, and what the ranks exchange at once."""
+    patch.setattr(fp8_storage_writer, "_LARGEST_STEP", elements)
+    patch.setattr(fp8_storage_writer, "_LEAST_STEP", elements)
+    patch.setattr(shard_quantizing, "_EXCHANGED", max(1, elements // 16))
+
+
+class Case:
+    """A base and plain directories of values, with what a conversion makes of each."""
+
+    def __init__(self, root: Path, base: Path) -> None:
+        self.root, self.base = root, base
+        self.sources: dict[str, Path] = {}
+
+    def add(self, name: str, source: Path) -> None:
+        self.sources[name] = source
+        for mode in MODES:
+            convert(source, self.root / f"{name} {mode}", to="fp8", like=self.base, scales=mode, report=False)
+
+    def expected(self, name: str, mode: str) -> Path:
+        return self.root / f"{name} {mode}"
+
+
+def change(base: Path, plain: Path, destination: Path, dtype: str = "BF16") -> Path:
+    """Train a model, roughly: noise everywhere; and by turns a weight grows, shrinks, has an outlier, or becomes zero."""
+    rng = np.random.default_rng(3)
+    tensors = dict(read_directory(plain))
+    for i, tensor in enumerate(open_checkpoint(base).quantized):
+        values = tensors[tensor.name].array.astype(np.float32).copy()
+        flat = values.reshape(-1)
+        match i % 6:
+            case 0:
+                flat *= (1 + 0.02 * rng.standard_normal(flat.size)).astype(np.float32)
+            case 1:
+                flat[flat.size // 2 :] *= np.float32(1.7)
+            case 2:
+                flat *= np.float32(0.013)
+                flat[::2] *= (1 + 0.02 * rng.standard_normal(flat[::2].size)).astype(np.float32)
+            case 3:
+                flat[rng.integers(flat.size)] = 1000
+            case 4:
+                flat[:] = 0
+        tensors[tensor.name] = Stored.of(values, dtype)
+    return write_plain(destination, tensors)
+
+
+def with_equal_scales(base: Path, destination: Path) -> Path:
+    """The scales of q, k and v, and of gate and up, made equal: what an engine joins has one scale."""
+
+    def equal(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        changed = dict(tensors)
+        for name in tensors:
+            for leaf, of in (("q_proj", "k_proj"), ("v_proj", "k_proj"), ("gate_proj", "up_proj")):
+                if name.endswith(f"{leaf}.weight_scale_inv"):
+                    changed[name] = tensors[name.replace(leaf, of)]
+        return changed
+
+    return rewrite(base, destination, equal)
+
+
+@pytest.fixture(scope="module")
+def models(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Mistral3 bases: the sample, one of uneven sizes in the other layout, and one whose siblings have equal scales."""
+    root = tmp_path_factory.mktemp("models")
+    bases = {
+        "identity": sample_fp8,
+        "uneven": sample(root / "uneven", UNEVEN, layout="nested", files=2),
+        "equal": with_equal_scales(sample_fp8, root / "equal"),
+    }
+    found = {}
+    for name, base in bases.items():
+        case = found[name] = Case(root / f"cases-{name}", base)
+        case.root.mkdir()
+        convert(base, case.root / "plain")
+        case.add("untouched", case.root / "plain")
+        case.add("trained", change(base, case.root / "plain", case.root / "changed"))
+    return found
+
+
+# ---------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("step", [1 << 19, 100])
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+@pytest.mark.parametrize("name", E4M3)
+def test_every_family_in_one_process(name: str, dtype: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untouched values give back the base; changed ones what a conversion writes, whatever is worked on at once."""
+    family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
+    case = Case(tmp_path, family.write(tmp_path / "fp8"))
+    convert(case.base, tmp_path / "plain")
+    case.add("untouched", tmp_path / "plain")
+    for i in range(2):
+        tensors = trained(family, rng, "F32" if dtype == "F16" else dtype)
+        if dtype == "F16":
+            tensors = {
+                key: Stored.of(np.clip(t.array.astype(np.float32), -6e4, 6e4), "F16") if t.dtype == "F32" else t
+                for key, t in tensors.items()
+            }
+        case.add(f"trained {i}", write_plain(tmp_path / f"source-{i}", tensors))
+    small_steps(monkeypatch, step)
+    for source, directory in case.sources.items():
+        for mode in MODES:
+            out = tmp_path / f"out {source} {mode}"
+            assert plain_save(tensors_of(directory), out, case.base, scales=mode) == stored_bytes(case.base)
+            assert_same_tree(out, case.expected(source, mode))
+    assert_same_tree(tmp_path / "out untouched reuse", case.base)
+
+
+@pytest.mark.parametrize("name", ["identity", "uneven", "equal"])
+def test_a_model_in_one_process(name: str, models: dict[str, Case], tmp_path: Path) -> None:
+    """``save_model``: an untouched model is its base again; a trained one what a conversion of its bf16 directory writes."""
+    case = models[name]
+    model = load_pretrained(case.base)
+    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    assert_same_tree(tmp_path / "out", case.base)
+    assert verify(case.base, tmp_path / "out").ok
+    load_model(model, case.sources["trained"])
+    for mode in MODES:
+        save_model(model, tmp_path / mode, to="fp8", base=open_checkpoint(case.base), scales=mode)
+        assert_same_tree(tmp_path / mode, case.expected("trained", mode))
+    assert (tmp_path / "reuse").joinpath("config.json").read_bytes() == (case.base / "config.json").read_bytes()
+
+
+def test_float32_models_adapters_and_strings(models: dict[str, Case], tmp_path: Path) -> None:
+    """A float32 model is quantized from its own values; names by the model's adapter; paths may be strings."""
+    case = models["uneven"]
+    model = load_pretrained(case.base, dtype=torch.float32)
+    model.state_dict_adapter = Mistral3FP8StateDictAdapter.from_checkpoint(case.base)
+    Checkpointer().save_model(model, str(tmp_path / "out"), to="fp8", base=str(case.base))
+    assert_same_tree(tmp_path / "out", case.base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0003)
+    save_model(model, tmp_path / "trained", to="fp8", base=case.base)
+    save_model(model, tmp_path / "fp32", to="fp32")
+    convert(tmp_path / "fp32", tmp_path / "expected", to="fp8", like=case.base)
+    assert_same_tree(tmp_path / "trained", tmp_path / "expected")
+
+
+def test_a_merged_adapter(models: dict[str, Case], tmp_path: Path) -> None:
+    """``weight + B @ A`` in place, as a merge of low-rank adapters does it: what the merged model holds is what is saved."""
+    case = models["identity"]
+    model = load_pretrained(case.base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and "q_proj" in name:
+                rows, cols = parameter.shape
+                parameter += (torch.randn(rows, 4) @ torch.randn(4, cols) * 0.01).to(parameter.dtype)
+    save_model(model, tmp_path / "bf16", base=case.base)
+    convert(tmp_path / "bf16", tmp_path / "expected", to="fp8", like=case.base)
+    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    assert_same_tree(tmp_path / "out", tmp_path / "expected")
+    changed = {name for name, tensor in read_directory(tmp_path / "out").items() if tensor != read_directory(case.base)[name]}
+    assert changed
+    assert all("q_proj" in name for name in changed)
+
+
+def test_tied_models(models: dict[str, Case], tmp_path: Path) -> None:
+    """The head is stored as often as in the base."""
+    for head in (False, True):
+
+        def tensors(stored: dict[str, Stored], head: bool = head) -> dict[str, Stored]:
+            embeddings = next(name for name in stored if name.endswith("embed_tokens.weight"))
+            kept = {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
+            return {**kept, "lm_head.weight": stored[embeddings]} if head else kept
+
+        def tie(config: dict[str, Any]) -> None:
+            config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+
+        base = rewrite(models["identity"].base, tmp_path / f"fp8-{head}", tensors, tie)
+        save_model(load_pretrained(base), tmp_path / f"out-{head}", to="fp8", base=base)
+        assert_same_tree(tmp_path / f"out-{head}", base)
+
+
+def test_empty_weights_strides_and_devices_of_values(tmp_path: Path) -> None:
+    """A weight without elements has its scale; values may be transposed, strided, or parameters."""
+    tensors = {
+        "e.weight": Stored.codes(np.empty((0, 4), np.uint8)),
+        "e.weight_scale": Stored.of(np.float32(3), "F32"),
+        "w.weight": Stored.codes(np.arange(24, dtype=np.uint8).reshape(4, 6)),
+        "w.weight_scale": Stored.of(np.full((4, 1), 0.5), "F32"),
+        "v.weight": Stored.codes(np.arange(5, dtype=np.uint8)),
+        "v.weight_scale": Stored.of(np.float32(2), "F32"),
+        "n": Stored.of(np.arange(6).reshape(2, 3), "I64"),
+        "x": Stored.of(np.empty((0, 3)), "BF16"),
+    }
+    base = Family(tensors, {}, {}).write(tmp_path / "fp8")
+    convert(base, tmp_path / "plain")
+    state = tensors_of(tmp_path / "plain")
+    state["w.weight"] = state["w.weight"].T.contiguous().T
+    state["v.weight"] = state["v.weight"].repeat_interleave(2)[::2]
+    state["n"] = nn.Parameter(state["n"], requires_grad=False)
+    for mode in MODES:
+        convert(tmp_path / "plain", tmp_path / f"expected {mode}", to="fp8", like=base, scales=mode)
+        plain_save(state, tmp_path / mode, base, scales=mode)
+        assert_same_tree(tmp_path / mode, tmp_path / f"expected {mode}")
+
+
+def test_plain_tensors_are_cast_as_a_conversion_casts_them(tmp_path: Path) -> None:
+    """Where the base is not quantized its dtype is kept, nearest even, NaN and all; what float16 cannot hold is refused."""
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((300, 7)) * np.exp2(rng.integers(-20, 12, (300, 7)))).astype(np.float32)
+    values[0, :3] = [np.nan, -np.nan, np.inf]
+    weight = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F32")}
+    with np.errstate(all="ignore"):
+        plain = {dtype: Stored.of(values, dtype) for dtype in ("BF16", "F16", "F32")}
+        base = Family({**weight, **plain}, {}, {}).write(tmp_path / "fp8")
+        for dtype in ("BF16", "F16", "F32"):
+            given = {"w.weight": Stored.of(np.ones((2, 2)), dtype), **{name: Stored.of(values, dtype) for name in plain}}
+            source = write_plain(tmp_path / dtype, given)
+            convert(source, tmp_path / f"expected {dtype}", to="fp8", like=base)
+            plain_save(tensors_of(source), tmp_path / f"out {dtype}", base)
+            assert_same_tree(tmp_path / f"out {dtype}", tmp_path / f"expected {dtype}")
+    state = {**tensors_of(tmp_path / "F32"), "F16": torch.full((300, 7), 7e4)}
+    refused(RangeError, "F16 in .*finite values of F32 do not fit F16", lambda: plain_save(state, tmp_path / "no", base))
+    assert not list(tmp_path.glob("no*"))
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def sharded(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """A state dict as DTensors of all ranks: by rows, by columns, or by both; what has no such dimension is replicated."""
+    if kind == "both":
+        over, wanted = mesh(2, 2, names=("a", "b")), [Shard(0), Shard(1)]
+    else:
+        over, wanted = mesh(), [{"rows": Shard(0), "columns": Shard(1), "last": Shard(2)}[kind]]
+    found = {}
+    for name, tensor in state.items():
+        placements = [place if place.dim < tensor.dim() else Replicate() for place in wanted]
+        found[name] = distribute_tensor(tensor, over, placements, src_data_rank=None)
+    return found
+
+
+def _plain_on_ranks(cases: dict[str, Case], kinds: tuple[str, ...], root: Path, step: int | None) -> dict[str, int]:
+    """Save each case from each sharding; returns the bytes that this rank wrote."""
+    written = {}
+    with pytest.MonkeyPatch.context() as patch:
+        if step is not None:
+            small_steps(patch, step)
+        for name, case in cases.items():
+            for source, directory in case.sources.items():
+                state = tensors_of(directory)
+                for kind in kinds:
+                    for mode in MODES:
+                        out = f"{name}, {source}, {mode}, {kind}"
+                        written[out] = plain_save(sharded(state, kind), root / out, case.base, scales=mode)
+    return written
+
+
+def check_plain(cases: dict[str, Case], kinds: tuple[str, ...], ranks: int, root: Path, step: int | None = None) -> None:
+    """Each byte is written once over all ranks, and each directory is the one that a conversion writes."""
+    written = run(ranks, _plain_on_ranks, cases, kinds, root, step)
+    for out in written[0]:
+        name, source, mode, _ = out.split(", ")
+        case = cases[name]
+        assert_same_tree(root / out, case.expected(source, mode))
+        assert sum(counts[out] for counts in written) == stored_bytes(case.base), out
+
+
+@pytest.fixture(scope="module")
+def families_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """A family of each kind of grid, untouched and trained."""
+    found = {}
+    for name in (
+        "per-tensor 0-d BF16", "per-channel [o]", "per-channel wide", "block 128 ragged F32", "block 128 ragged F8_E8M0", "experts [E,1,1]",
+        "experts in blocks", "experts fbgemm", "ModelOpt 4-D", "ModelOpt FP8", "MXFP8 U8", "small blocks F32", "Mistral native",
+    ):  # fmt: skip
+        root = tmp_path_factory.mktemp("family")
+        family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
+        case = found[name.replace(",", "")] = Case(root, family.write(root / "fp8"))
+        convert(case.base, root / "plain")
+        case.add("untouched", root / "plain")
+        case.add("trained", write_plain(root / "source", trained(family, rng, "BF16")))
+        assert_same_tree(case.expected("untouched", "reuse"), case.base)
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "kinds", "step"), [(2, ("rows", "columns"), None), (3, ("rows", "columns"), 100), (4, ("both",), 1000)])
+def test_every_kind_of_grid_on_ranks(
+    ranks: int, kinds: tuple[str, ...], step: int | None, families_trained: dict[str, Case], tmp_path: Path
+) -> None:
+    """Plain ``dcp.save`` of DTensors whose shards cut blocks wherever they like."""
+    check_plain(families_trained, kinds, ranks, tmp_path, step)
+
+
+@pytest.mark.parametrize(("ranks", "kinds"), [(3, ("rows", "columns")), (4, ("both",))])
+def test_deepseek_on_ranks(ranks: int, kinds: tuple[str, ...], sample_block: Path, tmp_path: Path) -> None:
+    """128 x 128 blocks with ragged edges, in several files."""
+    (tmp_path / "case").mkdir()
+    case = Case(tmp_path / "case", sample_block)
+    convert(sample_block, case.root / "plain")
+    case.add("untouched", case.root / "plain")
+    case.add("trained", change(sample_block, case.root / "plain", case.root / "changed"))
+    check_plain({"deepseek": case}, kinds, ranks, tmp_path)
+
+
+def test_siblings_on_ranks(tmp_path: Path) -> None:
+    """One of q, k and v grows on one rank's shard: those that shared its scale share the fresh one, wherever they lie."""
+    cases = {}
+    for i, (scales, factor) in enumerate([([0.5, 0.5, 0.5], 1.5), ([0.5, 0.25, 0.5], 1.5), ([0.5, 0.5, 0.5], 0.0131)]):
+        root = tmp_path / f"case-{i}"
+        root.mkdir()
+        family = siblings(scales)
+        case = cases[f"siblings {i}"] = Case(root, family.write(root / "fp8"))
+        tensors = family.expected()
+        tensors["a.v_proj.weight"] = Stored.of(tensors["a.v_proj.weight"].array.astype(np.float32) * np.float32(factor), "BF16")
+        case.add("trained", write_plain(root / "source", tensors))
+        small = {
+            name: Stored.of(tensor.array.astype(np.float32) * np.float32(0.0131), "BF16") for name, tensor in family.expected().items()
+        }
+        case.add("all small", write_plain(root / "small", small))
+    check_plain(cases, ("rows", "columns"), 2, tmp_path, 10)
+
+
+class Counting(FP8StorageWriter):
+    made: list[Counting] = []  # noqa: RUF012  # of this process
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.made.append(self)
+
+
+def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
+    """Save every model from every sharding; returns the bytes that this rank wrote."""
+    checkpointing.FP8StorageWriter = Counting  # type: ignore[misc]
+    size, rank, flat, written = dist.get_world_size(), dist.get_rank(), mesh(), {}
+    shardings: dict[str, Callable[[nn.Module], nn.Module]] = {"fsdp": lambda m: fsdp(m, flat), "tp": lambda m: tp(m, flat)}
+    if size == 2:
+        shardings["pp"] = lambda m: stage(m, rank, size)
+    if size == 4:
+        both, stages = mesh(2, 2, names=("dp", "tp")), mesh(2, 2, names=("pp", "dp"))
+        shardings = {
+            "tp and fsdp": lambda m: tp_fsdp(m, both),
+            "pp and fsdp": lambda m: fsdp(stage(m, stages.get_local_rank("pp"), 2), stages["dp"]),
+        }
+    for name, case in models.items():
+        for kind, parallelize in shardings.items():
+            model = load_pretrained(case.base, parallelize=parallelize) if "pp" not in kind else parallelize(load_pretrained(case.base))
+            for source, mode in (("untouched", "reuse"), ("trained", "reuse"), ("trained", "fresh")):
+                load_model(model, case.sources[source], partial="pp" in kind)
+                out = f"{name}, {source}, {mode}, {kind}"
+                save_model(model, root / out, to="fp8", base=case.base, scales=mode)
+                written[out] = Counting.made.pop().bytes_written
+    return written
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_sharding(ranks: int, models: dict[str, Case], tmp_path: Path) -> None:
+    """FSDP2, TP, stages of a pipeline, 2-D meshes: the directory that `convert` writes, each byte written once over all ranks."""
+    written = run(ranks, _models_on_ranks, models, tmp_path)
+    assert len(written[0]) == 9 * {1: 2, 2: 3, 3: 2, 4: 2}[ranks]
+    for out in written[0]:
+        name, source, mode, _ = out.split(", ")
+        assert_same_tree(tmp_path / out, models[name].expected(source, mode) if source == "trained" else models[name].base)
+        assert sum(counts[out] for counts in written) == stored_bytes(models[name].base), out
+    assert all(counts[out] for counts in written for out in counts if "fsdp" in out)
+
+
+def _from_a_subgroup(case: Case, root: Path) -> str:
+    """Ranks 1 and 2 of three save together; then with a writer that was not given their group."""
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return ""
+    state = {
+        name: tensor.clone() for name, tensor in tensors_of(case.sources["trained"]).items()
+    }  # whole on both: each tensor is written by one of them
+    writer = FP8StorageWriter(root / "out", base=case.base, process_group=group)
+    dcp.save(state, storage_writer=writer, process_group=group)
+    try:
+        dcp.save(state, storage_writer=FP8StorageWriter(root / "other", base=case.base), process_group=group)
+    except CheckpointException as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_subgroup_saves(models: dict[str, Case], tmp_path: Path) -> None:
+    """By the writer's ``process_group``, which must be the one of the save."""
+    told = run(3, _from_a_subgroup, models["equal"], tmp_path)
+    assert_same_tree(tmp_path / "out", models["equal"].expected("trained", "reuse"))
+    assert all("give FP8StorageWriter the process_group that dcp.save is given" in text for text in told[1:])
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(kind: type[Fp8CheckpointError], match: str, save: Callable[[], Any]) -> None:
+    """The error, out of what DCP wraps it in."""
+    with pytest.raises(kind, match=match), checkpointing._named_errors():
+        save()
+
+
+def _nonfinite_on_ranks(cases: dict[str, Case], root: Path) -> list[str]:
+    told = []
+    for name, case in cases.items():
+        weight = next(iter(E4M3[name].blocks))
+        for kind in ("rows", "columns"):
+            state = tensors_of(case.sources["trained"])
+            flat = state[weight].reshape(-1)
+            flat[-3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])  # on the last rank
+            flat[0] = torch.nan if kind == "columns" else 1.0  # and on the first
+            if kind == "rows":
+                flat[1] = 1.0
+            try:
+                plain_save(sharded(state, kind), root / "out", case.base)
+            except CheckpointException as error:
+                told.append("; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()))
+            dist.barrier()
+    return told
+
+
+def test_nonfinite_weights_are_refused_on_every_rank(families_trained: dict[str, Case], tmp_path: Path) -> None:
+    """By name, with the count over all ranks, where blocks wait and where they do not; and nothing is left behind."""
+    names = ("per-tensor 0-d BF16", "block 128 ragged F32", "MXFP8 U8", "per-channel [o]")
+    for told in run(2, _nonfinite_on_ranks, {name: families_trained[name] for name in names}, tmp_path):
+        assert len(told) == 2 * len(names)
+        for i, text in enumerate(told):
+            weight = next(iter(E4M3[names[i // 2]].blocks))
+            numel = np.prod(E4M3[names[i // 2]].tensors[weight].shape)
+            assert text.count(f"WeightValueError: {weight}: {3 + i % 2} of {numel} elements are NaN or infinite") == 2, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nonfinite_weights_of_a_model_are_refused(models: dict[str, Case], tmp_path: Path) -> None:
+    """By its own name through ``save_model``; the same call succeeds when the value is gone."""
+    case = models["identity"]
+    model = load_pretrained(case.base)
+    weight = model.model.language_model.layers[1].mlp.down_proj.weight
+    good = weight.detach()[3, 4].clone()
+    with torch.no_grad():
+        weight[3, 4] = torch.nan
+    with pytest.raises(WeightValueError, match=r"layers\.1\.mlp\.down_proj\.weight: 1 of "):
+        save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    assert list(tmp_path.iterdir()) == []
+    with torch.no_grad():
+        weight[3, 4] = good
+    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    assert_same_tree(tmp_path / "out", case.base)
+
+
+def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], tmp_path: Path) -> None:
+    """A base without FP8, of other codes, with a bad scale; other tensors, shapes and dtypes: by name, and nothing is written."""
+    family = E4M3["per-tensor 0-d BF16"]
+    base = family.write(tmp_path / "fp8")
+    convert(base, tmp_path / "plain")
+    out = tmp_path / "out"
+    good = tensors_of(tmp_path / "plain")
+    refused(UnsupportedFormatError, "none of its tensors is FP8", lambda: plain_save(good, out, tmp_path / "plain"))
+    for name, other in OTHERS.items():
+        directory = other.write(tmp_path / f"other {name}")
+        convert(directory, tmp_path / f"plain {name}")
+        state = tensors_of(tmp_path / f"plain {name}")
+        refused(UnsupportedFormatError, "codes in the base; expected F8_E4M3", lambda s=state, d=directory: plain_save(s, out, d))
+    tensors = {**family.tensors, "m.q.weight_scale_inv": Stored.of(np.float32(-1), "BF16")}
+    bad = Family(tensors, family.config, family.blocks).write(tmp_path / "bad")
+    refused(ScaleValueError, r"m\.q\.weight_scale_inv", lambda: plain_save(good, out, bad))
+    fewer = {name: tensor for name, tensor in good.items() if name != "lm_head.weight"}
+    refused(ModelMismatchError, r"lm_head\.weight, in the base", lambda: plain_save(fewer, out, base))
+    refused(ModelMismatchError, "extra, in the model", lambda: plain_save({**good, "extra": torch.ones(2)}, out, base))
+    turned = {**good, "m.q.weight": good["m.q.weight"].T}
+    refused(ModelMismatchError, r"m\.q\.weight: shape \(24, 40\).*\(40, 24\)", lambda: plain_save(turned, out, base))
+    double = {**good, "m.q.weight": good["m.q.weight"].double()}
+    refused(UnsupportedFormatError, r"m\.q\.weight: a weight of dtype F64", lambda: plain_save(double, out, base))
+    whole = {**good, "model.norm.weight": good["model.norm.weight"].long()}
+    refused(ModelMismatchError, r"model\.norm\.weight: dtype I64.*BF16", lambda: plain_save(whole, out, base))
+    refused(UnsupportedFormatError, "step: it is no tensor", lambda: plain_save({**good, "step": 3}, out, base))
+    refused(OutputExistsError, "inside the base", lambda: plain_save(good, base / "out", base))
+    refused(OutputExistsError, "destination exists", lambda: plain_save(good, tmp_path / "plain", base))
+    assert not list(tmp_path.glob("out*"))
+    assert not list(base.glob("out*"))
+
+
+def test_a_scale_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
+    """Values that a float16 scale cannot reach."""
+    tensors = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F16")}
+    base = Family(tensors, {}, {}).write(tmp_path / "fp8")
+    refused(RangeError, r"^w\.weight in .*range of F16", lambda: plain_save({"w.weight": torch.full((2, 2), 1e9)}, tmp_path / "out", base))
+    assert [file.name for file in tmp_path.iterdir()] == ["fp8"]
+
+
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [
+        ({"to": "fp8"}, "needs base.*--scheme"),
+        ({"to": "fp8", "base": "x", "scales": "some"}, "expected one of reuse, fresh"),
+        ({"to": "bf16", "scales": "fresh"}, "goes with to='fp8'"),
+        ({"to": "int8"}, "expected one of bf16, fp16, fp32, fp8"),
+    ],
+)
+def test_arguments_that_do_not_go_together(how: dict[str, str], match: str, tmp_path: Path) -> None:
+    """A `ValueError` that says which do."""
+    with pytest.raises(ValueError, match=match):
+        save_model(nn.Linear(2, 2), tmp_path / "out", **how)
+    with pytest.raises(ValueError, match="expected one of reuse, fresh"):
+        FP8StorageWriter(tmp_path / "out", base=tmp_path, scales="some")
+
+
+def _full(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _full_on_one_rank(case: Case, root: Path) -> list[str]:
+    """The disk of rank 1 is full, for one save; another rank has another model. What this rank was told."""
+    rank, told = dist.get_rank(), []
+    model: Any = load_pretrained(case.base, parallelize=lambda m: fsdp(m, mesh()))
+
+    def attempt(name: str) -> None:
+        try:
+            save_model(model, root / name, to="fp8", base=case.base)
+        except BaseException as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
+            told.append(f"{type(error).__name__}: {error}")
+        else:
+            told.append("nothing was raised")
+        dist.barrier()
+
+    for method in ("pwrite", "fdatasync"):
+        true = getattr(os, method)
+        if rank == 1:
+            setattr(os, method, _full)
+        attempt("out")
+        setattr(os, method, true)
+    attempt("out")
+    if rank == 1:
+        model.extra = nn.Linear(2, 2, bias=False)
+    attempt("other")
+    return told
+
+
+def test_refusals_reach_every_rank(models: dict[str, Case], tmp_path: Path) -> None:
+    """A full disk of one rank, a tensor that only one has: all ranks raise the same, and go on together."""
+    for told in run(2, _full_on_one_rank, models["identity"], tmp_path):
+        assert told[0].startswith("StorageError: ")
+        assert told[1].startswith("StorageError: ")
+        assert told[2] == "nothing was raised"
+        assert told[3].startswith("ModelMismatchError: ")
+    assert_same_tree(tmp_path / "out", models["identity"].base)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+# ---------------------------------------------------------------- killed
+
+
+def _die_while_saving(base: Path, destination: Path) -> None:
+    write, left = os.pwrite, [40]
+
+    def write_or_die(*arguments: Any) -> int:
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+        return write(*arguments)
+
+    os.pwrite = write_or_die
+    save_model(load_pretrained(base), destination, to="fp8", base=base)
+
+
+def test_what_a_killed_save_left_is_taken_over(models: dict[str, Case], tmp_path: Path) -> None:
+    """A process dies while it writes: no destination; the same save ends with the same bytes, any other is refused."""
+    case = models["uneven"]
+    with pytest.raises(ProcessExitedException, match="exit code 9"):
+        run(1, _die_while_saving, case.base, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.partial"]
+    model = load_pretrained(case.base)
+    with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
+        save_model(model, tmp_path / "out", to="fp8", base=case.base, scales="fresh")
+    with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
+        save_model(model, tmp_path / "out", base=case.base)
+    file = next(case.base.glob("*.safetensors"))
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    os.utime(file, ns=(times[0], times[1] + 1))
+    with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
+        save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    os.utime(file, ns=times)
+    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert_same_tree(tmp_path / "out", case.base)
+
+
+# ---------------------------------------------------------------- asynchronous
+
+
+def test_async_save_in_one_process(models: dict[str, Case], tmp_path: Path) -> None:
+    """What is saved are the values at the time of the call, whatever becomes of them while it is written."""
+    case = models["equal"]
+    state = tensors_of(case.sources["trained"])
+    writer = FP8StorageWriter(tmp_path / "out", base=case.base)
+    future = dcp.async_save(state, storage_writer=writer, no_dist=True)
+    for tensor in state.values():
+        tensor.zero_()
+    future.result()
+    assert_same_tree(tmp_path / "out", case.expected("trained", "reuse"))
+
+
+def test_a_failed_async_save_gives_up_its_lock(models: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the future's; the same writer, or another one beside it, saves there afterwards."""
+    case = models["identity"]
+    state = tensors_of(case.sources["untouched"])
+    writer = FP8StorageWriter(tmp_path / "out", base=case.base)
+    for method in ("pwrite", "fdatasync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, method, _full)
+            failed = dcp.async_save(state, storage_writer=writer, no_dist=True)
+            refused(StorageError, "No space left on device", failed.result)
+    dcp.async_save(state, storage_writer=FP8StorageWriter(tmp_path / "out", base=case.base), no_dist=True).result()
+    assert_same_tree(tmp_path / "out", case.base)
+    dcp.async_save(state, storage_writer=writer, checkpoint_id=tmp_path / "again", no_dist=True).result()
+    assert_same_tree(tmp_path / "again", case.base)
+    assert writer.bytes_written == stored_bytes(case.base)
+
+
+def _async_on_ranks(case: Case, root: Path) -> list[str]:
+    """In a thread: succeeds, fails on one rank, succeeds again."""
+    told = []
+    state = sharded(tensors_of(case.sources["trained"]), "rows")
+    writer = FP8StorageWriter(root / "out", base=case.base)
+    for attempt in range(2):
+        true = os.pwrite
+        if attempt == 0 and dist.get_rank() == 1:
+            os.pwrite = _full
+        future = dcp.async_save(state, storage_writer=writer)
+        try:
+            future.result()
+            told.append("nothing was raised")
+        except CheckpointException as error:
+            told.append("; ".join(type(cause).__name__ for cause, _ in error.failures.values()))
+        os.pwrite = true
+        dist.barrier()
+        writer = FP8StorageWriter(root / "out", base=case.base) if attempt == 0 else writer
+    return told
+
+
+def test_async_save_on_ranks(models: dict[str, Case], tmp_path: Path) -> None:
+    """The ranks' threads meet as their processes do; a failure of one is all ranks', and the next save goes through."""
+    for told in run(2, _async_on_ranks, models["equal"], tmp_path):
+        assert told == ["StorageError; StorageError", "nothing was raised"]
+    assert_same_tree(tmp_path / "out", models["equal"].expected("trained", "reuse"))
+
+
+def _async_in_a_process(case: Case, root: Path) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # torch's process is a child of this one
+    os.environ["MASTER_ADDR"] = "localhost"
+    state = sharded(tensors_of(case.sources["trained"]), "rows")
+    writer = FP8StorageWriter(root / "out", base=case.base, process_group=dist.group.WORLD)
+    dcp.async_save(state, storage_writer=writer, async_checkpointer_type=AsyncCheckpointerType.PROCESS).result()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_async_save_in_a_process(ranks: int, models: dict[str, Case], tmp_path: Path) -> None:
+    """The writer travels; the group of the process is made of the same ranks."""
+    run(ranks, _async_in_a_process, models["equal"], tmp_path)
+    assert_same_tree(tmp_path / "out", models["equal"].expected("trained", "reuse"))
+
+
+def test_the_writer_is_public_and_travels(models: dict[str, Case], tmp_path: Path) -> None:
+    """`fp8ckpt.FP8StorageWriter` is the one that `save_model` uses; it can be pickled, with an open base or without."""
+    assert fp8ckpt.FP8StorageWriter is checkpointing.FP8StorageWriter is fp8_storage_writer.FP8StorageWriter
+    for i, base in enumerate((models["identity"].base, open_checkpoint(models["identity"].base))):
+        writer = pickle.loads(pickle.dumps(FP8StorageWriter(tmp_path / str(i), base=base)))
+        dcp.save(tensors_of(models["identity"].sources["untouched"]), storage_writer=writer, no_dist=True)
+        assert_same_tree(tmp_path / str(i), models["identity"].base)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_beyond_the_model(dtype: str, tmp_path: Path) -> None:
+    """Saving some 300 MB of bf16 as FP8 takes at most 64 MiB beyond the model, in one process of two threads."""
+    sizes = Mistral3Sizes(layers=2, hidden=2048, intermediate=10240, heads=16, kv_heads=4, head_dim=128)
+    large, small = sample(tmp_path / "large", sizes, files=2, sparse=True), sample(tmp_path / "small", files=2)
+    code = f"""
+import os, torch, fp8ckpt
+os.environ["LOCAL_WORLD_SIZE"] = str(max(1, len(os.sched_getaffinity(0)) // 2))
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
+small = fp8ckpt.load_pretrained({str(small)!r})
+fp8ckpt.save_model(small, {str(tmp_path / "once")!r}, to="fp8", base={str(small)!r})  # code and libraries are there
+model = fp8ckpt.load_pretrained({str(large)!r}, dtype=torch.{dtype})
+held = sum(parameter.nbytes for parameter in model.parameters())
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = status("VmRSS")
+fp8ckpt.save_model(model, {str(tmp_path / "out")!r}, to="fp8", base={str(large)!r})
+print("beyond", status("VmHWM") - before, held)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    beyond, held = (int(number) for number in done.stdout.split("beyond")[1].split())
+    print(f"{beyond / 2**20:.1f} MiB beyond {held / 1e6:.0f} MB")
+    assert held > 300e6 * (2 if dtype == "float32" else 1)
+    assert beyond <= 64 << 20
+    assert verify(large, tmp_path / "out").ok
