@@ -247,7 +247,7 @@ def test_tied_models(models: dict[str, Case], tmp_path: Path) -> None:
         assert_same_tree(tmp_path / f"out-{head}", base)
 
 
-def test_empty_weights_strides_and_devices_of_values(tmp_path: Path) -> None:
+def test_empty_weights_and_strides_of_values(tmp_path: Path) -> None:
     """A weight without elements has its scale; values may be transposed, strided, or parameters."""
     tensors = {
         "e.weight": Stored.codes(np.empty((0, 4), np.uint8)),
@@ -454,6 +454,17 @@ def test_a_subgroup_saves(models: dict[str, Case], tmp_path: Path) -> None:
     told = run(3, _from_a_subgroup, models["equal"], tmp_path)
     assert_same_tree(tmp_path / "out", models["equal"].expected("trained", "reuse"))
     assert all("give FP8StorageWriter the process_group that dcp.save is given" in text for text in told[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["per-tensor 0-d BF16", "block 128 ragged F32", "MXFP8 U8"])
+def test_values_on_a_device(name: str, families_trained: dict[str, Case], tmp_path: Path) -> None:
+    """They stay there until a piece of them is worked on."""
+    case = families_trained[name]
+    state = {key: tensor.cuda() for key, tensor in tensors_of(case.sources["trained"]).items()}
+    plain_save(state, tmp_path / "out", case.base)
+    assert_same_tree(tmp_path / "out", case.expected("trained", "reuse"))
 
 
 # ---------------------------------------------------------------- refusals

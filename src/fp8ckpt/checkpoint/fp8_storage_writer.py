@@ -71,6 +71,8 @@ class FP8StorageWriter(DirectoryWriter):
         self._base = base
         self._fresh = scales == "fresh"
         self._group = process_group
+        self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
+        self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
 
     def __getstate__(self) -> dict[str, Any]:
         # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save is given.
@@ -88,10 +90,14 @@ class FP8StorageWriter(DirectoryWriter):
         refuse_other_tensors(tensors, base, "model", remedy)
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
+        sharded = {name for name, tensor in base.tensors.items() if isinstance(tensor, TensorSpan) or tensor.numel}
+        sharded |= {tensor.scale.name for tensor in base.quantized if tensor.numel}
+        self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
+        self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
-        per_tensor = (tensor for tensor in self._base_of_output().quantized if tensor.grid.per_tensor)
+        per_tensor = (tensor for tensor in self._base_of_output().quantized if tensor.grid.per_tensor and tensor.scale.nbytes)
         leader = {name: unit[0] for unit in equal_units(stored_scales(per_tensor)) if len(unit) > 1 for name in unit}
         return [
             dataclasses.replace(
@@ -124,21 +130,18 @@ class FP8StorageWriter(DirectoryWriter):
         return ranks
 
     def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
-        """What no shard holds: the base's activation scales and scales of a cache, and the scales of weights without elements."""
-        base = self._base_of_output()
-        sharded = {name for name, tensor in base.tensors.items() if isinstance(tensor, TensorSpan) or tensor.numel}
-        sharded |= {tensor.scale.name for tensor in base.quantized if tensor.numel}
-        empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
+        """Copy what no shard holds: the base's activation scales and scales of a cache. A weight without elements has a scale, too."""
+        file = self._base_of_output().path / layout.name
         done = 0
-        with opened(base.path / layout.name) as fd:
+        with opened(file) as fd:
             for span in layout.spans:
-                if span.name in sharded or not span.nbytes:
+                if span.name not in self._beside:
                     continue
                 stored = np.empty(span.nbytes, np.uint8)
-                if self._fresh and span.name in empty:
+                if self._fresh and span.name in self._empty:
                     stored[:] = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
                 else:
-                    read_into(fd, stored, span.start, base.path / layout.name)
+                    read_into(fd, stored, span.start, file)
                 files.of(layout.name).write(stored, span.start)
                 done += span.nbytes
         return done
@@ -165,22 +168,16 @@ class _Writing:
 
     def __init__(self, base: Checkpoint, task: _Task, plan: SavePlan, planner: SavePlanner, files: OutputFiles, fresh: bool) -> None:
         self._base = base
+        self._task = task
+        self._plan = plan
         self._planner = planner
         self._files = files
         self._fresh = fresh
         self._threads = threads_of_this_rank()
         self._step = min(_LARGEST_STEP, max(_LEAST_STEP, BEYOND // self._threads // BYTES_OF_STEP))
-        numbers = number_blocks(base)
         self._shards: list[Shard] = []
         self._plain: list[tuple[WriteItem, TensorSpan]] = []
-        for item in plan.items:
-            name = item.index.fqn
-            tensor = base.tensors[name]
-            if isinstance(tensor, QuantizedTensor):
-                self._shards.append(Shard(item, tensor, numbers[task.leader.get(name, name)], name in task.leader))
-            else:
-                self._plain.append((item, tensor))
-        self._waiting = WaitingBlocks(self._shards, self._step)
+        self._waiting = WaitingBlocks((), self._step)
 
     def run(self, ranks: Ranks) -> int:
         """Look, exchange, write; returns how many bytes. Every rank meets the others at each step, whatever it has to do."""
@@ -192,6 +189,15 @@ class _Writing:
         return wrote[ranks.rank][1]
 
     def _look(self) -> tuple[set[str], int]:
+        numbers = number_blocks(self._base)
+        for item in self._plan.items:
+            name = item.index.fqn
+            tensor = self._base.tensors[name]
+            if isinstance(tensor, QuantizedTensor):
+                self._shards.append(Shard(item, tensor, numbers[self._task.leader.get(name, name)], name in self._task.leader))
+            else:
+                self._plain.append((item, tensor))
+        self._waiting = WaitingBlocks(self._shards, self._step)
         quantizers = self._quantizers()
         _share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers], quantizers)
         return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
