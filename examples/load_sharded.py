@@ -1,6 +1,6 @@
-"""Load an FP8 checkpoint into a model that is sharded over the ranks of torchrun, run it, and save it as BF16.
+"""Load an FP8 checkpoint into a model that is sharded over the ranks of torchrun, run it, train it, and save it as BF16 or FP8.
 
-    torchrun --nproc-per-node 2 examples/load_sharded.py FP8_DIRECTORY [--out BF16_DIRECTORY] [--tensor-parallel]
+    torchrun --nproc-per-node 2 examples/load_sharded.py FP8_DIRECTORY [--steps N] [--out DIRECTORY] [--to fp8] [--tensor-parallel]
 
 Each rank reads the bytes of its own shards, once, and holds no second copy of anything.
 """
@@ -27,11 +27,23 @@ TENSOR_PARALLEL = {
 }
 
 
+def train(model: nn.Module, steps: int, device: str) -> None:
+    """Train on a made-up text; every rank has the same, so that any sharding learns the same."""
+    tokens = torch.randint(20, 300, (4, 64), generator=torch.Generator().manual_seed(0)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    for _ in range(steps):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def main() -> None:
-    """Load, compare each rank's logits with rank 0's, and save."""
+    """Load, compare each rank's logits with rank 0's, train, and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
+    parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--out")
+    parser.add_argument("--to", default="bf16")
     parser.add_argument("--tensor-parallel", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -53,8 +65,9 @@ def main() -> None:
         logits = model(input_ids=torch.arange(1, 17, device=mesh.device_type)[None]).logits
     held = sum((parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes for parameter in model.parameters())
     print(f"rank {dist.get_rank()}: holds {held:,} bytes of parameters; the logits' mean is {logits.float().mean():.6f}")
+    train(model, arguments.steps, mesh.device_type)
     if arguments.out:
-        fp8ckpt.save_model(model, arguments.out, base=arguments.checkpoint)
+        fp8ckpt.save_model(model, arguments.out, to=arguments.to, base=arguments.checkpoint)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]  # a group, since the app has several commands
 
 
-def test_readme_blocks_run(tmp_path: Path) -> None:
-    """Every bash and python block of the README runs, in order, in one directory."""
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/fine-tuning.md"])
+def test_blocks_run(page: str, tmp_path: Path) -> None:
+    """Every bash and python block of the page runs, in order, in one directory."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert {language for language, _ in blocks} == {"bash", "python"}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     for language, code in blocks:
