@@ -94,8 +94,8 @@ def examine(checkpoint: Checkpoint) -> Servability:
         notes.append("nothing is quantized")
     checks: list[Iterator[_Finding]] = [_leftovers(checkpoint, fp8, readable), _files(checkpoint)]
     if readable:
-        checks = [*([_quantization(checkpoint)] if fp8 else []), *checks, _heads(checkpoint)]
-    for check in (*checks, _unequal_siblings(checkpoint)):
+        checks = [*([_quantization(checkpoint)] if fp8 else []), *checks, _heads(checkpoint), _unequal_siblings(checkpoint)]
+    for check in checks:
         try:
             for found in check:
                 if isinstance(found, ServingError):
@@ -410,6 +410,8 @@ def _is_same(a: TensorSpan, b: TensorSpan) -> bool:
 
 
 def _unequal_siblings(checkpoint: Checkpoint) -> Iterator[_Finding]:
+    if configuration.block_size(checkpoint.path, checkpoint.config) is not None:
+        return  # grids are joined as they are, those of a single block too
     single = {t.name: t.scale for t in checkpoint.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2}
     units = sibling_units(single)
     values: dict[str, float] = {}
