@@ -156,7 +156,7 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     convert(directory, out, to="fp8", scheme=scheme)
     checked = verify(out, serving=True)
     assert checked.serving is not None
-    assert (checked.defects, checked.serving.failures) == ((), ())
+    assert (checked.defects, checked.serving.failures, checked.serving.notes) == ((), (), ())
 
     checkpoint = open_checkpoint(out)
     grids = {tensor.name: tensor.grid.block_size for tensor in checkpoint.quantized}
