@@ -38,6 +38,8 @@ def main() -> None:
     before, begun = written(), time.perf_counter()
     if KIND == "ours":
         fp8ckpt.save_model(model, OUT)
+    elif KIND == "ours, FP8":
+        fp8ckpt.save_model(model, OUT, to="fp8", base=SOURCE)
     else:
         names = dict.fromkeys(model.state_dict(), 1)
         writer = HuggingFaceStorageWriter(path=OUT, fqn_to_index_mapping=names, save_distributed=True, enable_consolidation=True)

@@ -31,7 +31,7 @@ from fp8ckpt.storage.layout import FileLayout
 from fp8ckpt.storage.reading import load_scales
 from fp8ckpt.storage.writing import Facts, Filled
 
-STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
+STEP = 1 << 19  # elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower)
 
 Stored = npt.NDArray[Any]
 
