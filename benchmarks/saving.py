@@ -47,9 +47,8 @@ def main() -> None:
         subprocess.run(["diff", "-r", str(source), str(Path(work) / "ours, FP8")], check=True)  # nothing was trained
         size = sum(file.stat().st_size for file in (Path(work) / "ours").glob("*.safetensors"))
         fp8_size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    print(
-        f"\nsaving {size / 1e9:.2f} GB ({fp8_size / 1e9:.2f} as FP8) from two FSDP2 ranks (best of {ROUNDS}; ours is on disk when it returns)"
-    )
+    sizes = f"{size / 1e9:.2f} GB, {fp8_size / 1e9:.2f} as FP8"
+    print(f"\nsaving {sizes}, from two FSDP2 ranks (best of {ROUNDS}; ours is on disk when it returns)")
     ours = min(run["seconds"] for run in figures["ours"])
     for kind, runs in figures.items():
         best = min(runs, key=lambda run: float(run["seconds"]))

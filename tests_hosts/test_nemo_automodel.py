@@ -343,7 +343,9 @@ def test_save_in_the_files_of_the_source(sources: dict[str, Path], two_ranks: Ra
 
 
 def assert_saved(source: Path, saved: Path) -> Path:
-    """A consolidated directory with the source's logical tensors, bit for bit, all bfloat16; returns it."""
+    """A consolidated directory with the source's logical tensors, bit for bit, all bfloat16, from which the way back leads to the
+    source itself, byte for byte; returns it.
+    """
     out = saved / "model" / "consolidated"
     result = fp8ckpt.verify(source, out)
     assert (result.defects, result.tensor_differences) == ((), ())
@@ -352,7 +354,14 @@ def assert_saved(source: Path, saved: Path) -> Path:
     assert checkpoint.quantized == []
     assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"BF16"}
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    fp8ckpt.convert(out, saved / "back", to="fp8", like=source)
+    assert files_of(saved / "back") == files_of(source)
     return out
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory."""
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def test_what_was_saved_starts_the_next_run(sources: dict[str, Path], tmp_path: Path) -> None:
