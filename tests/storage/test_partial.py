@@ -37,6 +37,12 @@ def tree(directory: Path) -> dict[str, bytes | None]:
     }
 
 
+def identity(path: Path) -> tuple[int, ...]:
+    """What and which it is, and when it was changed; not when it was last looked at, which a link notes even when it is followed."""
+    found = os.lstat(path)
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def test_where_it_is_written() -> None:
     """Beside the destination, under its own name, whatever dots that has."""
     assert partial_of(Path("a/b-1.5.bf16")) == Path("a/b-1.5.bf16.partial")
@@ -230,12 +236,12 @@ def test_an_existing_destination_is_refused_untouched(destination: Path, kind: s
         elsewhere.mkdir()
     if kind.endswith("link"):
         destination.symlink_to(elsewhere)
-    before = (os.lstat(destination), tree(destination.parent))
+    before = (identity(destination), tree(destination.parent))
     with pytest.raises(OutputExistsError, match="the destination exists") as caught:
         begun(destination)
     assert isinstance(caught.value, FileExistsError)
     assert caught.value.file == str(destination)
-    assert (os.lstat(destination), tree(destination.parent)) == before
+    assert (identity(destination), tree(destination.parent)) == before
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
@@ -249,11 +255,11 @@ def test_a_destination_that_appears_while_it_is_written(destination: Path, kind:
         destination.write_text("f")
     else:
         destination.symlink_to("nowhere")
-    before = os.lstat(destination)
+    before = identity(destination)
     with pytest.raises(OutputExistsError):
         output.publish()
     output.release()
-    assert os.lstat(destination) == before
+    assert identity(destination) == before
     assert (output.directory / "model.safetensors").read_bytes() == b"weights"
     destination.rmdir() if kind == "directory" else destination.unlink()
     again = begun(destination)
