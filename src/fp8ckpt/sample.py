@@ -19,7 +19,7 @@ from fp8ckpt.storage.checkpoint import INDEX
 from fp8ckpt.storage.config import CONFIG, dump_json
 from fp8ckpt.storage.files import OutputFile, create, write_whole
 from fp8ckpt.storage.header import TensorSpan, tensor_nbytes
-from fp8ckpt.storage.layout import TensorSpec, index_of, lay_out
+from fp8ckpt.storage.layout import TensorSpec, index_text, lay_out
 from fp8ckpt.storage.partial import PartialOutput
 
 LAYOUTS = ("identity", "nested")
@@ -116,7 +116,7 @@ def sample(
         weights, config = list(_deepseek(sizes)), _deepseek_config(sizes)
     block = None if isinstance(sizes, Mistral3Sizes) else _BLOCK
     layouts = _partition(weights, block, files)
-    texts = {**_side_files(sizes.vocabulary), CONFIG: dump_json(config), INDEX: dump_json(index_of(layouts, {}), sort_keys=True)}
+    texts = {**_side_files(sizes.vocabulary), CONFIG: dump_json(config), INDEX: index_text(layouts)}
     output = PartialOutput(Path(destination).absolute())
     arguments = {"job": "sample", "sizes": repr(sizes), "layout": layout, "files": files, "sparse": sparse, "seed": seed}
     output.begin(arguments, {*texts, *(file.name for file in layouts)})

@@ -261,9 +261,8 @@ def _cast(piece: _Plain) -> Bytes:
     if dtype == piece.span.dtype:
         return stored
     given = quantize.values_of(stored, dtype or "")
-    wide = (given.bits.astype(np.uint32) << np.uint32(given.shift)).view(np.float32)
-    cast = np.empty(wide.size, bits_dtype(piece.span.dtype))
-    if overflown := quantize.round_to(wide, piece.span.dtype, cast):
+    cast = np.empty(given.bits.size, bits_dtype(piece.span.dtype))
+    if overflown := quantize.round_to(given.floats, piece.span.dtype, cast):
         found = f"finite values of {dtype} do not fit {piece.span.dtype}, {overflown} of them in one piece"
         raise RangeError(found, tensor=piece.span.name, file=piece.span.file, expected=f"{piece.span.dtype}, as in the base")
     return cast.view(np.uint8)

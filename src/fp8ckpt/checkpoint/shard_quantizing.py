@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable
 from functools import partial
 from math import prod
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,12 @@ import torch
 from fp8ckpt.checkpoint.directory_writer import write_region
 from fp8ckpt.checkpoint.ranks import Ranks
 from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block
-from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, scale_values
 from fp8ckpt.numerics.grid import BlockGrid, Surroundings, first_elements, surroundings, whole_blocks
 from fp8ckpt.numerics.quantize import Mask, Scales, Values
 from fp8ckpt.storage.files import ALIGNMENT, LastFile, OutputFiles, Region, aligned_buffer, pieces, read_region, runs, within
+from fp8ckpt.storage.matching import scales_in_range
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.reading import bytes_of, stored_dtype
 
@@ -212,16 +212,7 @@ def _values(part: torch.Tensor) -> Values:
 
 def _checked(weight: QuantizedTensor, stored: Scales) -> F32:
     """Stored scales as float32."""
-    scales = scale_values(stored, weight.scale.dtype)
-    if count_bad_scales(scales):
-        _refuse_range(weight)
-    return scales
-
-
-def _refuse_range(weight: QuantizedTensor) -> NoReturn:
-    found = f"its values need a scale beyond the range of {weight.scale.dtype}"
-    expected = "values that the base's scale dtype can scale"
-    raise RangeError(found, tensor=weight.name, file=weight.scale.file, expected=expected, remedy="save in bf16, and choose a --scheme")
+    return scales_in_range(stored, weight.scale, weight.name, weight.scale.file, "save in bf16, and choose a --scheme")
 
 
 def _part_of(array: npt.NDArray[Any], index: tuple[slice, ...]) -> npt.NDArray[Any]:

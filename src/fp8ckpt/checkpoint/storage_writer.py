@@ -18,10 +18,9 @@ from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, region_of, reso
 from fp8ckpt.checkpoint.ranks import threads_of_this_rank
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint
-from fp8ckpt.storage.config import dump_json
 from fp8ckpt.storage.files import OutputFiles, Region, pieces, within
 from fp8ckpt.storage.header import TensorSpan, tensor_nbytes
-from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
+from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_text, lay_out
 from fp8ckpt.storage.matching import refuse_other_tensors
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.planning import OutputPlan
@@ -75,7 +74,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         texts = dict(self._side_files.texts)
         if len(layouts) > 1 or (base is not None and base.index is not None):
             name = base.index_name if base is not None else None
-            texts[name or INDEX] = dump_json(index_of(layouts, {}), sort_keys=True)
+            texts[name or INDEX] = index_text(layouts)
         inputs = () if base is None else (base,)
         return OutputPlan(inputs, {"job": "save"}, tuple(layouts), texts, self._side_files.copies)
 

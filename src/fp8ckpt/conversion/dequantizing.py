@@ -13,10 +13,9 @@ from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.storage import writing
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
-from fp8ckpt.storage.config import dump_json
 from fp8ckpt.storage.files import Bytes, LastFile, opened, read_into
 from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
+from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_text, lay_out_again
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
 from fp8ckpt.storage.planning import OutputPlan, refuse_inside
@@ -82,11 +81,10 @@ def _plan(source: str | Path, output: PartialOutput, dtype: str) -> tuple[Checkp
         logical = [checkpoint.tensors[span.name] for span in header.spans if span.name in checkpoint.tensors]
         specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
         if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
-            layouts.append(lay_out(header.file.name, specs, {**header.metadata, "format": header.metadata.get("format", "pt")}))
+            layouts.append(lay_out_again(header, specs))
     texts, copies = plain_side_files(checkpoint, dtype)
     if checkpoint.index is not None or len(layouts) > 1:
-        metadata = (checkpoint.index or {}).get("metadata")
-        texts[checkpoint.index_name or INDEX] = dump_json(index_of(layouts, metadata if isinstance(metadata, dict) else {}), sort_keys=True)
+        texts[checkpoint.index_name or INDEX] = index_text(layouts, checkpoint.index)
     return checkpoint, OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, tuple(layouts), texts, copies)
 
 

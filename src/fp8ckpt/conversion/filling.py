@@ -21,13 +21,14 @@ import numpy.typing as npt
 from fp8ckpt.conversion.quantizing import Quantization, QuantizingPlan
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, scale_values
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.grid import BlockGrid, as_matrices
 from fp8ckpt.numerics.quantize import Tally, Values, values_of
 from fp8ckpt.storage.files import Bytes, LastFile, OutputFile, opened, read_into
 from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.storage.layout import FileLayout
+from fp8ckpt.storage.matching import scales_in_range
 from fp8ckpt.storage.reading import load_scales
 from fp8ckpt.storage.writing import Facts, Filled
 
@@ -138,9 +139,8 @@ class QuantizingFiller:
         for begin in range(offset // itemsize, (offset + out.nbytes) // itemsize, STEP):
             count = min(STEP, (offset + out.nbytes) // itemsize - begin)
             values = self._values(given, begin, count)
-            wide = (values.bits.astype(np.uint32) << np.uint32(values.shift)).view(np.float32)
             part = out[begin * itemsize - offset :][: count * itemsize]
-            if overflown := quantize.round_to(wide, span.dtype, part.view(bits_dtype(span.dtype))):
+            if overflown := quantize.round_to(values.floats, span.dtype, part.view(bits_dtype(span.dtype))):
                 found = f"{overflown} finite values of {given.dtype} do not fit {span.dtype}"
                 raise RangeError(found, tensor=span.name, file=given.file, expected=f"{span.dtype}, as in the base")
 
@@ -326,14 +326,7 @@ def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, B
 
 def checked_scales(weight: Quantization, stored: Stored) -> F32:
     """Stored scales as float32. Raises `RangeError` where the scales' dtype could not hold one."""
-    scales = scale_values(stored, weight.scale.dtype)
-    if count_bad_scales(scales):
-        found = f"its values need a scale beyond the range of {weight.scale.dtype}"
-        remedy = "choose a --scheme instead of the base"
-        raise RangeError(
-            found, tensor=weight.name, file=weight.source.file, expected="values that the base's scale dtype can scale", remedy=remedy
-        )
-    return scales
+    return scales_in_range(stored, weight.scale, weight.name, weight.source.file, "choose a --scheme instead of the base")
 
 
 def refuse_nonfinite(name: str, span: TensorSpan) -> NoReturn:

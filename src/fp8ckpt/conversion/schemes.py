@@ -18,7 +18,7 @@ from fp8ckpt.serving import serving_config
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint, is_native, open_checkpoint
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.layout import TensorSpec, index_of, lay_out
+from fp8ckpt.storage.layout import TensorSpec, index_text, lay_out_again
 from fp8ckpt.storage.matching import refuse_dtype
 from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.storage.partial import PartialOutput
@@ -117,7 +117,7 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
                 refuse_dtype(span)
                 specs.append(TensorSpec(span.name, "F8_E4M3", span.shape))
                 specs.append(TensorSpec(span.name + row.scale_ending, "F32", row.scale_shape(grid)))
-        layouts.append(lay_out(header.file.name, specs, {**header.metadata, "format": header.metadata.get("format", "pt")}))
+        layouts.append(lay_out_again(header, specs))
     spans = {span.name: span for layout in layouts for span in layout.spans}
     weights = {name: Quantization(tensors[name], spans[name], spans[name + row.scale_ending], grid, None) for name, grid in grids.items()}
     planned: dict[str, LogicalTensor] = {
@@ -135,8 +135,7 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
     written = Checkpoint(output.destination, (), planned, (), config, None, None, (), ())
     texts[CONFIG] = dump_json(serving_config(written, static=False))
     if given.index is not None or len(layouts) > 1:
-        metadata = (given.index or {}).get("metadata")
-        texts[given.index_name or INDEX] = dump_json(index_of(layouts, metadata if isinstance(metadata, dict) else {}), sort_keys=True)
+        texts[given.index_name or INDEX] = index_text(layouts, given.index)
     return QuantizingPlan(
         output=OutputPlan((given,), {"job": "quantize", "scheme": scheme, "report": report}, tuple(layouts), texts, copies),
         source=given,

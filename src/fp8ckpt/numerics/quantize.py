@@ -44,6 +44,11 @@ class Values(NamedTuple):
     shift: int
     dtype: str
 
+    @property
+    def floats(self) -> F32:
+        """The values as float32, a copy."""
+        return (self.bits.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
+
 
 def values_of(stored: U8, dtype: str) -> Values:
     """The bytes of BF16, F16 or F32 elements as values [n]; float16 is widened, exactly, and no other is copied."""
@@ -125,7 +130,7 @@ def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32)
 
 def count_nonfinite(values: Values) -> int:
     """How many values are NaN or infinite."""
-    return int(np.count_nonzero((values.bits.astype(np.uint32) << np.uint32(values.shift)) & np.uint32(0x7F800000) == 0x7F800000))
+    return int(np.count_nonzero(~np.isfinite(values.floats)))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from fp8ckpt.storage.checkpoint import INDEX, Checkpoint
 from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, Json, block_size, dump_json
 from fp8ckpt.storage.header import Header
-from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_of, lay_out
+from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_text, lay_out_again
 from fp8ckpt.storage.pairing import QuantizedTensor
 from fp8ckpt.storage.side_files import side_files
 
@@ -63,12 +63,11 @@ class BaseLayout:
             for span in header.spans
             if span.name not in self._left_out
         ]
-        return lay_out(name, specs, {**header.metadata, "format": header.metadata.get("format", "pt")})
+        return lay_out_again(header, specs)
 
     def _add_index(self, *, always: bool) -> None:
         name, index = self._base.index_name, self._base.index
         if name is not None and index is not None and not self._left_out:
             self.copies[name] = self._base.path / name
         elif index is not None or (always and len(self.layouts) > 1):
-            metadata = (index or {}).get("metadata")
-            self.texts[name or INDEX] = dump_json(index_of(self.layouts, metadata if isinstance(metadata, dict) else {}), sort_keys=True)
+            self.texts[name or INDEX] = index_text(self.layouts, index)

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fp8ckpt.storage.header import TensorSpan, tensor_nbytes
+from fp8ckpt.storage.config import dump_json
+from fp8ckpt.storage.header import Header, TensorSpan, tensor_nbytes
 
 # The library's own order, from the front of a file to its end; within one dtype, tensors go by name.
 _DTYPE_ORDER = (
@@ -57,6 +58,17 @@ def lay_out(name: str, tensors: Iterable[TensorSpec], metadata: Mapping[str, str
         for tensor, (start, stop) in zip(ordered, offsets, strict=True)
     )
     return FileLayout(name, head, spans, len(head) + end)
+
+
+def lay_out_again(header: Header, tensors: Iterable[TensorSpec]) -> FileLayout:
+    """Lay out other tensors under the name of a file that is there, with its metadata."""
+    return lay_out(header.file.name, tensors, {**header.metadata, "format": header.metadata.get("format", "pt")})
+
+
+def index_text(layouts: Iterable[FileLayout], before: Mapping[str, object] | None = None) -> bytes:
+    """The index of these files as it is written; of one that was there ``before``, the metadata is kept."""
+    metadata = (before or {}).get("metadata")
+    return dump_json(index_of(layouts, metadata if isinstance(metadata, dict) else {}), sort_keys=True)
 
 
 def index_of(layouts: Iterable[FileLayout], metadata: Mapping[str, object]) -> dict[str, object]:

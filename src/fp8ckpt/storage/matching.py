@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
-from fp8ckpt.numerics.codes import TARGET_BYTES
+import numpy.typing as npt
+
+from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, shown
+from fp8ckpt.numerics.codes import F32, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.storage.checkpoint import Checkpoint, raise_first
 from fp8ckpt.storage.header import TensorSpan
 from fp8ckpt.storage.layout import TensorSpec
@@ -75,3 +78,12 @@ def refuse_dtype(given: TensorSpan | TensorSpec) -> None:
 
 def _file_of(tensor: TensorSpan | TensorSpec) -> Path | None:
     return tensor.file if isinstance(tensor, TensorSpan) else None
+
+
+def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: Path, remedy: str) -> F32:
+    """New scales of the weight ``name`` in ``file`` as float32. Raises `RangeError` where the dtype of ``scale`` could not hold one."""
+    scales = scale_values(stored, scale.dtype)
+    if count_bad_scales(scales):
+        found = f"its values need a scale beyond the range of {scale.dtype}"
+        raise RangeError(found, tensor=name, file=file, expected="values that the base's scale dtype can scale", remedy=remedy)
+    return scales
