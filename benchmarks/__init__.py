@@ -1,1 +1,3 @@
-"""What is measured, against which peers, in the same run on the same bytes; equality is asserted before anything is timed."""
+"""What is measured, against which peers, in the same run on the same bytes; equality is asserted before anything is
+timed.
+"""

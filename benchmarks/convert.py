@@ -1,4 +1,6 @@
-"""`convert` of a layer of real width against `cp` of its output; and of a block-scaled checkpoint against compressed-tensors."""
+"""`convert` of a layer of real width against `cp` of its output; and of a block-scaled checkpoint against
+compressed-tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,21 @@ from fp8ckpt import convert, sample, verify
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 
 # One layer of Mistral Medium 3.5 (12288 x 28672 and its siblings, 1.4 GB of codes).
-LAYER = Mistral3Sizes(layers=1, hidden=12288, intermediate=28672, heads=96, kv_heads=8, head_dim=128, vocabulary=320, vision_layers=1)
+LAYER = Mistral3Sizes(
+    layers=1, hidden=12288, intermediate=28672, heads=96, kv_heads=8, head_dim=128, vocabulary=320, vision_layers=1
+)
 # 0.8 GB of codes in 128 x 128 blocks; no ragged edges, which the peer does not take.
 BLOCKS = DeepseekSizes(
-    layers=2, dense_layers=2, hidden=7168, intermediate=18432, heads=16, q_rank=1536, kv_rank=512, nope_dim=64, rope_dim=128, v_dim=128
+    layers=2,
+    dense_layers=2,
+    hidden=7168,
+    intermediate=18432,
+    heads=16,
+    q_rank=1536,
+    kv_rank=512,
+    nope_dim=64,
+    rope_dim=128,
+    v_dim=128,
 )
 
 # Not ru_maxrss: a child that is forked begins with its parent's.
@@ -71,7 +84,11 @@ def against_cp(work: Path) -> None:
         subprocess.run(["sync", *map(str, (work / "copy").iterdir())], check=True)
 
     rows = interleaved(
-        {"ours (on disk when it returns)": ours, "cp of the output (in the page cache)": cp, "cp of the output, sync": cp_and_sync}
+        {
+            "ours (on disk when it returns)": ours,
+            "cp of the output (in the page cache)": cp,
+            "cp of the output, sync": cp_and_sync,
+        }
     )
     show(
         f"convert of {tree_bytes(source) / 1e9:.2f} GB to {written / 1e9:.2f} GB; removing the last output included in each",
@@ -92,9 +109,13 @@ def against_compressed_tensors(work: Path) -> None:
         assert not result.defects, result.defects[0]
         assert not result.tensor_differences, result.tensor_differences[0]
         shutil.rmtree(work / "copy", ignore_errors=True)
-        seconds = interleaved({"cp": lambda: subprocess.run(["cp", "-r", str(work / "ours"), str(work / "copy")], check=True) and None}, 1)
+        seconds = interleaved(
+            {"cp": lambda: subprocess.run(["cp", "-r", str(work / "ours"), str(work / "copy")], check=True) and None}, 1
+        )
         figures["cp of the output"].append({"seconds": seconds["cp"]["median"]})
-    print(f"\nconvert of {tree_bytes(source) / 1e9:.2f} GB in 128 x 128 blocks, each in a process of its own (best of 3)")
+    print(
+        f"\nconvert of {tree_bytes(source) / 1e9:.2f} GB in 128 x 128 blocks, each in a process of its own (best of 3)"
+    )
     ours = min(run["seconds"] for run in figures["ours"])
     for name, runs in figures.items():
         best = min(run["seconds"] for run in runs)
@@ -118,7 +139,9 @@ def memory(work: Path) -> None:
     print("\npeak memory of convert, in a process that has imported torch")
     print(f"  torch alone {base / 2**20:.0f} MiB")
     for row in peaks.values():
-        print(f"  {row['source_bytes'] / 1e9:5.2f} GB source: {row['peak'] / 2**20:.0f} MiB, {(row['peak'] - base) / 2**20:.0f} MiB above")
+        print(
+            f"  {row['source_bytes'] / 1e9:5.2f} GB source: {row['peak'] / 2**20:.0f} MiB, {(row['peak'] - base) / 2**20:.0f} MiB above"
+        )
     keep("convert-memory", {"torch_alone": base, "runs": peaks})
 
 

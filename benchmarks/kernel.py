@@ -14,13 +14,15 @@ import torch
 from benchmarks.measuring import interleaved, keep
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.dequantize import Dequantizer, scale_table
-from fp8ckpt.numerics.grid import BlockGrid
+from fp8ckpt.numerics.geometry import BlockGrid
 
 ROWS, COLS = 4096, 12288  # 50 M elements; 150 MB of codes and values: far beyond the caches
 
 
 def rates(runs: dict[str, Callable[[], None]], rounds: int = 15) -> dict[str, float]:
-    """Elements a second of each, the median of warm rounds taken in turn: what the machine does meanwhile falls on all alike."""
+    """Elements a second of each, the median of warm rounds taken in turn: what the machine does meanwhile falls on all
+    alike.
+    """
     for run in runs.values():
         run()
     return {name: ROWS * COLS / row["median"] for name, row in interleaved(runs, rounds, pause=0.3).items()}
@@ -76,7 +78,12 @@ def main() -> None:
     out = torch.empty(ROWS, COLS, dtype=torch.bfloat16)
     bits = out.view(torch.uint16).numpy()
     result: dict[str, dict[str, float]] = {}
-    for name, block in {"per tensor": (ROWS, COLS), "128 x 128": (128, 128), "per channel": (1, COLS), "1 x 32 (e8m0)": (1, 32)}.items():
+    for name, block in {
+        "per tensor": (ROWS, COLS),
+        "128 x 128": (128, 128),
+        "per channel": (1, COLS),
+        "1 x 32 (e8m0)": (1, 32),
+    }.items():
         grid = BlockGrid((ROWS, COLS), block)
         if "e8m0" in name:
             stored = rng.integers(110, 125, grid.shape, np.uint8)
@@ -85,7 +92,11 @@ def main() -> None:
             stored = np.exp2(rng.uniform(-12, -6, grid.shape)).astype(np.float32).view(np.uint32)
             dequantizer = Dequantizer(grid, stored, "F32", "F8_E4M3", "BF16")
         scales = torch.from_numpy(dequantizer.scales.copy())
-        expanded = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1) if name != "per tensor" else scales.reshape(())
+        expanded = (
+            scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            if name != "per tensor"
+            else scales.reshape(())
+        )
         reference = (weight.float() * expanded).to(torch.bfloat16)
 
         def ours(part: slice, dequantizer: Dequantizer = dequantizer) -> None:
@@ -109,8 +120,19 @@ def main() -> None:
             f"   bf16 copy_ {copy_rate:5.2f} ({ours_rate / copy_rate:4.2f} x)"
         )
     in_cache = _kernels_in_cache()
-    print(f"  in cache, one thread: arithmetic {in_cache['arithmetic'] / 1e9:.2f}, look-up {in_cache['look-up'] / 1e9:.2f}")
-    keep("kernel", {"in_cache_one_thread": in_cache, "unit": "elements a second", "threads": cores, "shape": [ROWS, COLS], "rates": result})
+    print(
+        f"  in cache, one thread: arithmetic {in_cache['arithmetic'] / 1e9:.2f}, look-up {in_cache['look-up'] / 1e9:.2f}"
+    )
+    keep(
+        "kernel",
+        {
+            "in_cache_one_thread": in_cache,
+            "unit": "elements a second",
+            "threads": cores,
+            "shape": [ROWS, COLS],
+            "rates": result,
+        },
+    )
 
 
 if __name__ == "__main__":

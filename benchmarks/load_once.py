@@ -1,8 +1,9 @@
 """Load one checkpoint into one model in one way, in a process of its own: ``python load_once.py KIND CHECKPOINT``.
 
-Prints JSON: the seconds of a first load, into fresh memory, and of a second into the same memory, where the way has one; the peak of
-private memory beyond what the process held before; the model's bytes, and a checksum of every parameter. Under torchrun the model is
-sharded with FSDP2. Imports nothing of the benchmarks, so that it runs in a peer's environment.
+Prints JSON: the seconds of a first load, into fresh memory, and of a second into the same memory, where the way has
+one; the peak of private memory beyond what the process held before; the model's bytes, and a checksum of every
+parameter. Under torchrun the model is sharded with FSDP2. Imports nothing of the benchmarks, so that it runs in a
+peer's environment.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def build(kind: type = Mistral3ForConditionalGeneration) -> torch.nn.Module:
 
 
 class NaiveAdapter:
-    """The documented adapter as it is usually written: the model's values cast to placeholders, ``w.to(bf16) * scale`` back."""
+    """The documented adapter as it is usually written: the model's values cast to placeholders, ``w.to(bf16) * scale``
+    back.
+    """
 
     @staticmethod
     def to_hf(state: dict[str, torch.Tensor], fp8: set[str]) -> dict[str, torch.Tensor]:
@@ -101,7 +104,9 @@ def main() -> None:
 
         def load_model() -> None:
             nonlocal model
-            model = Mistral3ForConditionalGeneration.from_pretrained(SOURCE, dtype=torch.bfloat16, quantization_config=quantization)
+            model = Mistral3ForConditionalGeneration.from_pretrained(
+                SOURCE, dtype=torch.bfloat16, quantization_config=quantization
+            )
 
     elif KIND == "ours":
         import fp8ckpt
@@ -128,7 +133,9 @@ def main() -> None:
         from nemo_automodel.components.checkpoint.config import CheckpointingConfig
         from nemo_automodel.components.models.mistral3.state_dict_adapter import Mistral3FP8StateDictAdapter
 
-        custom = type("Custom", (Mistral3ForConditionalGeneration,), {"__module__": "nemo_automodel.components.models.benchmark"})
+        custom = type(
+            "Custom", (Mistral3ForConditionalGeneration,), {"__module__": "nemo_automodel.components.models.benchmark"}
+        )
         model = build(custom if KIND == "nemo-dcp" else Mistral3ForConditionalGeneration)
         layers = model.config.text_config.num_hidden_layers if KIND == "nemo-streaming" else None
         prefixes = ("model.vision_tower", "model.multi_modal_projector")
@@ -156,14 +163,18 @@ def main() -> None:
     for name, parameter in sorted(model.named_parameters()):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         held += local.nbytes
-        checksum = zlib.crc32(name.encode() + local.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), checksum)
+        checksum = zlib.crc32(
+            name.encode() + local.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), checksum
+        )
     result |= {"model": held, "checksum": checksum}
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
         sys.stdout.flush()
-        os._exit(0)  # gloo's threads have been seen to abort a process that ends beside its peers; all is done and printed
+        os._exit(
+            0
+        )  # gloo's threads have been seen to abort a process that ends beside its peers; all is done and printed
 
 
 main()

@@ -14,7 +14,9 @@ from fp8ckpt import sample
 from fp8ckpt.sample import Mistral3Sizes
 
 # A layer of Mistral Medium 3.5: 1.9 GB on disk, 3.3 GB as BF16.
-SIZES = Mistral3Sizes(layers=1, hidden=12288, intermediate=28672, heads=96, kv_heads=8, head_dim=128, vocabulary=4096, vision_layers=1)
+SIZES = Mistral3Sizes(
+    layers=1, hidden=12288, intermediate=28672, heads=96, kv_heads=8, head_dim=128, vocabulary=4096, vision_layers=1
+)
 ROUNDS = 3
 
 
@@ -26,7 +28,9 @@ def load_once(kind: str, source: Path, ranks: int) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
-    result: dict[str, Any] = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    result: dict[str, Any] = json.loads(
+        next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    )
     return result
 
 
@@ -42,11 +46,19 @@ def main() -> None:
         for ranks, kinds in peers.items():
             for _ in range(ROUNDS):
                 for kind in kinds:
-                    figures.setdefault(f"{kind}, {ranks} rank{'s' if ranks > 1 else ''}", []).append(load_once(kind, source, ranks))
-            checksums = {kind: figures[f"{kind}, {ranks} rank{'s' if ranks > 1 else ''}"][0]["checksum"] for kind in kinds}
-            assert len(set(checksums.values())) == 1, checksums  # the same bits in every parameter, or the figures mean nothing
+                    figures.setdefault(f"{kind}, {ranks} rank{'s' if ranks > 1 else ''}", []).append(
+                        load_once(kind, source, ranks)
+                    )
+            checksums = {
+                kind: figures[f"{kind}, {ranks} rank{'s' if ranks > 1 else ''}"][0]["checksum"] for kind in kinds
+            }
+            assert len(set(checksums.values())) == 1, (
+                checksums
+            )  # the same bits in every parameter, or the figures mean nothing
     print(f"\nloading {size / 1e9:.2f} GB, source in the page cache (best of {ROUNDS}, each in processes of its own)")
-    print("  into fresh memory, and again into the same memory; the times of fresh memory are mostly the machine's own page faults")
+    print(
+        "  into fresh memory, and again into the same memory; the times of fresh memory are mostly the machine's own page faults"
+    )
     for name, runs in figures.items():
         ours = figures["ours" + name[name.index(",") :]]
         line = f"  {name:<26}"

@@ -25,9 +25,17 @@ HOSTS_PYTHON = ROOT / ".venv-hosts" / "bin" / "python"
 
 def facts() -> dict[str, Any]:
     """What a figure means nothing without."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    family = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "cpu family" in line), "?")
-    memory = int(next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")))
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
+    )
+    family = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "cpu family" in line),
+        "?",
+    )
+    memory = int(
+        next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    )
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{model} (family {family}), {len(os.sched_getaffinity(0))} cores",
@@ -41,7 +49,9 @@ def facts() -> dict[str, Any]:
     }
 
 
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int = 5, pause: float = 0.0) -> dict[str, dict[str, float]]:
+def interleaved(
+    runs: dict[str, Callable[[], None]], rounds: int = 5, pause: float = 0.0
+) -> dict[str, dict[str, float]]:
     """Time each run once a round, in turn, so that what the machine does meanwhile falls on all alike.
 
     ``pause``: seconds before each run, for the threads of torch's own pool to stop spinning after theirs.
@@ -53,7 +63,10 @@ def interleaved(runs: dict[str, Callable[[], None]], rounds: int = 5, pause: flo
             begun = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begun)
-    return {name: {"median": statistics.median(times), "least": min(times), "most": max(times)} for name, times in seconds.items()}
+    return {
+        name: {"median": statistics.median(times), "least": min(times), "most": max(times)}
+        for name, times in seconds.items()
+    }
 
 
 def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:
@@ -61,7 +74,9 @@ def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:
     print(f"\n{title}")
     for name, row in rows.items():
         ratio = row["median"] / rows[ours]["median"]
-        print(f"  {name:<44} {row['median']:8.3f} s  (least {row['least']:.3f}, most {row['most']:.3f})  {ratio:6.2f} x ours")
+        print(
+            f"  {name:<44} {row['median']:8.3f} s  (least {row['least']:.3f}, most {row['most']:.3f})  {ratio:6.2f} x ours"
+        )
 
 
 @contextmanager
@@ -88,7 +103,9 @@ def anonymous_peak() -> Iterator[Callable[[], int]]:
 
 def child(code: str, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
     """Run Python code in a process of its own; its last line of output is JSON."""
-    done = subprocess.run([python, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [python, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,4 +1,6 @@
-"""`convert --to fp8` against reading its source and copying its output; and quantizing one weight of real width against peers."""
+"""`convert --to fp8` against reading its source and copying its output; and quantizing one weight of real width against
+peers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from benchmarks.measuring import child, interleaved, keep, show
 from fp8ckpt import convert, sample
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import scale_values
-from fp8ckpt.numerics.grid import BlockGrid
+from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 
 QUANTIZE_IN_CHILD = (
@@ -35,7 +37,9 @@ print(json.dumps({"seconds": time.perf_counter() - begun, "peak": peak()}))
 
 
 def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) -> None:
-    """The whole job, its report included or not, against ``cat SRC > /dev/null`` and ``cp`` and ``sync`` of what it writes."""
+    """The whole job, its report included or not, against ``cat SRC > /dev/null`` and ``cp`` and ``sync`` of what it
+    writes.
+    """
     base = sample(work / "fp8", sizes, files=2)
     convert(base, work / "bf16")
     subprocess.run(["cp", "-r", str(base), str(work / "to-copy")], check=True)
@@ -72,13 +76,19 @@ def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) 
             "cat SRC, cp DST, sync": lambda: copies(sync=True),
         }
     )
-    title = (
-        f"{name}: {sizes_of['source'] / 1e9:.2f} GB of bf16 to {sizes_of['output'] / 1e9:.2f} GB of FP8; ours is on disk when it returns"
-    )
+    title = f"{name}: {sizes_of['source'] / 1e9:.2f} GB of bf16 to {sizes_of['output'] / 1e9:.2f} GB of FP8; ours is on disk when it returns"
     show(title, rows, next(iter(rows)))
     counts = {
-        "kept": {"source_read": done.bytes_read, "base_codes_read": done.base_bytes_read, "rewritten": done.bytes_rewritten},
-        "fresh": {"source_read": fresh.bytes_read, "base_codes_read": fresh.base_bytes_read, "rewritten": fresh.bytes_rewritten},
+        "kept": {
+            "source_read": done.bytes_read,
+            "base_codes_read": done.base_bytes_read,
+            "rewritten": done.bytes_rewritten,
+        },
+        "fresh": {
+            "source_read": fresh.bytes_read,
+            "base_codes_read": fresh.base_bytes_read,
+            "rewritten": fresh.bytes_rewritten,
+        },
     }
     print(f"  bytes read: {counts}")
     keep(f"quantize-{name.replace(' ', '-')}", {**sizes_of, "counts": counts, "seconds": rows})
@@ -94,7 +104,10 @@ def memory(work: Path) -> None:
         for scales in ("reuse", "fresh"):
             out = work / f"out{factor}{scales}"
             peak = child(QUANTIZE_IN_CHILD, work / f"plain{factor}", out, base, scales)["peak"]
-            peaks[f"{scales} {factor}"] = {"source_bytes": tree_bytes(work / f"plain{factor}"), "above_torch": peak - alone}
+            peaks[f"{scales} {factor}"] = {
+                "source_bytes": tree_bytes(work / f"plain{factor}"),
+                "above_torch": peak - alone,
+            }
             shutil.rmtree(out)
     print("\npeak memory above a process that imports torch")
     for name, row in peaks.items():
@@ -124,7 +137,11 @@ def one_weight() -> None:
             def bands(part: slice) -> Iterator[tuple[list[quantize.Part], quantize.Values, slice]]:
                 for row in range(part.start, part.stop, 128):  # as the converter does: a band at a time
                     run = slice(row * cols, (row + 128) * cols)
-                    yield quantize.parts_of_run(grid, run.start, 128 * cols), values._replace(bits=values.bits[run]), run
+                    yield (
+                        quantize.parts_of_run(grid, run.start, 128 * cols),
+                        values._replace(bits=values.bits[run]),
+                        run,
+                    )
 
             def look(part: slice) -> None:
                 own = quantize.block_array(grid, np.float32)
@@ -144,7 +161,9 @@ def one_weight() -> None:
         def formula(block: tuple[int, int] = block, found: dict[str, torch.Tensor] = found) -> None:
             tiles = weight.float().reshape(rows // block[0], block[0], cols // block[1], block[1])
             scales = tiles.abs().amax(dim=(1, 3), keepdim=True) / 448
-            found["torch"] = (tiles / scales).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).reshape(rows, cols)
+            found["torch"] = (
+                (tiles / scales).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).reshape(rows, cols)
+            )
 
         def theirs(block: tuple[int, int] = block, found: dict[str, torch.Tensor] = found) -> None:
             config = SimpleNamespace(weight_block_size=None if block[0] == rows else block, scale_fmt=None)
@@ -152,18 +171,30 @@ def one_weight() -> None:
             found["transformers"] = quantizer.convert({"w.weight": weight})["w.weight"].view(torch.uint8)
 
         def compressed(block: tuple[int, int] = block, found: dict[str, torch.Tensor] = found) -> None:
-            strategy = {"strategy": "tensor"} if block[0] == rows else {"strategy": "block", "block_structure": list(block)}
+            strategy = (
+                {"strategy": "tensor"} if block[0] == rows else {"strategy": "block", "block_structure": list(block)}
+            )
             arguments = QuantizationArgs(num_bits=8, type="float", symmetric=True, **strategy)  # type: ignore[arg-type]
             tiles = weight.reshape(rows // block[0], block[0], cols // block[1], block[1])
             low, high = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
             scale, zero = calculate_qparams(low, high, arguments)
-            found["compressed-tensors"] = ct_quantize(weight, scale, zero, arguments, torch.float8_e4m3fn).view(torch.uint8)
+            found["compressed-tensors"] = ct_quantize(weight, scale, zero, arguments, torch.float8_e4m3fn).view(
+                torch.uint8
+            )
 
-        runs = {"ours": ours, "torch, by the contract": formula, "transformers": theirs, "compressed-tensors": compressed}
+        runs = {
+            "ours": ours,
+            "torch, by the contract": formula,
+            "transformers": theirs,
+            "compressed-tensors": compressed,
+        }
         for run in runs.values():
             run()
         assert torch.equal(found["ours"], found["torch"]), name
-        same = {peer: float((found[peer] == found["ours"]).float().mean()) for peer in ("transformers", "compressed-tensors")}
+        same = {
+            peer: float((found[peer] == found["ours"]).float().mean())
+            for peer in ("transformers", "compressed-tensors")
+        }
         found.clear()
         seconds = interleaved(runs, 3, pause=0.3)
         show(f"one weight {rows} x {cols}, {name}, fresh scales, in memory", seconds, "ours")

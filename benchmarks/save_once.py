@@ -1,4 +1,6 @@
-"""Save one FSDP2-sharded model in one way, under torchrun: ``save_once.py KIND CHECKPOINT OUT``. Prints JSON of seconds and bytes."""
+"""Save one FSDP2-sharded model in one way, under torchrun: ``save_once.py KIND CHECKPOINT OUT``. Prints JSON of seconds
+and bytes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def main() -> None:
         fp8ckpt.save_model(model, OUT, to="fp8", base=SOURCE)
     else:
         names = dict.fromkeys(model.state_dict(), 1)
-        writer = HuggingFaceStorageWriter(path=OUT, fqn_to_index_mapping=names, save_distributed=True, enable_consolidation=True)
+        writer = HuggingFaceStorageWriter(
+            path=OUT, fqn_to_index_mapping=names, save_distributed=True, enable_consolidation=True
+        )
         save(model.state_dict(), storage_writer=writer)
     dist.barrier()
     seconds = time.perf_counter() - begun

@@ -1,4 +1,6 @@
-"""`save_model` of an FSDP2-sharded model, as BF16 and as FP8, against DCP's own Hugging Face writer with consolidation, on two ranks."""
+"""`save_model` of an FSDP2-sharded model, as BF16 and as FP8, against DCP's own Hugging Face writer with consolidation,
+on two ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from fp8ckpt import sample, verify
 from fp8ckpt.sample import Mistral3Sizes
 
 # 1.9 GB as BF16.
-SIZES = Mistral3Sizes(layers=1, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocabulary=4096, vision_layers=1)
+SIZES = Mistral3Sizes(
+    layers=1, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocabulary=4096, vision_layers=1
+)
 ROUNDS = 3
 
 
@@ -35,7 +39,9 @@ def main() -> None:
                     "2",
                     str(ROOT / "benchmarks" / "save_once.py"),
                 ]
-                done = subprocess.run([*command, kind, str(source), str(out)], capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    [*command, kind, str(source), str(out)], capture_output=True, text=True, check=False
+                )
                 if done.returncode:
                     raise RuntimeError(done.stdout + done.stderr)
                 runs.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
@@ -53,7 +59,9 @@ def main() -> None:
     for kind, runs in figures.items():
         best = min(runs, key=lambda run: float(run["seconds"]))
         ratio, written = best["seconds"] / ours, best["written"] / (fp8_size if "FP8" in kind else size)
-        print(f"  {kind:<10} {best['seconds']:6.2f} s  {ratio:5.2f} x ours   {written:5.3f} bytes written for each of the output")
+        print(
+            f"  {kind:<10} {best['seconds']:6.2f} s  {ratio:5.2f} x ours   {written:5.3f} bytes written for each of the output"
+        )
     keep("saving", {"bytes": size, "fp8_bytes": fp8_size, "runs": figures})
 
 

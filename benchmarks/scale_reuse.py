@@ -1,9 +1,11 @@
-"""What keeping the base's scales means: a released FP8 model is updated at random and shipped again, with its scales kept or made anew.
+"""What keeping the base's scales means: a released FP8 model is updated at random and shipped again, with its scales
+kept or made anew.
 
-Every figure is of the library's own report and `verify`, on whole checkpoints: FP8 -> BF16 -> a random update -> FP8. Two kinds of
-update: *dense*, every weight of the FP8 layers moves by normal deviates; *sparse*, one in a hundred does. Three kinds of base: scales
-of ``amax / 448`` a tensor, the same a block, and scales a tensor that leave a fifth of the range unused, as calibrated or shared
-ones do. Writes the data and the figure of docs/scales.md; needs matplotlib (`pip install '.[bench]'`).
+Every figure is of the library's own report and `verify`, on whole checkpoints: FP8 -> BF16 -> a random update -> FP8.
+Two kinds of update: *dense*, every weight of the FP8 layers moves by normal deviates; *sparse*, one in a hundred does.
+Three kinds of base: scales of ``amax / 448`` a tensor, the same a block, and scales a tensor that leave a fifth of the
+range unused, as calibrated or shared ones do. Writes the data and the figure of docs/scales.md; needs matplotlib (`pip
+install '.[bench]'`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _MISTRAL3 = Mistral3Sizes(layers=2, hidden=1024, intermediate=2048, heads=8, kv_
 MODELS = {
     "per tensor": _MISTRAL3,
     "per tensor, scales with a margin": _MISTRAL3,
-    "128 x 128 blocks": DeepseekSizes(layers=2, dense_layers=2, hidden=1024, intermediate=2048, q_rank=512, kv_rank=256),
+    "128 x 128 blocks": DeepseekSizes(
+        layers=2, dense_layers=2, hidden=1024, intermediate=2048, q_rank=512, kv_rank=256
+    ),
 }
 #: Size of the update: its root mean square over the weight's own.
 SIZES = [float(size) for size in np.logspace(-5, -1, 13)]
@@ -59,7 +63,10 @@ def with_margin(base: Path, work: Path) -> Path:
     shutil.copytree(base, wider)
     for file in wider.glob("*.safetensors"):
         tensors = load_file(file)
-        scaled = {name: (t.float() * MARGIN).to(torch.bfloat16) if name.endswith("_scale_inv") else t for name, t in tensors.items()}
+        scaled = {
+            name: (t.float() * MARGIN).to(torch.bfloat16) if name.endswith("_scale_inv") else t
+            for name, t in tensors.items()
+        }
         save_file(scaled, file, {"format": "pt"})
     result = convert(plain, out, to="fp8", like=wider)
     assert result.report is not None
@@ -122,9 +129,13 @@ def draw(rows: list[dict[str, object]], file: Path) -> None:
             axis = axes[row][column]
             for kind, colour in (("dense", "#1f5a99"), ("sparse", "#c2571a")):
                 for scales, line in (("reuse", "-"), ("fresh", "--")):
-                    points = [r for r in rows if (r["model"], r["update"], r["scales"]) == (model, kind, scales) and r["size"]]
+                    points = [
+                        r for r in rows if (r["model"], r["update"], r["scales"]) == (model, kind, scales) and r["size"]
+                    ]
                     xs, ys = [r["size"] for r in points], [100 * float(str(r[key])) for r in points]
-                    axis.plot(xs, ys, line, color=colour, marker="o", markersize=3, label=f"{kind} update, {scales} scales")
+                    axis.plot(
+                        xs, ys, line, color=colour, marker="o", markersize=3, label=f"{kind} update, {scales} scales"
+                    )
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_ylim(1e-4, 130)

@@ -1,4 +1,5 @@
-"""Fine-tune a BF16 directory in plain transformers, for as long as it takes to see a difference, and save it as transformers does.
+"""Fine-tune a BF16 directory in plain transformers, for as long as it takes to see a difference, and save it as
+transformers does.
 
 python examples/finetune.py BF16_DIRECTORY OUT [--steps N]
 """

@@ -1,6 +1,8 @@
-"""Load an FP8 checkpoint into a model that is sharded over the ranks of torchrun, run it, train it, and save it as BF16 or FP8.
+"""Load an FP8 checkpoint into a model that is sharded over the ranks of torchrun, run it, train it, and save it as BF16
+or FP8.
 
-    torchrun --nproc-per-node 2 examples/load_sharded.py FP8_DIRECTORY [--steps N] [--out DIRECTORY] [--to fp8] [--tensor-parallel]
+    torchrun --nproc-per-node 2 examples/load_sharded.py FP8_DIRECTORY [--steps N] [--out DIRECTORY] [--to fp8]
+    [--tensor-parallel]
 
 Each rank reads the bytes of its own shards, once, and holds no second copy of anything.
 """
@@ -63,8 +65,13 @@ def main() -> None:
     model = fp8ckpt.load_pretrained(arguments.checkpoint, parallelize=parallelize, device=mesh.device_type)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(1, 17, device=mesh.device_type)[None]).logits
-    held = sum((parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes for parameter in model.parameters())
-    print(f"rank {dist.get_rank()}: holds {held:,} bytes of parameters; the logits' mean is {logits.float().mean():.6f}")
+    held = sum(
+        (parameter.to_local() if hasattr(parameter, "to_local") else parameter).nbytes
+        for parameter in model.parameters()
+    )
+    print(
+        f"rank {dist.get_rank()}: holds {held:,} bytes of parameters; the logits' mean is {logits.float().mean():.6f}"
+    )
     train(model, arguments.steps, mesh.device_type)
     if arguments.out:
         fp8ckpt.save_model(model, arguments.out, to=arguments.to, base=arguments.checkpoint)

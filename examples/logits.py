@@ -1,4 +1,5 @@
-"""Load a converted checkpoint in transformers, run it, and compare it with transformers' own dequantizing load of the source.
+"""Load a converted checkpoint in transformers, run it, and compare it with transformers' own dequantizing load of the
+source.
 
 python examples/logits.py FP8_DIRECTORY BF16_DIRECTORY
 """
@@ -19,9 +20,13 @@ def main(source: Path, converted: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     skip = json.loads((source / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
-    dequantize = FineGrainedFP8Config(dequantize=True, weight_block_size=None, activation_scheme="static", modules_to_not_convert=skip)
+    dequantize = FineGrainedFP8Config(
+        dequantize=True, weight_block_size=None, activation_scheme="static", modules_to_not_convert=skip
+    )
     ours = Mistral3ForConditionalGeneration.from_pretrained(converted, dtype=torch.bfloat16).eval()
-    theirs = Mistral3ForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16, quantization_config=dequantize).eval()
+    theirs = Mistral3ForConditionalGeneration.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=dequantize
+    ).eval()
 
     reference = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():

@@ -34,8 +34,12 @@ def sample_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli() -> Run:
     """Run the command line in a process of its own: ``cli("inspect", path)``."""
 
-    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fp8ckpt", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=120)
+        return subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=120
+        )
 
     return run

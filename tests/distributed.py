@@ -1,4 +1,6 @@
-"""Run a function on several gloo ranks; shard a transformers Mistral3 model as trainers do; make variants of a checkpoint."""
+"""Run a function on several gloo ranks; shard a transformers Mistral3 model as trainers do; make variants of a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ _PRELOAD = (
 
 
 def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(*arguments)`` on ``size`` ranks; what each returns, by rank. The first rank that fails fails the caller.
+    """``function(*arguments)`` on ``size`` ranks; what each returns, by rank. The first rank that fails fails the
+    caller.
 
     ``function`` is importable (of a module, not of a test), and so are what it takes and returns.
     """
@@ -60,7 +63,9 @@ def apart(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
 
 def _rank(rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     warnings.simplefilter("ignore")
-    os.environ.update(LOCAL_WORLD_SIZE=str(size), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        LOCAL_WORLD_SIZE=str(size), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+    )
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
@@ -68,7 +73,9 @@ def _rank(rank: int, size: int, folder: Path, function: Callable[..., Any], argu
         result = function(*arguments)
     except Exception:
         raise
-    except BaseException as error:  # torch's CheckpointException is one; the process that waits hears of Exceptions only
+    except (
+        BaseException
+    ) as error:  # torch's CheckpointException is one; the process that waits hears of Exceptions only
         raise RuntimeError("".join(traceback.format_exception(error))) from None
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()
@@ -132,7 +139,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor's values, in row-major order."""
-    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))  # reshape() keeps odd strides of one element
+    flat = (
+        tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+    )  # reshape() keeps odd strides of one element
     return flat.view(torch.uint8).numpy().tobytes()
 
 

@@ -1,4 +1,5 @@
-"""The one naive oracle: the numeric contract spelled with ml_dtypes and numpy, and a safetensors writer spelled with json.
+"""The one naive oracle: the numeric contract spelled with ml_dtypes and numpy, and a safetensors writer spelled with
+json.
 
 It shares no code with the package: not its tables, not its rounding, not its layout, and none of torch's casts.
 """
@@ -57,7 +58,9 @@ def spread(scales: np.ndarray, shape: tuple[int, ...], block_size: tuple[int, ..
 
 
 def dequantize(weight: Stored, scale: Stored, block_size: tuple[int, ...], dtype: str) -> bytes:
-    """``round_nearest_even(float32(code) * float32(scale), dtype)``, element by element, as the bytes of the whole tensor."""
+    """``round_nearest_even(float32(code) * float32(scale), dtype)``, element by element, as the bytes of the whole
+    tensor.
+    """
     codes = weight.array.astype(np.float32)
     scales = spread(scale_floats(scale), weight.shape, block_size)
     with np.errstate(all="ignore"):
@@ -65,7 +68,9 @@ def dequantize(weight: Stored, scale: Stored, block_size: tuple[int, ...], dtype
 
 
 def quantize(values: Stored, scale: Stored, block_size: tuple[int, ...]) -> bytes:
-    """``e4m3fn(clamp(float32(value) / float32(scale), -448, 448))``, nearest even, of finite values: the codes of the whole tensor."""
+    """``e4m3fn(clamp(float32(value) / float32(scale), -448, 448))``, nearest even, of finite values: the codes of the
+    whole tensor.
+    """
     scales = spread(scale_floats(scale), values.shape, block_size)
     with np.errstate(all="ignore"):
         quotients = np.asarray(values.array.astype(np.float32) / scales, np.float32)
@@ -78,14 +83,17 @@ def maxima(values: Stored, block_size: tuple[int, ...]) -> np.ndarray:
     magnitudes = np.abs(values.array.astype(np.float32))
     found = np.zeros(tuple(-(-dim // block) for dim, block in zip(values.shape, block_size, strict=True)), np.float32)
     for index in np.ndindex(found.shape):
-        found[index] = magnitudes[tuple(slice(i * block, (i + 1) * block) for i, block in zip(index, block_size, strict=True))].max()
+        found[index] = magnitudes[
+            tuple(slice(i * block, (i + 1) * block) for i, block in zip(index, block_size, strict=True))
+        ].max()
     return found
 
 
 def fresh_scale(values: Stored, block_size: tuple[int, ...], dtype: str) -> Stored:
     """``amax / 448`` in float32, 1 for zeros, as the least value of ``dtype`` that is not below.
 
-    A quotient below 2**-126 has fewer bits: there it is the least multiple of 2**-149 of which 448 are not below ``amax``.
+    A quotient below 2**-126 has fewer bits: there it is the least multiple of 2**-149 of which 448 are not below
+    ``amax``.
     """
     amax = maxima(values, block_size)
     quotients = np.asarray(amax / np.float32(448), np.float32)
@@ -108,7 +116,11 @@ def write_safetensors(file: Path, tensors: dict[str, Stored], metadata: dict[str
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     data = b""
     for name, tensor in tensors.items():
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(tensor.data)]}
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(tensor.data)],
+        }
         data += tensor.data
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -130,4 +142,8 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
 
 def read_directory(directory: Path) -> dict[str, Stored]:
     """Every tensor of every safetensors file of a directory."""
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in read_safetensors(file).items()}
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in read_safetensors(file).items()
+    }

@@ -17,13 +17,13 @@ import pytest
 import safetensors.torch
 from safetensors import safe_open
 
+import fp8ckpt.engine as writing
 from fp8ckpt import convert, open_checkpoint, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
-from fp8ckpt.storage import writing
-from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.tensors.pairing import QuantizedTensor
 from tests.conftest import Run
-from tests.families import Family, families
+from tests.miniatures import Family, families
 from tests.oracle import NUMPY, Stored, dequantize, read_directory, read_safetensors, write_safetensors
 
 FAMILIES = families()
@@ -36,10 +36,16 @@ WEIGHT, SCALE = "m.q.weight", "m.q.weight_scale_inv"
 
 def tree(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
 
 
-def one_weight(weight: Stored, scale: Stored, block: tuple[int, ...], config: dict[str, Any] | None = None, **more: Stored) -> Family:
+def one_weight(
+    weight: Stored, scale: Stored, block: tuple[int, ...], config: dict[str, Any] | None = None, **more: Stored
+) -> Family:
     """A checkpoint of one FP8 weight, and whatever else."""
     return Family({WEIGHT: weight, SCALE: scale, **more}, config or FP8, {WEIGHT: (SCALE, block)})
 
@@ -90,7 +96,12 @@ def test_every_family_equals_the_oracle(name: str, to: str, tmp_path: Path) -> N
     assert read_directory(out) == expected
     assert tree(source) == before
     assert sorted(os.listdir(tmp_path)) == ["fp8", "out"]
-    assert (result.tensors, result.dequantized, result.to, result.destination) == (len(expected), len(family.blocks), to, out)
+    assert (result.tensors, result.dequantized, result.to, result.destination) == (
+        len(expected),
+        len(family.blocks),
+        to,
+        out,
+    )
     assert result.dropped_scales == len(family.tensors) - len(expected)
     assert result.nan_codes == {}
 
@@ -100,7 +111,10 @@ def test_every_family_equals_the_oracle(name: str, to: str, tmp_path: Path) -> N
             partition.update(dict.fromkeys(kept, file.name))
     assert {tensor: file.name for file in out.glob("*.safetensors") for tensor in read_safetensors(file)} == partition
     index = json.loads((out / INDEX).read_text())
-    assert index == {"metadata": {"total_size": sum(len(tensor.data) for tensor in expected.values())}, "weight_map": partition}
+    assert index == {
+        "metadata": {"total_size": sum(len(tensor.data) for tensor in expected.values())},
+        "weight_map": partition,
+    }
 
     for file in out.glob("*.safetensors"):
         with safe_open(file, "pt") as stream:
@@ -123,7 +137,12 @@ def test_configuration_loses_quantization_and_names_the_target(to: str, tmp_path
         "architectures": ["X"],
         "dtype": "bfloat16",
         "quantization_config": quantization,
-        "text_config": {"torch_dtype": "float8_e4m3fn", "quantization_config": quantization, "rope_parameters": {"theta": 1e6}, "n": None},
+        "text_config": {
+            "torch_dtype": "float8_e4m3fn",
+            "quantization_config": quantization,
+            "rope_parameters": {"theta": 1e6},
+            "n": None,
+        },
         "vision_config": {"dtype": "bfloat16", "layers": [1, 2], "name": "é"},
         "quantization_note": "kept",
     }
@@ -140,7 +159,9 @@ def test_configuration_loses_quantization_and_names_the_target(to: str, tmp_path
 
 
 def test_other_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    """Side files, sub-folders and hidden files are copied; the native copy of the weights and ModelOpt's config are not."""
+    """Side files, sub-folders and hidden files are copied; the native copy of the weights and ModelOpt's config are
+    not.
+    """
     source = one_weight(all_codes(8, 4), scalar(0.5), (8, 4)).write(tmp_path / "fp8")
     native = {"layers.0.wq.weight": all_codes(8, 4), "layers.0.wq.qscale_weight": scalar(0.5)}
     write_safetensors(source / "consolidated.safetensors", native)
@@ -255,7 +276,10 @@ def test_file_of_scales_only_disappears(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model-00001-of-00002.safetensors"]
     assert result.dropped_scales == 3
     blocks = {"a.weight": ("a.weight_scale_inv", (5, 7)), "b.weight": ("b.weight_scale_inv", (3, 3))}
-    assert read_directory(tmp_path / "out") == Family({**weights, **scales}, {}, blocks, ("b.activation_scale",)).expected()
+    assert (
+        read_directory(tmp_path / "out")
+        == Family({**weights, **scales}, {}, blocks, ("b.activation_scale",)).expected()
+    )
 
 
 @pytest.mark.parametrize("named", ["directory", "file"])
@@ -311,7 +335,10 @@ def test_metadata_of_files_is_kept_and_completed(tmp_path: Path) -> None:
 def test_names_of_any_kind_are_spelled_as_safetensors_does(tmp_path: Path) -> None:
     """Quotes, control characters and letters beyond ASCII in names: the file equals the library's."""
     names = ['a"b', "tab\there", "é.weight", "日本", "\x7f", "/", "\u2028", "z", "Z", "\U0001d4b3"]
-    more = {name: Stored.of(np.arange(i + 1, dtype=np.float32), ("F32", "BF16", "F16")[i % 3]) for i, name in enumerate(names)}
+    more = {
+        name: Stored.of(np.arange(i + 1, dtype=np.float32), ("F32", "BF16", "F16")[i % 3])
+        for i, name in enumerate(names)
+    }
     more["flags"] = Stored("BOOL", (3,), b"\0\1\0")
     more["ids"] = Stored("I64", (1,), bytes(8))
     family = one_weight(all_codes(3, 3), scalar(0.5), (3, 3), **more)
@@ -345,7 +372,9 @@ def test_empty_scalar_and_vector_weights(
 ) -> None:
     """FP8 weights without elements, of no dimension and of one, beside others, come out as the oracle has them."""
     scale = Stored.of(
-        np.full(scale_shape, 0.375, np.float32) + np.arange(np.prod(scale_shape), dtype=np.float32).reshape(scale_shape), "F32"
+        np.full(scale_shape, 0.375, np.float32)
+        + np.arange(np.prod(scale_shape), dtype=np.float32).reshape(scale_shape),
+        "F32",
     )
     weight = all_codes(*weight_shape) if weight_shape else Stored("F8_E4M3", (), b"\x39")
     more = {
@@ -360,7 +389,9 @@ def test_empty_scalar_and_vector_weights(
     expected = family.expected(TARGETS[to])
     empty = 0 in weight_shape
     expected[WEIGHT] = Stored(
-        TARGETS[to], weight_shape, b"" if empty else dequantize(weight, _as_grid(scale, weight_shape), block, TARGETS[to])
+        TARGETS[to],
+        weight_shape,
+        b"" if empty else dequantize(weight, _as_grid(scale, weight_shape), block, TARGETS[to]),
     )
     convert(family.write(tmp_path / "fp8", files=1), tmp_path / "out", to=to)
     assert read_directory(tmp_path / "out") == expected
@@ -371,12 +402,17 @@ def test_empty_scalar_and_vector_weights(
 
 def _as_grid(scale: Stored, weight_shape: tuple[int, ...]) -> Stored:
     """The same scales with the weight's rank."""
-    return Stored(scale.dtype, scale.shape if len(scale.shape) == len(weight_shape) else (1,) * len(weight_shape), scale.data)
+    return Stored(
+        scale.dtype, scale.shape if len(scale.shape) == len(weight_shape) else (1,) * len(weight_shape), scale.data
+    )
 
 
 def test_nothing_quantized_is_converted_to_itself(tmp_path: Path) -> None:
     """A checkpoint without FP8 keeps every tensor's bytes, whatever the target."""
-    tensors = {"a.weight": Stored.of(np.arange(12, dtype=np.float32).reshape(3, 4), "BF16"), "b": Stored("I32", (2,), bytes(8))}
+    tensors = {
+        "a.weight": Stored.of(np.arange(12, dtype=np.float32).reshape(3, 4), "BF16"),
+        "b": Stored("I32", (2,), bytes(8)),
+    }
     source = Family(tensors, {}, {}).write(tmp_path / "fp8")
     result = convert(source, tmp_path / "out", to="fp32")
     assert read_directory(tmp_path / "out") == tensors
@@ -559,7 +595,9 @@ def test_hub_snapshot_of_links(sample_fp8: Path, tmp_path: Path, cli: Run) -> No
     assert tree(tmp_path / "by-id") == tree(tmp_path / "plain")
 
 
-def test_destination_in_folders_that_do_not_exist(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_destination_in_folders_that_do_not_exist(
+    sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Missing parents are made; a relative path is taken from the working directory; the source is found relative too."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fp8").symlink_to(sample_fp8)
@@ -594,7 +632,9 @@ def test_all_numpy_dtypes_of_unquantized_tensors_pass_through(tmp_path: Path) ->
     """Integers, booleans and wide floats keep dtype and bytes, NaN payloads and signed zeros included."""
     rng = np.random.default_rng(1)
     plain = {
-        f"p.{dtype}": Stored(dtype, (33,), rng.integers(0, 2, 33, np.uint8).tobytes() if dtype == "BOOL" else rng.bytes(33 * itemsize))
+        f"p.{dtype}": Stored(
+            dtype, (33,), rng.integers(0, 2, 33, np.uint8).tobytes() if dtype == "BOOL" else rng.bytes(33 * itemsize)
+        )
         for dtype, itemsize in ((name, np.dtype(kind).itemsize) for name, kind in NUMPY.items())
         if not dtype.startswith("F8")
     }

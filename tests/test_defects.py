@@ -125,14 +125,24 @@ def add(name: str, case: Case) -> None:
 
 # Scales that are missing, orphan, misnamed, ambiguous, of a wrong shape or dtype.
 add("scale missing", Case(change(TWO, m__q__weight_scale_inv=None), "MissingScaleError", Q, ONE, "without a scale", QS))
-add("scale of blocks missing", Case(change(TWO, m__k__weight_scale_inv=None), "MissingScaleError", K, ONE, "without a scale", KS))
+add(
+    "scale of blocks missing",
+    Case(change(TWO, m__k__weight_scale_inv=None), "MissingScaleError", K, ONE, "without a scale", KS),
+)
 for misname in ("m__q__weight_scale_inverse", "m__q__scale_inv", "m__q__weight_scales"):
     name = misname.replace("__", ".")
     edit = change(TWO, **{"m__q__weight_scale_inv": None, misname: floats(0.5)})
     add(f"scale misnamed {name}", Case(edit, "MissingScaleError", Q, ONE, f"is {name} its scale, misnamed?", QS))
 add(
     "scale of another module's name",
-    Case(change(TWO, m__q__weight_scale_inv=None, m__Q__weight_scale_inv=floats(0.5)), "MissingScaleError", Q, ONE, "without a scale", QS),
+    Case(
+        change(TWO, m__q__weight_scale_inv=None, m__Q__weight_scale_inv=floats(0.5)),
+        "MissingScaleError",
+        Q,
+        ONE,
+        "without a scale",
+        QS,
+    ),
 )
 add(
     "orphan scale",
@@ -148,7 +158,12 @@ add(
 add(
     "orphan qscale",
     Case(
-        change(TWO, m__z__qscale_weight=floats(1)), "OrphanScaleError", "m.z.qscale_weight", TWO, "a scale without a weight", "m.z.weight"
+        change(TWO, m__z__qscale_weight=floats(1)),
+        "OrphanScaleError",
+        "m.z.qscale_weight",
+        TWO,
+        "a scale without a weight",
+        "m.z.weight",
     ),
 )
 add(
@@ -176,7 +191,14 @@ add(
 add("weight missing", Case(change(ONE, m__q__weight=None), "OrphanScaleError", QS, TWO, "a scale without a weight", Q))
 add(
     "two scales",
-    Case(change(TWO, m__q__weight_scale=floats(1)), "AmbiguousScaleError", Q, ONE, "m.q.weight_scale_inv, m.q.weight_scale", "one scale"),
+    Case(
+        change(TWO, m__q__weight_scale=floats(1)),
+        "AmbiguousScaleError",
+        Q,
+        ONE,
+        "m.q.weight_scale_inv, m.q.weight_scale",
+        "one scale",
+    ),
 )
 for shape in ((3, 2), (2, 1), (2, 3), (1, 2), (2, 2, 1), (4,), (2, 256)):
     add(
@@ -208,11 +230,25 @@ add(
 for dtype, itemsize in (("F64", 8), ("I32", 4), ("BOOL", 1)):
     add(
         f"scale dtype {dtype}",
-        Case(change(TWO, m__q__weight_scale_inv=Stored(dtype, (), b"\1" * itemsize)), "ScaleDtypeError", Q, ONE, f"dtype {dtype}", "F32"),
+        Case(
+            change(TWO, m__q__weight_scale_inv=Stored(dtype, (), b"\1" * itemsize)),
+            "ScaleDtypeError",
+            Q,
+            ONE,
+            f"dtype {dtype}",
+            "F32",
+        ),
     )
 
 # Values that cannot be a scale.
-for word, value in (("nan", float("nan")), ("inf", float("inf")), ("-inf", -float("inf")), ("0.0", 0.0), ("-0.0", -0.0), ("-0.5", -0.5)):
+for word, value in (
+    ("nan", float("nan")),
+    ("inf", float("inf")),
+    ("-inf", -float("inf")),
+    ("0.0", 0.0),
+    ("-0.0", -0.0),
+    ("-0.5", -0.5),
+):
     for dtype in ("F32", "BF16") if value != -0.5 else ("F16",):
         add(
             f"{dtype} scale {word}",
@@ -263,13 +299,31 @@ for dtype in ("U8", "F8_E8M0"):
     )
 
 # Files that are cut off or too long.
-add("data cut off", Case(raw(ONE, lambda data: data[:-3]), "TruncatedFileError", None, ONE, "the file holds", "bytes, as the header says"))
-add("header cut off", Case(raw(ONE, lambda data: data[:40]), "TruncatedFileError", None, ONE, "the file holds 40", "at least"))
+add(
+    "data cut off",
+    Case(
+        raw(ONE, lambda data: data[:-3]), "TruncatedFileError", None, ONE, "the file holds", "bytes, as the header says"
+    ),
+)
+add(
+    "header cut off",
+    Case(raw(ONE, lambda data: data[:40]), "TruncatedFileError", None, ONE, "the file holds 40", "at least"),
+)
 add(
     "length cut off",
-    Case(raw(ONE, lambda data: data[:5]), "TruncatedFileError", None, ONE, "the file holds 5 bytes", "at least the 8 bytes"),
+    Case(
+        raw(ONE, lambda data: data[:5]),
+        "TruncatedFileError",
+        None,
+        ONE,
+        "the file holds 5 bytes",
+        "at least the 8 bytes",
+    ),
 )
-add("empty file", Case(raw(TWO, lambda _: b""), "TruncatedFileError", None, TWO, "the file holds 0 bytes", "at least the 8 bytes"))
+add(
+    "empty file",
+    Case(raw(TWO, lambda _: b""), "TruncatedFileError", None, TWO, "the file holds 0 bytes", "at least the 8 bytes"),
+)
 add(
     "bytes after the end",
     Case(raw(TWO, lambda data: data + b"\0"), "HeaderError", None, TWO, "1 bytes follow the last tensor", "a file of"),
@@ -289,20 +343,51 @@ add(
 # Headers that lie.
 add(
     "header longer than any",
-    Case(raw(ONE, lambda data: b"\xff" * 8 + data[8:]), "HeaderError", None, ONE, "claims 18446744073709551615 bytes", "at most 100000000"),
+    Case(
+        raw(ONE, lambda data: b"\xff" * 8 + data[8:]),
+        "HeaderError",
+        None,
+        ONE,
+        "claims 18446744073709551615 bytes",
+        "at most 100000000",
+    ),
 )
-add("header is no JSON", Case(raw(ONE, text_header(b'{"a":')), "HeaderError", None, ONE, "not valid JSON", "a JSON object"))
-add("header is not UTF-8", Case(raw(ONE, text_header(b'{"\xff": 1}')), "HeaderError", None, ONE, "not valid JSON", "a JSON object"))
-add("header is an array", Case(raw(ONE, text_header(b"[]")), "HeaderError", None, ONE, "the JSON is a list", "an object"))
-add("header nests too deep", Case(raw(ONE, text_header(b"[" * 100_000)), "HeaderError", None, ONE, "not valid JSON", "a JSON object"))
-add("metadata is no text", Case(header(ONE, lambda e: e.update(__metadata__={"format": 1})), "HeaderError", None, ONE, "__metadata__"))
+add(
+    "header is no JSON",
+    Case(raw(ONE, text_header(b'{"a":')), "HeaderError", None, ONE, "not valid JSON", "a JSON object"),
+)
+add(
+    "header is not UTF-8",
+    Case(raw(ONE, text_header(b'{"\xff": 1}')), "HeaderError", None, ONE, "not valid JSON", "a JSON object"),
+)
+add(
+    "header is an array",
+    Case(raw(ONE, text_header(b"[]")), "HeaderError", None, ONE, "the JSON is a list", "an object"),
+)
+add(
+    "header nests too deep",
+    Case(raw(ONE, text_header(b"[" * 100_000)), "HeaderError", None, ONE, "not valid JSON", "a JSON object"),
+)
+add(
+    "metadata is no text",
+    Case(header(ONE, lambda e: e.update(__metadata__={"format": 1})), "HeaderError", None, ONE, "__metadata__"),
+)
 add(
     "offsets hold too few bytes",
     Case(header(ONE, entry(Q, data_offsets=[0, 959])), "HeaderError", Q, ONE, "[0, 959] hold 959 bytes", "960"),
 )
-add("offsets go backwards", Case(header(ONE, entry(Q, data_offsets=[960, 0])), "HeaderError", Q, ONE, "[960, 0] hold -960 bytes", "960"))
-add("offsets are negative", Case(header(ONE, entry(Q, data_offsets=[-960, 0])), "HeaderError", Q, ONE, "[-960, 0] hold 960 bytes"))
-add("offsets beyond the file", Case(header(ONE, entry(Q, data_offsets=[2**60, 2**60 + 960])), "HeaderError", Q, ONE, "begins at byte"))
+add(
+    "offsets go backwards",
+    Case(header(ONE, entry(Q, data_offsets=[960, 0])), "HeaderError", Q, ONE, "[960, 0] hold -960 bytes", "960"),
+)
+add(
+    "offsets are negative",
+    Case(header(ONE, entry(Q, data_offsets=[-960, 0])), "HeaderError", Q, ONE, "[-960, 0] hold 960 bytes"),
+)
+add(
+    "offsets beyond the file",
+    Case(header(ONE, entry(Q, data_offsets=[2**60, 2**60 + 960])), "HeaderError", Q, ONE, "begins at byte"),
+)
 for name, offsets in (
     ("fractions", [0, 960.0]),
     ("text", ["0", "960"]),
@@ -311,28 +396,60 @@ for name, offsets in (
     ("nothing", None),
     ("truth values", [False, 960]),
 ):
-    add(f"offsets are {name}", Case(header(ONE, entry(Q, data_offsets=offsets)), "HeaderError", Q, ONE, "is malformed", "two data offsets"))
-add("offsets missing", Case(header(ONE, lambda e: e[Q].pop("data_offsets")), "HeaderError", Q, ONE, "is malformed", "two data offsets"))
-add("entry is no object", Case(header(ONE, lambda e: e.update({Q: 5})), "HeaderError", Q, ONE, "the entry 5 is malformed", "a dtype"))
+    add(
+        f"offsets are {name}",
+        Case(header(ONE, entry(Q, data_offsets=offsets)), "HeaderError", Q, ONE, "is malformed", "two data offsets"),
+    )
+add(
+    "offsets missing",
+    Case(header(ONE, lambda e: e[Q].pop("data_offsets")), "HeaderError", Q, ONE, "is malformed", "two data offsets"),
+)
+add(
+    "entry is no object",
+    Case(header(ONE, lambda e: e.update({Q: 5})), "HeaderError", Q, ONE, "the entry 5 is malformed", "a dtype"),
+)
 add("shape too large", Case(header(ONE, entry(Q, shape=[40, 25])), "HeaderError", Q, ONE, "hold 960 bytes", "1000"))
 add(
     "shape beyond all numbers",
-    Case(header(ONE, entry(Q, shape=[2**62, 2**62, 2**62, 2**62])), "HeaderError", Q, ONE, "hold 960 bytes", "an impossible number of"),
+    Case(
+        header(ONE, entry(Q, shape=[2**62, 2**62, 2**62, 2**62])),
+        "HeaderError",
+        Q,
+        ONE,
+        "hold 960 bytes",
+        "an impossible number of",
+    ),
 )
 add(
     "dimension beyond 64 bits",
     Case(header(ONE, entry(Q, shape=[2**64, 0])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"),
 )
-add("dimension negative", Case(header(ONE, entry(Q, shape=[-40, -24])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"))
 add(
-    "dimension a fraction", Case(header(ONE, entry(Q, shape=[40.0, 24])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers")
+    "dimension negative",
+    Case(header(ONE, entry(Q, shape=[-40, -24])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"),
+)
+add(
+    "dimension a fraction",
+    Case(header(ONE, entry(Q, shape=[40.0, 24])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"),
 )
 add("dtype of another size", Case(header(ONE, entry(Q, dtype="BF16")), "HeaderError", Q, ONE, "hold 960 bytes", "1920"))
-add("dtype unknown", Case(header(ONE, entry(Q, dtype="F8_E3M4")), "HeaderError", Q, ONE, "unknown dtype F8_E3M4", "one of BOOL"))
-add("dtype in lower case", Case(header(ONE, entry(Q, dtype="bf16")), "HeaderError", Q, ONE, "unknown dtype bf16", "one of BOOL"))
+add(
+    "dtype unknown",
+    Case(header(ONE, entry(Q, dtype="F8_E3M4")), "HeaderError", Q, ONE, "unknown dtype F8_E3M4", "one of BOOL"),
+)
+add(
+    "dtype in lower case",
+    Case(header(ONE, entry(Q, dtype="bf16")), "HeaderError", Q, ONE, "unknown dtype bf16", "one of BOOL"),
+)
 add("dtype a number", Case(header(ONE, entry(Q, dtype=8)), "HeaderError", Q, ONE, "is malformed", "a dtype"))
-add("spans overlap", Case(header(ONE, entry(K, data_offsets=[0, 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte"))
-add("spans overlap by a byte", Case(header(ONE, entry(K, data_offsets=[959, 959 + 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte"))
+add(
+    "spans overlap",
+    Case(header(ONE, entry(K, data_offsets=[0, 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte"),
+)
+add(
+    "spans overlap by a byte",
+    Case(header(ONE, entry(K, data_offsets=[959, 959 + 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte"),
+)
 add(
     "spans leave a hole",
     Case(header(ONE, lambda e: e.pop(Q)), "HeaderError", K, ONE, "leaves a hole of 960 bytes after the header", "byte"),
@@ -351,11 +468,21 @@ def twice_in_files(directory: Path) -> None:
     change(TWO, m__q__weight=codes(40, 24))(directory)
 
 
-add("name twice in a header", Case(raw(ONE, twice_in_a_header), "HeaderError", Q, ONE, "the name occurs twice", "each name once"))
+add(
+    "name twice in a header",
+    Case(raw(ONE, twice_in_a_header), "HeaderError", Q, ONE, "the name occurs twice", "each name once"),
+)
 add("name in two files", Case(twice_in_files, "HeaderError", Q, TWO, f"it is in {ONE} as well", "each name once"))
 add(
     "name in two files, no index",
-    Case(lambda d: (twice_in_files(d), (d / INDEX).unlink()), "HeaderError", Q, TWO, f"it is in {ONE} as well", "each name once"),
+    Case(
+        lambda d: (twice_in_files(d), (d / INDEX).unlink()),
+        "HeaderError",
+        Q,
+        TWO,
+        f"it is in {ONE} as well",
+        "each name once",
+    ),
 )
 
 # An index that disagrees, or leaves the directory.
@@ -363,7 +490,12 @@ agree = "the index and the headers to agree"
 add(
     "index lists a tensor that is nowhere",
     Case(
-        index(lambda i: i["weight_map"].update({"m.z": ONE})), "IndexMismatchError", "m.z", INDEX, f"{ONE} does not hold this tensor", agree
+        index(lambda i: i["weight_map"].update({"m.z": ONE})),
+        "IndexMismatchError",
+        "m.z",
+        INDEX,
+        f"{ONE} does not hold this tensor",
+        agree,
     ),
 )
 add(
@@ -377,12 +509,25 @@ add(
         agree,
     ),
 )
-add("index lacks a scale", Case(index(lambda i: i["weight_map"].pop(QS)), "IndexMismatchError", QS, INDEX, "does not list", agree))
+add(
+    "index lacks a scale",
+    Case(index(lambda i: i["weight_map"].pop(QS)), "IndexMismatchError", QS, INDEX, "does not list", agree),
+)
 add(
     "index names the wrong file",
-    Case(index(lambda i: i["weight_map"].update({Q: TWO})), "IndexMismatchError", Q, INDEX, f"says {TWO}, and it is in {ONE}", agree),
+    Case(
+        index(lambda i: i["weight_map"].update({Q: TWO})),
+        "IndexMismatchError",
+        Q,
+        INDEX,
+        f"says {TWO}, and it is in {ONE}",
+        agree,
+    ),
 )
-add("index names a missing file", Case(lambda d: (d / TWO).unlink(), "IndexMismatchError", QS, INDEX, f"the file {TWO} is not there", TWO))
+add(
+    "index names a missing file",
+    Case(lambda d: (d / TWO).unlink(), "IndexMismatchError", QS, INDEX, f"the file {TWO} is not there", TWO),
+)
 add(
     "index does not name a file",
     Case(
@@ -407,18 +552,37 @@ for name in ("../evil.safetensors", "/etc/passwd", "sub/a.safetensors", "..\\a.s
     )
 add(
     "index is no JSON",
-    Case(lambda d: (d / INDEX).write_text('{"weight_map": {'), "IndexMismatchError", None, INDEX, "not valid JSON", "JSON"),
+    Case(
+        lambda d: (d / INDEX).write_text('{"weight_map": {'),
+        "IndexMismatchError",
+        None,
+        INDEX,
+        "not valid JSON",
+        "JSON",
+    ),
 )
-add("index has no weight_map", Case(index(lambda i: i.pop("weight_map")), "IndexMismatchError", None, INDEX, "no weight_map", "weight_map"))
+add(
+    "index has no weight_map",
+    Case(index(lambda i: i.pop("weight_map")), "IndexMismatchError", None, INDEX, "no weight_map", "weight_map"),
+)
 add(
     "index maps to numbers",
-    Case(index(lambda i: i["weight_map"].update({Q: 1})), "IndexMismatchError", None, INDEX, "no weight_map", "weight_map"),
+    Case(
+        index(lambda i: i["weight_map"].update({Q: 1})),
+        "IndexMismatchError",
+        None,
+        INDEX,
+        "no weight_map",
+        "weight_map",
+    ),
 )
 add(
     "index lists a tensor twice",
     Case(
         lambda d: (d / INDEX).write_text(
-            json.dumps(json.loads((d / INDEX).read_text())).replace('"weight_map": {', f'"weight_map": {{"{Q}": "{TWO}", ')
+            json.dumps(json.loads((d / INDEX).read_text())).replace(
+                '"weight_map": {', f'"weight_map": {{"{Q}": "{TWO}", '
+            )
         ),
         "IndexMismatchError",
         Q,
@@ -441,15 +605,37 @@ add(
 
 # FP4 and other packed weights.
 packed = "one byte an element"
-add("FP4", Case(change(ONE, m__z__weight=Stored("F4", (4, 32), bytes(64))), "UnsupportedFormatError", "m.z.weight", ONE, "FP4", packed))
+add(
+    "FP4",
+    Case(
+        change(ONE, m__z__weight=Stored("F4", (4, 32), bytes(64))),
+        "UnsupportedFormatError",
+        "m.z.weight",
+        ONE,
+        "FP4",
+        packed,
+    ),
+)
 add(
     "FP6",
-    Case(change(ONE, m__z__weight=Stored("F6_E2M3", (4, 4), bytes(12))), "UnsupportedFormatError", "m.z.weight", ONE, "packed", packed),
+    Case(
+        change(ONE, m__z__weight=Stored("F6_E2M3", (4, 4), bytes(12))),
+        "UnsupportedFormatError",
+        "m.z.weight",
+        ONE,
+        "packed",
+        packed,
+    ),
 )
 add(
     "NVFP4",
     Case(
-        change(ONE, m__z__weight=Stored("U8", (4, 16), bytes(64)), m__z__weight_scale=codes(4, 2), m__z__weight_scale_2=floats(1)),
+        change(
+            ONE,
+            m__z__weight=Stored("U8", (4, 16), bytes(64)),
+            m__z__weight_scale=codes(4, 2),
+            m__z__weight_scale_2=floats(1),
+        ),
         "UnsupportedFormatError",
         "m.z.weight",
         ONE,
@@ -476,7 +662,9 @@ add(
 add(
     "MXFP4 of gpt-oss",
     Case(
-        change(ONE, m__up_blocks=Stored("U8", (2, 4, 1, 16), bytes(128)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)),
+        change(
+            ONE, m__up_blocks=Stored("U8", (2, 4, 1, 16), bytes(128)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)
+        ),
         "UnsupportedFormatError",
         "m.up_blocks",
         ONE,
@@ -508,26 +696,47 @@ add(
 )
 add(
     "a second factor beside FP8",
-    Case(change(ONE, m__q__weight_scale_2=floats(1)), "UnsupportedFormatError", Q, ONE, "m.q.weight_scale_2", "one scale"),
+    Case(
+        change(ONE, m__q__weight_scale_2=floats(1)), "UnsupportedFormatError", Q, ONE, "m.q.weight_scale_2", "one scale"
+    ),
 )
 
 # Configuration.
 for file in ("config.json", "hf_quant_config.json"):
-    for word, text in (("cut off", b'{"a": 1'), ("not UTF-8", b'{"a": "\xff"}'), ("empty", b""), ("NaN", b'{"a": NaN}')):
+    for word, text in (
+        ("cut off", b'{"a": 1'),
+        ("not UTF-8", b'{"a": "\xff"}'),
+        ("empty", b""),
+        ("NaN", b'{"a": NaN}'),
+    ):
         add(
             f"{file} {word}",
             Case(
-                lambda d, file=file, text=text: (d / file).write_bytes(text), "ConfigError", None, file, "not valid JSON", "a JSON object"
+                lambda d, file=file, text=text: (d / file).write_bytes(text),
+                "ConfigError",
+                None,
+                file,
+                "not valid JSON",
+                "a JSON object",
             ),
         )
     add(
         f"{file} a list",
-        Case(lambda d, file=file: (d / file).write_text("[]"), "ConfigError", None, file, "the JSON is a list", "an object"),
+        Case(
+            lambda d, file=file: (d / file).write_text("[]"),
+            "ConfigError",
+            None,
+            file,
+            "the JSON is a list",
+            "an object",
+        ),
     )
 add(
     "config.json has a key twice",
     Case(
-        lambda d: (d / "config.json").write_text('{"quantization_config": {}, "quantization_config": {"weight_block_size": [128, 128]}}'),
+        lambda d: (d / "config.json").write_text(
+            '{"quantization_config": {}, "quantization_config": {"weight_block_size": [128, 128]}}'
+        ),
         "ConfigError",
         "quantization_config",
         "config.json",
@@ -539,7 +748,9 @@ for size in ([0, 128], [128.0, 128], "128", [], [-1, 1], [True, 128], 128, {"a":
     add(
         f"block size {size!r}",
         Case(
-            lambda d, size=size: (d / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": size}})),
+            lambda d, size=size: (d / "config.json").write_text(
+                json.dumps({"quantization_config": {"weight_block_size": size}})
+            ),
             "ConfigError",
             None,
             "config.json",
@@ -564,7 +775,9 @@ add(
 def test_defect_is_refused_by_name(
     name: str, tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """convert: exit 1, one line that names tensor, file, found and expected, nothing written. inspect: exit 1, and lists it."""
+    """convert: exit 1, one line that names tensor, file, found and expected, nothing written. inspect: exit 1, and
+    lists it.
+    """
     case = CASES[name]
     source = base(tmp_path / "fp8")
     case.break_it(source)
@@ -621,15 +834,31 @@ def test_message_has_the_form_of_the_design(tmp_path: Path, cli: Run) -> None:
 
 
 def test_inspect_lists_every_defect_and_convert_counts_them(tmp_path: Path, cli: Run) -> None:
-    """Defects of five kinds at once: inspect lists all of them, convert names the first and says how many more there are."""
+    """Defects of five kinds at once: inspect lists all of them, convert names the first and says how many more there
+    are.
+    """
     source = base(tmp_path / "fp8")
-    change(TWO, m__q__weight_scale_inv=None, m__z__weight_scale_inv=floats(1), m__k__weight_scale_inv=floats(1, 3, 2))(source)
-    change(TWO, m__r__weight=codes(4, 4), m__r__weight_scale=floats(float("nan")), m__s__weight=Stored("F4", (4, 32), bytes(64)))(source)
+    change(TWO, m__q__weight_scale_inv=None, m__z__weight_scale_inv=floats(1), m__k__weight_scale_inv=floats(1, 3, 2))(
+        source
+    )
+    change(
+        TWO,
+        m__r__weight=codes(4, 4),
+        m__r__weight_scale=floats(float("nan")),
+        m__s__weight=Stored("F4", (4, 32), bytes(64)),
+    )(source)
     index(lambda value: value["weight_map"].update({"ghost": ONE}))(source)
     shown = cli("inspect", source)
     assert (shown.returncode, shown.stderr) == (1, "")
     lines = shown.stdout[shown.stdout.index("defects: ") :].splitlines()
-    kinds = ["IndexMismatchError", "MissingScaleError", "OrphanScaleError", "ScaleShapeError", "ScaleValueError", "UnsupportedFormatError"]
+    kinds = [
+        "IndexMismatchError",
+        "MissingScaleError",
+        "OrphanScaleError",
+        "ScaleShapeError",
+        "ScaleValueError",
+        "UnsupportedFormatError",
+    ]
     # The activation scale of a weight that lost its scale is no orphan.
     assert lines[0] == "defects: 6"
     assert sorted(line.split(":")[0].strip() for line in lines[1:]) == kinds

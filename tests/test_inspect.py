@@ -14,7 +14,7 @@ from fp8ckpt import inspect, sample
 from fp8ckpt.inspect import Scheme, Unquantized
 from fp8ckpt.sample import Mistral3Sizes
 from tests.conftest import Run
-from tests.families import Family, families
+from tests.miniatures import Family, families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 
 FAMILIES = families()
@@ -86,7 +86,9 @@ def test_miniature(sample_fp8: Path) -> None:
 
 
 def test_blocks(sample_block: Path) -> None:
-    """The DeepSeek miniature: blocks of 128 x 128, shapes that vary, routers stored without a scale, no activation scales."""
+    """The DeepSeek miniature: blocks of 128 x 128, shapes that vary, routers stored without a scale, no activation
+    scales.
+    """
     found = inspect(sample_block)
     scheme, one_block_wide = found.schemes
     stored = read_directory(sample_block)
@@ -98,7 +100,11 @@ def test_blocks(sample_block: Path) -> None:
         "various",
         len(weights) - len(wide),
     )
-    assert (one_block_wide.block, one_block_wide.scale_shape, one_block_wide.tensors) == ("128 x all", "[3, 1]", len(wide))
+    assert (one_block_wide.block, one_block_wide.scale_shape, one_block_wide.tensors) == (
+        "128 x all",
+        "[3, 1]",
+        len(wide),
+    )
     assert scheme.elements + one_block_wide.elements == sum(numel(tensor) for tensor in weights)
     assert found.activation_scales == 0
     rows = {(row.dtype, row.reason): row for row in found.unquantized}
@@ -135,12 +141,16 @@ def test_skip_lists(key: str, entry: str, listed: bool, tmp_path: Path) -> None:
 def test_skip_list_of_modelopt(tmp_path: Path) -> None:
     """hf_quant_config.json has a skip list of its own."""
     found = inspect(FAMILIES["ModelOpt 4-D"].write(tmp_path / "fp8"))
-    assert {row.modules: row.reason for row in found.unquantized}["lm_head.weight",] == "in the configuration's skip list"
+    assert {row.modules: row.reason for row in found.unquantized}[
+        "lm_head.weight",
+    ] == "in the configuration's skip list"
 
 
 def test_nothing_quantized(tmp_path: Path) -> None:
     """A bf16 checkpoint has no scheme and no defect, and bf16 takes what is stored."""
-    source = Family({"a.weight": Stored("BF16", (2, 3), bytes(12)), "b": Stored("F32", (), bytes(4))}, {}, {}).write(tmp_path / "bf16")
+    source = Family({"a.weight": Stored("BF16", (2, 3), bytes(12)), "b": Stored("F32", (), bytes(4))}, {}, {}).write(
+        tmp_path / "bf16"
+    )
     found = inspect(source)
     assert found.schemes == ()
     assert {row.reason for row in found.unquantized} == {"nothing is quantized"}
@@ -150,7 +160,12 @@ def test_nothing_quantized(tmp_path: Path) -> None:
 def test_mixed_schemes_are_told_apart_largest_first(tmp_path: Path) -> None:
     """Per-tensor, per-channel and block scales in one checkpoint: a row each."""
     tensors: dict[str, Stored] = {}
-    for name, weight, scale in (("a", (4, 4), ()), ("b", (300, 200), (3, 2)), ("c", (40, 24), (40, 1)), ("d", (8, 8), ())):
+    for name, weight, scale in (
+        ("a", (4, 4), ()),
+        ("b", (300, 200), (3, 2)),
+        ("c", (40, 24), (40, 1)),
+        ("d", (8, 8), ()),
+    ):
         tensors[f"{name}.weight"] = Stored.codes(np.zeros(weight, np.uint8))
         tensors[f"{name}.weight_scale"] = Stored.of(np.ones(scale, np.float32), "F32")
     config = {"quantization_config": {"weight_block_size": [128, 128]}}

@@ -41,7 +41,9 @@ def sizes(scheme: str, factor: int) -> Mistral3Sizes | DeepseekSizes:
 
 
 @pytest.fixture(scope="module", params=["per-tensor", "block"])
-def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+def checkpoints(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Path]]:
     """A checkpoint of about 75 MB, and one of six times as much."""
     folder = tmp_path_factory.mktemp("memory")
     # Holes read as zeros, and cost neither time nor disk to make.
@@ -53,7 +55,9 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 def trained(base: Path, destination: Path) -> Path:
-    """The same model in BF16, of holes, but that the last element of each matrix is 1000: none of their last blocks' scales fits."""
+    """The same model in BF16, of holes, but that the last element of each matrix is 1000: none of their last blocks'
+    scales fits.
+    """
     destination.mkdir()
     shutil.copy(base / "config.json", destination)
     raw = (base / "model.safetensors").open("rb")
@@ -86,7 +90,9 @@ def stored(directory: Path) -> int:
 
 
 @pytest.mark.parametrize("job", ["convert", "verify", "verify one"])
-def test_peak_memory_is_bounded_and_does_not_grow(job: str, checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path) -> None:
+def test_peak_memory_is_bounded_and_does_not_grow(
+    job: str, checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path
+) -> None:
     """Two workers stay within the budget at both sizes, and the larger one takes as much as the smaller, to 32 MiB."""
     assert stored(checkpoints[1]) > 5 * stored(checkpoints[0]) > 300 << 20
     peaks = []
@@ -108,7 +114,9 @@ def test_peak_memory_to_fp8(
     how: str, checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
     """The same on the way back, whether scales are kept or made, weights written once or twice, with a report of each."""
-    block = json.loads((checkpoints[0] / "config.json").read_text())["quantization_config"]["weight_block_size"] is not None
+    block = (
+        json.loads((checkpoints[0] / "config.json").read_text())["quantization_config"]["weight_block_size"] is not None
+    )
     peaks = []
     for base, source in trainings.items():
         out = tmp_path / base.name

@@ -65,7 +65,9 @@ def test_help_examples_run(tmp_path: Path, cli: Run) -> None:
     assert set(COMMANDS) == {"sample", "inspect", "convert", "verify"}
 
 
-@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+@pytest.mark.parametrize(
+    "page", sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+)
 def test_links_lead_somewhere(page: str) -> None:
     """Every relative link of the documentation names a file."""
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):

@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
+import fp8ckpt.engine as writing
 from fp8ckpt import convert, sample
 from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError, TruncatedFileError
 from fp8ckpt.sample import Mistral3Sizes
-from fp8ckpt.storage import writing
 from tests.conftest import Run
 
 GOES_ON = "the same command goes on from there"
@@ -97,7 +97,9 @@ def test_sigkill_at_random_moments(seed: int, big: Path, undisturbed: dict[str, 
     kills = 0
     while not out.exists():
         child = start("convert", big, out, "--workers", rng.choice("12"))
-        while not left.exists() and child.poll() is None:  # loading Python takes longer than writing, and is not cut off
+        while (
+            not left.exists() and child.poll() is None
+        ):  # loading Python takes longer than writing, and is not cut off
             time.sleep(0.001)
         # The first is certain to be cut off; later ones get longer, so that the loop ends on a slow machine too.
         try:
@@ -140,7 +142,9 @@ def test_resumed_run_writes_only_what_is_missing(
 
 
 def test_resumed_command_says_so(big: Path, undisturbed: dict[str, str], tmp_path: Path, cli: Run) -> None:
-    """Ctrl-C: exit 130 and one line that says the run can be resumed; the rerun says what was there, and ends with equal bytes."""
+    """Ctrl-C: exit 130 and one line that says the run can be resumed; the rerun says what was there, and ends with
+    equal bytes.
+    """
     out = tmp_path / "out"
     child = start("convert", big, out, "--workers", "1")
     wait_for_a_record(child, out)
@@ -163,7 +167,9 @@ class Died(BaseException):
 STEPS = ("mkdir", "unlink", "rmdir", "rename", "ftruncate", "pwrite", "fdatasync", "fsync", "write")
 
 
-def test_death_at_every_step(sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_at_every_step(
+    sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dying before any one change to the disk, or halfway through a write, then running again gives the same directory."""
     cut(monkeypatch, 64 << 10, 2)
     step, ended = 0, False
@@ -271,7 +277,9 @@ def test_partial_output_is_resumable(begun: tuple[Path, Path], expected: dict[st
     assert {name: digest for name, digest in digests(out).items() if name != "assets/a.txt"} == expected
 
 
-@pytest.mark.parametrize("kind", ["touched", "a byte of a weight", "a tensor renamed", "config", "scale", "side file gone"])
+@pytest.mark.parametrize(
+    "kind", ["touched", "a byte of a weight", "a tensor renamed", "config", "scale", "side file gone"]
+)
 def test_changed_source_is_refused(kind: str, begun: tuple[Path, Path]) -> None:
     """Another source than the one that the partial output is of: refused, nothing touched."""
     source, out = begun
@@ -337,7 +345,9 @@ def test_damaged_state_is_refused(text: str, begun: tuple[Path, Path]) -> None:
     assert_refused_untouched(source, out, "its state cannot be read|another source")
 
 
-@pytest.mark.parametrize("torn", [b"\n{", b'\n{"extent": 1', b"\n5\n", b"\n[]\n", b'\n{"extent": 1}\n', b"\n\xff\n", b"\n{}\n", b'\n"x"\n'])
+@pytest.mark.parametrize(
+    "torn", [b"\n{", b'\n{"extent": 1', b"\n5\n", b"\n[]\n", b'\n{"extent": 1}\n', b"\n\xff\n", b"\n{}\n", b'\n"x"\n']
+)
 def test_torn_record_is_written_again(torn: bytes, begun: tuple[Path, Path]) -> None:
     """The last line of the records may be cut off anywhere: its extent is written again."""
     source, out = begun
@@ -359,7 +369,9 @@ def test_records_without_a_plan_are_not_believed(to: str, begun: tuple[Path, Pat
     assert digests(out) == digests(out.with_name("again"))
 
 
-def test_partial_output_of_a_sample_is_refused(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_output_of_a_sample_is_refused(
+    sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A partial output of another job is not taken up."""
     with monkeypatch.context() as patch:
         fail_after(patch, "pwrite", 3, errno.ENOSPC)
@@ -389,7 +401,9 @@ def test_destination_that_appears_meanwhile_is_left(sample_fp8: Path, expected: 
 
 
 @pytest.mark.parametrize("calls", [0, 1, 7, 20])
-def test_full_disk(calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(
+    calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ENOSPC after some writes: a named error that says how to go on, no DST, and the rerun ends with the same bytes."""
     cut(monkeypatch, 32 << 10, 2)
     with monkeypatch.context() as patch:
@@ -420,13 +434,17 @@ def test_disk_that_refuses_other_calls(
 
 
 @pytest.mark.parametrize("calls", [0, 1, 30])
-def test_read_error(calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_error(
+    calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """EIO on the source after some reads: a named error with the file, no DST, and the rerun ends with the same bytes."""
     cut(monkeypatch, 32 << 10, 2)
     reads = count_scale_reads(sample_fp8, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         fail_after(patch, "preadv", reads + calls, errno.EIO, only=".safetensors")
-        with pytest.raises(StorageError, match=r"model-.*safetensors: reading at byte \d+ failed: Input/output error") as caught:
+        with pytest.raises(
+            StorageError, match=r"model-.*safetensors: reading at byte \d+ failed: Input/output error"
+        ) as caught:
             convert(sample_fp8, tmp_path / "out", workers=1)
     assert GOES_ON in str(caught.value)
     assert os.listdir(tmp_path) == ["out.partial"]
@@ -459,7 +477,9 @@ def count_scale_reads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_source_truncated_during_the_run(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source that shrinks while it is read is a named error, no DST appears, and what was written is not taken up later."""
+    """A source that shrinks while it is read is a named error, no DST appears, and what was written is not taken up
+    later.
+    """
     cut(monkeypatch)
     source = Path(shutil.copytree(sample_fp8, tmp_path / "fp8"))
     file = max(source.glob("*.safetensors"))
@@ -482,7 +502,9 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
 
 
 def test_file_size_limit(sample_fp8: Path, expected: dict[str, str], tmp_path: Path, cli: Run) -> None:
-    """A real refusal by the kernel: with a limit on file sizes, exit 1, one line, no DST; without it, the rerun ends well."""
+    """A real refusal by the kernel: with a limit on file sizes, exit 1, one line, no DST; without it, the rerun ends
+    well.
+    """
     command = shlex.join([sys.executable, "-m", "fp8ckpt", "convert", str(sample_fp8), str(tmp_path / "out")])
     limited = ["bash", "-c", f"ulimit -f 64; exec {command}"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
@@ -500,7 +522,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mounted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"no file system can be mounted here ({done.stderr.strip()}); test_file_size_limit has the kernel refuse instead")
+        pytest.skip(
+            f"no file system can be mounted here ({done.stderr.strip()}); test_file_size_limit has the kernel refuse instead"
+        )
     try:
         yield mounted
     finally:
@@ -511,7 +535,9 @@ def test_disk_that_is_really_full(sample_fp8: Path, expected: dict[str, str], sm
     """A disk of 1 MiB: exit 1, one line, no DST; once it is larger, the rerun ends with the same bytes."""
     out = small_disk / "out"
     for _ in range(2):
-        assert_one_line(cli("convert", sample_fp8, out), "No space left on device", "free some space", f"{out}.partial", GOES_ON)
+        assert_one_line(
+            cli("convert", sample_fp8, out), "No space left on device", "free some space", f"{out}.partial", GOES_ON
+        )
         assert os.listdir(small_disk) == ["out.partial"]
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     assert cli("convert", sample_fp8, out).returncode == 0

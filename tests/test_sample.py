@@ -12,37 +12,65 @@ import pytest
 from fp8ckpt import inspect, open_checkpoint, sample, verify
 from fp8ckpt.errors import OutputExistsError
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
-from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.tensors.pairing import QuantizedTensor
 from tests.conftest import Run
 from tests.oracle import Stored, read_directory, read_safetensors
 
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-SIDE_FILES = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+SIDE_FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
+    }
 
 
 @pytest.mark.parametrize(
     ("layout", "text", "others"),
     [
         ("identity", "model.language_model", ("model.vision_tower.", "model.multi_modal_projector.", "lm_head.weight")),
-        ("nested", "language_model.model", ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.weight")),
+        (
+            "nested",
+            "language_model.model",
+            ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.weight"),
+        ),
     ],
 )
 def test_key_layouts(layout: str, text: str, others: tuple[str, ...], tmp_path: Path) -> None:
     """The names of either release: every text Linear is FP8 with two 0-d BF16 scales, everything else BF16 without."""
     stored = read_directory(sample(tmp_path / "fp8", layout=layout))
     linears = {f"{text}.layers.{i}.{linear}" for i in range(2) for linear in LINEARS}
-    assert {name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"} == {f"{linear}.weight" for linear in linears}
+    assert {name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"} == {
+        f"{linear}.weight" for linear in linears
+    }
     scales = {f"{linear}.{end}" for linear in linears for end in ("weight_scale_inv", "activation_scale")}
     for name in scales:
         assert (stored[name].dtype, stored[name].shape) == ("BF16", ())
         assert 0 < float(stored[name].array) < 1
     rest = stored.keys() - scales - {f"{linear}.weight" for linear in linears}
     assert {stored[name].dtype for name in rest} == {"BF16"}
-    for prefix in (f"{text}.embed_tokens.weight", f"{text}.layers.0.input_layernorm.weight", f"{text}.norm.weight", *others):
+    for prefix in (
+        f"{text}.embed_tokens.weight",
+        f"{text}.layers.0.input_layernorm.weight",
+        f"{text}.norm.weight",
+        *others,
+    ):
         assert any(name.startswith(prefix) for name in rest), prefix
     assert all(name.startswith((f"{text}.", *others)) for name in rest)
 
@@ -62,7 +90,11 @@ def test_config_is_the_released_one(sample_fp8: Path) -> None:
     assert config["architectures"] == ["Mistral3ForConditionalGeneration"]
     assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == ("ministral3", "pixtral")
     quantization = config["quantization_config"]
-    assert (quantization["quant_method"], quantization["activation_scheme"], quantization["weight_block_size"]) == ("fp8", "static", None)
+    assert (quantization["quant_method"], quantization["activation_scheme"], quantization["weight_block_size"]) == (
+        "fp8",
+        "static",
+        None,
+    )
     assert quantization["modules_to_not_convert"] == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
@@ -82,7 +114,9 @@ def test_weights_have_a_real_distribution(sample_fp8: Path, sample_block: Path) 
 
 
 def test_block_scheme_has_ragged_blocks(sample_block: Path) -> None:
-    """F32 scales of 128 x 128 blocks, ceil(shape / 128); dimensions that are no multiples; experts, routers, no activation scales."""
+    """F32 scales of 128 x 128 blocks, ceil(shape / 128); dimensions that are no multiples; experts, routers, no
+    activation scales.
+    """
     stored = read_directory(sample_block)
     weights = {name: tensor for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}
     assert any(dim % 128 for tensor in weights.values() for dim in tensor.shape)
@@ -105,9 +139,15 @@ def test_block_scheme_has_ragged_blocks(sample_block: Path) -> None:
 @pytest.mark.parametrize("sizes", [Mistral3Sizes(), DeepseekSizes()])
 @pytest.mark.parametrize("files", [1, 3, 5])
 def test_files(sizes: Mistral3Sizes | DeepseekSizes, files: int, tmp_path: Path) -> None:
-    """So many files of about the same size, an index that is right, side files; sound; some scale in another file than its weight."""
+    """So many files of about the same size, an index that is right, side files; sound; some scale in another file than
+    its weight.
+    """
     source = sample(tmp_path / "fp8", sizes, files=files)
-    names = [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)] if files > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
+        if files > 1
+        else ["model.safetensors"]
+    )
     assert set(os.listdir(source)) == {*names, *SIDE_FILES, "model.safetensors.index.json"}
     sizes_on_disk = [(source / name).stat().st_size for name in names]
     assert max(sizes_on_disk) < 1.5 * sum(sizes_on_disk) / files
@@ -150,7 +190,11 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     assert len(checkpoint.quantized) == 616
     prefix = "model.language_model.layers.87."
-    shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    shapes = {
+        name.removeprefix(prefix): tensor.shape
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
     assert shapes == {
         "input_layernorm.weight": (12288,),
         "post_attention_layernorm.weight": (12288,),
@@ -163,7 +207,11 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
         "mlp.down_proj.weight": (12288, 28672),
     }
     assert "model.language_model.layers.88.input_layernorm.weight" not in checkpoint.tensors
-    assert checkpoint["lm_head.weight"].shape == checkpoint["model.language_model.embed_tokens.weight"].shape == (131072, 12288)
+    assert (
+        checkpoint["lm_head.weight"].shape
+        == checkpoint["model.language_model.embed_tokens.weight"].shape
+        == (131072, 12288)
+    )
     elements = sum(tensor.numel for tensor in checkpoint.tensors.values())
     assert 125e9 < elements < 131e9
     files = list(source.glob("*.safetensors"))
@@ -178,18 +226,30 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
 def test_true_shape_of_deepseek() -> None:
     """The released sizes of DeepSeek V3: 61 layers, 256 experts."""
     sizes = DeepseekSizes.true_shape()
-    assert (sizes.layers, sizes.dense_layers, sizes.hidden, sizes.intermediate, sizes.expert_intermediate) == (61, 3, 7168, 18432, 2048)
+    assert (sizes.layers, sizes.dense_layers, sizes.hidden, sizes.intermediate, sizes.expert_intermediate) == (
+        61,
+        3,
+        7168,
+        18432,
+        2048,
+    )
     assert (sizes.experts, sizes.heads, sizes.q_rank, sizes.kv_rank, sizes.vocabulary) == (256, 128, 1536, 512, 129280)
 
 
-@pytest.mark.parametrize("sizes", [Mistral3Sizes(hidden=1024, intermediate=4096), DeepseekSizes(hidden=1024, intermediate=4096)])
+@pytest.mark.parametrize(
+    "sizes", [Mistral3Sizes(hidden=1024, intermediate=4096), DeepseekSizes(hidden=1024, intermediate=4096)]
+)
 def test_sparse_has_true_headers_and_holes(sizes: Mistral3Sizes | DeepseekSizes, tmp_path: Path) -> None:
-    """Sparse and full have the same headers; sparse takes almost no disk, its scales are valid and its weights are zero."""
+    """Sparse and full have the same headers; sparse takes almost no disk, its scales are valid and its weights are
+    zero.
+    """
     full, sparse = sample(tmp_path / "full", sizes), sample(tmp_path / "sparse", sizes, sparse=True)
     for file in sorted(full.glob("*.safetensors")):
         other = sparse / file.name
         assert other.stat().st_size == file.stat().st_size
-        assert {n: t[:2] for n, t in read_safetensors(other).items()} == {n: t[:2] for n, t in read_safetensors(file).items()}
+        assert {n: t[:2] for n, t in read_safetensors(other).items()} == {
+            n: t[:2] for n, t in read_safetensors(file).items()
+        }
         assert other.stat().st_blocks * 512 < file.stat().st_blocks * 512 / 4
     assert verify(sparse).ok
     for tensor in open_checkpoint(sparse).tensors.values():

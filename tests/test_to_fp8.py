@@ -1,4 +1,6 @@
-"""The way back to FP8 in a base's layout: byte-identical where nothing was trained, the oracle's codes and scales elsewhere."""
+"""The way back to FP8 in a base's layout: byte-identical where nothing was trained, the oracle's codes and scales
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fp8ckpt.engine as writing
 from fp8ckpt import convert, open_checkpoint, sample
 from fp8ckpt.convert import ConvertResult
 from fp8ckpt.errors import (
@@ -24,8 +27,7 @@ from fp8ckpt.errors import (
     WeightValueError,
 )
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
-from fp8ckpt.storage import writing
-from tests.families import Family, families
+from tests.miniatures import Family, families
 from tests.oracle import (
     NUMPY,
     Stored,
@@ -40,7 +42,11 @@ from tests.oracle import (
     write_safetensors,
 )
 
-E4M3 = {name: family for name, family in families().items() if {family.tensors[w].dtype for w in family.blocks} == {"F8_E4M3"}}
+E4M3 = {
+    name: family
+    for name, family in families().items()
+    if {family.tensors[w].dtype for w in family.blocks} == {"F8_E4M3"}
+}
 OTHERS = {name: family for name, family in families().items() if name not in E4M3}
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -55,7 +61,11 @@ INDEX = "model.safetensors.index.json"
 
 def tree(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
 
 
 def assert_same_tree(found: Path, expected: Path) -> None:
@@ -72,7 +82,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:
 
 def steps(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Make the parts of a chunk that are worked on at once small."""
-    monkeypatch.setattr("fp8ckpt.conversion.filling.STEP", elements)
+    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", elements)
 
 
 def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:
@@ -92,7 +102,9 @@ def back(source: Path, base: Path, destination: Path, **how: Any) -> ConvertResu
 @pytest.mark.parametrize("to", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", E4M3)
 def test_round_trip_of_every_family(name: str, to: str, tmp_path: Path) -> None:
-    """FP8, to bf16 or fp32, and back like the original: every file of the directory, byte for byte, and the sums say so."""
+    """FP8, to bf16 or fp32, and back like the original: every file of the directory, byte for byte, and the sums say
+    so.
+    """
     family = E4M3[name]
     base = family.write(tmp_path / "fp8")
     convert(base, tmp_path / "plain", to=to)
@@ -106,7 +118,13 @@ def test_round_trip_of_every_family(name: str, to: str, tmp_path: Path) -> None:
     assert (result.to, result.quantized, result.dequantized, result.nan_codes) == ("fp8", len(weights), 0, {})
     assert result.report is not None
     total = result.report.total
-    assert (total.elements, total.moved, total.clipped, total.outgrown, total.fresh) == (sum(weights.values()), 0, 0, 0, 0)
+    assert (total.elements, total.moved, total.clipped, total.outgrown, total.fresh) == (
+        sum(weights.values()),
+        0,
+        0,
+        0,
+        0,
+    )
     assert total.scales == sum(math.prod(family.tensors[scale].shape) for scale, _ in family.blocks.values())
     assert [row.name for row in result.report.weights] == [tensor.name for tensor in open_checkpoint(base).quantized]
     # The source is read once, but for what the base has and it has not; the base's codes are read once, for the report.
@@ -120,7 +138,9 @@ def test_round_trip_of_every_family(name: str, to: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("chunk", "chunks", "step"), [(64, 3, 50), (4096, 1, 1024), (1000, 5, 333)])
 @pytest.mark.parametrize("name", E4M3)
-def test_round_trip_in_small_pieces(name: str, chunk: int, chunks: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_round_trip_in_small_pieces(
+    name: str, chunk: int, chunks: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the pieces are, and whether blocks fit into them or not."""
     base = E4M3[name].write(tmp_path / "fp8", files=3)
     convert(base, tmp_path / "plain")
@@ -170,7 +190,11 @@ def test_round_trip_of_a_header_that_no_library_writes(tmp_path: Path) -> None:
     """The order of tensors, the spacing of the JSON and foreign metadata are the base's."""
     rng = np.random.default_rng(5)
     codes = Stored.codes((rng.integers(0, 126, (6, 5))).astype(np.uint8))
-    tensors = {"z.weight_scale_inv": Stored.of(np.float32(0.25), "BF16"), "z.weight": codes, "a": Stored.of(np.ones(3), "F32")}
+    tensors = {
+        "z.weight_scale_inv": Stored.of(np.float32(0.25), "BF16"),
+        "z.weight": codes,
+        "a": Stored.of(np.ones(3), "F32"),
+    }
     base = Family(tensors, FP8, {"z.weight": ("z.weight_scale_inv", (6, 5))}).write(tmp_path / "fp8", files=1)
     file = base / "model.safetensors"
     data = b"".join(tensor.data for tensor in tensors.values())
@@ -189,7 +213,9 @@ def test_round_trip_of_a_header_that_no_library_writes(tmp_path: Path) -> None:
 
 
 def test_small_and_zero_blocks_keep_their_scale(tmp_path: Path) -> None:
-    """Blocks that use little of the range, or nothing, come back with the scale that they had: it gives them back exactly."""
+    """Blocks that use little of the range, or nothing, come back with the scale that they had: it gives them back
+    exactly.
+    """
     codes = np.zeros((4, 64), np.uint8)
     codes[1] = 0x01
     codes[2, :3] = (0x80, 0x10, 0x91)
@@ -230,26 +256,37 @@ def test_float32_and_float16_sources_are_cast_where_the_base_is_not_quantized(tm
     values = (rng.standard_normal((300, 7)) * np.exp2(rng.integers(-20, 12, (300, 7)))).astype(np.float32)
     dtypes = {"a": "BF16", "b": "F16", "c": "F32", "d": "I64"}
     plain = {name: Stored.of(values if dtype != "I64" else values.round(), dtype) for name, dtype in dtypes.items()}
-    weight = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F32")}
+    weight = {
+        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
+        "w.weight_scale": Stored.of(np.float32(1), "F32"),
+    }
     base = Family({**weight, **plain}, FP8, {}).write(tmp_path / "fp8")
     for dtype in ("F32", "F16", "BF16"):
         given = {
-            name: Stored.of(values if own != "I64" else values.round(), own if own == "I64" else dtype) for name, own in dtypes.items()
+            name: Stored.of(values if own != "I64" else values.round(), own if own == "I64" else dtype)
+            for name, own in dtypes.items()
         }
         source = write_plain(tmp_path / dtype, {"w.weight": Stored.of(np.ones((2, 2)), dtype), **given})
         back(source, base, tmp_path / f"out-{dtype}")
         found = read_directory(tmp_path / f"out-{dtype}")
         for name, own in dtypes.items():
-            assert found[name] == Stored.of(given[name].array.astype(np.float32 if own != "I64" else np.int64), own), (dtype, name)
+            assert found[name] == Stored.of(given[name].array.astype(np.float32 if own != "I64" else np.int64), own), (
+                dtype,
+                name,
+            )
         assert {name: found[name] for name in weight} == weight
 
 
 def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
     """A float32 that float16 cannot hold would become infinite: `RangeError` names the tensor, and nothing is left."""
-    weight = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F32")}
+    weight = {
+        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
+        "w.weight_scale": Stored.of(np.float32(1), "F32"),
+    }
     base = Family({**weight, "n": Stored.of(np.ones(4), "F16")}, FP8, {}).write(tmp_path / "fp8")
     source = write_plain(
-        tmp_path / "s", {"w.weight": Stored.of(np.ones((2, 2)), "BF16"), "n": Stored.of(np.float32([1, 7e4, np.inf, -9e9]), "F32")}
+        tmp_path / "s",
+        {"w.weight": Stored.of(np.ones((2, 2)), "BF16"), "n": Stored.of(np.float32([1, 7e4, np.inf, -9e9]), "F32")},
     )
     with pytest.raises(RangeError, match=r"^n in model\.safetensors: 2 finite values"):
         back(source, base, tmp_path / "out")
@@ -287,7 +324,10 @@ def expected_scale(values: Stored, scale: Stored, block: tuple[int, ...]) -> Sto
     exact = np.zeros(values.shape, np.bool_)
     for dtype in {values.dtype, "BF16"}:
         given = Stored("F8_E4M3", codes.shape, codes.data)
-        exact |= np.frombuffer(dequantize(given, scale, block, dtype), NUMPY[dtype]).reshape(values.shape).astype(np.float32) == wide
+        exact |= (
+            np.frombuffer(dequantize(given, scale, block, dtype), NUMPY[dtype]).reshape(values.shape).astype(np.float32)
+            == wide
+        )
     inexact = maxima(Stored.of((~exact).astype(np.float32), "F32"), block) > 0
     with np.errstate(over="ignore"):
         ratio = (amax / before).astype(np.float32)
@@ -300,7 +340,9 @@ def expected_scale(values: Stored, scale: Stored, block: tuple[int, ...]) -> Sto
 
 @pytest.mark.parametrize("source_dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("name", E4M3)
-def test_trained_weights_equal_the_oracle(name: str, source_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_weights_equal_the_oracle(
+    name: str, source_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scales by the rule and codes by the contract, in pieces of any size; all else is the base's or the source's."""
     family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
     base = family.write(tmp_path / "fp8")
@@ -314,7 +356,9 @@ def test_trained_weights_equal_the_oracle(name: str, source_dtype: str, tmp_path
         expected = dict(family.tensors)
         for weight, (scale, block) in family.blocks.items():
             expected[scale] = expected_scale(tensors[weight], family.tensors[scale], block)
-            expected[weight] = Stored("F8_E4M3", tensors[weight].shape, quantize(tensors[weight], expected[scale], block))
+            expected[weight] = Stored(
+                "F8_E4M3", tensors[weight].shape, quantize(tensors[weight], expected[scale], block)
+            )
         for other in expected.keys() & tensors.keys() - family.blocks.keys():
             expected[other] = tensors[other]
         assert {key for key in expected if found[key] != expected[key]} == set()
@@ -338,7 +382,9 @@ def check_report(result: ConvertResult, family: Family, tensors: dict[str, Store
         same = np.frombuffer(family.tensors[scale].data, np.uint8) == np.frombuffer(written[scale].data, np.uint8)
         changed = (~same.reshape(row.scales, -1).all(axis=1)).sum()
         assert row.fresh >= changed  # a fresh scale may happen to be the old one
-        error = np.abs(np.abs(written[name].array.astype(np.float32)) * new - values.astype(np.float32)).astype(np.float64)
+        error = np.abs(np.abs(written[name].array.astype(np.float32)) * new - values.astype(np.float32)).astype(
+            np.float64
+        )
         assert row.mean_error == pytest.approx(error.sum() / values.sum() if values.any() else 0.0, rel=1e-4)
         assert row.largest_error == pytest.approx(error.max() / values.max() if values.any() else 0.0, rel=1e-6)
     total = result.report.total
@@ -386,11 +432,18 @@ def siblings(scales: list[float], leaves: tuple[str, ...] = ("q_proj", "k_proj",
 
 
 @pytest.mark.parametrize("chunk", [4 << 20, 64])
-def test_siblings_that_shared_a_scale_share_the_fresh_one(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of q, k and v grows: all three get the same new scale, of the largest of them; a sibling with a scale of its own keeps it."""
+def test_siblings_that_shared_a_scale_share_the_fresh_one(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of q, k and v grows: all three get the same new scale, of the largest of them; a sibling with a scale of its
+    own keeps it.
+    """
     cut(monkeypatch, chunk, 2)
     steps(monkeypatch, 50)
-    for scales, together in (([0.5, 0.5, 0.5], ("q_proj", "k_proj", "v_proj")), ([0.5, 0.25, 0.5], ("q_proj", "v_proj"))):
+    for scales, together in (
+        ([0.5, 0.5, 0.5], ("q_proj", "k_proj", "v_proj")),
+        ([0.5, 0.25, 0.5], ("q_proj", "v_proj")),
+    ):
         family = siblings(scales)
         name = f"{scales[1]}-{chunk}"
         base = family.write(tmp_path / f"fp8-{name}")
@@ -423,13 +476,17 @@ def test_a_small_sibling_keeps_the_scale_that_it_shares(tmp_path: Path) -> None:
     assert {row.name: row.fresh for row in result.report.weights} == {"a.gate_proj.weight": 0, "a.up_proj.weight": 1}
 
 
-def test_a_weight_with_one_scale_that_outgrew_it_is_written_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_with_one_scale_that_outgrew_it_is_written_twice_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The source of such a weight is read twice; what had been written with the old scale is counted."""
     cut(monkeypatch, 1024, 2)
     steps(monkeypatch, 256)
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 127, (64, 128)).astype(np.uint8)
-    base = Family({"w.weight": Stored.codes(codes), "w.weight_scale": Stored.of(np.float32(0.1), "F32")}, FP8, {}).write(tmp_path / "fp8")
+    base = Family(
+        {"w.weight": Stored.codes(codes), "w.weight_scale": Stored.of(np.float32(0.1), "F32")}, FP8, {}
+    ).write(tmp_path / "fp8")
     values = codes.view(NUMPY["F8_E4M3"]).astype(np.float32) * np.float32(0.1)
     values[33, 7] = 100.0
     source = write_plain(tmp_path / "s", {"w.weight": Stored.of(values, "BF16")})
@@ -443,7 +500,9 @@ def test_a_weight_with_one_scale_that_outgrew_it_is_written_twice_at_most(tmp_pa
 # ---------------------------------------------------------------- refusals
 
 
-def refused(kind: type[Fp8CheckpointError], match: str, source: Path, base: Path, destination: Path, **how: Any) -> None:
+def refused(
+    kind: type[Fp8CheckpointError], match: str, source: Path, base: Path, destination: Path, **how: Any
+) -> None:
     """The error, and nothing written, nor changed."""
     before = tree(source), tree(base)
     with pytest.raises(kind, match=match):
@@ -455,7 +514,9 @@ def refused(kind: type[Fp8CheckpointError], match: str, source: Path, base: Path
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["per-tensor 0-d BF16", "block 128 ragged F32", "MXFP8 U8", "experts [E,1,1]"])
-def test_weights_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_refused(
+    name: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By name, with the count of the whole tensor, wherever the first one is met; and nothing is left behind."""
     cut(monkeypatch, 512, 2)
     steps(monkeypatch, 300)
@@ -467,7 +528,11 @@ def test_weights_that_are_not_finite_are_refused(name: str, value: float, tmp_pa
     values.reshape(-1)[[3, values.size // 2, values.size - 1]] = value
     tensors[weight] = Stored.of(values, "BF16")
     refused(
-        WeightValueError, rf"^{weight} in .*: 3 of {values.size} elements", write_plain(tmp_path / "s", tensors), base, tmp_path / "out"
+        WeightValueError,
+        rf"^{weight} in .*: 3 of {values.size} elements",
+        write_plain(tmp_path / "s", tensors),
+        base,
+        tmp_path / "out",
     )
 
 
@@ -480,7 +545,9 @@ def test_no_other_fp8_dtype_is_written(name: str, tmp_path: Path) -> None:
 
 
 def test_mismatches_are_refused(tmp_path: Path) -> None:
-    """A tensor too few, too many, of another shape, of a dtype that cannot be cast; a source that is FP8, a base that is not."""
+    """A tensor too few, too many, of another shape, of a dtype that cannot be cast; a source that is FP8, a base that
+    is not.
+    """
     family = E4M3["per-tensor 0-d BF16"]
     base, tensors, out = family.write(tmp_path / "fp8"), family.expected(), tmp_path / "out"
     fewer = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -501,7 +568,10 @@ def test_mismatches_are_refused(tmp_path: Path) -> None:
 
 def test_a_scale_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
     """Values that a float16 scale cannot reach."""
-    tensors = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F16")}
+    tensors = {
+        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
+        "w.weight_scale": Stored.of(np.float32(1), "F16"),
+    }
     base = Family(tensors, FP8, {}).write(tmp_path / "fp8")
     source = write_plain(tmp_path / "s", {"w.weight": Stored.of(np.full((2, 2), 1e9), "F32")})
     refused(RangeError, r"^w\.weight in .*range of F16", source, base, tmp_path / "out")
@@ -544,7 +614,9 @@ def test_the_partition_is_the_base_s(tmp_path: Path) -> None:
     base = sample(tmp_path / "fp8")
     convert(base, tmp_path / "plain")
     shutil.rmtree(tmp_path / "plain/assets", ignore_errors=True)
-    tensors = {n: Stored.of(t.array.astype(np.float32) * 1.3, t.dtype) for n, t in read_directory(tmp_path / "plain").items()}
+    tensors = {
+        n: Stored.of(t.array.astype(np.float32) * 1.3, t.dtype) for n, t in read_directory(tmp_path / "plain").items()
+    }
     back(write_plain(tmp_path / "s", tensors), base, tmp_path / "out")
     for file in base.glob("*.safetensors"):
         ours = tmp_path / "out" / file.name

@@ -1,4 +1,6 @@
-"""The way back to FP8 as a run: cut off and resumed, shared by workers and ranks, counted byte by byte, and as a command."""
+"""The way back to FP8 as a run: cut off and resumed, shared by workers and ranks, counted byte by byte, and as a
+command.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ from hypothesis import strategies as st
 from fp8ckpt import convert, open_checkpoint, sample, verify
 from fp8ckpt.cli import main
 from fp8ckpt.errors import ResumeMismatchError, StorageError
+from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
-from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.partial import PartialOutput
-from tests.families import Family, families
+from fp8ckpt.tensors.header import TensorSpan
+from tests.miniatures import Family, families
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after, wait_for_a_record
 from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
@@ -38,7 +40,7 @@ from tests.test_torchrun import ended, torchrun
 
 # The command line in small pieces: many extents, so that a run can be cut off in the midst of either pass.
 IN_PIECES = """
-from fp8ckpt.storage import writing
+import fp8ckpt.engine as writing
 
 writing.CHUNK, writing.EXTENT = 1 << 20, 2 << 20
 
@@ -58,8 +60,12 @@ def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fdatasync", fsync)
 
 
-def grow(plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up_proj", "down_proj"), value: float = 3000) -> Path:
-    """A trained copy of a BF16 directory: in weights of these names the last element has grown far beyond, and some others have moved."""
+def grow(
+    plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up_proj", "down_proj"), value: float = 3000
+) -> Path:
+    """A trained copy of a BF16 directory: in weights of these names the last element has grown far beyond, and some
+    others have moved.
+    """
     shutil.copytree(plain, destination)
     for file in destination.glob("*.safetensors"):
         raw = np.memmap(file, np.uint8, "r+")
@@ -77,7 +83,9 @@ def grow(plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a miniature ``fp8``, its ``plain`` conversion, and ``trained``, of which many weights have outgrown their scale."""
+    """A folder with a miniature ``fp8``, its ``plain`` conversion, and ``trained``, of which many weights have outgrown
+    their scale.
+    """
     folder = tmp_path_factory.mktemp("small")
     sample(folder / "fp8", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384))
     convert(folder / "fp8", folder / "plain")
@@ -113,23 +121,40 @@ def undisturbed(big: Path) -> dict[str, dict[str, str]]:
 def start(script: Path, *arguments: object) -> subprocess.Popen[str]:
     """The command line in small pieces, in a process of its own."""
     script.write_text(IN_PIECES)
-    return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 # ---------------------------------------------------------------- cut off, and resumed
 
 
 @pytest.mark.parametrize(("source", "seed"), [("plain", 0), ("trained", 1), ("trained", 2)])
-def test_sigkill_at_random_moments(source: str, seed: int, big: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path) -> None:
-    """Killed again and again at random moments, in either pass, and run with other workers, it ends with the bytes of one run."""
+def test_sigkill_at_random_moments(
+    source: str, seed: int, big: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """Killed again and again at random moments, in either pass, and run with other workers, it ends with the bytes of
+    one run.
+    """
     rng = random.Random(seed)
     out, left = tmp_path / "out", tmp_path / "out.partial"
     kills = 0
     while not out.exists():
         child = start(
-            tmp_path / "script.py", "convert", big / source, out, "--to", "fp8", "--like", big / "fp8", "--workers", rng.choice("123")
+            tmp_path / "script.py",
+            "convert",
+            big / source,
+            out,
+            "--to",
+            "fp8",
+            "--like",
+            big / "fp8",
+            "--workers",
+            rng.choice("123"),
         )
-        while not left.exists() and child.poll() is None:  # loading Python takes longer than writing, and is not cut off
+        while (
+            not left.exists() and child.poll() is None
+        ):  # loading Python takes longer than writing, and is not cut off
             time.sleep(0.001)
         try:
             _, stderr = child.communicate(timeout=rng.uniform(0.0, 0.2 + 0.15 * kills))
@@ -145,9 +170,15 @@ def test_sigkill_at_random_moments(source: str, seed: int, big: Path, undisturbe
 
 
 def test_ctrl_c_and_the_same_command_again(
-    big: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    big: Path,
+    undisturbed: dict[str, dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends with equal bytes."""
+    """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends with equal
+    bytes.
+    """
     out = tmp_path / "out"
     command = ["convert", big / "plain", out, "--to", "fp8", "--like", big / "fp8"]
     child = start(tmp_path / "script.py", *command, "--workers", "1")
@@ -175,7 +206,7 @@ def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, mo
     how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "scales": scales}
     whole = convert(small / "trained", tmp_path / "whole", **how)
     with monkeypatch.context() as patch:
-        patch.setattr("fp8ckpt.conversion.quantized._decide", died)
+        patch.setattr("fp8ckpt.encodings.run_fp8._decide", died)
         with pytest.raises(Died):
             convert(small / "trained", tmp_path / "out", **how)
     result = convert(small / "trained", tmp_path / "out", **how)
@@ -228,7 +259,9 @@ def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("source", ["plain", "trained"])
 def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC after some writes of either pass: named, source and base untouched, no DST; the rerun, with other workers, ends well."""
+    """ENOSPC after some writes of either pass: named, source and base untouched, no DST; the rerun, with other workers,
+    ends well.
+    """
     cut(monkeypatch, 8 << 10, 2)
     before = tree(small / source), tree(small / "fp8")
     whole = convert(small / source, tmp_path / "whole", to="fp8", like=small / "fp8")
@@ -238,7 +271,9 @@ def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monke
         out = tmp_path / f"out{calls}"
         with monkeypatch.context() as patch:
             fail_after(patch, "pwrite", calls, errno.ENOSPC)
-            with pytest.raises(StorageError, match=rf"No space left on device; free some space.*{out.name}\.partial, and {GOES_ON}"):
+            with pytest.raises(
+                StorageError, match=rf"No space left on device; free some space.*{out.name}\.partial, and {GOES_ON}"
+            ):
                 convert(small / source, out, to="fp8", like=small / "fp8", workers=workers)
         assert os.listdir(tmp_path) == [f"{out.name}.partial"]
         assert (tree(small / source), tree(small / "fp8")) == before
@@ -250,8 +285,12 @@ def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_a_record_that_the_disk_cuts_short(full: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first pass has found is not forgotten: a record taken in part is completed, or ends the run, which can be resumed."""
+def test_a_record_that_the_disk_cuts_short(
+    full: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first pass has found is not forgotten: a record taken in part is completed, or ends the run, which can
+    be resumed.
+    """
     cut(monkeypatch, 8 << 10, 2)
     write = os.write
     shortened = 0
@@ -279,8 +318,12 @@ def test_a_record_that_the_disk_cuts_short(full: bool, small: Path, tmp_path: Pa
     assert_same_tree(tmp_path / "out", small / "undisturbed")
 
 
-def test_a_second_pass_whose_first_lost_a_record_is_done_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power cut some records may be gone: what the second pass wrote stands only if all of the first still does."""
+def test_a_second_pass_whose_first_lost_a_record_is_done_again(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut some records may be gone: what the second pass wrote stands only if all of the first still
+    does.
+    """
     cut(monkeypatch, 8 << 10, 2)
 
     def died(_: object) -> None:
@@ -305,8 +348,12 @@ def test_a_second_pass_whose_first_lost_a_record_is_done_again(small: Path, tmp_
 
 
 @pytest.mark.parametrize("change", ["scales", "report", "base", "scheme", "to", "source", "serving"])
-def test_other_arguments_are_not_taken_up(change: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rerun that would write other bytes, or report other facts, is refused, and nothing is touched; the same command goes on."""
+def test_other_arguments_are_not_taken_up(
+    change: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rerun that would write other bytes, or report other facts, is refused, and nothing is touched; the same command
+    goes on.
+    """
     cut(monkeypatch, 4096, 2)
     base = Path(shutil.copytree(small / "fp8", tmp_path / "base"))
     how: dict[str, Any] = {"to": "fp8", "like": base}
@@ -317,7 +364,10 @@ def test_other_arguments_are_not_taken_up(change: str, small: Path, tmp_path: Pa
     other: dict[str, Any] = {
         "scales": {**how, "scales": "fresh"},
         "report": {**how, "report": False},
-        "base": {"to": "fp8", "like": sample(tmp_path / "other", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384), seed=1)},
+        "base": {
+            "to": "fp8",
+            "like": sample(tmp_path / "other", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384), seed=1),
+        },
         "scheme": {"to": "fp8", "scheme": "per-tensor"},
         "to": {"to": "bf16"},
         "source": how,
@@ -338,13 +388,16 @@ def test_other_arguments_are_not_taken_up(change: str, small: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("how", [{}, {"scales": "fresh"}, {"scheme": "per-tensor"}, {"scheme": "block"}])
-def test_workers_change_no_byte_and_no_number(how: dict[str, str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_no_byte_and_no_number(
+    how: dict[str, str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """1, 2 and 7 workers write the same directory and report the same, to the last digit of every sum."""
     cut(monkeypatch, 4096, 3)
     steps(monkeypatch, 1000)
     like = {} if "scheme" in how else {"like": small / "fp8"}
     results = [
-        convert(small / "trained", tmp_path / str(workers), to="fp8", workers=workers, **how, **like)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        convert(small / "trained", tmp_path / str(workers), to="fp8", workers=workers, **how, **like)
         for workers in (1, 2, 7)
     ]
     assert results[0].report is not None
@@ -355,13 +408,19 @@ def test_workers_change_no_byte_and_no_number(how: dict[str, str], small: Path, 
         assert (other.bytes_read, other.bytes_written) == (results[0].bytes_read, results[0].bytes_written)
 
 
-def test_wide_weights_of_many_blocks_are_decided_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once one block has outgrown its scale, the others are still asked whether theirs gives them back; in any number of pieces."""
+def test_wide_weights_of_many_blocks_are_decided_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once one block has outgrown its scale, the others are still asked whether theirs gives them back; in any number
+    of pieces.
+    """
     rng = np.random.default_rng(4)
     codes = rng.integers(1, 127, (48, 64)).astype(np.uint8)
     scales = Stored.of(np.full((3, 2), 0.5), "F32")
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}
-    base = Family({"w.weight": Stored.codes(codes), "w.weight_scale_inv": scales}, config, {}).write(tmp_path / "fp8", files=1)
+    base = Family({"w.weight": Stored.codes(codes), "w.weight_scale_inv": scales}, config, {}).write(
+        tmp_path / "fp8", files=1
+    )
     values = Stored.codes(codes).array.astype(np.float32) * np.float32(0.5)
     values[0, 0] = 4000
     values[20:32, :32] = values[16:28, :32] = 0.001 * rng.standard_normal((12, 32))
@@ -382,7 +441,9 @@ def test_wide_weights_of_many_blocks_are_decided_block_by_block(tmp_path: Path, 
 
 
 def test_siblings_in_blocks_have_scales_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines join grids as they are: of two siblings with equal grids one grows, and the other keeps its scales, in pieces of any size."""
+    """Engines join grids as they are: of two siblings with equal grids one grows, and the other keeps its scales, in
+    pieces of any size.
+    """
     codes = np.random.default_rng(3).integers(1, 127, (32, 64)).astype(np.uint8)
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}
     scale = Stored.of(np.full((2, 2), 0.5), "F32")
@@ -411,7 +472,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import fp8ckpt
-from fp8ckpt.storage import writing
+import fp8ckpt.engine as writing
 
 writing.CHUNK, writing.EXTENT = 8192, 2 * 8192
 folder, out = map(Path, sys.argv[1:])
@@ -459,8 +520,12 @@ if rank == 0:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_write_and_report_what_one_process_does(ranks: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes and the same report, to the last digit; an error of one rank is every rank's, by name, and can be resumed."""
+def test_ranks_write_and_report_what_one_process_does(
+    ranks: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes and the same report, to the last digit; an error of one rank is every rank's, by name, and can be
+    resumed.
+    """
     cut(monkeypatch, 8192, 2)
     folder = Path(shutil.copytree(small, tmp_path / "in", ignore=shutil.ignore_patterns("undisturbed")))
     shutil.copytree(folder / "trained", folder / "nan")
@@ -475,7 +540,9 @@ def test_ranks_write_and_report_what_one_process_does(ranks: int, small: Path, t
     code, stdout, stderr = ended(torchrun(ranks, tmp_path / "library.py", folder, tmp_path / "out"))
     assert code == 0, stderr
     found = json.loads(stdout)
-    assert found.pop("nan").startswith(f"WeightValueError: {name} in {file.name}: 1 of {values.size} elements are NaN or infinite")
+    assert found.pop("nan").startswith(
+        f"WeightValueError: {name} in {file.name}: 1 of {values.size} elements are NaN or infinite"
+    )
     full = found.pop("full")
     assert full.startswith("StorageError: ")
     assert "No space left on device" in full
@@ -488,10 +555,17 @@ def test_ranks_write_and_report_what_one_process_does(ranks: int, small: Path, t
         "block": ("trained", {"scheme": "block"}),
         "full2": ("trained", {"like": folder / "fp8"}),
     }
-    timing = ("base_bytes_read", "bytes_rewritten")  # of weights that turn out to have outgrown their scale: when is anybody's luck
+    timing = (
+        "base_bytes_read",
+        "bytes_rewritten",
+    )  # of weights that turn out to have outgrown their scale: when is anybody's luck
     for key, (source, how) in jobs.items():
         alone = asdict(convert(folder / source, tmp_path / f"alone-{key}", to="fp8", **how))
-        alone = json.loads(json.dumps({name: value for name, value in alone.items() if name not in ("seconds", "destination", *timing)}))
+        alone = json.loads(
+            json.dumps(
+                {name: value for name, value in alone.items() if name not in ("seconds", "destination", *timing)}
+            )
+        )
         assert {name: value for name, value in found[key].items() if name not in timing} == alone
         assert_same_tree(tmp_path / "out" / key, tmp_path / f"alone-{key}")
     convert(folder / "trained", tmp_path / "out/full", to="fp8", like=folder / "fp8")
@@ -540,15 +614,22 @@ class Counted:
 
 @pytest.mark.parametrize("report", [True, False])
 @pytest.mark.parametrize(
-    "case", ["untouched", "block fresh", "block trained", "channel fresh", "MXFP8 fresh", "scheme block", "scheme channel"]
+    "case",
+    ["untouched", "block fresh", "block trained", "channel fresh", "MXFP8 fresh", "scheme block", "scheme channel"],
 )
-def test_each_byte_is_read_once_and_written_once(case: str, report: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The source wherever scales are kept, or blocks fit a chunk; the base's codes for the report alone; the output always."""
+def test_each_byte_is_read_once_and_written_once(
+    case: str, report: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source wherever scales are kept, or blocks fit a chunk; the base's codes for the report alone; the output
+    always.
+    """
     family = {"channel fresh": "per-channel [o,1]", "MXFP8 fresh": "MXFP8 U8"}.get(case)
     if family is not None:
         base = families()[family].write(tmp_path / "fp8")
     else:
-        base = sample(tmp_path / "fp8", DeepseekSizes(layers=1) if "block" in case else Mistral3Sizes(layers=1, vision_layers=1))
+        base = sample(
+            tmp_path / "fp8", DeepseekSizes(layers=1) if "block" in case else Mistral3Sizes(layers=1, vision_layers=1)
+        )
     plain = convert(base, tmp_path / "plain").destination
     if case == "block trained":
         plain = grow(plain, tmp_path / "trained")
@@ -562,7 +643,12 @@ def test_each_byte_is_read_once_and_written_once(case: str, report: bool, tmp_pa
     spans = [span for header in source.files for span in header.spans]
     assert {count for span in spans for count in counted.of(span)} == {1}
     stored = {span.name for span in spans}
-    only_in_base = [s for h in like.files for s in h.spans if s.name not in stored and s.name not in {t.scale.name for t in like.quantized}]
+    only_in_base = [
+        s
+        for h in like.files
+        for s in h.spans
+        if s.name not in stored and s.name not in {t.scale.name for t in like.quantized}
+    ]
     from_base = sum(span.nbytes for span in only_in_base) if "like" in how else 0
     assert result.bytes_read == sum(span.nbytes for span in spans) + from_base
     codes = sum(tensor.weight.nbytes for tensor in like.quantized)
@@ -589,9 +675,9 @@ def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypat
     again = {name for name, counts in read.items() if counts == {2}}
     assert {name: counts for name, counts in read.items() if name not in again and counts != {1}} == {}
     assert {name.split(".")[-2] for name in again} >= {"v_proj", "up_proj", "down_proj"}
-    assert result.bytes_read == sum(span.nbytes * max(read[span.name]) for header in source.files for span in header.spans) + sum(
-        span.nbytes for tensor in open_checkpoint(small / "fp8").quantized for span in tensor.activation_scales
-    )
+    assert result.bytes_read == sum(
+        span.nbytes * max(read[span.name]) for header in source.files for span in header.spans
+    ) + sum(span.nbytes for tensor in open_checkpoint(small / "fp8").quantized for span in tensor.activation_scales)
     assert result.bytes_rewritten == sum(int((counts - 1).sum()) for counts in counted.written.values()) > 0
 
 
@@ -628,7 +714,9 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int
         tensors[f"layers.{i}.q_proj.weight"] = Stored.codes(codes)
         tensors[f"layers.{i}.q_proj.weight_scale_inv"] = scale
         if draw(st.booleans()):
-            tensors[f"layers.{i}.q_proj.activation_scale"] = Stored.of(np.asarray(0.5), dtype) if dtype != "F8_E8M0" else scale
+            tensors[f"layers.{i}.q_proj.activation_scale"] = (
+                Stored.of(np.asarray(0.5), dtype) if dtype != "F8_E8M0" else scale
+            )
     for i in range(draw(st.integers(0, 4))):
         shape = tuple(draw(st.lists(dims, max_size=2)))
         tensors[f"other.{i}"] = Stored.of(
@@ -647,7 +735,10 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=checkpoints(), to=st.sampled_from(["bf16", "fp32"]), report=st.booleans())
 def test_any_checkpoint_round_trips(
-    drawn: tuple[dict[str, Stored], list[int], int, int, int], to: str, report: bool, tmp_path_factory: pytest.TempPathFactory
+    drawn: tuple[dict[str, Stored], list[int], int, int, int],
+    to: str,
+    report: bool,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Whatever it holds and however it is cut up, in files and in pieces: to bf16 or fp32, and back byte for byte."""
     tensors, files, chunk, chunks, step = drawn
@@ -655,7 +746,9 @@ def test_any_checkpoint_round_trips(
     try:
         base = folder / "fp8"
         base.mkdir()
-        (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}))
+        (base / "config.json").write_text(
+            json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}})
+        )
         for file in set(files):
             part = {name: tensor for (name, tensor), own in zip(tensors.items(), files, strict=True) if own == file}
             write_safetensors(base / f"model-{file}.safetensors", part, {"format": "pt"})
@@ -670,14 +763,20 @@ def test_any_checkpoint_round_trips(
             assert result.report is not None
             total = result.report.total
             weights = {name: tensor for name, tensor in tensors.items() if name.endswith("q_proj.weight")}
-            assert (total.elements, total.moved, total.fresh) == (sum(math.prod(t.shape) for t in weights.values()), 0, 0)
+            assert (total.elements, total.moved, total.fresh) == (
+                sum(math.prod(t.shape) for t in weights.values()),
+                0,
+                0,
+            )
             assert total.scales == sum(math.prod(tensors[f"{name}_scale_inv"].shape) for name in weights)
     finally:
         shutil.rmtree(folder)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=checkpoints(), dtype=st.sampled_from(["BF16", "F32"]), seed=st.integers(0, 2**32), workers=st.integers(1, 3))
+@given(
+    drawn=checkpoints(), dtype=st.sampled_from(["BF16", "F32"]), seed=st.integers(0, 2**32), workers=st.integers(1, 3)
+)
 def test_any_training_equals_the_oracle(
     drawn: tuple[dict[str, Stored], list[int], int, int, int],
     dtype: str,
@@ -685,7 +784,9 @@ def test_any_training_equals_the_oracle(
     workers: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Each block grown, shrunk, made zero or left by itself: scales by the rule, codes by the contract, however it is cut up."""
+    """Each block grown, shrunk, made zero or left by itself: scales by the rule, codes by the contract, however it is
+    cut up.
+    """
     tensors, _, chunk, chunks, step = drawn
     rng = np.random.default_rng(seed)
     folder = tmp_path_factory.mktemp("any")
@@ -706,7 +807,9 @@ def test_any_training_equals_the_oracle(
             trained[tensor.name] = Stored.of(values, dtype)
             if values.size:
                 expected[scale] = expected_scale(trained[tensor.name], tensors[scale], block)
-                expected[tensor.name] = Stored("F8_E4M3", values.shape, quantize(trained[tensor.name], expected[scale], block))
+                expected[tensor.name] = Stored(
+                    "F8_E4M3", values.shape, quantize(trained[tensor.name], expected[scale], block)
+                )
         source = write_plain(folder / "trained", trained)
         with pytest.MonkeyPatch.context() as patch:
             cut(patch, chunk, chunks)
@@ -721,7 +824,9 @@ def test_any_training_equals_the_oracle(
 # ---------------------------------------------------------------- as a command
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
     """The command line in this process: exit code, stdout, stderr."""
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -753,7 +858,10 @@ def test_summary_of_what_was_not_trained(small: Path, tmp_path: Path, command: C
     lines = out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'out'}: {len(open_checkpoint(small / 'plain').tensors)} tensors in ")
     assert f", {quantized} quantized, " in lines[0]
-    assert lines[1] == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, {quantized} of {quantized} (100 %) scales kept, 0 new"
+    assert (
+        lines[1]
+        == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, {quantized} of {quantized} (100 %) scales kept, 0 new"
+    )
     assert lines[2].startswith("error against the source: ")
     assert len(lines) == 3
     assert_same_tree(tmp_path / "out", small / "fp8")
@@ -772,7 +880,18 @@ def test_summary_of_what_was_trained(small: Path, tmp_path: Path, command: Cli) 
     assert lines[1].endswith(f" scales kept, {total.fresh} new")
     assert lines[3] == f"{total.outgrown} elements had outgrown the base's scales"
     assert lines[4] == "most moved:"
-    assert lines[5].split() == ["weight", "moved", "share", "new", "scales", "of", "outgrown", "mean", "error", "largest"]
+    assert lines[5].split() == [
+        "weight",
+        "moved",
+        "share",
+        "new",
+        "scales",
+        "of",
+        "outgrown",
+        "mean",
+        "error",
+        "largest",
+    ]
     rows = sorted((row for row in result.report.weights if row.moved), key=lambda row: -(row.moved or 0) / row.elements)
     shares = [f"{100 * (row.moved or 0) / row.elements:.3g}" for row in rows]
     assert [line.split()[:3] for line in lines[6:]] == [
@@ -784,7 +903,9 @@ def test_summary_of_what_was_trained(small: Path, tmp_path: Path, command: Cli) 
 def test_no_report_and_fresh_scales(small: Path, tmp_path: Path, command: Cli) -> None:
     """One line, and the bytes of the library call."""
     for i, more in enumerate((["--no-report"], ["--no-report", "--scales", "fresh", "--workers", "2"])):
-        code, out, err = command("convert", small / "trained", tmp_path / f"out{i}", "--to", "fp8", "--like", small / "fp8", *more)
+        code, out, err = command(
+            "convert", small / "trained", tmp_path / f"out{i}", "--to", "fp8", "--like", small / "fp8", *more
+        )
         assert (code, err, len(out.splitlines())) == (0, "", 1)
     assert_same_tree(tmp_path / "out0", small / "undisturbed")
     convert(small / "trained", tmp_path / "fresh", to="fp8", like=small / "fp8", scales="fresh")
@@ -793,15 +914,23 @@ def test_no_report_and_fresh_scales(small: Path, tmp_path: Path, command: Cli) -
 
 def test_json_is_the_whole_result(small: Path, tmp_path: Path, command: Cli) -> None:
     """Every field of `ConvertResult`, the report of each weight and of all among them."""
-    code, out, err = command("convert", small / "trained", tmp_path / "out", "--to", "fp8", "--like", small / "fp8", "--json")
+    code, out, err = command(
+        "convert", small / "trained", tmp_path / "out", "--to", "fp8", "--like", small / "fp8", "--json"
+    )
     assert (code, err) == (0, "")
     found = json.loads(out)
     result = asdict(convert(small / "trained", tmp_path / "again", to="fp8", like=small / "fp8"))
     assert found.keys() == result.keys()
     assert found["report"] == json.loads(json.dumps(result["report"]))
-    assert [row["name"] for row in found["report"]["weights"]] == [t.name for t in open_checkpoint(small / "fp8").quantized]
-    assert {key: found[key] for key in ("to", "quantized", "bytes_read")} == {key: result[key] for key in ("to", "quantized", "bytes_read")}
-    code, out, _ = command("convert", small / "trained", tmp_path / "none", "--to", "fp8", "--like", small / "fp8", "--json", "--no-report")
+    assert [row["name"] for row in found["report"]["weights"]] == [
+        t.name for t in open_checkpoint(small / "fp8").quantized
+    ]
+    assert {key: found[key] for key in ("to", "quantized", "bytes_read")} == {
+        key: result[key] for key in ("to", "quantized", "bytes_read")
+    }
+    code, out, _ = command(
+        "convert", small / "trained", tmp_path / "none", "--to", "fp8", "--like", small / "fp8", "--json", "--no-report"
+    )
     assert json.loads(out)["report"] is None
 
 
@@ -882,7 +1011,9 @@ def test_refusals_are_one_line(source: str, like: str, found: str, small: Path, 
 
 
 def test_serving_completes_the_released_list(tmp_path: Path, command: Cli) -> None:
-    """Without ``--serving`` the release comes back byte for byte, its list of three with it; with it, engines serve the output right."""
+    """Without ``--serving`` the release comes back byte for byte, its list of three with it; with it, engines serve the
+    output right.
+    """
     for layout in ("identity", "nested"):
         folder = tmp_path / layout
         base = sample(folder / "fp8", layout=layout)
@@ -963,7 +1094,11 @@ def test_serving_puts_right_what_engines_trip_over(what: str, layout: str, tmp_p
 
 
 SERVED: dict[str, Callable[[Path], Path]] = {
-    **{name: family.write for name, family in families().items() if {family.tensors[w].dtype for w in family.blocks} == {"F8_E4M3"}},
+    **{
+        name: family.write
+        for name, family in families().items()
+        if {family.tensors[w].dtype for w in family.blocks} == {"F8_E4M3"}
+    },
     "DeepSeek": lambda folder: sample(folder, DeepseekSizes(layers=1)),
     "small blocks": lambda folder: sample(folder, DeepseekSizes(layers=1, hidden=96, intermediate=96, q_rank=64)),
     "Mistral3": lambda folder: sample(folder, Mistral3Sizes(layers=1, vision_layers=1)),
@@ -981,7 +1116,8 @@ def from_scheme(folder: Path, scheme: str) -> Path:
     rng = np.random.default_rng(6)
     shapes = {"q_proj": (200, 24), "one": (1, 24), "narrow": (24, 1), "single": (1, 1)}
     tensors = {
-        f"model.layers.0.{name}.weight": Stored.of(rng.standard_normal(shape).astype(np.float32), "BF16") for name, shape in shapes.items()
+        f"model.layers.0.{name}.weight": Stored.of(rng.standard_normal(shape).astype(np.float32), "BF16")
+        for name, shape in shapes.items()
     }
     tensors["model.layers.0.experts.down_proj"] = Stored.of(rng.standard_normal((1, 24, 30)).astype(np.float32), "BF16")
     write_safetensors(plain / "model.safetensors", tensors)
@@ -990,7 +1126,9 @@ def from_scheme(folder: Path, scheme: str) -> Path:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_serving_changes_nothing_that_is_right(name: str, tmp_path: Path) -> None:
-    """A base that engines serve right goes out as it is; of any other, what goes out is sound, and falls short in nothing new."""
+    """A base that engines serve right goes out as it is; of any other, what goes out is sound, and falls short in
+    nothing new.
+    """
     base = SERVED[name](tmp_path / "fp8")
     before = verify(base, serving=True)
     convert(base, tmp_path / "plain")
@@ -1001,7 +1139,9 @@ def test_serving_changes_nothing_that_is_right(name: str, tmp_path: Path) -> Non
     assert (after.defects, after.tensor_differences) == ((), ())
     assert before.serving is not None
     assert after.serving is not None
-    assert {failure.found for failure in after.serving.failures} <= {failure.found for failure in before.serving.failures}
+    assert {failure.found for failure in after.serving.failures} <= {
+        failure.found for failure in before.serving.failures
+    }
 
 
 def test_progress_goes_on_over_both_passes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1009,7 +1149,9 @@ def test_progress_goes_on_over_both_passes(small: Path, tmp_path: Path, monkeypa
     cut(monkeypatch, 8192, 2)
     seen: list[tuple[int, int]] = []
     how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "workers": 2}
-    result = convert(small / "trained", tmp_path / "out", progress=lambda done, total: seen.append((done, total)), **how)
+    result = convert(
+        small / "trained", tmp_path / "out", progress=lambda done, total: seen.append((done, total)), **how
+    )
     assert seen == sorted(seen)
     assert all(done <= total for done, total in seen)
     scales = sum(tensor.scale.nbytes for tensor in open_checkpoint(small / "fp8").quantized)

@@ -1,4 +1,6 @@
-"""Under torchrun, and inside a process group, the ranks share one conversion, and it ends with the bytes of one process."""
+"""Under torchrun, and inside a process group, the ranks share one conversion, and it ends with the bytes of one
+process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ SCRIPT = """
 import errno, os, sys, time
 from pathlib import Path
 
-from fp8ckpt.storage import writing
+import fp8ckpt.engine as writing
 
 writing.CHUNK, writing.EXTENT = 8192, 3 * 8192
 
@@ -38,7 +40,7 @@ def counted(fd, data, offset):
 
 os.pwrite = counted
 
-from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.output.partial import PartialOutput
 publish = PartialOutput.publish
 
 def noted(self):
@@ -81,7 +83,9 @@ if rank == 0:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
+    }
 
 
 def torchrun(ranks: int, *command: object, **environment: str) -> subprocess.Popen[str]:
@@ -108,7 +112,11 @@ def ended(child: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def kill(child: subprocess.Popen[str]) -> None:
     """SIGKILL to torchrun and to every rank; torchrun gives each a session of its own."""
-    children = [int(pid) for task in Path(f"/proc/{child.pid}/task").glob("*") for pid in (task / "children").read_text().split()]
+    children = [
+        int(pid)
+        for task in Path(f"/proc/{child.pid}/task").glob("*")
+        for pid in (task / "children").read_text().split()
+    ]
     for pid in (child.pid, *children):
         if child.poll() is None or pid != child.pid:
             os.kill(pid, signal.SIGKILL)
@@ -129,7 +137,9 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_write_what_one_process_writes(ranks: int, sample_fp8: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_ranks_write_what_one_process_writes(
+    ranks: int, sample_fp8: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     """The plain command under torchrun: the same directory, one summary, every byte read once over all ranks."""
     out = tmp_path / "out"
     code, stdout, stderr = ended(torchrun(ranks, "-m", "fp8ckpt", "convert", sample_fp8, out, "--json"))
@@ -138,7 +148,16 @@ def test_ranks_write_what_one_process_writes(ranks: int, sample_fp8: Path, expec
     assert os.listdir(tmp_path) == ["out"]
     result = json.loads(stdout)  # one summary, not one a rank
     alone = convert(sample_fp8, tmp_path / "alone")
-    same = ("files", "tensors", "dequantized", "dropped_scales", "bytes_read", "bytes_written", "bytes_resumed", "nan_codes")
+    same = (
+        "files",
+        "tensors",
+        "dequantized",
+        "dropped_scales",
+        "bytes_read",
+        "bytes_written",
+        "bytes_resumed",
+        "nan_codes",
+    )
     assert {key: result[key] for key in same} == {key: getattr(alone, key) for key in same}
 
 
@@ -167,8 +186,12 @@ def test_error_of_every_rank_is_printed_once(sample_fp8: Path, tmp_path: Path) -
     assert os.listdir(tmp_path) == ["fp8"]
 
 
-def test_error_of_one_rank_ends_all_and_is_printed_once(sample_fp8: Path, expected: dict[str, bytes], script: Path, tmp_path: Path) -> None:
-    """A disk that is full for the second rank only: all ranks end, the first prints it, and one process finishes the job."""
+def test_error_of_one_rank_ends_all_and_is_printed_once(
+    sample_fp8: Path, expected: dict[str, bytes], script: Path, tmp_path: Path
+) -> None:
+    """A disk that is full for the second rank only: all ranks end, the first prints it, and one process finishes the
+    job.
+    """
     out, environment = tmp_path / "out", {"NOTES": str(tmp_path / "notes")}
     code, stdout, stderr = ended(torchrun(2, script, "convert", sample_fp8, out, FULL_ON="1", **environment))
     assert code != 0

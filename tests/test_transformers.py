@@ -1,4 +1,6 @@
-"""What is written is what transformers needs: it loads, BF16 or FP8, and is bit for bit what transformers dequantizes itself."""
+"""What is written is what transformers needs: it loads, BF16 or FP8, and is bit for bit what transformers dequantizes
+itself.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ WITH_IMAGE = torch.tensor([[1, 3, 10, 10, 10, 10, 200, 4, 60]])
 
 
 @pytest.fixture(scope="module", params=["identity", "nested"])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel, PreTrainedModel]:
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, PreTrainedModel, PreTrainedModel]:
     """(the converted directory, its model, transformers' own dequantized load of the FP8 source)."""
     folder = tmp_path_factory.mktemp(request.param)
     source = sample(folder / "fp8", layout=request.param)
@@ -37,7 +41,9 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         activation_scheme="static",
         modules_to_not_convert=quantization["modules_to_not_convert"],
     )
-    ours, info = Mistral3ForConditionalGeneration.from_pretrained(folder / "bf16", dtype=torch.bfloat16, output_loading_info=True)
+    ours, info = Mistral3ForConditionalGeneration.from_pretrained(
+        folder / "bf16", dtype=torch.bfloat16, output_loading_info=True
+    )
     assert {key: list(names) for key, names in info.items() if names} == {}
     theirs = Mistral3ForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
     return folder / "bf16", ours.eval(), theirs.eval()
@@ -55,7 +61,9 @@ def test_weights_equal_transformers_own_load(models: Models) -> None:
     """Every parameter, bit for bit; and every tensor of the file is a parameter."""
     out, ours, theirs = models
     one, two = ours.state_dict(), theirs.state_dict()
-    assert {name for name in two if "scale" in name} <= {name for name in two if name.endswith(("activation_scale", "scale_inv"))}
+    assert {name for name in two if "scale" in name} <= {
+        name for name in two if name.endswith(("activation_scale", "scale_inv"))
+    }
     assert one.keys() == {name for name in two if "scale" not in name}
     for name, tensor in one.items():
         assert_equal_bits(tensor, two[name])
@@ -120,7 +128,9 @@ def test_config_names_no_quantization(models: Models) -> None:
 def test_block_scales_load_in_deepseek(sample_block: Path, tmp_path: Path) -> None:
     """The DeepSeek-shaped sample, converted, loads with every key, and its logits are finite."""
     convert(sample_block, tmp_path / "bf16")
-    model, info = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16, output_loading_info=True)
+    model, info = DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path / "bf16", dtype=torch.bfloat16, output_loading_info=True
+    )
     assert {key: list(names) for key, names in info.items() if names} == {}
     with torch.no_grad():
         logits = model.eval()(input_ids=PROMPT).logits
@@ -131,7 +141,9 @@ def test_block_scales_load_in_deepseek(sample_block: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the miniature as ``fp8`` and a ``trained`` BF16 copy, of which some weights have outgrown their scale."""
+    """A folder with the miniature as ``fp8`` and a ``trained`` BF16 copy, of which some weights have outgrown their
+    scale.
+    """
     folder = tmp_path_factory.mktemp("trained")
     sample(folder / "fp8")
     convert(folder / "fp8", folder / "plain")
@@ -141,7 +153,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("how", ["like", "like serving", "per-tensor", "block"])
 def test_fp8_outputs_load_as_they_dequantize(how: str, trained: Path, tmp_path: Path) -> None:
-    """transformers reads the output by its own configuration; weights and logits equal those of its conversion to BF16, bit for bit."""
+    """transformers reads the output by its own configuration; weights and logits equal those of its conversion to BF16,
+    bit for bit.
+    """
     out, plain = tmp_path / "out", tmp_path / "plain"
     if how.startswith("like"):
         result = convert(trained / "trained", out, to="fp8", like=trained / "fp8", serving="serving" in how)
@@ -155,9 +169,14 @@ def test_fp8_outputs_load_as_they_dequantize(how: str, trained: Path, tmp_path: 
     stated = {key: stated[key] for key in ("activation_scheme", "weight_block_size", "modules_to_not_convert")}
     ours = Mistral3ForConditionalGeneration.from_pretrained(plain, dtype=torch.bfloat16).eval()
     theirs, info = Mistral3ForConditionalGeneration.from_pretrained(
-        out, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True, **stated), output_loading_info=True
+        out,
+        dtype=torch.bfloat16,
+        quantization_config=FineGrainedFP8Config(dequantize=True, **stated),
+        output_loading_info=True,
     )
-    assert {key: [name for name in names if "activation_scale" not in name] for key, names in info.items() if names} in (
+    assert {
+        key: [name for name in names if "activation_scale" not in name] for key, names in info.items() if names
+    } in (
         {},
         {"unexpected_keys": []},
     )

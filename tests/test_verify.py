@@ -15,7 +15,7 @@ from fp8ckpt import convert, sample, verify
 from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.verify import TensorDifference
 from tests.conftest import Run
-from tests.families import Family, families
+from tests.miniatures import Family, families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 
 FAMILIES = families()
@@ -71,7 +71,9 @@ def bf16(sample_fp8: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("to", ["bf16", "fp16", "fp32"])
-def test_conversions_are_the_same_as_their_source(to: str, sample_fp8: Path, sample_block: Path, tmp_path: Path) -> None:
+def test_conversions_are_the_same_as_their_source(
+    to: str, sample_fp8: Path, sample_block: Path, tmp_path: Path
+) -> None:
     """FP8 against its own conversion to any dtype is the same, either way round; every weight is read on both sides."""
     for i, source in enumerate((sample_fp8, sample_block)):
         out = tmp_path / str(i)
@@ -95,7 +97,9 @@ def test_every_family_is_the_same_as_its_conversion(name: str, tmp_path: Path) -
     assert verify(source, source).ok
     assert verify(source, tmp_path / "out").ok
     weight = next(iter(FAMILIES[name].blocks))
-    replace(tmp_path / "out", weight, lambda t: Stored(t.dtype, t.shape, t.data[:-2] + bytes((t.data[-2] ^ 1, t.data[-1]))))
+    replace(
+        tmp_path / "out", weight, lambda t: Stored(t.dtype, t.shape, t.data[:-2] + bytes((t.data[-2] ^ 1, t.data[-1])))
+    )
     (difference,) = verify(source, tmp_path / "out").tensor_differences
     numel = int(np.prod(FAMILIES[name].tensors[weight].shape))
     assert (difference.name, difference.elements, difference.numel) == (weight, 1, numel)
@@ -134,7 +138,9 @@ def test_differences_add_up_over_chunks(workers: int, tmp_path: Path) -> None:
     (difference,) = verify(tmp_path / "a", tmp_path / "b", workers=workers).tensor_differences
     distance = np.abs(left.astype(np.float64) - right.astype(np.float64))
     relative = distance / np.maximum(np.abs(left), np.abs(right)).astype(np.float64)
-    assert difference == TensorDifference("w", "values differ", 6, 3_000_000, float(distance.max()), float(relative.max()))
+    assert difference == TensorDifference(
+        "w", "values differ", 6, 3_000_000, float(distance.max()), float(relative.max())
+    )
 
 
 def test_signed_zeros_and_nan_payloads_differ(tmp_path: Path) -> None:
@@ -211,7 +217,10 @@ def test_nan_codes_are_counted_on_each_side(tmp_path: Path) -> None:
     source = Family(tensors, {}, {WEIGHT: (SCALE, (30, 40))}).write(tmp_path / "fp8")
     convert(source, tmp_path / "out")
     assert verify(source).nan_codes == ({WEIGHT: 2},)
-    for pair, counts in (((source, tmp_path / "out"), ({WEIGHT: 2}, {})), ((source, source), ({WEIGHT: 2}, {WEIGHT: 2}))):
+    for pair, counts in (
+        ((source, tmp_path / "out"), ({WEIGHT: 2}, {})),
+        ((source, source), ({WEIGHT: 2}, {WEIGHT: 2})),
+    ):
         result = verify(*pair)
         assert result.ok
         assert result.nan_codes == counts
@@ -247,7 +256,11 @@ def test_side_files_that_differ_or_are_missing(sample_fp8: Path, bf16: Path) -> 
     (bf16 / "assets/x").write_text("x")
     result = verify(sample_fp8, bf16)
     assert result.tensor_differences == ()
-    assert result.file_differences == ("README.md: differs", f"assets/x: only in {bf16}", f"tokenizer.json: only in {sample_fp8}")
+    assert result.file_differences == (
+        "README.md: differs",
+        f"assets/x: only in {bf16}",
+        f"tokenizer.json: only in {sample_fp8}",
+    )
 
 
 def test_quantization_files_of_modelopt_and_mistral(tmp_path: Path) -> None:
@@ -258,7 +271,9 @@ def test_quantization_files_of_modelopt_and_mistral(tmp_path: Path) -> None:
         assert verify(source, tmp_path / f"{name} out").ok
     params = tmp_path / "Mistral native out/params.json"
     params.write_text('{"dim": 17}')
-    assert verify(tmp_path / "Mistral native", tmp_path / "Mistral native out").file_differences == ("params.json: dim differs",)
+    assert verify(tmp_path / "Mistral native", tmp_path / "Mistral native out").file_differences == (
+        "params.json: dim differs",
+    )
 
 
 def test_another_partition_is_the_same(sample_fp8: Path, tmp_path: Path) -> None:

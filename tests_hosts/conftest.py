@@ -66,7 +66,9 @@ def rewritten(source: Path, destination: Path, change: Callable[[Tensors], Tenso
 
 def f32_scales(tensors: Tensors) -> Tensors:
     """Scales of float32 that no bfloat16 equals."""
-    return {name: tensor.float() * 1.0037 if name.endswith("_scale_inv") else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.float() * 1.0037 if name.endswith("_scale_inv") else tensor for name, tensor in tensors.items()
+    }
 
 
 def shaped_scales(tensors: Tensors) -> Tensors:
@@ -78,12 +80,18 @@ def bf16_linear(tensors: Tensors) -> Tensors:
     """One Linear weight that was left in bfloat16, where the rule for names expects FP8."""
     dropped = (f"{BF16_LINEAR}.weight_scale_inv", f"{BF16_LINEAR}.activation_scale")
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    return {name: tensor.to(torch.bfloat16) if name == f"{BF16_LINEAR}.weight" else tensor for name, tensor in kept.items()}
+    return {
+        name: tensor.to(torch.bfloat16) if name == f"{BF16_LINEAR}.weight" else tensor for name, tensor in kept.items()
+    }
 
 
 def tied(source: Path, destination: Path) -> Path:
     """Tied embeddings, as in Ministral 3 3B: no head on disk."""
-    rewritten(source, destination, lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(HEAD)})
+    rewritten(
+        source,
+        destination,
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(HEAD)},
+    )
     file = destination / "config.json"
     config = json.loads(file.read_text())
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True

@@ -1,4 +1,6 @@
-"""What both hosts' tests need of a model: build it from a sample, shard it, spoil it before the load, and compare it after."""
+"""What both hosts' tests need of a model: build it from a sample, shard it, spoil it before the load, and compare it
+after.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ import fp8ckpt
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
-def build(source: Path, cls: type[nn.Module] = Mistral3ForConditionalGeneration, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The sample's model, uninitialized; its configuration keeps the quantization and says that it is to be dequantized."""
+def build(
+    source: Path, cls: type[nn.Module] = Mistral3ForConditionalGeneration, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """The sample's model, uninitialized; its configuration keeps the quantization and says that it is to be
+    dequantized.
+    """
     config = AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         config.quantization_config["dequantize"] = True
@@ -51,7 +57,9 @@ def shard(model: nn.Module, how: str) -> None:
         return
     ranks = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=(how,))
-    layers = model.get_submodule("model.language_model.layers" if hasattr(model, "config") else "model.layers").children()
+    layers = model.get_submodule(
+        "model.language_model.layers" if hasattr(model, "config") else "model.layers"
+    ).children()
     if how == "fsdp":
         for layer in layers:
             fully_shard(layer, mesh=mesh)
@@ -59,7 +67,9 @@ def shard(model: nn.Module, how: str) -> None:
         return
     assert how == "tp"
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    plan = {name: ColwiseParallel() for name in columns} | {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    plan = {name: ColwiseParallel() for name in columns} | {
+        name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
     for layer in layers:
         parallelize_module(layer, mesh, plan)
     ends = {
@@ -87,7 +97,10 @@ def on_disk(name: str, nested: bool) -> str:
 
 def sharded(model: nn.Module) -> int:
     """How many parameters are in shards."""
-    return sum(isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements) for parameter in model.parameters())
+    return sum(
+        isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements)
+        for parameter in model.parameters()
+    )
 
 
 def keep_stage(model: nn.Module, stage: int) -> None:
@@ -101,7 +114,9 @@ def keep_stage(model: nn.Module, stage: int) -> None:
 
 
 def wrong(model: nn.Module, source: Path, nested: bool = False, whole: bool = True) -> list[str]:
-    """Parameters that are not, bit for bit, what `Checkpoint.read` gives. In a whole model every tensor on disk is one of them."""
+    """Parameters that are not, bit for bit, what `Checkpoint.read` gives. In a whole model every tensor on disk is one
+    of them.
+    """
     checkpoint = fp8ckpt.open_checkpoint(source)
     parameters = {on_disk(name, nested): parameter.detach() for name, parameter in model.named_parameters()}
     assert not whole or parameters.keys() == checkpoint.tensors.keys()

@@ -18,7 +18,9 @@ _LIMIT = 60  # seconds for one job; the first has the imports to do
 
 
 class Ranks:
-    """``size`` processes, started by the first job, and anew by the next one after a job that failed; they meet in ``folder``."""
+    """``size`` processes, started by the first job, and anew by the next one after a job that failed; they meet in
+    ``folder``.
+    """
 
     def __init__(self, size: int, folder: Path) -> None:
         self.size = size
@@ -28,7 +30,9 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``job(*arguments)`` returns on each rank; an error of any rank fails the test, with that rank's traceback."""
+        """What ``job(*arguments)`` returns on each rank; an error of any rank fails the test, with that rank's
+        traceback.
+        """
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -39,7 +43,9 @@ class Ranks:
             ready = wait(waiting, _LIMIT)
             if not ready:
                 self.stop()
-                raise TimeoutError(f"rank {[rank for rank in range(self.size) if rank not in results]} gave no answer in {_LIMIT} s")
+                raise TimeoutError(
+                    f"rank {[rank for rank in range(self.size) if rank not in results]} gave no answer in {_LIMIT} s"
+                )
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:

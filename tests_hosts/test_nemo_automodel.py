@@ -1,7 +1,8 @@
-"""NeMo AutoModel's own `Checkpointer`, with our adapter in the place of its own: every path by which it loads, and its saving.
+"""NeMo AutoModel's own `Checkpointer`, with our adapter in the place of its own: every path by which it loads, and its
+saving.
 
-Which path it takes is its decision, from the class of the model, the number of ranks and the class of the adapter. It is
-read from the line that each path logs at its end.
+Which path it takes is its decision, from the class of the model, the number of ranks and the class of the adapter. It
+is read from the line that each path logs at its end.
 """
 
 from __future__ import annotations
@@ -192,7 +193,13 @@ def test_streaming_in_a_single_process(variant: str, sources: dict[str, Path]) -
     ids=["dcp", "streaming", "single-process"],
 )
 def test_two_ranks(
-    path: str, adapter: Callable[[Path], Any], custom: bool, sharding: str, variant: str, sources: dict[str, Path], two_ranks: Ranks
+    path: str,
+    adapter: Callable[[Path], Any],
+    custom: bool,
+    sharding: str,
+    variant: str,
+    sources: dict[str, Path],
+    two_ranks: Ranks,
 ) -> None:
     """Sharded parameters, by every path that the host has."""
     outcomes = two_ranks.run(carry_out, job_for(variant, sources, adapter, custom=custom, sharding=sharding))
@@ -232,9 +239,16 @@ def test_many_parts(variant: str, sources: dict[str, Path], two_ranks: Ranks) ->
     """Parts so small that there are many, cut at the same places on all ranks."""
     job = job_for(variant, sources, OURS_IN_PARTS, part=1 << 14)
     single = carry_out(job)
-    both = two_ranks.run(carry_out, replace(job, sharding="fsdp")) + two_ranks.run(carry_out, replace(job, sharding="tp"))
+    both = two_ranks.run(carry_out, replace(job, sharding="fsdp")) + two_ranks.run(
+        carry_out, replace(job, sharding="tp")
+    )
     assert_right([single, *both], "streaming")
-    counts = {line.split(" in ")[1].split()[0] for o in (single, *both) for line in o.log if line.startswith("load_model: loaded a ")}
+    counts = {
+        line.split(" in ")[1].split()[0]
+        for o in (single, *both)
+        for line in o.log
+        if line.startswith("load_model: loaded a ")
+    }
     assert len(counts) == 1
     assert 10 <= int(counts.pop()) <= 45
 
@@ -242,17 +256,25 @@ def test_many_parts(variant: str, sources: dict[str, Path], two_ranks: Ranks) ->
 @pytest.mark.parametrize("variant", ["tied", "tied_nested"])
 @pytest.mark.parametrize("part", [None, 1 << 14], ids=["one part", "many parts"])
 def test_tied_embeddings_streaming(part: int | None, variant: str, sources: dict[str, Path], two_ranks: Ranks) -> None:
-    """A checkpoint without a head fills both ends of a tied model, which stays tied: no parameter but those on disk is left."""
+    """A checkpoint without a head fills both ends of a tied model, which stays tied: no parameter but those on disk is
+    left.
+    """
     job = Job(sources[variant], OURS_IN_PARTS, nested=variant == "tied_nested", part=part)
     assert_right([carry_out(job), *two_ranks.run(carry_out, replace(job, sharding="fsdp"))], "streaming")
 
 
 @pytest.mark.parametrize("variant", ["tied", "tied_nested"])
 @pytest.mark.parametrize("path", ["single-process", "dcp"])
-def test_tied_embeddings_by_the_other_paths(path: str, variant: str, sources: dict[str, Path], two_ranks: Ranks) -> None:
+def test_tied_embeddings_by_the_other_paths(
+    path: str, variant: str, sources: dict[str, Path], two_ranks: Ranks
+) -> None:
     """The same by the paths that know nothing of parts."""
     job = Job(sources[variant], OURS, nested=variant == "tied_nested")
-    outcomes = [carry_out(job)] if path == "single-process" else two_ranks.run(carry_out, replace(job, custom=True, sharding="fsdp"))
+    outcomes = (
+        [carry_out(job)]
+        if path == "single-process"
+        else two_ranks.run(carry_out, replace(job, custom=True, sharding="fsdp"))
+    )
     assert_right(outcomes, path)
 
 
@@ -276,8 +298,12 @@ def test_tied_embeddings_that_sharding_took_apart(
 
 
 @pytest.mark.parametrize("adapter", ["ours", "the host's"])
-def test_the_one_tied_model_that_the_hosts_dcp_path_refuses(adapter: str, sources: dict[str, Path], two_ranks: Ranks) -> None:
-    """Nested names, and ends that TP took apart: there it looks for the head by its native name. It says so, with any adapter."""
+def test_the_one_tied_model_that_the_hosts_dcp_path_refuses(
+    adapter: str, sources: dict[str, Path], two_ranks: Ranks
+) -> None:
+    """Nested names, and ends that TP took apart: there it looks for the head by its native name. It says so, with any
+    adapter.
+    """
     make = OURS if adapter == "ours" else hosts_own_nested_adapter
     job = Job(sources["tied_nested"], make, custom=True, sharding="tp", nested=True)
     with pytest.raises(AssertionError, match=r"Missing key in checkpoint state_dict: language_model\.lm_head\.weight"):
@@ -298,7 +324,9 @@ def load_and_compare_ends(job: Job) -> tuple[list[str], bool, bool]:
 
 @pytest.mark.parametrize("variant", ["identity", "nested"])
 @pytest.mark.parametrize("adapter", [OURS, OURS_IN_PARTS], ids=["adapter", "adapter in parts"])
-def test_pipeline_stages(adapter: Callable[[Path], Any], variant: str, sources: dict[str, Path], two_ranks: Ranks) -> None:
+def test_pipeline_stages(
+    adapter: Callable[[Path], Any], variant: str, sources: dict[str, Path], two_ranks: Ranks
+) -> None:
     """Stages have tensors, and would have parts, of different number: such a load goes by the DCP path, and ends."""
     job = job_for(variant, sources, adapter, custom=True, part=1 << 14)
     stages = two_ranks.run(load_stage, job)
@@ -314,7 +342,9 @@ def load_stage(job: Job) -> tuple[Outcome, list[str]]:
     with logged() as log, parts_of(job.part):
         host.load_model(model, str(job.source), is_init_step=True)
     host.close()
-    return Outcome(log.paths(), log.lines, wrong(model, job.source, job.nested, whole=False), 0), list(dict(model.named_parameters()))
+    return Outcome(log.paths(), log.lines, wrong(model, job.source, job.nested, whole=False), 0), list(
+        dict(model.named_parameters())
+    )
 
 
 @pytest.mark.parametrize("variant", ["identity", "nested", "f32_scales"])
@@ -322,7 +352,9 @@ def load_stage(job: Job) -> tuple[Outcome, list[str]]:
 def test_save_consolidates_the_values_of_the_source(
     how: str, variant: str, sources: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """The host saves what it loaded: verify finds no difference from the FP8 source, and the configuration is a plain one."""
+    """The host saves what it loaded: verify finds no difference from the FP8 source, and the configuration is a plain
+    one.
+    """
     path, _, sharding = how.partition(" ")
     adapter = OURS_IN_PARTS if path == "streaming" else OURS
     job = job_for(variant, sources, adapter, save=tmp_path / "saved", resume=True)
@@ -339,12 +371,14 @@ def test_save_in_the_files_of_the_source(sources: dict[str, Path], two_ranks: Ra
     job = Job(source, OURS, custom=True, sharding="fsdp", save=tmp_path / "saved", base=source)
     assert_right(two_ranks.run(carry_out, job), "dcp")
     out = assert_saved(source, tmp_path / "saved")
-    assert [file.name for file in sorted(out.glob("*.safetensors"))] == [file.name for file in sorted(source.glob("*.safetensors"))]
+    assert [file.name for file in sorted(out.glob("*.safetensors"))] == [
+        file.name for file in sorted(source.glob("*.safetensors"))
+    ]
 
 
 def assert_saved(source: Path, saved: Path) -> Path:
-    """A consolidated directory with the source's logical tensors, bit for bit, all bfloat16, from which the way back leads to the
-    source itself, byte for byte; returns it.
+    """A consolidated directory with the source's logical tensors, bit for bit, all bfloat16, from which the way back
+    leads to the source itself, byte for byte; returns it.
     """
     out = saved / "model" / "consolidated"
     result = fp8ckpt.verify(source, out)
@@ -361,7 +395,9 @@ def assert_saved(source: Path, saved: Path) -> Path:
 
 def files_of(directory: Path) -> dict[str, bytes]:
     """Every file of a directory."""
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
+    }
 
 
 def test_what_was_saved_starts_the_next_run(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -412,7 +448,13 @@ def test_keywords_and_attributes_of_the_host(sources: dict[str, Path], two_ranks
         assert loading.keys() == {"exclude_key_regex", "quantization", "device_mesh", "for_checkpoint_load"}
         assert loading["quantization"] is True
         assert back.keys() == {"device_mesh"}
-        assert saving.keys() == {"exclude_key_regex", "quantization", "device_mesh", "v4_compatible", "legacy_paramwrapper_layout"}
+        assert saving.keys() == {
+            "exclude_key_regex",
+            "quantization",
+            "device_mesh",
+            "v4_compatible",
+            "legacy_paramwrapper_layout",
+        }
         assert saving["quantization"] is False
         assert attributes == [("_paramwrapper_layout_hint", None)] * 2
 
@@ -435,7 +477,9 @@ def test_only_the_leaf_is_of_the_hosts_class(sources: dict[str, Path]) -> None:
 
 
 def test_the_comparison_can_fail(sources: dict[str, Path], two_ranks: Ranks) -> None:
-    """The host's own adapter rounds float32 scales on its DCP path, and these tests see it: no path is compared with itself."""
+    """The host's own adapter rounds float32 scales on its DCP path, and these tests see it: no path is compared with
+    itself.
+    """
     job = Job(sources["f32_scales"], hosts_own_adapter, custom=True, sharding="fsdp")
     for outcome in two_ranks.run(carry_out, job):
         assert outcome.path == ["dcp"]

@@ -1,8 +1,8 @@
 """torchtitan's way of loading, which is three calls: ``to_hf``, ``dcp.load`` with a reader, ``from_hf``.
 
-The calls are made here as its checkpoint manager makes them; torchtitan itself is not needed. With our reader the state dict
-is a plain bfloat16 one. Placeholders of ``to_hf(quantization=True)`` are for readers that know nothing of FP8, as torch's own;
-our reader fills them, too. All ways give the same bits.
+The calls are made here as its checkpoint manager makes them; torchtitan itself is not needed. With our reader the state
+dict is a plain bfloat16 one. Placeholders of ``to_hf(quantization=True)`` are for readers that know nothing of FP8, as
+torch's own; our reader fills them, too. All ways give the same bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def load(variant: str, source: Path, way: str, sharding: str) -> tuple[list[str]
         model, adapter = build(source), Mistral3FP8StateDictAdapter.from_checkpoint(source)
     shard(model, sharding)
     spoil(model)
-    reader = HuggingFaceStorageReader(str(source)) if way.endswith("torch's reader") else fp8ckpt.FP8StorageReader(source)
+    reader = (
+        HuggingFaceStorageReader(str(source)) if way.endswith("torch's reader") else fp8ckpt.FP8StorageReader(source)
+    )
 
     state_dict = model.state_dict()
     hf = adapter.to_hf(state_dict, quantization=True) if way.startswith("placeholders") else adapter.to_hf(state_dict)
@@ -75,7 +77,9 @@ def test_two_ranks(variant: str, way: str, sources: dict[str, Path], two_ranks: 
 def test_each_byte_is_read_once(variant: str, sources: dict[str, Path], two_ranks: Ranks) -> None:
     """Two ranks with FSDP2 shards read together what the tensors take on disk, no more."""
     checkpoint = fp8ckpt.open_checkpoint(sources[variant])
-    stored = sum((tensor.weight if hasattr(tensor, "weight") else tensor).nbytes for tensor in checkpoint.tensors.values())
+    stored = sum(
+        (tensor.weight if hasattr(tensor, "weight") else tensor).nbytes for tensor in checkpoint.tensors.values()
+    )
     assert sum(read for *_, read in two_ranks.run(load, variant, sources[variant], WAYS[0], "fsdp")) == stored
 
 

@@ -1,7 +1,7 @@
 """Take an FP8-released model into BF16 training and back to FP8, losslessly.
 
-The public names, and nothing else. ``import fp8ckpt`` imports neither torch nor numba; the names that are made of torch classes
-are resolved on first use.
+The public names, and nothing else. ``import fp8ckpt`` imports neither torch nor numba; the names that are made of torch
+classes are resolved on first use.
 """
 
 from importlib import import_module
@@ -11,9 +11,9 @@ from fp8ckpt.convert import ConvertResult, convert
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.inspect import Inspection, inspect
 from fp8ckpt.sample import sample
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.verify import VerifyResult, verify
 
 if TYPE_CHECKING:

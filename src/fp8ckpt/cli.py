@@ -1,7 +1,7 @@
 """The command line: each command is one library call and printing.
 
-Results go to stdout, progress to stderr (and only to a terminal). Exit codes: 0 done, 1 refused or different, 2 usage, 130
-interrupted. An error is one line; a traceback is a bug.
+Results go to stdout, progress to stderr (and only to a terminal). Exit codes: 0 done, 1 refused or different, 2 usage,
+130 interrupted. An error is one line; a traceback is a bug.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import typer
 from fp8ckpt.errors import Fp8CheckpointError, shown
 
 if TYPE_CHECKING:
-    from fp8ckpt.conversion.quantized import QuantizationReport
+    from fp8ckpt.encodings.run_fp8 import QuantizationReport
     from fp8ckpt.inspect import Inspection
     from fp8ckpt.verify import VerifyResult
 
@@ -36,7 +36,9 @@ app = typer.Typer(
 _MOST_MOVED = 10  # rows of the table
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")
+]
 
 
 class Target(StrEnum):
@@ -98,10 +100,14 @@ def _speaks() -> bool:
 
 @app.command(epilog="Example: fp8ckpt inspect sample-fp8")
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="DIR", help="A directory, a safetensors file, or a hub id in the local cache.")],
+    path: Annotated[
+        str, typer.Argument(metavar="DIR", help="A directory, a safetensors file, or a hub id in the local cache.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """What is FP8, with which scales; what is not, and why; what BF16 will take; and every defect. Exit 1 if there is one."""
+    """What is FP8, with which scales; what is not, and why; what BF16 will take; and every defect. Exit 1 if there is
+    one.
+    """
     from fp8ckpt.inspect import inspect as run
 
     found = run(path)
@@ -115,13 +121,21 @@ def inspect(
 
 @app.command(epilog="Example: fp8ckpt convert sample-fp8 sample-bf16 --to bf16")
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, a safetensors file, or a hub id in the local cache.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A directory, a safetensors file, or a hub id in the local cache.")
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make; it must not exist.")],
     to: Annotated[Target, typer.Option("--to", help="What FP8 weights become; or fp8, the way back.")] = Target.bf16,
-    like: Annotated[str | None, typer.Option(metavar="BASE", help="With --to fp8: the FP8 checkpoint that SRC came from.")] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="BASE", help="With --to fp8: the FP8 checkpoint that SRC came from.")
+    ] = None,
     scheme: Annotated[Scheme | None, typer.Option(help="With --to fp8, without a base: how to quantize.")] = None,
-    scales: Annotated[Scales, typer.Option(help="With --like: keep the base's scale where values fit it, or make all new.")] = Scales.reuse,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")] = True,
+    scales: Annotated[
+        Scales, typer.Option(help="With --like: keep the base's scale where values fit it, or make all new.")
+    ] = Scales.reuse,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")
+    ] = True,
     serving: Annotated[
         bool, typer.Option("--serving", help="With --like: put right what engines trip over in the base's own files.")
     ] = False,
@@ -130,7 +144,8 @@ def convert(
 ) -> None:
     """Dequantize every FP8 weight, exactly, and write the directory that a trainer loads. Or, --to fp8, quantize again.
 
-    With --like BASE, what goes out has BASE's layout to the byte, and SRC's values; what was not trained comes back as it was.
+    With --like BASE, what goes out has BASE's layout to the byte, and SRC's values; what was not trained comes back as
+    it was.
 
     What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
     Under torchrun, the ranks share the work.
@@ -168,7 +183,9 @@ def convert(
     if result.to == Target.fp8.value:
         print(f"{done}, {result.quantized} quantized, {result.seconds:.1f} s")
     else:
-        print(f"{done}, {result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, {result.seconds:.1f} s")
+        print(
+            f"{done}, {result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, {result.seconds:.1f} s"
+        )
     if result.bytes_resumed:
         print(f"{_size(result.bytes_resumed)} were there from an earlier run")
     for note in result.notes:
@@ -184,7 +201,10 @@ def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another, to compare with it.")] = None,
     serving: Annotated[
-        bool, typer.Option("--serving", help="Also check what vLLM, SGLang and transformers need to serve the last one right.")
+        bool,
+        typer.Option(
+            "--serving", help="Also check what vLLM, SGLang and transformers need to serve the last one right."
+        ),
     ] = False,
     workers: Workers = None,
     as_json: Json = False,
@@ -221,7 +241,9 @@ def sample(
     vision_layers: Annotated[int | None, typer.Option(min=1, help="Vision layers.")] = None,
     experts: Annotated[int | None, typer.Option(min=2, help="Experts a layer (block scheme).")] = None,
     files: Annotated[int, typer.Option(min=1, help="Safetensors files.")] = 3,
-    true_shape: Annotated[bool, typer.Option(help="The released model's own sizes; with --sparse, in no space.")] = False,
+    true_shape: Annotated[
+        bool, typer.Option(help="The released model's own sizes; with --sparse, in no space.")
+    ] = False,
     sparse: Annotated[bool, typer.Option(help="True headers and scales, and holes for weights.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
@@ -256,7 +278,13 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -283,7 +311,9 @@ def _size(count: int) -> str:
 def _print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:
     if nan_codes:
         name = next(iter(nan_codes))
-        print(f"{sum(nan_codes.values())} NaN codes{where}, in {len(nan_codes)} tensors, the first {shown(name)}: carried over as NaN")
+        print(
+            f"{sum(nan_codes.values())} NaN codes{where}, in {len(nan_codes)} tensors, the first {shown(name)}: carried over as NaN"
+        )
     else:
         print(f"0 NaN codes{where}")
 
@@ -291,8 +321,12 @@ def _print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:
 def _print_report(report: QuantizationReport) -> None:
     total = report.total
     moved = "" if total.moved is None else f"{_share(total.moved, total.elements)} codes moved, "
-    print(f"{moved}{total.clipped:,} elements clipped, {_share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new")
-    print(f"error against the source: {total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest")
+    print(
+        f"{moved}{total.clipped:,} elements clipped, {_share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
+    )
+    print(
+        f"error against the source: {total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest"
+    )
     if total.outgrown:
         print(f"{total.outgrown:,} elements had outgrown the base's scales")
     if total.moved:
@@ -328,20 +362,36 @@ def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     for row in cells:
         print(
             "  "
-            + "  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(row, widths, right, strict=True)).rstrip()
+            + "  ".join(
+                cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(row, widths, right, strict=True)
+            ).rstrip()
         )
 
 
 def _print_inspection(found: Inspection) -> None:
-    print(f"{found.path}: {found.tensors:,} tensors, {found.elements:,} elements, {_size(found.stored_bytes)} in {found.files} files")
+    print(
+        f"{found.path}: {found.tensors:,} tensors, {found.elements:,} elements, {_size(found.stored_bytes)} in {found.files} files"
+    )
     if found.schemes:
         print("FP8:")
         fp8_head = ("codes", "block", "scales", "scale shape", "tensors", "elements", "size")
-        _table(fp8_head, [(s.dtype, s.block, s.scale_dtype, s.scale_shape, s.tensors, s.elements, _size(s.bytes)) for s in found.schemes])
+        _table(
+            fp8_head,
+            [
+                (s.dtype, s.block, s.scale_dtype, s.scale_shape, s.tensors, s.elements, _size(s.bytes))
+                for s in found.schemes
+            ],
+        )
     if found.unquantized:
         print("not FP8:")
         head = ("dtype", "why", "tensors", "elements", "size", "such as")
-        _table(head, [(u.dtype, u.reason, u.tensors, u.elements, _size(u.bytes), ", ".join(u.modules)) for u in found.unquantized])
+        _table(
+            head,
+            [
+                (u.dtype, u.reason, u.tensors, u.elements, _size(u.bytes), ", ".join(u.modules))
+                for u in found.unquantized
+            ],
+        )
     print(f"activation scales: {f'{found.activation_scales:,}' if found.activation_scales else 'none'}", end="")
     print(f", {found.cache_scales:,} of the key-value cache" if found.cache_scales else "")
     print(f"in bf16: {_size(found.bf16_bytes)}")

@@ -1,11 +1,12 @@
 """Convert a directory of FP8 safetensors to the BF16 (or FP16, FP32) directory that a trainer can use; and back to FP8.
 
-Plan first, as pure data: the output's files, headers and offsets follow from the source's headers, or the base's. Then dumb I/O: worker
-threads take pieces of the output, fill each from the source (codes through a table look-up, values through a quantizer, everything
-else byte for byte) and write it at its offset. Buffers are reused, so memory is a few MiB a worker whatever the checkpoint's size.
+Plan first, as pure data: the output's files, headers and offsets follow from the source's headers, or the base's. Then
+dumb I/O: worker threads take pieces of the output, fill each from the source (codes through a table look-up, values
+through a quantizer, everything else byte for byte) and write it at its offset. Buffers are reused, so memory is a few
+MiB a worker whatever the checkpoint's size.
 
-The output appears at its name when it is whole and on disk. A run that was cut off is resumed by the same command and ends
-with the same bytes. Under torchrun the ranks share the work: call `convert` on all of them.
+The output appears at its name when it is whole and on disk. A run that was cut off is resumed by the same command and
+ends with the same bytes. Under torchrun the ranks share the work: call `convert` on all of them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8ckpt.conversion import dequantizing
+from fp8ckpt.encodings import plain as dequantizing
+from fp8ckpt.engine import Progress
 from fp8ckpt.errors import RangeError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
-from fp8ckpt.storage.partial import PartialOutput
-from fp8ckpt.storage.writing import Progress
+from fp8ckpt.output.partial import PartialOutput
 
 if TYPE_CHECKING:
-    from fp8ckpt.checkpoint.ranks import Ranks
-    from fp8ckpt.conversion.quantized import QuantizationReport
+    from fp8ckpt.encodings.run_fp8 import QuantizationReport
+    from fp8ckpt.ranks import Ranks
 
 SCHEMES = ("per-tensor", "block", "channel")
 
@@ -32,10 +33,11 @@ SCHEMES = ("per-tensor", "block", "channel")
 class ConvertResult:
     """What a conversion did. Sizes are in bytes.
 
-    ``bytes_read``: of the source; ``base_bytes_read``: of the codes of the base, which are read for the report alone. ``bytes_written``: of
-    all files of weights, ``bytes_resumed`` of which an earlier run wrote; ``bytes_rewritten``: written a second time, for weights whose
-    one scale turned out not to fit. ``nan_codes`` counts, by tensor, the NaN codes that were carried over. ``report``: what quantizing
-    did, weight by weight; None where nothing was quantized, or no report was asked for. ``notes``: what a user should know.
+    ``bytes_read``: of the source; ``base_bytes_read``: of the codes of the base, which are read for the report alone.
+    ``bytes_written``: of all files of weights, ``bytes_resumed`` of which an earlier run wrote; ``bytes_rewritten``:
+    written a second time, for weights whose one scale turned out not to fit. ``nan_codes`` counts, by tensor, the NaN
+    codes that were carried over. ``report``: what quantizing did, weight by weight; None where nothing was quantized,
+    or no report was asked for. ``notes``: what a user should know.
     """
 
     destination: Path
@@ -71,25 +73,27 @@ def convert(
 ) -> ConvertResult:
     """Convert ``source`` to ``destination``.
 
-    ``to`` "bf16", "fp16" or "fp32": every FP8 weight is dequantized to it. The same files hold the same tensors, less the scales;
-    unquantized tensors keep their bytes. The configuration loses its ``quantization_config``, the index is made anew, and every other
-    file is copied, but for Mistral's own copy of the weights (``consolidated*.safetensors``) and ``hf_quant_config.json``.
+    ``to`` "bf16", "fp16" or "fp32": every FP8 weight is dequantized to it. The same files hold the same tensors, less
+    the scales; unquantized tensors keep their bytes. The configuration loses its ``quantization_config``, the index is
+    made anew, and every other file is copied, but for Mistral's own copy of the weights (``consolidated*.safetensors``)
+    and ``hf_quant_config.json``.
 
-    ``to`` "fp8", with ``like``, the FP8 checkpoint that the source came from: its layout is written, with the source's values. It decides
-    names, files, grids, scale dtypes, activation scales, configuration and side files. ``scales`` "reuse" keeps the scale of a block
-    whose values still fit it (`fp8ckpt.numerics.quantize` has the rule) and makes a new one elsewhere; "fresh" makes all new. What was not
-    trained is written byte for byte as it was. ``serving``: put right what serving engines trip over in the base's own
-    layout; byte-identity gives way to it. Or with ``scheme`` "per-tensor", "block" or "channel": Linear weights of the source are
-    quantized so, with dynamic activation scaling. ``report``: say what quantizing did; without it the base's codes are not read.
+    ``to`` "fp8", with ``like``, the FP8 checkpoint that the source came from: its layout is written, with the source's
+    values. It decides names, files, grids, scale dtypes, activation scales, configuration and side files. ``scales``
+    "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule) and makes a
+    new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. ``serving``: put
+    right what serving engines trip over in the base's own layout; byte-identity gives way to it. Or with ``scheme``
+    "per-tensor", "block" or "channel": Linear weights of the source are quantized so, with dynamic activation scaling.
+    ``report``: say what quantizing did; without it the base's codes are not read.
 
-    ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes of this call's
-    output written so far, in all).
+    ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
+    of this call's output written so far, in all).
 
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
-    exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was written kept for
-    the next run.
+    exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was
+    written kept for the next run.
     """
-    from fp8ckpt.checkpoint.ranks import ranks_of_this_job, threads_of_this_rank
+    from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
     _refuse_arguments(to, like, scheme, scales, serving, workers)
     output = PartialOutput(Path(destination).absolute())
@@ -98,7 +102,9 @@ def convert(
         with ranks_of_this_job() as ranks:
             if to != FP8:
                 return _dequantize(source, output, to, threads, progress, ranks)
-            return _quantize(source, output, _Quantizing(like, scheme, scales == "fresh", report, serving), threads, progress, ranks)
+            return _quantize(
+                source, output, _Quantizing(like, scheme, scales == "fresh", report, serving), threads, progress, ranks
+            )
     except (WeightValueError, RangeError):  # of the source's values: going on from what was written would meet it again
         output.discard()
         raise
@@ -106,12 +112,16 @@ def convert(
         if not output.directory.exists():
             raise
         remedy = f"{error.remedy}; what was written is in {output.directory}, and the same command goes on from there"
-        raise StorageError(error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy) from error
+        raise StorageError(
+            error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy
+        ) from error
     finally:
         output.release()
 
 
-def _refuse_arguments(to: str, like: str | Path | None, scheme: str | None, scales: str, serving: bool, workers: int | None) -> None:
+def _refuse_arguments(
+    to: str, like: str | Path | None, scheme: str | None, scales: str, serving: bool, workers: int | None
+) -> None:
     if to not in (*TARGETS, FP8):
         raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
     if workers is not None and workers < 1:
@@ -125,7 +135,9 @@ def _refuse_arguments(to: str, like: str | Path | None, scheme: str | None, scal
     if to != FP8 and (like is not None or scheme is not None or scales != "reuse" or serving):
         raise ValueError(f"like, scheme, scales and serving go with to='fp8', and not with to={to!r}")
     if scheme is not None and (scales != "reuse" or serving):
-        raise ValueError("scales and serving go with like: a scheme makes all scales new, and writes what serving engines need")
+        raise ValueError(
+            "scales and serving go with like: a scheme makes all scales new, and writes what serving engines need"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,9 @@ class _Quantizing:
     serving: bool
 
 
-def _dequantize(source: str | Path, output: PartialOutput, to: str, workers: int, progress: Progress | None, ranks: Ranks) -> ConvertResult:
+def _dequantize(
+    source: str | Path, output: PartialOutput, to: str, workers: int, progress: Progress | None, ranks: Ranks
+) -> ConvertResult:
     begun = time.monotonic()
     done = dequantizing.run(source, output, TARGETS[to], workers, progress, ranks)
     quantized = done.source.quantized
@@ -164,10 +178,10 @@ def _dequantize(source: str | Path, output: PartialOutput, to: str, workers: int
 def _quantize(
     source: str | Path, output: PartialOutput, how: _Quantizing, workers: int, progress: Progress | None, ranks: Ranks
 ) -> ConvertResult:
-    from fp8ckpt.conversion import quantized
-    from fp8ckpt.conversion.base import plan_like
-    from fp8ckpt.conversion.quantizing import QuantizingPlan
-    from fp8ckpt.conversion.schemes import plan_scheme
+    from fp8ckpt.encodings import run_fp8 as quantized
+    from fp8ckpt.encodings.like import plan_like
+    from fp8ckpt.encodings.recipes import QuantizingPlan
+    from fp8ckpt.encodings.schemes import plan_scheme
 
     def plan() -> QuantizingPlan:
         if how.like is not None:

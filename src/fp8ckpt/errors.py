@@ -36,7 +36,8 @@ _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
 def shown(text: object) -> str:
     """``text`` as it may appear inside a one-line message."""
     clean = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text)[: _LONGEST_NAME + 1]
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in str(text)[: _LONGEST_NAME + 1]
     )
     return clean if len(clean) <= _LONGEST_NAME else clean[:_LONGEST_NAME] + "..."
 
@@ -48,7 +49,13 @@ class Fp8CheckpointError(Exception):
     """
 
     def __init__(
-        self, found: str, *, tensor: str | None = None, file: object = None, expected: str | None = None, remedy: str | None = None
+        self,
+        found: str,
+        *,
+        tensor: str | None = None,
+        file: object = None,
+        expected: str | None = None,
+        remedy: str | None = None,
     ) -> None:
         self.tensor = tensor
         self.file = None if file is None else str(getattr(file, "name", file))
@@ -72,7 +79,12 @@ class Fp8CheckpointError(Exception):
 
 
 def _rebuild(
-    kind: type[Fp8CheckpointError], found: str, tensor: str | None, file: str | None, expected: str | None, remedy: str | None
+    kind: type[Fp8CheckpointError],
+    found: str,
+    tensor: str | None,
+    file: str | None,
+    expected: str | None,
+    remedy: str | None,
 ) -> Fp8CheckpointError:
     return kind(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
@@ -142,7 +154,9 @@ class RangeError(Fp8CheckpointError, OverflowError):
 
 
 class ModelMismatchError(Fp8CheckpointError, ValueError):
-    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other shapes."""
+    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other
+    shapes.
+    """
 
 
 class ServingError(Fp8CheckpointError, ValueError):

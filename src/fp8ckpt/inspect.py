@@ -12,15 +12,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from fp8ckpt.errors import Fp8CheckpointError
-from fp8ckpt.numerics.grid import BlockGrid
-from fp8ckpt.storage.checkpoint import Checkpoint, collector_paused, survey
-from fp8ckpt.storage.config import skip_patterns, skips
-from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.numerics.geometry import BlockGrid
+from fp8ckpt.tensors.checkpoint import Checkpoint, collector_paused, survey
+from fp8ckpt.tensors.config import skip_patterns, skips
+from fp8ckpt.tensors.pairing import QuantizedTensor
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """FP8 tensors that are scaled in the same way. ``block`` names the block size, ``scale_shape`` a shape or "various"."""
+    """FP8 tensors that are scaled in the same way. ``block`` names the block size, ``scale_shape`` a shape or
+    "various".
+    """
 
     dtype: str
     block: str
@@ -68,12 +70,14 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _inspect(path: str | Path) -> Inspection:
-    from fp8ckpt.storage.reading import scale_defects
+    from fp8ckpt.tensors.reading import scale_defects
 
     checkpoint = survey(path)
     quantized = checkpoint.quantized
     defects = [*checkpoint.defects, *scale_defects(quantized, checkpoint.cache_scales)]
-    plain_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not isinstance(tensor, QuantizedTensor))
+    plain_bytes = sum(
+        tensor.nbytes for tensor in checkpoint.tensors.values() if not isinstance(tensor, QuantizedTensor)
+    )
     return Inspection(
         path=checkpoint.path,
         files=len(checkpoint.files),
@@ -100,7 +104,15 @@ def _schemes(quantized: list[QuantizedTensor]) -> tuple[Scheme, ...]:
         shape = str(list(shapes.pop())) if len(shapes) == 1 else "various"
         elements = sum(tensor.numel for tensor in tensors)
         schemes.append(
-            Scheme(dtype, block, scale_dtype, shape, len(tensors), elements, elements + sum(tensor.scale.nbytes for tensor in tensors))
+            Scheme(
+                dtype,
+                block,
+                scale_dtype,
+                shape,
+                len(tensors),
+                elements,
+                elements + sum(tensor.scale.nbytes for tensor in tensors),
+            )
         )
     return tuple(sorted(schemes, key=lambda scheme: -scheme.elements))
 
@@ -110,7 +122,9 @@ def _block_name(grid: BlockGrid) -> str:
     """Either "per tensor", or the block size with "all" for a dimension that a block spans."""
     if grid.per_tensor:
         return "per tensor"
-    return " x ".join("all" if size == dim > 1 else str(size) for size, dim in zip(grid.block_size, grid.weight_shape, strict=True))
+    return " x ".join(
+        "all" if size == dim > 1 else str(size) for size, dim in zip(grid.block_size, grid.weight_shape, strict=True)
+    )
 
 
 def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquantized, ...]:
@@ -132,7 +146,9 @@ def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquan
         sums[2] += tensor.nbytes
         modules.setdefault(key, Counter())[starred] += 1
     rows = [
-        Unquantized(dtype, reason, sums[0], sums[1], sums[2], tuple(name for name, _ in modules[dtype, reason].most_common(3)))
+        Unquantized(
+            dtype, reason, sums[0], sums[1], sums[2], tuple(name for name, _ in modules[dtype, reason].most_common(3))
+        )
         for (dtype, reason), sums in groups.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.elements))

@@ -1,9 +1,10 @@
-"""Write a miniature, valid FP8 checkpoint in a released layout: what the demo runs on, and what tests and benchmarks start from.
+"""Write a miniature, valid FP8 checkpoint in a released layout: what the demo runs on, and what tests and benchmarks
+start from.
 
 Two families. `Mistral3Sizes`: a Mistral3 vision-language model with per-tensor e4m3 text Linears, 0-d BF16 scales and
-activation scales, all else BF16. `DeepseekSizes`: a DeepSeek-V3-shaped model with F32 scales of 128 x 128 blocks, ragged
-edges included. Weights are normal deviates quantized with ``amax / 448``, so a model made of them runs. Where there are
-several files, the scale of a file's last FP8 weight lies in the next file, as happens in releases.
+activation scales, all else BF16. `DeepseekSizes`: a DeepSeek-V3-shaped model with F32 scales of 128 x 128 blocks,
+ragged edges included. Weights are normal deviates quantized with ``amax / 448``, so a model made of them runs. Where
+there are several files, the scale of a file's last FP8 weight lies in the next file, as happens in releases.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fp8ckpt.numerics.grid import BlockGrid
-from fp8ckpt.storage.checkpoint import INDEX
-from fp8ckpt.storage.config import CONFIG, dump_json
-from fp8ckpt.storage.files import OutputFile, create, write_whole
-from fp8ckpt.storage.header import TensorSpan, tensor_nbytes
-from fp8ckpt.storage.layout import TensorSpec, index_text, lay_out
-from fp8ckpt.storage.partial import PartialOutput
+from fp8ckpt.numerics.geometry import BlockGrid
+from fp8ckpt.output.files import OutputFile, create, write_whole
+from fp8ckpt.output.layout import TensorSpec, index_text, lay_out
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.tensors.checkpoint import INDEX
+from fp8ckpt.tensors.config import CONFIG, dump_json
+from fp8ckpt.tensors.header import TensorSpan, tensor_nbytes
 
 LAYOUTS = ("identity", "nested")
 _BLOCK = (128, 128)
@@ -102,8 +103,9 @@ def sample(
     """Write a checkpoint of ``sizes`` to the new directory ``destination``, and return it.
 
     ``layout`` (Mistral3 only): "identity", the names of the model's own state dict, as Mistral Medium 3.5 has them; or
-    "nested", as Ministral 3 and Devstral have them. ``files``: how many safetensors files. ``sparse``: true headers, scales
-    and side files, and holes where weights would be. Raises `fp8ckpt.errors.OutputExistsError` where the destination exists.
+    "nested", as Ministral 3 and Devstral have them. ``files``: how many safetensors files. ``sparse``: true headers,
+    scales and side files, and holes where weights would be. Raises `fp8ckpt.errors.OutputExistsError` where the
+    destination exists.
     """
     sizes = sizes or Mistral3Sizes()
     if layout not in LAYOUTS:
@@ -118,7 +120,14 @@ def sample(
     layouts = _partition(weights, block, files)
     texts = {**_side_files(sizes.vocabulary), CONFIG: dump_json(config), INDEX: index_text(layouts)}
     output = PartialOutput(Path(destination).absolute())
-    arguments = {"job": "sample", "sizes": repr(sizes), "layout": layout, "files": files, "sparse": sparse, "seed": seed}
+    arguments = {
+        "job": "sample",
+        "sizes": repr(sizes),
+        "layout": layout,
+        "files": files,
+        "sparse": sparse,
+        "seed": seed,
+    }
     output.begin(arguments, {*texts, *(file.name for file in layouts)})
     try:
         for name, text in texts.items():
@@ -160,7 +169,9 @@ def _scale_specs(weight: _Weight, block: tuple[int, int] | None) -> list[TensorS
 
 
 def _partition(weights: list[_Weight], block: tuple[int, int] | None, files: int) -> list[Any]:
-    """Fill the files one after the other with about the same number of bytes; a scale may go to the file after its weight's."""
+    """Fill the files one after the other with about the same number of bytes; a scale may go to the file after its
+    weight's.
+    """
     total = sum(tensor_nbytes("F8_E4M3" if weight.fp8 else weight.dtype, weight.shape) for weight in weights)
     contents: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -177,10 +188,15 @@ def _partition(weights: list[_Weight], block: tuple[int, int] | None, files: int
     contents[-1].extend(carried)
     if len(contents) == 1:
         return [lay_out("model.safetensors", contents[0], {"format": "pt"})]
-    return [lay_out(f"model-{i:05d}-of-{len(contents):05d}.safetensors", specs, {"format": "pt"}) for i, specs in enumerate(contents, 1)]
+    return [
+        lay_out(f"model-{i:05d}-of-{len(contents):05d}.safetensors", specs, {"format": "pt"})
+        for i, specs in enumerate(contents, 1)
+    ]
 
 
-def _bytes_of(weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed: int) -> Iterator[tuple[str, int, Any]]:
+def _bytes_of(
+    weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed: int
+) -> Iterator[tuple[str, int, Any]]:
     """(stored tensor, offset in it in bytes, bytes) of a weight and its scales."""
     import numpy as np
 
@@ -189,7 +205,11 @@ def _bytes_of(weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed
     scale_name = weight.name + "_scale_inv"
     if weight.fp8 and block is None:
         activation = 0.01 + (zlib.crc32(weight.name.encode()) % 1000) / 50000
-        yield weight.name.removesuffix("weight") + "activation_scale", 0, _bf16(np.array([activation], np.float32)).view(np.uint8)
+        yield (
+            weight.name.removesuffix("weight") + "activation_scale",
+            0,
+            _bf16(np.array([activation], np.float32)).view(np.uint8),
+        )
     if sparse:
         if weight.fp8:
             grid = BlockGrid(weight.shape, block or weight.shape)
@@ -214,8 +234,14 @@ def _bytes_of(weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed
         else:
             grid = BlockGrid(values.shape, (len(values), _BLOCK[1]))
             edges = np.arange(0, values.shape[1], _BLOCK[1])
-            scales = (np.maximum.reduceat(np.abs(values).max(axis=0), edges) / np.float32(448)).astype(np.float32)[np.newaxis]
-            yield scale_name, offset // (values.shape[1] * _BLOCK[0]) * len(edges) * 4, scales.reshape(-1).view(np.uint8)
+            scales = (np.maximum.reduceat(np.abs(values).max(axis=0), edges) / np.float32(448)).astype(np.float32)[
+                np.newaxis
+            ]
+            yield (
+                scale_name,
+                offset // (values.shape[1] * _BLOCK[0]) * len(edges) * 4,
+                scales.reshape(-1).view(np.uint8),
+            )
         encode(parts_of_run(grid, 0, values.size), values_of(values.reshape(-1).view(np.uint8), "F32"), scales, codes)
         yield weight.name, offset, codes
 
@@ -301,10 +327,14 @@ def _deepseek(sizes: DeepseekSizes) -> Iterator[_Weight]:
         yield _Weight(f"{layer}.input_layernorm.weight", (hidden,), fill=1.0)
         yield _Weight(f"{attention}.q_a_proj.weight", (sizes.q_rank, hidden), fp8=True)
         yield _Weight(f"{attention}.q_a_layernorm.weight", (sizes.q_rank,), fill=1.0)
-        yield _Weight(f"{attention}.q_b_proj.weight", (sizes.heads * (sizes.nope_dim + sizes.rope_dim), sizes.q_rank), fp8=True)
+        yield _Weight(
+            f"{attention}.q_b_proj.weight", (sizes.heads * (sizes.nope_dim + sizes.rope_dim), sizes.q_rank), fp8=True
+        )
         yield _Weight(f"{attention}.kv_a_proj_with_mqa.weight", (sizes.kv_rank + sizes.rope_dim, hidden), fp8=True)
         yield _Weight(f"{attention}.kv_a_layernorm.weight", (sizes.kv_rank,), fill=1.0)
-        yield _Weight(f"{attention}.kv_b_proj.weight", (sizes.heads * (sizes.nope_dim + sizes.v_dim), sizes.kv_rank), fp8=True)
+        yield _Weight(
+            f"{attention}.kv_b_proj.weight", (sizes.heads * (sizes.nope_dim + sizes.v_dim), sizes.kv_rank), fp8=True
+        )
         yield _Weight(f"{attention}.o_proj.weight", (hidden, sizes.heads * sizes.v_dim), fp8=True)
         yield _Weight(f"{layer}.post_attention_layernorm.weight", (hidden,), fill=1.0)
         if i < sizes.dense_layers:
@@ -392,7 +422,12 @@ def _deepseek_config(sizes: DeepseekSizes) -> dict[str, Any]:
         "q_lora_rank": sizes.q_rank,
         "qk_nope_head_dim": sizes.nope_dim,
         "qk_rope_head_dim": sizes.rope_dim,
-        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(_BLOCK)},
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": list(_BLOCK),
+        },
         "topk_group": max(1, groups // 2),
         "v_head_dim": sizes.v_dim,
         "vocab_size": sizes.vocabulary,
@@ -407,7 +442,15 @@ def _side_files(vocabulary: int) -> dict[str, bytes]:
     tokens = [*_SPECIAL_TOKENS, *stand_ins]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = [
-        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for i, token in enumerate(_SPECIAL_TOKENS)
     ]
     tokenizer = {

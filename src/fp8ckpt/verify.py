@@ -1,8 +1,8 @@
 """Prove it: one checkpoint is sound, or two hold the same tensors, bit for bit.
 
 Both are read as logical checkpoints, streaming, in parallel: an FP8 tensor is compared as the values that its codes and
-scales mean, in the dtype of the other side (bfloat16 where both are FP8). Memory is a few MiB a worker. On request the last
-one is also examined for what serving engines need beyond that.
+scales mean, in the dtype of the other side (bfloat16 where both are FP8). Memory is a few MiB a worker. On request the
+last one is also examined for what serving engines need beyond that.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 from fp8ckpt.errors import Fp8CheckpointError, IndexMismatchError
 from fp8ckpt.numerics.codes import TARGET_BYTES
-from fp8ckpt.serving import Servability, examine
-from fp8ckpt.storage.checkpoint import Checkpoint, survey
-from fp8ckpt.storage.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
-from fp8ckpt.storage.files import opened, read_into
-from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
-from fp8ckpt.storage.side_files import side_files
-from fp8ckpt.storage.workers import share
+from fp8ckpt.output.side_files import side_files
+from fp8ckpt.serving.examine import Servability, examine
+from fp8ckpt.stores.local import opened, read_into
+from fp8ckpt.tensors.checkpoint import Checkpoint, survey
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.workers import share
 
 _CHUNK = 1 << 20  # elements
 
@@ -34,8 +34,8 @@ _CHUNK = 1 << 20  # elements
 class TensorDifference:
     """How one tensor differs. ``elements`` is None where the tensors cannot be compared element by element.
 
-    ``largest`` is the greatest ``|a - b|`` and ``largest_relative`` the greatest ``|a - b| / max(|a|, |b|)``, over the elements
-    that are finite in both; None where there is none, or where the dtype is not one of floating point.
+    ``largest`` is the greatest ``|a - b|`` and ``largest_relative`` the greatest ``|a - b| / max(|a|, |b|)``, over the
+    elements that are finite in both; None where there is none, or where the dtype is not one of floating point.
     """
 
     name: str
@@ -48,7 +48,8 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` found: ``ok`` if there is no defect, no difference and nothing that a serving engine would trip over.
+    """What `verify` found: ``ok`` if there is no defect, no difference and nothing that a serving engine would trip
+    over.
 
     ``nan_codes`` counts NaN codes by side and tensor; ``serving`` is None where it was not asked for.
     """
@@ -77,17 +78,21 @@ def verify(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult:
-    """Check every invariant of one checkpoint, NaN codes counted; or compare two, tensors bit for bit, config and side files too.
+    """Check every invariant of one checkpoint, NaN codes counted; or compare two, tensors bit for bit, config and side
+    files too.
 
-    With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see `fp8ckpt.serving`.
-    ``progress`` is called with (bytes read so far, in all). Raises only where there is nothing to look at.
+    With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see
+    `fp8ckpt.serving.examine`. ``progress`` is called with (bytes read so far, in all). Raises only where there is
+    nothing to look at.
     """
     sides = [survey(path) for path in (a, b) if path is not None]
     defects = [defect for side in sides for defect in _defects(side)]
     servability = examine(sides[-1]) if serving else None
     job = _Job(sides, progress)
     if defects:  # the values of a defective checkpoint mean nothing
-        return VerifyResult(tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability)
+        return VerifyResult(
+            tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability
+        )
     job.run(workers or max(1, len(os.sched_getaffinity(0))))
     return VerifyResult(
         paths=tuple(side.path for side in sides),
@@ -102,7 +107,7 @@ def verify(
 
 
 def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
-    from fp8ckpt.storage.reading import scale_defects
+    from fp8ckpt.tensors.reading import scale_defects
 
     yield from side.defects
     yield from scale_defects(side.quantized, side.cache_scales)
@@ -153,12 +158,14 @@ class _Job:
             if len(present) < len(found):
                 self._incomparable.append(TensorDifference(name, f"only in {sides[0 if found[0] else 1].path}"))
             elif dtype is None or len({tensor.shape for tensor in present}) > 1:
-                self._incomparable.append(TensorDifference(name, " against ".join(_described(tensor) for tensor in present)))
+                self._incomparable.append(
+                    TensorDifference(name, " against ".join(_described(tensor) for tensor in present))
+                )
             elif len(sides) == 2 or isinstance(present[0], QuantizedTensor):  # alone, only codes have something to say
                 self._todo[name] = dtype
 
     def run(self, workers: int) -> None:
-        from fp8ckpt.storage.reading import load_dequantizer
+        from fp8ckpt.tensors.reading import load_dequantizer
 
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
         self._total = sum(self._nbytes(side.tensors[name]) for name in self._todo for side in self.sides)
@@ -178,7 +185,9 @@ class _Job:
         def compare(chunk: tuple[str, int]) -> None:
             name, start = chunk
             dtype = self._todo[name]
-            values = [self._values(i, side.tensors[name], dtype, start, *buffers[i]) for i, side in enumerate(self.sides)]
+            values = [
+                self._values(i, side.tensors[name], dtype, start, *buffers[i]) for i, side in enumerate(self.sides)
+            ]
             if len(values) == 2 and not np.array_equal(values[0], values[1]):
                 self._differs(name, dtype, values[0], values[1])
 
@@ -239,7 +248,9 @@ class _Job:
         for name in self._todo:
             if tally := self._tallies.get(name):
                 numel = self.sides[0].tensors[name].numel
-                yield TensorDifference(name, "values differ", tally.elements, numel, tally.largest, tally.largest_relative)
+                yield TensorDifference(
+                    name, "values differ", tally.elements, numel, tally.largest, tally.largest_relative
+                )
 
 
 def _floats(stored: Any, dtype: str) -> Any:
@@ -253,7 +264,9 @@ def _floats(stored: Any, dtype: str) -> Any:
 
 
 def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """Configuration and side files. Where one side is FP8 and the other is not, quantization is left out of the comparison."""
+    """Configuration and side files. Where one side is FP8 and the other is not, quantization is left out of the
+    comparison.
+    """
     mixed = bool(a.quantized) != bool(b.quantized)
     files = [_side_files(side, mixed) for side in (a, b)]
     for name in sorted(files[0] | files[1]):

@@ -1,4 +1,6 @@
-"""Loading into models: unsharded, FSDP2, TP, both, pipeline stages; strict on every rank; tied; runnable; equal to transformers."""
+"""Loading into models: unsharded, FSDP2, TP, both, pipeline stages; strict on every rank; tied; runnable; equal to
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,18 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from transformers import AutoConfig, FineGrainedFP8Config, Ministral3ForCausalLM, Mistral3ForConditionalGeneration
 
 import fp8ckpt
-from fp8ckpt import Checkpointer, FP8StorageReader, StateDictAdapter, load_model, load_pretrained, open_checkpoint, sample
+from fp8ckpt import (
+    Checkpointer,
+    FP8StorageReader,
+    StateDictAdapter,
+    load_model,
+    load_pretrained,
+    open_checkpoint,
+    sample,
+)
 from fp8ckpt.checkpoint import checkpointing
-from fp8ckpt.checkpoint.naming import find_layout
 from fp8ckpt.errors import ConfigError, MissingScaleError, ModelMismatchError, ScaleValueError
+from fp8ckpt.families.names import find_layout
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import assert_same, bits, fsdp, local, mesh, rewrite, run, stage, tp, tp_fsdp, whole
@@ -33,7 +43,15 @@ from tests.oracle import Stored, dequantize, read_directory, write_safetensors
 PROMPT = torch.tensor([[1, 300, 17, 42, 255, 3, 99]])
 # Few of its dimensions are multiples of any number of ranks, and k_proj and v_proj have four rows.
 UNEVEN = Mistral3Sizes(
-    layers=3, hidden=100, intermediate=203, heads=6, kv_heads=1, head_dim=4, vocabulary=515, vision_hidden=68, vision_intermediate=37
+    layers=3,
+    hidden=100,
+    intermediate=203,
+    heads=6,
+    kv_heads=1,
+    head_dim=4,
+    vocabulary=515,
+    vision_hidden=68,
+    vision_intermediate=37,
 )
 
 
@@ -57,7 +75,9 @@ def theirs(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
             activation_scheme="static",
             modules_to_not_convert=quantization["modules_to_not_convert"],
         )
-        model = Mistral3ForConditionalGeneration.from_pretrained(paths[name], dtype=torch.bfloat16, quantization_config=config)
+        model = Mistral3ForConditionalGeneration.from_pretrained(
+            paths[name], dtype=torch.bfloat16, quantization_config=config
+        )
         found[name] = model.eval()
     return found
 
@@ -78,7 +98,9 @@ def _assert_loaded(model: nn.Module, path: Path) -> None:
 
 @contextmanager
 def _bf16(device: str) -> Iterator[None]:
-    """Parameters that are made within it are BF16, and buffers that must be float32 stay so, as ``from_pretrained`` does."""
+    """Parameters that are made within it are BF16, and buffers that must be float32 stay so, as ``from_pretrained``
+    does.
+    """
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -119,7 +141,9 @@ class _Counting(FP8StorageReader):
 
 @pytest.mark.parametrize("name", ["identity", "nested"])
 def test_equals_transformers_own_load(name: str, paths: dict[str, Path], theirs: dict[str, Any]) -> None:
-    """One line gives a model of the checkpoint's bits, with transformers' logits and buffers, and its generation config."""
+    """One line gives a model of the checkpoint's bits, with transformers' logits and buffers, and its generation
+    config.
+    """
     model = load_pretrained(paths[name])
     assert type(model) is Mistral3ForConditionalGeneration
     assert not model.training
@@ -152,7 +176,9 @@ def test_other_dtypes_are_rounded_once(name: str, dtype: torch.dtype, stored: st
 
 
 def test_loads_in_place(paths: dict[str, Path]) -> None:
-    """Parameters keep their memory and their gradients' flag; a path may be a string or an open checkpoint; Checkpointer is the same."""
+    """Parameters keep their memory and their gradients' flag; a path may be a string or an open checkpoint;
+    Checkpointer is the same.
+    """
     model = _meta_model(paths["nested"], "cpu")
     model.model.vision_tower.requires_grad_(False)
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
@@ -185,7 +211,9 @@ def test_buffers_are_restored(name: str, paths: dict[str, Path]) -> None:
 
 
 def test_buffers_of_a_module_that_holds_the_model(paths: dict[str, Path]) -> None:
-    """A trainer's wrapper, with an adapter for its names: the inner model's buffers are restored, the wrapper's own left alone."""
+    """A trainer's wrapper, with an adapter for its names: the inner model's buffers are restored, the wrapper's own
+    left alone.
+    """
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -366,14 +394,18 @@ def test_a_long_list_is_cut(paths: dict[str, Path]) -> None:
     with pytest.raises(ModelMismatchError, match="2 tensors of the model are not in it: bias, weight"):
         load_model(model, paths["identity"], partial=True)
     count = len(open_checkpoint(paths["identity"]).tensors)
-    with pytest.raises(ModelMismatchError, match=rf"{count} of its tensors are not in the model: .* and {count - 10} more"):
+    with pytest.raises(
+        ModelMismatchError, match=rf"{count} of its tensors are not in the model: .* and {count - 10} more"
+    ):
         load_model(nn.Module(), paths["identity"])
 
 
 def test_defects_of_the_checkpoint_surface_by_name(paths: dict[str, Path], tmp_path: Path) -> None:
     """A missing scale and one of NaN: the checkpoint's own errors, not torch's wrapping of them."""
     name = open_checkpoint(paths["identity"]).quantized[5].name
-    missing = rewrite(paths["identity"], tmp_path / "missing", lambda t: {n: v for n, v in t.items() if n != name + "_scale_inv"})
+    missing = rewrite(
+        paths["identity"], tmp_path / "missing", lambda t: {n: v for n, v in t.items() if n != name + "_scale_inv"}
+    )
     with pytest.raises(MissingScaleError, match=name):
         load_pretrained(missing)
     nan = Stored("BF16", (), (0x7FC0).to_bytes(2, "little"))
@@ -421,7 +453,10 @@ def _tied(source: Path, destination: Path, head: str | None = None) -> Path:
         name = next(name for name in tensors if name.endswith("lm_head.weight"))
         embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
         kept = {key: tensor for key, tensor in tensors.items() if key != name}
-        return {**kept, **({"equal": {name: tensors[embeddings]}, "other": {name: tensors[name]}}[head] if head else {})}
+        return {
+            **kept,
+            **({"equal": {name: tensors[embeddings]}, "other": {name: tensors[name]}}[head] if head else {}),
+        }
 
     def tie(config: dict[str, Any]) -> None:
         config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
@@ -538,7 +573,9 @@ def _on_ranks_of_dtype(path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert_same(whole(tensor), expected[name], name)
         if name + "_scale_inv" in tensors:
-            assert bits(whole(tensor)) == dequantize(tensors[name], tensors[name + "_scale_inv"], tensors[name].shape, "F32")
+            assert bits(whole(tensor)) == dequantize(
+                tensors[name], tensors[name + "_scale_inv"], tensors[name].shape, "F32"
+            )
     if dist.get_world_size() == 4:
         both = mesh(2, 2, names=("pp", "tp"))
         index = both.get_local_rank("pp")
@@ -603,7 +640,9 @@ def _refused_on_ranks(path: Path, bad: Path) -> list[str]:
 
 
 def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Whichever rank finds a mismatch, or a bad scale in its part: all raise the same, none waits for ever, and go on together."""
+    """Whichever rank finds a mismatch, or a bad scale in its part: all raise the same, none waits for ever, and go on
+    together.
+    """
     quantized = open_checkpoint(paths["identity"]).quantized
     name = next(tensor.name for tensor in quantized if "layers.1" in tensor.name)
     nan = Stored("BF16", (), (0x7FC0).to_bytes(2, "little"))
@@ -631,7 +670,9 @@ def _tied_on_ranks(path: Path, twice: Path, other: Path, untied: Path) -> None:
 
 
 def test_tied_embeddings_under_fsdp_and_tp(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Sharded, the head has the embeddings' values and the untied model's logits; a different head on disk is refused on all ranks."""
+    """Sharded, the head has the embeddings' values and the untied model's logits; a different head on disk is refused
+    on all ranks.
+    """
     source = paths["identity"]
     twice, other = _tied(source, tmp_path / "twice", "equal"), _tied(source, tmp_path / "other", "other")
     run(2, _tied_on_ranks, _tied(source, tmp_path / "tied"), twice, other, _untied(source, tmp_path / "untied"))

@@ -25,7 +25,9 @@ STAGES, SHARDS = 8, 8
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """128 GB of holes, and true headers."""
-    return open_checkpoint(sample(tmp_path_factory.mktemp("release") / "128B", Mistral3Sizes.true_shape(), files=27, sparse=True))
+    return open_checkpoint(
+        sample(tmp_path_factory.mktemp("release") / "128B", Mistral3Sizes.true_shape(), files=27, sparse=True)
+    )
 
 
 class Planned(NamedTuple):
@@ -73,7 +75,9 @@ def _bytes(name: str, numel: int, release: Checkpoint) -> int:
 
 
 def test_64_ranks_read_each_byte_once(release: Checkpoint, plans: list[Planned]) -> None:
-    """Each rank plans its shards and no more; over all ranks each sharded tensor is covered once, each other one once a rank."""
+    """Each rank plans its shards and no more; over all ranks each sharded tensor is covered once, each other one once a
+    rank.
+    """
     assert sum(tensor.numel for tensor in release.tensors.values()) > 125e9
     regions: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     planned = []
@@ -104,13 +108,19 @@ def test_64_ranks_read_each_byte_once(release: Checkpoint, plans: list[Planned])
     copies = sum(_bytes(name, release[name].numel, release) for name in regions.keys() - sharded)
     assert sum(planned) == total + (SHARDS - 1) * copies
     slowest = max(plan.seconds for plan in plans)
-    print(f"planned in at most {slowest * 1000:.0f} ms; {min(planned) / 1e9:.2f} to {max(planned) / 1e9:.2f} GB a rank, ", end="")
+    print(
+        f"planned in at most {slowest * 1000:.0f} ms; {min(planned) / 1e9:.2f} to {max(planned) / 1e9:.2f} GB a rank, ",
+        end="",
+    )
     print(f"{sum(planned) / 1e9:.1f} GB together, of {total / 1e9:.1f} GB on disk")
 
 
 def test_stages_divide_the_model(plans: list[Planned]) -> None:
     """Eleven layers a stage: the ends hold the embeddings and the vision tower, and the norm and the head."""
-    layers = [{int(name.split(".")[3]) for name in plan.held if name.startswith("model.language_model.layers.")} for plan in plans]
+    layers = [
+        {int(name.split(".")[3]) for name in plan.held if name.startswith("model.language_model.layers.")}
+        for plan in plans
+    ]
     assert layers == [set(range(11 * (rank // SHARDS), 11 * (rank // SHARDS) + 11)) for rank in range(STAGES * SHARDS)]
     first, middle, last = (set(plans[rank].held) for rank in (0, 27, 63))
     assert all(name.startswith("model.language_model.layers.") for name in middle)

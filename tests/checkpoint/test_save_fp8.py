@@ -1,4 +1,6 @@
-"""Saving as FP8 from any sharding: file for file what `convert --to fp8 --like BASE` writes of the same values; or nothing at all."""
+"""Saving as FP8 from any sharding: file for file what `convert --to fp8 --like BASE` writes of the same values; or
+nothing at all.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,17 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException
 
 import fp8ckpt
-from fp8ckpt import Checkpointer, FP8StorageWriter, convert, load_model, load_pretrained, open_checkpoint, sample, save_model, verify
+from fp8ckpt import (
+    Checkpointer,
+    FP8StorageWriter,
+    convert,
+    load_model,
+    load_pretrained,
+    open_checkpoint,
+    sample,
+    save_model,
+    verify,
+)
 from fp8ckpt.checkpoint import checkpointing, fp8_storage_writer, shard_quantizing
 from fp8ckpt.errors import (
     Fp8CheckpointError,
@@ -40,12 +52,20 @@ from fp8ckpt.errors import (
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
-from tests.families import Family
+from tests.miniatures import Family
 from tests.oracle import Stored, read_directory
 from tests.test_to_fp8 import E4M3, OTHERS, assert_same_tree, siblings, trained, write_plain
 
 UNEVEN = Mistral3Sizes(
-    layers=2, hidden=100, intermediate=203, heads=6, kv_heads=1, head_dim=4, vocabulary=515, vision_hidden=68, vision_intermediate=37
+    layers=2,
+    hidden=100,
+    intermediate=203,
+    heads=6,
+    kv_heads=1,
+    head_dim=4,
+    vocabulary=515,
+    vision_hidden=68,
+    vision_intermediate=37,
 )
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MODES = ("reuse", "fresh")
@@ -157,7 +177,9 @@ def models(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.mark.parametrize("step", [1 << 19, 100])
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
 @pytest.mark.parametrize("name", E4M3)
-def test_every_family_in_one_process(name: str, dtype: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_in_one_process(
+    name: str, dtype: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Untouched values give back the base; changed ones what a conversion writes, whatever is worked on at once."""
     family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
     case = Case(tmp_path, family.write(tmp_path / "fp8"))
@@ -182,7 +204,9 @@ def test_every_family_in_one_process(name: str, dtype: str, step: int, tmp_path:
 
 @pytest.mark.parametrize("name", ["identity", "uneven", "equal"])
 def test_a_model_in_one_process(name: str, models: dict[str, Case], tmp_path: Path) -> None:
-    """``save_model``: an untouched model is its base again; a trained one what a conversion of its bf16 directory writes."""
+    """``save_model``: an untouched model is its base again; a trained one what a conversion of its bf16 directory
+    writes.
+    """
     case = models[name]
     model = load_pretrained(case.base)
     save_model(model, tmp_path / "out", to="fp8", base=case.base)
@@ -212,7 +236,9 @@ def test_float32_models_adapters_and_strings(models: dict[str, Case], tmp_path: 
 
 
 def test_a_merged_adapter(models: dict[str, Case], tmp_path: Path) -> None:
-    """``weight + B @ A`` in place, as a merge of low-rank adapters does it: what the merged model holds is what is saved."""
+    """``weight + B @ A`` in place, as a merge of low-rank adapters does it: what the merged model holds is what is
+    saved.
+    """
     case = models["identity"]
     model = load_pretrained(case.base)
     torch.manual_seed(0)
@@ -225,7 +251,9 @@ def test_a_merged_adapter(models: dict[str, Case], tmp_path: Path) -> None:
     convert(tmp_path / "bf16", tmp_path / "expected", to="fp8", like=case.base)
     save_model(model, tmp_path / "out", to="fp8", base=case.base)
     assert_same_tree(tmp_path / "out", tmp_path / "expected")
-    changed = {name for name, tensor in read_directory(tmp_path / "out").items() if tensor != read_directory(case.base)[name]}
+    changed = {
+        name for name, tensor in read_directory(tmp_path / "out").items() if tensor != read_directory(case.base)[name]
+    }
     assert changed
     assert all("q_proj" in name for name in changed)
 
@@ -272,22 +300,32 @@ def test_empty_weights_and_strides_of_values(tmp_path: Path) -> None:
 
 
 def test_plain_tensors_are_cast_as_a_conversion_casts_them(tmp_path: Path) -> None:
-    """Where the base is not quantized its dtype is kept, nearest even, NaN and all; what float16 cannot hold is refused."""
+    """Where the base is not quantized its dtype is kept, nearest even, NaN and all; what float16 cannot hold is
+    refused.
+    """
     rng = np.random.default_rng(0)
     values = (rng.standard_normal((300, 7)) * np.exp2(rng.integers(-20, 12, (300, 7)))).astype(np.float32)
     values[0, :3] = [np.nan, -np.nan, np.inf]
-    weight = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F32")}
+    weight = {
+        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
+        "w.weight_scale": Stored.of(np.float32(1), "F32"),
+    }
     with np.errstate(all="ignore"):
         plain = {dtype: Stored.of(values, dtype) for dtype in ("BF16", "F16", "F32")}
         base = Family({**weight, **plain}, {}, {}).write(tmp_path / "fp8")
         for dtype in ("BF16", "F16", "F32"):
-            given = {"w.weight": Stored.of(np.ones((2, 2)), dtype), **{name: Stored.of(values, dtype) for name in plain}}
+            given = {
+                "w.weight": Stored.of(np.ones((2, 2)), dtype),
+                **{name: Stored.of(values, dtype) for name in plain},
+            }
             source = write_plain(tmp_path / dtype, given)
             convert(source, tmp_path / f"expected {dtype}", to="fp8", like=base)
             plain_save(tensors_of(source), tmp_path / f"out {dtype}", base)
             assert_same_tree(tmp_path / f"out {dtype}", tmp_path / f"expected {dtype}")
     state = {**tensors_of(tmp_path / "F32"), "F16": torch.full((300, 7), 7e4)}
-    refused(RangeError, "F16 in .*finite values of F32 do not fit F16", lambda: plain_save(state, tmp_path / "no", base))
+    refused(
+        RangeError, "F16 in .*finite values of F32 do not fit F16", lambda: plain_save(state, tmp_path / "no", base)
+    )
     assert not list(tmp_path.glob("no*"))
 
 
@@ -323,7 +361,9 @@ def _plain_on_ranks(cases: dict[str, Case], kinds: tuple[str, ...], root: Path, 
     return written
 
 
-def check_plain(cases: dict[str, Case], kinds: tuple[str, ...], ranks: int, root: Path, step: int | None = None) -> None:
+def check_plain(
+    cases: dict[str, Case], kinds: tuple[str, ...], ranks: int, root: Path, step: int | None = None
+) -> None:
     """Each byte is written once over all ranks, and each directory is the one that a conversion writes."""
     written = run(ranks, _plain_on_ranks, cases, kinds, root, step)
     for out in written[0]:
@@ -351,7 +391,9 @@ def families_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case
     return found
 
 
-@pytest.mark.parametrize(("ranks", "kinds", "step"), [(2, ("rows", "columns"), None), (3, ("rows", "columns"), 100), (4, ("both",), 1000)])
+@pytest.mark.parametrize(
+    ("ranks", "kinds", "step"), [(2, ("rows", "columns"), None), (3, ("rows", "columns"), 100), (4, ("both",), 1000)]
+)
 def test_every_kind_of_grid_on_ranks(
     ranks: int, kinds: tuple[str, ...], step: int | None, families_trained: dict[str, Case], tmp_path: Path
 ) -> None:
@@ -379,10 +421,13 @@ def test_siblings_on_ranks(tmp_path: Path) -> None:
         family = siblings(scales)
         case = cases[f"siblings {i}"] = Case(root, family.write(root / "fp8"))
         tensors = family.expected()
-        tensors["a.v_proj.weight"] = Stored.of(tensors["a.v_proj.weight"].array.astype(np.float32) * np.float32(factor), "BF16")
+        tensors["a.v_proj.weight"] = Stored.of(
+            tensors["a.v_proj.weight"].array.astype(np.float32) * np.float32(factor), "BF16"
+        )
         case.add("trained", write_plain(root / "source", tensors))
         small = {
-            name: Stored.of(tensor.array.astype(np.float32) * np.float32(0.0131), "BF16") for name, tensor in family.expected().items()
+            name: Stored.of(tensor.array.astype(np.float32) * np.float32(0.0131), "BF16")
+            for name, tensor in family.expected().items()
         }
         case.add("all small", write_plain(root / "small", small))
     check_plain(cases, ("rows", "columns"), 2, tmp_path, 10)
@@ -400,7 +445,10 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
     """Save every model from every sharding; returns the bytes that this rank wrote."""
     checkpointing.FP8StorageWriter = Counting  # type: ignore[misc]
     size, rank, flat, written = dist.get_world_size(), dist.get_rank(), mesh(), {}
-    shardings: dict[str, Callable[[nn.Module], nn.Module]] = {"fsdp": lambda m: fsdp(m, flat), "tp": lambda m: tp(m, flat)}
+    shardings: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "fsdp": lambda m: fsdp(m, flat),
+        "tp": lambda m: tp(m, flat),
+    }
     if size == 2:
         shardings["pp"] = lambda m: stage(m, rank, size)
     if size == 4:
@@ -411,7 +459,11 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
         }
     for name, case in models.items():
         for kind, parallelize in shardings.items():
-            model = load_pretrained(case.base, parallelize=parallelize) if "pp" not in kind else parallelize(load_pretrained(case.base))
+            model = (
+                load_pretrained(case.base, parallelize=parallelize)
+                if "pp" not in kind
+                else parallelize(load_pretrained(case.base))
+            )
             for source, mode in (("untouched", "reuse"), ("trained", "reuse"), ("trained", "fresh")):
                 load_model(model, case.sources[source], partial="pp" in kind)
                 out = f"{name}, {source}, {mode}, {kind}"
@@ -422,12 +474,16 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_sharding(ranks: int, models: dict[str, Case], tmp_path: Path) -> None:
-    """FSDP2, TP, stages of a pipeline, 2-D meshes: the directory that `convert` writes, each byte written once over all ranks."""
+    """FSDP2, TP, stages of a pipeline, 2-D meshes: the directory that `convert` writes, each byte written once over all
+    ranks.
+    """
     written = run(ranks, _models_on_ranks, models, tmp_path)
     assert len(written[0]) == 9 * {1: 2, 2: 3, 3: 2, 4: 2}[ranks]
     for out in written[0]:
         name, source, mode, _ = out.split(", ")
-        assert_same_tree(tmp_path / out, models[name].expected(source, mode) if source == "trained" else models[name].base)
+        assert_same_tree(
+            tmp_path / out, models[name].expected(source, mode) if source == "trained" else models[name].base
+        )
         assert sum(counts[out] for counts in written) == stored_bytes(models[name].base), out
     assert all(counts[out] for counts in written for out in counts if "fsdp" in out)
 
@@ -503,7 +559,9 @@ def test_nonfinite_weights_are_refused_on_every_rank(families_trained: dict[str,
         for i, text in enumerate(told):
             weight = next(iter(E4M3[names[i // 2]].blocks))
             numel = np.prod(E4M3[names[i // 2]].tensors[weight].shape)
-            assert text.count(f"WeightValueError: {weight}: {3 + i % 2} of {numel} elements are NaN or infinite") == 2, text
+            assert (
+                text.count(f"WeightValueError: {weight}: {3 + i % 2} of {numel} elements are NaN or infinite") == 2
+            ), text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -525,7 +583,9 @@ def test_nonfinite_weights_of_a_model_are_refused(models: dict[str, Case], tmp_p
 
 
 def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], tmp_path: Path) -> None:
-    """A base without FP8, of other codes, with a bad scale; other tensors, shapes and dtypes: by name, and nothing is written."""
+    """A base without FP8, of other codes, with a bad scale; other tensors, shapes and dtypes: by name, and nothing is
+    written.
+    """
     family = E4M3["per-tensor 0-d BF16"]
     base = family.write(tmp_path / "fp8")
     convert(base, tmp_path / "plain")
@@ -536,7 +596,11 @@ def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], t
         directory = other.write(tmp_path / f"other {name}")
         convert(directory, tmp_path / f"plain {name}")
         state = tensors_of(tmp_path / f"plain {name}")
-        refused(UnsupportedFormatError, "codes in the base; expected F8_E4M3", lambda s=state, d=directory: plain_save(s, out, d))
+        refused(
+            UnsupportedFormatError,
+            "codes in the base; expected F8_E4M3",
+            lambda s=state, d=directory: plain_save(s, out, d),
+        )
     tensors = {**family.tensors, "m.q.weight_scale_inv": Stored.of(np.float32(-1), "BF16")}
     bad = Family(tensors, family.config, family.blocks).write(tmp_path / "bad")
     refused(ScaleValueError, r"m\.q\.weight_scale_inv", lambda: plain_save(good, out, bad))
@@ -558,9 +622,16 @@ def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], t
 
 def test_a_scale_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
     """Values that a float16 scale cannot reach."""
-    tensors = {"w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F16")}
+    tensors = {
+        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
+        "w.weight_scale": Stored.of(np.float32(1), "F16"),
+    }
     base = Family(tensors, {}, {}).write(tmp_path / "fp8")
-    refused(RangeError, r"^w\.weight in .*range of F16", lambda: plain_save({"w.weight": torch.full((2, 2), 1e9)}, tmp_path / "out", base))
+    refused(
+        RangeError,
+        r"^w\.weight in .*range of F16",
+        lambda: plain_save({"w.weight": torch.full((2, 2), 1e9)}, tmp_path / "out", base),
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["fp8"]
 
 
@@ -593,7 +664,9 @@ def _full_on_one_rank(case: Case, root: Path) -> list[str]:
     def attempt(name: str) -> None:
         try:
             save_model(model, root / name, to="fp8", base=case.base)
-        except BaseException as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
+        except (
+            BaseException
+        ) as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
             told.append(f"{type(error).__name__}: {error}")
         else:
             told.append("nothing was raised")
@@ -676,7 +749,9 @@ def test_async_save_in_one_process(models: dict[str, Case], tmp_path: Path) -> N
     assert_same_tree(tmp_path / "out", case.expected("trained", "reuse"))
 
 
-def test_a_failed_async_save_gives_up_its_lock(models: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_async_save_gives_up_its_lock(
+    models: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error is the future's; the same writer, or another one beside it, saves there afterwards."""
     case = models["identity"]
     state = tensors_of(case.sources["untouched"])

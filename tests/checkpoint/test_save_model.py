@@ -19,7 +19,16 @@ from torch.multiprocessing import ProcessExitedException
 from transformers import Mistral3ForConditionalGeneration
 
 import fp8ckpt
-from fp8ckpt import Checkpointer, SafetensorsStorageWriter, convert, load_pretrained, open_checkpoint, sample, save_model, verify
+from fp8ckpt import (
+    Checkpointer,
+    SafetensorsStorageWriter,
+    convert,
+    load_pretrained,
+    open_checkpoint,
+    sample,
+    save_model,
+    verify,
+)
 from fp8ckpt.checkpoint import checkpointing, storage_writer
 from fp8ckpt.errors import ModelMismatchError, OutputExistsError, ResumeMismatchError, StorageError
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
@@ -28,7 +37,15 @@ from tests.distributed import assert_same, bits, fsdp, mesh, rewrite, run, tp, t
 from tests.oracle import Stored, read_directory, read_safetensors
 
 UNEVEN = Mistral3Sizes(
-    layers=2, hidden=100, intermediate=203, heads=6, kv_heads=1, head_dim=4, vocabulary=515, vision_hidden=68, vision_intermediate=37
+    layers=2,
+    hidden=100,
+    intermediate=203,
+    heads=6,
+    kv_heads=1,
+    head_dim=4,
+    vocabulary=515,
+    vision_hidden=68,
+    vision_intermediate=37,
 )
 
 
@@ -45,7 +62,11 @@ def paths(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def _files(directory: Path) -> dict[str, bytes]:
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
 
 
 def _assert_same_directory(found: Path, expected: Path) -> None:
@@ -106,11 +127,19 @@ def test_changed_weights_are_saved(paths: dict[str, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("to", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
-def test_without_a_base_it_loads_in_transformers(to: str, dtype: torch.dtype, paths: dict[str, Path], tmp_path: Path) -> None:
-    """A float32 model in the dtype asked for: its own names, its configuration without quantization, and the values rounded."""
+def test_without_a_base_it_loads_in_transformers(
+    to: str, dtype: torch.dtype, paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """A float32 model in the dtype asked for: its own names, its configuration without quantization, and the values
+    rounded.
+    """
     model = load_pretrained(paths["uneven"], dtype=torch.float32)
     save_model(model, tmp_path / "out", to=to)
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Mistral3ForConditionalGeneration"]
     assert config["dtype"] == str(dtype).removeprefix("torch.")
@@ -119,7 +148,9 @@ def test_without_a_base_it_loads_in_transformers(to: str, dtype: torch.dtype, pa
     assert stored.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert stored[name].data == bits(tensor.to(dtype)), name
-    again, info = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=dtype, output_loading_info=True)
+    again, info = Mistral3ForConditionalGeneration.from_pretrained(
+        tmp_path / "out", dtype=dtype, output_loading_info=True
+    )
     assert {key: list(names) for key, names in info.items() if names} == {}
     for name, tensor in again.state_dict().items():
         assert_same(tensor, model.state_dict()[name].to(dtype), name)
@@ -127,7 +158,9 @@ def test_without_a_base_it_loads_in_transformers(to: str, dtype: torch.dtype, pa
 
 
 def test_files_end_where_they_are_told(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Several files of at most ``max_file_bytes`` of tensors, in order, with an index that fits; transformers loads them."""
+    """Several files of at most ``max_file_bytes`` of tensors, in order, with an index that fits; transformers loads
+    them.
+    """
     model, most = load_pretrained(paths["identity"]), 200_000
     save_model(model, tmp_path / "out", max_file_bytes=most)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -137,7 +170,9 @@ def test_files_end_where_they_are_told(paths: dict[str, Path], tmp_path: Path) -
     held = [read_safetensors(file) for file in files]
     assert all(sum(len(t.data) for t in tensors.values()) <= most for tensors in held)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file.name for file, tensors in zip(files, held, strict=True) for name in tensors}
+    assert index["weight_map"] == {
+        name: file.name for file, tensors in zip(files, held, strict=True) for name in tensors
+    }
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
     again = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     for name, tensor in again.state_dict().items():
@@ -195,7 +230,9 @@ def test_tied_models(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
         _assert_same_directory(tmp_path / f"out-{head}", tmp_path / f"converted-{head}")
     save_model(model, tmp_path / "alone")
     assert read_directory(tmp_path / "alone").keys() == model.state_dict().keys() - {"lm_head.weight"}
-    again, info = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "alone", dtype=torch.bfloat16, output_loading_info=True)
+    again, info = Mistral3ForConditionalGeneration.from_pretrained(
+        tmp_path / "alone", dtype=torch.bfloat16, output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
     assert_same(again.lm_head.weight, model.lm_head.weight)
@@ -220,7 +257,9 @@ def test_an_existing_destination_is_refused(paths: dict[str, Path], tmp_path: Pa
 
 
 def test_a_base_of_another_model_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
-    """A tensor that only one of the two has, or that has another shape in each: `ModelMismatchError` names it; nothing is written."""
+    """A tensor that only one of the two has, or that has another shape in each: `ModelMismatchError` names it; nothing
+    is written.
+    """
     model: Any = load_pretrained(paths["identity"])
     model.extra = nn.Linear(2, 2, bias=False)
     with pytest.raises(ModelMismatchError, match=r"extra\.weight"):
@@ -250,7 +289,9 @@ def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_space_leaves_no_destination(paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_leaves_no_destination(
+    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk's refusal is `StorageError`; the destination is not there; once there is space, the same call succeeds."""
     model = load_pretrained(paths["uneven"])
 
@@ -391,7 +432,9 @@ def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> None:
-    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written once over all ranks."""
+    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written once over all
+    ranks.
+    """
     tied = _tied(paths["identity"], tmp_path / "tied fp8")
     convert(tied, tmp_path / "tied bf16")
     root = tmp_path / "out"
@@ -422,7 +465,9 @@ def _refused_on_ranks(path: Path, root: Path) -> list[str]:
     def attempt(model: nn.Module, destination: Path) -> None:
         try:
             save_model(model, destination, base=path)
-        except BaseException as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
+        except (
+            BaseException
+        ) as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
             told.append(f"{type(error).__name__}: {error}")
         else:
             told.append("nothing was raised")
@@ -447,7 +492,9 @@ def _refused_on_ranks(path: Path, root: Path) -> list[str]:
 
 
 def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> None:
-    """An existing destination, a full disk of one rank, another model's base: all ranks raise the same, and go on together."""
+    """An existing destination, a full disk of one rank, another model's base: all ranks raise the same, and go on
+    together.
+    """
     for told in run(2, _refused_on_ranks, paths["uneven"], tmp_path):
         assert told[0].startswith("OutputExistsError: ")
         assert told[1].startswith("StorageError: ")
@@ -459,7 +506,11 @@ def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> No
 
 def test_the_writer_is_public() -> None:
     """`fp8ckpt.SafetensorsStorageWriter` is the one that `save_model` uses."""
-    assert fp8ckpt.SafetensorsStorageWriter is checkpointing.SafetensorsStorageWriter is storage_writer.SafetensorsStorageWriter
+    assert (
+        fp8ckpt.SafetensorsStorageWriter
+        is checkpointing.SafetensorsStorageWriter
+        is storage_writer.SafetensorsStorageWriter
+    )
 
 
 def test_a_destination_inside_the_base_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import torch
 
 from fp8ckpt.checkpoint.shard_quantizing import WaitingBlocks
 from fp8ckpt.checkpoint.shards import PIECE, Shard, cut_all, cut_waiting
-from fp8ckpt.numerics.grid import BlockGrid, first_elements, surroundings
-from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.numerics.geometry import BlockGrid, first_elements, surroundings
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
 
 
 def shards_of(grid: BlockGrid, cuts: list[list[int]], joined: bool = False) -> list[Shard]:
@@ -40,14 +40,18 @@ def test_cuts_tile_the_weight(seed: int, joined: bool) -> None:
     rank = int(rng.integers(1, 4))
     shape = tuple(int(n) for n in rng.integers(1, 15, rank))
     grid = BlockGrid(shape, tuple(int(rng.integers(1, dim + 3)) for dim in shape))
-    shards = shards_of(grid, [sorted(int(i) for i in rng.integers(0, dim + 1, rng.integers(0, 3))) for dim in shape], joined)
+    shards = shards_of(
+        grid, [sorted(int(i) for i in rng.integers(0, dim + 1, rng.integers(0, 3))) for dim in shape], joined
+    )
     step = int(rng.integers(1, 60))
     numbers = 7 + np.arange(prod(grid.shape)).reshape(grid.shape)
     of_element = numbers[np.ix_(*(np.arange(dim) // size for dim, size in zip(shape, grid.block_size, strict=True)))]
     largest_block = int(np.bincount(of_element.flat).max())
     times, owned, waited = np.zeros(shape, int), [], np.zeros(shape, int)
     for shard in shards:
-        assert prod(shard.region[1]) == 0 or set(shard.numbers(*_met(grid, shard.region))) == set(of_element[_slices(shard.region)].flat)
+        assert prod(shard.region[1]) == 0 or set(shard.numbers(*_met(grid, shard.region))) == set(
+            of_element[_slices(shard.region)].flat
+        )
         for cut in cut_all(shard, torch.empty(shard.region[1]), step):
             assert prod(cut.region[1]) <= max(PIECE * step, 1)
             steps = list(cut.steps(step))
@@ -67,11 +71,18 @@ def test_cuts_tile_the_weight(seed: int, joined: bool) -> None:
     if largest_block > step or joined:
         assert (waited == 1).all()
     waiting = WaitingBlocks(shards, step)
-    parts = [len({i for i, shard in enumerate(shards) if (of_element[_slices(shard.region)] == number).any()}) for number in numbers.flat]
+    parts = [
+        len({i for i, shard in enumerate(shards) if (of_element[_slices(shard.region)] == number).any()})
+        for number in numbers.flat
+    ]
     assert waiting.shared == (numbers.size if joined else sum(count > 1 for count in parts))
-    assert set(of_element[waited == 1]) >= {number for number, count in zip(numbers.flat, parts, strict=True) if count > 1}
+    assert set(of_element[waited == 1]) >= {
+        number for number, count in zip(numbers.flat, parts, strict=True) if count > 1
+    }
     if joined is False and largest_block <= step:
-        assert set(of_element[waited == 1]) == {number for number, count in zip(numbers.flat, parts, strict=True) if count > 1}
+        assert set(of_element[waited == 1]) == {
+            number for number, count in zip(numbers.flat, parts, strict=True) if count > 1
+        }
 
 
 def _slices(region: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[slice, ...]:

@@ -1,4 +1,6 @@
-"""`FP8StorageReader`: torch's distributed checkpoint sees the logical checkpoint, and every region holds the oracle's values."""
+"""`FP8StorageReader`: torch's distributed checkpoint sees the logical checkpoint, and every region holds the oracle's
+values.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 from fp8ckpt import Fp8CheckpointError, FP8StorageReader, open_checkpoint
 from fp8ckpt.checkpoint.regions import dequantize_on_device, expanded_scales
 from fp8ckpt.errors import MissingScaleError, RegionError, ScaleValueError, UnknownTensorError, UnsupportedFormatError
-from fp8ckpt.storage.reading import load_dequantizer, torch_dtype
+from fp8ckpt.tensors.reading import load_dequantizer, torch_dtype
 from tests.distributed import assert_same, bits, mesh, rewrite, run
-from tests.families import Family, families
+from tests.miniatures import Family, families
 from tests.oracle import Stored, write_safetensors
 
 FAMILIES = families()
@@ -52,7 +54,9 @@ def _load(state: dict[str, Any], reader: FP8StorageReader) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_family_and_target(name: str, dtype: str, written: dict[str, Path]) -> None:
-    """Whole tensors, dequantized to the target's dtype, and plain ones as they are; bytes read are those of the weights."""
+    """Whole tensors, dequantized to the target's dtype, and plain ones as they are; bytes read are those of the
+    weights.
+    """
     family = FAMILIES[name]
     expected = family.expected(dtype)
     state = {key: torch.zeros(t.shape, dtype=torch_dtype(t.dtype)) for key, t in expected.items()}
@@ -65,7 +69,9 @@ def test_every_family_and_target(name: str, dtype: str, written: dict[str, Path]
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_strided_targets(name: str, written: dict[str, Path]) -> None:
-    """Targets that are transposed, or every second column of something, are filled at their places, and nothing beside them."""
+    """Targets that are transposed, or every second column of something, are filled at their places, and nothing beside
+    them.
+    """
     expected = FAMILIES[name].expected()
     transposed = {key: torch.zeros(t.shape[::-1], dtype=torch_dtype(t.dtype)) for key, t in expected.items()}
     _load({key: t.permute(*reversed(range(t.dim()))) for key, t in transposed.items()}, FP8StorageReader(written[name]))
@@ -101,12 +107,19 @@ def test_plain_tensors_are_cast(written: dict[str, Path]) -> None:
 def test_one_element_of_a_strided_whole(tmp_path: Path) -> None:
     """A target of one element that is every second of something else, plain or FP8."""
     one = Stored.of(np.full((1, 1), 3.0, np.float32), "F32")
-    tensors = {"a": one, "b.weight": Stored.codes(np.full((1, 1), 0x38, np.uint8)), "b.weight_scale_inv": Stored("F32", (), one.data)}
+    tensors = {
+        "a": one,
+        "b.weight": Stored.codes(np.full((1, 1), 0x38, np.uint8)),
+        "b.weight_scale_inv": Stored("F32", (), one.data),
+    }
     write_safetensors(tmp_path / "model.safetensors", tensors)
     for dtype in (torch.float32, torch.bfloat16):
         wide = {name: torch.zeros(1, 1, 2, dtype=dtype) for name in ("a", "b.weight")}
         _load({name: tensor[..., 1] for name, tensor in wide.items()}, FP8StorageReader(tmp_path))
-        assert {name: tensor.flatten().tolist() for name, tensor in wide.items()} == {"a": [0.0, 3.0], "b.weight": [0.0, 3.0]}
+        assert {name: tensor.flatten().tolist() for name, tensor in wide.items()} == {
+            "a": [0.0, 3.0],
+            "b.weight": [0.0, 3.0],
+        }
 
 
 def test_parameters_are_filled_in_place(written: dict[str, Path]) -> None:
@@ -195,7 +208,9 @@ def test_unknown_names_and_wrong_shapes_are_refused(sample_fp8: Path) -> None:
 
 
 def test_integer_targets_are_refused(sample_fp8: Path) -> None:
-    """An FP8 tensor has no values in int32, nor in float64: `UnsupportedFormatError` by name, and in another FP8 dtype neither."""
+    """An FP8 tensor has no values in int32, nor in float64: `UnsupportedFormatError` by name, and in another FP8 dtype
+    neither.
+    """
     tensor = open_checkpoint(sample_fp8).quantized[0]
     for dtype in (torch.int32, torch.float64, torch.float8_e5m2):
         message = _error_of({tensor.name: torch.zeros(tensor.shape).to(dtype)}, FP8StorageReader(sample_fp8))
@@ -288,7 +303,9 @@ def _slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ..
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_random_regions(data: st.DataObject, written: dict[str, Path]) -> None:
-    """Several regions of a weight at once, of any size, into targets of any dtype: the oracle's values, each byte read once."""
+    """Several regions of a weight at once, of any size, into targets of any dtype: the oracle's values, each byte read
+    once.
+    """
     name = data.draw(st.sampled_from(list(FAMILIES)))
     dtype = data.draw(st.sampled_from(list(DTYPES)))
     family: Family = FAMILIES[name]
@@ -330,7 +347,14 @@ def _dtensors(paths: dict[str, str]) -> dict[str, int]:
     return counted
 
 
-_ON_MANY_RANKS = ["per-tensor 0-d BF16", "per-channel [o,1]", "block 128 ragged F32", "experts in blocks", "MXFP8 U8", "ModelOpt 4-D"]
+_ON_MANY_RANKS = [
+    "per-tensor 0-d BF16",
+    "per-channel [o,1]",
+    "block 128 ragged F32",
+    "experts in blocks",
+    "MXFP8 U8",
+    "ModelOpt 4-D",
+]
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(3, list(FAMILIES)), (8, _ON_MANY_RANKS)], ids=["3", "8"])
@@ -374,7 +398,7 @@ def test_device_arithmetic_equals_the_look_up(data: st.DataObject, written: dict
 def test_expanded_scales_are_small_where_a_block_spans() -> None:
     """One scale for a region within one block: its shape is all ones, so that no copy of the weight's size is made."""
     from fp8ckpt.numerics.dequantize import Dequantizer
-    from fp8ckpt.numerics.grid import BlockGrid
+    from fp8ckpt.numerics.geometry import BlockGrid
 
     scales = np.arange(1, 7, dtype=np.float32).view(np.uint32).reshape(3, 2)
     dequantizer = Dequantizer(BlockGrid((300, 200), (128, 128)), scales, "F32", "F8_E4M3", "BF16")
@@ -391,7 +415,10 @@ def test_cuda_targets(written: dict[str, Path]) -> None:
     for name, family in FAMILIES.items():
         for dtype in DTYPES:
             expected = family.expected(dtype)
-            state = {key: torch.zeros((*t.shape, 2), dtype=torch_dtype(t.dtype), device="cuda")[..., 0] for key, t in expected.items()}
+            state = {
+                key: torch.zeros((*t.shape, 2), dtype=torch_dtype(t.dtype), device="cuda")[..., 0]
+                for key, t in expected.items()
+            }
             _load(state, FP8StorageReader(written[name], threads=3))
             for key, tensor in expected.items():
                 assert bits(state[key].cpu()) == tensor.data, (name, key, dtype)

@@ -58,9 +58,19 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of `SHAPES`, its scales in another file than the weights."""
     path = tmp_path_factory.mktemp("blocks")
     stored = _stored()
-    write_safetensors(path / "model-00001-of-00002.safetensors", {n: t for n, t in stored.items() if t.dtype != "F32"}, {"format": "pt"})
-    write_safetensors(path / "model-00002-of-00002.safetensors", {n: t for n, t in stored.items() if t.dtype == "F32"}, {"format": "pt"})
-    (path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}')
+    write_safetensors(
+        path / "model-00001-of-00002.safetensors",
+        {n: t for n, t in stored.items() if t.dtype != "F32"},
+        {"format": "pt"},
+    )
+    write_safetensors(
+        path / "model-00002-of-00002.safetensors",
+        {n: t for n, t in stored.items() if t.dtype == "F32"},
+        {"format": "pt"},
+    )
+    (path / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}'
+    )
     return path
 
 
@@ -76,7 +86,9 @@ def test_interface() -> None:
     assert adapter
     adapter._paramwrapper_layout_hint = "set"
     assert module.logger is logging.getLogger("fp8ckpt.models.deepseek_v3.state_dict_adapter")
-    renamed = DeepseekV3FP8StateDictAdapter(native_to_hf=lambda k: "disk." + k, hf_to_native=lambda k: k.removeprefix("disk."))
+    renamed = DeepseekV3FP8StateDictAdapter(
+        native_to_hf=lambda k: "disk." + k, hf_to_native=lambda k: k.removeprefix("disk.")
+    )
     hf = renamed.to_hf({"a.weight": torch.zeros(2, 2)}, quantization=True)
     assert list(hf) == ["disk.a.weight", "disk.a.weight_scale_inv"]
     assert list(renamed.from_hf(hf)) == ["a.weight"]
@@ -123,7 +135,10 @@ def test_placeholders(blocks: Path) -> None:
         assert list(hf) == [key for name in SHAPES for key in (name, name + "_scale_inv")] + ["model.norm.weight"]
         for name, shape in SHAPES.items():
             assert (hf[name].dtype, hf[name].shape) == (torch.float8_e4m3fn, shape)
-            assert (hf[name + "_scale_inv"].dtype, tuple(hf[name + "_scale_inv"].shape)) == (torch.float32, _grid(shape))
+            assert (hf[name + "_scale_inv"].dtype, tuple(hf[name + "_scale_inv"].shape)) == (
+                torch.float32,
+                _grid(shape),
+            )
         assert hf["model.norm.weight"] is native["model.norm.weight"]
         assert all(adapter.to_hf(native)[name] is native[name] for name in native)
     with pytest.raises(UnsupportedFormatError, match=r"x\.weight"):
@@ -150,7 +165,9 @@ def test_other_scales_are_refused(sample_fp8: Path) -> None:
 
 
 def test_from_hf_refuses_what_cannot_be_a_grid() -> None:
-    """A grid of the wrong shape, and a scale of zero, are refused by the tensor's name; a weight without a scale passes."""
+    """A grid of the wrong shape, and a scale of zero, are refused by the tensor's name; a weight without a scale
+    passes.
+    """
     weight = torch.zeros(200, 200).to(torch.float8_e4m3fn)
     adapter = DeepseekV3FP8StateDictAdapter()
     with pytest.raises(ScaleShapeError, match=r"a\.weight"):
@@ -163,7 +180,9 @@ def test_from_hf_refuses_what_cannot_be_a_grid() -> None:
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300), seed=st.integers(0, 1 << 30), size=st.integers(-40, 20))
 @settings(max_examples=40, deadline=None)
 def test_convert_single_within_rounding(rows: int, columns: int, seed: int, size: int) -> None:
-    """Each block has its own scale ``amax / 448``; each element is within half a step of e4m3; blocks of zeros have scale 1."""
+    """Each block has its own scale ``amax / 448``; each element is within half a step of e4m3; blocks of zeros have
+    scale 1.
+    """
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**size
     weight[:128, :128] = 0
     pairs = DeepseekV3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
@@ -177,11 +196,15 @@ def test_convert_single_within_rounding(rows: int, columns: int, seed: int, size
             amax, scale = weight[part].abs().max(), scales[i, j]
             assert float(scale) == (float(amax / 448) if float(amax) else 1.0)
             error = (codes[part].double() * scale.double() - weight[part].double()).abs()
-            assert bool((error <= torch.maximum(weight[part].double().abs() / 16, scale.double() / 1024) * 1.0001).all())
+            assert bool(
+                (error <= torch.maximum(weight[part].double().abs() / 16, scale.double() / 1024) * 1.0001).all()
+            )
 
 
 def test_what_was_fp8_is_reproduced_exactly(sample_block: Path, blocks: Path) -> None:
-    """Weights that were FP8, loaded as BF16: codes x fresh scales are the same tensors again, whatever the largest code of a block."""
+    """Weights that were FP8, loaded as BF16: codes x fresh scales are the same tensors again, whatever the largest code
+    of a block.
+    """
     differing = []
     for path in (sample_block, blocks):
         checkpoint, adapter = open_checkpoint(path), DeepseekV3FP8StateDictAdapter.from_checkpoint(path)
@@ -195,7 +218,9 @@ def test_what_was_fp8_is_reproduced_exactly(sample_block: Path, blocks: Path) ->
 
 def test_fresh_scales_have_the_files_dtype(sample_block: Path, tmp_path: Path) -> None:
     """Where the file's scales are BF16, those that go out are too, rounded up so that nothing clips."""
-    change = lambda tensors: {n: Stored.of(t.array, "BF16") if n.endswith("_scale_inv") else t for n, t in tensors.items()}  # noqa: E731
+    change = lambda tensors: {
+        n: Stored.of(t.array, "BF16") if n.endswith("_scale_inv") else t for n, t in tensors.items()
+    }
     path = rewrite(sample_block, tmp_path / "bf16", change)
     adapter, name = DeepseekV3FP8StateDictAdapter.from_checkpoint(path), open_checkpoint(path).quantized[0].name
     weight = torch.randn(130, 140)
@@ -263,13 +288,17 @@ def _on_ranks(path: Path) -> None:
 
 
 def test_placeholders_filled_by_torchs_reader(blocks: Path) -> None:
-    """One process: to_hf, torch's `HuggingFaceStorageReader`, from_hf give the oracle's values; our reader the same codes."""
+    """One process: to_hf, torch's `HuggingFaceStorageReader`, from_hf give the oracle's values; our reader the same
+    codes.
+    """
     _load_by_placeholders(blocks, None)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_edges_of_shards_need_not_be_edges_of_blocks(blocks: Path, ranks: int) -> None:
-    """Rows or columns over the ranks, uneven and empty shards: the oracle's values come in, and the unsharded codes go out."""
+    """Rows or columns over the ranks, uneven and empty shards: the oracle's values come in, and the unsharded codes go
+    out.
+    """
     run(ranks, _on_ranks, blocks)
 
 

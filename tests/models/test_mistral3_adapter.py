@@ -34,7 +34,9 @@ def _stored(tensor: torch.Tensor) -> Stored:
 
 
 def _parameters(function: Any) -> dict[str, Any]:
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name != "self"}
+    return {
+        name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name != "self"
+    }
 
 
 # ---------------------------------------------------------------- the documented surface
@@ -54,7 +56,12 @@ def test_signatures_are_the_documented_ones() -> None:
     """Names, order and defaults of every argument; the constructor takes keywords only."""
     none = inspect.Parameter.empty
     adapter = Mistral3FP8StateDictAdapter
-    assert _parameters(adapter.to_hf) == {"state_dict": none, "exclude_key_regex": None, "quantization": False, "kwargs": none}
+    assert _parameters(adapter.to_hf) == {
+        "state_dict": none,
+        "exclude_key_regex": None,
+        "quantization": False,
+        "kwargs": none,
+    }
     assert _parameters(adapter.from_hf) == {"hf_state_dict": none, "device_mesh": None, "kwargs": none}
     assert _parameters(adapter.convert_single_tensor_to_hf) == {"fqn": none, "tensor": none, "kwargs": none}
     assert _parameters(adapter.__init__) == {
@@ -63,7 +70,11 @@ def test_signatures_are_the_documented_ones() -> None:
     kinds = {p.kind for name, p in inspect.signature(adapter.__init__).parameters.items() if name != "self"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
     assert _parameters(adapter.for_vlm_full) == {}
-    assert _parameters(module._dequantize_from_fp8) == {"weight_fp8": none, "scale_inv": none, "target_dtype": torch.bfloat16}
+    assert _parameters(module._dequantize_from_fp8) == {
+        "weight_fp8": none,
+        "scale_inv": none,
+        "target_dtype": torch.bfloat16,
+    }
     assert _parameters(module._is_fp8_weight_key) == {"model_key": none, "not_fp8_prefixes": ()}
     with pytest.raises(TypeError):
         adapter(module._identity)  # type: ignore[misc]
@@ -125,7 +136,11 @@ def test_is_fp8_weight_key_without_prefixes() -> None:
 # ---------------------------------------------------------------- dequantization
 
 
-@given(exponent=st.floats(-120, 100), fraction=st.floats(1, 2), scale_dtype=st.sampled_from([torch.bfloat16, torch.float32]))
+@given(
+    exponent=st.floats(-120, 100),
+    fraction=st.floats(1, 2),
+    scale_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
 @settings(max_examples=150, deadline=None)
 def test_dequantize_is_the_contract_for_every_code(exponent: float, fraction: float, scale_dtype: torch.dtype) -> None:
     """All 256 codes times a scale: the oracle's bits; and for a BF16 scale those of the documented formula."""
@@ -184,7 +199,10 @@ def test_to_hf_without_quantization_passes_the_same_objects() -> None:
     """Identity of names, order and objects; the keywords that hosts add change nothing."""
     native = _native()
     adapter = Mistral3FP8StateDictAdapter.for_vlm_full()
-    for extra in ({}, {"device_mesh": None, "for_checkpoint_load": True, "v4_compatible": False, "legacy_paramwrapper_layout": True}):
+    for extra in (
+        {},
+        {"device_mesh": None, "for_checkpoint_load": True, "v4_compatible": False, "legacy_paramwrapper_layout": True},
+    ):
         hf = adapter.to_hf(native, **extra)
         assert list(hf) == list(native)
         assert all(hf[name] is native[name] for name in native)
@@ -202,7 +220,11 @@ def test_to_hf_with_quantization_makes_placeholders() -> None:
     assert list(hf) == names
     for name in (up, q):
         weight, scale = hf[name], hf[name + "_scale_inv"]
-        assert (weight.dtype, weight.shape, weight.device) == (torch.float8_e4m3fn, native[name].shape, native[name].device)
+        assert (weight.dtype, weight.shape, weight.device) == (
+            torch.float8_e4m3fn,
+            native[name].shape,
+            native[name].device,
+        )
         assert not weight.requires_grad
         assert weight.data_ptr() != native[name].data_ptr()
         assert (scale.dtype, scale.shape, scale.device) == (torch.bfloat16, (), native[name].device)
@@ -221,14 +243,20 @@ def test_to_hf_stays_on_the_meta_device() -> None:
 def test_to_hf_leaves_out_what_a_pattern_matches() -> None:
     """``exclude_key_regex`` drops matching native names, with their scales."""
     native = _native()
-    hf = Mistral3FP8StateDictAdapter.for_vlm_full().to_hf(native, exclude_key_regex=r".*(mlp|vision)", quantization=True)
+    hf = Mistral3FP8StateDictAdapter.for_vlm_full().to_hf(
+        native, exclude_key_regex=r".*(mlp|vision)", quantization=True
+    )
     q = TEXT + "self_attn.q_proj.weight"
     assert set(hf) == {name for name in native if "mlp" not in name and "vision" not in name} | {q + "_scale_inv"}
 
 
 def test_to_hf_renames() -> None:
-    """Placeholders and the rest go under the names that ``native_to_hf`` gives; the rule for FP8 goes by the native ones."""
-    adapter = Mistral3FP8StateDictAdapter(native_to_hf=lambda k: "disk." + k, hf_to_native=lambda k: k.removeprefix("disk."))
+    """Placeholders and the rest go under the names that ``native_to_hf`` gives; the rule for FP8 goes by the native
+    ones.
+    """
+    adapter = Mistral3FP8StateDictAdapter(
+        native_to_hf=lambda k: "disk." + k, hf_to_native=lambda k: k.removeprefix("disk.")
+    )
     name = TEXT + "mlp.up_proj.weight"
     hf = adapter.to_hf({name: torch.zeros(2, 2), "lm_head.weight": torch.ones(1)}, quantization=True)
     assert list(hf) == ["disk." + name, f"disk.{name}_scale_inv", "disk.lm_head.weight"]
@@ -286,7 +314,9 @@ def test_from_hf_of_a_bf16_checkpoint_is_identity() -> None:
 def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fraction: int, dtype: torch.dtype) -> None:
     """Whatever its largest code: code x scale is the tensor that went in, bit for bit, in BF16 and in FP32."""
     scale = torch.tensor(2.0**exponent * (1 + fraction / 128), dtype=torch.bfloat16)
-    weight = module._dequantize_from_fp8(torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, -1), scale, dtype)
+    weight = module._dequantize_from_fp8(
+        torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, -1), scale, dtype
+    )
     name = TEXT + "mlp.up_proj.weight"
     pairs = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(name, weight, quantization=True)
     assert [key for key, _ in pairs] == [name, name + "_scale_inv"]
@@ -299,9 +329,13 @@ def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fra
 @given(seed=st.integers(0, 1 << 30), size=st.floats(-30, 20))
 @settings(max_examples=100, deadline=None)
 def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
-    """A weight that was never FP8: each element within half a step of e4m3, the largest not clipped, nothing but finite codes."""
+    """A weight that was never FP8: each element within half a step of e4m3, the largest not clipped, nothing but finite
+    codes.
+    """
     weight = (torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) * 2.0**size).to(torch.bfloat16)
-    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
+    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
+        "a.weight", weight, quantization=True
+    )
     values = codes.to(torch.float64) * scale.to(torch.float64)
     error = (values - weight.to(torch.float64)).abs()
     half_step = torch.maximum(weight.to(torch.float64).abs() * 2.0**-4, scale.to(torch.float64) * 2.0**-10)
@@ -312,10 +346,14 @@ def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
 def test_zeros_get_a_scale_of_one() -> None:
     """A weight of zeros, signed ones too, and an empty one: zero codes of their signs, and a scale that means nothing."""
     weight = torch.tensor([[0.0, -0.0]], dtype=torch.bfloat16)
-    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
+    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
+        "a.weight", weight, quantization=True
+    )
     assert bits(codes) == b"\x00\x80"
     assert float(scale) == 1.0
-    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight[:0], quantization=True)
+    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
+        "a.weight", weight[:0], quantization=True
+    )
     assert codes.shape == (0, 2)
     assert float(scale) == 1.0
 
@@ -371,7 +409,9 @@ def test_from_checkpoint_nested(nested: Path) -> None:
     assert len(native) == len(checkpoint.tensors)
     assert all(adapter.native_to_hf(name) == hf for name, hf in native.items())
     assert native["lm_head.weight"] == "language_model.lm_head.weight"
-    assert {native[name] for name in native if adapter.is_fp8_weight(name)} == {tensor.name for tensor in checkpoint.quantized}
+    assert {native[name] for name in native if adapter.is_fp8_weight(name)} == {
+        tensor.name for tensor in checkpoint.quantized
+    }
     assert {name.split(".")[1] for name in native if name != "lm_head.weight"} == {
         "language_model", "vision_tower", "multi_modal_projector"
     }  # fmt: skip
@@ -393,12 +433,16 @@ def test_from_checkpoint_text_only(sample_fp8: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("F32", ()), ("F32", (1,)), ("BF16", (1,)), ("F16", (1, 1))])
-def test_from_checkpoint_takes_scales_as_the_file_has_them(sample_fp8: Path, tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+def test_from_checkpoint_takes_scales_as_the_file_has_them(
+    sample_fp8: Path, tmp_path: Path, dtype: str, shape: tuple[int, ...]
+) -> None:
     """Placeholders and fresh scales have the dtype and shape that the scales on disk have."""
 
     def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
         return {
-            name: Stored.of(tensor.array.astype(np.float32).reshape(shape), dtype) if name.endswith("_scale_inv") else tensor
+            name: Stored.of(tensor.array.astype(np.float32).reshape(shape), dtype)
+            if name.endswith("_scale_inv")
+            else tensor
             for name, tensor in tensors.items()
         }
 
@@ -425,7 +469,9 @@ def test_f32_scales_come_back_as_exactly(sample_fp8: Path, tmp_path: Path) -> No
     path = rewrite(sample_fp8, tmp_path / "f32", change)
     checkpoint, adapter = open_checkpoint(path), Mistral3FP8StateDictAdapter.from_checkpoint(path)
     differing = []
-    for name, dtype in ((tensor.name, dtype) for tensor in checkpoint.quantized for dtype in (torch.bfloat16, torch.float32)):
+    for name, dtype in (
+        (tensor.name, dtype) for tensor in checkpoint.quantized for dtype in (torch.bfloat16, torch.float32)
+    ):
         weight = torch.empty(checkpoint[name].shape, dtype=dtype)
         dcp.load({name: weight}, storage_reader=FP8StorageReader(checkpoint), no_dist=True)
         (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
@@ -456,7 +502,11 @@ def test_from_checkpoint_refuses_other_scales(sample_block: Path, sample_fp8: Pa
     """Block scales, and per-tensor scales of another name, are not this adapter's: refused by name."""
     with pytest.raises(UnsupportedFormatError, match="one scale a tensor"):
         Mistral3FP8StateDictAdapter.from_checkpoint(sample_block)
-    renamed = rewrite(sample_fp8, tmp_path / "named", lambda tensors: {k.replace("_scale_inv", "_scale"): t for k, t in tensors.items()})
+    renamed = rewrite(
+        sample_fp8,
+        tmp_path / "named",
+        lambda tensors: {k.replace("_scale_inv", "_scale"): t for k, t in tensors.items()},
+    )
     with pytest.raises(UnsupportedFormatError, match="_scale_inv"):
         Mistral3FP8StateDictAdapter.from_checkpoint(renamed)
 
@@ -484,7 +534,9 @@ def _on_ranks() -> None:
         for placement in (Shard(0), Shard(1), Replicate()):
             sharded = distribute_tensor(weight, over, [placement])
             (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf("a.weight", sharded, quantization=True)
-            (_, expected), (_, expected_scale) = adapter.convert_single_tensor_to_hf("a.weight", weight, quantization=True)
+            (_, expected), (_, expected_scale) = adapter.convert_single_tensor_to_hf(
+                "a.weight", weight, quantization=True
+            )
             assert isinstance(codes, DTensor)
             assert codes.placements == sharded.placements
             assert bits(codes.view(torch.uint8).full_tensor()) == bits(expected), (case, placement)
@@ -503,12 +555,16 @@ def _on_ranks() -> None:
                 native = adapter.from_hf({"a.weight": codes, "a.weight_scale_inv": given_scale})["a.weight"]
                 assert isinstance(native, DTensor)
                 assert (native.placements, native.device_mesh) == (sharded.placements, over)
-                assert_same(native.full_tensor(), module._dequantize_from_fp8(expected, expected_scale), (case, placement))
+                assert_same(
+                    native.full_tensor(), module._dequantize_from_fp8(expected, expected_scale), (case, placement)
+                )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shards_give_what_the_whole_gives(ranks: int) -> None:
-    """Rows, columns or copies over the ranks: the same codes and the same scale, and DTensors stay where they are placed."""
+    """Rows, columns or copies over the ranks: the same codes and the same scale, and DTensors stay where they are
+    placed.
+    """
     run(ranks, _on_ranks)
 
 

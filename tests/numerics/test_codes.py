@@ -61,7 +61,9 @@ def test_bf16_scales_are_exact() -> None:
 def test_f16_scales_are_exact() -> None:
     """All 65,536 float16 patterns become the float32 of the same value; NaN stays NaN."""
     got = scale_values(ALL_16.view(np.float16), "F16")
-    expected = np.array([struct.unpack("<e", struct.pack("<H", pattern))[0] for pattern in range(65536)]).astype(np.float32)
+    expected = np.array([struct.unpack("<e", struct.pack("<H", pattern))[0] for pattern in range(65536)]).astype(
+        np.float32
+    )
     nan = np.isnan(expected)
     assert nan.sum() == 2 * 1023
     np.testing.assert_array_equal(np.isnan(got), nan)
@@ -70,9 +72,9 @@ def test_f16_scales_are_exact() -> None:
 
 def test_f32_scales_are_themselves() -> None:
     """A float32 scale keeps its bits, whatever they are."""
-    patterns = np.concatenate([np.arange(0, 2**32, 65521, dtype=np.uint64), [2**32 - 1, 0x7F800000, 0x7F800001, 0x80000000]]).astype(
-        np.uint32
-    )
+    patterns = np.concatenate(
+        [np.arange(0, 2**32, 65521, dtype=np.uint64), [2**32 - 1, 0x7F800000, 0x7F800001, 0x80000000]]
+    ).astype(np.uint32)
     np.testing.assert_array_equal(bits(scale_values(patterns, "F32")), patterns)
 
 

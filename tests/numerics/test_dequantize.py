@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fp8ckpt.numerics import dequantize as module
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
-from fp8ckpt.numerics.grid import BlockGrid, infer_grid
+from fp8ckpt.numerics.geometry import BlockGrid, infer_grid
 from tests.oracle import NUMPY, Stored, dequantize
 
 Shape = tuple[int, ...]
@@ -92,7 +92,9 @@ def test_flat_equals_the_oracle(case: Case, data: st.DataObject) -> None:
 def test_region_equals_the_oracle(case: Case, data: st.DataObject) -> None:
     """Any region, unaligned to the blocks, empty ones included."""
     offsets = tuple(data.draw(st.integers(0, dim)) for dim in case.codes.shape)
-    sizes = tuple(data.draw(st.integers(0, dim - offset)) for dim, offset in zip(case.codes.shape, offsets, strict=True))
+    sizes = tuple(
+        data.draw(st.integers(0, dim - offset)) for dim, offset in zip(case.codes.shape, offsets, strict=True)
+    )
     case.check_region(offsets, sizes)
     case.check_region((0,) * case.codes.ndim, case.codes.shape)
 
@@ -102,7 +104,9 @@ def test_region_equals_the_oracle(case: Case, data: st.DataObject) -> None:
 def test_region_writes_into_any_strides(case: Case, data: st.DataObject) -> None:
     """Every second column, a transposed buffer, a reversed one: the values land where the view says, and nowhere else."""
     offsets = tuple(data.draw(st.integers(0, dim - 1)) for dim in case.codes.shape)
-    sizes = tuple(data.draw(st.integers(1, dim - offset)) for dim, offset in zip(case.codes.shape, offsets, strict=True))
+    sizes = tuple(
+        data.draw(st.integers(1, dim - offset)) for dim, offset in zip(case.codes.shape, offsets, strict=True)
+    )
     wide = case.empty((*sizes[:-1], 2 * sizes[-1]))
     case.check_region(offsets, sizes, wide[..., ::2])
     np.testing.assert_array_equal(wide[..., 1::2], 0xABCD)
@@ -132,7 +136,9 @@ def test_all_codes_with_every_scale_dtype_and_target(code_dtype: str, scale_dtyp
         case = Case(shape, block, code_dtype, scale_dtype, dtype, 5)
         scale = draw_scales(rng, scale_dtype, case.grid.shape)
         codes = np.tile(np.arange(256, dtype=np.uint8), prod(shape) // 256).reshape(shape)
-        expected = np.frombuffer(dequantize(Stored.codes(codes, code_dtype), scale, block, dtype), bits_dtype(dtype)).reshape(shape)
+        expected = np.frombuffer(
+            dequantize(Stored.codes(codes, code_dtype), scale, block, dtype), bits_dtype(dtype)
+        ).reshape(shape)
         stored = np.frombuffer(scale.data, SCALE_DTYPES[scale_dtype])
         out = case.empty(shape)
         Dequantizer(case.grid, stored, scale_dtype, code_dtype, dtype).region(codes, (0, 0), out)
@@ -141,9 +147,9 @@ def test_all_codes_with_every_scale_dtype_and_target(code_dtype: str, scale_dtyp
     codes = np.arange(256, dtype=np.uint8)
     expected = np.frombuffer(dequantize(Stored.codes(codes, code_dtype), one, (256,), dtype), bits_dtype(dtype))
     out = case.empty((256,))
-    Dequantizer(BlockGrid((256,), (256,)), np.frombuffer(one.data, SCALE_DTYPES[scale_dtype]), scale_dtype, code_dtype, dtype).flat(
-        codes, 0, out
-    )
+    Dequantizer(
+        BlockGrid((256,), (256,)), np.frombuffer(one.data, SCALE_DTYPES[scale_dtype]), scale_dtype, code_dtype, dtype
+    ).flat(codes, 0, out)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -159,7 +165,9 @@ def test_every_scale_of_a_small_dtype(scale_dtype: str, dtype: str) -> None:
     expected = np.frombuffer(dequantize(Stored.codes(codes), scale, (1, row.size), dtype), bits_dtype(dtype))
     out = np.empty(codes.size, bits_dtype(dtype))
     stored = patterns.view(SCALE_DTYPES[scale_dtype])
-    Dequantizer(BlockGrid(codes.shape, (1, row.size)), stored, scale_dtype, "F8_E4M3", dtype).flat(codes.reshape(-1), 0, out)
+    Dequantizer(BlockGrid(codes.shape, (1, row.size)), stored, scale_dtype, "F8_E4M3", dtype).flat(
+        codes.reshape(-1), 0, out
+    )
     np.testing.assert_array_equal(out, expected)
 
 
@@ -193,8 +201,12 @@ class Calls:
         ((40, 24), (1, 24), "F16", "multiply_blocks"),
     ],
 )
-def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch, shape: Shape, block: Shape, scale_dtype: str, kernel: str, dtype: str) -> None:
-    """Large blocks and exponents are looked up, small blocks and the commonest case are multiplied; all give the oracle's bits."""
+def test_which_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch, shape: Shape, block: Shape, scale_dtype: str, kernel: str, dtype: str
+) -> None:
+    """Large blocks and exponents are looked up, small blocks and the commonest case are multiplied; all give the
+    oracle's bits.
+    """
     if kernel == "look_up" and dtype == "BF16":
         kernel = "multiply_e4m3_to_bf16"
     calls = Calls(monkeypatch)
@@ -219,13 +231,19 @@ def test_both_ways_give_equal_bits(monkeypatch: pytest.MonkeyPatch, dtype: str) 
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sampled_from(list(CODE_FORMATS)), st.sampled_from(["F32", "BF16", "F16"]), st.sampled_from(TARGETS), st.data())
+@given(
+    st.sampled_from(list(CODE_FORMATS)), st.sampled_from(["F32", "BF16", "F16"]), st.sampled_from(TARGETS), st.data()
+)
 @example("F8_E4M3", "F32", "BF16", None)
 def test_large_blocks_at_any_phase(code_dtype: str, scale_dtype: str, dtype: str, data: st.DataObject | None) -> None:
     """Blocks big enough for tables, entered at every kind of phase."""
     case = Case((3, 200, 300), (1, 128, 128), code_dtype, scale_dtype, dtype, 17)
     offsets = tuple(data.draw(st.integers(0, dim - 1)) for dim in case.codes.shape) if data else (1, 127, 129)
-    sizes = tuple(data.draw(st.integers(1, dim - o)) for dim, o in zip(case.codes.shape, offsets, strict=True)) if data else (2, 73, 171)
+    sizes = (
+        tuple(data.draw(st.integers(1, dim - o)) for dim, o in zip(case.codes.shape, offsets, strict=True))
+        if data
+        else (2, 73, 171)
+    )
     case.check_region(offsets, sizes)
     start = int(np.ravel_multi_index(offsets, case.codes.shape))
     case.check_flat(start, case.codes.size)
@@ -253,7 +271,9 @@ def test_weights_of_more_dimensions(shape: Shape, scale_dtype: str) -> None:
 def test_scales_of_any_shape_are_taken(scale_shape: Shape, scale_dtype: str) -> None:
     """Scales come "in any shape with one element a block": 0-d ones too, of every dtype."""
     stored = np.full(
-        scale_shape, {"F32": 0x3F800000, "BF16": 0x3F80, "F16": 1, "U8": 127, "F8_E8M0": 127}[scale_dtype], SCALE_DTYPES[scale_dtype]
+        scale_shape,
+        {"F32": 0x3F800000, "BF16": 0x3F80, "F16": 1, "U8": 127, "F8_E8M0": 127}[scale_dtype],
+        SCALE_DTYPES[scale_dtype],
     )
     dequantizer = Dequantizer(BlockGrid((2, 2), (2, 2)), stored, scale_dtype, "F8_E4M3", "F32")
     out = np.empty(4, np.uint32)
@@ -300,5 +320,7 @@ def test_the_commonest_kernel_for_every_code_and_scale() -> None:
     out = np.empty(codes.size, np.uint16)
     for scale in np.concatenate((every[::7], fine)):
         module.kernels.multiply_e4m3_to_bf16(codes, scale, out)
-        expected = np.frombuffer(dequantize(Stored.codes(codes[:256]), Stored.of(scale.reshape(1), "F32"), (256,), "BF16"), np.uint16)
+        expected = np.frombuffer(
+            dequantize(Stored.codes(codes[:256]), Stored.of(scale.reshape(1), "F32"), (256,), "BF16"), np.uint16
+        )
         assert np.array_equal(out.reshape(-1, 256), np.broadcast_to(expected, (20, 256))), scale

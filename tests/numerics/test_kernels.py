@@ -35,7 +35,10 @@ def check_rounding(patterns: np.ndarray) -> None:
     values = patterns.astype(np.uint32).view(np.float32)
     nan = np.isnan(values)
     with np.errstate(all="ignore"):
-        expected = {kernels.BF16: values.astype(ml_dtypes.bfloat16).view(np.uint16), kernels.F16: values.astype(np.float16).view(np.uint16)}
+        expected = {
+            kernels.BF16: values.astype(ml_dtypes.bfloat16).view(np.uint16),
+            kernels.F16: values.astype(np.float16).view(np.uint16),
+        }
     sign = (values.view(np.uint32) >> 16 & 0x8000).astype(np.uint16)
     for target, quiet in ((kernels.BF16, 0x7FC0), (kernels.F16, 0x7E00)):
         got = rounded(patterns, target)
@@ -89,7 +92,9 @@ def test_rounding_of_any_pattern(patterns: np.ndarray) -> None:
 
 def test_float32_is_not_rounded() -> None:
     """The float32 target keeps every bit pattern; a signalling NaN is quieted, as any multiplication does."""
-    patterns = np.concatenate([np.arange(0, 2**32, 65521, dtype=np.uint64), [0x7FC00000, 0xFFC00000, 2**31]]).astype(np.uint32)
+    patterns = np.concatenate([np.arange(0, 2**32, 65521, dtype=np.uint64), [0x7FC00000, 0xFFC00000, 2**31]]).astype(
+        np.uint32
+    )
     expected = np.where(np.isnan(patterns.view(np.float32)), patterns | 0x400000, patterns)
     np.testing.assert_array_equal(rounded(patterns, kernels.F32), expected)
 
@@ -98,7 +103,9 @@ def test_tables_multiply_in_float32() -> None:
     """One float32 product, with its underflow and overflow, before the rounding."""
     rng = np.random.default_rng(1)
     values = rng.integers(0, 2**32, 256, np.uint32).view(np.float32)
-    scales = np.concatenate([rng.integers(1, 0x7F800000, 200, np.uint32).view(np.float32), np.float32([1e-45, 2**-127, 3e38, 1])])
+    scales = np.concatenate(
+        [rng.integers(1, 0x7F800000, 200, np.uint32).view(np.float32), np.float32([1e-45, 2**-127, 3e38, 1])]
+    )
     out = np.empty((scales.size, 256), np.uint16)
     kernels.fill_tables(scales, values, kernels.BF16, out)
     with np.errstate(all="ignore"):
@@ -141,7 +148,9 @@ def test_encoding_of_every_code_and_its_halfway_points() -> None:
     np.testing.assert_array_equal(encoded(values, 1), codes)
     positive = values[:127]
     ties = (positive[:-1] + positive[1:]) / 2
-    around = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e9))]).astype(np.float32)
+    around = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e9))]).astype(
+        np.float32
+    )
     check_encoding(np.concatenate([around, -around]), 1)
     np.testing.assert_array_equal(encoded(ties, 1) & 1, 0)
 

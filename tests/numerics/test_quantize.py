@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
-from fp8ckpt.numerics.grid import BlockGrid, infer_grid
+from fp8ckpt.numerics.geometry import BlockGrid, infer_grid
 from fp8ckpt.numerics.quantize import (
     Tally,
     block_array,
@@ -69,7 +69,9 @@ GRIDS = {
 
 
 def draw_values(rng: np.random.Generator, dtype: str, scales: np.ndarray) -> Stored:
-    """Finite values for scales [shape]: most near the codes, some of every magnitude, zeros of both signs, and exact multiples."""
+    """Finite values for scales [shape]: most near the codes, some of every magnitude, zeros of both signs, and exact
+    multiples.
+    """
     shape = scales.shape
     width = np.dtype(NUMPY[dtype]).itemsize
     codes = rng.choice(FINITE_CODES, shape).view(NUMPY["F8_E4M3"]).astype(np.float64)
@@ -110,7 +112,9 @@ class Case:
         wide = self.stored.array.astype(np.float32).view(np.uint32)
         for dtype in (self.dtype, "BF16"):
             given_back = oracle.dequantize(Stored.codes(self.codes), self.scale, self.grid.block_size, dtype)
-            exact |= np.frombuffer(given_back, NUMPY[dtype]).reshape(exact.shape).astype(np.float32).view(np.uint32) == wide
+            exact |= (
+                np.frombuffer(given_back, NUMPY[dtype]).reshape(exact.shape).astype(np.float32).view(np.uint32) == wide
+            )
         counts = np.zeros(self.grid.shape, np.int64)
         blocks = (np.arange(dim) // size for dim, size in zip(exact.shape, self.grid.block_size, strict=True))
         np.add.at(counts, np.ix_(*blocks), ~exact)
@@ -255,8 +259,15 @@ def test_every_bf16_value(scale: float) -> None:
     patterns = patterns[patterns & 0x7F80 != 0x7F80]
     codes = np.empty(patterns.size, np.uint8)
     grid = BlockGrid(patterns.shape, patterns.shape)
-    encode(parts_of_run(grid, 0, patterns.size), values_of(patterns.view(np.uint8), "BF16"), np.full((1, 1), scale, np.float32), codes)
-    expected = oracle.quantize(Stored("BF16", patterns.shape, patterns.tobytes()), Stored.of(np.float32([scale]), "F32"), grid.block_size)
+    encode(
+        parts_of_run(grid, 0, patterns.size),
+        values_of(patterns.view(np.uint8), "BF16"),
+        np.full((1, 1), scale, np.float32),
+        codes,
+    )
+    expected = oracle.quantize(
+        Stored("BF16", patterns.shape, patterns.tobytes()), Stored.of(np.float32([scale]), "F32"), grid.block_size
+    )
     np.testing.assert_array_equal(codes, np.frombuffer(expected, np.uint8))
 
 
@@ -269,21 +280,34 @@ def test_zeros_and_subnormals(dtype: str, scale: float) -> None:
     bits = np.concatenate([least, least | top])
     grid = BlockGrid(bits.shape, bits.shape)
     codes = np.empty(bits.size, np.uint8)
-    encode(parts_of_run(grid, 0, bits.size), values_of(bits.view(np.uint8), dtype), np.full((1, 1), scale, np.float32), codes)
+    encode(
+        parts_of_run(grid, 0, bits.size),
+        values_of(bits.view(np.uint8), dtype),
+        np.full((1, 1), scale, np.float32),
+        codes,
+    )
     assert (codes[0], codes[300]) == (0x00, 0x80)
-    expected = oracle.quantize(Stored(dtype, bits.shape, bits.tobytes()), Stored.of(np.float32([scale]), "F32"), grid.block_size)
+    expected = oracle.quantize(
+        Stored(dtype, bits.shape, bits.tobytes()), Stored.of(np.float32([scale]), "F32"), grid.block_size
+    )
     np.testing.assert_array_equal(codes, np.frombuffer(expected, np.uint8))
     if scale == 2.0**-149:
-        assert codes[1] == 0x38 if dtype == "F32" else codes[1] == 0x7E  # float32's least is 1 times it; the others' are far beyond
+        assert (
+            codes[1] == 0x38 if dtype == "F32" else codes[1] == 0x7E
+        )  # float32's least is 1 times it; the others' are far beyond
 
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES)
 def test_values_that_are_not_finite_stay_above_all(dtype: str) -> None:
-    """A block with an infinity or a NaN of any sign and payload has a maximum that is not finite; its neighbours have theirs."""
+    """A block with an infinity or a NaN of any sign and payload has a maximum that is not finite; its neighbours have
+    theirs.
+    """
     wide = bits_dtype(dtype)
-    one, infinity, sign = {"BF16": (0x3F80, 0x7F80, 0x8000), "F16": (0x3C00, 0x7C00, 0x8000), "F32": (0x3F800000, 0x7F800000, 1 << 31)}[
-        dtype
-    ]
+    one, infinity, sign = {
+        "BF16": (0x3F80, 0x7F80, 0x8000),
+        "F16": (0x3C00, 0x7C00, 0x8000),
+        "F32": (0x3F800000, 0x7F800000, 1 << 31),
+    }[dtype]
     bad = [infinity, infinity | sign, infinity + 1, infinity | 1 | sign, sign - 1, sign - 1 | sign]
     bits = np.full((len(bad) + 1, 50), one, wide)
     bits[np.arange(len(bad)), [0, 7, 16, 31, 48, 49]] = bad
@@ -296,7 +320,9 @@ def test_values_that_are_not_finite_stay_above_all(dtype: str) -> None:
     assert np.isnan(maxima[2:-1]).all()
     assert maxima[-1] == 1
     assert count_nonfinite(values) == len(bad)
-    raise_maxima(parts_of_run(grid, 0, bits.size), values_of(stored_bytes(np.full(bits.shape, one, wide)), dtype), maxima)
+    raise_maxima(
+        parts_of_run(grid, 0, bits.size), values_of(stored_bytes(np.full(bits.shape, one, wide)), dtype), maxima
+    )
     assert not np.isfinite(maxima[:-1]).any()
 
 
@@ -308,14 +334,18 @@ def test_count_nonfinite(dtype: str, size: int) -> None:
     stored = np.random.default_rng(size).integers(0, 256, size * width, np.uint8)
     stored[width - 1 :: 3 * width] |= 0x7F
     stored[width - 2 :: 3 * width] |= 0xF0
-    assert count_nonfinite(values_of(stored, dtype)) == np.count_nonzero(~np.isfinite(stored.view(NUMPY[dtype]).astype(np.float32)))
+    assert count_nonfinite(values_of(stored, dtype)) == np.count_nonzero(
+        ~np.isfinite(stored.view(NUMPY[dtype]).astype(np.float32))
+    )
 
 
 # ---------------------------------------------------------------- round trips
 
 
 def usable_scales(dtype: str, target: str, most: int) -> np.ndarray:
-    """Scales as stored under which the product with every finite code but zero is a normal number of the target, or rounds to one."""
+    """Scales as stored under which the product with every finite code but zero is a normal number of the target, or
+    rounds to one.
+    """
     rng = np.random.default_rng(8)
     if dtype == "F32":
         stored = rng.integers(1, 0x7F800000, 60_000, np.uint32)
@@ -326,7 +356,9 @@ def usable_scales(dtype: str, target: str, most: int) -> np.ndarray:
     else:
         stored = np.arange(1, 0x7F80 if dtype == "BF16" else 0x7C00, dtype=np.uint16).view(SCALE_DTYPES[dtype])
     values = scale_values(stored, dtype).astype(np.float64)
-    kept = stored[(values * 2.0**-9 >= float(ml_dtypes.finfo(NUMPY[target]).smallest_normal)) & (values * 448 <= LARGEST[target])]
+    kept = stored[
+        (values * 2.0**-9 >= float(ml_dtypes.finfo(NUMPY[target]).smallest_normal)) & (values * 448 <= LARGEST[target])
+    ]
     return np.sort(rng.permutation(kept)[:most])
 
 
@@ -354,7 +386,9 @@ def test_round_trip_is_lossless(scale_dtype: str, target: str) -> None:
 def test_a_block_that_was_dequantized_and_not_changed_always_fits(scale_dtype: str, target: str, kept_as: str) -> None:
     """Whatever its largest code is, zero included; also where the bfloat16 values are kept as float32."""
     stored = np.tile(usable_scales(scale_dtype, target, 4000), 127)[: 127 * 60]
-    largest = np.arange(stored.size, dtype=np.uint8)[:, np.newaxis] % 127  # 127 and the number of scales have no common factor
+    largest = (
+        np.arange(stored.size, dtype=np.uint8)[:, np.newaxis] % 127
+    )  # 127 and the number of scales have no common factor
     rng = np.random.default_rng(2)
     codes = np.minimum(rng.integers(0, 127, (stored.size, 40), np.uint8), largest)
     codes[:, 17:18] = largest
@@ -414,7 +448,9 @@ def test_the_rule_at_its_edges(ratio: float, fitting: bool, small: bool) -> None
 
 
 def test_a_value_of_448_that_was_rounded_to_bfloat16_is_not_beyond() -> None:
-    """Under scales of every mantissa: it comes out at most 258 / 257 times as large, which fits and keeps the code of 448."""
+    """Under scales of every mantissa: it comes out at most 258 / 257 times as large, which fits and keeps the code of
+    448.
+    """
     for every in (np.arange(0x3F800000, 0x40000000, 7), np.arange(0x3F800000, 0x40000000, 1 << 16)):
         scale = every.astype(np.uint32).view(np.float32)
         maxima = (np.float32(448) * scale).astype(NUMPY["BF16"]).astype(np.float32)
@@ -449,13 +485,18 @@ def test_magnitudes_far_beyond_the_scale_do_not_warn() -> None:
         assert not fits(maxima, scales).any()
         assert not may_fit(maxima, scales).any()
         codes = np.full(3, 0x38, np.uint8)
-        parts, values = parts_of_run(BlockGrid((3,), (1,)), 0, 3), values_of(np.ones(3, np.float32).view(np.uint8), "F32")
+        parts, values = (
+            parts_of_run(BlockGrid((3,), (1,)), 0, 3),
+            values_of(np.ones(3, np.float32).view(np.uint8), "F32"),
+        )
         found = tally(parts, values, codes, np.ones((1, 3), np.float32), np.float32([[np.inf, 3e38, 1e38]]))
         assert (found.clipped, found.outgrown) == (0, 0)
 
 
 def test_an_exact_look_keeps_a_small_block_and_sees_one_changed_element() -> None:
-    """Codes far below 28 keep their scale as long as each element is given back; the count is of the block that was changed."""
+    """Codes far below 28 keep their scale as long as each element is given back; the count is of the block that was
+    changed.
+    """
     codes = np.tile(np.arange(0x40, dtype=np.uint8), (4, 1))  # at most 1.875
     grid = BlockGrid(codes.shape, (1, 64))
     scales = np.float32([[0.1], [1.37], [2.0**-20], [3e-5]])
@@ -534,9 +575,15 @@ def test_tally_at_the_edges() -> None:
 
 
 def magnitudes() -> np.ndarray:
-    """Float32 numbers: of every exponent, all subnormal bits, multiples of 448 of each bfloat16 and float16, and their neighbours."""
+    """Float32 numbers: of every exponent, all subnormal bits, multiples of 448 of each bfloat16 and float16, and their
+    neighbours.
+    """
     rng = np.random.default_rng(12)
-    bits = [rng.integers(1, 0x7F800000, 50_000, np.uint32), np.arange(1, 5000, dtype=np.uint32), 0x7F7FFFFF - np.arange(5, dtype=np.uint32)]
+    bits = [
+        rng.integers(1, 0x7F800000, 50_000, np.uint32),
+        np.arange(1, 5000, dtype=np.uint32),
+        0x7F7FFFFF - np.arange(5, dtype=np.uint32),
+    ]
     bits += [rng.integers(1, 1 << 32 - 4 - n, 3000, np.uint32) for n in range(1, 20)]  # subnormal quotients
     with np.errstate(over="ignore"):
         scales = np.arange(1, 0x7F80, dtype=np.uint16).view(NUMPY["BF16"]).astype(np.float32)
@@ -557,7 +604,9 @@ def test_fresh_scales_equal_the_oracle(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "U8", "F8_E8M0"])
 def test_nothing_clips_and_no_smaller_scale_would_do(dtype: str) -> None:
-    """In exact arithmetic: 448 times the scale is not below the largest magnitude, and 448 times the scale before it is."""
+    """In exact arithmetic: 448 times the scale is not below the largest magnitude, and 448 times the scale before it
+    is.
+    """
     amax = magnitudes()
     kind = np.dtype(NUMPY["F8_E8M0" if dtype == "U8" else dtype])
     every = np.arange(1 << 8 * kind.itemsize).astype(f"u{kind.itemsize}").view(kind).astype(np.float32)
@@ -571,9 +620,13 @@ def test_nothing_clips_and_no_smaller_scale_would_do(dtype: str) -> None:
 
 
 def test_float32_scales_are_the_quotient() -> None:
-    """The nearest float32 to it, as exact fractions say; below the normal numbers, the next one up; and every block fits its own."""
+    """The nearest float32 to it, as exact fractions say; below the normal numbers, the next one up; and every block
+    fits its own.
+    """
     rng = np.random.default_rng(1)
-    amax = np.concatenate([rng.choice(magnitudes(), 1500), np.float32([1e-45, 448 * 2.0**-126, below(448 * 2.0**-126)])])
+    amax = np.concatenate(
+        [rng.choice(magnitudes(), 1500), np.float32([1e-45, 448 * 2.0**-126, below(448 * 2.0**-126)])]
+    )
     scales = fresh_scales(amax, "F32").view(np.float32)
     for largest, scale in zip(amax.tolist(), scales.tolist(), strict=True):
         exact = Fraction(largest) / 448
@@ -588,7 +641,9 @@ def test_float32_scales_are_the_quotient() -> None:
 
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 def test_powers_of_two_are_exact(dtype: str) -> None:
-    """448 times a power of two that the dtype holds gives it; the next number up gives the next scale, but for float32's own."""
+    """448 times a power of two that the dtype holds gives it; the next number up gives the next scale, but for
+    float32's own.
+    """
     least, most = {"F16": (-24, 15), "U8": (-127, 119), "F8_E8M0": (-127, 119)}.get(dtype, (-130, 119))
     powers = np.exp2(np.arange(least, most + 1, dtype=np.float64)).astype(np.float32)
     assert scale_values(fresh_scales(powers * np.float32(448), dtype), dtype).tolist() == powers.tolist()
@@ -632,11 +687,17 @@ def test_extreme_magnitudes(amax: float, dtype: str, bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES)
 def test_round_to(dtype: str) -> None:
-    """As ml_dtypes and numpy round it, with the number of finite values that became infinite; NaN stays NaN and is not counted."""
+    """As ml_dtypes and numpy round it, with the number of finite values that became infinite; NaN stays NaN and is not
+    counted.
+    """
     edges = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F7FFFFF}[dtype]  # half way to what would be infinite
     near = np.arange(edges - 3, edges + 1, dtype=np.uint32)
     patterns = np.arange(0, 2**32, 4093, dtype=np.uint64).astype(np.uint32)
-    values = np.concatenate([patterns, near, near | 1 << 31, [0x7F800000, 0xFF800000, 0x7FC00000]]).astype(np.uint32).view(np.float32)
+    values = (
+        np.concatenate([patterns, near, near | 1 << 31, [0x7F800000, 0xFF800000, 0x7FC00000]])
+        .astype(np.uint32)
+        .view(np.float32)
+    )
     with np.errstate(all="ignore"):
         expected = values.astype(NUMPY[dtype])
     out = np.empty(values.size, bits_dtype(dtype))

@@ -1,7 +1,8 @@
-"""Buffers that no checkpoint holds, such as rotary ``inv_freq``: ``to_empty`` leaves them undefined, and the model would run wrong.
+"""Buffers that no checkpoint holds, such as rotary ``inv_freq``: ``to_empty`` leaves them undefined, and the model
+would run wrong.
 
-A transformers model can be made anew from its configuration; with its parameters on the meta device this costs no memory, and
-the buffers of the new one have their true values.
+A transformers model can be made anew from its configuration; with its parameters on the meta device this costs no
+memory, and the buffers of the new one have their true values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def restore_buffers(model: nn.Module) -> None:
-    """Give the non-persistent buffers of every transformers model in ``model`` the values that their configuration means.
+    """Give the non-persistent buffers of every transformers model in ``model`` the values that their configuration
+    means.
 
     Other modules are left alone: their buffers cannot be known from outside.
     """

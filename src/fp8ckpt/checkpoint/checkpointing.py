@@ -27,17 +27,17 @@ from torch.distributed.tensor import DTensor
 from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter
 from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
-from fp8ckpt.checkpoint.naming import IDENTITY, find_layout
-from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks
 from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
 from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, shown
+from fp8ckpt.families.names import IDENTITY, find_layout
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.storage.config import CONFIG, dump_json, without_quantization
-from fp8ckpt.storage.pairing import QuantizedTensor
-from fp8ckpt.storage.side_files import plain_side_files
+from fp8ckpt.output.side_files import plain_side_files
+from fp8ckpt.ranks import GroupRanks, Ranks
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
+from fp8ckpt.tensors.pairing import QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +56,18 @@ class Checkpointer:
     def load_model(self, model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False) -> None:
         """Fill every parameter and persistent buffer of ``model`` from the checkpoint at ``path``.
 
-        The model may be unsharded, or a mix of DTensors of any mesh and placement (FSDP2, TP, a PP stage). FP8 tensors are
-        dequantized to the parameter's own dtype (bfloat16, float16 or float32), others are cast to it where it differs.
-        Names go through ``model.state_dict_adapter`` if there is one, otherwise through the layout found in the file. Tied
-        weights end up tied, and a transformers model's non-persistent buffers, which ``to_empty`` leaves undefined, get
-        their values back.
+        The model may be unsharded, or a mix of DTensors of any mesh and placement (FSDP2, TP, a PP stage). FP8 tensors
+        are dequantized to the parameter's own dtype (bfloat16, float16 or float32), others are cast to it where it
+        differs. Names go through ``model.state_dict_adapter`` if there is one, otherwise through the layout found in
+        the file. Tied weights end up tied, and a transformers model's non-persistent buffers, which ``to_empty`` leaves
+        undefined, get their values back.
 
-        ``partial``: the model is only a part of what is in the checkpoint (a PP stage, the text model of a VLM). Without
-        it, a checkpoint tensor that no part of the model takes is an error; a parameter that the checkpoint lacks always is.
+        ``partial``: the model is only a part of what is in the checkpoint (a PP stage, the text model of a VLM).
+        Without it, a checkpoint tensor that no part of the model takes is an error; a parameter that the checkpoint
+        lacks always is.
 
-        Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the checkpoint's own
-        `Fp8CheckpointError`.
+        Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the
+        checkpoint's own `Fp8CheckpointError`.
         """
         ranks = self._ranks()
         plan = ranks.together(lambda: _LoadPlan(model, path, partial))
@@ -91,18 +92,20 @@ class Checkpointer:
     ) -> None:
         """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
 
-        Every rank writes its own shards into the same files. Names go through ``model.state_dict_adapter`` if there is one.
-        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``base``: the checkpoint that the model
-        came from: it decides names, files, the dtype of tensors that it does not hold as FP8, configuration and side files.
-        Without it, names are the model's own, files end at ``max_file_bytes``, and the configuration is ``model.config``.
+        Every rank writes its own shards into the same files. Names go through ``model.state_dict_adapter`` if there is
+        one. ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``base``: the checkpoint that
+        the model came from: it decides names, files, the dtype of tensors that it does not hold as FP8, configuration
+        and side files. Without it, names are the model's own, files end at ``max_file_bytes``, and the configuration is
+        ``model.config``.
 
-        ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same values, on any
-        mesh; each shard is quantized as it is written. ``base`` must be given. ``scales`` "reuse" keeps the scale of a block whose
-        values still fit it (`fp8ckpt.numerics.quantize` has the rule), "fresh" makes all anew.
+        ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same
+        values, on any mesh; each shard is quantized as it is written. ``base`` must be given. ``scales`` "reuse" keeps
+        the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule), "fresh" makes all
+        anew.
 
         Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
-        tensors, and `StorageError` where the disk refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on every rank.
-        The directory is not seen until it is whole and on disk.
+        tensors, and `StorageError` where the disk refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on
+        every rank. The directory is not seen until it is whole and on disk.
         """
         _refuse_arguments(to, base, scales)
 
@@ -114,9 +117,15 @@ class Checkpointer:
                 writer = FP8StorageWriter(path, base=checkpoint, scales=scales, process_group=self._group)
             else:
                 dtype = TARGETS[to]
-                texts, copies = plain_side_files(checkpoint, dtype) if checkpoint is not None else (_configuration_of(model, dtype), {})
+                texts, copies = (
+                    plain_side_files(checkpoint, dtype)
+                    if checkpoint is not None
+                    else (_configuration_of(model, dtype), {})
+                )
                 side_files = SideFiles(texts, copies)
-                writer = SafetensorsStorageWriter(path, dtype=dtype, base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes)
+                writer = SafetensorsStorageWriter(
+                    path, dtype=dtype, base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes
+                )
             return writer, _state_to_save(model, checkpoint)
 
         writer, state = self._ranks().together(prepare)
@@ -148,7 +157,9 @@ def save_model(
     scales: str = "reuse",
     max_file_bytes: int = DEFAULT_FILE_BYTES,
 ) -> None:
-    """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see `Checkpointer.save_model`."""
+    """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see
+    `Checkpointer.save_model`.
+    """
     Checkpointer().save_model(model, path, to=to, base=base, scales=scales, max_file_bytes=max_file_bytes)
 
 
@@ -158,7 +169,9 @@ def _refuse_arguments(to: str, base: str | Path | Checkpoint | None, scales: str
     if scales not in SCALES:
         raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
     if to == FP8 and base is None:
-        raise ValueError("to='fp8' needs base, the FP8 checkpoint that the model came from; without one, save in bf16 and convert --scheme")
+        raise ValueError(
+            "to='fp8' needs base, the FP8 checkpoint that the model came from; without one, save in bf16 and convert --scheme"
+        )
     if to != FP8 and scales != "reuse":
         raise ValueError(f"scales goes with to='fp8', and not with to={to!r}")
 
@@ -197,7 +210,9 @@ def _state_to_save(model: nn.Module, base: Checkpoint | None) -> dict[str, torch
             pairs[name] = [(layout.native_to_hf(name), tensor)]
     for group in _tied_groups(model):
         present = [name for name in group if name in pairs]
-        kept = [name for name in present if base is not None and all(hf in base.tensors for hf, _ in pairs[name])] or present[:1]
+        kept = [
+            name for name in present if base is not None and all(hf in base.tensors for hf, _ in pairs[name])
+        ] or present[:1]
         for name in present:
             if name not in kept:
                 del pairs[name]
@@ -238,10 +253,13 @@ class _LoadPlan:
         self.native, self.named = native, named
         self._sources, self.twice = self._find_sources()
         self._refuse_mismatches(partial)
-        self.targets = {name: tensor for name, tensor in named.items() if self._sources[name] == name and name not in self.twice}
+        self.targets = {
+            name: tensor for name, tensor in named.items() if self._sources[name] == name and name not in self.twice
+        }
 
     def _find_sources(self) -> tuple[dict[str, str], dict[str, str]]:
-        """For each HF name of the model the name on disk that fills it, if any: its own, or that of a tensor it is tied to.
+        """For each HF name of the model the name on disk that fills it, if any: its own, or that of a tensor it is tied
+        to.
 
         Also the tied tensors that are on disk twice, each with the one that is loaded: they must be the same.
         """
@@ -250,7 +268,11 @@ class _LoadPlan:
         sources = {name: name for name in self.named if name in stored}
         twice: dict[str, str] = {}
         for group in _tied_groups(self.model):
-            names = [hf_name[id(self.native[name])] for name in group if name in self.native and id(self.native[name]) in hf_name]
+            names = [
+                hf_name[id(self.native[name])]
+                for name in group
+                if name in self.native and id(self.native[name]) in hf_name
+            ]
             present = [name for name in names if name in stored]
             if present:
                 sources.update((name, present[0]) for name in names if name not in stored)
@@ -262,11 +284,15 @@ class _LoadPlan:
         missing = [name for name in self.named if name not in self._sources]
         if missing:
             remedy = "load another checkpoint, or give the model a state_dict_adapter that knows its names"
-            raise ModelMismatchError(f"{len(missing)} tensors of the model are not in it: {_listed(missing)}", file=where, remedy=remedy)
+            raise ModelMismatchError(
+                f"{len(missing)} tensors of the model are not in it: {_listed(missing)}", file=where, remedy=remedy
+            )
         unused = [name for name in stored if name not in self.named]
         if unused and not partial:
             remedy = "if the model is meant to be only a part of it, say partial=True"
-            raise ModelMismatchError(f"{len(unused)} of its tensors are not in the model: {_listed(unused)}", file=where, remedy=remedy)
+            raise ModelMismatchError(
+                f"{len(unused)} of its tensors are not in the model: {_listed(unused)}", file=where, remedy=remedy
+            )
         for name, tensor in self.named.items():
             expected = stored[self._sources[name]].shape
             if tuple(tensor.shape) != tuple(expected):
@@ -297,7 +323,10 @@ class _LoadPlan:
             if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
                 found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
                 raise ModelMismatchError(
-                    found, tensor=name, file=self.checkpoint.path, remedy="set tie_word_embeddings to false in the configuration"
+                    found,
+                    tensor=name,
+                    file=self.checkpoint.path,
+                    remedy="set tie_word_embeddings to false in the configuration",
                 )
 
     def finish(self) -> None:

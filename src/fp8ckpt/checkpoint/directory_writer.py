@@ -1,16 +1,17 @@
 """What the storage writers share: torch's distributed checkpoint writes one directory of final files, in one pass.
 
-The coordinator lays out every file from the global plan, before any byte; every rank then writes its own regions at their
-offsets; the coordinator adds the headers, flushes, and renames. Each byte is written once: nothing is saved in shards and
-consolidated later. The rules of partial outputs are those of `fp8ckpt.storage.partial`. A writer decides what the files are
-(`_planned`), what each rank must know (`_shared_out`), and how bytes are made (`_write`).
+The coordinator lays out every file from the global plan, before any byte; every rank then writes its own regions at
+their offsets; the coordinator adds the headers, flushes, and renames. Each byte is written once: nothing is saved in
+shards and consolidated later. The rules of partial outputs are those of `fp8ckpt.output.partial`. A writer decides what
+the files are (`_planned`), what each rank must know (`_shared_out`), and how bytes are made (`_write`).
 
 Its life, as DCP calls it:
 
 1. ``reset(path)``                      a new save begins
 2. ``set_up_storage_writer(...)``       on every rank
 3. ``prepare_local_plan(plan)``         nothing to add
-4. ``prepare_global_plan(plans)``       coordinator: check that the plans cover each tensor once, lay out, create the files
+4. ``prepare_global_plan(plans)``       coordinator: check that the plans cover each tensor once, lay out, create the
+files
 5. ``write_data(plan, planner)``        this rank's regions, flushed to disk
 6. ``finish(metadata, results)``        coordinator: the headers; then the name
 """
@@ -32,13 +33,15 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
-from fp8ckpt.storage.checkpoint import Checkpoint
-from fp8ckpt.storage.files import Bytes, OutputFiles, Region, runs
-from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.storage.layout import FileLayout, TensorSpec
-from fp8ckpt.storage.partial import PartialOutput
-from fp8ckpt.storage.planning import OutputPlan, refuse_inside
-from fp8ckpt.storage.reading import stored_dtype
+from fp8ckpt.numerics.geometry import Region, runs
+from fp8ckpt.output.files import OutputFiles
+from fp8ckpt.output.layout import FileLayout, TensorSpec
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.stores.local import Bytes
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.reading import stored_dtype
 
 
 class DirectoryWriter(StorageWriter):
@@ -72,7 +75,9 @@ class DirectoryWriter(StorageWriter):
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 remedy = "keep it out of the state dict"
-                raise UnsupportedFormatError("it is no tensor", tensor=item.index.fqn, expected="tensors only", remedy=remedy)
+                raise UnsupportedFormatError(
+                    "it is no tensor", tensor=item.index.fqn, expected="tensors only", remedy=remedy
+                )
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -94,7 +99,10 @@ class DirectoryWriter(StorageWriter):
             files.close()
         done: Future[list[WriteResult]] = Future()
         done.set_result(
-            [WriteResult(index=item.index, size_in_bytes=item.tensor_storage_size() or 0, storage_data=None) for item in plan.items]
+            [
+                WriteResult(index=item.index, size_in_bytes=item.tensor_storage_size() or 0, storage_data=None)
+                for item in plan.items
+            ]
         )
         return done
 
@@ -177,7 +185,9 @@ def _tensors_of(plans: Iterable[SavePlan]) -> dict[str, TensorSpec]:
                 dtype = item.tensor_data.properties.dtype
                 stored = stored_dtype(dtype)
                 if stored is None:
-                    raise UnsupportedFormatError(f"dtype {dtype} has no place in a safetensors file", tensor=name, remedy="cast it first")
+                    raise UnsupportedFormatError(
+                        f"dtype {dtype} has no place in a safetensors file", tensor=name, remedy="cast it first"
+                    )
                 found[name] = TensorSpec(name, stored, tuple(item.tensor_data.size))
             planned[name] = planned.get(name, 0) + prod(item.tensor_data.chunk.sizes)
     for name, tensor in found.items():

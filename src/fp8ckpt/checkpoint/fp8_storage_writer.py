@@ -1,12 +1,15 @@
-"""A storage writer that makes torch's distributed checkpoint quantize as it writes: final FP8 files in a base's own layout, in one pass.
+"""A storage writer that makes torch's distributed checkpoint quantize as it writes: final FP8 files in a base's own
+layout, in one pass.
 
-What is written is, file for file and byte for byte, what ``convert(..., to="fp8", like=base)`` makes of the same values, however they
-are sharded: names, headers, index, configuration and side files are the base's, and so are activation scales and the scales of a
-cache; a scale is kept or made by the rule of `fp8ckpt.numerics.quantize`, of all elements of its block. No rank holds a copy of its
-shard, in any dtype. Values stay on their device until a piece of them is worked on.
+What is written is, file for file and byte for byte, what ``convert(..., to="fp8", like=base)`` makes of the same
+values, however they are sharded: names, headers, index, configuration and side files are the base's, and so are
+activation scales and the scales of a cache; a scale is kept or made by the rule of `fp8ckpt.numerics.quantize`, of all
+elements of its block. No rank holds a copy of its shard, in any dtype. Values stay on their device until a piece of
+them is worked on.
 
-Its life is that of `fp8ckpt.checkpoint.directory_writer`. ``write_data`` takes three steps, after each of which all ranks meet: look at
-the blocks that are cut by the edges of shards; exchange what decides their scales, where there are any; write.
+Its life is that of `fp8ckpt.checkpoint.directory_writer`. ``write_data`` takes three steps, after each of which all
+ranks meet: look at the blocks that are cut by the edges of shards; exchange what decides their scales, where there are
+any; write.
 """
 
 from __future__ import annotations
@@ -23,25 +26,27 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, region_of, resolved, write_region
-from fp8ckpt.checkpoint.ranks import GroupRanks, Ranks, threads_of_this_rank
 from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
 from fp8ckpt.errors import RangeError, WeightValueError
+from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.numerics.dequantize import bits_dtype
-from fp8ckpt.storage.base_layout import BaseLayout
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.storage.files import Bytes, OutputFiles, Region, opened, pieces, read_into, within
-from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.layout import FileLayout, TensorSpec
-from fp8ckpt.storage.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
-from fp8ckpt.storage.pairing import QuantizedTensor
-from fp8ckpt.storage.planning import OutputPlan
-from fp8ckpt.storage.reading import bytes_of, stored_dtype, stored_scales
-from fp8ckpt.storage.siblings import equal_units
-from fp8ckpt.storage.workers import share
+from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.output.files import OutputFiles
+from fp8ckpt.output.layout import FileLayout, TensorSpec
+from fp8ckpt.output.like import BaseLayout
+from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
+from fp8ckpt.output.plan import OutputPlan
+from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
+from fp8ckpt.stores.local import Bytes, opened, read_into
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import bytes_of, stored_dtype, stored_scales
+from fp8ckpt.workers import share
 
 _LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
 _LEAST_STEP = 1 << 16  # of a machine with a thousand cores
@@ -52,18 +57,24 @@ T = TypeVar("T")
 class FP8StorageWriter(DirectoryWriter):
     """Quantizes to the new directory ``path``, for ``dcp.save(state_dict, storage_writer=...)`` and ``dcp.async_save``.
 
-    ``base``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open `Checkpoint`. The
-    state dict has its logical tensors under its names, in bfloat16, float16 or float32; DTensors of any placement. ``scales``:
-    "reuse" keeps the scale of a block whose values still fit it, "fresh" makes all anew. ``process_group``: the one that ``dcp.save`` is
-    given. ``bytes_written`` counts this rank's tensor bytes.
+    ``base``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open
+    `Checkpoint`. The state dict has its logical tensors under its names, in bfloat16, float16 or float32; DTensors of
+    any placement. ``scales``: "reuse" keeps the scale of a block whose values still fit it, "fresh" makes all anew.
+    ``process_group``: the one that ``dcp.save`` is given. ``bytes_written`` counts this rank's tensor bytes.
 
     Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
-    `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not finite,
-    `RangeError` for values that no stored dtype can hold. Through ``dcp.save`` they come inside torch's ``CheckpointException``.
+    `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
+    finite, `RangeError` for values that no stored dtype can hold. Through ``dcp.save`` they come inside torch's
+    ``CheckpointException``.
     """
 
     def __init__(
-        self, path: str | Path, *, base: str | Path | Checkpoint, scales: str = "reuse", process_group: ProcessGroup | None = None
+        self,
+        path: str | Path,
+        *,
+        base: str | Path | Checkpoint,
+        scales: str = "reuse",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if scales not in SCALES:
             raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
@@ -75,7 +86,8 @@ class FP8StorageWriter(DirectoryWriter):
         self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
 
     def __getstate__(self) -> dict[str, Any]:
-        # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save is given.
+        # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save
+        # is given.
         return {**self.__dict__, "_group": None}
 
     def _base_of_output(self) -> Checkpoint:
@@ -97,13 +109,17 @@ class FP8StorageWriter(DirectoryWriter):
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
-        per_tensor = (tensor for tensor in self._base_of_output().quantized if tensor.grid.per_tensor and tensor.scale.nbytes)
+        per_tensor = (
+            tensor for tensor in self._base_of_output().quantized if tensor.grid.per_tensor and tensor.scale.nbytes
+        )
         leader = {name: unit[0] for unit in equal_units(stored_scales(per_tensor)) if len(unit) > 1 for name in unit}
         return [
             dataclasses.replace(
                 plan,
                 storage_data=_Task(
-                    rank, len(plans), {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader}
+                    rank,
+                    len(plans),
+                    {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader},
                 ),
             )
             for rank, plan in enumerate(plans)
@@ -130,7 +146,9 @@ class FP8StorageWriter(DirectoryWriter):
         return ranks
 
     def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
-        """Copy what no shard holds: the base's activation scales and scales of a cache. A weight without elements has a scale, too."""
+        """Copy what no shard holds: the base's activation scales and scales of a cache. A weight without elements has a
+        scale, too.
+        """
         file = self._base_of_output().path / layout.name
         done = 0
         with opened(file) as fd:
@@ -148,7 +166,9 @@ class FP8StorageWriter(DirectoryWriter):
 
 
 class _Task(NamedTuple):
-    """What a rank must know: which it is of how many, and of which weight each of its weights shares the scale (units of two or more)."""
+    """What a rank must know: which it is of how many, and of which weight each of its weights shares the scale (units
+    of two or more).
+    """
 
     rank: int
     size: int
@@ -166,7 +186,9 @@ class _Plain(NamedTuple):
 class _Writing:
     """One rank's part of one save."""
 
-    def __init__(self, base: Checkpoint, task: _Task, plan: SavePlan, planner: SavePlanner, files: OutputFiles, fresh: bool) -> None:
+    def __init__(
+        self, base: Checkpoint, task: _Task, plan: SavePlan, planner: SavePlanner, files: OutputFiles, fresh: bool
+    ) -> None:
         self._base = base
         self._task = task
         self._plan = plan
@@ -180,7 +202,9 @@ class _Writing:
         self._waiting = WaitingBlocks((), self._step)
 
     def run(self, ranks: Ranks) -> int:
-        """Look, exchange, write; returns how many bytes. Every rank meets the others at each step, whatever it has to do."""
+        """Look, exchange, write; returns how many bytes. Every rank meets the others at each step, whatever it has to
+        do.
+        """
         looked = ranks.gather(self._look)
         self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in looked])
         self._waiting.exchange(ranks, max(shared for _, shared in looked))
@@ -194,7 +218,9 @@ class _Writing:
             name = item.index.fqn
             tensor = self._base.tensors[name]
             if isinstance(tensor, QuantizedTensor):
-                self._shards.append(Shard(item, tensor, numbers[self._task.leader.get(name, name)], name in self._task.leader))
+                self._shards.append(
+                    Shard(item, tensor, numbers[self._task.leader.get(name, name)], name in self._task.leader)
+                )
             else:
                 self._plain.append((item, tensor))
         self._waiting = WaitingBlocks(self._shards, self._step)
@@ -218,7 +244,9 @@ class _Writing:
         return nonfinite, sum(written) + sum(quantizer.bytes_written for quantizer in quantizers)
 
     def _refuse_nonfinite(self, ranks: Ranks, met: list[set[str]]) -> None:
-        """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and refuse it."""
+        """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and
+        refuse it.
+        """
         names = set().union(*met)
         if names:
             tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
@@ -232,7 +260,9 @@ class _Writing:
         return sum(count_nonfinite(shard, resolved(self._planner, shard.item), self._step) for shard in shards)
 
     def _quantizers(self) -> list[ShardQuantizer]:
-        return [ShardQuantizer(self._files, self._waiting, fresh=self._fresh, step=self._step) for _ in range(self._threads)]
+        return [
+            ShardQuantizer(self._files, self._waiting, fresh=self._fresh, step=self._step) for _ in range(self._threads)
+        ]
 
     def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
         for shard in self._shards:
@@ -264,5 +294,7 @@ def _cast(piece: _Plain) -> Bytes:
     cast = np.empty(given.bits.size, bits_dtype(piece.span.dtype))
     if overflown := quantize.round_to(given.floats, piece.span.dtype, cast):
         found = f"finite values of {dtype} do not fit {piece.span.dtype}, {overflown} of them in one piece"
-        raise RangeError(found, tensor=piece.span.name, file=piece.span.file, expected=f"{piece.span.dtype}, as in the base")
+        raise RangeError(
+            found, tensor=piece.span.name, file=piece.span.file, expected=f"{piece.span.dtype}, as in the base"
+        )
     return cast.view(np.uint8)

@@ -12,8 +12,8 @@ from torch import nn
 
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
-from fp8ckpt.storage.checkpoint import open_checkpoint
-from fp8ckpt.storage.config import CONFIG
+from fp8ckpt.tensors.checkpoint import open_checkpoint
+from fp8ckpt.tensors.config import CONFIG
 
 
 def load_pretrained(
@@ -24,22 +24,32 @@ def load_pretrained(
     dtype: torch.dtype = torch.bfloat16,
     partial: bool = False,
 ) -> nn.Module:
-    """Build the transformers model that ``config.json`` names, on the meta device; shard, materialize and load it; return it.
+    """Build the transformers model that ``config.json`` names, on the meta device; shard, materialize and load it;
+    return it.
 
-    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. ``dtype``
-    is that of the parameters. ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs transformers.
+    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module.
+    ``dtype`` is that of the parameters. ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs
+    transformers.
     """
     import transformers
 
     checkpoint = open_checkpoint(path)
     config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    for section in (config, *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig))):
+    for section in (
+        config,
+        *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)),
+    ):
         if hasattr(section, "quantization_config"):
             del section.quantization_config  # the model is a plain one
     names = config.architectures or []
     if not names or not hasattr(transformers, names[0]):
         remedy = "build the model yourself, and call load_model"
-        raise ConfigError(f"architectures is {names!r}", file=checkpoint.path / CONFIG, expected="a class of transformers", remedy=remedy)
+        raise ConfigError(
+            f"architectures is {names!r}",
+            file=checkpoint.path / CONFIG,
+            expected="a class of transformers",
+            remedy=remedy,
+        )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

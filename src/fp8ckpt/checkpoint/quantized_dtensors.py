@@ -1,7 +1,7 @@
 """Dequantize and quantize torch tensors that may be shards: the part of the adapters that touches values.
 
-A DTensor's local shard is worked on in the coordinates of the full tensor, so blocks need not meet the edges of shards. Scales
-are small, and whole on every rank.
+A DTensor's local shard is worked on in the coordinates of the full tensor, so blocks need not meet the edges of shards.
+Scales are small, and whole on every rank.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from fp8ckpt.checkpoint.regions import dequantize_on_device
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, WeightValueError
 from fp8ckpt.numerics.codes import SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer
-from fp8ckpt.numerics.grid import BlockGrid, infer_grid
-from fp8ckpt.storage.files import pieces, within
-from fp8ckpt.storage.reading import bits_of, bytes_of, stored_dtype
+from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, pieces, within
+from fp8ckpt.tensors.reading import bits_of, bytes_of, stored_dtype
 
 LARGEST_CODE = 448.0  # of e4m3fn
 _LOOK = 1 << 16  # elements
@@ -27,7 +26,11 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, 
 
 
 def dequantize(
-    name: str, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, ...] | None, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    block_size: tuple[int, ...] | None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """The values of FP8 codes, by the contract, as a new tensor of the weight's device and placements.
 
@@ -37,7 +40,9 @@ def dequantize(
     whole = (scale.full_tensor() if isinstance(scale, DTensor) else scale).detach().cpu().contiguous()
     scale_dtype = stored_dtype(whole.dtype) or ""
     if scale_dtype not in SCALE_DTYPES:
-        raise ScaleValueError(f"a scale of dtype {whole.dtype}", tensor=name, expected=f"one of {', '.join(SCALE_DTYPES)}")
+        raise ScaleValueError(
+            f"a scale of dtype {whole.dtype}", tensor=name, expected=f"one of {', '.join(SCALE_DTYPES)}"
+        )
     grid = infer_grid(tuple(weight.shape), tuple(whole.shape), block_size)
     if grid is None:
         raise ScaleShapeError(
@@ -47,7 +52,9 @@ def dequantize(
         )
     scales = bytes_of(whole).view(SCALE_DTYPES[scale_dtype])
     if bad := count_bad_scales(scale_values(scales, scale_dtype)):
-        raise ScaleValueError(f"{bad} of {scales.size} scales are not finite and positive", tensor=name, remedy="was the scale loaded?")
+        raise ScaleValueError(
+            f"{bad} of {scales.size} scales are not finite and positive", tensor=name, remedy="was the scale loaded?"
+        )
     target = stored_dtype(dtype) if stored_dtype(dtype) in TARGET_BYTES else "F32"
     dequantizer = Dequantizer(grid, scales, scale_dtype, stored_dtype(weight.dtype) or "", target or "F32")
     codes, offsets = local_shard(weight)
@@ -78,7 +85,9 @@ def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """``local`` as this rank's part of a tensor that is placed as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
         return local
-    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _largest_of_all(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -94,8 +103,9 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3fn, scales of the grid) of a weight, the same on every mesh; without a block size one 0-d scale.
 
-    Where a scale reproduces a block exactly - it was FP8 before - such a scale is found; otherwise it is ``amax / 448``, rounded
-    up so that nothing clips, and 1 for zeros. Raises `WeightValueError`, on all ranks, where the weight is not finite on any.
+    Where a scale reproduces a block exactly - it was FP8 before - such a scale is found; otherwise it is ``amax /
+    448``, rounded up so that nothing clips, and 1 for zeros. Raises `WeightValueError`, on all ranks, where the weight
+    is not finite on any.
     """
     blocks = _Blocks(weight, block_size)
     local = blocks.local
@@ -103,15 +113,21 @@ def quantize(
     if not bool(amax.isfinite().all()):
         count = int((~local.isfinite()).sum())
         found = f"{count} elements are not finite" if count else "elements of another rank's part are not finite"
-        raise WeightValueError(found, tensor=name, expected="finite weights", remedy="find out where the training diverged")
-    scales = torch.where(amax > 0, _rounded_up(amax / LARGEST_CODE, scale_dtype), torch.ones_like(amax, dtype=scale_dtype))
+        raise WeightValueError(
+            found, tensor=name, expected="finite weights", remedy="find out where the training diverged"
+        )
+    scales = torch.where(
+        amax > 0, _rounded_up(amax / LARGEST_CODE, scale_dtype), torch.ones_like(amax, dtype=scale_dtype)
+    )
     if block_size is not None or not _has_moved(local, weight):
         scales = _reproducing(blocks, amax, scales)
     return like(weight, _encode(local, blocks.spread(scales))), scales
 
 
 def _has_moved(local: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a weight with one scale cannot have been FP8: those have at most 126 magnitudes besides zero, and a look tells."""
+    """Whether a weight with one scale cannot have been FP8: those have at most 126 magnitudes besides zero, and a look
+    tells.
+    """
     magnitudes = torch.unique(local.reshape(-1)[:_LOOK].abs())
     return bool(_largest_of_all(torch.tensor(float(magnitudes.numel() > 127), device=local.device), weight))
 
@@ -119,8 +135,8 @@ def _has_moved(local: torch.Tensor, weight: torch.Tensor) -> bool:
 def _reproducing(blocks: _Blocks, amax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """``scales``, with those replaced for which another reproduces its block exactly.
 
-    The largest element of a block that was FP8 is one of e4m3's eight significands, times its scale and a power of two, which
-    gives all codes of the block; and each code bounds the scales with which it rounds to its element.
+    The largest element of a block that was FP8 is one of e4m3's eight significands, times its scale and a power of two,
+    which gives all codes of the block; and each code bounds the scales with which it rounds to its element.
     """
     local = blocks.local
     value = local.abs().to(torch.float64)
@@ -189,10 +205,14 @@ def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (values.to(torch.float32) / scale.to(torch.float32)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
+    return (
+        (values.to(torch.float32) / scale.to(torch.float32)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
+    )
 
 
 def _rounded_up(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The least value of ``dtype`` that is not below a positive float32."""
     rounded = value.to(dtype)
-    return torch.where(rounded.to(torch.float32) < value, torch.nextafter(rounded, torch.full_like(rounded, np.inf)), rounded)
+    return torch.where(
+        rounded.to(torch.float32) < value, torch.nextafter(rounded, torch.full_like(rounded, np.inf)), rounded
+    )

@@ -17,10 +17,19 @@ import torch
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import Dequantizer
-from fp8ckpt.storage.files import LastFile, Region, pieces, read_region, within
-from fp8ckpt.storage.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
-from fp8ckpt.storage.reading import bits_of, bytes_of, load_dequantizer, read_dequantized, stored_dtype, torch_dtype
+from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.stores.local import LastFile
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.reading import (
+    bits_of,
+    bytes_of,
+    load_dequantizer,
+    read_dequantized,
+    read_region,
+    stored_dtype,
+    torch_dtype,
+)
 
 BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond the model
 _LARGEST_BUFFER = 4 << 20  # bytes; more makes nothing faster
@@ -48,8 +57,9 @@ class RegionLoader:
 
     @torch.no_grad()
     def load(self, tensor: LogicalTensor, region: Region, target: torch.Tensor) -> None:
-        """Fill ``target``, which has the region's sizes. An FP8 tensor is dequantized to the target's dtype; a target of the
-        stored FP8 dtype gets the codes themselves. Any other tensor is cast where the dtypes differ, as DCP does.
+        """Fill ``target``, which has the region's sizes. An FP8 tensor is dequantized to the target's dtype; a target
+        of the stored FP8 dtype gets the codes themselves. Any other tensor is cast where the dtypes differ, as DCP
+        does.
         """
         if isinstance(tensor, QuantizedTensor) and stored_dtype(target.dtype) == tensor.weight.dtype:
             self._load_plain(tensor.weight, region, target)
@@ -62,16 +72,21 @@ class RegionLoader:
         dtype = stored_dtype(target.dtype)
         if dtype not in TARGET_BYTES:
             found = f"a target of dtype {target.dtype} for an FP8 tensor"
-            expected = (
-                f"one of {', '.join(str(torch_dtype(name)) for name in TARGET_BYTES)}, or {torch_dtype(tensor.weight.dtype)} for the codes"
-            )
+            expected = f"one of {', '.join(str(torch_dtype(name)) for name in TARGET_BYTES)}, or {torch_dtype(tensor.weight.dtype)} for the codes"
             raise UnsupportedFormatError(
                 found, tensor=tensor.name, file=tensor.weight.file, expected=expected, remedy="change the model's dtype"
             )
         dequantizer = self._dequantizer(tensor, dtype)
         buffer = self._scratch(target.device)
         if target.device.type == "cpu":
-            read_dequantized(self._file.descriptor(tensor.weight.file), tensor, dequantizer, region, bits_of(target, dtype), buffer.numpy())
+            read_dequantized(
+                self._file.descriptor(tensor.weight.file),
+                tensor,
+                dequantizer,
+                region,
+                bits_of(target, dtype),
+                buffer.numpy(),
+            )
             self.bytes_read += prod(region[1])
             return
         for piece in pieces(region, buffer.numel()):
@@ -91,7 +106,9 @@ class RegionLoader:
             target[within(piece, region)].copy_(self._read(span, piece, buffer).view(dtype).reshape(piece[1]))
 
     def _read(self, span: TensorSpan, piece: Region, buffer: torch.Tensor) -> torch.Tensor:
-        """Read a piece's bytes into the buffer. It is used again for the next piece: copies out of it must be waited for."""
+        """Read a piece's bytes into the buffer. It is used again for the next piece: copies out of it must be waited
+        for.
+        """
         scratch = buffer[: prod(piece[1]) * DTYPE_BITS[span.dtype] // 8]
         read_region(self._file.descriptor(span.file), span, *piece, scratch.numpy())
         self.bytes_read += scratch.nbytes
@@ -110,18 +127,25 @@ class RegionLoader:
         self._file.close()
 
 
-def dequantize_on_device(codes: torch.Tensor, dequantizer: Dequantizer, offsets: tuple[int, ...], target: torch.Tensor) -> None:
+def dequantize_on_device(
+    codes: torch.Tensor, dequantizer: Dequantizer, offsets: tuple[int, ...], target: torch.Tensor
+) -> None:
     """``target = round(float32(codes) * float32(scales))`` with torch's own kernels, on the device where both lie.
 
-    ``codes``: FP8, of a region at ``offsets`` in the full tensor; ``target``: of the same shape, bfloat16, float16 or float32.
+    ``codes``: FP8, of a region at ``offsets`` in the full tensor; ``target``: of the same shape, bfloat16, float16 or
+    float32.
     """
     values = codes.to(torch.float32)
     values *= expanded_scales(dequantizer, offsets, tuple(codes.shape), codes.device)
     target.copy_(values)
 
 
-def expanded_scales(dequantizer: Dequantizer, offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The scales f32 of a region, of a shape that broadcasts against it: 1 where one block spans the region's dimension."""
+def expanded_scales(
+    dequantizer: Dequantizer, offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """The scales f32 of a region, of a shape that broadcasts against it: 1 where one block spans the region's
+    dimension.
+    """
     scales = dequantizer.scales
     grid = dequantizer.grid
     for axis, (start, size, block) in enumerate(zip(offsets, sizes, grid.block_size, strict=True)):

@@ -1,9 +1,9 @@
 """Quantize the shards of a weight where they lie, with the scales that the whole weight would have.
 
-Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one go, with nothing kept of them. Waiting blocks are
-looked at first; what decides their scale - the largest magnitude, and whether the scale of before gives back every element - is
-combined over the pieces, and over the ranks for those that more than one rank may meet. Both are maxima, so that it does not
-matter how a weight was cut.
+Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one go, with nothing kept of them.
+Waiting blocks are looked at first; what decides their scale - the largest magnitude, and whether the scale of before
+gives back every element - is combined over the pieces, and over the ranks for those that more than one rank may meet.
+Both are maxima, so that it does not matter how a weight was cut.
 """
 
 from __future__ import annotations
@@ -19,18 +19,30 @@ import numpy.typing as npt
 import torch
 
 from fp8ckpt.checkpoint.directory_writer import write_region
-from fp8ckpt.checkpoint.ranks import Ranks
 from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, scale_values
-from fp8ckpt.numerics.grid import BlockGrid, Surroundings, first_elements, surroundings, whole_blocks
+from fp8ckpt.numerics.geometry import (
+    BlockGrid,
+    Region,
+    Surroundings,
+    first_elements,
+    pieces,
+    runs,
+    surroundings,
+    whole_blocks,
+    within,
+)
 from fp8ckpt.numerics.quantize import Mask, Scales, Values
-from fp8ckpt.storage.files import ALIGNMENT, LastFile, OutputFiles, Region, aligned_buffer, pieces, read_region, runs, within
-from fp8ckpt.storage.matching import scales_in_range
-from fp8ckpt.storage.pairing import QuantizedTensor
-from fp8ckpt.storage.reading import bytes_of, stored_dtype
+from fp8ckpt.output.files import ALIGNMENT, OutputFiles, aligned_buffer
+from fp8ckpt.output.matching import scales_in_range
+from fp8ckpt.ranks import Ranks
+from fp8ckpt.stores.local import LastFile
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import bytes_of, read_region, stored_dtype
 
-# What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, and a piece of eight steps.
+# What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, and a piece of
+# eight steps.
 BYTES_OF_STEP = 17
 _EXCHANGED = 1 << 20  # blocks that the ranks exchange at once, over all of them: 13 bytes each
 
@@ -91,7 +103,8 @@ class WaitingBlocks:
 class ShardQuantizer:
     """One worker's means of looking at pieces and of writing them, with buffers of its own.
 
-    ``fresh``: no scale is kept. ``nonfinite``: weights with elements that have no code; with one of them the output is never whole.
+    ``fresh``: no scale is kept. ``nonfinite``: weights with elements that have no code; with one of them the output is
+    never whole.
     """
 
     def __init__(self, files: OutputFiles, waiting: WaitingBlocks, *, fresh: bool, step: int) -> None:
@@ -147,7 +160,9 @@ class ShardQuantizer:
             return quantize.choose_scales(largest.reshape(shape), kept, weight.scale.dtype, exact.reshape(shape))[0]
         if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
             return None
-        return quantize.choose_scales(maxima, kept, weight.scale.dtype, self._exact(weight, parts, values, maxima, kept))[0]
+        return quantize.choose_scales(
+            maxima, kept, weight.scale.dtype, self._exact(weight, parts, values, maxima, kept)
+        )[0]
 
     def _maxima(self, shard: Shard, values: Values, grid: BlockGrid, parts: list[quantize.Part]) -> F32 | None:
         """The largest magnitudes; None where a value is not finite, and the name is noted."""
@@ -158,7 +173,9 @@ class ShardQuantizer:
         self.nonfinite.add(shard.weight.name)
         return None
 
-    def _exact(self, weight: QuantizedTensor, parts: list[quantize.Part], values: Values, maxima: F32, kept: Scales | None) -> Mask | None:
+    def _exact(
+        self, weight: QuantizedTensor, parts: list[quantize.Part], values: Values, maxima: F32, kept: Scales | None
+    ) -> Mask | None:
         """Which blocks the scales of before give back; None where none is so small that it matters."""
         if kept is None:
             return None
@@ -194,7 +211,9 @@ class ShardQuantizer:
 
 def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:
     """How many elements of a shard are NaN or infinite."""
-    return sum(quantize.count_nonfinite(_values(values[within(piece, shard.region)])) for piece in pieces(shard.region, step))
+    return sum(
+        quantize.count_nonfinite(_values(values[within(piece, shard.region)])) for piece in pieces(shard.region, step)
+    )
 
 
 def _taken(cut: Cut, region: Region) -> tuple[Values, Surroundings, list[quantize.Part]]:

@@ -1,7 +1,8 @@
-"""How the shards of a quantized weight are cut into pieces, in coordinates of the full weight and of its grid. No values are touched.
+"""How the shards of a quantized weight are cut into pieces, in coordinates of the full weight and of its grid. No
+values are touched.
 
-A block whose elements all lie in one shard can be decided and written in one go. Any other block *waits*: it is cut by the edge of
-a shard, or is larger than what is worked on at once, or has one scale with its siblings.
+A block whose elements all lie in one shard can be decided and written in one go. Any other block *waits*: it is cut by
+the edge of a shard, or is larger than what is worked on at once, or has one scale with its siblings.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
 from fp8ckpt.checkpoint.directory_writer import region_of
-from fp8ckpt.numerics.grid import BlockGrid, surroundings, whole_blocks
-from fp8ckpt.storage.checkpoint import Checkpoint
-from fp8ckpt.storage.files import Region, pieces
-from fp8ckpt.storage.pairing import QuantizedTensor
+from fp8ckpt.numerics.geometry import BlockGrid, Region, pieces, surroundings, whole_blocks
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.pairing import QuantizedTensor
 
 PIECE = 8  # steps; one write, where it is contiguous
 
@@ -29,8 +29,8 @@ Numbers = npt.NDArray[np.int64]
 class Shard(NamedTuple):
     """A part of an FP8 weight of the base that this rank writes.
 
-    ``number``: of the weight's first block, where all blocks of the base are numbered; members of a unit have the same. ``joined``:
-    whether it is one of a unit.
+    ``number``: of the weight's first block, where all blocks of the base are numbered; members of a unit have the same.
+    ``joined``: whether it is one of a unit.
     """
 
     item: WriteItem
@@ -114,7 +114,9 @@ def _pieces_of_blocks(grid: BlockGrid, region: Region, most: int) -> Iterator[Re
     ends = [start + size for start, size in zip(*region, strict=True)]
     for first, count in pieces((around.first, around.grid.shape), max(1, most // elements_of_block(grid))):
         offsets = tuple(at * block for at, block in zip(first, grid.block_size, strict=True))
-        stops = [min((at + n) * block, end) for at, n, block, end in zip(first, count, grid.block_size, ends, strict=True)]
+        stops = [
+            min((at + n) * block, end) for at, n, block, end in zip(first, count, grid.block_size, ends, strict=True)
+        ]
         yield offsets, tuple(stop - start for start, stop in zip(offsets, stops, strict=True))
 
 

@@ -9,14 +9,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class StateDictAdapter(ABC):
-    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those that it does not know."""
+    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those that it does not
+    know.
+    """
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Convert a model-native state dict to the HF (on-disk) layout."""
 
     @abstractmethod
-    def from_hf(self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any) -> dict[str, Any]:
+    def from_hf(
+        self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Convert an HF-layout state dict to the model's own."""
 
     @abstractmethod

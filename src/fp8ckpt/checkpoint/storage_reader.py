@@ -1,8 +1,8 @@
 """A storage reader that shows torch's distributed checkpoint the logical checkpoint.
 
-`FP8StorageReader` serves ``dcp.load(state_dict, storage_reader=...)``: the state dict holds plain BF16 (or FP16, FP32) tensors,
-DTensors of any placement among them, under the names on disk; scales do not exist. Each requested region's bytes are read
-once and looked up straight into the planner's target: no FP8 placeholder, no second copy.
+`FP8StorageReader` serves ``dcp.load(state_dict, storage_reader=...)``: the state dict holds plain BF16 (or FP16, FP32)
+tensors, DTensors of any placement among them, under the names on disk; scales do not exist. Each requested region's
+bytes are read once and looked up straight into the planner's target: no FP8 placeholder, no second copy.
 
 Its life, as DCP calls it:
 
@@ -23,32 +23,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from fp8ckpt.checkpoint.ranks import threads_of_this_rank
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
 from fp8ckpt.errors import RegionError
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.storage.files import Region, pieces, within
-from fp8ckpt.storage.header import TensorSpan
-from fp8ckpt.storage.pairing import LogicalTensor, QuantizedTensor
-from fp8ckpt.storage.reading import torch_dtype
-from fp8ckpt.storage.workers import share
+from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.workers import share
 
 _PIECE = 32 << 20  # elements; what a thread takes at once, so that a large tensor is shared among threads
 
 
 class FP8StorageReader(StorageReader):
-    """A reader of the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open `Checkpoint`.
+    """A reader of the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open
+    `Checkpoint`.
 
-    ``threads``: default, this process's cores, divided by the ranks that torchrun started on the machine. ``bytes_read``
-    counts the data bytes read so far, scales aside.
+    ``threads``: default, this process's cores, divided by the ranks that torchrun started on the machine.
+    ``bytes_read`` counts the data bytes read so far, scales aside.
 
-    A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders made
-    by an adapter's ``to_hf(quantization=True)`` are filled, too.
+    A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders
+    made by an adapter's ``to_hf(quantization=True)`` are filled, too.
     """
 
     def __init__(self, path: str | Path | Checkpoint, *, threads: int | None = None) -> None:
@@ -109,7 +116,9 @@ class FP8StorageReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _work(self, targets: list[tuple[ReadItem, torch.Tensor]]) -> Iterator[tuple[LogicalTensor, Region, torch.Tensor]]:
+    def _work(
+        self, targets: list[tuple[ReadItem, torch.Tensor]]
+    ) -> Iterator[tuple[LogicalTensor, Region, torch.Tensor]]:
         """(tensor, region, target) in the order of the files, large regions in pieces."""
         scales = self._scales()
         found = []
@@ -118,7 +127,9 @@ class FP8StorageReader(StorageReader):
             tensor = scales[name] if name in scales else self.checkpoint[name]
             region = (tuple(item.storage_offsets), tuple(item.lengths))
             if tuple(target.shape) != region[1]:
-                raise RegionError(f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says")
+                raise RegionError(
+                    f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says"
+                )
             span = tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
             found.append(((span.file, span.start), tensor, region, target))
         found.sort(key=lambda entry: entry[0])
@@ -127,7 +138,11 @@ class FP8StorageReader(StorageReader):
                 yield tensor, piece, target[within(piece, region)]
 
     def _scales(self) -> dict[str, TensorSpan]:
-        return {span.name: span for tensor in self.checkpoint.quantized for span in (tensor.scale, *tensor.activation_scales)}
+        return {
+            span.name: span
+            for tensor in self.checkpoint.quantized
+            for span in (tensor.scale, *tensor.activation_scales)
+        }
 
 
 def _load(loader: RegionLoader, part: tuple[LogicalTensor, Region, torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """A storage writer that makes torch's distributed checkpoint write final Hugging Face files in one dtype, in one pass.
 
-Its life is that of `fp8ckpt.checkpoint.directory_writer`. The files are a base's, or as many as ``max_file_bytes`` makes; each
-region is cast to its stored dtype piece by piece as it is written.
+Its life is that of `fp8ckpt.checkpoint.directory_writer`. The files are a base's, or as many as ``max_file_bytes``
+makes; each region is cast to its stored dtype piece by piece as it is written.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, region_of, resolved, write_region
-from fp8ckpt.checkpoint.ranks import threads_of_this_rank
 from fp8ckpt.numerics.codes import TARGET_BYTES
-from fp8ckpt.storage.checkpoint import INDEX, Checkpoint
-from fp8ckpt.storage.files import OutputFiles, Region, pieces, within
-from fp8ckpt.storage.header import TensorSpan, tensor_nbytes
-from fp8ckpt.storage.layout import FileLayout, TensorSpec, index_text, lay_out
-from fp8ckpt.storage.matching import refuse_other_tensors
-from fp8ckpt.storage.pairing import QuantizedTensor
-from fp8ckpt.storage.planning import OutputPlan
-from fp8ckpt.storage.reading import bytes_of, torch_dtype
-from fp8ckpt.storage.workers import share
+from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.output.files import OutputFiles
+from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
+from fp8ckpt.output.matching import refuse_other_tensors
+from fp8ckpt.output.plan import OutputPlan
+from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
+from fp8ckpt.tensors.header import TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import bytes_of, torch_dtype
+from fp8ckpt.workers import share
 
 _PIECE = 4 << 20  # elements that are cast and written at once
 
@@ -43,9 +44,9 @@ class SideFiles:
 class SafetensorsStorageWriter(DirectoryWriter):
     """Writes one directory of safetensors files.
 
-    ``dtype``: that of every floating-point tensor, BF16, F16 or F32 (a safetensors name). ``base``: a checkpoint with the same
-    logical tensors, which decides the file of each and the dtype of those that it does not hold as FP8. ``max_file_bytes``:
-    without a base, where a new file begins. ``bytes_written`` counts this rank's tensor bytes.
+    ``dtype``: that of every floating-point tensor, BF16, F16 or F32 (a safetensors name). ``base``: a checkpoint with
+    the same logical tensors, which decides the file of each and the dtype of those that it does not hold as FP8.
+    ``max_file_bytes``: without a base, where a new file begins. ``bytes_written`` counts this rank's tensor bytes.
     """
 
     def __init__(
@@ -80,7 +81,10 @@ class SafetensorsStorageWriter(DirectoryWriter):
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
         spans = {span.name: span for layout in output.layouts for span in layout.spans}
-        return [dataclasses.replace(plan, storage_data={item.index.fqn: spans[item.index.fqn] for item in plan.items}) for plan in plans]
+        return [
+            dataclasses.replace(plan, storage_data={item.index.fqn: spans[item.index.fqn] for item in plan.items})
+            for plan in plans
+        ]
 
     def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
         spans: dict[str, TensorSpan] = plan.storage_data or {}
@@ -123,9 +127,14 @@ class SafetensorsStorageWriter(DirectoryWriter):
             filled += size
         if len(contents) == 1:
             return [lay_out("model.safetensors", contents[0], metadata)]
-        return [lay_out(f"model-{i:05d}-of-{len(contents):05d}.safetensors", part, metadata) for i, part in enumerate(contents, 1)]
+        return [
+            lay_out(f"model-{i:05d}-of-{len(contents):05d}.safetensors", part, metadata)
+            for i, part in enumerate(contents, 1)
+        ]
 
 
 def _write_piece(files: OutputFiles, span: TensorSpan, piece: Region, values: torch.Tensor) -> int:
     """Cast a piece and write it; returns how many bytes."""
-    return write_region(files, span, piece, bytes_of(values.to(device="cpu", dtype=torch_dtype(span.dtype)).contiguous()))
+    return write_region(
+        files, span, piece, bytes_of(values.to(device="cpu", dtype=torch_dtype(span.dtype)).contiguous())
+    )

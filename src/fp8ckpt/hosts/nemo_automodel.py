@@ -1,8 +1,8 @@
 """NeMo AutoModel: our adapter, on its streaming path too.
 
-`Mistral3FP8StateDictAdapter` itself serves that trainer's single-process and DCP paths. Its streaming path asks for more: that
-the adapter be an instance of its own base class, and cut the load into parts, each finished before the next begins. Written
-against nemo-automodel 0.7.0.
+`Mistral3FP8StateDictAdapter` itself serves that trainer's single-process and DCP paths. Its streaming path asks for
+more: that the adapter be an instance of its own base class, and cut the load into parts, each finished before the next
+begins. Written against nemo-automodel 0.7.0.
 
     model.state_dict_adapter = AutoModelMistral3FP8StateDictAdapter.from_checkpoint(path)
     checkpointer.load_model(model, path, is_init_step=True)
@@ -27,17 +27,20 @@ _PART = 1 << 28  # elements of the full tensors; every rank must cut at the same
 _ENDS = ("embed_tokens.weight", "model.norm.weight")  # of the text model; a pipeline stage lacks one or both
 
 
-class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStateDictAdapter):  # type: ignore[misc]  # the host is untyped
+# type: ignore[misc]  # the host is untyped
+class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStateDictAdapter):
     """The same adapter, as an instance of the host's base class."""
 
     def iter_checkpoint_load_parts(
         self, model_state_dict: dict[str, torch.Tensor], device_mesh: DeviceMesh | None = None
     ) -> Iterator[CheckpointLoadPart] | None:
-        """Parts of about a quarter of a billion elements: FP8 placeholders for a few weights at a time, and their finishing.
+        """Parts of about a quarter of a billion elements: FP8 placeholders for a few weights at a time, and their
+        finishing.
 
-        Tensors that are BF16 on disk are filled in place. A head that is not on disk, being tied to the embedding, counts as
-        done with the last part; the host ties the two when all parts are done. None for a pipeline stage: the host reads each
-        part on all ranks together, and stages have parts of different number; it then takes its DCP path.
+        Tensors that are BF16 on disk are filled in place. A head that is not on disk, being tied to the embedding,
+        counts as done with the last part; the host ties the two when all parts are done. None for a pipeline stage: the
+        host reads each part on all ranks together, and stages have parts of different number; it then takes its DCP
+        path.
         """
         if not all(any(name.endswith(end) for name in model_state_dict) for end in _ENDS):
             return None
@@ -55,7 +58,11 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
         return (self._load_part(part, tied if part is parts[-1] else frozenset()) for part in parts)
 
     def _is_only_tied(self, name: str) -> bool:
-        return self._ties_embeddings and name.endswith("lm_head.weight") and self.native_to_hf(name) not in (self._stored_keys or ())
+        return (
+            self._ties_embeddings
+            and name.endswith("lm_head.weight")
+            and self.native_to_hf(name) not in (self._stored_keys or ())
+        )
 
     def _load_part(self, native: dict[str, torch.Tensor], tied: frozenset[str]) -> CheckpointLoadPart:
         placeholders = self.to_hf(native, quantization=True)

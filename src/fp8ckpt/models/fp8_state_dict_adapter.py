@@ -1,8 +1,8 @@
 """What the FP8 adapters of all families share: placeholders going out, pairing and dequantizing coming in.
 
-For hosts that own their reader. ``to_hf(quantization=True)`` emits FP8 placeholders and their scales', so that the reader fetches
-codes verbatim; ``from_hf`` pairs, dequantizes and drops. Hosts that take a reader get `FP8StorageReader` instead, and need
-``to_hf(quantization=False)`` only. Both ways give the same bits.
+For hosts that own their reader. ``to_hf(quantization=True)`` emits FP8 placeholders and their scales', so that the
+reader fetches codes verbatim; ``from_hf`` pairs, dequantizes and drops. Hosts that take a reader get `FP8StorageReader`
+instead, and need ``to_hf(quantization=False)`` only. Both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class FP8StateDictAdapter(StateDictAdapter):
     logger: logging.Logger
     block_size: tuple[int, ...] | None = None
 
-    def __init__(self, native_to_hf: Callable[[str], str], hf_to_native: Callable[[str], str], layout_name: str) -> None:
+    def __init__(
+        self, native_to_hf: Callable[[str], str], hf_to_native: Callable[[str], str], layout_name: str
+    ) -> None:
         self.native_to_hf = native_to_hf
         self.hf_to_native = hf_to_native
         self.layout_name = layout_name
@@ -50,7 +52,11 @@ class FP8StateDictAdapter(StateDictAdapter):
         """(codes, scale) of a weight."""
 
     def to_hf(
-        self, state_dict: dict[str, Any], exclude_key_regex: str | None = None, quantization: bool = False, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        exclude_key_regex: str | None = None,
+        quantization: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Convert a native state dict to the HF layout.
 
@@ -70,11 +76,13 @@ class FP8StateDictAdapter(StateDictAdapter):
                 hf[key] = value
         return hf
 
-    def from_hf(self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any) -> dict[str, Any]:
+    def from_hf(
+        self, hf_state_dict: dict[str, Any], device_mesh: DeviceMesh | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Convert an HF state dict, FP8 or not, to the native one.
 
-        An FP8 weight with its ``_scale_inv`` beside it becomes bfloat16, a DTensor stays one; scales and activation scales
-        are dropped; the rest passes as the same object, an FP8 weight without a scale too, which hosts rely on.
+        An FP8 weight with its ``_scale_inv`` beside it becomes bfloat16, a DTensor stays one; scales and activation
+        scales are dropped; the rest passes as the same object, an FP8 weight without a scale too, which hosts rely on.
         """
         native: dict[str, Any] = {}
         dequantized = scales = activations = 0
@@ -102,8 +110,9 @@ class FP8StateDictAdapter(StateDictAdapter):
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> list[tuple[str, Any]]:
         """The (HF name, tensor) pairs that are stored for a native tensor.
 
-        One pair, of the same object; with ``quantization=True`` two for an FP8 weight: its codes, and a scale with which they
-        reproduce the tensor that went in - exactly, if it was FP8 before. All ranks that hold shards must call.
+        One pair, of the same object; with ``quantization=True`` two for an FP8 weight: its codes, and a scale with
+        which they reproduce the tensor that went in - exactly, if it was FP8 before. All ranks that hold shards must
+        call.
         """
         key = self.native_to_hf(fqn)
         excluded = kwargs.get("exclude_key_regex")

@@ -69,7 +69,9 @@ def code_values(dtype: str) -> F32:
             bits[code] = 0x7F800000 if infinite else 0x7FC00000
         else:
             fraction = mantissa / (1 << form.mantissa_bits)
-            magnitude = (1 + fraction) * 2.0 ** (exponent - form.bias) if exponent else fraction * 2.0 ** (1 - form.bias)
+            magnitude = (
+                (1 + fraction) * 2.0 ** (exponent - form.bias) if exponent else fraction * 2.0 ** (1 - form.bias)
+            )
             bits[code] = np.float32(magnitude).view(np.uint32)
         # The single NaN of the fnuz formats sits where negative zero would be; it has no sign of its own, and is
         # given the one that the reference decoders (ml_dtypes, torch) give it.

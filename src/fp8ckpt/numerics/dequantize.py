@@ -1,11 +1,11 @@
 """Dequantize a window of a weight, given where it lies, into a caller's buffer.
 
 The contract: ``value = round_nearest_even(float32(code) * float32(scale), dtype)`` - one multiplication in float32, one
-rounding. A code has 256 values, so for one scale this *is* a table of 256 entries, and dequantization is a look-up: exact
-by construction, for every FP8 dtype, scale dtype and target dtype, NaN included. Scales stored as exponents (e8m0) share
-255 tables, whatever the size of their blocks; other scales get a table a block where the block is large enough to repay
-one, and are multiplied with equal bits where it is not. One case has loops of its own, with equal bits and twice as fast: e4m3
-codes of one scale to bfloat16, which is what most releases are.
+rounding. A code has 256 values, so for one scale this *is* a table of 256 entries, and dequantization is a look-up:
+exact by construction, for every FP8 dtype, scale dtype and target dtype, NaN included. Scales stored as exponents
+(e8m0) share 255 tables, whatever the size of their blocks; other scales get a table a block where the block is large
+enough to repay one, and are multiplied with equal bits where it is not. One case has loops of its own, with equal bits
+and twice as fast: e4m3 codes of one scale to bfloat16, which is what most releases are.
 """
 
 from __future__ import annotations
@@ -18,8 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.numerics import kernels
-from fp8ckpt.numerics.codes import CODE_FORMATS, E8M0_DTYPES, F32, SCALE_DTYPES, TARGET_BYTES, U8, code_values, scale_values
-from fp8ckpt.numerics.grid import BlockGrid, Window, as_matrices, window, windows
+from fp8ckpt.numerics.codes import (
+    CODE_FORMATS,
+    E8M0_DTYPES,
+    F32,
+    SCALE_DTYPES,
+    TARGET_BYTES,
+    U8,
+    code_values,
+    scale_values,
+)
+from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
 
 ROUNDING = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
 _LEAST_ELEMENTS_PER_TABLE = 1024  # filling a table costs about as much as 400 look-ups
@@ -59,7 +68,9 @@ class Dequantizer:
     `fp8ckpt.numerics.codes.SCALE_DTYPES` gives for ``scale_dtype``. ``dtype`` is the target: BF16, F16 or F32.
     """
 
-    def __init__(self, grid: BlockGrid, scales: npt.NDArray[np.generic], scale_dtype: str, code_dtype: str, dtype: str) -> None:
+    def __init__(
+        self, grid: BlockGrid, scales: npt.NDArray[np.generic], scale_dtype: str, code_dtype: str, dtype: str
+    ) -> None:
         self.grid = grid
         self.code_dtype = code_dtype
         self.dtype = dtype
@@ -85,7 +96,9 @@ class Dequantizer:
             self._window(codes[part.elements].reshape(shape), part, out[part.elements].reshape(shape))
 
     def region(self, codes: U8, offsets: tuple[int, ...], out: Bits) -> None:
-        """Dequantize codes of a region at ``offsets`` in the full tensor; ``out`` has the codes' shape, and any strides."""
+        """Dequantize codes of a region at ``offsets`` in the full tensor; ``out`` has the codes' shape, and any
+        strides.
+        """
         rank = len(self._matrices.weight_shape)
         codes = codes.reshape((1,) * (rank - codes.ndim) + codes.shape)
         out = out[(np.newaxis,) * (rank - out.ndim)]

@@ -76,11 +76,12 @@ _LEAST_NORMAL = 2.0**-6  # of e4m3
 
 @njit(nogil=True, cache=True)
 def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
-    """What `look_up` gives for e4m3fn codes and a table of bfloat16, in loops that a compiler turns into vector instructions.
+    """What `look_up` gives for e4m3fn codes and a table of bfloat16, in loops that a compiler turns into vector
+    instructions.
 
-    codes u8 [n], scale f32, out u16 [n]. A code's bits, moved into a float32, are its value; those of a subnormal code are read
-    as ``2**-6 * (1 + m / 8)``, from which ``2**-6`` is taken: exact, and without float32 subnormals, which some processors
-    handle a hundred times slower. 32-bit operations throughout, or half of a vector is wasted.
+    codes u8 [n], scale f32, out u16 [n]. A code's bits, moved into a float32, are its value; those of a subnormal code
+    are read as ``2**-6 * (1 + m / 8)``, from which ``2**-6`` is taken: exact, and without float32 subnormals, which
+    some processors handle a hundred times slower. 32-bit operations throughout, or half of a vector is wasted.
     """
     bits = np.empty(_SCRATCH, np.int32)
     values = bits.view(np.float32)
@@ -96,7 +97,9 @@ def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
             values[i] = (values[i] - excess) * scale
         for i in range(part.size):
             product = bits[i]
-            result[i] = np.uint16(np.int32(product + np.int32(0x7FFF) + ((product >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+            result[i] = np.uint16(
+                np.int32(product + np.int32(0x7FFF) + ((product >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+            )
         for i in range(part.size):
             code = part[i]
             value = result[i]
@@ -107,9 +110,18 @@ def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def look_up_blocks(
-    codes: Array, tables: Array, ids: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
+    codes: Array,
+    tables: Array,
+    ids: Array,
+    row_phase: int,
+    col_phase: int,
+    block_rows: int,
+    block_cols: int,
+    out: Array,
 ) -> None:
-    """Look up a window with one table a block: codes u8 [R, C], ids [R blocks, C blocks] into tables [T, 256], out [R, C]."""
+    """Look up a window with one table a block: codes u8 [R, C], ids [R blocks, C blocks] into tables [T, 256], out [R,
+    C].
+    """
     rows, cols = codes.shape
     for r in range(rows):
         block_row = (row_phase + r) // block_rows
@@ -162,13 +174,17 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 
 # ---------------------------------------------------------------- quantizing
 #
-# Values come as bit patterns, u16 of bfloat16 or u32 of float32, with ``shift`` (16 or 0) saying which: shifted left by it, both are
-# float32. Divisions do not check for zero (``error_model``), or they would not become vector instructions; scales are positive.
+# Values come as bit patterns, u16 of bfloat16 or u32 of float32, with ``shift`` (16 or 0) saying which: shifted left by
+# it, both are float32. Divisions do not check for zero (``error_model``), or they would not become vector instructions;
+# scales are positive.
 
 
 @njit(nogil=True, cache=True)
-def raise_maxima(values: Array, shift: int, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array) -> None:
-    """Raise the ``maxima`` u32 [R blocks, C blocks] to the largest magnitude of each block of a window, as bits of a float32.
+def raise_maxima(
+    values: Array, shift: int, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array
+) -> None:
+    """Raise the ``maxima`` u32 [R blocks, C blocks] to the largest magnitude of each block of a window, as bits of a
+    float32.
 
     values u16/u32 [R, C]. Bits of magnitudes are ordered as the magnitudes are, infinity and NaN above all others.
     """
@@ -202,13 +218,21 @@ def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def encode_blocks(
-    values: Array, shift: int, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
+    values: Array,
+    shift: int,
+    scales: Array,
+    row_phase: int,
+    col_phase: int,
+    block_rows: int,
+    block_cols: int,
+    out: Array,
 ) -> None:
     """``out = e4m3fn(clamp(values / scale, -448, 448))``, nearest even, in a window of finite values; out u8 [R, C].
 
     values u16/u32 [R, C], scales f32 [R blocks, C blocks]. Loops that become vector instructions: a code's exponent and
-    mantissa are the quotient's own bits, rounded at the 20th; of a quotient below ``2**-6`` they are whole steps of ``2**-9``,
-    which an addition of ``2**14`` rounds to. Each result is cast to 32 bits, or numba makes it 64, and half of a vector is wasted.
+    mantissa are the quotient's own bits, rounded at the 20th; of a quotient below ``2**-6`` they are whole steps of
+    ``2**-9``, which an addition of ``2**14`` rounds to. Each result is cast to 32 bits, or numba makes it 64, and half
+    of a vector is wasted.
     """
     rows, cols = values.shape
     left = np.int32(shift)
@@ -263,8 +287,9 @@ def tally_blocks(
 ) -> None:
     """Add to ``sums`` f64 [4] what codes e4m3fn of a window lose, and to ``counts`` i64 [2] how many values lie beyond.
 
-    The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; largest magnitude, largest
-    error. counts: magnitudes above 450 times their scale, and above their block's of ``limits`` f32 [R blocks, C blocks].
+    The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; largest
+    magnitude, largest error. counts: magnitudes above 450 times their scale, and above their block's of ``limits`` f32
+    [R blocks, C blocks].
     """
     rows, cols = values.shape
     left = np.int32(shift)
@@ -338,8 +363,8 @@ def count_inexact(
 ) -> None:
     """Add to ``counts`` i64 [R blocks, C blocks] how many values of a window their codes do not give back.
 
-    A value is given back if ``table[code] * scale``, table f32 [256], equals it when rounded to ``target``, or to bfloat16: a
-    float32 weight may be a bfloat16 one in a wider dtype.
+    A value is given back if ``table[code] * scale``, table f32 [256], equals it when rounded to ``target``, or to
+    bfloat16: a float32 weight may be a bfloat16 one in a wider dtype.
     """
     rows, cols = values.shape
     for r in range(rows):

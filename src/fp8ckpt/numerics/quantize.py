@@ -1,16 +1,19 @@
 """Quantize parts of a weight with given scales, and make scales for it.
 
-The contract: ``code = e4m3fn(clamp(float32(w) / float32(scale), -448, 448))``, nearest even, for finite ``w``. A fresh scale is
-``amax / 448`` in float32, 1 where ``amax`` is 0, stored in a scale dtype rounded up, so that nothing clips; for exponents
-(e8m0) it is the least power of two that is not below. A scale that is there already is kept where the block still *fits* it:
+The contract: ``code = e4m3fn(clamp(float32(w) / float32(scale), -448, 448))``, nearest even, for finite ``w``. A fresh
+scale is ``amax / 448`` in float32, 1 where ``amax`` is 0, stored in a scale dtype rounded up, so that nothing clips;
+for exponents (e8m0) it is the least power of two that is not below. A scale that is there already is kept where the
+block still *fits* it:
 
-- nothing lies beyond: no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the scale that was
+- nothing lies beyond: no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the
+scale that was
   rounded to bfloat16 may be larger by one part in 257 (449.743), and still has that code as its nearest;
-- and it is not so small that precision is thrown away: the largest magnitude is at least 28 times the scale, so that no more
+- and it is not so small that precision is thrown away: the largest magnitude is at least 28 times the scale, so that no
+more
   than four of e4m3's binades are left unused; or the block is zero; or the scale gives back every element exactly.
 
-So a block that was dequantized and not changed always fits, and gets its codes back. Only e4m3fn is written: no release uses
-another FP8 dtype.
+So a block that was dequantized and not changed always fits, and gets its codes back. Only e4m3fn is written: no release
+uses another FP8 dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import numpy.typing as npt
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.codes import E8M0_DTYPES, F32, SCALE_DTYPES, U8, code_values, scale_values
 from fp8ckpt.numerics.dequantize import ROUNDING
-from fp8ckpt.numerics.grid import BlockGrid, Window, as_matrices, window, windows
+from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
 
 CODE_DTYPE = "F8_E4M3"
 LARGEST_CODE = np.float32(448)
@@ -38,7 +41,9 @@ Counts = npt.NDArray[np.int64]
 
 
 class Values(NamedTuple):
-    """Values of a weight as the kernels take them: bits u16 of bfloat16 or u32 of float32, and the left shift to float32 bits."""
+    """Values of a weight as the kernels take them: bits u16 of bfloat16 or u32 of float32, and the left shift to
+    float32 bits.
+    """
 
     bits: npt.NDArray[Any]
     shift: int
@@ -100,7 +105,9 @@ def block_array(grid: BlockGrid, dtype: type[np.generic]) -> npt.NDArray[Any]:
 
 
 def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:
-    """Raise ``maxima`` (of `block_array`) to the largest magnitude of each block that the parts meet; NaN and infinity stay above all."""
+    """Raise ``maxima`` (of `block_array`) to the largest magnitude of each block that the parts meet; NaN and infinity
+    stay above all.
+    """
     for part in parts:
         found = maxima[part.window.blocks].view(np.uint32).copy()
         kernels.raise_maxima(part.of(values.bits), values.shift, *part.window.phase, found)
@@ -108,7 +115,9 @@ def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:
 
 
 def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8) -> None:
-    """Fill ``codes`` u8, which lie as the values do. ``scales`` as of `block_array`; values that are not finite have no code."""
+    """Fill ``codes`` u8, which lie as the values do. ``scales`` as of `block_array`; values that are not finite have no
+    code.
+    """
     for part in parts:
         given = np.ascontiguousarray(scales[part.window.blocks])
         kernels.encode_blocks(part.of(values.bits), values.shift, given, *part.window.phase, part.of(codes))
@@ -137,8 +146,8 @@ def count_nonfinite(values: Values) -> int:
 class Tally:
     """What quantizing did to a number of elements.
 
-    ``clipped``: magnitudes beyond the written scale; ``outgrown``: beyond the scale of before. Errors are those of ``code * scale`` in
-    float32 against the value; ``error`` and ``magnitude`` are sums.
+    ``clipped``: magnitudes beyond the written scale; ``outgrown``: beyond the scale of before. Errors are those of
+    ``code * scale`` in float32 against the value; ``error`` and ``magnitude`` are sums.
     """
 
     elements: int = 0
@@ -163,13 +172,17 @@ class Tally:
 
 
 def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before: F32) -> Tally:
-    """What ``codes`` with ``scales`` lose of the values; ``before``: the scales that might have been kept (infinite where none)."""
+    """What ``codes`` with ``scales`` lose of the values; ``before``: the scales that might have been kept (infinite
+    where none).
+    """
     sums, counts = np.zeros(kernels.TALLY), np.zeros(2, np.int64)
     with np.errstate(over="ignore"):
         beyond = before * _BEYOND
     for part in parts:
         given, limits = (np.ascontiguousarray(blocks[part.window.blocks]) for blocks in (scales, beyond))
-        kernels.tally_blocks(part.of(values.bits), values.shift, part.of(codes), given, limits, *part.window.phase, sums, counts)
+        kernels.tally_blocks(
+            part.of(values.bits), values.shift, part.of(codes), given, limits, *part.window.phase, sums, counts
+        )
     return Tally(codes.size, 0, int(counts[0]), int(counts[1]), *map(float, sums))
 
 
@@ -181,7 +194,9 @@ def within(maxima: F32, scales: F32) -> Mask:
 
 
 def fits(maxima: F32, scales: F32) -> Mask:
-    """Which blocks fit their scale by their largest magnitude alone. Of the others, `may_fit` says which an exact look decides."""
+    """Which blocks fit their scale by their largest magnitude alone. Of the others, `may_fit` says which an exact look
+    decides.
+    """
     with np.errstate(over="ignore"):
         large: Mask = (maxima == 0) | (maxima / scales >= _TOO_SMALL)
     return large & within(maxima, scales)
@@ -223,7 +238,8 @@ def fresh_scales(maxima: F32, dtype: str) -> Scales:
 def choose_scales(maxima: F32, kept: Scales | None, dtype: str, exact: Mask | None = None) -> tuple[Scales, Mask]:
     """(scales as stored in ``dtype``, which of them are ``kept``) for blocks of these largest magnitudes.
 
-    ``kept``: the scales of before, of the same shape, or None to make all anew; ``exact``: where they give back every element.
+    ``kept``: the scales of before, of the same shape, or None to make all anew; ``exact``: where they give back every
+    element.
     """
     fresh = fresh_scales(maxima, dtype)
     if kept is None:
@@ -236,5 +252,7 @@ def choose_scales(maxima: F32, kept: Scales | None, dtype: str, exact: Mask | No
 
 
 def round_to(values: F32, dtype: str, out: npt.NDArray[Any]) -> int:
-    """Float32 values [n] as bits of ``dtype`` (BF16, F16 or F32), nearest even; returns how many finite ones became infinite."""
+    """Float32 values [n] as bits of ``dtype`` (BF16, F16 or F32), nearest even; returns how many finite ones became
+    infinite.
+    """
     return int(kernels.round_values(values, ROUNDING[dtype], out))

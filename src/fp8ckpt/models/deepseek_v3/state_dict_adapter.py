@@ -1,7 +1,7 @@
 """State-dict adapter of models whose FP8 weights have scales of 128 x 128 blocks, as DeepSeek V3 has them.
 
-Scale grids are whole on every rank: they are 1/4096 of the weights' bytes, and the shards of a DTensor need not end where blocks
-end (576 or 1536 rows over 8 ranks do not). Each shard is dequantized by its offsets in the full tensor.
+Scale grids are whole on every rank: they are 1/4096 of the weights' bytes, and the shards of a DTensor need not end
+where blocks end (576 or 1536 rows over 8 ranks do not). Each shard is dequantized by its offsets in the full tensor.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
-from fp8ckpt.numerics.grid import tiled
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.storage.reading import torch_dtype
+from fp8ckpt.numerics.geometry import tiled
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = (128, 128)
 
-# Weights of the release that are not FP8: embeddings, heads, norms, routers, and the projection of multi-token prediction.
+# Weights of the release that are not FP8: embeddings, heads, norms, routers, and the projection of multi-token
+# prediction.
 _NON_QUANTIZED_SUFFIXES = (
     "embed_tokens.weight",
     "lm_head.weight",
@@ -74,13 +75,17 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
                 found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
                 remedy = "use load_model or FP8StorageReader, which take any"
                 expected = f"{grid.shape if grid else 'a matrix'}, _scale_inv"
-                raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.scale.file, expected=expected, remedy=remedy)
+                raise UnsupportedFormatError(
+                    found, tensor=tensor.name, file=tensor.scale.file, expected=expected, remedy=remedy
+                )
             adapter._scale_dtypes[tensor.name] = torch_dtype(tensor.scale.dtype)
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:
         """By the file, if there is one; otherwise by the release's rule for names."""
-        return self.native_to_hf(fqn) in self._scale_dtypes if self._scale_dtypes is not None else _is_fp8_weight_key(fqn)
+        return (
+            self.native_to_hf(fqn) in self._scale_dtypes if self._scale_dtypes is not None else _is_fp8_weight_key(fqn)
+        )
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
         """A whole grid: F32, or of the file's dtype."""

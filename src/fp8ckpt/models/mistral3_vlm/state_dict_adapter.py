@@ -1,8 +1,8 @@
 """State-dict adapter of Mistral3 models that were released in FP8, with one scale a tensor.
 
-The text model's Linear weights are e4m3 with a scalar ``weight_scale_inv`` beside each, and an ``activation_scale`` that
-training does not use; vision tower, projector, ``lm_head``, embeddings and norms are BF16. The names and signatures here are
-those that host trainers know from the adapter's reference documentation.
+The text model's Linear weights are e4m3 with a scalar ``weight_scale_inv`` beside each, and an ``activation_scale``
+that training does not use; vision tower, projector, ``lm_head``, embeddings and norms are BF16. The names and
+signatures here are those that host trainers know from the adapter's reference documentation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from fp8ckpt.checkpoint.naming import IDENTITY, NESTED
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.families.names import IDENTITY, NESTED
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
-from fp8ckpt.storage.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.storage.reading import torch_dtype
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ def _is_fp8_weight_key(model_key: str, not_fp8_prefixes: tuple[str, ...] = ()) -
     return not any(model_key == prefix or model_key.startswith(prefix + ".") for prefix in not_fp8_prefixes)
 
 
-def _dequantize_from_fp8(weight_fp8: torch.Tensor, scale_inv: torch.Tensor, target_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def _dequantize_from_fp8(
+    weight_fp8: torch.Tensor, scale_inv: torch.Tensor, target_dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """Dequantize one FP8 weight by its scalar scale: float32 product, one rounding. DTensors stay DTensors."""
     return dequantize("weight", weight_fp8, scale_inv, None, target_dtype)
 
@@ -56,8 +58,8 @@ def _identity(k: str) -> str:
 class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     """Maps a Mistral3 model's state dict to its FP8 checkpoint, and back.
 
-    ``native_to_hf``, ``hf_to_native``: the names; by default the same on both sides. ``layout_name`` appears in log lines.
-    ``not_fp8_prefixes``: native modules that are BF16 on disk.
+    ``native_to_hf``, ``hf_to_native``: the names; by default the same on both sides. ``layout_name`` appears in log
+    lines. ``not_fp8_prefixes``: native modules that are BF16 on disk.
     """
 
     logger = logger
@@ -85,7 +87,8 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path | Checkpoint) -> Mistral3FP8StateDictAdapter:
-        """For the checkpoint at ``path``: layout, which weights are FP8, and the dtype and shape of their scales, from its headers.
+        """For the checkpoint at ``path``: layout, which weights are FP8, and the dtype and shape of their scales, from
+        its headers.
 
         Raises `UnsupportedFormatError` where its scales are not one a tensor, named ``_scale_inv``.
         """
@@ -103,13 +106,19 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
                 found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
                 remedy = "use load_model or FP8StorageReader, which take any"
                 raise UnsupportedFormatError(
-                    found, tensor=tensor.name, file=tensor.scale.file, expected="one scale a tensor, _scale_inv", remedy=remedy
+                    found,
+                    tensor=tensor.name,
+                    file=tensor.scale.file,
+                    expected="one scale a tensor, _scale_inv",
+                    remedy=remedy,
                 )
             adapter._scales[layout.hf_to_native(tensor.name)] = (tensor.scale.shape, torch_dtype(tensor.scale.dtype))
         adapter._fp8_keys = frozenset(adapter._scales)
         adapter._stored_keys = frozenset(checkpoint.tensors)
         text = checkpoint.config.get("text_config") or {}
-        adapter._ties_embeddings = bool(checkpoint.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        adapter._ties_embeddings = bool(
+            checkpoint.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        )
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:

@@ -1,0 +1,366 @@
+"""Making the bytes of an FP8 output: values are read once, their scale is kept or made, and codes and scales are
+written.
+
+Where a chunk holds whole blocks all of this is done with the chunk in memory. Of a wide weight a chunk can only say how
+large its values are: the first pass encodes it with the scale of before, as long as that still fits, and the facts that
+it leaves decide. Where the scale does not fit, the weight is read and written once more (`fp8ckpt.encodings.run_fp8`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.engine import Facts, Filled
+from fp8ckpt.errors import RangeError, WeightValueError
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, scale_values
+from fp8ckpt.numerics.dequantize import bits_dtype
+from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
+from fp8ckpt.numerics.quantize import Tally, Values, values_of
+from fp8ckpt.output.files import OutputFile
+from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.output.matching import scales_in_range
+from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.reading import load_scales
+
+STEP = (
+    1 << 19
+)  # elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower)
+
+Stored = npt.NDArray[Any]
+
+
+@dataclass
+class WeightFacts:
+    """What is recorded of a weight, or of a part of it.
+
+    ``maxima`` (by block, of wide weights in the first pass) decide whether a scale fits; ``inexact`` are blocks of
+    which some part is small for their scale, and is not given back by it exactly.
+    """
+
+    tally: Tally = field(default_factory=Tally)
+    kept: int = 0
+    made: int = 0
+    maxima: dict[str, float] = field(default_factory=dict)
+    inexact: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any]) -> WeightFacts:
+        """From what was recorded."""
+        return cls(**{**recorded, "tally": Tally(**recorded["tally"])})
+
+    def add(self, other: WeightFacts) -> None:
+        """Take in the facts of another part."""
+        self.tally.add(other.tally)
+        self.kept += other.kept
+        self.made += other.made
+        for block, largest in other.maxima.items():
+            self.maxima[block] = max(largest, self.maxima.get(block, 0.0))
+        self.inexact = sorted({*self.inexact, *other.inexact})
+
+
+def combine(facts: Iterable[Facts]) -> Facts:
+    """The facts of all chunks together, by weight."""
+    total: dict[str, WeightFacts] = {}
+    for recorded in facts:
+        for name, part in recorded.items():
+            total.setdefault(name, WeightFacts()).add(WeightFacts.of(part))
+    return {name: asdict(part) for name, part in total.items()}
+
+
+class QuantizingFiller:
+    """One worker's reading and quantizing, with buffers of its own.
+
+    ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, so that
+    nobody encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each wide weight.
+    """
+
+    def __init__(
+        self,
+        plan: QuantizingPlan,
+        directory: Path,
+        scales_before: Callable[[Quantization], F32],
+        outgrown: set[tuple[str, ...]],
+        decided: Mapping[str, F32] | None = None,
+    ) -> None:
+        self._plan = plan
+        self._directory = directory
+        self._scales_before = scales_before
+        self._outgrown = outgrown
+        self._decided = decided
+        # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
+        self._raw = np.empty(0, np.uint8)
+        self._base_codes = np.empty(0, np.uint8)
+        self._source_file, self._base_file = LastFile(), LastFile()
+        self._scale_file: OutputFile | None = None
+        self.bytes_read = 0
+        self.base_bytes_read = 0
+        self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
+
+    def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes ``[start, stop)`` of an output file; the facts are those of the weight, if it is
+        of one.
+        """
+        first = bisect_right(layout.spans, start, key=lambda span: span.stop)
+        weight = (
+            self._plan.weights.get(layout.spans[first].name)
+            if first < len(layout.spans) and start >= len(layout.head)
+            else None
+        )
+        if weight is None:
+            self._copy(layout, first, start, stop, out)
+            return Filled({})
+        begin, count = start - weight.weight.start, stop - start
+        if self._decided is not None:
+            return self._encode_decided(weight, begin, count, out)
+        return self._look(weight, begin, count, out) if weight.wide else self._quantize(weight, begin, count, out)
+
+    # ---------------------------------------------------------------- what is not quantized
+
+    def _copy(self, layout: FileLayout, first: int, start: int, stop: int, out: Bytes) -> None:
+        if start < len(layout.head):
+            head = layout.head[start:stop]
+            out[: len(head)] = memoryview(head)
+        for span in layout.spans[first:]:
+            if span.start >= stop:
+                return
+            low, high = max(span.start, start), min(span.stop, stop)
+            if low >= high:
+                continue
+            given, target = self._plan.plain[span.name], out[low - start : high - start]
+            if given.dtype == span.dtype:
+                self._read(given, low - span.start, target)
+            else:
+                self._cast(given, span, low - span.start, target)
+
+    def _cast(self, given: TensorSpan, span: TensorSpan, offset: int, out: Bytes) -> None:
+        itemsize = TARGET_BYTES[span.dtype]
+        for begin in range(offset // itemsize, (offset + out.nbytes) // itemsize, STEP):
+            count = min(STEP, (offset + out.nbytes) // itemsize - begin)
+            values = self._values(given, begin, count)
+            part = out[begin * itemsize - offset :][: count * itemsize]
+            if overflown := quantize.round_to(values.floats, span.dtype, part.view(bits_dtype(span.dtype))):
+                found = f"{overflown} finite values of {given.dtype} do not fit {span.dtype}"
+                raise RangeError(found, tensor=span.name, file=given.file, expected=f"{span.dtype}, as in the base")
+
+    # ---------------------------------------------------------------- weights whose chunks hold whole blocks
+
+    def _quantize(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
+        facts = WeightFacts()
+        for first, rows, sub, blocks in _bands(weight.grid, begin, count):
+            codes = out[first - begin :][: rows * sub.weight_shape[-1]]
+            values = self._values(weight.source, first, codes.size)
+            parts = quantize.parts_of_run(sub, 0, codes.size)
+            maxima = quantize.block_array(sub, np.float32)
+            quantize.raise_maxima(parts, values, maxima)
+            if not np.isfinite(maxima).all():
+                refuse_nonfinite(weight.name, weight.source)
+            before, kept = np.full(maxima.shape, np.inf, np.float32), None
+            exact = None
+            if weight.before is not None:
+                old = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
+                before = scale_values(old, weight.scale.dtype)
+                kept = None if self._plan.fresh else old
+                if kept is not None and quantize.may_fit(maxima, before).any():
+                    quantize.encode(parts, values, before, codes)
+                    exact = quantize.count_inexact(parts, values, codes, before) == 0
+            stored, keep = quantize.choose_scales(maxima, kept, weight.scale.dtype, exact)
+            facts.kept += int(np.count_nonzero(keep))
+            facts.made += int(np.count_nonzero(~keep))
+            scales = checked_scales(weight, stored)
+            quantize.encode(parts, values, scales, codes)
+            self._write_scales(weight.scale, blocks.start, stored)
+            self._report(facts, weight, first, parts, values, codes, scales, before)
+        return Filled({weight.name: asdict(facts)})
+
+    # ---------------------------------------------------------------- wide weights
+
+    def _look(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
+        """The first pass: how large the values are, and the codes that they have if the scales of before are kept."""
+        facts = WeightFacts()
+        unit = self._plan.unit_of[weight.name]
+        before_all = self._scales_before(weight).reshape(-1)
+        maxima: dict[int, np.float32] = {}
+        for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
+            values = self._values(weight.source, first, size)
+            parts = quantize.parts_of_run(grid, start, size)
+            here = quantize.block_array(grid, np.float32)
+            quantize.raise_maxima(parts, values, here)
+            if not np.isfinite(here).all():
+                refuse_nonfinite(weight.name, weight.source)
+            for block in np.flatnonzero(here):
+                at = blocks.start + int(block)
+                maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
+            # One scale is new once an element lies beyond it; of several, each is asked whether it gives its own block
+            # back.
+            if self._plan.fresh or (unit in self._outgrown and weight.grid.per_tensor):
+                continue
+            codes, before = out[first - begin :][:size], before_all[blocks].reshape(here.shape)
+            quantize.encode(parts, values, before, codes)
+            if quantize.may_fit(here, before).any():
+                inexact = np.flatnonzero(quantize.count_inexact(parts, values, codes, before))
+                facts.inexact = sorted({*facts.inexact, *(blocks.start + int(block) for block in inexact)})
+            if not quantize.within(here, before).all():
+                self._outgrown.add(unit)
+            elif unit not in self._outgrown:
+                self._report(facts, weight, first, parts, values, codes, before, before)
+        facts.maxima = {str(block): float(largest) for block, largest in maxima.items()}
+        write = not self._plan.fresh and unit not in self._outgrown
+        self.looked_and_wrote[weight.name] += count if write else 0
+        return Filled({weight.name: asdict(facts)}, write)
+
+    def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
+        """The second pass: the codes that the values have with scales that were decided on."""
+        assert self._decided is not None
+        facts = WeightFacts()
+        before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
+        for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
+            values, codes = self._values(weight.source, first, size), out[first - begin :][:size]
+            parts = quantize.parts_of_run(grid, start, size)
+            shape = quantize.block_array(grid, np.float32).shape
+            before, scales = before_all[blocks].reshape(shape), scales_all[blocks].reshape(shape)
+            quantize.encode(parts, values, scales, codes)
+            self._report(facts, weight, first, parts, values, codes, scales, before)
+        return Filled({weight.name: asdict(facts)})
+
+    # ---------------------------------------------------------------- what both share
+
+    def _report(
+        self,
+        facts: WeightFacts,
+        weight: Quantization,
+        first: int,
+        parts: list[quantize.Part],
+        values: Values,
+        codes: U8,
+        scales: F32,
+        before: F32,
+    ) -> None:
+        if not self._plan.report:
+            return
+        tally = quantize.tally(parts, values, codes, scales, before)
+        if weight.before is not None:
+            if self._base_codes.size < codes.size:
+                self._base_codes = np.empty(codes.size, np.uint8)
+            old = self._base_codes[: codes.size]
+            span = weight.before.weight
+            read_into(self._base_file.descriptor(span.file), old, span.start + first, span.file)
+            self.base_bytes_read += old.nbytes
+            tally.moved = int(np.count_nonzero(old != codes))
+        facts.tally.add(tally)
+
+    def _values(self, span: TensorSpan, first: int, count: int) -> Values:
+        """Elements ``first`` to ``first + count`` of a tensor, good until the next call."""
+        nbytes = count * TARGET_BYTES[span.dtype]
+        if self._raw.size < nbytes:
+            self._raw = np.empty(nbytes, np.uint8)
+        raw = self._raw[:nbytes]
+        self._read(span, first * TARGET_BYTES[span.dtype], raw)
+        return values_of(raw, span.dtype)
+
+    def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
+        """Fill ``buffer`` from byte ``offset`` of a tensor on."""
+        read_into(self._source_file.descriptor(span.file), buffer, span.start + offset, span.file)
+        self.bytes_read += buffer.nbytes
+
+    def _read_scales(self, span: TensorSpan, blocks: slice) -> Stored:
+        """The scales of some blocks of the base, as they are stored."""
+        itemsize = DTYPE_BITS[span.dtype] // 8
+        stored = np.empty((blocks.stop - blocks.start) * itemsize, np.uint8)
+        read_into(self._base_file.descriptor(span.file), stored, span.start + blocks.start * itemsize, span.file)
+        return stored.view(SCALE_DTYPES[span.dtype])
+
+    def _write_scales(self, span: TensorSpan, first: int, stored: Stored) -> None:
+        """Write the scales from block ``first`` on."""
+        file = self._directory / span.file
+        if self._scale_file is None or self._scale_file.file != file:
+            if self._scale_file is not None:
+                self._scale_file.close()
+            self._scale_file = OutputFile(file)
+        data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+        self._scale_file.write(data, span.start + first * stored.itemsize)
+
+    def close(self) -> None:
+        """Close the files that were used last."""
+        self._source_file.close()
+        self._base_file.close()
+        if self._scale_file is not None:
+            self._scale_file.close()
+            self._scale_file = None
+
+
+def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, slice]]:
+    """A run of whole blocks in bands of about `STEP` elements: (first element, rows, the band's own grid, its blocks)."""
+    matrices = as_matrices(grid)
+    rows_of_one, cols = matrices.weight_shape[-2:]
+    block = matrices.block_size[-2:]
+    per_band = max(block[0], STEP // cols // block[0] * block[0])
+    block_rows, block_cols = matrices.shape[-2:]
+    first = begin
+    while first < begin + count:
+        matrix, row = divmod(first // cols, rows_of_one)
+        rows = min(per_band, rows_of_one - row, (begin + count - first) // cols)
+        sub = BlockGrid((rows, cols), block)
+        start = (matrix * block_rows + row // block[0]) * block_cols
+        yield first, rows, sub, slice(start, start + prod(sub.shape))
+        first += rows * cols
+
+
+def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, int, slice]]:
+    """A run of a wide weight in pieces of at most `STEP` elements: (first element, elements, a grid that holds them,
+    where they begin in that, its blocks). The grid is that of one matrix, unless blocks span matrices: stacked experts
+    may have many scales.
+    """
+    matrices = as_matrices(grid)
+    matrix = prod(matrices.weight_shape[-2:])
+    per_matrix = BlockGrid(matrices.weight_shape[-2:], matrices.block_size[-2:])
+    if any(size > 1 for size in matrices.block_size[:-2]):
+        matrix, per_matrix = max(1, prod(matrices.weight_shape)), matrices
+    blocks = max(1, prod(per_matrix.shape))
+    first = begin
+    while first < begin + count:
+        index, start = divmod(first, matrix)
+        size = min(STEP, begin + count - first, matrix - start)
+        yield first, size, per_matrix, start, slice(index * blocks, (index + 1) * blocks)
+        first += size
+
+
+def checked_scales(weight: Quantization, stored: Stored) -> F32:
+    """Stored scales as float32. Raises `RangeError` where the scales' dtype could not hold one."""
+    return scales_in_range(
+        stored, weight.scale, weight.name, weight.source.file, "choose a --scheme instead of the base"
+    )
+
+
+def refuse_nonfinite(name: str, span: TensorSpan) -> NoReturn:
+    """Count what is not finite in all of a tensor, and raise `WeightValueError`."""
+    count = 0
+    raw = np.empty(STEP * TARGET_BYTES[span.dtype], np.uint8)
+    with opened(span.file) as fd:
+        for start in range(span.start, span.stop, raw.size):
+            part = raw[: min(raw.size, span.stop - start)]
+            read_into(fd, part, start, span.file)
+            count += quantize.count_nonfinite(values_of(part, span.dtype))
+    found = f"{count} of {span.numel} elements are NaN or infinite, and have no FP8 code"
+    raise WeightValueError(
+        found, tensor=name, file=span.file, expected="finite weights", remedy="find out where the training diverged"
+    )
+
+
+def scales_before(weight: Quantization) -> F32:
+    """The scales that a wide weight had, of `fp8ckpt.numerics.quantize.block_array`; infinite where it has no base."""
+    shape = quantize.block_array(weight.grid, np.float32).shape
+    if weight.before is None:
+        return np.full(shape, np.inf, np.float32)
+    return scale_values(load_scales(weight.before), weight.before.scale.dtype).reshape(shape)

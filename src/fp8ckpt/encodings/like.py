@@ -1,0 +1,82 @@
+"""FP8 in the base's own layout: the base decides everything that a file can decide.
+
+Which tensors are FP8, names, grids, scale dtypes and shapes, the dtypes of what is not quantized, files and their
+order, down to the text of every header, configuration and side files. Only values are the source's.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
+from fp8ckpt.families.names import find_layout
+from fp8ckpt.families.siblings import equal_units
+from fp8ckpt.output.like import BaseLayout, has_activation_scales
+from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.output.side_files import side_files
+from fp8ckpt.serving.examine import serving_config
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG
+from fp8ckpt.tensors.reading import stored_scales
+
+
+def plan_like(
+    source: str | Path, base: str | Path, output: PartialOutput, *, fresh: bool, report: bool, serving: bool
+) -> QuantizingPlan:
+    """Everything that can be known or refused before the first byte is written."""
+    output.refuse_existing()
+    given, like = open_checkpoint(source), open_checkpoint(base)
+    refuse_inside(output, given, "source")
+    refuse_inside(output, like, "base")
+    refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
+    naming = find_layout(given.tensors, like.tensors)
+    tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
+    refuse_other_tensors(tensors, like, "source", f"give the base that {given.path} came from")
+    refuse_other_dtypes(tensors, like)
+    changes = BaseLayout(like, served=serving_config(like, static=has_activation_scales(like)) if serving else None)
+    spans = {span.name: span for layout in changes.layouts for span in layout.spans}
+    weights = {
+        tensor.name: Quantization(
+            tensors[tensor.name], spans[tensor.name], spans[tensor.scale.name], tensor.grid, tensor
+        )
+        for tensor in like.quantized
+    }
+    scales = {tensor.scale.name for tensor in like.quantized}
+    stored = {span.name: span for header in like.files for span in header.spans}
+    plain = {name: tensors.get(name, stored[name]) for name in spans if name not in weights and name not in scales}
+    arguments = {"job": "quantize", "fresh": fresh, "report": report}
+    return QuantizingPlan(
+        output=OutputPlan((given, like), arguments, changes.layouts, changes.texts, changes.copies),
+        source=given,
+        base=like,
+        weights=weights,
+        plain=plain,
+        units=tuple(_units([weight for weight in weights.values() if weight.wide and weight.scale.nbytes])),
+        fresh=fresh,
+        report=report,
+        notes=tuple(_side_file_notes(given, like)),
+    )
+
+
+def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
+    """Wide weights, those of one scale with the siblings that share it. Grids are joined by engines as they are: each
+    is alone.
+    """
+    yield from equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
+    yield from ((weight.name,) for weight in wide if not weight.grid.per_tensor)
+
+
+def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:
+    """Side files of the source that the output will not have, since the base's go out."""
+    ours, theirs = side_files(source), side_files(base)
+    notes = []
+    for name in sorted(ours.keys() - {CONFIG, MISTRAL_CONFIG}):
+        if name not in theirs:
+            notes.append(f"{name} is only in the source, and is not written")
+        elif not filecmp.cmp(ours[name], theirs[name], shallow=False):
+            notes.append(f"{name} differs in the source; the base's is written")
+    return notes

@@ -1,0 +1,182 @@
+"""From FP8 to BF16, FP16 or FP32: the same files with the same tensors, less the scales."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import fp8ckpt.engine as writing
+from fp8ckpt.engine import ExtentWriter, Facts, Filled, Progress, extents_of, page_chunks
+from fp8ckpt.errors import RangeError
+from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.output.side_files import plain_side_files
+from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
+from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fp8ckpt.numerics.dequantize import Dequantizer
+    from fp8ckpt.ranks import Ranks
+
+_FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """What a run did. Sizes are in bytes."""
+
+    source: Checkpoint
+    plan: OutputPlan
+    bytes_read: int
+    bytes_resumed: int
+    nan_codes: dict[str, int]
+
+
+def run(
+    source: str | Path, output: PartialOutput, dtype: str, workers: int, progress: Progress | None, ranks: Ranks
+) -> Dequantized:
+    """Plan, write and publish, together with the other ranks."""
+    from fp8ckpt.tensors.reading import load_dequantizer
+
+    checkpoint, plan = ranks.together(lambda: _plan(source, output, dtype))
+    # What is done is what the first rank saw: others may be writing by the time that the last one looks.
+    done = ranks.gather(lambda: plan.begin(output) if ranks.rank == 0 else {})[0]
+    extents = dict(enumerate(extent for layout in plan.layouts for extent in extents_of(layout, page_chunks(layout))))
+    mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
+    # Neighbouring chunks are of one tensor, and workers stay close together.
+    dequantizer = lru_cache(maxsize=2 * workers)(partial(load_dequantizer, dtype=dtype))
+    fillers = [_Filler(checkpoint, dtype, dequantizer) for _ in range(workers)]
+
+    def write() -> int:
+        ExtentWriter(output, ranks.rank, {i: extents[i] for i in mine}, _sum, progress).run(fillers)
+        return sum(filler.bytes_read for filler in fillers)
+
+    bytes_read = sum(ranks.gather(write))
+    nan_codes = ranks.gather(lambda: _publish(output) if ranks.rank == 0 else {})[0]
+    return Dequantized(checkpoint, plan, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
+
+
+def _plan(source: str | Path, output: PartialOutput, dtype: str) -> tuple[Checkpoint, OutputPlan]:
+    """Everything that can be known or refused before the first byte is written."""
+    from fp8ckpt.tensors.reading import scale_defects
+
+    output.refuse_existing()
+    checkpoint = open_checkpoint(source)
+    refuse_inside(output, checkpoint, "source")
+    raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))
+    if dtype == "F16":
+        for tensor in checkpoint.quantized:
+            if tensor.numel:
+                _refuse_overflow(tensor)
+    layouts = []
+    for header in checkpoint.files:
+        logical = [checkpoint.tensors[span.name] for span in header.spans if span.name in checkpoint.tensors]
+        specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
+        if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
+            layouts.append(lay_out_again(header, specs))
+    texts, copies = plain_side_files(checkpoint, dtype)
+    if checkpoint.index is not None or len(layouts) > 1:
+        texts[checkpoint.index_name or INDEX] = index_text(layouts, checkpoint.index)
+    return checkpoint, OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, tuple(layouts), texts, copies)
+
+
+def _refuse_overflow(tensor: QuantizedTensor) -> None:
+    """Float16 ends at 65504. A tensor whose finite codes go beyond is refused; its codes are read only if its scales
+    allow it.
+    """
+    import numpy as np
+
+    from fp8ckpt.numerics.codes import code_values
+    from fp8ckpt.tensors.reading import load_dequantizer
+
+    dequantizer = load_dequantizer(tensor, "F16")
+    values = code_values(tensor.weight.dtype)
+    largest = float(values[np.isfinite(values)].max())
+    if float(dequantizer.scales.max(initial=0)) * largest < _FP16_OVERFLOW:
+        return
+    codes = np.empty(writing.CHUNK // 2, np.uint8)
+    halves = np.empty(codes.size, np.uint16)
+    count = 0
+    with opened(tensor.weight.file) as fd:
+        for start in range(0, tensor.numel, codes.size):
+            part = codes[: min(codes.size, tensor.numel - start)]
+            read_into(fd, part, tensor.weight.start + start, tensor.weight.file)
+            dequantizer.flat(part, start, halves[: part.size])
+            count += int(np.count_nonzero(np.isinf(halves[: part.size].view(np.float16)) & np.isfinite(values[part])))
+    if count:
+        found = f"{count} elements go beyond 65504, the largest float16"
+        raise RangeError(found, tensor=tensor.name, file=tensor.weight.file, remedy="convert to bf16 or fp32")
+
+
+def _sum(facts: Iterable[Facts]) -> Facts:
+    total: Counter[str] = Counter()
+    for counts in facts:
+        total.update(counts)
+    return total
+
+
+def _publish(output: PartialOutput) -> Facts:
+    """The last step: the NaN codes of all extents, added up before their records go."""
+    nan_codes = _sum(output.records().values())
+    output.publish()
+    return dict(sorted(nan_codes.items()))
+
+
+class _Filler:
+    """One worker's reading and dequantizing: fills pieces of the output from the source, with buffers of its own."""
+
+    def __init__(self, source: Checkpoint, dtype: str, dequantizer: Callable[[QuantizedTensor], Dequantizer]) -> None:
+        import numpy as np
+
+        self._tensors = source.tensors
+        self._dequantizer = dequantizer
+        self._codes = np.empty(writing.CHUNK // TARGET_BYTES[dtype], np.uint8)
+        self._file = LastFile()
+        self.bytes_read = 0
+
+    def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes ``[start, stop)`` of an output file; the facts are the NaN codes met, by tensor."""
+        from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
+
+        nan_codes: dict[str, int] = {}
+        if start < len(layout.head):
+            head = layout.head[start:stop]
+            out[: len(head)] = memoryview(head)
+        for k in range(bisect_right(layout.spans, start, key=lambda span: span.stop), len(layout.spans)):
+            span = layout.spans[k]
+            if span.start >= stop:
+                break
+            low, high = max(span.start, start), min(span.stop, stop)
+            if low == high:  # a tensor without elements
+                continue
+            target = out[low - start : high - start]
+            tensor = self._tensors[span.name]
+            if isinstance(tensor, TensorSpan):
+                self._read(tensor, low - span.start, target)
+                continue
+            itemsize = TARGET_BYTES[span.dtype]
+            first, codes = (low - span.start) // itemsize, self._codes[: (high - low) // itemsize]
+            self._read(tensor.weight, first, codes)
+            self._dequantizer(tensor).flat(codes, first, target.view(bits_dtype(span.dtype)))
+            if count := count_nonfinite(codes, tensor.weight.dtype):
+                nan_codes[tensor.name] = count
+        return Filled(nan_codes)
+
+    def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
+        """Fill ``buffer`` from byte ``offset`` of a tensor on."""
+        read_into(self._file.descriptor(span.file), buffer, span.start + offset, span.file)
+        self.bytes_read += buffer.nbytes
+
+    def close(self) -> None:
+        """Close the file that was read last."""
+        self._file.close()

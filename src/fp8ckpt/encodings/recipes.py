@@ -1,0 +1,167 @@
+"""What an FP8 output holds, tensor by tensor, as pure data: planned before the first byte is written.
+
+Each file is that of the base, or of the source where there is no base. Its weights are cut into chunks that hold whole
+blocks, so that a chunk's scales can be made from the chunk alone; scales are written beside, by whoever makes the
+codes. A weight whose blocks are larger than a chunk is *wide*: its scales depend on all of it, and often on its
+siblings'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import fp8ckpt.engine as writing
+from fp8ckpt.engine import Extent, extents_of
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
+from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.output.plan import OutputPlan
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
+
+
+class Quantization(NamedTuple):
+    """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if it is
+    known.
+    """
+
+    source: TensorSpan
+    weight: TensorSpan
+    scale: TensorSpan
+    grid: BlockGrid
+    before: QuantizedTensor | None
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.weight.name
+
+    @property
+    def band(self) -> int:
+        """Elements of the fewest rows that hold whole blocks; 0 where blocks span matrices."""
+        matrices = as_matrices(self.grid)
+        if any(size > 1 for size in matrices.block_size[:-2]):
+            return 0
+        return min(matrices.block_size[-2], matrices.weight_shape[-2]) * matrices.weight_shape[-1]
+
+    @property
+    def wide(self) -> bool:
+        """Whether a chunk may be too small for a block."""
+        return self.grid.per_tensor or not 0 < self.band <= writing.CHUNK
+
+
+@dataclass(frozen=True)
+class QuantizingPlan:
+    """An output, and what each of its stored tensors is made of.
+
+    ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
+    ``units``: the wide weights, those together that must have one scale. ``fresh``: no scale is kept. ``report``: count
+    what training did.
+    """
+
+    output: OutputPlan
+    source: Checkpoint
+    base: Checkpoint | None
+    weights: Mapping[str, Quantization]
+    plain: Mapping[str, TensorSpan]
+    units: tuple[tuple[str, ...], ...]
+    fresh: bool
+    report: bool
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def unit_of(self) -> dict[str, tuple[str, ...]]:
+        """The unit of each wide weight."""
+        return {name: unit for unit in self.units for name in unit}
+
+    def extents(self) -> list[Extent]:
+        """All that is written in the first pass."""
+        found: list[Extent] = []
+        scales = {quantization.scale.name for quantization in self.weights.values()}
+        for layout in self.output.layouts:
+            chunks = {(start, stop): quantization for start, stop, quantization in self._chunks(layout, scales)}
+            for extent in extents_of(layout, chunks):
+                filled = (chunks[chunk] for chunk in extent.chunks)
+                beside = {quantization.scale.file.name for quantization in filled if quantization is not None}
+                found.append(extent._replace(beside=tuple(sorted(beside - {layout.name}))))
+        return found
+
+    def second_pass(self) -> dict[str, list[Extent]]:
+        """The extents of each wide weight, in which it is written again if its scales turn out to be others."""
+        found: dict[str, list[Extent]] = {}
+        for layout in self.output.layouts:
+            for span in layout.spans:
+                if span.name in self.unit_of:
+                    found[span.name] = list(extents_of(layout, _cut(span, writing.CHUNK)))
+        return found
+
+    def _chunks(self, layout: FileLayout, scales: Collection[str]) -> Iterator[tuple[int, int, Quantization | None]]:
+        """The chunks of a file, and the weight that each is of: small tensors together, large ones cut, ``scales`` left
+        out.
+        """
+        start, stop = 0, 0  # of the small tensors that are gathered
+
+        def gathered(segments: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, None]]:
+            nonlocal start, stop
+            for first, last in segments:
+                if first != stop or last - start > writing.CHUNK:
+                    if stop > start:
+                        yield start, stop, None
+                    start = first
+                stop = last
+
+        yield from gathered(_pieces(0, len(layout.head), writing.CHUNK))
+        for span in layout.spans:
+            if span.name in scales or not span.nbytes:
+                continue
+            if (quantization := self.weights.get(span.name)) is None:
+                yield from gathered(_cut(span, writing.CHUNK))
+                continue
+            if stop > start:
+                yield start, stop, None
+            start = stop = span.stop
+            cut = _cut(span, writing.CHUNK) if quantization.wide else _cut_bands(quantization)
+            for first, last in cut:
+                yield first, last, quantization
+        if stop > start:
+            yield start, stop, None
+
+
+def _pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, most):
+        yield first, min(first + most, stop)
+
+
+def _cut(span: TensorSpan, most: int) -> Iterator[tuple[int, int]]:
+    """A tensor in pieces of whole elements."""
+    return _pieces(span.start, span.stop, max(most // 8 * 8, 8))
+
+
+def _cut_bands(quantization: Quantization) -> Iterator[tuple[int, int]]:
+    """A weight in pieces that hold whole blocks: some matrices, or some bands of one."""
+    span = quantization.weight
+    matrix = prod(as_matrices(quantization.grid).weight_shape[-2:])
+    if matrix <= writing.CHUNK:
+        yield from _pieces(span.start, span.stop, writing.CHUNK // matrix * matrix)
+        return
+    bands = writing.CHUNK // quantization.band * quantization.band
+    for start in range(span.start, span.stop, matrix):
+        yield from _pieces(start, start + matrix, bands)
+
+
+def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, TensorSpan]:
+    """The source's tensors by the names (``names``: source to output) that they are written under; none of them is FP8."""
+    found: dict[str, TensorSpan] = {}
+    for name, tensor in source.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            remedy = "convert it first: --to bf16"
+            raise UnsupportedFormatError(
+                "it is FP8 already", tensor=name, file=tensor.weight.file, expected="BF16, F16 or F32", remedy=remedy
+            )
+        found[names[name]] = tensor
+    return found

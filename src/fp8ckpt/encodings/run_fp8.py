@@ -1,0 +1,235 @@
+"""To FP8: two passes at most, with what is decided between them.
+
+The first pass writes everything; a wide weight whose scale of before does not fit is only looked at. Then, of the facts
+that were recorded, the scales of the wide weights follow, and those weights are written. Both passes are resumed by
+their extents, and shared among ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, checked_scales, combine, scales_before
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.engine import Extent, ExtentWriter, Progress
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import F32, scale_values
+from fp8ckpt.output.files import OutputFile
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.tensors.reading import load_scales
+
+if TYPE_CHECKING:
+    from fp8ckpt.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What quantizing did to one weight, or to all.
+
+    ``moved``: elements whose code is not the base's (None without a base). ``clipped``: magnitudes beyond the written
+    scale; ``outgrown``: beyond the base's. ``scales`` in all, of which ``fresh`` are new. Errors are those of the
+    written values against the source: ``mean_error`` is relative to the mean magnitude, ``largest_error`` to the
+    largest.
+    """
+
+    name: str
+    elements: int
+    moved: int | None
+    clipped: int
+    outgrown: int
+    scales: int
+    fresh: int
+    mean_error: float
+    largest_error: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """All weights together, and each."""
+
+    total: WeightReport
+    weights: tuple[WeightReport, ...]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a run did. Sizes are in bytes; ``bytes_read`` of the source, ``base_bytes_read`` of the base's codes.
+
+    ``bytes_rewritten``: codes of wide weights that the first pass had written with scales that did not fit.
+    """
+
+    plan: QuantizingPlan
+    bytes_read: int
+    base_bytes_read: int
+    bytes_rewritten: int
+    bytes_resumed: int
+    report: QuantizationReport | None
+
+
+def run(
+    make_plan: Callable[[], QuantizingPlan],
+    output: PartialOutput,
+    workers: int,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> Quantized:
+    """Plan, write and publish, together with the other ranks."""
+    plan = ranks.together(make_plan)
+    done = ranks.gather(lambda: plan.output.begin(output) if ranks.rank == 0 else {})[0]
+    first = dict(enumerate(plan.extents()))
+    numbers = count(len(first))
+    second = {name: {next(numbers): extent for extent in extents} for name, extents in plan.second_pass().items()}
+    if (
+        not first.keys() <= done.keys()
+    ):  # records may be lost in a power cut, and then the first pass writes over the second
+        done = {i: facts for i, facts in done.items() if i in first}
+    before = lru_cache(maxsize=4 * workers)(scales_before)
+    outgrown: set[tuple[str, ...]] = set()
+    steps = _Steps(progress)
+
+    def write(extents: Mapping[int, Extent], decided: Mapping[str, F32] | None) -> tuple[int, int, Counter[str]]:
+        mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
+        fillers = [QuantizingFiller(plan, output.directory, before, outgrown, decided) for _ in range(workers)]
+        ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
+        wrote = sum((filler.looked_and_wrote for filler in fillers), Counter())
+        return sum(filler.bytes_read for filler in fillers), sum(filler.base_bytes_read for filler in fillers), wrote
+
+    looked = ranks.gather(lambda: write(first, None))
+    decided = ranks.gather(lambda: _decide(plan, output, first) if ranks.rank == 0 else {})[0]
+    again = {i: extent for name in decided for i, extent in second[name].items()}
+    scales = {name: scale_values(stored, plan.weights[name].scale.dtype) for name, stored in decided.items()}
+    counts = looked + ranks.gather(lambda: write(again, scales))
+    rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
+    resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
+    report = ranks.gather(lambda: _publish(plan, output, first, decided, second) if ranks.rank == 0 else None)[0]
+    read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
+    return Quantized(plan, read, base_read, rewritten, resumed, report)
+
+
+class _Steps:
+    """Progress over both passes: the second adds to the bytes to be written."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._before = 0
+
+    def of(self, extents: Mapping[int, Extent]) -> Progress | None:
+        """The progress of one pass."""
+        if self._progress is None:
+            return None
+        progress, before = self._progress, self._before
+        self._before += sum(extent.nbytes for extent in extents.values())
+        return lambda done, total: progress(before + done, before + total)
+
+
+def _facts(output: PartialOutput, extents: Mapping[int, object]) -> dict[str, WeightFacts]:
+    """What was recorded of these extents, by weight."""
+    recorded = combine(facts for i, facts in output.records().items() if i in extents)
+    return {name: WeightFacts.of(facts) for name, facts in recorded.items()}
+
+
+def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Stored]:
+    """The scales of the wide weights that must be written again; those of the others, which keep theirs, are written
+    here.
+    """
+    facts = _facts(output, first)
+    decided: dict[str, Stored] = {}
+    for unit in plan.units:
+        members = [plan.weights[name] for name in unit]
+        stored, kept = _scales_of_unit(plan, members, [facts.get(name, WeightFacts()) for name in unit])
+        for weight in members:
+            checked_scales(weight, stored)
+            _write_scales(output, weight, stored)
+            if not kept:
+                decided[weight.name] = stored
+    return {name: stored for name, stored in decided.items() if plan.weights[name].weight.nbytes}
+
+
+def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: list[WeightFacts]) -> tuple[Stored, bool]:
+    """(the scales of each member, as they are stored; whether all are those of before). Members of one unit have one
+    scale.
+    """
+    weight = members[0]
+    maxima: F32 = quantize.block_array(weight.grid, np.float32)
+    flat = maxima.reshape(-1)
+    for part in facts:
+        for block, largest in part.maxima.items():
+            flat[int(block)] = max(flat[int(block)], np.float32(largest))
+    exact = np.ones(maxima.size, np.bool_)
+    exact[[block for part in facts for block in part.inexact]] = False
+    kept = None if weight.before is None or plan.fresh else load_scales(weight.before).reshape(maxima.shape)
+    stored, keep = quantize.choose_scales(maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape))
+    return stored.reshape(-1), bool(keep.all())
+
+
+def _write_scales(output: PartialOutput, weight: Quantization, stored: Stored) -> None:
+    file = OutputFile(output.directory / weight.scale.file)
+    try:
+        file.write(np.ascontiguousarray(stored).view(np.uint8), weight.scale.start)
+        file.flush()
+    finally:
+        file.close()
+
+
+def _publish(
+    plan: QuantizingPlan,
+    output: PartialOutput,
+    first: Mapping[int, Extent],
+    decided: Mapping[str, Stored],
+    second: Mapping[str, Mapping[int, Extent]],
+) -> QuantizationReport | None:
+    """The last step: the report, of the records before they go, and the name."""
+    report = None
+    if plan.report:
+        facts = _facts(output, first)
+        for name in plan.unit_of:
+            facts[name] = _wide_facts(plan, name, facts.get(name, WeightFacts()), decided)
+        written_again = {i: extent for name in decided for i, extent in second[name].items()}
+        for name, again in _facts(output, written_again).items():
+            facts[name].tally = again.tally
+        report = _reported(plan, facts)
+    output.publish()
+    return report
+
+
+def _wide_facts(plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Stored]) -> WeightFacts:
+    weight = plan.weights[name]
+    scales = quantize.block_array(weight.grid, np.float32).size
+    if name not in decided:
+        facts.kept = scales
+    elif weight.before is not None and not plan.fresh:
+        facts.kept = int(np.count_nonzero(decided[name] == load_scales(weight.before)))
+    facts.made = scales - facts.kept
+    return facts
+
+
+def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> QuantizationReport:
+    total = WeightFacts()
+    weights = []
+    for name in plan.weights:
+        part = facts.get(name, WeightFacts())
+        total.add(part)
+        weights.append(_row(name, part, plan.base is not None))
+    return QuantizationReport(_row("", total, plan.base is not None), tuple(weights))
+
+
+def _row(name: str, facts: WeightFacts, has_base: bool) -> WeightReport:
+    tally = facts.tally
+    return WeightReport(
+        name=name,
+        elements=tally.elements,
+        moved=tally.moved if has_base else None,
+        clipped=tally.clipped,
+        outgrown=tally.outgrown if has_base else 0,
+        scales=facts.kept + facts.made,
+        fresh=facts.made,
+        mean_error=tally.error / tally.magnitude if tally.magnitude else 0.0,
+        largest_error=tally.largest_error / tally.largest if tally.largest else 0.0,
+    )

@@ -1,0 +1,58 @@
+"""Key layouts: how a model's own names (native) and the names on disk (HF) translate, as data.
+
+A layout is a list of prefix pairs; the first whose native prefix begins a name replaces it. Names that no pair touches
+are the same on both sides. Which layout a checkpoint has is decided by the names in the file, never by a number of
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+
+class KeyLayout(NamedTuple):
+    """``prefixes``: (native, HF), each ending in a dot."""
+
+    name: str
+    prefixes: tuple[tuple[str, str], ...]
+
+    def native_to_hf(self, name: str) -> str:
+        """The name on disk of a model's tensor."""
+        for native, hf in self.prefixes:
+            if name.startswith(native):
+                return hf + name[len(native) :]
+        return name
+
+    def hf_to_native(self, name: str) -> str:
+        """The model's name of a tensor on disk."""
+        for native, hf in self.prefixes:
+            if name.startswith(hf):
+                return native + name[len(hf) :]
+        return name
+
+
+# Mistral3 vision-language models: Mistral Medium 3.5 keeps the names of the model's own state dict; Ministral 3 and
+# Devstral Small 2 nest the text model the other way round. A text model alone has the names of its part.
+IDENTITY = KeyLayout("vlm_full", ())
+NESTED = KeyLayout(
+    "vlm_nested",
+    (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+)
+TEXT_OF_IDENTITY = KeyLayout("text_of_vlm_full", (("model.", "model.language_model."),))
+TEXT_OF_NESTED = KeyLayout(
+    "text_of_vlm_nested", (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+)
+
+LAYOUTS = (IDENTITY, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED)
+
+
+def find_layout(native_names: Collection[str], hf_names: Collection[str]) -> KeyLayout:
+    """The layout under which most of a model's names are on disk; the plainest of those that are equally good."""
+    stored = set(hf_names)
+    return max(LAYOUTS, key=lambda layout: sum(layout.native_to_hf(name) in stored for name in native_names))

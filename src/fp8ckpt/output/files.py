@@ -1,0 +1,166 @@
+"""Bytes out at known offsets: whole writes or a named error.
+
+`OutputFile` writes around the page cache where the file system can (``O_DIRECT``), so that a file of any size leaves
+the machine's memory alone and is durable once its metadata is flushed; where it cannot, it writes through the cache,
+with the same result.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from fp8ckpt.errors import StorageError
+from fp8ckpt.stores.local import Bytes, opened
+
+#: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
+ALIGNMENT = 4096
+
+
+def aligned_buffer(size: int) -> Bytes:
+    """A buffer of ``size`` bytes that begins at a page, as direct writes need."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+
+
+class OutputFile:
+    """A file of known size, written in pieces at their offsets, by any number of threads and processes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._cached = self._open(os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            direct = getattr(os, "O_DIRECT", 0)
+            self._direct = os.open(file, os.O_WRONLY | os.O_CLOEXEC | direct) if direct else None
+        except OSError:  # the file system has no direct writes: tmpfs before Linux 6.6, and others
+            self._direct = None
+
+    def _open(self, flags: int) -> int:
+        try:
+            return os.open(self.file, flags, 0o666)
+        except OSError as error:
+            raise write_error(error, self.file) from error
+
+    def write(self, data: Bytes, offset: int) -> None:
+        """Write all of ``data`` at ``offset``: the whole pages directly, if in memory they lie as they do on disk, and
+        the rest not.
+        """
+        first = -offset % ALIGNMENT
+        direct = (data.nbytes - first) // ALIGNMENT * ALIGNMENT
+        if self._direct is None or direct <= 0 or (data.ctypes.data + first) % ALIGNMENT:
+            self._write(self._cached, data, offset)
+            return
+        last = first + direct
+        self._write(self._direct, data[first:last], offset + first)
+        self._write(self._cached, data[:first], offset)
+        self._write(self._cached, data[last:], offset + last)
+
+    def _write(self, fd: int, data: Bytes, offset: int) -> None:
+        view = data.data
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(fd, view[done:], offset + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL and fd == self._direct:
+                    fd = self._cached  # opened for direct writes, and yet refuses one of this alignment
+                    continue
+                raise write_error(error, self.file) from error
+
+    def flush(self) -> None:
+        """Return when all that was written is on disk."""
+        try:
+            os.fdatasync(self._cached)
+        except OSError as error:
+            raise write_error(error, self.file) from error
+
+    def close(self) -> None:
+        """Release the descriptors; does not flush."""
+        for fd in (self._cached, self._direct):
+            if fd is not None:
+                os.close(fd)
+
+
+class OutputFiles:
+    """The files of a directory that a process writes to, each opened when it is first asked for; for any number of
+    threads.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, OutputFile] = {}
+        self._lock = threading.Lock()
+
+    def of(self, name: str) -> OutputFile:
+        """The file of that name, which exists."""
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = OutputFile(self._directory / name)
+            return self._files[name]
+
+    def flush(self) -> None:
+        """Return when all that was written is on disk."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Release the descriptors; does not flush."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def create(file: Path, size: int) -> None:
+    """Create ``file`` with ``size`` bytes of nothing; one that is there keeps what it has."""
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise write_error(error, file) from error
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a small file and flush it to disk."""
+    try:
+        with file.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise write_error(error, file) from error
+
+
+def copy_whole(source: Path, file: Path) -> None:
+    """Copy a file's bytes and flush them to disk; memory is one buffer."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with opened(source) as fd, file.open("wb", buffering=0) as stream:
+            while data := os.read(fd, 1 << 20):
+                stream.write(data)
+            os.fsync(stream.fileno())
+    except StorageError:
+        raise
+    except OSError as error:
+        raise write_error(error, file) from error
+
+
+def flush_directory(directory: Path) -> None:
+    """Return when the names in ``directory`` are on disk."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_error(error: OSError, file: Path) -> StorageError:
+    """The named error for a write that the operating system refused."""
+    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk"
+    return StorageError(f"writing failed: {error.strerror}", file=file, remedy=remedy)

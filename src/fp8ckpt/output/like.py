@@ -1,0 +1,78 @@
+"""An output directory in the layout of a checkpoint that is there already: names, order, headers and side files are its
+own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
+from fp8ckpt.output.side_files import side_files
+from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, block_size, dump_json
+from fp8ckpt.tensors.header import Header
+from fp8ckpt.tensors.pairing import QuantizedTensor
+
+
+def has_activation_scales(base: Checkpoint) -> bool:
+    """Whether every FP8 weight has its activation scale: without all of them, static scaling cannot be served."""
+    return all(tensor.activation_scales for tensor in base.quantized)
+
+
+def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
+    """The FP8 matrices whose one scale has dimensions, ``[1, 1]``; where scales are of blocks, or of the only row, that
+    is right.
+    """
+    if block_size(base.path, base.config) is not None:
+        return []
+    one = [tensor for tensor in base.quantized if tensor.scale.numel == 1 and len(tensor.scale.shape) > 1]
+    return [tensor for tensor in one if len(tensor.shape) == 2 and tensor.shape[0] != 1]
+
+
+class BaseLayout:
+    """The files of an output in a base's layout: the base's own, or, with a ``served`` configuration, what engines trip
+    over put right.
+
+    Put right: scales of whole matrices of shape ``[1, 1]`` become ``[1]``; activation scales that are not there for all
+    weights are left out; the configuration is the one given; several files get an index; Mistral's ``params.json`` is
+    left out beside Hugging Face files. ``layouts``: files of weights; ``texts``: others that are written anew;
+    ``copies``: others that are copied.
+    """
+
+    def __init__(self, base: Checkpoint, *, served: Json | None = None) -> None:
+        self._base = base
+        quantized = base.quantized
+        self._left_out: set[str] = set()
+        self._flat: set[str] = set()
+        if served is not None:
+            if not has_activation_scales(base):
+                self._left_out = {span.name for tensor in quantized for span in tensor.activation_scales}
+            self._flat = {tensor.scale.name for tensor in with_needless_dimensions(base)}
+        self.layouts = tuple(self._layout(header) for header in base.files)
+        self.texts: dict[str, bytes] = {}
+        self.copies = side_files(base)
+        self._add_index(always=served is not None)
+        if served is not None and CONFIG in self.copies:
+            self.copies.pop(MISTRAL_CONFIG, None)
+            if served != base.config:
+                del self.copies[CONFIG]
+                self.texts[CONFIG] = dump_json(served)
+
+    def _layout(self, header: Header) -> FileLayout:
+        name = header.file.name
+        if not any(span.name in self._left_out or span.name in self._flat for span in header.spans):
+            head = len(header.text).to_bytes(8, "little") + header.text
+            return FileLayout(name, head, tuple(span._replace(file=Path(name)) for span in header.spans), header.size)
+        specs = [
+            TensorSpec(span.name, span.dtype, (1,) if span.name in self._flat else span.shape)
+            for span in header.spans
+            if span.name not in self._left_out
+        ]
+        return lay_out_again(header, specs)
+
+    def _add_index(self, *, always: bool) -> None:
+        name, index = self._base.index_name, self._base.index
+        if name is not None and index is not None and not self._left_out:
+            self.copies[name] = self._base.path / name
+        elif index is not None or (always and len(self.layouts) > 1):
+            self.texts[name or INDEX] = index_text(self.layouts, index)

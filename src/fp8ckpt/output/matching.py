@@ -1,0 +1,103 @@
+"""What must be true before values are written in the layout of an FP8 base: the base is one, and both hold the same
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, shown
+from fp8ckpt.numerics.codes import F32, TARGET_BYTES, count_bad_scales, scale_values
+from fp8ckpt.output.layout import TensorSpec
+from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import scale_defects
+
+_CODES = "F8_E4M3"
+
+
+def refuse_base(base: Checkpoint, remedy: str) -> None:
+    """A base holds FP8, and scales that are scales. Raises `UnsupportedFormatError` and `ScaleValueError`."""
+    if not base.quantized:
+        raise UnsupportedFormatError(
+            "none of its tensors is FP8", file=str(base.path), expected="an FP8 base", remedy=remedy
+        )
+    raise_first(scale_defects(base.quantized, base.cache_scales))
+
+
+def refuse_other_tensors(
+    found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint, what: str, remedy: str
+) -> None:
+    """The same logical tensors in ``what`` (the "source", the "model") as in the base, of the same shapes. Raises
+    `ModelMismatchError`.
+    """
+    missing, extra = base.tensors.keys() - found.keys(), found.keys() - base.tensors.keys()
+    if missing or extra:
+        name, where = (min(missing), "base") if missing else (min(extra), what)
+        found_in = f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; the first is {shown(name)}, in the {where}"
+        raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
+    for name, tensor in base.tensors.items():
+        if found[name].shape != tensor.shape:
+            raise ModelMismatchError(
+                f"shape {found[name].shape}",
+                tensor=name,
+                file=_file_of(found[name]),
+                expected=f"{tensor.shape}, as in the base",
+                remedy="give its own base",
+            )
+
+
+def refuse_other_dtypes(found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint) -> None:
+    """The same tensors are of dtypes that those of the base can be made of. Raises `UnsupportedFormatError`,
+    `ModelMismatchError`.
+    """
+    for name, tensor in base.tensors.items():
+        given = found[name]
+        if isinstance(tensor, QuantizedTensor):
+            if tensor.weight.dtype != _CODES:
+                raise UnsupportedFormatError(
+                    f"{tensor.weight.dtype} codes in the base",
+                    tensor=name,
+                    file=tensor.weight.file,
+                    expected=f"{_CODES}, the one FP8 dtype that releases use and fp8ckpt writes",
+                    remedy="choose a --scheme instead of the base",
+                )
+            refuse_dtype(given)
+        elif given.dtype != tensor.dtype and not {given.dtype, tensor.dtype} <= TARGET_BYTES.keys():
+            raise ModelMismatchError(
+                f"dtype {given.dtype}", tensor=name, file=_file_of(given), expected=f"{tensor.dtype}, as in the base"
+            )
+
+
+def refuse_dtype(given: TensorSpan | TensorSpec) -> None:
+    """A weight to be quantized is of a dtype that quantizing is defined for."""
+    if given.dtype not in TARGET_BYTES:
+        raise UnsupportedFormatError(
+            f"a weight of dtype {given.dtype}",
+            tensor=given.name,
+            file=_file_of(given),
+            expected=f"one of {', '.join(TARGET_BYTES)}",
+            remedy="cast it first",
+        )
+
+
+def _file_of(tensor: TensorSpan | TensorSpec) -> Path | None:
+    return tensor.file if isinstance(tensor, TensorSpan) else None
+
+
+def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: Path, remedy: str) -> F32:
+    """New scales of the weight ``name`` in ``file`` as float32. Raises `RangeError` where the dtype of ``scale`` could
+    not hold one.
+    """
+    scales = scale_values(stored, scale.dtype)
+    if count_bad_scales(scales):
+        found = f"its values need a scale beyond the range of {scale.dtype}"
+        raise RangeError(
+            found, tensor=name, file=file, expected="values that the base's scale dtype can scale", remedy=remedy
+        )
+    return scales

@@ -1,0 +1,104 @@
+"""The ranks that share one job, whether torchrun started them or the caller's process group is there already.
+
+A single process pays nothing for this: torch is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """One process of ``size`` that run the same job together; by default the only one."""
+
+    rank = 0
+    size = 1
+
+    def together(self, step: Callable[[], T]) -> T:
+        """Take a step on every rank, and meet. Returns this rank's result, or raises the first error that any rank met
+        with.
+        """
+        return step()
+
+    def gather(self, step: Callable[[], T]) -> list[T]:
+        """The same, and returns the results of all ranks; they are pickled."""
+        return [step()]
+
+
+class GroupRanks(Ranks):
+    """The ranks of a torch process group; by default of the default one."""
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        import torch.distributed as dist
+
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._group = group
+
+    def together(self, step: Callable[[], T]) -> T:
+        """As `Ranks.together`."""
+        own: list[T] = []
+        self.gather(lambda: own.append(step()))
+        return own[0]
+
+    def gather(self, step: Callable[[], T]) -> list[T]:
+        """As `Ranks.gather`."""
+        import torch.distributed as dist
+
+        result, error = None, None
+        try:
+            result = step()
+        except Exception as caught:  # whatever it is, the other ranks must hear of it, or they wait for ever
+            error = caught
+        met: list[Any] = [None] * self.size
+        dist.all_gather_object(met, (error, result), group=self._group)
+        if error is not None:
+            raise error  # this rank's own, with its traceback
+        for other, _ in met:
+            if other is not None:
+                raise other
+        return [result for _, result in met]
+
+
+def threads_of_this_rank() -> int:
+    """The cores of this machine that are this rank's: an equal share of them with the other ranks here.
+
+    torchrun says how many those are; without it, all ranks of the process group are taken to be on this machine.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None and "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            here = str(dist.get_world_size())
+    return max(1, len(os.sched_getaffinity(0)) // int(here or 1))
+
+
+@contextmanager
+def ranks_of_this_job() -> Iterator[Ranks]:
+    """The ranks of the initialized process group; else those of torchrun, joined for the time of the job; else one."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            yield GroupRanks() if dist.get_world_size() > 1 else Ranks()
+            return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        try:
+            yield GroupRanks()
+        finally:
+            dist.destroy_process_group()
+        return
+    yield Ranks()

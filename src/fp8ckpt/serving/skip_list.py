@@ -1,0 +1,147 @@
+"""The modules that a configuration must name as not quantized, and how its list is read.
+
+Serving engines learn from this list alone which modules are *not* FP8, and they read it in different ways. vLLM asks
+whether a module's full name is in it: a prefix skips nothing, and weights in BF16 are cast to FP8 without a word.
+transformers 5.23 (`should_convert_module`) takes each entry as a regular expression that must match from the start of
+the name to the end of a component, or as an ending of the name; SGLang takes it as whole components of the name. To
+both a full name says enough for the module itself, and only a prefix says it for a module that the engine makes of
+several (``qkv_proj``). So a list is complete in both forms: each unquantized Linear by its full name, and each part of
+the model that holds nothing FP8 by its prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fp8ckpt.tensors.config import skips
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+
+_WEIGHT = ".weight"
+_FLOATS = ("BF16", "F16", "F32", "F64")
+# Linears that engines build without quantization whatever the configuration says: heads, routers of experts, the
+# projection of multi-token prediction, the indexer's weights of DeepSeek's sparse attention. So releases that have no
+# list (DeepSeek V3) work.
+_HEADS = ("lm_head", "output", "shared_head.head")
+_LEFT_ALONE = ("gate", "router", "shared_expert_gate", "eh_proj", "weights_proj")
+
+
+def module_of(name: str) -> str:
+    """The module that holds a weight; fused experts, which are no ``.weight``, count as one."""
+    return name.removesuffix(_WEIGHT)
+
+
+def is_left_alone(module: str) -> bool:
+    """Whether engines leave this module unquantized by themselves."""
+    return f".{module}".endswith(tuple(f".{head}" for head in _HEADS)) or module.rpartition(".")[2] in _LEFT_ALONE
+
+
+def unquantized_linears(tensors: Mapping[str, LogicalTensor]) -> list[str]:
+    """The modules with a matrix of floating point that is not FP8, less embeddings and norms, in the order of the
+    checkpoint.
+    """
+    found = []
+    for name, tensor in tensors.items():
+        if (
+            isinstance(tensor, QuantizedTensor)
+            or len(tensor.shape) != 2
+            or tensor.dtype not in _FLOATS
+            or not name.endswith(_WEIGHT)
+        ):
+            continue
+        module = module_of(name)
+        if not any("embed" in part for part in module.split(".")) and "norm" not in module.rpartition(".")[2]:
+            found.append(module)
+    return found
+
+
+def unquantized_parts(linears: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """The shortest prefixes of ``linears`` below which nothing is FP8: ``model.vision_tower``, ``lm_head``.
+
+    A prefix that ends inside a stack of layers (a router, the attention of one layer) is no part of the model, and not
+    among them.
+    """
+    holders = {ancestor for module in quantized for ancestor in (module, *_ancestors(module))}
+    parts: dict[str, None] = {}
+    for module in linears:
+        part = next((ancestor for ancestor in (*_ancestors(module), module) if ancestor not in holders), None)
+        if part is not None and not any(component.isdigit() for component in part.split(".")):
+            parts[part] = None
+    return list(parts)
+
+
+def _ancestors(module: str) -> Iterator[str]:
+    """The modules that hold a module, the outermost first."""
+    end = module.find(".")
+    while end >= 0:
+        yield module[:end]
+        end = module.find(".", end + 1)
+
+
+class SkipList(NamedTuple):
+    """Entries of a skip list, ready to be asked. ``names`` are plain, ``patterns`` the ``re:`` patterns and wildcards."""
+
+    names: frozenset[str]
+    patterns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[str]) -> SkipList:
+        """The list with these entries."""
+        patterns = tuple(entry for entry in entries if entry.startswith("re:") or "*" in entry)
+        return cls(frozenset(entries) - frozenset(patterns), patterns)
+
+    def covers(self, module: str) -> bool:
+        """Whether the module, one that holds it, or a pattern that matches it is listed."""
+        return (
+            module in self.names
+            or any(ancestor in self.names for ancestor in _ancestors(module))
+            or any(skips(pattern, module) for pattern in self.patterns)
+        )
+
+    def reaches(self, module: str) -> bool:
+        """As `covers`, or listed by the last components of its name alone: ``gate``. The same as `skips` says of each
+        entry.
+        """
+        endings = (module[at + 1 :] for at, character in enumerate(module) if character == ".")
+        return self.covers(module) or any(ending in self.names for ending in endings)
+
+
+class Missing(NamedTuple):
+    """What a list lacks: ``prefixes`` of whole parts of the model, and full ``names`` of modules."""
+
+    prefixes: list[str]
+    names: list[str]
+
+
+def missing_in_both_forms(
+    entries: Sequence[str], linears: Sequence[str], parts: Sequence[str], native: Callable[[str], str]
+) -> Missing:
+    """What the list of a ``quant_method`` "fp8" lacks; ``native`` gives the model's own name of a module on disk, which
+    counts too.
+
+    Heads, routers and whatever else engines leave alone may be listed by their last component, and are asked for only
+    where there is a list.
+    """
+    skip_list = SkipList.of(entries)
+
+    def is_named(module: str) -> bool:
+        if is_left_alone(module):
+            return not entries or skip_list.reaches(module) or skip_list.reaches(native(module))
+        return module in skip_list.names or native(module) in skip_list.names
+
+    names = [module for module in linears if not is_named(module)]
+    whole = {*linears}  # a part that is one Linear is asked for by name
+    prefixes = [
+        part for part in parts if part not in whole and not (skip_list.covers(part) or skip_list.covers(native(part)))
+    ]
+    if not entries:  # no prefix for what is left alone
+        prefixes = [part for part in prefixes if any(name.startswith(part + ".") for name in names)]
+    return Missing(prefixes, names)
+
+
+def missing_in_patterns(entries: Sequence[str], linears: Sequence[str]) -> Missing:
+    """What the list of any other method lacks: its entries are names and patterns, and prefixes are not asked for."""
+    skip_list = SkipList.of(entries)
+    return Missing(
+        [], [module for module in linears if not skip_list.reaches(module) and (entries or not is_left_alone(module))]
+    )

@@ -1,1 +1,0 @@
-"""What is on disk: headers, pairing, layouts and files. No tensor arithmetic, nothing of torch.distributed."""

@@ -1,0 +1,250 @@
+"""The safetensors header, and all validation of it.
+
+A file is ``<length: u64 little-endian> <JSON of that length> <data>``. The JSON maps each tensor's name to its dtype,
+shape and ``data_offsets`` in the data; ``__metadata__`` maps text to text. The data is covered exactly: no overlap, no
+hole, no remainder. Everything is checked here, once, against the file's true size; a `TensorSpan` that left this module
+can be read without another check. Source: the safetensors format description and reference implementation, version 0.8.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from math import prod
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fp8ckpt.errors import Fp8CheckpointError, HeaderError, StorageError, TruncatedFileError, shown
+
+#: Bits per element. safetensors 0.8 writes these and no others.
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+_LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+_MOST_DIMENSIONS = 64  # bounds the work on a hostile shape; torch itself stops at 64
+_LARGEST_DIMENSION = 2**63 - 1
+
+
+class TensorSpan(NamedTuple):
+    """Where one tensor's bytes lie: ``[start, stop)`` in ``file``, in bytes from the beginning of the file."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+class Header(NamedTuple):
+    """One validated file. ``spans`` are in the order of the data."""
+
+    file: Path
+    size: int
+    metadata: dict[str, str]
+    spans: tuple[TensorSpan, ...]
+    text: bytes
+
+
+def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor takes on disk."""
+    return prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def read_header(file: Path) -> tuple[Header | None, list[Fp8CheckpointError]]:
+    """Read and validate one header.
+
+    Returns the header with the tensors that are sound, and every defect found; the header is None where nothing in it
+    can be used. Reads the length and the header, no data. Memory is bounded by the header's true length (at most 100
+    MB).
+    """
+    try:
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            size = os.fstat(fd).st_size
+            head = os.pread(fd, 8, 0)
+            length = int.from_bytes(head, "little")
+            fatal = _length_defect(file, size, length)
+            text = b"" if fatal else os.pread(fd, length, 8)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return None, [StorageError(f"cannot be read: {error.strerror}", file=file, remedy="restore the file")]
+    if fatal is None and len(text) < length:
+        fatal = TruncatedFileError(
+            f"the header ends after {len(text)} bytes",
+            file=file,
+            expected=f"{length} bytes",
+            remedy="fetch the file again",
+        )
+    if fatal is not None:
+        return None, [fatal]
+    try:
+        entries = parse_json(text, file, HeaderError)
+    except Fp8CheckpointError as error:
+        return None, [error]
+    return _validated(file, size, text, entries)
+
+
+def _length_defect(file: Path, size: int, length: int) -> Fp8CheckpointError | None:
+    again = "fetch the file again"
+    if size < 8:
+        return TruncatedFileError(
+            f"the file holds {size} bytes",
+            file=file,
+            expected="at least the 8 bytes of a header's length",
+            remedy=again,
+        )
+    if length > _LONGEST_HEADER:
+        remedy = "it is not a safetensors file, or it is damaged"
+        return HeaderError(
+            f"the header claims {length} bytes", file=file, expected=f"at most {_LONGEST_HEADER}", remedy=remedy
+        )
+    if length > size - 8:
+        found = f"the header claims {length} bytes and the file holds {size}"
+        return TruncatedFileError(found, file=file, expected=f"at least {length + 8} bytes", remedy=again)
+    return None
+
+
+def parse_json(text: bytes, file: Path, kind: type[Fp8CheckpointError]) -> dict[str, Any]:
+    """A JSON object, in which no object has the same key twice and no constant is outside JSON; otherwise raises
+    ``kind``.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            seen: set[str] = set()
+            # type: ignore[func-returns-value]  # add() is None
+            name = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise kind(
+                "the name occurs twice", tensor=name, file=file, expected="each name once", remedy="write the file anew"
+            )
+        return mapping
+
+    def whole(text: str) -> int:
+        if text == "-0":
+            raise ValueError("-0 is no whole number")
+        return int(text)
+
+    def constant(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        value = json.loads(
+            text.decode(), object_pairs_hook=unique, parse_constant=constant, parse_int=whole if b"-0" in text else None
+        )
+        if b"\\u" in text:
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # an escaped lone surrogate is no text, and cannot be printed
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Fp8CheckpointError):
+            raise
+        raise kind(
+            f"not valid JSON ({shown(error)})", file=file, expected="a JSON object", remedy="fetch the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise kind(
+            f"the JSON is a {type(value).__name__}", file=file, expected="an object", remedy="fetch the file again"
+        )
+    return value
+
+
+def _validated(
+    file: Path, size: int, text: bytes, entries: dict[str, Any]
+) -> tuple[Header | None, list[Fp8CheckpointError]]:
+    defects: list[Fp8CheckpointError] = []
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        defects.append(
+            HeaderError("__metadata__ is not a map of text to text", file=file, remedy="write the file anew")
+        )
+        metadata = {}
+    data_start = 8 + len(text)
+    spans: list[TensorSpan] = []
+    complete = True
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            # Exact types: JSON booleans and floats are not sizes.
+            if type(dtype) is not str or type(shape) is not list or type(begin) is not int or type(end) is not int:
+                raise TypeError
+            if len(shape) > _MOST_DIMENSIONS or len(entry) != 3:
+                raise TypeError
+            for dim in shape:
+                if type(dim) is not int or not 0 <= dim <= _LARGEST_DIMENSION:
+                    raise TypeError
+        except (KeyError, TypeError, ValueError):
+            found = f"the entry {shown(json.dumps(entry))} is malformed"
+            expected = "a dtype, a shape of whole numbers and two data offsets"
+            defects.append(HeaderError(found, tensor=name, file=file, expected=expected, remedy="write the file anew"))
+            complete = False
+            continue
+        bits = DTYPE_BITS.get(dtype)
+        if bits is None:
+            found = f"unknown dtype {shown(dtype)}"
+            defects.append(
+                HeaderError(
+                    found, tensor=name, file=file, expected=f"one of {', '.join(DTYPE_BITS)}", remedy="convert it first"
+                )
+            )
+            complete = False
+            continue
+        if (
+            (0 in shape and prod(dim or 1 for dim in shape) * bits >= 2**64)
+            or begin < 0
+            or end < begin
+            or prod(shape) * bits != (end - begin) * 8
+        ):
+            found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
+            expected = f"{shown(prod(shape) * bits / 8 if prod(shape) < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"
+            defects.append(HeaderError(found, tensor=name, file=file, expected=expected, remedy="fetch the file again"))
+            complete = False
+            continue
+        spans.append(TensorSpan(name, file, dtype, tuple(shape), data_start + begin, data_start + end))
+    spans.sort(key=attrgetter("start", "stop"))
+    if complete:
+        defects += _coverage_defects(file, size, data_start, spans)
+    return Header(file, size, metadata, tuple(spans), text), defects
+
+
+def _coverage_defects(file: Path, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
+    """The data must be covered exactly; anything else means that the header or the file is not what was written."""
+    defects: list[Fp8CheckpointError] = []
+    end = data_start
+    previous = "the header"
+    for span in spans:
+        if span.start != end:
+            what = "overlaps" if span.start < end else f"leaves a hole of {span.start - end} bytes after"
+            found = f"its data begins at byte {span.start} and {what} {shown(previous)}"
+            defects.append(
+                HeaderError(found, tensor=span.name, file=file, expected=f"byte {end}", remedy="fetch the file again")
+            )
+        end = max(end, span.stop)
+        previous = span.name
+    if size < end:
+        found = f"the file holds {size} bytes"
+        defects.append(
+            TruncatedFileError(
+                found, file=file, expected=f"{end} bytes, as the header says", remedy="fetch the file again"
+            )
+        )
+    elif size > end:
+        found = f"{size - end} bytes follow the last tensor"
+        defects.append(HeaderError(found, file=file, expected=f"a file of {end} bytes", remedy="fetch the file again"))
+    return defects

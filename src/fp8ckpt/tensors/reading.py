@@ -1,0 +1,240 @@
+"""Reading logical tensors: scales checked, codes looked up, straight into a caller's buffer.
+
+The only part of this room that touches tensor values. Memory is one small buffer of codes, whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8ckpt.errors import (
+    Fp8CheckpointError,
+    RegionError,
+    ScaleValueError,
+    StorageError,
+    TruncatedFileError,
+    UnsupportedFormatError,
+)
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
+from fp8ckpt.numerics.dequantize import Bits, Dequantizer, bits_dtype
+from fp8ckpt.numerics.geometry import Region, pieces, runs, within
+from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+
+if TYPE_CHECKING:
+    import torch
+
+CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
+_SCALES_AT_ONCE = 8 << 20  # bytes
+
+
+def checked_region(span: TensorSpan, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
+    """The region, with None standing for the whole tensor; raises `RegionError` where it reaches outside."""
+    offsets = tuple(offsets) if offsets is not None else (0,) * len(span.shape)
+    if len(offsets) == len(span.shape):
+        sizes = (
+            tuple(sizes)
+            if sizes is not None
+            else tuple(dim - start for dim, start in zip(span.shape, offsets, strict=True))
+        )
+        if len(sizes) == len(span.shape) and all(
+            min(start, size) >= 0 and start + size <= dim
+            for start, size, dim in zip(offsets, sizes, span.shape, strict=True)
+        ):
+            return offsets, sizes
+    found = f"offsets {offsets} and sizes {sizes} reach outside the tensor"
+    raise RegionError(found, tensor=span.name, file=span.file, expected=f"a region of {span.shape}")
+
+
+def read_region(fd: int, span: TensorSpan, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Bytes) -> None:
+    """Read a checked region of a tensor of whole bytes into ``out`` (flat, contiguous, in the region's row-major
+    order).
+    """
+    itemsize = DTYPE_BITS[span.dtype] // 8
+    view = out.data
+    done = 0
+    for first, count in runs(span.shape, offsets, sizes):
+        start, size = span.start + first * itemsize, count * itemsize
+        # Runs may be short and many, as of a slice of columns: the common case is one call.
+        try:
+            whole = os.preadv(fd, (view[done : done + size],), start) == size
+        except OSError:
+            whole = False  # read_into will meet it again, and name it
+        if not whole:
+            read_into(fd, out[done : done + size], start, span.file)
+        done += size
+
+
+def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
+    """Read a tensor's scales and make them ready. Raises `ScaleValueError` where one is NaN, infinite, zero or
+    negative.
+    """
+    return Dequantizer(tensor.grid, load_scales(tensor), tensor.scale.dtype, tensor.weight.dtype, dtype)
+
+
+def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
+    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` where one is NaN, infinite, zero or negative."""
+    stored = np.empty(tensor.scale.nbytes, np.uint8)
+    with opened(tensor.scale.file) as fd:
+        read_into(fd, stored, tensor.scale.start, tensor.scale.file)
+    scales: npt.NDArray[Any] = stored.view(SCALE_DTYPES[tensor.scale.dtype])
+    if count_bad_scales(scale_values(scales, tensor.scale.dtype)):
+        raise _bad_scale(tensor.scale, scale_values(scales, tensor.scale.dtype))
+    return scales
+
+
+def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
+    """What the scales of weights are, by the weight's name: equal bytes are equal scales. For weights of few scales."""
+    found: dict[str, bytes] = {}
+    file = LastFile()
+    try:
+        for tensor in tensors:
+            stored = np.empty(tensor.scale.nbytes, np.uint8)
+            read_into(file.descriptor(tensor.scale.file), stored, tensor.scale.start, tensor.scale.file)
+            found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + stored.tobytes()
+    finally:
+        file.close()
+    return found
+
+
+def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
+    """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
+
+    Scales that lie side by side are read together; memory is 8 MiB.
+    """
+    spans = [*others]
+    for tensor in tensors:
+        spans.append(tensor.scale)
+        spans.extend(tensor.activation_scales)
+    spans = [span for span in spans if span.dtype in SCALE_DTYPES and span.nbytes]
+    spans.sort(key=lambda span: (span.file, span.start))
+    buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
+    defects: list[Fp8CheckpointError] = []
+    for group in _adjacent(spans):
+        try:
+            with opened(group[0].file) as fd:
+                for start in range(group[0].start, group[-1].stop, _SCALES_AT_ONCE):
+                    part = buffer[: min(_SCALES_AT_ONCE, group[-1].stop - start)]
+                    read_into(fd, part, start, group[0].file)
+                    if count_bad_scales(scale_values(part.view(SCALE_DTYPES[group[0].dtype]), group[0].dtype)):
+                        defects += _bad_scales(fd, group)
+                        break
+        except (StorageError, TruncatedFileError) as error:
+            defects.append(error)
+    return defects
+
+
+def _adjacent(spans: list[TensorSpan]) -> Iterator[list[TensorSpan]]:
+    group: list[TensorSpan] = []
+    for span in spans:
+        if group and (span.file is not group[-1].file or span.start != group[-1].stop or span.dtype != group[-1].dtype):
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group
+
+
+def _bad_scales(fd: int, group: list[TensorSpan]) -> Iterator[Fp8CheckpointError]:
+    for span in group:
+        stored = np.empty(span.nbytes, np.uint8)
+        read_into(fd, stored, span.start, span.file)
+        values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
+        if count_bad_scales(values):
+            yield _bad_scale(span, values)
+
+
+def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
+    bad = np.flatnonzero(~((values > 0) & (values < np.inf)))
+    where = f" at {tuple(int(i) for i in np.unravel_index(bad[0], span.shape))}" if span.shape else ""
+    found = f"{bad.size} of {values.size} scales cannot be a scale, the first {values[bad[0]]}{where}"
+    return ScaleValueError(
+        found, tensor=span.name, file=span.file, expected="finite and positive", remedy="fetch the file again"
+    )
+
+
+def read_dequantized(
+    fd: int, tensor: QuantizedTensor, dequantizer: Dequantizer, region: Region, out: Bits, codes: Bytes
+) -> None:
+    """Read a checked region's codes from the weight's open file and look them up into ``out``.
+
+    ``out`` has the region's sizes and any strides; ``codes`` is scratch, and bounds how much is read at once.
+    """
+    for offsets, sizes in pieces(region, codes.size):
+        scratch = codes[: prod(sizes)]
+        read_region(fd, tensor.weight, offsets, sizes, scratch)
+        dequantizer.region(scratch.reshape(sizes), offsets, out[within((offsets, sizes), region)])
+
+
+def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
+    """A logical tensor, or a region of it, as a fresh torch tensor: FP8 as bfloat16, all else as stored."""
+    import torch
+
+    if isinstance(tensor, QuantizedTensor):
+        region = checked_region(tensor.weight, offsets, sizes)
+        result = torch.empty(region[1], dtype=torch.bfloat16)
+        if result.numel():
+            dequantizer = load_dequantizer(tensor, "BF16")
+            with opened(tensor.weight.file) as fd:
+                codes = np.empty(min(CODES_BUFFER, result.numel()), np.uint8)
+                read_dequantized(fd, tensor, dequantizer, region, bits_of(result, "BF16"), codes)
+        return result
+    if DTYPE_BITS[tensor.dtype] % 8:
+        found = f"dtype {tensor.dtype} packs several elements in a byte"
+        raise UnsupportedFormatError(
+            found, tensor=tensor.name, file=tensor.file, expected="whole bytes", remedy="use the tool that wrote it"
+        )
+    region = checked_region(tensor, offsets, sizes)
+    result = torch.empty(region[1], dtype=torch_dtype(tensor.dtype))
+    if result.numel():
+        with opened(tensor.file) as fd:
+            read_region(fd, tensor, *region, bytes_of(result))
+    return result
+
+
+def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """A flat numpy view of the bytes of a contiguous CPU tensor. One of a single element may have any strides, and is
+    contiguous.
+    """
+    import torch
+
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
+    """A numpy view, of any strides, of a CPU tensor's bit patterns; ``dtype`` is its safetensors dtype (BF16, F16,
+    F32).
+    """
+    import torch
+
+    view = tensor.view(torch.uint16 if bits_dtype(dtype) is np.uint16 else torch.uint32)
+    return view.numpy()
+
+
+_TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64",
+    "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype."""
+    import torch
+
+    found: torch.dtype = getattr(torch, _TORCH_NAMES[dtype])
+    return found
+
+
+def stored_dtype(dtype: torch.dtype) -> str | None:
+    """The safetensors dtype of a torch dtype, or None where there is none."""
+    name = str(dtype).removeprefix("torch.")
+    return next((stored for stored, known in _TORCH_NAMES.items() if known == name), None)

@@ -1,0 +1,44 @@
+"""Threads that take their work in turn from one iterator: how every job reads, converts, compares and writes in
+parallel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def share(items: Iterable[T], workers: Sequence[Callable[[T], None]]) -> None:
+    """Do all ``items``, with a thread for each of ``workers``; each takes the next item when it is done with one.
+
+    ``items`` is advanced by one thread at a time. The first error, or Ctrl-C in the calling thread, ends every worker
+    after the item in hand, and is raised.
+    """
+    left = iter(items)
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def take_turns(work: Callable[[T], None]) -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    try:
+                        item = next(left)
+                    except StopIteration:
+                        return
+                work(item)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(len(workers), "fp8ckpt") as pool:
+        futures = [pool.submit(take_turns, work) for work in workers]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()

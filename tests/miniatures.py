@@ -1,0 +1,218 @@
+"""Every family of the catalogue that is a suffix and a block grid, as a small directory with what it must dequantize
+to.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.oracle import Stored, dequantize, write_safetensors
+
+
+@dataclass(frozen=True)
+class Family:
+    """A directory to be: its stored tensors, its configuration, and the block size of each FP8 weight by name."""
+
+    tensors: dict[str, Stored]
+    config: dict[str, Any]
+    blocks: dict[str, tuple[str, tuple[int, ...]]]  # weight: (its scale, its block size)
+    dropped: tuple[str, ...] = ()  # stored tensors that are no logical tensor, besides the scales
+    more_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, directory: Path, files: int = 2) -> Path:
+        """Write it; tensors go to the files in turn, so that many scales lie in another file than their weight."""
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(json.dumps(self.config))
+        for name, value in self.more_files.items():
+            (directory / name).write_text(json.dumps(value))
+        names = list(self.tensors)
+        if files == 1:
+            write_safetensors(directory / "model.safetensors", self.tensors, {"format": "pt"})
+            return directory
+        weight_map = {}
+        for i in range(files):
+            file = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+            write_safetensors(
+                directory / file, {name: self.tensors[name] for name in names[i::files]}, {"format": "pt"}
+            )
+            weight_map.update(dict.fromkeys(names[i::files], file))
+        total = sum(len(tensor.data) for tensor in self.tensors.values())
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+        )
+        return directory
+
+    def expected(self, dtype: str = "BF16") -> dict[str, Stored]:
+        """What a conversion to ``dtype`` must hold."""
+        scales = {scale for scale, _ in self.blocks.values()}
+        result = {}
+        for name, tensor in self.tensors.items():
+            if name in self.blocks:
+                scale, block = self.blocks[name]
+                result[name] = Stored(dtype, tensor.shape, dequantize(tensor, self.tensors[scale], block, dtype))
+            elif name not in scales and name not in self.dropped:
+                result[name] = tensor
+        return result
+
+
+def _codes(rng: np.random.Generator, *shape: int, dtype: str = "F8_E4M3") -> Stored:
+    """Codes of every kind but NaN (and, in e5m2, infinity)."""
+    codes = rng.integers(0, 256, shape, np.uint8)
+    nonfinite = {"F8_E4M3": (codes & 0x7F) == 0x7F, "F8_E5M2": (codes & 0x7F) >= 0x7C}.get(dtype, codes == 0x80)
+    codes[nonfinite] = 0x3A
+    return Stored.codes(codes, dtype)
+
+
+def _scales(rng: np.random.Generator, dtype: str, *shape: int) -> Stored:
+    if dtype in ("U8", "F8_E8M0"):
+        return Stored.codes(rng.integers(100, 135, shape, np.uint8), dtype)
+    return Stored.of(np.asarray(np.exp2(rng.uniform(-14, -2, shape)) * 1.37, np.float32), dtype)
+
+
+def _plain(rng: np.random.Generator, *shape: int) -> Stored:
+    return Stored.of(rng.standard_normal(shape).astype(np.float32), "BF16")
+
+
+def families() -> dict[str, Family]:
+    """By name; the same at every call."""
+    rng = np.random.default_rng(7)
+    found: dict[str, Family] = {}
+
+    def add(
+        name: str,
+        weight: str,
+        weight_stored: Stored,
+        scale: str,
+        scale_stored: Stored,
+        block: tuple[int, ...],
+        config: dict[str, Any] | None = None,
+        activation: str | None = None,
+        **more: Any,
+    ) -> None:
+        tensors = {
+            "model.norm.weight": _plain(rng, 8),
+            weight: weight_stored,
+            scale: scale_stored,
+            "lm_head.weight": _plain(rng, 16, 8),
+        }
+        if activation is not None:
+            tensors[activation] = _scales(rng, "BF16")
+        dropped = (activation,) if activation is not None else ()
+        extra = more.pop("tensors", {})
+        found[name] = Family(
+            {**tensors, **extra}, config or {}, {weight: (scale, block)}, dropped + more.pop("dropped", ()), **more
+        )
+
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
+    block = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    w, s, a = "m.q.weight", "m.q.weight_scale_inv", "m.q.activation_scale"
+    for dtype in ("BF16", "F32", "F16"):
+        add(f"per-tensor 0-d {dtype}", w, _codes(rng, 40, 24), s, _scales(rng, dtype), (40, 24), fp8, a)
+    add(
+        "per-tensor [1]",
+        w,
+        _codes(rng, 40, 24),
+        "m.q.weight_scale",
+        _scales(rng, "BF16", 1),
+        (40, 24),
+        {},
+        "m.q.input_scale",
+    )
+    add("per-tensor [1,1]", w, _codes(rng, 40, 24), s, _scales(rng, "F32", 1, 1), (40, 24), fp8)
+    add("per-channel [o,1]", w, _codes(rng, 40, 24), "m.q.weight_scale", _scales(rng, "F32", 40, 1), (1, 24))
+    add("per-channel [o]", w, _codes(rng, 40, 24), "m.q.weight_scale", _scales(rng, "F32", 40), (1, 24))
+    add("per-channel wide", w, _codes(rng, 5, 3000), "m.q.weight_scale", _scales(rng, "BF16", 5, 1), (1, 3000))
+    for dtype in ("F32", "BF16", "F16", "F8_E8M0"):
+        add(f"block 128 ragged {dtype}", w, _codes(rng, 300, 200), s, _scales(rng, dtype, 3, 2), (128, 128), block)
+    add("block 128 e5m2", w, _codes(rng, 130, 260, dtype="F8_E5M2"), s, _scales(rng, "F32", 2, 3), (128, 128), block)
+    add(
+        "DeepSeek V4",
+        w,
+        _codes(rng, 130, 260),
+        "m.q.scale",
+        _scales(rng, "F8_E8M0", 2, 3),
+        (128, 128),
+        block,
+        tensors={
+            # fmt: skip
+            "m.hc_attn_scale": _plain(rng, 3),
+            "m.norm.scale": _plain(rng, 4),
+            "m.norm.weight": _plain(rng, 4),
+        },
+    )
+    e = "m.experts.gate_up_proj"
+    add(
+        "experts [E,1,1]",
+        e,
+        _codes(rng, 3, 20, 16),
+        f"{e}_scale_inv",
+        _scales(rng, "BF16", 3, 1, 1),
+        (1, 20, 16),
+        fp8,
+        f"{e}_activation_scale",
+    )
+    add("experts in blocks", "m.experts.down_proj", _codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv", _scales(rng, "F32", 3, 2, 2),
+        (1, 128, 128), block)  # fmt: skip
+    add("experts fbgemm", "m.experts.gate_up_proj", _codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale", _scales(rng, "F32", 3, 1, 16),
+        (1, 20, 1), {"quantization_config": {"quant_method": "fbgemm_fp8"}})  # fmt: skip
+    modelopt = {"quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}}
+    add("ModelOpt 4-D", w, _codes(rng, 256, 384), "m.q.weight_scale", _scales(rng, "F32", 2, 1, 3, 1), (128, 128), {},
+        more_files={"hf_quant_config.json": modelopt})  # fmt: skip
+    cache = {"m.k_proj.k_scale": _scales(rng, "F32"), "m.v_proj.v_scale": _scales(rng, "F32")}
+    add(
+        "ModelOpt FP8",
+        "m.k_proj.weight",
+        _codes(rng, 32, 16),
+        "m.k_proj.weight_scale",
+        _scales(rng, "F32"),
+        (32, 16),
+        {},
+        "m.k_proj.input_scale",
+        tensors=cache,
+        dropped=tuple(cache),
+        # fmt: skip
+        more_files={"hf_quant_config.json": {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}},
+    )
+    mx = {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}}
+    for dtype in ("U8", "F8_E8M0"):
+        add(f"MXFP8 {dtype}", w, _codes(rng, 24, 100), s, _scales(rng, dtype, 24, 4), (1, 32), mx)
+    add("small blocks F32", w, _codes(rng, 24, 100), s, _scales(rng, "F32", 24, 4), (1, 32), mx)
+    add(
+        "Mistral native",
+        "layers.0.wq.weight",
+        _codes(rng, 32, 16),
+        "layers.0.wq.qscale_weight",
+        _scales(rng, "BF16"),
+        (32, 16),
+        {},
+        # fmt: skip
+        "layers.0.wq.qscale_act",
+        more_files={"params.json": {"dim": 16, "quantization": {"qformat_weight": "fp8_e4m3"}}},
+    )
+    groups = {
+        "group_0": {"weights": {"num_bits": 8, "strategy": "block", "block_structure": [128, 128], "type": "float"}}
+    }
+    add(
+        "compressed-tensors block",
+        w,
+        _codes(rng, 200, 130),
+        "m.q.weight_scale",
+        _scales(rng, "BF16", 2, 2),
+        (128, 128),
+        # fmt: skip
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": groups,
+            }
+        },
+    )
+    for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+        add(f"per-tensor {dtype}", w, _codes(rng, 40, 24, dtype=dtype), s, _scales(rng, "F32"), (40, 24), fp8)
+    return found

@@ -1,0 +1,779 @@
+"""What serving engines need: each point passes on a directory that has it, and is named on one that has not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, Mistral3ForConditionalGeneration
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from fp8ckpt import convert, sample, verify
+from fp8ckpt.errors import ServingError
+from fp8ckpt.serving.examine import Servability, examine, serving_config
+from fp8ckpt.serving.skip_list import SkipList, unquantized_parts
+from fp8ckpt.tensors.checkpoint import survey
+from tests.conftest import Run
+from tests.miniatures import families
+from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.test_architecture import heavy_modules
+from tests.test_verify import copy, holder, replace
+
+FAMILIES = families()
+LAYER = "model.language_model.layers.0"
+UP, Q, K = f"{LAYER}.mlp.up_proj", f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.k_proj"
+VISION = "model.vision_tower.transformer.layers.0.attention.q_proj"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+def rewrite(directory: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """Change ``config.json`` in place."""
+    config = read_config(directory)
+    edit(config)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def complete(directory: Path, static: bool) -> Path:
+    """Write the configuration that engines need."""
+    (directory / "config.json").write_text(json.dumps(serving_config(survey(directory), static=static)))
+    return directory
+
+
+def build(directory: Path, tensors: dict[str, Stored], quantization: dict[str, Any] | None, **config: Any) -> Path:
+    """A directory of one file."""
+    directory.mkdir(parents=True)
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    config |= {} if quantization is None else {"quantization_config": quantization}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def fp8(
+    module: str, *shape: int, scale: tuple[int, ...] = (), value: float = 0.5, activation: bool = False
+) -> dict[str, Stored]:
+    """An FP8 weight with its scale (and its activation scale)."""
+    found = {
+        f"{module}.weight": Stored.codes(np.full(shape or (4, 4), 0x38, np.uint8)),
+        f"{module}.weight_scale_inv": Stored.of(np.full(scale, value, np.float32), "F32"),
+    }
+    return found | ({f"{module}.activation_scale": Stored.of(np.array(1, np.float32), "F32")} if activation else {})
+
+
+def plain(module: str, *shape: int) -> dict[str, Stored]:
+    return {f"{module}.weight": Stored.of(np.ones(shape or (4, 4), np.float32), "BF16")}
+
+
+DYNAMIC = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": None}
+
+
+def examined(directory: Path) -> Servability:
+    return examine(survey(directory))
+
+
+def only_failure(directory: Path) -> ServingError:
+    """The one failure, and the directory is sound but for it."""
+    result = verify(directory, serving=True)
+    assert result.defects == ()
+    assert not result.ok
+    assert result.serving is not None
+    (failure,) = result.serving.failures
+    assert "\n" not in failure.message
+    assert failure.expected
+    assert failure.remedy
+    return failure
+
+
+@pytest.fixture
+def good(sample_fp8: Path, tmp_path: Path) -> Path:
+    """The miniature Mistral3 checkpoint as it should be served, for a test to spoil."""
+    return complete(copy(sample_fp8, tmp_path / "good"), static=True)
+
+
+@pytest.fixture(params=["identity", "nested"])
+def released(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The miniature as it is released, in both layouts."""
+    return sample(tmp_path / "released", layout=request.param)
+
+
+def test_the_released_list_is_named_and_completed(released: Path) -> None:
+    """The list of three prefixes skips nothing in vLLM; with `serving_config` it has all names, and nothing else is
+    changed.
+    """
+    failure = only_failure(released)
+    linears = [
+        name.removesuffix(".weight")
+        for name, tensor in read_directory(released).items()
+        if tensor.dtype == "BF16" and len(tensor.shape) == 2 and "embed" not in name and "lm_head" not in name
+    ]
+    assert failure.found.startswith(f"{len(linears)} unquantized Linears are not in modules_to_not_convert: ")
+    assert failure.file == "config.json"
+    before = read_config(released)
+    complete(released, static=True)
+    after = read_config(released)
+    assert verify(released, serving=True).ok
+    listed = after["quantization_config"].pop("modules_to_not_convert")
+    first = before["quantization_config"].pop("modules_to_not_convert")
+    assert after == before
+    assert listed[:3] == first
+    assert sorted(listed[3:]) == sorted(linears)
+    assert serving_config(survey(released), static=True) == read_config(released)
+
+
+def test_transformers_reads_the_completed_list_as_we_do(good: Path) -> None:
+    """Of the Linears of the model, transformers converts those that are FP8 in the file and no others."""
+    listed = read_config(good)["quantization_config"]["modules_to_not_convert"]
+    stored = read_directory(good)
+    with torch.device("meta"):
+        model = Mistral3ForConditionalGeneration(AutoConfig.from_pretrained(good))
+    linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert len(linears) > 20
+    for name in linears:
+        assert should_convert_module(name, listed) == (stored[f"{name}.weight"].dtype == "F8_E4M3")
+
+
+def test_the_block_sample_needs_nothing(sample_block: Path) -> None:
+    """As DeepSeek V3 is released, without a list: heads and routers are left alone by engines."""
+    result = verify(sample_block, serving=True)
+    assert result.ok
+    assert result.serving == Servability((), ())
+    assert serving_config(survey(sample_block), static=False) == read_config(sample_block)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("files", [1, 2])
+def test_every_family_can_be_examined(name: str, files: int, tmp_path: Path) -> None:
+    """No family raises, and the completed configuration leaves no gap in a list that the configuration states."""
+    directory = FAMILIES[name].write(tmp_path / "x", files)
+    examined(directory)
+    static = any(tensor.activation_scales for tensor in survey(directory).quantized)
+    complete(directory, static=static)
+    messages = [failure.message for failure in examined(directory).failures]
+    assert not [message for message in messages if "are not in" in message]
+    assert not [message for message in messages if "no configuration says so" in message]
+    assert serving_config(survey(directory), static=static) == read_config(directory)
+
+
+def q(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["quantization_config"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (lambda c: c.pop("quantization_config"), "the weights are FP8, and no configuration says so"),
+        (lambda c: q(c).pop("quant_method"), "quant_method is missing"),
+        (lambda c: q(c).update(quant_method="fp9"), "quant_method is fp9"),
+        (lambda c: q(c).pop("activation_scheme"), "activation_scheme is missing"),
+        (lambda c: q(c).update(activation_scheme="sometimes"), "activation_scheme is sometimes"),
+        (lambda c: q(c).update(activation_scheme="dynamic"), "14 of 14 FP8 tensors have an activation scale"),
+        (
+            lambda c: q(c)["modules_to_not_convert"].remove(VISION),
+            f"1 unquantized Linears are not in modules_to_not_convert: {VISION}",
+        ),
+        (
+            lambda c: q(c)["modules_to_not_convert"].remove("model.vision_tower"),
+            "1 parts of the model that hold nothing FP8 are not in modules_to_not_convert: model.vision_tower",
+        ),
+        (lambda c: q(c)["modules_to_not_convert"].append(UP), f"1 FP8 tensors are in modules_to_not_convert: {UP}"),
+        (lambda c: q(c)["modules_to_not_convert"].append("up_proj"), "2 FP8 tensors are in modules_to_not_convert"),
+        (lambda c: q(c)["modules_to_not_convert"].append(LAYER), "7 FP8 tensors are in modules_to_not_convert"),
+        (lambda c: q(c)["modules_to_not_convert"].append("*down_proj"), "2 FP8 tensors are in modules_to_not_convert"),
+        (
+            lambda c: q(c)["modules_to_not_convert"].append(r"re:.*layers\.0.*down_proj"),
+            "1 FP8 tensors are in modules_to_not_convert",
+        ),
+        (lambda c: c.update(tie_word_embeddings=True), "the head is not model.language_model.embed_tokens.weight"),
+    ],
+)
+def test_a_wrong_configuration_is_named(good: Path, edit: Callable[[dict[str, Any]], object], found: str) -> None:
+    """Each statement that an engine reads, missing or wrong."""
+    assert verify(good, serving=True).ok
+    failure = only_failure(rewrite(good, edit))
+    assert failure.found.startswith(found)
+
+
+def test_the_configuration_may_be_nested(good: Path) -> None:
+    """Quantization that is stated in ``text_config`` is found and completed there."""
+
+    def nest(config: dict[str, Any]) -> None:
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+        config["text_config"]["quantization_config"]["modules_to_not_convert"] = []
+
+    assert {failure.found[:2] for failure in examined(rewrite(good, nest)).failures} == {"17", "2 "}
+    complete(good, static=True)
+    assert "quantization_config" not in read_config(good)
+    assert examined(good).failures == ()
+
+
+def test_a_configuration_is_made_where_there_is_none(good: Path) -> None:
+    """Method, scheme, block size and both forms of the list, heads included; the rest is kept."""
+    before = read_config(good)
+    wanted = before["quantization_config"]
+    complete(rewrite(good, lambda config: config.pop("quantization_config")), static=True)
+    made = read_config(good)
+    quantization = made["quantization_config"]
+    assert {key: quantization[key] for key in ("quant_method", "activation_scheme", "weight_block_size")} == {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+    }
+    assert set(quantization["modules_to_not_convert"]) == set(wanted["modules_to_not_convert"])
+    assert {**made, "quantization_config": wanted} == before
+    assert verify(good, serving=True).ok
+    assert serving_config(survey(good), static=False)["quantization_config"]["activation_scheme"] == "dynamic"
+
+
+def test_the_block_size_must_be_that_of_the_file(tmp_path: Path) -> None:
+    """One scale a tensor under a block size, blocks under none, and blocks of another family."""
+    block = {**DYNAMIC, "weight_block_size": [128, 128]}
+    assert examined(build(tmp_path / "a", fp8("m.q", 256, 256, scale=(2, 2)), block)).failures == ()
+    assert examined(build(tmp_path / "b", fp8("m.q", 100, 128, scale=(1, 1)), block)).failures == ()
+    assert examined(build(tmp_path / "c", fp8("m.q", 256, 256), DYNAMIC)).failures == ()
+    failure = only_failure(build(tmp_path / "d", fp8("m.q", 256, 256) | fp8("m.k", 256, 256, scale=(2, 2)), block))
+    assert failure.found == "weight_block_size is [128, 128], and 1 of 2 FP8 tensors are scaled otherwise"
+    assert failure.tensor == "m.q.weight"
+    failure = only_failure(build(tmp_path / "e", fp8("m.q", 256, 256, scale=(256, 1)), DYNAMIC))
+    assert failure.found == "weight_block_size is None, and 1 of 1 FP8 tensors are scaled otherwise"
+    absent = {key: value for key, value in DYNAMIC.items() if key != "weight_block_size"}
+    result = examined(build(tmp_path / "f", fp8("m.q", 256, 256), absent))
+    assert result.failures == ()
+    (note,) = result.notes
+    assert note.startswith("weight_block_size is absent")
+
+
+def test_scales_have_no_dimensions_or_one(tmp_path: Path) -> None:
+    """0-d and [1] are right, [1, 1] is what vLLM's loader fails on; a scale an expert may be [E, 1, 1]."""
+    for i, shape in enumerate([(), (1,)]):
+        assert examined(build(tmp_path / str(i), fp8("m.q", scale=shape), DYNAMIC)).failures == ()
+    failure = only_failure(build(tmp_path / "x", fp8("m.q", scale=(1, 1)) | fp8("m.k"), DYNAMIC))
+    assert failure.found == "the scale of a whole tensor has shape [1, 1], in 1 of 2 FP8 tensors"
+    assert (failure.tensor, failure.file) == ("m.q.weight_scale_inv", "model.safetensors")
+    experts = {
+        "m.experts.gate_up_proj": Stored.codes(np.full((3, 4, 4), 0x38, np.uint8)),
+        "m.experts.gate_up_proj_scale_inv": Stored.of(np.ones((3, 1, 1), np.float32), "BF16"),
+        "m.experts.gate_up_proj_activation_scale": Stored.of(np.ones(3, np.float32), "BF16"),
+    }
+    static = {**DYNAMIC, "activation_scheme": "static"}
+    assert examined(build(tmp_path / "e", experts, static)).failures == ()
+    activation = {"m.q.activation_scale": Stored.of(np.ones((1, 1), np.float32), "F32")}
+    failure = only_failure(build(tmp_path / "y", fp8("m.q") | activation, static))
+    assert failure.found.startswith("the activation scale has shape [1, 1]")
+
+
+def test_a_scale_a_row_of_one_row_is_no_scale_of_a_tensor(tmp_path: Path) -> None:
+    """[o, 1] with o = 1, as channel-wise families store it."""
+    channel = {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["lm_head"]}
+    assert examined(build(tmp_path / "x", fp8("m.q", 1, 8, scale=(1, 1)), channel)).failures == ()
+
+
+def test_activation_scales_are_all_there_or_none(good: Path) -> None:
+    """Some but not all fails under either scheme; none is right under dynamic alone. One failure, with a count."""
+    replace(good, f"{UP}.activation_scale", lambda _: None)
+    failure = only_failure(good)
+    assert failure.found == "1 of 14 FP8 tensors have no activation scale"
+    assert failure.tensor == f"{UP}.weight"
+    assert failure.expected == "one for each, as config.json says static"
+    assert [f.found for f in examined(complete(good, static=False)).failures] == [
+        "13 of 14 FP8 tensors have an activation scale"
+    ]
+    for name in read_directory(good):
+        if name.endswith(".activation_scale"):
+            replace(good, name, lambda _: None)
+    assert verify(good, serving=True).ok
+    assert only_failure(complete(good, static=True)).found == "14 of 14 FP8 tensors have no activation scale"
+
+
+def compressed_tensors(dynamic: bool | None, ignore: list[str]) -> dict[str, Any]:
+    group = {"weights": {"strategy": "tensor"}, "input_activations": None if dynamic is None else {"dynamic": dynamic}}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ignore}
+
+
+@pytest.mark.parametrize("dynamic", [True, False, None])
+@pytest.mark.parametrize("having", [0, 1, 2])
+def test_other_families_say_static_in_their_own_way(dynamic: bool | None, having: int, tmp_path: Path) -> None:
+    """A group of compressed-tensors with static input activations needs them all, any other none; ModelOpt all or none."""
+    tensors = fp8("m.q", activation=having > 0) | fp8("m.k", activation=having > 1)
+    result = examined(build(tmp_path / "x", tensors, compressed_tensors(dynamic, [])))
+    assert (result.failures == ()) == (having == (2 if dynamic is False else 0))
+    result = examined(build(tmp_path / "y", tensors, {"quant_method": "modelopt", "quant_algo": "FP8"}))
+    assert (result.failures == ()) == (having != 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "entry"),
+    [
+        ("compressed-tensors", "ignore", "re:.*router.*"),
+        ("modelopt", "exclude_modules", "*router*"),
+        ("fbgemm_fp8", "modules_to_not_convert", "a.router_x"),
+        ("mxfp8", "ignored_layers", "a"),
+    ],
+)
+def test_other_families_keep_their_own_list(method: str, key: str, entry: str, tmp_path: Path) -> None:
+    """Each unquantized Linear is matched by the family's own list, which is what is completed; no prefixes, no other
+    key.
+    """
+    tensors = fp8("m.q") | plain("a.router_x") | plain("lm_head")
+    quantization = {"quant_method": method, key: [entry]}
+    directory = build(tmp_path / "x", tensors, quantization)
+    assert only_failure(directory).found == f"1 unquantized Linears are not in {key}: lm_head"
+    complete(directory, static=False)
+    assert read_config(directory)["quantization_config"] == {"quant_method": method, key: [entry, "lm_head"]}
+    assert examined(directory).failures == ()
+    directory = build(tmp_path / "y", tensors, {"quant_method": method})
+    assert only_failure(directory).found == f"1 unquantized Linears are not in {key}: a.router_x"
+    complete(directory, static=False)
+    assert sorted(read_config(directory)["quantization_config"][key]) == ["a.router_x", "lm_head"]
+
+
+def test_a_list_in_modelopts_own_file_counts(tmp_path: Path) -> None:
+    """``hf_quant_config.json`` states method and list; ``config.json`` need not, and is left as it is."""
+    directory = build(tmp_path / "x", fp8("m.q") | plain("a.b") | plain("lm_head"), None)
+    (directory / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": ["a.*"]}})
+    )
+    failure = only_failure(directory)
+    assert (failure.found, failure.file) == (
+        "1 unquantized Linears are not in exclude_modules: lm_head",
+        "hf_quant_config.json",
+    )
+    assert serving_config(survey(directory), static=False) == {}
+
+
+def test_routers_may_be_listed_by_their_leaf(tmp_path: Path) -> None:
+    """MiniMax M2 lists leaf names: enough for routers and heads, which engines leave alone, and for nothing else."""
+    tensors = fp8("model.layers.0.attn.q_proj") | plain("model.layers.0.moe.gate") | plain("lm_head")
+    listed = {**DYNAMIC, "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
+    assert examined(build(tmp_path / "a", tensors, listed)).failures == ()
+    assert examined(build(tmp_path / "b", tensors, {**DYNAMIC, "modules_to_not_convert": None})).failures == ()
+    listed = {**DYNAMIC, "modules_to_not_convert": ["lm_head"]}
+    assert "model.layers.0.moe.gate" in only_failure(build(tmp_path / "c", tensors, listed)).found
+    listed = {**DYNAMIC, "modules_to_not_convert": ["gate", "o_proj", "lm_head"]}
+    directory = build(tmp_path / "d", tensors | plain("model.layers.0.attn.o_proj"), listed)
+    assert "model.layers.0.attn.o_proj" in only_failure(directory).found
+    assert q(serving_config(survey(directory), static=False))["modules_to_not_convert"] == [
+        "gate",
+        "o_proj",
+        "lm_head",
+        "model.layers.0.attn.o_proj",
+    ]
+
+
+def test_both_keys_of_a_list_are_read(tmp_path: Path) -> None:
+    """vLLM reads ``ignored_layers`` first, transformers ``modules_to_not_convert``: each that is stated must be
+    complete.
+    """
+    tensors = fp8("m.q") | plain("lm_head")
+    both = {**DYNAMIC, "modules_to_not_convert": ["lm_head"], "ignored_layers": ["x"]}
+    directory = build(tmp_path / "x", tensors, both)
+    assert only_failure(directory).found == "1 unquantized Linears are not in ignored_layers: lm_head"
+    assert q(serving_config(survey(directory), static=False)) == {**both, "ignored_layers": ["x", "lm_head"]}
+    assert examined(build(tmp_path / "y", tensors, {**DYNAMIC, "ignored_layers": ["lm_head"]})).failures == ()
+
+
+def test_the_models_own_names_count_in_the_nested_layout(tmp_path: Path) -> None:
+    """A list may name modules as on disk or as in the model; and what is FP8 may be in it under neither name."""
+    tensors = (
+        fp8("language_model.model.layers.0.q_proj")
+        | plain("vision_tower.fc1")
+        | plain("language_model.model.layers.0.mlp.gate")
+    )
+    native = ["model.vision_tower", "model.vision_tower.fc1", "model.language_model.layers.0.mlp.gate"]
+    on_disk = ["vision_tower", "vision_tower.fc1", "language_model.model.layers.0.mlp.gate"]
+    for i, listed in enumerate((native, on_disk)):
+        directory = build(tmp_path / str(i), tensors, {**DYNAMIC, "modules_to_not_convert": listed})
+        assert examined(directory).failures == ()
+        assert serving_config(survey(directory), static=False) == read_config(directory)
+    directory = build(
+        tmp_path / "x",
+        tensors,
+        {**DYNAMIC, "modules_to_not_convert": [*native, "model.language_model.layers.0.q_proj"]},
+    )
+    assert (
+        only_failure(directory).found
+        == "1 FP8 tensors are in modules_to_not_convert: language_model.model.layers.0.q_proj"
+    )
+
+
+def test_what_is_no_linear_need_not_be_listed(tmp_path: Path) -> None:
+    """Embeddings, norms, biases, convolutions, and tensors of integers."""
+    others = {
+        **plain("model.embed_tokens"), **plain("vision.pos_embed"), **plain("vision.patch_embed.proj"), **plain("model.layers.0.q_norm"),
+        **plain("vision.conv", 4, 3, 2, 2), "model.layers.0.bias": plain("x")["x.weight"],
+        "model.table.weight": Stored.of(np.ones((4, 4), np.int64), "I64"),
+    }  # fmt: skip
+    assert examined(build(tmp_path / "x", fp8("m.q") | others, DYNAMIC)).failures == ()
+
+
+def test_parts_of_a_model() -> None:
+    """The shortest prefixes with nothing FP8 below them, and none inside a stack of layers."""
+    quantized = ["model.language_model.layers.0.q", "model.language_model.layers.1.q"]
+    linears = [
+        "model.visual.blocks.0.qkv",
+        "model.visual.merger.fc",
+        "lm_head",
+        "model.language_model.layers.0.gate",
+        "proj.linear_1",
+    ]
+    assert unquantized_parts(linears, quantized) == ["model.visual", "lm_head", "proj"]
+    assert unquantized_parts(["model.vision.a.fc", "model.vision.b.fc"], ["model.vision.b.q", "model.x"]) == [
+        "model.vision.a",
+        "model.vision.b.fc",
+    ]
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "a.b", "b.a", "a.b.c", "re:a.*c", "*b", "c", "x"])),
+    st.sampled_from(["a", "a.b", "a.b.c", "x.a.b", "xa.b", "c.a"]),
+)
+def test_a_skip_list_says_what_its_entries_say(entries: list[str], module: str) -> None:
+    """The quick look-up is the same as asking each entry."""
+    from fp8ckpt.tensors.config import skips
+
+    assert SkipList.of(entries).reaches(module) == any(skips(entry, module) for entry in entries)
+
+
+_MODULES = [
+    *(f"model.language_model.layers.{i}.{leaf}" for i in range(2) for leaf in ("attn.q_proj", "attn.k_proj", "mlp.gate", "mlp.gate_proj")),
+    *(f"model.vision_tower.layers.{i}.{leaf}" for i in range(2) for leaf in ("q_proj", "fc1")),
+    "model.projector.linear_1", "model.projector.linear_2", "lm_head",
+]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(_MODULES), st.booleans(), min_size=1).filter(lambda chosen: any(chosen.values())),
+    st.none()
+    | st.lists(
+        st.sampled_from([*_MODULES, "model.vision_tower", "gate", "re:.*fc1", "*linear_2", "visual"]), max_size=6
+    ),
+)
+def test_no_gap_is_left(chosen: dict[str, bool], listed: list[str] | None) -> None:
+    """Whatever is quantized and whatever is listed, the completed list has no gap; it is kept in order, and
+    transformers agrees.
+    """
+    listed = None if listed is None else [entry for entry in dict.fromkeys(listed) if not chosen.get(entry)]
+    tensors: dict[str, Stored] = {}
+    for module, is_fp8 in chosen.items():
+        tensors |= fp8(module) if is_fp8 else plain(module)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = build(Path(folder) / "x", tensors, {**DYNAMIC, "modules_to_not_convert": listed})
+        completed = q(serving_config(survey(directory), static=False))["modules_to_not_convert"]
+        complete(directory, static=False)
+        failures = examined(directory).failures
+        again = serving_config(survey(directory), static=False)
+        assert again == read_config(directory)
+    assert not [failure for failure in failures if "are not in" in failure.found]
+    assert (completed or [])[: len(listed or [])] == (listed or [])
+    if not listed:
+        assert failures == ()
+    plain_entries = [entry for entry in completed or [] if "*" not in entry]
+    for module, is_fp8 in chosen.items():
+        left_alone = module == "lm_head" or module.endswith(".gate")
+        if not is_fp8 and (completed or not left_alone):
+            assert module in completed or left_alone
+            assert not should_convert_module(module, plain_entries)
+        if is_fp8 and not listed:
+            assert should_convert_module(module, plain_entries)
+
+
+def write(name: str, text: str = "{}") -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(text)
+
+
+def add_consolidated(directory: Path) -> None:
+    write_safetensors(directory / "consolidated.safetensors", plain("layers.0.wq"), {"format": "pt"})
+
+
+def drop_format(directory: Path) -> None:
+    file = holder(directory, f"{UP}.weight")
+    write_safetensors(file, read_safetensors(file), {"made_by": "a test"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "file", "found"),
+    [
+        (add_consolidated, "consolidated.safetensors", "Mistral's own copy of the weights stands beside the others"),
+        (write("params.json"), "params.json", "Mistral's own configuration stands beside"),
+        (write("pytorch_model.bin"), "pytorch_model.bin", "weights of another kind"),
+        (write("x.gguf"), "x.gguf", "weights of another kind"),
+        (write("original.pth"), "original.pth", "weights of another kind"),
+        (
+            write("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'),
+            "hf_quant_config.json",
+            "it states quantization by ModelOpt, and config.json states fp8",
+        ),
+        (
+            lambda d: (d / "model.safetensors.index.json").unlink(),
+            "model-00001-of-00003.safetensors",
+            "3 safetensors files without an index",
+        ),
+        (drop_format, None, "the metadata does not say what wrote it, in 1 of 3 files"),
+    ],
+)
+def test_files_that_would_be_served_instead(
+    good: Path, spoil: Callable[[Path], object], file: str | None, found: str
+) -> None:
+    """Each leftover, a missing index, and metadata without a format."""
+    spoil(good)
+    failure = only_failure(good)
+    assert failure.found.startswith(found)
+    assert file is None or failure.file == file
+
+
+def test_a_trainers_files_are_no_weights(good: Path) -> None:
+    """What trainers leave beside a model is not taken for one, and subfolders are not looked into."""
+    write("training_args.bin")(good)
+    (good / "original").mkdir()
+    write("original/params.json")(good)
+    assert verify(good, serving=True).ok
+
+
+EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("tied", "head", "found"),
+    [
+        (True, None, None),
+        (True, plain(HEAD, 8, 4), None),
+        (
+            True,
+            {f"{HEAD}.weight": Stored.of(np.full((8, 4), 2, np.float32), "BF16")},
+            "the head is not model.embed_tokens.weight",
+        ),
+        (True, {f"{HEAD}.weight": Stored.of(np.ones((8, 4), np.float32), "F32")}, "the head is not"),
+        (True, plain(HEAD, 9, 4), "the head is not"),
+        (True, fp8(HEAD, 8, 4), "the head is not"),
+        (False, plain(HEAD, 9, 4), None),
+        (False, None, "tie_word_embeddings is false, and no head is stored"),
+        (None, None, None),
+        (None, plain(HEAD, 9, 4), None),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_tied_heads(
+    tied: bool | None, head: dict[str, Stored] | None, found: str | None, nested: bool, tmp_path: Path
+) -> None:
+    """A tied head is the embeddings or not there, one that is not tied is there; where nothing is stated, nothing is
+    asked.
+    """
+    config: dict[str, Any] = {} if tied is None else {"tie_word_embeddings": tied}
+    config = {"text_config": config} if nested else config
+    directory = build(tmp_path / "x", fp8("m.q") | plain(EMBEDDINGS, 8, 4) | (head or {}), DYNAMIC, **config)
+    failures = examined(directory).failures
+    assert [failure.found[: len(found or "")] for failure in failures] == ([] if found is None else [found])
+
+
+def test_a_tied_head_is_compared_to_its_end(tmp_path: Path) -> None:
+    """A difference in the last byte, beyond the first piece that is read."""
+    values = np.ones((1500, 2000), np.float32)
+    tensors = fp8("m.q") | {
+        f"{EMBEDDINGS}.weight": Stored.of(values, "BF16"),
+        f"{HEAD}.weight": Stored.of(values, "BF16"),
+    }
+    assert examined(build(tmp_path / "a", tensors, DYNAMIC, tie_word_embeddings=True)).failures == ()
+    values[-1, -1] = 2
+    tensors[f"{HEAD}.weight"] = Stored.of(values, "BF16")
+    assert len(examined(build(tmp_path / "b", tensors, DYNAMIC, tie_word_embeddings=True)).failures) == 1
+
+
+def test_unequal_siblings_are_a_note(tmp_path: Path) -> None:
+    """Counted by group, and only where the scales differ in value, whatever their dtype; blocks have no one scale."""
+    tensors: dict[str, Stored] = {}
+    for layer, values in enumerate([(0.5, 0.5, 0.5), (0.5, 0.25, 0.5)]):
+        for leaf, value in zip(("q_proj", "k_proj", "v_proj"), values, strict=True):
+            tensors |= fp8(f"model.layers.{layer}.{leaf}", value=value)
+    tensors["model.layers.0.q_proj.weight_scale_inv"] = Stored.of(np.full(1, 0.5, np.float32), "BF16")
+    result = examined(build(tmp_path / "x", tensors, DYNAMIC))
+    assert result.failures == ()
+    (note,) = result.notes
+    assert note.startswith("1 of 2 groups of weights that are served as one have unequal scales")
+    assert (
+        "requantization to the largest scale; the first is model.layers.1.q_proj.weight, model.layers.1.k_proj.weight"
+        in note
+    )
+    assert verify(tmp_path / "x", serving=True).ok
+
+
+def test_mistrals_own_layout_alone(tmp_path: Path) -> None:
+    """No ``config.json`` and no index are asked of it; scales and activation scales are checked against
+    ``params.json``.
+    """
+
+    def native(name: str, scheme: str | None, activation: bool, scale: tuple[int, ...] = ()) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        for i, leaf in enumerate(("wq", "wk")):
+            weight = {
+                f"layers.0.{leaf}.weight": Stored.codes(np.full((4, 4), 0x38, np.uint8)),
+                f"layers.0.{leaf}.qscale_weight": Stored.of(np.full(scale, 1.0 + i, np.float32), "BF16"),
+            }
+            if activation:
+                weight[f"layers.0.{leaf}.qscale_act"] = Stored.of(np.array(1.0, np.float32), "BF16")
+            write_safetensors(
+                directory / f"consolidated-{i + 1:05d}-of-00002.safetensors",
+                weight | plain(f"vision.{leaf}"),
+                {"format": "pt"},
+            )
+        if scheme is not None:
+            quantization = {"qformat_weight": "fp8_e4m3", "qscheme_act": scheme}
+            (directory / "params.json").write_text(json.dumps({"dim": 4, "quantization": quantization}))
+        return directory
+
+    for name, scheme, activation in (("a", "TENSOR", True), ("b", "NO_SCALES", False)):
+        result = examined(native(name, scheme, activation))
+        assert result.failures == ()
+        (note,) = result.notes
+        assert note.endswith("the first is layers.0.wq.weight, layers.0.wk.weight")
+    assert only_failure(native("c", "TENSOR", False)).found == "2 of 2 FP8 tensors have no activation scale"
+    assert only_failure(native("d", "NO_SCALES", True)).found == "2 of 2 FP8 tensors have an activation scale"
+    assert only_failure(native("e", "TENSOR", True, (1, 1))).found.startswith(
+        "the scale of a whole tensor has shape [1, 1]"
+    )
+    failure = only_failure(native("f", None, False))
+    assert (failure.found, failure.file) == ("the weights are FP8, and no configuration says so", "params.json")
+    (tmp_path / "f" / "params.json").write_text("{")
+    assert [failure.file for failure in examined(tmp_path / "f").failures] == ["params.json"]
+    assert serving_config(survey(tmp_path / "f"), static=False) == {}
+
+
+def test_what_is_not_quantized_is_served_as_it_is(sample_fp8: Path, tmp_path: Path) -> None:
+    """A conversion to BF16 passes, with a note; quantization that is still stated, and leftovers, are named there too."""
+    convert(sample_fp8, tmp_path / "bf16")
+    result = verify(sample_fp8, tmp_path / "bf16", serving=True)
+    assert result.ok
+    assert result.serving == Servability((), ("nothing is quantized",))
+    config = read_config(tmp_path / "bf16")
+    assert serving_config(survey(tmp_path / "bf16"), static=True) == config
+    rewrite(tmp_path / "bf16", lambda config: config.update(quantization_config=DYNAMIC))
+    assert only_failure(tmp_path / "bf16").found == "it states that the weights are quantized, and none is"
+    (tmp_path / "bf16" / "config.json").write_text(json.dumps(config))
+    write("model.gguf")(tmp_path / "bf16")
+    assert only_failure(tmp_path / "bf16").file == "model.gguf"
+
+
+def test_a_defective_directory_is_examined_as_far_as_it_goes(good: Path) -> None:
+    """A missing scale, a file cut short, a configuration that is no JSON: no exception, and what can be said is said."""
+    write("params.json")(good)
+    shutil.copytree(good, good.parent / "cut")
+    shutil.copytree(good, good.parent / "config")
+    shutil.copytree(good, good.parent / "empty")
+    replace(good, f"{UP}.weight_scale_inv", lambda _: None)
+    result = verify(good, serving=True)
+    assert result.defects
+    assert result.serving is not None
+    assert [failure.file for failure in result.serving.failures] == ["params.json"]
+
+    file = holder(good.parent / "cut", f"{UP}.weight")
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "params.json" in [failure.file for failure in examined(good.parent / "cut").failures]
+    file.write_bytes(b"")
+    assert "params.json" in [failure.file for failure in examined(good.parent / "cut").failures]
+
+    (good.parent / "config" / "config.json").write_text("{")
+    found = examined(good.parent / "config")
+    assert [failure.file for failure in found.failures] == ["params.json"]
+    assert "the configuration cannot be understood, and was not checked" in found.notes
+
+    for file in (good.parent / "empty").glob("*.safetensors"):
+        file.write_bytes(b"")
+    examined(good.parent / "empty")
+
+
+def test_a_defect_is_not_held_against_the_configuration(tmp_path: Path) -> None:
+    """Of a part that could not be read, or of weights that are packed, nothing is concluded."""
+    packed = {"m.q.weight_packed": Stored.of(np.ones((4, 4), np.int32), "I32")}
+    directory = build(
+        tmp_path / "packed", packed | plain(EMBEDDINGS), compressed_tensors(None, []), tie_word_embeddings=False
+    )
+    result = verify(directory, serving=True)
+    assert result.defects
+    assert result.serving is not None
+    assert result.serving.failures == ()
+
+
+def test_groups_of_both_kinds_decide_nothing(tmp_path: Path) -> None:
+    """compressed-tensors may be static for some modules and dynamic for others: then some activation scales may be
+    missing.
+    """
+    groups = {f"group_{i}": {"input_activations": {"dynamic": bool(i)}} for i in range(2)}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []}
+    for having in (0, 1, 2):
+        tensors = fp8("m.q", activation=having > 0) | fp8("m.k", activation=having > 1)
+        assert examined(build(tmp_path / str(having), tensors, quantization)).failures == ()
+
+
+@pytest.mark.parametrize("value", [None, 1, "text", [], ["x", 3, None], {}, True])
+@pytest.mark.parametrize(
+    "key", ["quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "config_groups", "ignore"]
+)
+def test_a_configuration_may_hold_anything(good: Path, key: str, value: object) -> None:
+    """Values of the wrong kind are named, or taken for nothing; nothing raises."""
+    for method in ("fp8", "compressed-tensors"):
+
+        rewrite(good, lambda config: q(config).update({"quant_method": method, key: value}))
+        examined(good)
+        serving_config(survey(good), static=True)
+    rewrite(good, lambda config: config.update(quantization_config=value, text_config=value, tie_word_embeddings=value))
+    examined(good)
+    serving_config(survey(good), static=True)
+
+
+def test_serving_is_asked_for_and_of_the_last(sample_fp8: Path, good: Path) -> None:
+    """Not asked for, nothing is said; of two directories the second is examined."""
+    assert verify(sample_fp8).serving is None
+    assert verify(sample_fp8).ok
+    assert verify(sample_fp8, good, serving=True).serving == examined(good)
+    swapped = verify(good, sample_fp8, serving=True)
+    assert swapped.serving is not None
+    assert len(swapped.serving.failures) == 1
+
+
+def test_the_command_line(sample_fp8: Path, good: Path, cli: Run) -> None:
+    """Failures and notes as text and as JSON; exit 1 on a failure, 0 with notes alone."""
+    done = cli("verify", "--serving", sample_fp8)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1
+    assert "failures in serving: 1" in lines
+    assert (
+        sum(
+            line.startswith("  ServingError: model.multi_modal_projector.linear_1 in config.json: 17 unquantized")
+            for line in lines
+        )
+        == 1
+    )
+    assert any(line.startswith("note: 4 of 4 groups") for line in lines)
+    assert lines[-1] == f"{sample_fp8}: not fit to be served"
+    done = cli("verify", good, "--serving")
+    assert done.returncode == 0
+    assert "failures in serving: none" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"{good}: fit to be served"
+    done = cli("verify", sample_fp8, "--serving", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["ok"] is False
+    (failure,) = found["serving"]["failures"]
+    assert failure["kind"] == "ServingError"
+    assert failure["file"] == "config.json"
+    assert len(found["serving"]["notes"]) == 1
+    assert json.loads(cli("verify", sample_fp8, "--json").stdout)["serving"] is None
+
+
+def test_importing_it_is_cheap() -> None:
+    """Neither torch nor numba."""
+    assert heavy_modules("import fp8ckpt.serving.examine") == set()

@@ -1,0 +1,826 @@
+"""The logical checkpoint: what opens, what is refused, and what a read returns and costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fp8ckpt.errors import (
+    AmbiguousScaleError,
+    CheckpointNotFoundError,
+    ConfigError,
+    Fp8CheckpointError,
+    HeaderError,
+    IndexMismatchError,
+    MissingScaleError,
+    OrphanScaleError,
+    RegionError,
+    ScaleShapeError,
+    ScaleValueError,
+    StorageError,
+    TruncatedFileError,
+    UnknownTensorError,
+    UnsupportedFormatError,
+)
+from fp8ckpt.numerics.codes import CODE_FORMATS
+from fp8ckpt.output import files
+from fp8ckpt.tensors import reading
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, survey
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from tests.miniatures import families
+from tests.oracle import Stored, write_safetensors
+
+FAMILIES = families()
+INDEX = "model.safetensors.index.json"
+PER_TENSOR = FAMILIES["per-tensor 0-d BF16"]
+BLOCK = FAMILIES["block 128 ragged F32"]
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A sound checkpoint of two files with an index, to be spoiled."""
+    return PER_TENSOR.write(tmp_path / "checkpoint")
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    assert tensor.is_contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def check_reads(checkpoint: Checkpoint, expected: dict[str, Stored]) -> None:
+    assert set(checkpoint.tensors) == set(expected)
+    for name, stored in expected.items():
+        tensor = checkpoint.read(name)
+        assert tuple(tensor.shape) == stored.shape
+        assert tensor.dtype == reading.torch_dtype(stored.dtype)
+        assert raw_bytes(tensor) == stored.data, name
+
+
+def edit_json(file: Path, change: Any) -> None:
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def refused(path: Path | str, kind: type[Fp8CheckpointError], *words: str, count: int | None = 1) -> Fp8CheckpointError:
+    """`open_checkpoint` raises it, `survey` lists it, and each of ``words`` is in its one line."""
+    with pytest.raises(Fp8CheckpointError) as caught:
+        open_checkpoint(path)
+    defects = survey(path).defects
+    found = [defect for defect in defects if type(defect) is kind and all(word in str(defect) for word in words)]
+    assert found, defects
+    if count is not None:
+        assert len(defects) == count, defects
+    assert type(caught.value) is type(defects[0])
+    assert all(str(defect).isprintable() for defect in defects)
+    return found[0]
+
+
+# Opening.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_of_every_family_is_read(tmp_path: Path, name: str) -> None:
+    """`read` gives the oracle's bytes for FP8, and the stored bytes for all else."""
+    checkpoint = open_checkpoint(FAMILIES[name].write(tmp_path / "checkpoint"))
+    check_reads(checkpoint, FAMILIES[name].expected())
+
+
+def test_with_an_index(two: Path) -> None:
+    """The index and its name, the configuration, the path and the headers are there."""
+    checkpoint = open_checkpoint(two)
+    assert checkpoint.path == two
+    assert checkpoint.index_name == INDEX
+    assert checkpoint.index == json.loads((two / INDEX).read_text())
+    assert checkpoint.config == PER_TENSOR.config
+    assert [header.file.name for header in checkpoint.files] == [ONE, TWO]
+    assert checkpoint.defects == checkpoint.notes == ()
+    assert [tensor.name for tensor in checkpoint.quantized] == list(PER_TENSOR.blocks)
+
+
+def test_without_an_index(two: Path) -> None:
+    """Several files are read together even where no index names them."""
+    (two / INDEX).unlink()
+    checkpoint = open_checkpoint(str(two))
+    assert checkpoint.index_name is checkpoint.index is None
+    check_reads(checkpoint, PER_TENSOR.expected())
+
+
+def test_without_a_configuration(two: Path) -> None:
+    """What is stated in no file is not needed for one scale a tensor."""
+    (two / "config.json").unlink()
+    checkpoint = open_checkpoint(two)
+    assert checkpoint.config == {}
+    check_reads(checkpoint, PER_TENSOR.expected())
+
+
+def test_blocks_need_the_configuration(tmp_path: Path) -> None:
+    """A grid of blocks is not guessed: without ``weight_block_size`` it is refused, and the remedy says what to state."""
+    directory = BLOCK.write(tmp_path / "checkpoint")
+    (directory / "config.json").unlink()
+    error = refused(directory, ScaleShapeError, "(3, 2)", "(300, 200)")
+    assert "weight_block_size" in (error.remedy or "")
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    """A file named itself is the whole checkpoint, with the configuration beside it."""
+    directory = BLOCK.write(tmp_path / "checkpoint", files=1)
+    write_safetensors(directory / "other.safetensors", {"stray.weight": Stored.codes(np.zeros((4, 4), np.uint8))})
+    checkpoint = open_checkpoint(directory / "model.safetensors")
+    assert checkpoint.path == directory
+    check_reads(checkpoint, BLOCK.expected())
+
+
+def test_a_single_file_of_several_is_judged_alone(two: Path) -> None:
+    """One file of several lacks what is in the others."""
+    tensors = list(PER_TENSOR.tensors)
+    in_first = tensors[0::2]
+    weight, scale = "m.q.weight", "m.q.weight_scale_inv"
+    assert (weight in in_first) != (scale in in_first)
+    alone, kind = (ONE, MissingScaleError) if weight in in_first else (ONE, OrphanScaleError)
+    refused(two / alone, kind, count=None)
+
+
+def test_a_directory_behind_a_link(two: Path, tmp_path: Path) -> None:
+    """Links to the directory and links to the files (as in the hub's cache) are followed."""
+    (tmp_path / "link").symlink_to(two, target_is_directory=True)
+    check_reads(open_checkpoint(tmp_path / "link"), PER_TENSOR.expected())
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in two.iterdir():
+        (linked / file.name).symlink_to(file)
+    check_reads(open_checkpoint(linked), PER_TENSOR.expected())
+
+
+@pytest.mark.parametrize(
+    "name", ["absent", "a/b/c/d", "./absent", "../absent", "/absent/dir", "", "a\0b", "x" * 5000, "a b", "~/absent"]
+)
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A path that leads nowhere, whatever its spelling, is a CheckpointNotFoundError."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_checkpoint(name)
+    assert str(caught.value).isprintable()
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    """A directory with no safetensors file holds no checkpoint."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointNotFoundError, match="no safetensors file"):
+        open_checkpoint(tmp_path)
+
+
+def fill_hub_cache(cache: Path, repository: str, source: Path) -> Path:
+    """The layout of huggingface_hub: blobs, a snapshot of links, and a ref."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = root / "snapshots" / revision
+    (root / "blobs").mkdir(parents=True)
+    (root / "refs").mkdir()
+    snapshot.mkdir(parents=True)
+    (root / "refs" / "main").write_text(revision)
+    for i, file in enumerate(sorted(source.iterdir())):
+        blob = root / "blobs" / f"{i:040x}"
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+def test_a_hub_id_in_the_local_cache(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id opens the snapshot in the cache, without the network."""
+    snapshot = fill_hub_cache(tmp_path / "cache", "mistralai/Tiny-FP8", two)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint("mistralai/Tiny-FP8")
+    assert checkpoint.path.resolve() == snapshot.resolve()
+    check_reads(checkpoint, PER_TENSOR.expected())
+
+
+def test_a_hub_id_that_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absent hub id is named, with the command that fetches it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="hf download mistralai/Absent-FP8"):
+        open_checkpoint("mistralai/Absent-FP8")
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a..b/c", "-a/b", "a/b.", "a/b.git", ".a/b"])
+def test_no_hub_id_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What huggingface_hub would refuse as an id is not found, and no error of its own comes out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFoundError):
+        open_checkpoint(name)
+
+
+def test_a_local_directory_goes_before_a_hub_id(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that is there is opened, though its name could be a hub id."""
+    (tmp_path / "org").mkdir()
+    two.rename(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint("org/name").path == Path("org/name")
+
+
+@pytest.mark.parametrize("native", ["consolidated.safetensors", "consolidated-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("index", [True, False])
+def test_native_files_beside_hugging_face_ones_are_ignored(two: Path, native: str, index: bool) -> None:
+    """Mistral's second copy is not read, sound or not."""
+    (two / native).write_bytes(b"not a safetensors file")
+    (two / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": native}}))
+    if not index:
+        (two / INDEX).unlink()
+    checkpoint = open_checkpoint(two)
+    assert checkpoint.index_name == (INDEX if index else None)
+    check_reads(checkpoint, PER_TENSOR.expected())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_native_directory(tmp_path: Path, parts: int) -> None:
+    """Mistral's own files, alone, are the checkpoint; with their own index where there is one."""
+    family = FAMILIES["Mistral native"]
+    directory = tmp_path / "native"
+    directory.mkdir()
+    (directory / "params.json").write_text(json.dumps(family.more_files["params.json"]))
+    names = list(family.tensors)
+    weight_map = {}
+    for i in range(parts):
+        file = "consolidated.safetensors" if parts == 1 else f"consolidated-{i + 1:05d}-of-{parts:05d}.safetensors"
+        write_safetensors(directory / file, {name: family.tensors[name] for name in names[i::parts]})
+        weight_map.update(dict.fromkeys(names[i::parts], file))
+    if parts > 1:
+        (directory / "consolidated.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.index_name == (None if parts == 1 else "consolidated.safetensors.index.json")
+    check_reads(checkpoint, family.expected())
+
+
+# Indexes.
+
+
+def test_a_file_that_is_not_there(two: Path) -> None:
+    """The index names a file that is missing: file and first tensor are named; its tensors' scales are not held against
+    others.
+    """
+    (two / TWO).unlink()
+    error = refused(two, IndexMismatchError, TWO, "not there")
+    assert error.file == INDEX
+    assert error.tensor in PER_TENSOR.tensors
+
+
+def test_a_tensor_in_another_file_than_the_index_says(two: Path) -> None:
+    """The tensor, the file named and the file found are in the message."""
+    name = next(iter(PER_TENSOR.tensors))
+    edit_json(two / INDEX, lambda index: index["weight_map"].update({name: TWO}))
+    error = refused(two, IndexMismatchError, f"says {TWO}", f"in {ONE}")
+    assert error.tensor == name
+
+
+def test_a_tensor_that_the_index_does_not_list(two: Path) -> None:
+    """A stored tensor that is not in the index."""
+    name = next(iter(PER_TENSOR.tensors))
+    edit_json(two / INDEX, lambda index: index["weight_map"].pop(name))
+    assert refused(two, IndexMismatchError, "does not list", ONE).tensor == name
+
+
+def test_a_tensor_that_no_file_holds(two: Path) -> None:
+    """A listed tensor that is stored nowhere."""
+    edit_json(two / INDEX, lambda index: index["weight_map"].update({"ghost.weight": ONE}))
+    assert refused(two, IndexMismatchError, "does not hold", ONE).tensor == "ghost.weight"
+
+
+def test_a_file_that_the_index_does_not_name(two: Path) -> None:
+    """A safetensors file with tensors that the index leaves out."""
+    write_safetensors(two / "extra.safetensors", {"extra.weight": Stored.of(np.zeros(3), "BF16")})
+    assert refused(two, IndexMismatchError, "does not name this file").file == "extra.safetensors"
+
+
+def test_a_damaged_file_that_the_index_does_not_name(two: Path) -> None:
+    """It is left out of the index, and cannot be shown to be empty."""
+    (two / "extra.safetensors").write_bytes(b"junk")
+    refused(two, IndexMismatchError, "extra.safetensors")
+
+
+def test_an_empty_file_that_the_index_does_not_name(two: Path) -> None:
+    """A file without tensors takes nothing away."""
+    write_safetensors(two / "extra.safetensors", {})
+    check_reads(open_checkpoint(two), PER_TENSOR.expected())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\b.safetensors", "x\0.safetensors"],
+)
+def test_names_that_leave_the_directory(two: Path, name: str) -> None:
+    """Whether or not such a file is there, an index must name files of its own directory."""
+    (two / "sub").mkdir()
+    for place in (two.parent, two / "sub"):
+        write_safetensors(place / "x.safetensors", {"evil.weight": Stored.of(np.zeros(3), "BF16")})
+    edit_json(two / INDEX, lambda index: index["weight_map"].update({"evil.weight": name}))
+    error = refused(two, IndexMismatchError, "it names the file")
+    assert error.expected == "the name of a file in the directory"
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "☃" * 200, "\n\x1b", "config.json"])
+def test_odd_file_names_in_an_index(two: Path, name: str) -> None:
+    """Names that no file system takes, or that are no safetensors file, are named defects."""
+    edit_json(two / INDEX, lambda index: index["weight_map"].update({"odd.weight": name}))
+    with pytest.raises(Fp8CheckpointError) as caught:
+        open_checkpoint(two)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null}}', '{"weight_map": null}',
+     '{"weight_map": {"a": "f", "a": "f"}}', "\ud83d", "[" * 100_000],
+)  # fmt: skip
+def test_an_index_that_is_none(two: Path, text: str) -> None:
+    """What is no map of names to files is an IndexMismatchError that names the index."""
+    (two / INDEX).write_bytes(text.encode("utf-8", "surrogatepass"))
+    error = refused(two, IndexMismatchError)
+    assert error.file == INDEX
+
+
+def test_a_wrong_total_size_is_noted(two: Path) -> None:
+    """``total_size`` decides nothing: a wrong one is a note, no defect."""
+    edit_json(two / INDEX, lambda index: index["metadata"].update(total_size=1))
+    (note,) = open_checkpoint(two).notes
+    assert "total_size is 1" in note
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "many"}, {"total_size": None}])
+def test_odd_metadata_of_an_index(two: Path, metadata: object) -> None:
+    """The metadata of an index may be anything."""
+    edit_json(two / INDEX, lambda index: index.update(metadata=metadata))
+    check_reads(open_checkpoint(two), PER_TENSOR.expected())
+
+
+@pytest.mark.parametrize("part", [ONE, TWO])
+def test_a_missing_part_without_an_index(two: Path, part: str) -> None:
+    """The names say how many parts there are."""
+    (two / INDEX).unlink()
+    (two / part).unlink()
+    refused(two, IndexMismatchError, f"the part {part} is not there", "all of the 2 parts")
+
+
+def test_every_missing_part_is_listed(two: Path) -> None:
+    """Of five parts with one there, four are missing."""
+    (two / INDEX).unlink()
+    (two / TWO).unlink()
+    (two / ONE).rename(two / "model-00003-of-00005.safetensors")
+    missing = [defect for defect in survey(two).defects if isinstance(defect, IndexMismatchError)]
+    assert [f"{i:05d}-of-00005" in str(defect) for i, defect in zip((1, 2, 4, 5), missing, strict=True)] == [True] * 4
+
+
+def test_a_name_in_two_files(two: Path) -> None:
+    """The same tensor in two files: neither is chosen."""
+    (two / INDEX).unlink()
+    write_safetensors(two / TWO, {name: PER_TENSOR.tensors[name] for name in list(PER_TENSOR.tensors)})
+    defects = survey(two).defects
+    assert {defect.tensor for defect in defects if isinstance(defect, HeaderError)} == set(
+        list(PER_TENSOR.tensors)[0::2]
+    )
+    with pytest.raises(HeaderError, match="as well"):
+        open_checkpoint(two)
+
+
+def test_a_name_in_two_files_with_an_index(two: Path) -> None:
+    """An index does not choose either."""
+    write_safetensors(two / TWO, PER_TENSOR.tensors)
+    with pytest.raises(HeaderError, match="as well"):
+        open_checkpoint(two)
+
+
+# Damage and configuration.
+
+
+def test_a_truncated_file(two: Path) -> None:
+    """A file cut anywhere is refused when it is opened."""
+    whole = (two / ONE).read_bytes()
+    for size in (0, 5, 8, 100, len(whole) - 1):
+        (two / ONE).write_bytes(whole[:size])
+        assert refused(two, TruncatedFileError, count=None).file == ONE
+
+
+def test_a_damaged_file_does_not_blame_the_others(two: Path) -> None:
+    """Where one file cannot be read, the scales and tensors that it held are not reported as missing."""
+    (two / TWO).write_bytes(b"junk, and nothing else")
+    assert refused(two, HeaderError).file == TWO
+
+
+def test_a_file_that_is_a_directory(two: Path) -> None:
+    """A directory that is named like a file of weights."""
+    (two / ONE).unlink()
+    (two / ONE).mkdir()
+    with pytest.raises(Fp8CheckpointError):
+        open_checkpoint(two)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"a": 1, "a": 2}', '{"a": NaN}', "\ud800", "[" * 100_000])
+def test_a_configuration_that_is_none(two: Path, text: str) -> None:
+    """``config.json`` that is no JSON object is a ConfigError."""
+    (two / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert refused(two, ConfigError).file == "config.json"
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -1, "128", [128, 0], [-1, 128], [1.5, 2], [True, 1], [], [[128], [128]], {"a": 1}, [None], [{}], 128.0, True],
+)
+def test_block_sizes_that_are_none(two: Path, size: object) -> None:
+    """A ``weight_block_size`` that is no list of positive whole numbers is a ConfigError, whatever it is."""
+    (two / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": size}}))
+    refused(two, ConfigError)
+
+
+def test_several_block_sizes(two: Path) -> None:
+    """Two that differ cannot both be meant."""
+    groups = {str(i): {"weights": {"block_structure": [size, size]}} for i, size in enumerate((64, 128))}
+    (two / "config.json").write_text(json.dumps({"quantization_config": {"config_groups": groups}}))
+    refused(two, ConfigError, "several block sizes")
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+_fixture = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=150, **_fixture)
+@given(
+    quantization=st.dictionaries(
+        st.sampled_from(["weight_block_size", "config_groups", "quant_algo", "quantization"]), _json
+    ),
+    nested=st.booleans(),
+)
+def test_fuzz_of_the_configuration(two: Path, quantization: dict[str, Any], nested: bool) -> None:
+    """Whatever the configuration says, it is understood or refused by name."""
+    if isinstance(quantization.get("config_groups"), dict):
+        quantization["config_groups"]["g"] = {
+            "weights": {"group_size": quantization.get("quant_algo"), "block_structure": None}
+        }
+    config: dict[str, Any] = {"quantization_config": quantization}
+    (two / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    (two / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization.get("quantization")}))
+    for defect in survey(two).defects:
+        assert isinstance(defect, ConfigError)
+
+
+def test_survey_lists_every_defect(tmp_path: Path) -> None:
+    """One of each, in one directory: all are listed; the one raised says how many more there are."""
+    codes = Stored.codes(np.zeros((4, 4), np.uint8))
+    one = Stored.of(np.ones(()), "F32")
+    directory = tmp_path / "bad"
+    directory.mkdir()
+    write_safetensors(directory / "a.safetensors", {
+        "missing.weight": codes, "orphan.weight_scale_inv": one, "two.weight": codes, "two.weight_scale": one, "two.weight_scale_inv": one,
+        "shape.weight": codes, "shape.weight_scale": Stored.of(np.ones((2, 3)), "F32"), "good.weight": codes, "good.weight_scale": one,
+        "packed.weight_packed": Stored.codes(np.zeros((4, 2), np.uint8), "U8")})  # fmt: skip
+    write_safetensors(directory / "b.safetensors", {"good.weight_scale": one, "unlisted": one})
+    weight_map = dict.fromkeys(("missing.weight", "orphan.weight_scale_inv", "two.weight", "two.weight_scale", "two.weight_scale_inv",
+        "shape.weight", "shape.weight_scale", "good.weight", "packed.weight_packed"), "a.safetensors")  # fmt: skip
+    (directory / INDEX).write_text(json.dumps({"weight_map": {**weight_map, "good.weight_scale": "b.safetensors"}}))
+    defects = survey(directory).defects
+    kinds = {
+        AmbiguousScaleError,
+        HeaderError,
+        IndexMismatchError,
+        MissingScaleError,
+        OrphanScaleError,
+        ScaleShapeError,
+        UnsupportedFormatError,
+    }
+    assert {type(defect) for defect in defects} == kinds
+    assert len(defects) == len(kinds)
+    with pytest.raises(Fp8CheckpointError, match=f"{len(kinds) - 1} more defects"):
+        open_checkpoint(directory)
+
+
+def test_defects_come_in_the_same_order_every_time(two: Path) -> None:
+    """The order of defects is that of the files and names, not of a set: two processes report the same first one."""
+    edit_json(two / INDEX, lambda index: index["weight_map"].update({f"ghost.{i:03d}": ONE for i in range(40)}))
+    found = [defect.tensor for defect in survey(two).defects]
+    assert found == sorted(found, key=str)
+
+
+# Reading.
+
+
+def test_an_unknown_tensor(two: Path) -> None:
+    """Unknown names, and scales, which are no tensors, are an UnknownTensorError."""
+    checkpoint = open_checkpoint(two)
+    for name in ("absent", "m.q.weight_scale_inv", "m.q.activation_scale", "", "a\nb"):
+        with pytest.raises(UnknownTensorError, match="no such tensor") as caught:
+            checkpoint.read(name)
+        assert isinstance(caught.value, KeyError)
+        assert str(caught.value).isprintable()
+        with pytest.raises(UnknownTensorError):
+            checkpoint[name]
+
+
+@pytest.mark.parametrize("name", ["m.q.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    ("offsets", "sizes"),
+    [
+        ((0,), (1,)),
+        ((0, 0, 0), (1, 1, 1)),
+        ((), ()),
+        ((-1, 0), (1, 1)),
+        ((0, 0), (-1, 1)),
+        ((0, 0), (1000, 1)),
+        ((1000, 0), (0, 0)),
+        ((1000, 0), None),
+        ((16, 0), (1000, 8)),
+        ((0, 0), (1,)),
+        (None, (1,)),
+        (None, (1000, 1)),
+    ],
+)
+def test_regions_outside_the_tensor(
+    two: Path, name: str, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None
+) -> None:
+    """Wrong ranks, negative numbers and what reaches over an edge are a RegionError that names the tensor."""
+    with pytest.raises(RegionError) as caught:
+        open_checkpoint(two).read(name, offsets, sizes)
+    assert caught.value.tensor == name
+    assert isinstance(caught.value, IndexError)
+
+
+def test_offsets_or_sizes_alone(two: Path) -> None:
+    """Offsets alone mean "to the end", sizes alone "from the beginning"; lists and torch sizes will do."""
+    checkpoint = open_checkpoint(two)
+    for name in ("m.q.weight", "lm_head.weight"):
+        whole = checkpoint.read(name)
+        assert torch.equal(checkpoint.read(name, (3, 2)), whole[3:, 2:])
+        assert torch.equal(checkpoint.read(name, None, (3, 2)), whole[:3, :2])
+        assert torch.equal(checkpoint.read(name, [1, 1], torch.Size([2, 2])), whole[1:3, 1:3])  # type: ignore[arg-type]
+        assert checkpoint.read(name, (whole.shape[0], 0)).shape == (0, whole.shape[1])
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Checkpoint, dict[str, np.ndarray]]]:
+    """Every family on disk, opened, with its tensors as the oracle has them (bit patterns)."""
+    found = {}
+    for i, (name, family) in enumerate(FAMILIES.items()):
+        checkpoint = open_checkpoint(family.write(tmp_path_factory.mktemp("families") / str(i)))
+        found[name] = (
+            checkpoint,
+            {
+                key: np.frombuffer(s.data, f"V{DTYPE_BITS[s.dtype] // 8}").reshape(s.shape)
+                for key, s in family.expected().items()
+            },
+        )
+    return found
+
+
+@settings(max_examples=400, deadline=None)
+@given(family=st.sampled_from(list(FAMILIES)), buffer=st.sampled_from([1, 7, 100, 4 << 20]), data=st.data())
+def test_a_region_equals_the_slice(
+    written: dict[str, tuple[Checkpoint, dict[str, np.ndarray]]], family: str, buffer: int, data: st.DataObject
+) -> None:
+    """A region of any tensor of any family equals the slice of the oracle's, however small the buffer for codes is."""
+    checkpoint, expected = written[family]
+    name = data.draw(st.sampled_from(list(expected)))
+    whole = expected[name]
+    offsets = tuple(data.draw(st.integers(0, dim)) for dim in whole.shape)
+    sizes = tuple(data.draw(st.integers(0, dim - offset)) for dim, offset in zip(whole.shape, offsets, strict=True))
+    if buffer < 100:  # one read a row or so: keep the number of them small
+        sizes = tuple(min(size, 6) for size in sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "CODES_BUFFER", buffer)
+        region = checkpoint.read(name, offsets, sizes)
+    assert tuple(region.shape) == sizes
+    window = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+    assert raw_bytes(region) == np.ascontiguousarray(whole[window]).tobytes()
+
+
+class CountedReads:
+    """Every byte that is read with ``preadv``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes = 0
+        self.calls = 0
+        preadv = files.os.preadv
+
+        def counting(fd: int, buffers: Any, offset: int) -> int:
+            count = preadv(fd, buffers, offset)
+            self.bytes += count
+            self.calls += 1
+            return count
+
+        monkeypatch.setattr(files.os, "preadv", counting)
+
+
+@pytest.mark.parametrize("name", ["per-tensor 0-d BF16", "block 128 ragged F32", "experts in blocks", "MXFP8 U8"])
+@pytest.mark.parametrize("part", ["all", "rows", "columns", "point", "nothing"])
+def test_a_region_reads_its_own_bytes_only(
+    written: dict[str, tuple[Checkpoint, dict[str, np.ndarray]]], monkeypatch: pytest.MonkeyPatch, name: str, part: str
+) -> None:
+    """Codes of the region, plus the scales: not one byte more; whole rows come in one read."""
+    checkpoint, _ = written[name]
+    counted = CountedReads(monkeypatch)
+    (tensor,) = checkpoint.quantized
+    shape = tensor.shape
+    rank = len(shape)
+    offsets, sizes = {
+        "all": ((0,) * rank, shape),
+        "rows": ((0,) * (rank - 2) + (3, 0), (1,) * (rank - 2) + (7, shape[-1])),
+        "columns": ((0,) * (rank - 1) + (5,), (*shape[:-1], 9)),
+        "point": ((1,) * rank, (1,) * rank),
+        "nothing": ((1,) * rank, (0,) * rank),
+    }[part]
+    checkpoint.read(tensor.name, offsets, sizes)
+    count = int(np.prod(sizes))
+    assert counted.bytes == (count + tensor.scale.nbytes if count else 0)
+    if part in ("all", "rows", "point"):
+        assert counted.calls == 2
+
+
+def test_a_plain_tensor_reads_its_own_bytes_only(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of tensors that are not FP8."""
+    checkpoint = open_checkpoint(two)
+    counted = CountedReads(monkeypatch)
+    checkpoint.read("lm_head.weight", (2, 3), (5, 4))
+    assert counted.bytes == 5 * 4 * 2
+
+
+def test_opening_reads_no_data(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers, index and configuration only: data that changes later is not noticed, and none is read through
+    ``preadv``.
+    """
+    counted = CountedReads(monkeypatch)
+    checkpoint = open_checkpoint(two)
+    assert counted.bytes == 0
+    assert checkpoint["m.q.weight"]
+
+
+def test_short_reads_are_continued(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that gives a few bytes at a time changes nothing."""
+    checkpoint = open_checkpoint(two)
+    preadv = files.os.preadv
+    monkeypatch.setattr(files.os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:3]], offset))
+    check_reads(checkpoint, PER_TENSOR.expected())
+
+
+def test_a_read_error_is_named(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An I/O error is a StorageError with the system's reason."""
+    checkpoint = open_checkpoint(two)
+
+    def failing(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files.os, "preadv", failing)
+    with pytest.raises(StorageError, match="Input/output error"):
+        checkpoint.read("lm_head.weight")
+
+
+def test_files_that_change_after_opening(two: Path) -> None:
+    """A file cut short later is a TruncatedFileError, one removed a StorageError."""
+    checkpoint = open_checkpoint(two)
+    tensor = checkpoint["lm_head.weight"]
+    assert isinstance(tensor, TensorSpan)
+    with tensor.file.open("r+b") as stream:
+        stream.truncate(tensor.start + 3)
+    with pytest.raises(TruncatedFileError, match="the file ends at byte"):
+        checkpoint.read("lm_head.weight")
+    tensor.file.unlink()
+    with pytest.raises(StorageError, match="cannot be opened"):
+        checkpoint.read("lm_head.weight")
+
+
+_BAD_SCALES = {
+    "F32": {
+        "NaN": 0x7FC00000,
+        "-NaN": 0xFFC00001,
+        "inf": 0x7F800000,
+        "-inf": 0xFF800000,
+        "0": 0,
+        "-0": 1 << 31,
+        "-1": 0xBF800000,
+    },
+    "BF16": {"NaN": 0x7FC0, "-NaN": 0xFF81, "inf": 0x7F80, "-inf": 0xFF80, "0": 0, "-0": 1 << 15, "-1": 0xBF80},
+    "F16": {"NaN": 0x7E00, "-NaN": 0xFC01, "inf": 0x7C00, "-inf": 0xFC00, "0": 0, "-0": 1 << 15, "-1": 0xBC00},
+    "U8": {"NaN": 255},
+    "F8_E8M0": {"NaN": 255},
+}
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(dtype, kind) for dtype, kinds in _BAD_SCALES.items() for kind in kinds])
+@pytest.mark.parametrize("grid", ["one", "rows"])
+def test_scales_that_cannot_be_scales(tmp_path: Path, dtype: str, kind: str, grid: str) -> None:
+    """NaN, infinite, zero and negative scales of each dtype are refused by a read, with their place among the others."""
+    numpy_dtype = {1: np.uint8, 2: np.uint16, 4: np.uint32}[DTYPE_BITS[dtype] // 8]
+    one = {"F32": 0x3F800000, "BF16": 0x3F80, "F16": 0x3C00}.get(dtype, 127)
+    shape: tuple[int, ...] = () if grid == "one" else (6, 1)
+    patterns = np.full(shape, one, numpy_dtype)
+    patterns[() if grid == "one" else (4, 0)] = _BAD_SCALES[dtype][kind]
+    write_safetensors(
+        tmp_path / "model.safetensors",
+        {
+            "w.weight": Stored.codes(np.full((6, 8), 0x38, np.uint8)),
+            "w.weight_scale": Stored(dtype, shape, patterns.tobytes()),
+        },
+    )
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(ScaleValueError) as caught:
+        checkpoint.read("w.weight", (0, 0), (1, 1))  # the bad one need not lie in the region
+    assert caught.value.tensor == "w.weight_scale"
+    assert caught.value.file == "model.safetensors"
+    assert caught.value.expected == "finite and positive"
+    assert f"1 of {patterns.size} scales" in caught.value.found
+    if grid == "rows":
+        assert "at (4, 0)" in caught.value.found
+    found = reading.scale_defects(checkpoint.quantized)
+    assert [str(defect) for defect in found] == [str(caught.value)]
+
+
+def test_all_bad_scales_are_found(tmp_path: Path) -> None:
+    """`scale_defects` lists every tensor's, activation scales and scales in other files included, and no sound one."""
+    tensors: dict[str, Stored] = {}
+    bad = set()
+    for i in range(60):
+        tensors[f"l{i}.weight"] = Stored.codes(np.full((4, 4), 0x38, np.uint8))
+        for end, every in (("weight_scale", 7), ("input_scale", 11)):
+            tensors[f"l{i}.{end}"] = Stored.of(
+                np.float32(np.nan if i % every == 3 else 0.5), "F32" if i % 2 else "BF16"
+            )
+            if i % every == 3:
+                bad.add(f"l{i}.{end}")
+    names = sorted(tensors, key=lambda name: (name.split(".")[1], name))  # scales side by side
+    write_safetensors(tmp_path / "a.safetensors", {name: tensors[name] for name in names[::2]})
+    write_safetensors(tmp_path / "b.safetensors", {name: tensors[name] for name in names[1::2]})
+    checkpoint = open_checkpoint(tmp_path)
+    defects = reading.scale_defects(checkpoint.quantized)
+    assert all(isinstance(defect, ScaleValueError) for defect in defects)
+    assert sorted(defect.tensor or "" for defect in defects) == sorted(bad)
+
+
+@pytest.mark.parametrize(
+    "dtype", sorted(dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0 and dtype not in CODE_FORMATS)
+)
+def test_plain_tensors_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    """What is not FP8 keeps its dtype and its bytes: 0-d, empty and three-dimensional."""
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for name, shape in (("scalar", ()), ("empty", (0, 3)), ("cube", (2, 3, 5))):
+        size = tensor_nbytes(dtype, shape)
+        tensors[name] = Stored(dtype, shape, rng.integers(0, 2 if dtype == "BOOL" else 256, size, np.uint8).tobytes())
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    for name, stored in tensors.items():
+        tensor = checkpoint.read(name)
+        assert (tensor.dtype, tuple(tensor.shape), raw_bytes(tensor)) == (
+            reading.torch_dtype(dtype),
+            stored.shape,
+            stored.data,
+        )
+    part = checkpoint.read("cube", (1, 1, 2), (1, 2, 2))
+    itemsize = DTYPE_BITS[dtype] // 8
+    whole = np.frombuffer(tensors["cube"].data, f"V{itemsize}").reshape(2, 3, 5)
+    assert raw_bytes(part) == np.ascontiguousarray(whole[1:2, 1:3, 2:4]).tobytes()
+
+
+def test_fp8_without_elements(tmp_path: Path) -> None:
+    """An FP8 tensor with a dimension of 0 is read as an empty bf16 one."""
+    write_safetensors(
+        tmp_path / "model.safetensors",
+        {"w.weight": Stored.codes(np.zeros((0, 4), np.uint8)), "w.weight_scale": Stored.of(np.float32(1), "F32")},
+    )
+    tensor = open_checkpoint(tmp_path).read("w.weight")
+    assert tuple(tensor.shape) == (0, 4)
+    assert tensor.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["per-tensor 0-d BF16", "block 128 ragged F32"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_other_targets(tmp_path: Path, name: str, dtype: str) -> None:
+    """The reading room dequantizes to each target, through buffers of any size, into any strides."""
+    family = FAMILIES[name]
+    checkpoint = open_checkpoint(family.write(tmp_path / "checkpoint"))
+    (tensor,) = checkpoint.quantized
+    assert isinstance(tensor, QuantizedTensor)
+    expected = family.expected(dtype)[tensor.name]
+    out = np.zeros((*tensor.shape[:-1], 2 * tensor.shape[-1]), np.uint32 if dtype == "F32" else np.uint16)
+    with files.opened(tensor.weight.file) as fd:
+        region = files.checked_region(tensor.weight, None, None)
+        dequantizer = reading.load_dequantizer(tensor, dtype)
+        reading.read_dequantized(fd, tensor, dequantizer, region, out[..., ::2], np.empty(1000, np.uint8))
+    assert np.ascontiguousarray(out[..., ::2]).tobytes() == expected.data
+    assert not out[..., 1::2].any()

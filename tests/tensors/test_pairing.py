@@ -1,0 +1,490 @@
+"""Which scale belongs to which weight; and every way in which that can fail, by name."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8ckpt.errors import (
+    AmbiguousScaleError,
+    Fp8CheckpointError,
+    MissingScaleError,
+    OrphanScaleError,
+    ScaleDtypeError,
+    ScaleShapeError,
+    UnsupportedFormatError,
+)
+from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
+from fp8ckpt.tensors.checkpoint import open_checkpoint
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.pairing import ACTIVATION_SUFFIXES, SCALE_SUFFIXES, Pairing, QuantizedTensor, pair
+from tests.miniatures import families
+
+Spec = tuple[str, tuple[int, ...]]
+FILE = "model-00001-of-00002.safetensors"
+FAMILIES = families()
+
+
+def spans_of(tensors: dict[str, Spec], files: dict[str, str] | None = None) -> dict[str, TensorSpan]:
+    """Spans, all in one file but for those named in ``files``."""
+    return {
+        name: TensorSpan(
+            name, Path("dir") / (files or {}).get(name, FILE), dtype, shape, 0, tensor_nbytes(dtype, shape)
+        )
+        for name, (dtype, shape) in tensors.items()
+    }
+
+
+def paired(tensors: dict[str, Spec], block: tuple[int, ...] | None = None, **options: Any) -> Pairing:
+    return pair(spans_of(tensors), block, **options)
+
+
+def only_defect(
+    tensors: dict[str, Spec], kind: type[Fp8CheckpointError], block: tuple[int, ...] | None = None
+) -> Fp8CheckpointError:
+    """The one defect, of exactly this kind, with all that a message must say."""
+    result = paired(tensors, block)
+    assert [type(defect) for defect in result.defects] == [kind]
+    defect = result.defects[0]
+    assert defect.file == FILE
+    assert defect.tensor in tensors
+    assert defect.found
+    assert defect.expected
+    assert defect.remedy
+    assert str(defect).startswith(f"{defect.tensor} in {FILE}: {defect.found}; expected {defect.expected}")
+    return defect
+
+
+W: Spec = ("F8_E4M3", (256, 256))
+S: Spec = ("BF16", ())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_every_family_pairs(tmp_path: Path, name: str, files: int) -> None:
+    """Each FP8 weight has its family's scale and block size; scales are no tensors; all else is there as stored."""
+    family = FAMILIES[name]
+    checkpoint = open_checkpoint(family.write(tmp_path / "checkpoint", files))
+    assert not checkpoint.defects
+    assert set(checkpoint.tensors) == set(family.expected())
+    assert {tensor.name for tensor in checkpoint.quantized} == set(family.blocks)
+    for weight, (scale, block) in family.blocks.items():
+        tensor = checkpoint[weight]
+        assert isinstance(tensor, QuantizedTensor)
+        assert tensor.scale.name == scale
+        assert tensor.scale.dtype == family.tensors[scale].dtype
+        assert tensor.grid.block_size == block
+        assert tensor.grid.weight_shape == tensor.shape == family.tensors[weight].shape
+        assert tensor.numel == tensor.weight.numel
+    activations = {span.name for tensor in checkpoint.quantized for span in tensor.activation_scales}
+    assert activations | {span.name for span in checkpoint.cache_scales} == set(family.dropped)
+    for other, tensor in checkpoint.tensors.items():
+        if other not in family.blocks:
+            assert isinstance(tensor, TensorSpan)
+            assert (tensor.dtype, tensor.shape) == family.tensors[other][:2]
+
+
+@pytest.mark.parametrize("code_dtype", CODE_FORMATS)
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize(("end", "scale_end"), SCALE_SUFFIXES)
+def test_every_suffix_with_every_dtype(end: str, scale_end: str, scale_dtype: str, code_dtype: str) -> None:
+    """The table of suffixes, with all code and scale dtypes."""
+    stem = "m.q" if end else "m.experts.up_proj"
+    result = paired({stem + end: (code_dtype, (4, 4)), stem + scale_end: (scale_dtype, ())})
+    assert not result.defects
+    assert list(result.tensors) == [stem + end]
+    tensor = result.tensors[stem + end]
+    assert isinstance(tensor, QuantizedTensor)
+    assert tensor.scale.name == stem + scale_end
+
+
+@pytest.mark.parametrize(("end", "scale_end"), ACTIVATION_SUFFIXES)
+@pytest.mark.parametrize("shape", [(), (1,), (4,)])
+def test_every_activation_suffix(end: str, scale_end: str, shape: tuple[int, ...]) -> None:
+    """Activation scales go with their weight, and are no tensors of their own."""
+    stem = "m.q" if end else "m.experts.up_proj"
+    weight = stem + (end or "")
+    result = paired({weight: W, weight + "_scale_inv": S, stem + scale_end: ("BF16", shape)})
+    assert not result.defects
+    assert list(result.tensors) == [weight]
+    tensor = result.tensors[weight]
+    assert isinstance(tensor, QuantizedTensor)
+    assert [span.name for span in tensor.activation_scales] == [stem + scale_end]
+
+
+def test_a_scale_in_another_file() -> None:
+    """Weight and scale need not share a file."""
+    result = pair(spans_of({"a.weight": W, "a.weight_scale_inv": S}, {"a.weight_scale_inv": "other.safetensors"}), None)
+    assert not result.defects
+    tensor = result.tensors["a.weight"]
+    assert isinstance(tensor, QuantizedTensor)
+    assert tensor.scale.file.name == "other.safetensors"
+
+
+def test_the_order_given_is_kept() -> None:
+    """Logical tensors come in the order of the stored ones."""
+    names = [f"{c}.weight" for c in "zaybx"]
+    tensors = {name + end: spec for name in names for end, spec in (("_scale_inv", S), ("", W))}
+    assert list(paired(tensors).tensors) == names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "m.hc_attn_scale",
+        "m.hc_ffn_scale",
+        "m.norm.scale",
+        "logit_scale",
+        "m.logit_scale",
+        "m.layer_scale",
+        "m.scale",
+        "scale",
+        "m.rotary.inv_scale",
+    ],
+)
+@pytest.mark.parametrize(
+    "beside", [{}, {"m.q.weight": W, "m.q.scale": ("F8_E8M0", (2, 2))}], ids=["alone", "beside FP8"]
+)
+def test_names_that_only_look_like_scales(name: str, beside: dict[str, Spec]) -> None:
+    """``hc_attn_scale``, ``norm.scale``, ``logit_scale``: parameters of the model, kept as they are."""
+    result = paired({name: ("BF16", (3,)), "m.norm.weight": ("BF16", (3,)), **beside}, (128, 128))
+    assert not result.defects
+    assert isinstance(result.tensors[name], TensorSpan)
+
+
+def test_scales_of_the_cache() -> None:
+    """Scales of keys and values belong to no weight, and are listed apart; in a checkpoint without FP8 they are
+    tensors.
+    """
+    cache: dict[str, Spec] = {
+        "l.k_proj.k_scale": ("F32", ()),
+        "l.v_proj.v_scale": ("F32", (1,)),
+        "l.attention.kv_fake_quantizer.qscale_act": ("F32", ()),
+    }
+    result = paired({"l.k_proj.weight": W, "l.k_proj.weight_scale": S, **cache})
+    assert not result.defects
+    assert [span.name for span in result.cache_scales] == list(cache)
+    assert list(result.tensors) == ["l.k_proj.weight"]
+    assert list(paired(cache).tensors) == list(cache)
+
+
+# Defects of one scale.
+
+
+@pytest.mark.parametrize("code_dtype", CODE_FORMATS)
+def test_a_missing_scale(code_dtype: str) -> None:
+    """An FP8 weight without a scale never becomes a tensor."""
+    tensors: dict[str, Spec] = {"a.weight": (code_dtype, (4, 4)), "b.weight": W, "b.weight_scale_inv": S}
+    defect = only_defect(tensors, MissingScaleError)
+    assert defect.tensor == "a.weight"
+    assert code_dtype in defect.found
+    assert defect.expected == "a.weight_scale_inv"
+    assert "a.weight" not in paired(tensors).tensors
+
+
+@pytest.mark.parametrize("dtype", CODE_FORMATS)
+def test_a_scale_of_fp8_is_no_scale(dtype: str) -> None:
+    """An FP8 tensor named as a scale is a weight without a scale, as is the weight that it stands beside."""
+    result = paired({"a.weight": W, "a.weight_scale_inv": (dtype, (1,))})
+    assert [type(defect) for defect in result.defects] == [MissingScaleError, MissingScaleError]
+    assert not result.tensors
+
+
+@pytest.mark.parametrize(
+    "wrong", ["m.q.weight_scales_inv", "m.q.scale_inv", "m.q.scale_weight", "m.q.weightscale", "m.q.wscale"]
+)
+def test_a_misnamed_scale_is_pointed_at(wrong: str) -> None:
+    """The message of a missing scale names what its misnamed scale may be."""
+    result = paired({"m.q.weight": W, wrong: S, "m.k.weight": W, "m.k.weight_scale_inv": S})
+    missing = [defect for defect in result.defects if isinstance(defect, MissingScaleError)]
+    assert [defect.tensor for defect in missing] == ["m.q.weight"]
+    assert f"is {wrong} its scale, misnamed?" in missing[0].found
+    assert "m.q.weight" not in result.tensors
+
+
+def test_a_scale_misnamed_by_case_or_module() -> None:
+    """Another case or another module is another name: missing, and orphan where it can be nothing but a scale."""
+    result = paired({"m.q.weight": W, "m.Q.weight_scale_inv": S})
+    assert {type(defect) for defect in result.defects} == {MissingScaleError, OrphanScaleError}
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "qscale_weight"])
+def test_an_orphan_scale(end: str) -> None:
+    """A scale whose weight is not there."""
+    defect = only_defect({f"a.{end}": S, "b.weight": ("BF16", (4, 4))}, OrphanScaleError)
+    assert defect.tensor == f"a.{end}"
+    assert defect.expected == "an FP8 tensor a.weight"
+    assert "without a weight" in defect.found
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "qscale_weight"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
+def test_the_scale_of_a_weight_that_is_not_fp8(end: str, dtype: str) -> None:
+    """A scale beside a BF16 weight belongs to nothing, and the message says what the weight is."""
+    defect = only_defect({"a.weight": (dtype, (4, 4)), f"a.{end}": S}, OrphanScaleError)
+    assert defect.tensor == f"a.{end}"
+    assert dtype in defect.found
+
+
+def test_an_orphan_of_fused_experts() -> None:
+    """``gate_up_proj_scale_inv`` without its ``gate_up_proj``."""
+    defect = only_defect({"m.experts.gate_up_proj_scale_inv": ("BF16", (4, 1, 1))}, OrphanScaleError)
+    assert defect.expected == "an FP8 tensor m.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("end", ["activation_scale", "input_scale", "qscale_act"])
+def test_an_orphan_activation_scale(end: str) -> None:
+    """An activation scale whose weight is not FP8, in a checkpoint that has FP8."""
+    defect = only_defect(
+        {"a.weight": ("BF16", (4, 4)), f"a.{end}": S, "b.weight": W, "b.weight_scale": S}, OrphanScaleError
+    )
+    assert defect.tensor == f"a.{end}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("weight_scale_inv", "weight_scale"),
+        ("weight_scale", "scale"),
+        ("weight_scale_inv", "qscale_weight"),
+        ("qscale_weight", "scale"),
+    ],
+)
+def test_an_ambiguous_scale(first: str, second: str) -> None:
+    """Two scales for one weight: both are named, none is chosen."""
+    defect = only_defect({"a.weight": W, f"a.{first}": S, f"a.{second}": S}, AmbiguousScaleError)
+    assert defect.tensor == "a.weight"
+    assert f"a.{first}" in defect.found
+    assert f"a.{second}" in defect.found
+
+
+@pytest.mark.parametrize(
+    "dtype", sorted(set(DTYPE_BITS) - set(SCALE_DTYPES) - set(CODE_FORMATS) - {"F4", "F6_E2M3", "F6_E3M2"})
+)
+def test_a_scale_of_a_foreign_dtype(dtype: str) -> None:
+    """No family keeps scales in integers, booleans, doubles or complex numbers."""
+    defect = only_defect({"a.weight": W, "a.weight_scale_inv": (dtype, ())}, ScaleDtypeError)
+    assert defect.tensor == "a.weight"
+    assert f"a.weight_scale_inv in {FILE} has dtype {dtype}" in defect.found
+    assert defect.expected == "one of F32, BF16, F16, U8, F8_E8M0"
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "block", "expected"),
+    [
+        ((256, 256), (2, 1), (128, 128), "(2, 2)"),
+        ((256, 256), (3, 2), (128, 128), "(2, 2)"),
+        ((300, 200), (2, 1), (128, 128), "(3, 2)"),
+        ((24, 100), (24, 3), (1, 32), "(24, 4)"),
+        ((3, 130, 200), (3, 2, 1), (128, 128), "(3, 2, 2)"),
+        ((256, 256), (2, 2), None, "one element, or one a row"),
+        ((256, 256), (255,), None, "one element, or one a row"),
+        ((256,), (2,), (128, 128), "one element, or one a row"),
+    ],
+)
+def test_a_scale_of_a_wrong_shape(
+    weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, ...] | None, expected: str
+) -> None:
+    """The message has the scale's shape and file, the weight's, the block size, and the shape that would fit."""
+    defect = only_defect(
+        {"a.weight": ("F8_E4M3", weight), "a.weight_scale_inv": ("F32", scale)}, ScaleShapeError, block
+    )
+    assert defect.tensor == "a.weight"
+    assert defect.found.startswith(f"scale shape {scale} in {FILE} does not fit weight {weight}")
+    assert defect.expected == expected
+    if block is not None and len(block) <= len(weight):
+        assert f"with block size {block}" in defect.found
+
+
+def test_the_message_of_the_design() -> None:
+    """The example that DESIGN section 7 gives, with its facts in its order."""
+    result = pair(
+        spans_of(
+            {"model.layers.3.mlp.up_proj.weight": W, "model.layers.3.mlp.up_proj.weight_scale_inv": ("F32", (3, 2))},
+            {"model.layers.3.mlp.up_proj.weight_scale_inv": "model-00002.safetensors"},
+        ),
+        (128, 128),
+    )
+    assert (
+        "scale shape (3, 2) in model-00002.safetensors does not fit weight (256, 256) with block size (128, 128); expected (2, 2)"
+        in str(result.defects[0])
+    )
+
+
+def test_mimo_padded_rows_are_refused() -> None:
+    """MiMo V2's ``k_proj`` has more block rows than its weight."""
+    defect = only_defect(
+        {"m.k_proj.weight": ("F8_E4M3", (192, 256)), "m.k_proj.weight_scale_inv": ("F32", (4, 2))},
+        ScaleShapeError,
+        (128, 128),
+    )
+    assert defect.expected == "(2, 2)"
+
+
+def test_all_defects_are_listed() -> None:
+    """One of each kind in one checkpoint, and the sound tensors beside them."""
+    tensors: dict[str, Spec] = {
+        "good.weight": W, "good.weight_scale_inv": S, "missing.weight": W, "orphan.weight_scale_inv": S, "two.weight": W,
+        "two.weight_scale_inv": S, "two.weight_scale": S, "shape.weight": W, "shape.weight_scale_inv": ("F32", (7, 7)), "dtype.weight": W,
+        "dtype.weight_scale_inv": ("I64", ()), "packed.weight": ("F4", (4, 4)), "packed.weight_scale": ("F8_E4M3", (4, 1)),
+        "norm.weight": ("BF16", (8,)),
+    }  # fmt: skip
+    result = paired(tensors)
+    assert sorted(type(defect).__name__ for defect in result.defects) == [
+        "AmbiguousScaleError",
+        "MissingScaleError",
+        "OrphanScaleError",
+        "ScaleDtypeError",
+        "ScaleShapeError",
+        "UnsupportedFormatError",
+    ]
+    assert set(result.tensors) == {"good.weight", "norm.weight"}
+
+
+def test_an_incomplete_checkpoint_is_not_blamed_for_what_was_not_read() -> None:
+    """Where a file could not be read, missing and orphan scales are no defects; wrong shapes still are."""
+    tensors: dict[str, Spec] = {
+        "a.weight": W,
+        "b.weight_scale_inv": S,
+        "c.weight": W,
+        "c.weight_scale_inv": ("F32", (9, 9)),
+    }
+    assert [type(defect) for defect in paired(tensors, complete=False).defects] == [ScaleShapeError]
+    assert not paired(tensors, complete=False).tensors
+
+
+# Packed formats.
+
+PACKED: dict[str, tuple[str, dict[str, Spec]]] = {
+    "F4 in the header": ("m.q.weight", {"m.q.weight": ("F4", (64, 64)), "m.q.weight_scale": ("F8_E4M3", (64, 4))}),
+    "F6 in the header": ("m.q.weight", {"m.q.weight": ("F6_E2M3", (64, 64)), "m.q.weight_scale": ("F8_E8M0", (64, 2))}),
+    "gpt-oss": (
+        "m.experts.gate_up_proj_blocks",
+        {"m.experts.gate_up_proj_blocks": ("U8", (2, 64, 2, 16)), "m.experts.gate_up_proj_scales": ("U8", (2, 64, 2))},
+    ),
+    "compressed-tensors NVFP4": (
+        "m.q.weight_packed",
+        {
+            "m.q.weight_packed": ("U8", (64, 32)),
+            "m.q.weight_scale": ("F8_E4M3", (64, 4)),
+            "m.q.weight_global_scale": ("F32", (1,)),
+            "m.q.input_global_scale": ("F32", (1,)),
+        },
+    ),
+    "compressed-tensors MXFP4": (
+        "m.q.weight_packed",
+        {"m.q.weight_packed": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 2))},
+    ),
+    "compressed-tensors INT4": (
+        "m.q.weight_packed",
+        {
+            "m.q.weight_packed": ("I32", (64, 8)),
+            "m.q.weight_scale": ("BF16", (64, 1)),
+            "m.q.weight_shape": ("I64", (2,)),
+        },
+    ),
+    "ModelOpt NVFP4": (
+        "m.q.weight",
+        {
+            "m.q.weight": ("U8", (64, 32)),
+            "m.q.weight_scale": ("F8_E4M3", (64, 4)),
+            "m.q.weight_scale_2": ("F32", ()),
+            "m.q.input_scale": ("F32", ()),
+        },
+    ),
+    "DeepSeek V4 experts": (
+        "m.experts.0.w1.weight",
+        {"m.experts.0.w1.weight": ("I8", (64, 32)), "m.experts.0.w1.scale": ("F8_E8M0", (64, 2))},
+    ),
+    "INT8": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.weight_scale": ("F32", (64, 1))}),
+    "bitsandbytes": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.SCB": ("F32", (64,))}),
+    "GPTQ": (
+        "m.q.qweight",
+        {
+            "m.q.qweight": ("I32", (8, 64)),
+            "m.q.qzeros": ("I32", (1, 8)),
+            "m.q.scales": ("F16", (1, 64)),
+            "m.q.g_idx": ("I32", (64,)),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("beside", [{}, {"good.weight": W, "good.weight_scale_inv": S}], ids=["alone", "beside FP8"])
+def test_packed_families_are_refused_by_name(name: str, beside: dict[str, Spec]) -> None:
+    """One defect a weight, on the weight, and none on what stands beside it; the codes never become a tensor."""
+    weight, tensors = PACKED[name]
+    defect = only_defect({**tensors, **beside}, UnsupportedFormatError)
+    assert defect.tensor == weight
+    assert tensors[weight][0] in defect.found
+    assert set(paired({**tensors, **beside}).tensors) == ({"good.weight"} if beside else set())
+
+
+@pytest.mark.parametrize("end", ["weight_scale_2", "weight_global_scale", "weight_zero_point"])
+def test_a_second_factor_is_refused(end: str) -> None:
+    """An FP8 weight with a second scale or a zero point beside its scale is another format."""
+    defect = only_defect({"a.weight": W, "a.weight_scale": S, f"a.{end}": S}, UnsupportedFormatError)
+    assert defect.tensor == "a.weight"
+    assert f"a.{end}" in defect.found
+
+
+def test_integers_that_are_no_weights() -> None:
+    """Buffers of integers, and e8m0 scales in bytes, are not taken for packed weights."""
+    result = paired(
+        {
+            "position_ids": ("I64", (1, 8)),
+            "m.gate.tid2eid": ("I32", (16, 4)),
+            "m.q.weight": ("F8_E4M3", (24, 64)),
+            "m.q.weight_scale": ("U8", (24, 2)),
+            "m.experts.up_proj": ("F8_E4M3", (2, 24, 64)),
+            "m.experts.up_proj_scale": ("U8", (2, 24, 2)),
+        },
+        (1, 32),
+    )
+    assert not result.defects
+    assert set(result.tensors) == {"position_ids", "m.gate.tid2eid", "m.q.weight", "m.experts.up_proj"}
+
+
+# Bounded work.
+
+
+def test_many_weights_without_scales() -> None:
+    """50,000 defects take a moment, not a quadratic time."""
+    tensors = spans_of({f"model.layers.{i}.q.weight": W for i in range(50_000)})
+    start = time.monotonic()
+    result = pair(tensors, (128, 128))
+    assert time.monotonic() - start < 10
+    assert len(result.defects) == 50_000
+    assert not result.tensors
+
+
+@pytest.mark.parametrize("module", ["m", "m.{i}"])
+def test_many_misnamed_scales(module: str) -> None:
+    """25,000 weights and as many misnamed scales, in one module or in many."""
+    tensors: dict[str, Spec] = {}
+    for i in range(25_000):
+        tensors[module.format(i=i) + f".w{i}"] = W
+        tensors[module.format(i=i) + f".scale_of_w{i}"] = S
+    spans = spans_of(tensors)
+    start = time.monotonic()
+    result = pair(spans, None)
+    assert time.monotonic() - start < 20
+    assert len(result.defects) == 25_000
+
+
+def test_many_sound_weights() -> None:
+    """50,000 pairs of many shapes."""
+    tensors: dict[str, Spec] = {}
+    for i in range(50_000):
+        tensors[f"m.{i}.weight"] = ("F8_E4M3", (i + 1, 256))
+        tensors[f"m.{i}.weight_scale_inv"] = ("F32", (-(-(i + 1) // 128), 2))
+    spans = spans_of(tensors)
+    start = time.monotonic()
+    result = pair(spans, (128, 128))
+    assert time.monotonic() - start < 20
+    assert not result.defects
+    assert len(result.tensors) == 50_000
