@@ -91,7 +91,8 @@ def against_cp(work: Path) -> None:
         }
     )
     show(
-        f"convert of {tree_bytes(source) / 1e9:.2f} GB to {written / 1e9:.2f} GB; removing the last output included in each",
+        f"convert of {tree_bytes(source) / 1e9:.2f} GB to {written / 1e9:.2f} GB; "
+        "removing the last output included in each",
         rows,
         next(iter(rows)),
     )
@@ -140,7 +141,8 @@ def memory(work: Path) -> None:
     print(f"  torch alone {base / 2**20:.0f} MiB")
     for row in peaks.values():
         print(
-            f"  {row['source_bytes'] / 1e9:5.2f} GB source: {row['peak'] / 2**20:.0f} MiB, {(row['peak'] - base) / 2**20:.0f} MiB above"
+            f"  {row['source_bytes'] / 1e9:5.2f} GB source: {row['peak'] / 2**20:.0f} MiB, "
+            f"{(row['peak'] - base) / 2**20:.0f} MiB above"
         )
     keep("convert-memory", {"torch_alone": base, "runs": peaks})
 

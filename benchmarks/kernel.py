@@ -116,12 +116,14 @@ def main() -> None:
     for name, row in result.items():
         ours_rate, torch_rate, copy_rate = (row[peer] / 1e9 for peer in ("ours", "torch", "copy"))
         print(
-            f"  {name:<16} ours {ours_rate:5.2f}   (w.float() * s).to(bf16) {torch_rate:5.2f} ({ours_rate / torch_rate:4.1f} x)"
+            f"  {name:<16} ours {ours_rate:5.2f}   (w.float() * s).to(bf16) "
+            f"{torch_rate:5.2f} ({ours_rate / torch_rate:4.1f} x)"
             f"   bf16 copy_ {copy_rate:5.2f} ({ours_rate / copy_rate:4.2f} x)"
         )
     in_cache = _kernels_in_cache()
     print(
-        f"  in cache, one thread: arithmetic {in_cache['arithmetic'] / 1e9:.2f}, look-up {in_cache['look-up'] / 1e9:.2f}"
+        f"  in cache, one thread: arithmetic {in_cache['arithmetic'] / 1e9:.2f}, "
+        f"look-up {in_cache['look-up'] / 1e9:.2f}"
     )
     keep(
         "kernel",

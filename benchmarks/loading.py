@@ -1,4 +1,4 @@
-"""`load_model` against the adapter with torch's own reader, transformers, and (where it is installed) NeMo AutoModel."""
+"""`load_model` against the adapter with torch's own reader, transformers, and NeMo AutoModel where it is installed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def main() -> None:
             )  # the same bits in every parameter, or the figures mean nothing
     print(f"\nloading {size / 1e9:.2f} GB, source in the page cache (best of {ROUNDS}, each in processes of its own)")
     print(
-        "  into fresh memory, and again into the same memory; the times of fresh memory are mostly the machine's own page faults"
+        "  into fresh memory, and again into the same memory; "
+        "the times of fresh memory are mostly the machine's own page faults"
     )
     for name, runs in figures.items():
         ours = figures["ours" + name[name.index(",") :]]

@@ -75,7 +75,8 @@ def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:
     for name, row in rows.items():
         ratio = row["median"] / rows[ours]["median"]
         print(
-            f"  {name:<44} {row['median']:8.3f} s  (least {row['least']:.3f}, most {row['most']:.3f})  {ratio:6.2f} x ours"
+            f"  {name:<44} {row['median']:8.3f} s  (least {row['least']:.3f}, most {row['most']:.3f})  "
+            f"{ratio:6.2f} x ours"
         )
 
 

@@ -50,10 +50,9 @@ def main() -> None:
                 "open_checkpoint": median(lambda source=source: open_checkpoint(source)),  # type: ignore[misc]
                 "inspect, scales read": median(lambda source=source: inspect(source)),  # type: ignore[misc]
                 "torch HuggingFaceStorageReader": median(
-                    lambda source=source: HuggingFaceStorageReader(str(source)).read_metadata()
-                ),  # type: ignore[misc]
-                # type: ignore[misc]
-                "json.loads of the headers alone": median(lambda source=source: parse_json(source)),
+                    lambda source=source: HuggingFaceStorageReader(str(source)).read_metadata()  # type: ignore[misc]
+                ),
+                "json.loads of the headers alone": median(lambda source=source: parse_json(source)),  # type: ignore[misc]
             }
             result[name] = {"stored_tensors": stored, "files": files, "seconds": row}
             print(f"  {name}: {stored:,} stored tensors in {files} files")

@@ -76,7 +76,10 @@ def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) 
             "cat SRC, cp DST, sync": lambda: copies(sync=True),
         }
     )
-    title = f"{name}: {sizes_of['source'] / 1e9:.2f} GB of bf16 to {sizes_of['output'] / 1e9:.2f} GB of FP8; ours is on disk when it returns"
+    title = (
+        f"{name}: {sizes_of['source'] / 1e9:.2f} GB of bf16 to {sizes_of['output'] / 1e9:.2f} GB of FP8; "
+        "ours is on disk when it returns"
+    )
     show(title, rows, next(iter(rows)))
     counts = {
         "kept": {

@@ -60,7 +60,8 @@ def main() -> None:
         best = min(runs, key=lambda run: float(run["seconds"]))
         ratio, written = best["seconds"] / ours, best["written"] / (fp8_size if "FP8" in kind else size)
         print(
-            f"  {kind:<10} {best['seconds']:6.2f} s  {ratio:5.2f} x ours   {written:5.3f} bytes written for each of the output"
+            f"  {kind:<10} {best['seconds']:6.2f} s  {ratio:5.2f} x ours   "
+            f"{written:5.3f} bytes written for each of the output"
         )
     keep("saving", {"bytes": size, "fp8_bytes": fp8_size, "runs": figures})
 

@@ -1,6 +1,4 @@
-"""Every family of the catalogue that is a suffix and a block grid, as a small directory with what it must dequantize
-to.
-"""
+"""Every family of the catalogue that is a suffix and a block grid, as a small directory with what it dequantizes to."""
 
 from __future__ import annotations
 
@@ -130,21 +128,9 @@ def families() -> dict[str, Family]:
     for dtype in ("F32", "BF16", "F16", "F8_E8M0"):
         add(f"block 128 ragged {dtype}", w, _codes(rng, 300, 200), s, _scales(rng, dtype, 3, 2), (128, 128), block)
     add("block 128 e5m2", w, _codes(rng, 130, 260, dtype="F8_E5M2"), s, _scales(rng, "F32", 2, 3), (128, 128), block)
-    add(
-        "DeepSeek V4",
-        w,
-        _codes(rng, 130, 260),
-        "m.q.scale",
-        _scales(rng, "F8_E8M0", 2, 3),
-        (128, 128),
-        block,
-        tensors={
-            # fmt: skip
-            "m.hc_attn_scale": _plain(rng, 3),
-            "m.norm.scale": _plain(rng, 4),
-            "m.norm.weight": _plain(rng, 4),
-        },
-    )
+    add("DeepSeek V4", w, _codes(rng, 130, 260), "m.q.scale", _scales(rng, "F8_E8M0", 2, 3), (128, 128), block,
+        tensors={"m.hc_attn_scale": _plain(rng, 3), "m.norm.scale": _plain(rng, 4),
+                 "m.norm.weight": _plain(rng, 4)})  # fmt: skip
     e = "m.experts.gate_up_proj"
     add(
         "experts [E,1,1]",
@@ -156,63 +142,32 @@ def families() -> dict[str, Family]:
         fp8,
         f"{e}_activation_scale",
     )
-    add("experts in blocks", "m.experts.down_proj", _codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv", _scales(rng, "F32", 3, 2, 2),
-        (1, 128, 128), block)  # fmt: skip
-    add("experts fbgemm", "m.experts.gate_up_proj", _codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale", _scales(rng, "F32", 3, 1, 16),
-        (1, 20, 1), {"quantization_config": {"quant_method": "fbgemm_fp8"}})  # fmt: skip
+    add("experts in blocks", "m.experts.down_proj", _codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv",
+        _scales(rng, "F32", 3, 2, 2), (1, 128, 128), block)  # fmt: skip
+    add("experts fbgemm", "m.experts.gate_up_proj", _codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale",
+        _scales(rng, "F32", 3, 1, 16), (1, 20, 1),
+        {"quantization_config": {"quant_method": "fbgemm_fp8"}})  # fmt: skip
     modelopt = {"quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}}
     add("ModelOpt 4-D", w, _codes(rng, 256, 384), "m.q.weight_scale", _scales(rng, "F32", 2, 1, 3, 1), (128, 128), {},
         more_files={"hf_quant_config.json": modelopt})  # fmt: skip
     cache = {"m.k_proj.k_scale": _scales(rng, "F32"), "m.v_proj.v_scale": _scales(rng, "F32")}
-    add(
-        "ModelOpt FP8",
-        "m.k_proj.weight",
-        _codes(rng, 32, 16),
-        "m.k_proj.weight_scale",
-        _scales(rng, "F32"),
-        (32, 16),
-        {},
-        "m.k_proj.input_scale",
-        tensors=cache,
-        dropped=tuple(cache),
-        # fmt: skip
-        more_files={"hf_quant_config.json": {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}},
-    )
+    add("ModelOpt FP8", "m.k_proj.weight", _codes(rng, 32, 16), "m.k_proj.weight_scale", _scales(rng, "F32"), (32, 16),
+        {}, "m.k_proj.input_scale", tensors=cache, dropped=tuple(cache),
+        more_files={"hf_quant_config.json": {"quantization": {
+            "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}})  # fmt: skip
     mx = {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}}
     for dtype in ("U8", "F8_E8M0"):
         add(f"MXFP8 {dtype}", w, _codes(rng, 24, 100), s, _scales(rng, dtype, 24, 4), (1, 32), mx)
     add("small blocks F32", w, _codes(rng, 24, 100), s, _scales(rng, "F32", 24, 4), (1, 32), mx)
-    add(
-        "Mistral native",
-        "layers.0.wq.weight",
-        _codes(rng, 32, 16),
-        "layers.0.wq.qscale_weight",
-        _scales(rng, "BF16"),
-        (32, 16),
-        {},
-        # fmt: skip
-        "layers.0.wq.qscale_act",
-        more_files={"params.json": {"dim": 16, "quantization": {"qformat_weight": "fp8_e4m3"}}},
-    )
+    add("Mistral native", "layers.0.wq.weight", _codes(rng, 32, 16), "layers.0.wq.qscale_weight", _scales(rng, "BF16"),
+        (32, 16), {}, "layers.0.wq.qscale_act",
+        more_files={"params.json": {"dim": 16, "quantization": {"qformat_weight": "fp8_e4m3"}}})  # fmt: skip
     groups = {
         "group_0": {"weights": {"num_bits": 8, "strategy": "block", "block_structure": [128, 128], "type": "float"}}
     }
-    add(
-        "compressed-tensors block",
-        w,
-        _codes(rng, 200, 130),
-        "m.q.weight_scale",
-        _scales(rng, "BF16", 2, 2),
-        (128, 128),
-        # fmt: skip
-        {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "format": "float-quantized",
-                "config_groups": groups,
-            }
-        },
-    )
+    add("compressed-tensors block", w, _codes(rng, 200, 130), "m.q.weight_scale", _scales(rng, "BF16", 2, 2),
+        (128, 128), {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized",
+                                             "config_groups": groups}})  # fmt: skip
     for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
         add(f"per-tensor {dtype}", w, _codes(rng, 40, 24, dtype=dtype), s, _scales(rng, "F32"), (40, 24), fp8)
     return found

@@ -1,4 +1,4 @@
-"""The house as DESIGN draws it: which room may import which, what the public names are, and what importing them costs."""
+"""The house as DESIGN draws it: which room may import which, what the public names are, what importing them costs."""
 
 from __future__ import annotations
 
@@ -172,7 +172,10 @@ def importers_of(package: str, typing_too: bool) -> set[str]:
 
 def test_only_checkpoint_and_ranks_import_torch_distributed() -> None:
     """At run time; a signature elsewhere may name its types for a type checker."""
-    assert {room_of(module) for module in importers_of("torch.distributed", typing_too=False)} == {"checkpoint", "ranks"}
+    assert {room_of(module) for module in importers_of("torch.distributed", typing_too=False)} == {
+        "checkpoint",
+        "ranks",
+    }
 
 
 def test_only_kernels_imports_numba() -> None:
@@ -223,7 +226,8 @@ def test_functions_are_not_hidden_by_their_modules() -> None:
 def test_the_order_of_imports_does_not_matter(first: str, name: str) -> None:
     """In a fresh process, a submodule imported first leaves the public function where it is."""
     run_python(
-        f"{first.format(name)}; import fp8ckpt; assert callable(fp8ckpt.{name}); assert fp8ckpt.{name}.__name__ == '{name}'"
+        f"{first.format(name)}; import fp8ckpt; assert callable(fp8ckpt.{name}); "
+        f"assert fp8ckpt.{name}.__name__ == '{name}'"
     )
 
 
@@ -252,7 +256,10 @@ def test_importing_the_package_is_cheap() -> None:
 )
 def test_help_is_cheap(arguments: list[str]) -> None:
     """Help texts, and the usage that no argument gives, import neither torch nor numba."""
-    code = f"import sys\nfrom fp8ckpt.cli import main\nsys.argv = {['fp8ckpt', *arguments]!r}\ntry:\n    main()\nexcept SystemExit:\n    pass"
+    code = (
+        f"import sys\nfrom fp8ckpt.cli import main\nsys.argv = {['fp8ckpt', *arguments]!r}\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass"
+    )
     assert heavy_modules(code) == set()
 
 

@@ -159,9 +159,7 @@ def test_configuration_loses_quantization_and_names_the_target(to: str, tmp_path
 
 
 def test_other_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    """Side files, sub-folders and hidden files are copied; the native copy of the weights and ModelOpt's config are
-    not.
-    """
+    """Side files, folders and hidden files are copied; the native copy of the weights and ModelOpt's config are not."""
     source = one_weight(all_codes(8, 4), scalar(0.5), (8, 4)).write(tmp_path / "fp8")
     native = {"layers.0.wq.weight": all_codes(8, 4), "layers.0.wq.qscale_weight": scalar(0.5)}
     write_safetensors(source / "consolidated.safetensors", native)
@@ -598,7 +596,7 @@ def test_hub_snapshot_of_links(sample_fp8: Path, tmp_path: Path, cli: Run) -> No
 def test_destination_in_folders_that_do_not_exist(
     sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Missing parents are made; a relative path is taken from the working directory; the source is found relative too."""
+    """Missing parents are made; a relative path is taken from the working directory; and so is the source."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fp8").symlink_to(sample_fp8)
     result = convert("fp8", "a/b/out")

@@ -828,15 +828,13 @@ def test_message_has_the_form_of_the_design(tmp_path: Path, cli: Run) -> None:
     change(TWO, m__k__weight_scale_inv=floats(1, 3, 2))(source)
     done = cli("convert", source, tmp_path / "out")
     assert done.stderr == (
-        f"fp8ckpt: {K} in {ONE}: scale shape (3, 2) in {TWO} does not fit weight (256, 256) with block size (128, 128); "
-        "expected (2, 2); fetch the file again, or export the checkpoint again\n"
+        f"fp8ckpt: {K} in {ONE}: scale shape (3, 2) in {TWO} does not fit weight (256, 256) "
+        "with block size (128, 128); expected (2, 2); fetch the file again, or export the checkpoint again\n"
     )
 
 
 def test_inspect_lists_every_defect_and_convert_counts_them(tmp_path: Path, cli: Run) -> None:
-    """Defects of five kinds at once: inspect lists all of them, convert names the first and says how many more there
-    are.
-    """
+    """Defects of five kinds at once: inspect lists all, convert names the first and says how many more there are."""
     source = base(tmp_path / "fp8")
     change(TWO, m__q__weight_scale_inv=None, m__z__weight_scale_inv=floats(1), m__k__weight_scale_inv=floats(1, 3, 2))(
         source
@@ -905,7 +903,7 @@ def test_nothing_to_look_at(kind: str, tmp_path: Path, cli: Run) -> None:
 
 @pytest.mark.parametrize("kind", ["broken link", "link to a folder", "pipe"])
 def test_side_file_that_cannot_be_copied(kind: str, tmp_path: Path, cli: Run) -> None:
-    """A broken link, a linked folder or a pipe beside the weights is refused before anything is written, not skipped."""
+    """A broken link, a linked folder or a pipe beside the weights is refused before anything is written."""
     source = base(tmp_path / "fp8")
     if kind == "broken link":
         (source / "strange").symlink_to("nowhere")

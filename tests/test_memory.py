@@ -21,7 +21,10 @@ BUDGET = 256 << 20
 def peak(code: str) -> int:
     """Peak resident bytes of a child process that imports torch, then runs ``code``."""
     # VmHWM, not ru_maxrss: the latter starts at the size of the process that forked the child, which is this one.
-    script = f"import torch\n{code}\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    script = (
+        f"import torch\n{code}\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1]) << 10
@@ -113,7 +116,7 @@ def test_peak_memory_is_bounded_and_does_not_grow(
 def test_peak_memory_to_fp8(
     how: str, checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
-    """The same on the way back, whether scales are kept or made, weights written once or twice, with a report of each."""
+    """The same on the way back, whether scales are kept or made, weights written once or twice, a report of each."""
     block = (
         json.loads((checkpoints[0] / "config.json").read_text())["quantization_config"]["weight_block_size"] is not None
     )

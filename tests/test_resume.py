@@ -1,4 +1,4 @@
-"""A conversion that is cut off, at any moment and for any reason, is finished by the same command with the same bytes."""
+"""A conversion that is cut off, at any moment, for any reason, is finished by the same command with the same bytes."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ STEPS = ("mkdir", "unlink", "rmdir", "rename", "ftruncate", "pwrite", "fdatasync
 def test_death_at_every_step(
     sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dying before any one change to the disk, or halfway through a write, then running again gives the same directory."""
+    """Dying before any one change to the disk, or halfway through a write, then running again: the same directory."""
     cut(monkeypatch, 64 << 10, 2)
     step, ended = 0, False
     left = 0
@@ -390,7 +390,7 @@ def test_partial_output_that_is_a_file(sample_fp8: Path, tmp_path: Path, cli: Ru
 
 
 def test_destination_that_appears_meanwhile_is_left(sample_fp8: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    """A DST that someone else makes during the run is not replaced, even if empty; once it is gone, a rerun ends well."""
+    """A DST that someone else makes during the run is not replaced, even if empty; once gone, a rerun ends well."""
     out = tmp_path / "out"
     with pytest.raises(OutputExistsError):
         convert(sample_fp8, out, progress=lambda done, total: out.mkdir(exist_ok=True))
@@ -404,7 +404,7 @@ def test_destination_that_appears_meanwhile_is_left(sample_fp8: Path, expected: 
 def test_full_disk(
     calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ENOSPC after some writes: a named error that says how to go on, no DST, and the rerun ends with the same bytes."""
+    """ENOSPC after some writes: a named error that says how to go on, no DST, and a rerun ends with the same bytes."""
     cut(monkeypatch, 32 << 10, 2)
     with monkeypatch.context() as patch:
         fail_after(patch, "pwrite", calls, errno.ENOSPC)
@@ -420,7 +420,7 @@ def test_full_disk(
 def test_disk_that_refuses_other_calls(
     name: str, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call that changes or flushes the disk may fail, and is a named error; the rerun ends with the same bytes."""
+    """Every call that changes or flushes the disk may fail, and is a named error; a rerun ends with the same bytes."""
     calls = 0
     while not (tmp_path / "out").exists():
         with monkeypatch.context() as patch:
@@ -437,7 +437,7 @@ def test_disk_that_refuses_other_calls(
 def test_read_error(
     calls: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """EIO on the source after some reads: a named error with the file, no DST, and the rerun ends with the same bytes."""
+    """EIO on the source after some reads: a named error with the file, no DST; a rerun ends with the same bytes."""
     cut(monkeypatch, 32 << 10, 2)
     reads = count_scale_reads(sample_fp8, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
@@ -523,7 +523,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(
-            f"no file system can be mounted here ({done.stderr.strip()}); test_file_size_limit has the kernel refuse instead"
+            f"no file system can be mounted here ({done.stderr.strip()}); "
+            "test_file_size_limit has the kernel refuse instead"
         )
     try:
         yield mounted

@@ -240,9 +240,7 @@ def test_true_shape_of_deepseek() -> None:
     "sizes", [Mistral3Sizes(hidden=1024, intermediate=4096), DeepseekSizes(hidden=1024, intermediate=4096)]
 )
 def test_sparse_has_true_headers_and_holes(sizes: Mistral3Sizes | DeepseekSizes, tmp_path: Path) -> None:
-    """Sparse and full have the same headers; sparse takes almost no disk, its scales are valid and its weights are
-    zero.
-    """
+    """Sparse and full have the same headers; sparse takes almost no disk, its scales are valid and its weights zero."""
     full, sparse = sample(tmp_path / "full", sizes), sample(tmp_path / "sparse", sizes, sparse=True)
     for file in sorted(full.glob("*.safetensors")):
         other = sparse / file.name

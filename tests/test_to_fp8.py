@@ -102,9 +102,7 @@ def back(source: Path, base: Path, destination: Path, **how: Any) -> ConvertResu
 @pytest.mark.parametrize("to", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", E4M3)
 def test_round_trip_of_every_family(name: str, to: str, tmp_path: Path) -> None:
-    """FP8, to bf16 or fp32, and back like the original: every file of the directory, byte for byte, and the sums say
-    so.
-    """
+    """FP8, to bf16 or fp32, and back like the original: every file of the directory, byte for byte, as the sums say."""
     family = E4M3[name]
     base = family.write(tmp_path / "fp8")
     convert(base, tmp_path / "plain", to=to)

@@ -1,6 +1,4 @@
-"""The way back to FP8 as a run: cut off and resumed, shared by workers and ranks, counted byte by byte, and as a
-command.
-"""
+"""The way back to FP8 as a run: cut off and resumed, shared by workers and ranks, counted by the byte, as a command."""
 
 from __future__ import annotations
 
@@ -176,9 +174,7 @@ def test_ctrl_c_and_the_same_command_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends with equal
-    bytes.
-    """
+    """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends the same."""
     out = tmp_path / "out"
     command = ["convert", big / "plain", out, "--to", "fp8", "--like", big / "fp8"]
     child = start(tmp_path / "script.py", *command, "--workers", "1")
@@ -221,7 +217,7 @@ def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("remainder", range(2))
 def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dying before any one change to the disk, or halfway through a write, then running again gives the same directory."""
+    """Dying before any one change to the disk, or halfway through a write, then running again: the same directory."""
     cut(monkeypatch, 24 << 10, 3)
     step, ended = remainder, False
     left, passes = 0, set()
@@ -321,9 +317,7 @@ def test_a_record_that_the_disk_cuts_short(
 def test_a_second_pass_whose_first_lost_a_record_is_done_again(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut some records may be gone: what the second pass wrote stands only if all of the first still
-    does.
-    """
+    """After a power cut some records may be gone: what the second pass wrote stands only if all of the first does."""
     cut(monkeypatch, 8 << 10, 2)
 
     def died(_: object) -> None:
@@ -396,8 +390,7 @@ def test_workers_change_no_byte_and_no_number(
     steps(monkeypatch, 1000)
     like = {} if "scheme" in how else {"like": small / "fp8"}
     results = [
-        # type: ignore[arg-type]
-        convert(small / "trained", tmp_path / str(workers), to="fp8", workers=workers, **how, **like)
+        convert(small / "trained", tmp_path / str(workers), to="fp8", workers=workers, **how, **like)  # type: ignore[arg-type]
         for workers in (1, 2, 7)
     ]
     assert results[0].report is not None
@@ -686,7 +679,7 @@ def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypat
 
 @st.composite
 def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int, int]:
-    """(tensors, the file of each, chunk, chunks, step): FP8 weights of any shape and grid, among tensors of any dtype."""
+    """(tensors, file of each, chunk, chunks, step): FP8 weights of any shape and grid, among tensors of any dtype."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     dims = st.integers(0, 9) | st.integers(120, 140)
     tensors: dict[str, Stored] = {}
@@ -859,8 +852,8 @@ def test_summary_of_what_was_not_trained(small: Path, tmp_path: Path, command: C
     assert lines[0].startswith(f"{tmp_path / 'out'}: {len(open_checkpoint(small / 'plain').tensors)} tensors in ")
     assert f", {quantized} quantized, " in lines[0]
     assert (
-        lines[1]
-        == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, {quantized} of {quantized} (100 %) scales kept, 0 new"
+        lines[1] == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, "
+        f"{quantized} of {quantized} (100 %) scales kept, 0 new"
     )
     assert lines[2].startswith("error against the source: ")
     assert len(lines) == 3

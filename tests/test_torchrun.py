@@ -1,6 +1,4 @@
-"""Under torchrun, and inside a process group, the ranks share one conversion, and it ends with the bytes of one
-process.
-"""
+"""Under torchrun, and inside a process group, the ranks share one conversion, with the bytes of one process."""
 
 from __future__ import annotations
 
@@ -189,9 +187,7 @@ def test_error_of_every_rank_is_printed_once(sample_fp8: Path, tmp_path: Path) -
 def test_error_of_one_rank_ends_all_and_is_printed_once(
     sample_fp8: Path, expected: dict[str, bytes], script: Path, tmp_path: Path
 ) -> None:
-    """A disk that is full for the second rank only: all ranks end, the first prints it, and one process finishes the
-    job.
-    """
+    """A disk full for the second rank only: all ranks end, the first prints it, and one process finishes the job."""
     out, environment = tmp_path / "out", {"NOTES": str(tmp_path / "notes")}
     code, stdout, stderr = ended(torchrun(2, script, "convert", sample_fp8, out, FULL_ON="1", **environment))
     assert code != 0

@@ -1,4 +1,4 @@
-"""Verification: what is the same is said to be, and every kind of difference or defect is found, counted and measured."""
+"""Verification: what is the same is said to be, and every kind of difference or defect is found and measured."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def test_differing_values_are_counted_and_measured(sample_fp8: Path, bf16: Path)
     result = verify(sample_fp8, bf16)
     assert not result.ok
     assert {difference.name: difference for difference in result.tensor_differences} == {
-        a: TensorDifference(a, "values differ", 2, values[a].size, abs(100.0 - float(values[a][5])), pytest.approx(1.0, abs=0.1)),
+        a: TensorDifference(
+            a, "values differ", 2, values[a].size, abs(100.0 - float(values[a][5])), pytest.approx(1.0, abs=0.1)
+        ),
         b: TensorDifference(
             b, "values differ", 1, values[b].size, abs(float(values[b][0]) + 3.0),
             abs(float(values[b][0]) + 3.0) / max(3.0, abs(float(values[b][0]))),

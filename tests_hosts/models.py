@@ -22,9 +22,7 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 def build(
     source: Path, cls: type[nn.Module] = Mistral3ForConditionalGeneration, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """The sample's model, uninitialized; its configuration keeps the quantization and says that it is to be
-    dequantized.
-    """
+    """The sample's model, uninitialized; its configuration keeps the quantization and says to dequantize it."""
     config = AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         config.quantization_config["dequantize"] = True

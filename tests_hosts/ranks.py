@@ -30,9 +30,7 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``job(*arguments)`` returns on each rank; an error of any rank fails the test, with that rank's
-        traceback.
-        """
+        """What ``job(*arguments)`` returns on each rank; any rank's error fails the test, with its traceback."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:

@@ -439,7 +439,7 @@ def load_and_save_recorded(job: Job) -> tuple[list[Any], list[Any], list[str]]:
 
 
 def test_keywords_and_attributes_of_the_host(sources: dict[str, Path], two_ranks: Ranks, tmp_path: Path) -> None:
-    """The host passes keywords that the documentation does not have and sets an attribute; neither changes the result."""
+    """The host passes keywords that the documentation does not have and sets an attribute; the result is the same."""
     job = Job(sources["identity"], Recorded.from_checkpoint, custom=True, sharding="fsdp", save=tmp_path / "saved")
     for calls, attributes, differing in two_ranks.run(load_and_save_recorded, job):
         assert differing == []

@@ -184,7 +184,8 @@ def convert(
         print(f"{done}, {result.quantized} quantized, {result.seconds:.1f} s")
     else:
         print(
-            f"{done}, {result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, {result.seconds:.1f} s"
+            f"{done}, {result.dequantized} dequantized to {result.to}, "
+            f"{result.dropped_scales} scales dropped, {result.seconds:.1f} s"
         )
     if result.bytes_resumed:
         print(f"{_size(result.bytes_resumed)} were there from an earlier run")
@@ -209,7 +210,9 @@ def verify(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Check one checkpoint, or compare two: the same tensors bit for bit, configuration and side files. Exit 1 if not."""
+    """Check one checkpoint, or compare two: the same tensors bit for bit, configuration and side files.
+    Exit 1 if not.
+    """
     from fp8ckpt.verify import verify as run
 
     with _progress("verifying") as progress:
@@ -252,8 +255,8 @@ def sample(
     from fp8ckpt.sample import sample as run
 
     given = {
-        "layers": layers, "hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
-        "vocabulary": vocabulary, "vision_layers": vision_layers, "experts": experts,
+        "layers": layers, "hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads,
+        "head_dim": head_dim, "vocabulary": vocabulary, "vision_layers": vision_layers, "experts": experts,
     }  # fmt: skip
     family: type[Any] = Mistral3Sizes if scheme is SampleScheme.per_tensor else DeepseekSizes
     known = {field.name for field in dataclasses.fields(family)}
@@ -312,7 +315,8 @@ def _print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:
     if nan_codes:
         name = next(iter(nan_codes))
         print(
-            f"{sum(nan_codes.values())} NaN codes{where}, in {len(nan_codes)} tensors, the first {shown(name)}: carried over as NaN"
+            f"{sum(nan_codes.values())} NaN codes{where}, in {len(nan_codes)} tensors, "
+            f"the first {shown(name)}: carried over as NaN"
         )
     else:
         print(f"0 NaN codes{where}")
@@ -322,10 +326,12 @@ def _print_report(report: QuantizationReport) -> None:
     total = report.total
     moved = "" if total.moved is None else f"{_share(total.moved, total.elements)} codes moved, "
     print(
-        f"{moved}{total.clipped:,} elements clipped, {_share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
+        f"{moved}{total.clipped:,} elements clipped, "
+        f"{_share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
     )
     print(
-        f"error against the source: {total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest"
+        f"error against the source: {total.mean_error:.3g} of the mean magnitude, "
+        f"at most {total.largest_error:.3g} of the largest"
     )
     if total.outgrown:
         print(f"{total.outgrown:,} elements had outgrown the base's scales")
@@ -370,7 +376,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
 
 def _print_inspection(found: Inspection) -> None:
     print(
-        f"{found.path}: {found.tensors:,} tensors, {found.elements:,} elements, {_size(found.stored_bytes)} in {found.files} files"
+        f"{found.path}: {found.tensors:,} tensors, {found.elements:,} elements, "
+        f"{_size(found.stored_bytes)} in {found.files} files"
     )
     if found.schemes:
         print("FP8:")

@@ -20,9 +20,7 @@ from fp8ckpt.tensors.pairing import QuantizedTensor
 
 @dataclass(frozen=True)
 class Scheme:
-    """FP8 tensors that are scaled in the same way. ``block`` names the block size, ``scale_shape`` a shape or
-    "various".
-    """
+    """FP8 tensors scaled in the same way. ``block`` names the block size, ``scale_shape`` a shape or "various"."""
 
     dtype: str
     block: str

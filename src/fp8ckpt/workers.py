@@ -1,6 +1,4 @@
-"""Threads that take their work in turn from one iterator: how every job reads, converts, compares and writes in
-parallel.
-"""
+"""Threads that take their work in turn from one iterator: how jobs read, convert, compare and write in parallel."""
 
 from __future__ import annotations
 

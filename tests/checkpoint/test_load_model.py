@@ -98,9 +98,7 @@ def _assert_loaded(model: nn.Module, path: Path) -> None:
 
 @contextmanager
 def _bf16(device: str) -> Iterator[None]:
-    """Parameters that are made within it are BF16, and buffers that must be float32 stay so, as ``from_pretrained``
-    does.
-    """
+    """Parameters made within it are BF16, and buffers that must be float32 stay so, as ``from_pretrained`` does."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -141,9 +139,7 @@ class _Counting(FP8StorageReader):
 
 @pytest.mark.parametrize("name", ["identity", "nested"])
 def test_equals_transformers_own_load(name: str, paths: dict[str, Path], theirs: dict[str, Any]) -> None:
-    """One line gives a model of the checkpoint's bits, with transformers' logits and buffers, and its generation
-    config.
-    """
+    """One line gives a model of the checkpoint's bits, with transformers' logits and buffers, and generation config."""
     model = load_pretrained(paths[name])
     assert type(model) is Mistral3ForConditionalGeneration
     assert not model.training
@@ -372,7 +368,7 @@ def _mismatches() -> dict[str, tuple[Callable[[Any], None], bool, str]]:
 
 @pytest.mark.parametrize("case", _mismatches())
 def test_mismatches_are_refused_before_any_data(case: str, paths: dict[str, Path]) -> None:
-    """Missing, unused, of another shape, on meta: `ModelMismatchError` lists the names, and no parameter has changed."""
+    """Missing, unused, of another shape, on meta: `ModelMismatchError` lists the names, and no parameter changes."""
     change, partial, text = _mismatches()[case]
     model = _meta_model(paths["identity"])
     model.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""A rehearsal at full size: the 128B release's true names and shapes in sparse files, planned for 64 ranks, TP8 x PP8."""
+"""A rehearsal at full size: the 128B release's true names and shapes in sparse files, for 64 ranks, TP8 x PP8."""
 
 from __future__ import annotations
 

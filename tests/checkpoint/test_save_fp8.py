@@ -116,7 +116,7 @@ class Case:
 
 
 def change(base: Path, plain: Path, destination: Path, dtype: str = "BF16") -> Path:
-    """Train a model, roughly: noise everywhere; and by turns a weight grows, shrinks, has an outlier, or becomes zero."""
+    """Train a model, roughly: noise everywhere; by turns a weight grows, shrinks, has an outlier, or becomes zero."""
     rng = np.random.default_rng(3)
     tensors = dict(read_directory(plain))
     for i, tensor in enumerate(open_checkpoint(base).quantized):
@@ -204,9 +204,7 @@ def test_every_family_in_one_process(
 
 @pytest.mark.parametrize("name", ["identity", "uneven", "equal"])
 def test_a_model_in_one_process(name: str, models: dict[str, Case], tmp_path: Path) -> None:
-    """``save_model``: an untouched model is its base again; a trained one what a conversion of its bf16 directory
-    writes.
-    """
+    """``save_model``: an untouched model is its base again; a trained one what converting its bf16 directory writes."""
     case = models[name]
     model = load_pretrained(case.base)
     save_model(model, tmp_path / "out", to="fp8", base=case.base)
@@ -236,9 +234,7 @@ def test_float32_models_adapters_and_strings(models: dict[str, Case], tmp_path: 
 
 
 def test_a_merged_adapter(models: dict[str, Case], tmp_path: Path) -> None:
-    """``weight + B @ A`` in place, as a merge of low-rank adapters does it: what the merged model holds is what is
-    saved.
-    """
+    """``weight + B @ A`` in place, as merging low-rank adapters does: what the merged model holds is what is saved."""
     case = models["identity"]
     model = load_pretrained(case.base)
     torch.manual_seed(0)
@@ -300,9 +296,7 @@ def test_empty_weights_and_strides_of_values(tmp_path: Path) -> None:
 
 
 def test_plain_tensors_are_cast_as_a_conversion_casts_them(tmp_path: Path) -> None:
-    """Where the base is not quantized its dtype is kept, nearest even, NaN and all; what float16 cannot hold is
-    refused.
-    """
+    """Where the base is not quantized its dtype is kept, nearest even, NaN and all; what overflows is refused."""
     rng = np.random.default_rng(0)
     values = (rng.standard_normal((300, 7)) * np.exp2(rng.integers(-20, 12, (300, 7)))).astype(np.float32)
     values[0, :3] = [np.nan, -np.nan, np.inf]
@@ -333,7 +327,7 @@ def test_plain_tensors_are_cast_as_a_conversion_casts_them(tmp_path: Path) -> No
 
 
 def sharded(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """A state dict as DTensors of all ranks: by rows, by columns, or by both; what has no such dimension is replicated."""
+    """A state dict as DTensors of all ranks: by rows, columns, or both; what has no such dimension is replicated."""
     if kind == "both":
         over, wanted = mesh(2, 2, names=("a", "b")), [Shard(0), Shard(1)]
     else:
@@ -378,8 +372,9 @@ def families_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case
     """A family of each kind of grid, untouched and trained."""
     found = {}
     for name in (
-        "per-tensor 0-d BF16", "per-channel [o]", "per-channel wide", "block 128 ragged F32", "block 128 ragged F8_E8M0", "experts [E,1,1]",
-        "experts in blocks", "experts fbgemm", "ModelOpt 4-D", "ModelOpt FP8", "MXFP8 U8", "small blocks F32", "Mistral native",
+        "per-tensor 0-d BF16", "per-channel [o]", "per-channel wide", "block 128 ragged F32",
+        "block 128 ragged F8_E8M0", "experts [E,1,1]", "experts in blocks", "experts fbgemm",
+        "ModelOpt 4-D", "ModelOpt FP8", "MXFP8 U8", "small blocks F32", "Mistral native",
     ):  # fmt: skip
         root = tmp_path_factory.mktemp("family")
         family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
@@ -413,7 +408,7 @@ def test_deepseek_on_ranks(ranks: int, kinds: tuple[str, ...], sample_block: Pat
 
 
 def test_siblings_on_ranks(tmp_path: Path) -> None:
-    """One of q, k and v grows on one rank's shard: those that shared its scale share the fresh one, wherever they lie."""
+    """One of q, k and v grows on one rank's shard: those that shared its scale share the new one, wherever they lie."""
     cases = {}
     for i, (scales, factor) in enumerate([([0.5, 0.5, 0.5], 1.5), ([0.5, 0.25, 0.5], 1.5), ([0.5, 0.5, 0.5], 0.0131)]):
         root = tmp_path / f"case-{i}"

@@ -158,9 +158,7 @@ def test_without_a_base_it_loads_in_transformers(
 
 
 def test_files_end_where_they_are_told(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Several files of at most ``max_file_bytes`` of tensors, in order, with an index that fits; transformers loads
-    them.
-    """
+    """Several files of at most ``max_file_bytes`` of tensors, in order, with their index; transformers loads them."""
     model, most = load_pretrained(paths["identity"]), 200_000
     save_model(model, tmp_path / "out", max_file_bytes=most)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -292,7 +290,7 @@ def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
 def test_no_space_leaves_no_destination(
     paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk's refusal is `StorageError`; the destination is not there; once there is space, the same call succeeds."""
+    """The disk's refusal is `StorageError`; the destination is not there; with space, the same call succeeds."""
     model = load_pretrained(paths["uneven"])
 
     def full(*_: Any) -> int:
@@ -371,7 +369,7 @@ def _assert_stored(directory: Path, state: dict[str, torch.Tensor], dtype: torch
 
 @pytest.mark.parametrize(("name", "dtype"), [("BF16", torch.bfloat16), ("F32", torch.float32)])
 def test_plain_dcp_save(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Tensors of every kind and stride: one file, floats in the dtype asked for, all else as it is; bytes are counted."""
+    """Tensors of every kind and stride: one file, floats in the dtype asked for, the rest as it is; bytes counted."""
     writer = SafetensorsStorageWriter(tmp_path / "out", dtype=name)
     dcp.save(_state(), storage_writer=writer, no_dist=True)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
@@ -432,9 +430,7 @@ def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> None:
-    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written once over all
-    ranks.
-    """
+    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written by one rank."""
     tied = _tied(paths["identity"], tmp_path / "tied fp8")
     convert(tied, tmp_path / "tied bf16")
     root = tmp_path / "out"

@@ -54,9 +54,7 @@ def _load(state: dict[str, Any], reader: FP8StorageReader) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_family_and_target(name: str, dtype: str, written: dict[str, Path]) -> None:
-    """Whole tensors, dequantized to the target's dtype, and plain ones as they are; bytes read are those of the
-    weights.
-    """
+    """Whole tensors, dequantized to the target's dtype, and plain ones as they are; bytes read are the weights'."""
     family = FAMILIES[name]
     expected = family.expected(dtype)
     state = {key: torch.zeros(t.shape, dtype=torch_dtype(t.dtype)) for key, t in expected.items()}
@@ -359,7 +357,7 @@ _ON_MANY_RANKS = [
 
 @pytest.mark.parametrize(("ranks", "names"), [(3, list(FAMILIES)), (8, _ON_MANY_RANKS)], ids=["3", "8"])
 def test_dtensors_of_every_family(ranks: int, names: list[str], written: dict[str, Path]) -> None:
-    """Rows, columns and copies over the ranks, uneven and empty shards: right everywhere, and each byte is read once."""
+    """Rows, columns and copies over the ranks, uneven and empty shards: right everywhere, each byte read once."""
     counts = run(ranks, _dtensors, {name: str(written[name]) for name in names})
     for name in names:
         family = FAMILIES[name]

@@ -1,4 +1,4 @@
-"""FP8 without a base: what is quantized and what is left, by which scales, and all that an engine needs to know of it."""
+"""FP8 without a base: what is quantized and what is left, by which scales, and all that an engine needs to know."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def block_of(scheme: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def expected_scales(tensors: dict[str, Stored], scheme: str) -> dict[str, Stored]:
-    """The scale of each of these weights, naively; joined weights of one scale each have that of the largest of them."""
+    """The scale of each of these weights, naively; joined weights of one scale each have that of the largest."""
     found = {}
     for name, values in tensors.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
@@ -116,9 +116,9 @@ SOURCES: dict[str, Callable[[Path], tuple[Path, set[str]]]] = {
     "nested": from_sample(SIZES, layout="nested", files=1),
     "DeepSeek": from_sample(DeepseekSizes()),
     **{
-        f"stacked {dtype}": lambda folder, dtype=dtype: stacked(folder / "plain", dtype)
+        f"stacked {dtype}": lambda folder, dtype=dtype: stacked(folder / "plain", dtype)  # type: ignore[misc]
         for dtype in ("BF16", "F16", "F32")
-    },  # type: ignore[misc]
+    },
 }
 
 Source = tuple[Path, set[str]]
@@ -296,9 +296,7 @@ LINEAR, OTHER = (16, 8), (8,)
 def test_what_is_quantized(
     scheme: str, name: str, shape: tuple[int, ...], dtype: str, expected: bool, tmp_path: Path
 ) -> None:
-    """Linears and stacked experts of the language model; what releases, and engines by themselves, leave in BF16 is
-    left.
-    """
+    """Linears and stacked experts of the language model; what releases, and engines, leave in BF16 is left."""
     (tmp_path / "plain").mkdir()
     tensors = {
         "model.layers.0.mlp.down_proj.weight": Stored.of(np.ones((4, 4)), "BF16"),

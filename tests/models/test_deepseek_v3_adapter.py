@@ -165,9 +165,7 @@ def test_other_scales_are_refused(sample_fp8: Path) -> None:
 
 
 def test_from_hf_refuses_what_cannot_be_a_grid() -> None:
-    """A grid of the wrong shape, and a scale of zero, are refused by the tensor's name; a weight without a scale
-    passes.
-    """
+    """A grid of the wrong shape and a zero scale are refused by the tensor's name; a weight without a scale passes."""
     weight = torch.zeros(200, 200).to(torch.float8_e4m3fn)
     adapter = DeepseekV3FP8StateDictAdapter()
     with pytest.raises(ScaleShapeError, match=r"a\.weight"):
@@ -218,9 +216,10 @@ def test_what_was_fp8_is_reproduced_exactly(sample_block: Path, blocks: Path) ->
 
 def test_fresh_scales_have_the_files_dtype(sample_block: Path, tmp_path: Path) -> None:
     """Where the file's scales are BF16, those that go out are too, rounded up so that nothing clips."""
-    change = lambda tensors: {
-        n: Stored.of(t.array, "BF16") if n.endswith("_scale_inv") else t for n, t in tensors.items()
-    }
+
+    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        return {n: Stored.of(t.array, "BF16") if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+
     path = rewrite(sample_block, tmp_path / "bf16", change)
     adapter, name = DeepseekV3FP8StateDictAdapter.from_checkpoint(path), open_checkpoint(path).quantized[0].name
     weight = torch.randn(130, 140)

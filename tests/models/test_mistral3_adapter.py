@@ -65,7 +65,8 @@ def test_signatures_are_the_documented_ones() -> None:
     assert _parameters(adapter.from_hf) == {"hf_state_dict": none, "device_mesh": None, "kwargs": none}
     assert _parameters(adapter.convert_single_tensor_to_hf) == {"fqn": none, "tensor": none, "kwargs": none}
     assert _parameters(adapter.__init__) == {
-        "native_to_hf": module._identity, "hf_to_native": module._identity, "layout_name": "vlm_full", "not_fp8_prefixes": ()
+        "native_to_hf": module._identity, "hf_to_native": module._identity, "layout_name": "vlm_full",
+        "not_fp8_prefixes": ()
     }  # fmt: skip
     kinds = {p.kind for name, p in inspect.signature(adapter.__init__).parameters.items() if name != "self"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
@@ -154,7 +155,7 @@ def test_dequantize_is_the_contract_for_every_code(exponent: float, fraction: fl
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
 def test_dequantize_to_other_dtypes(dtype: torch.dtype, name: str) -> None:
-    """One rounding to the dtype asked for, from F32 scales that BF16 does not hold; scales of one element in any shape."""
+    """One rounding to the dtype asked for, from F32 scales that BF16 cannot hold; one-element scales in any shape."""
     scale = torch.tensor(0.0123456)
     expected = dequantize(_stored(ALL_CODES), _stored(scale), (16, 16), name)
     for shaped in (scale, scale.reshape(1), scale.reshape(1, 1)):
@@ -251,9 +252,7 @@ def test_to_hf_leaves_out_what_a_pattern_matches() -> None:
 
 
 def test_to_hf_renames() -> None:
-    """Placeholders and the rest go under the names that ``native_to_hf`` gives; the rule for FP8 goes by the native
-    ones.
-    """
+    """Placeholders and the rest go under the names that ``native_to_hf`` gives; FP8 goes by the native ones."""
     adapter = Mistral3FP8StateDictAdapter(
         native_to_hf=lambda k: "disk." + k, hf_to_native=lambda k: k.removeprefix("disk.")
     )
@@ -267,7 +266,7 @@ def test_to_hf_renames() -> None:
 
 
 def test_from_hf_pairs_drops_and_passes_the_rest(caplog: pytest.LogCaptureFixture) -> None:
-    """Pairs become BF16 wherever the scale stands, scales are dropped, the rest is the same object; counts are logged."""
+    """Pairs become BF16 wherever the scale stands, scales are dropped, the rest is the same object; counts logged."""
     scale = torch.tensor(0.25, dtype=torch.bfloat16)
     up = TEXT + "mlp.up_proj."
     alone = torch.zeros(2, 2).to(torch.float8_e4m3fn)
@@ -344,7 +343,7 @@ def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
 
 
 def test_zeros_get_a_scale_of_one() -> None:
-    """A weight of zeros, signed ones too, and an empty one: zero codes of their signs, and a scale that means nothing."""
+    """A weight of zeros, signed ones too, and an empty one: zero codes of their signs, a scale that means nothing."""
     weight = torch.tensor([[0.0, -0.0]], dtype=torch.bfloat16)
     (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
         "a.weight", weight, quantization=True
@@ -562,9 +561,7 @@ def _on_ranks() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shards_give_what_the_whole_gives(ranks: int) -> None:
-    """Rows, columns or copies over the ranks: the same codes and the same scale, and DTensors stay where they are
-    placed.
-    """
+    """Rows, columns or copies over the ranks: the same codes and the same scale, and DTensors keep their placements."""
     run(ranks, _on_ranks)
 
 

@@ -102,7 +102,7 @@ def test_region_equals_the_oracle(case: Case, data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.data())
 def test_region_writes_into_any_strides(case: Case, data: st.DataObject) -> None:
-    """Every second column, a transposed buffer, a reversed one: the values land where the view says, and nowhere else."""
+    """Every second column, a transposed buffer, a reversed one: values land where the view says, nowhere else."""
     offsets = tuple(data.draw(st.integers(0, dim - 1)) for dim in case.codes.shape)
     sizes = tuple(
         data.draw(st.integers(1, dim - offset)) for dim, offset in zip(case.codes.shape, offsets, strict=True)
@@ -312,7 +312,7 @@ def test_a_dequantizer_is_shared_by_threads() -> None:
 
 
 def test_the_commonest_kernel_for_every_code_and_scale() -> None:
-    """All codes under every positive finite BF16 scale, and float32 scales of every magnitude, subnormal ones included."""
+    """All codes under every positive finite BF16 scale, and float32 scales of every magnitude, subnormals included."""
     codes = np.tile(np.arange(256, dtype=np.uint8), 20)  # more than its scratch holds, and not a multiple of it
     every = (np.arange(1, 0x7F80, dtype=np.uint32) << 16).view(np.float32)
     rng = np.random.default_rng(5)

@@ -194,7 +194,7 @@ def _inputs(draw: st.DrawFn) -> tuple[Shape, Shape, Shape | None]:
 @settings(max_examples=1500, deadline=None)
 @given(_inputs())
 def test_the_invariant_holds_for_whatever_is_returned(inputs: tuple[Shape, Shape, Shape | None]) -> None:
-    """``scale shape == ceil(weight shape / block size)``, up to dimensions of 1 that the scale has too many or too few."""
+    """``scale shape == ceil(weight shape / block size)``, up to dimensions of 1 that the scale has more or fewer of."""
     weight, scale, block = inputs
     grid = infer_grid(weight, scale, block)
     if grid is None:

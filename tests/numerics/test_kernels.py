@@ -75,7 +75,7 @@ def test_rounding_of_every_bf16_and_its_halfway_points() -> None:
 
 
 def test_rounding_of_every_f16_and_its_halfway_points() -> None:
-    """Each finite float16 is itself, and the tie between each two neighbours goes to the even one, subnormals included."""
+    """Each finite float16 is itself, and the tie between two neighbours goes to the even one, subnormals included."""
     values = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
     ties = np.append((values[:-1] + values[1:]) / 2, 65520).astype(np.float32)  # exact: two more bits than float16 has
     around = ties.view(np.uint32).astype(np.int64)

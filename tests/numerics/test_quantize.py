@@ -365,7 +365,7 @@ def usable_scales(dtype: str, target: str, most: int) -> np.ndarray:
 @pytest.mark.parametrize("target", VALUE_DTYPES)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 def test_round_trip_is_lossless(scale_dtype: str, target: str) -> None:
-    """Dequantized and encoded again, each finite code is the same byte, under thousands of scales and every exponent."""
+    """Dequantized and encoded again, each finite code is the same byte, under thousands of scales, every exponent."""
     stored = usable_scales(scale_dtype, target, 4000)
     assert stored.size > (4 if scale_dtype in ("U8", "F8_E8M0") else 1000)
     codes = np.tile(FINITE_CODES, (stored.size, 1))
@@ -604,9 +604,7 @@ def test_fresh_scales_equal_the_oracle(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "U8", "F8_E8M0"])
 def test_nothing_clips_and_no_smaller_scale_would_do(dtype: str) -> None:
-    """In exact arithmetic: 448 times the scale is not below the largest magnitude, and 448 times the scale before it
-    is.
-    """
+    """In exact arithmetic: 448 times the scale is not below the largest value, and 448 times the scale before it is."""
     amax = magnitudes()
     kind = np.dtype(NUMPY["F8_E8M0" if dtype == "U8" else dtype])
     every = np.arange(1 << 8 * kind.itemsize).astype(f"u{kind.itemsize}").view(kind).astype(np.float32)

@@ -274,9 +274,7 @@ def test_a_destination_that_appears_while_it_is_written(destination: Path, kind:
 
 @pytest.mark.parametrize("cut", range(1, 25))
 def test_a_record_that_was_cut_off(destination: Path, cut: int) -> None:
-    """However much of the last record reached the disk: earlier ones hold, it does not, and the next one is not
-    spoiled.
-    """
+    """However much of the last record reached the disk: earlier ones hold, it does not, the next is not spoiled."""
     first = begun(destination)
     first.record(0, 5, {"nan": 1})
     records = partial_of(destination) / ".fp8ckpt" / "done-0"

@@ -306,7 +306,7 @@ def compressed_tensors(dynamic: bool | None, ignore: list[str]) -> dict[str, Any
 @pytest.mark.parametrize("dynamic", [True, False, None])
 @pytest.mark.parametrize("having", [0, 1, 2])
 def test_other_families_say_static_in_their_own_way(dynamic: bool | None, having: int, tmp_path: Path) -> None:
-    """A group of compressed-tensors with static input activations needs them all, any other none; ModelOpt all or none."""
+    """A group of compressed-tensors with static input activations needs all, any other none; ModelOpt all or none."""
     tensors = fp8("m.q", activation=having > 0) | fp8("m.k", activation=having > 1)
     result = examined(build(tmp_path / "x", tensors, compressed_tensors(dynamic, [])))
     assert (result.failures == ()) == (having == (2 if dynamic is False else 0))
@@ -324,9 +324,7 @@ def test_other_families_say_static_in_their_own_way(dynamic: bool | None, having
     ],
 )
 def test_other_families_keep_their_own_list(method: str, key: str, entry: str, tmp_path: Path) -> None:
-    """Each unquantized Linear is matched by the family's own list, which is what is completed; no prefixes, no other
-    key.
-    """
+    """Each unquantized Linear is matched by the family's own list, which is completed; no prefixes, no other key."""
     tensors = fp8("m.q") | plain("a.router_x") | plain("lm_head")
     quantization = {"quant_method": method, key: [entry]}
     directory = build(tmp_path / "x", tensors, quantization)
@@ -374,9 +372,7 @@ def test_routers_may_be_listed_by_their_leaf(tmp_path: Path) -> None:
 
 
 def test_both_keys_of_a_list_are_read(tmp_path: Path) -> None:
-    """vLLM reads ``ignored_layers`` first, transformers ``modules_to_not_convert``: each that is stated must be
-    complete.
-    """
+    """vLLM reads ``ignored_layers`` first, transformers ``modules_to_not_convert``: each of them must be complete."""
     tensors = fp8("m.q") | plain("lm_head")
     both = {**DYNAMIC, "modules_to_not_convert": ["lm_head"], "ignored_layers": ["x"]}
     directory = build(tmp_path / "x", tensors, both)
@@ -412,8 +408,9 @@ def test_the_models_own_names_count_in_the_nested_layout(tmp_path: Path) -> None
 def test_what_is_no_linear_need_not_be_listed(tmp_path: Path) -> None:
     """Embeddings, norms, biases, convolutions, and tensors of integers."""
     others = {
-        **plain("model.embed_tokens"), **plain("vision.pos_embed"), **plain("vision.patch_embed.proj"), **plain("model.layers.0.q_norm"),
-        **plain("vision.conv", 4, 3, 2, 2), "model.layers.0.bias": plain("x")["x.weight"],
+        **plain("model.embed_tokens"), **plain("vision.pos_embed"), **plain("vision.patch_embed.proj"),
+        **plain("model.layers.0.q_norm"), **plain("vision.conv", 4, 3, 2, 2),
+        "model.layers.0.bias": plain("x")["x.weight"],
         "model.table.weight": Stored.of(np.ones((4, 4), np.int64), "I64"),
     }  # fmt: skip
     assert examined(build(tmp_path / "x", fp8("m.q") | others, DYNAMIC)).failures == ()
@@ -448,7 +445,8 @@ def test_a_skip_list_says_what_its_entries_say(entries: list[str], module: str) 
 
 
 _MODULES = [
-    *(f"model.language_model.layers.{i}.{leaf}" for i in range(2) for leaf in ("attn.q_proj", "attn.k_proj", "mlp.gate", "mlp.gate_proj")),
+    *(f"model.language_model.layers.{i}.{leaf}"
+      for i in range(2) for leaf in ("attn.q_proj", "attn.k_proj", "mlp.gate", "mlp.gate_proj")),
     *(f"model.vision_tower.layers.{i}.{leaf}" for i in range(2) for leaf in ("q_proj", "fc1")),
     "model.projector.linear_1", "model.projector.linear_2", "lm_head",
 ]  # fmt: skip
@@ -611,9 +609,7 @@ def test_unequal_siblings_are_a_note(tmp_path: Path) -> None:
 
 
 def test_mistrals_own_layout_alone(tmp_path: Path) -> None:
-    """No ``config.json`` and no index are asked of it; scales and activation scales are checked against
-    ``params.json``.
-    """
+    """No ``config.json`` and no index are asked of it; all its scales are checked against ``params.json``."""
 
     def native(name: str, scheme: str | None, activation: bool, scale: tuple[int, ...] = ()) -> Path:
         directory = tmp_path / name
@@ -653,7 +649,7 @@ def test_mistrals_own_layout_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_quantized_is_served_as_it_is(sample_fp8: Path, tmp_path: Path) -> None:
-    """A conversion to BF16 passes, with a note; quantization that is still stated, and leftovers, are named there too."""
+    """A conversion to BF16 passes, with a note; quantization still stated, and leftovers, are named there too."""
     convert(sample_fp8, tmp_path / "bf16")
     result = verify(sample_fp8, tmp_path / "bf16", serving=True)
     assert result.ok
@@ -668,7 +664,7 @@ def test_what_is_not_quantized_is_served_as_it_is(sample_fp8: Path, tmp_path: Pa
 
 
 def test_a_defective_directory_is_examined_as_far_as_it_goes(good: Path) -> None:
-    """A missing scale, a file cut short, a configuration that is no JSON: no exception, and what can be said is said."""
+    """A missing scale, a file cut short, a configuration that is no JSON: no exception; what can be said is said."""
     write("params.json")(good)
     shutil.copytree(good, good.parent / "cut")
     shutil.copytree(good, good.parent / "config")
@@ -725,8 +721,8 @@ def test_groups_of_both_kinds_decide_nothing(tmp_path: Path) -> None:
 def test_a_configuration_may_hold_anything(good: Path, key: str, value: object) -> None:
     """Values of the wrong kind are named, or taken for nothing; nothing raises."""
     for method in ("fp8", "compressed-tensors"):
-
-        rewrite(good, lambda config: q(config).update({"quant_method": method, key: value}))
+        # The lambda is called at once.
+        rewrite(good, lambda config: q(config).update({"quant_method": method, key: value}))  # noqa: B023
         examined(good)
         serving_config(survey(good), static=True)
     rewrite(good, lambda config: config.update(quantization_config=value, text_config=value, tie_word_embeddings=value))

@@ -46,7 +46,8 @@ def library(file: Path) -> dict[str, tuple[str, list[int]]]:
     """Names, dtypes and shapes as the safetensors library gives them."""
     with safetensors.safe_open(file, "np") as opened:
         return {
-            name: (opened.get_slice(name).get_dtype(), opened.get_slice(name).get_shape()) for name in opened.keys()
+            name: (opened.get_slice(name).get_dtype(), opened.get_slice(name).get_shape())
+            for name in opened.keys()  # noqa: SIM118
         }
 
 
@@ -490,10 +491,10 @@ def test_sound_files_have_no_defect(tmp_path: Path, raw: bytes) -> None:
 
 
 _SNIPPETS = [
-    b"", b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\u", b"\\ud800", b"\\ud83d\\ude00", b"-", b"-0", b"0", b"00", b"1e5", b"1.0",
-    b"1e999",
-    b"true", b"null", b"NaN", b"-Infinity", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\0", b"\n", b" ", b"18446744073709551616", b"-1",
-    b"4611686018427387904", b'"__metadata__"', b"F8_E8M0", b"I64", b"[" * 150, b"]" * 150, b',"x":1', b'"dtype":"F32",', b"1," * 70,
+    b"", b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\u", b"\\ud800", b"\\ud83d\\ude00", b"-", b"-0", b"0", b"00",
+    b"1e5", b"1.0", b"1e999", b"true", b"null", b"NaN", b"-Infinity", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf",
+    b"\0", b"\n", b" ", b"18446744073709551616", b"-1", b"4611686018427387904", b'"__metadata__"', b"F8_E8M0", b"I64",
+    b"[" * 150, b"]" * 150, b',"x":1', b'"dtype":"F32",', b"1," * 70,
 ]  # fmt: skip
 
 

@@ -156,9 +156,7 @@ def test_names_that_only_look_like_scales(name: str, beside: dict[str, Spec]) ->
 
 
 def test_scales_of_the_cache() -> None:
-    """Scales of keys and values belong to no weight, and are listed apart; in a checkpoint without FP8 they are
-    tensors.
-    """
+    """Scales of keys and values belong to no weight, and are listed apart; without FP8 they are tensors."""
     cache: dict[str, Spec] = {
         "l.k_proj.k_scale": ("F32", ()),
         "l.v_proj.v_scale": ("F32", (1,)),
@@ -309,8 +307,8 @@ def test_the_message_of_the_design() -> None:
         (128, 128),
     )
     assert (
-        "scale shape (3, 2) in model-00002.safetensors does not fit weight (256, 256) with block size (128, 128); expected (2, 2)"
-        in str(result.defects[0])
+        "scale shape (3, 2) in model-00002.safetensors does not fit weight (256, 256) "
+        "with block size (128, 128); expected (2, 2)" in str(result.defects[0])
     )
 
 
@@ -327,10 +325,10 @@ def test_mimo_padded_rows_are_refused() -> None:
 def test_all_defects_are_listed() -> None:
     """One of each kind in one checkpoint, and the sound tensors beside them."""
     tensors: dict[str, Spec] = {
-        "good.weight": W, "good.weight_scale_inv": S, "missing.weight": W, "orphan.weight_scale_inv": S, "two.weight": W,
-        "two.weight_scale_inv": S, "two.weight_scale": S, "shape.weight": W, "shape.weight_scale_inv": ("F32", (7, 7)), "dtype.weight": W,
-        "dtype.weight_scale_inv": ("I64", ()), "packed.weight": ("F4", (4, 4)), "packed.weight_scale": ("F8_E4M3", (4, 1)),
-        "norm.weight": ("BF16", (8,)),
+        "good.weight": W, "good.weight_scale_inv": S, "missing.weight": W, "orphan.weight_scale_inv": S,
+        "two.weight": W, "two.weight_scale_inv": S, "two.weight_scale": S, "shape.weight": W,
+        "shape.weight_scale_inv": ("F32", (7, 7)), "dtype.weight": W, "dtype.weight_scale_inv": ("I64", ()),
+        "packed.weight": ("F4", (4, 4)), "packed.weight_scale": ("F8_E4M3", (4, 1)), "norm.weight": ("BF16", (8,)),
     }  # fmt: skip
     result = paired(tensors)
     assert sorted(type(defect).__name__ for defect in result.defects) == [

@@ -170,7 +170,8 @@ def _refuse_arguments(to: str, base: str | Path | Checkpoint | None, scales: str
         raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
     if to == FP8 and base is None:
         raise ValueError(
-            "to='fp8' needs base, the FP8 checkpoint that the model came from; without one, save in bf16 and convert --scheme"
+            "to='fp8' needs base, the FP8 checkpoint that the model came from; "
+            "without one, save in bf16 and convert --scheme"
         )
     if to != FP8 and scales != "reuse":
         raise ValueError(f"scales goes with to='fp8', and not with to={to!r}")
@@ -309,7 +310,8 @@ class _LoadPlan:
             span = source.weight if isinstance(source, QuantizedTensor) else source
             read += span.nbytes * _local(tensor).numel() // max(1, span.numel)
         logger.info(
-            "loading %s: this rank holds %d bytes, reads %d bytes of the source, and takes at most %d MiB beyond the model",
+            "loading %s: this rank holds %d bytes, reads %d bytes of the source, "
+            "and takes at most %d MiB beyond the model",
             self.checkpoint.path,
             held,
             read,

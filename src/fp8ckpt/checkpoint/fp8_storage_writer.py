@@ -141,7 +141,10 @@ class FP8StorageWriter(DirectoryWriter):
             return Ranks()
         ranks = GroupRanks(self._group)
         if (ranks.rank, ranks.size) != (task.rank, task.size):
-            found = f"rank {ranks.rank} of {ranks.size} in the writer's process group is rank {task.rank} of {task.size} in the save's"
+            found = (
+                f"rank {ranks.rank} of {ranks.size} in the writer's process group "
+                f"is rank {task.rank} of {task.size} in the save's"
+            )
             raise ValueError(f"{found}; give FP8StorageWriter the process_group that dcp.save is given")
         return ranks
 
@@ -202,9 +205,7 @@ class _Writing:
         self._waiting = WaitingBlocks((), self._step)
 
     def run(self, ranks: Ranks) -> int:
-        """Look, exchange, write; returns how many bytes. Every rank meets the others at each step, whatever it has to
-        do.
-        """
+        """Look, exchange, write; returns how many bytes. All ranks meet at each step, whatever each has to do."""
         looked = ranks.gather(self._look)
         self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in looked])
         self._waiting.exchange(ranks, max(shared for _, shared in looked))

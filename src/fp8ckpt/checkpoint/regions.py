@@ -72,7 +72,8 @@ class RegionLoader:
         dtype = stored_dtype(target.dtype)
         if dtype not in TARGET_BYTES:
             found = f"a target of dtype {target.dtype} for an FP8 tensor"
-            expected = f"one of {', '.join(str(torch_dtype(name)) for name in TARGET_BYTES)}, or {torch_dtype(tensor.weight.dtype)} for the codes"
+            targets = ", ".join(str(torch_dtype(name)) for name in TARGET_BYTES)
+            expected = f"one of {targets}, or {torch_dtype(tensor.weight.dtype)} for the codes"
             raise UnsupportedFormatError(
                 found, tensor=tensor.name, file=tensor.weight.file, expected=expected, remedy="change the model's dtype"
             )
@@ -106,9 +107,7 @@ class RegionLoader:
             target[within(piece, region)].copy_(self._read(span, piece, buffer).view(dtype).reshape(piece[1]))
 
     def _read(self, span: TensorSpan, piece: Region, buffer: torch.Tensor) -> torch.Tensor:
-        """Read a piece's bytes into the buffer. It is used again for the next piece: copies out of it must be waited
-        for.
-        """
+        """Read a piece's bytes into the buffer. It is used again for the next piece: wait for copies out of it."""
         scratch = buffer[: prod(piece[1]) * DTYPE_BITS[span.dtype] // 8]
         read_region(self._file.descriptor(span.file), span, *piece, scratch.numpy())
         self.bytes_read += scratch.nbytes
@@ -143,9 +142,7 @@ def dequantize_on_device(
 def expanded_scales(
     dequantizer: Dequantizer, offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    """The scales f32 of a region, of a shape that broadcasts against it: 1 where one block spans the region's
-    dimension.
-    """
+    """The scales f32 of a region, of a shape that broadcasts against it: 1 where one block spans a dimension."""
     scales = dequantizer.scales
     grid = dequantizer.grid
     for axis, (start, size, block) in enumerate(zip(offsets, sizes, grid.block_size, strict=True)):

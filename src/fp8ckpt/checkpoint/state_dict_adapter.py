@@ -9,9 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class StateDictAdapter(ABC):
-    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those that it does not
-    know.
-    """
+    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those it does not know."""
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

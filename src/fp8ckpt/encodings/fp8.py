@@ -301,7 +301,7 @@ class QuantizingFiller:
 
 
 def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, slice]]:
-    """A run of whole blocks in bands of about `STEP` elements: (first element, rows, the band's own grid, its blocks)."""
+    """A run of whole blocks in bands of about `STEP` elements: (first element, rows, the band's grid, its blocks)."""
     matrices = as_matrices(grid)
     rows_of_one, cols = matrices.weight_shape[-2:]
     block = matrices.block_size[-2:]

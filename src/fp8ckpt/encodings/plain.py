@@ -145,7 +145,7 @@ class _Filler:
         self.bytes_read = 0
 
     def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes ``[start, stop)`` of an output file; the facts are the NaN codes met, by tensor."""
+        """Fill ``out`` with the bytes ``[start, stop)`` of an output file; the facts are the NaN codes by tensor."""
         from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
 
         nan_codes: dict[str, int] = {}

@@ -26,9 +26,7 @@ from fp8ckpt.tensors.pairing import QuantizedTensor
 
 
 class Quantization(NamedTuple):
-    """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if it is
-    known.
-    """
+    """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if known."""
 
     source: TensorSpan
     weight: TensorSpan
@@ -155,7 +153,7 @@ def _cut_bands(quantization: Quantization) -> Iterator[tuple[int, int]]:
 
 
 def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, TensorSpan]:
-    """The source's tensors by the names (``names``: source to output) that they are written under; none of them is FP8."""
+    """The source's tensors by the names (``names``: source to output) that they are written under; none is FP8."""
     found: dict[str, TensorSpan] = {}
     for name, tensor in source.tensors.items():
         if isinstance(tensor, QuantizedTensor):

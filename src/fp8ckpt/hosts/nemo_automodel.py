@@ -27,8 +27,8 @@ _PART = 1 << 28  # elements of the full tensors; every rank must cut at the same
 _ENDS = ("embed_tokens.weight", "model.norm.weight")  # of the text model; a pipeline stage lacks one or both
 
 
-# type: ignore[misc]  # the host is untyped
-class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStateDictAdapter):
+# The host is untyped.
+class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStateDictAdapter):  # type: ignore[misc]
     """The same adapter, as an instance of the host's base class."""
 
     def iter_checkpoint_load_parts(

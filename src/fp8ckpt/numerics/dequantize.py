@@ -87,7 +87,7 @@ class Dequantizer:
         return self._values.reshape(self.grid.shape)
 
     def flat(self, codes: U8, start: int, out: Bits) -> None:
-        """Dequantize codes u8 [n], which are the elements ``start`` to ``start + n`` in row-major order, into out [n]."""
+        """Dequantize codes u8 [n], which are elements ``start`` to ``start + n`` in row-major order, into out [n]."""
         if self._table is not None:
             self._whole(codes, self._table, out)
             return
@@ -96,9 +96,7 @@ class Dequantizer:
             self._window(codes[part.elements].reshape(shape), part, out[part.elements].reshape(shape))
 
     def region(self, codes: U8, offsets: tuple[int, ...], out: Bits) -> None:
-        """Dequantize codes of a region at ``offsets`` in the full tensor; ``out`` has the codes' shape, and any
-        strides.
-        """
+        """Dequantize codes of a region at ``offsets`` in the full tensor; ``out`` has the codes' shape, any strides."""
         rank = len(self._matrices.weight_shape)
         codes = codes.reshape((1,) * (rank - codes.ndim) + codes.shape)
         out = out[(np.newaxis,) * (rank - out.ndim)]

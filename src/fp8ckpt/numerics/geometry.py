@@ -45,9 +45,7 @@ def within(piece: Region, region: Region) -> tuple[slice, ...]:
 
 
 def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The region as (first element, count) runs that are contiguous in a row-major tensor, in order and as few as can
-    be.
-    """
+    """The region as (first element, count) runs contiguous in a row-major tensor, in order and as few as can be."""
     if not prod(sizes):
         return
     # Trailing dimensions that are taken whole merge into one run with the dimension before them.

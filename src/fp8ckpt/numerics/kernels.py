@@ -56,7 +56,7 @@ def _rounded(value: Any, target: int) -> Any:
 
 @njit(nogil=True, cache=True)
 def fill_tables(scales: Array, values: Array, target: int, tables: Array) -> None:
-    """``tables[t, code] = round(values[code] * scales[t])``: scales f32 [T], values f32 [256], tables u16/u32 [T, 256]."""
+    """``tables[t, c] = round(values[c] * scales[t])``: scales f32 [T], values f32 [256], tables u16/u32 [T, 256]."""
     for t in range(scales.size):
         scale = scales[t]
         for code in range(256):
@@ -393,7 +393,7 @@ def count_inexact(
 
 @njit(nogil=True, cache=True)
 def round_values(values: Array, target: int, out: Array) -> int:
-    """Bits of float32 values [n] rounded to ``target``: out u16/u32 [n]. Returns how many finite ones became infinite."""
+    """Bits of float32 values [n] rounded to ``target``: out u16/u32 [n]. Returns how many finite became infinite."""
     overflown = 0
     for i in range(values.size):
         out[i] = _rounded(values[i], target)

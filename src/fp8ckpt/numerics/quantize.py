@@ -81,7 +81,7 @@ def parts_of_run(grid: BlockGrid, start: int, count: int) -> list[Part]:
 
 
 def parts_of_region(grid: BlockGrid, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Part]:
-    """The region at ``offsets`` of ``sizes`` in the coordinates of the full weight; it lies in arrays of those sizes."""
+    """The region at ``offsets`` of ``sizes`` in coordinates of the full weight; it lies in arrays of those sizes."""
     matrices = as_matrices(grid)
     rank = len(matrices.weight_shape)
     offsets = (0,) * (rank - len(offsets)) + offsets

@@ -17,8 +17,8 @@ from fp8ckpt.tensors.header import Header, TensorSpan, tensor_nbytes
 
 # The library's own order, from the front of a file to its end; within one dtype, tensors go by name.
 _DTYPE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3",
-    "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
 

@@ -39,7 +39,10 @@ def refuse_other_tensors(
     missing, extra = base.tensors.keys() - found.keys(), found.keys() - base.tensors.keys()
     if missing or extra:
         name, where = (min(missing), "base") if missing else (min(extra), what)
-        found_in = f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; the first is {shown(name)}, in the {where}"
+        found_in = (
+            f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; "
+            f"the first is {shown(name)}, in the {where}"
+        )
         raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
     for name, tensor in base.tensors.items():
         if found[name].shape != tensor.shape:

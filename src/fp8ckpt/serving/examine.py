@@ -266,7 +266,9 @@ def _fp8_configuration(stated: _Stated, quantized: Sequence[QuantizedTensor]) ->
         yield ServingError(found, file=stated.file, expected="static or dynamic", remedy=remedy)
     block = stated.quantization.get("weight_block_size")
     if "weight_block_size" not in stated.quantization:
-        yield "weight_block_size is absent: vLLM takes that for one scale a tensor, transformers for blocks of 128 x 128"
+        yield (
+            "weight_block_size is absent: vLLM takes that for one scale a tensor, transformers for blocks of 128 x 128"
+        )
     size = tuple(block) if block else None
     # The last two dimensions are the matrix; those before them are experts, with a scale each or one for all.
     others = [
@@ -280,7 +282,10 @@ def _fp8_configuration(stated: _Stated, quantized: Sequence[QuantizedTensor]) ->
     ]
     if others:
         first = others[0]
-        found = f"weight_block_size is {shown(block)}, and {len(others)} of {len(quantized)} FP8 tensors are scaled otherwise"
+        found = (
+            f"weight_block_size is {shown(block)}, "
+            f"and {len(others)} of {len(quantized)} FP8 tensors are scaled otherwise"
+        )
         expected = f"the block size of scales {list(first.scale.shape)} for weights {list(first.shape)}"
         remedy = "state the block size of the file, or null for one scale a tensor; engines take one for all"
         yield ServingError(found, tensor=first.name, file=stated.file, expected=expected, remedy=remedy)
@@ -290,12 +295,18 @@ def _scale_shapes(checkpoint: Checkpoint) -> Iterator[_Finding]:
     quantized = checkpoint.quantized
     wrong: list[TensorSpan] = [tensor.scale for tensor in with_needless_dimensions(checkpoint)]
     if wrong:
-        found = f"the scale of a whole tensor has shape {list(wrong[0].shape)}, in {len(wrong)} of {len(quantized)} FP8 tensors"
+        found = (
+            f"the scale of a whole tensor has shape {list(wrong[0].shape)}, "
+            f"in {len(wrong)} of {len(quantized)} FP8 tensors"
+        )
         remedy = "store it without dimensions: vLLM's loader fails on this one"
         yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected="[] or [1]", remedy=remedy)
     wrong = [span for t in quantized for span in t.activation_scales if not _is_activation_shape(span.shape, t.shape)]
     if wrong:
-        found = f"the activation scale has shape {list(wrong[0].shape)}, and is one of {len(wrong)} that engines cannot load"
+        found = (
+            f"the activation scale has shape {list(wrong[0].shape)}, "
+            f"and is one of {len(wrong)} that engines cannot load"
+        )
         remedy = "store one value"
         yield ServingError(
             found, tensor=wrong[0].name, file=wrong[0].file, expected="[] or [1], or [experts]", remedy=remedy
@@ -314,7 +325,10 @@ def _activation_scales(quantized: Sequence[QuantizedTensor], static: set[bool], 
     if static != {False} and lacking and (having or static):
         found = f"{len(lacking)} of {len(quantized)} FP8 tensors have no activation scale"
         expected = f"one for each, as {file} says static" if static else "one for each, or for none"
-        remedy = "restore them; or remove them all and state dynamic: an engine takes a missing one for a number that makes garbage"
+        remedy = (
+            "restore them; or remove them all and state dynamic: "
+            "an engine takes a missing one for a number that makes garbage"
+        )
         yield ServingError(found, tensor=lacking[0].name, file=lacking[0].weight.file, expected=expected, remedy=remedy)
     if static == {False} and having:
         found = f"{len(having)} of {len(quantized)} FP8 tensors have an activation scale"
@@ -338,7 +352,10 @@ def _skip_list(checkpoint: Checkpoint, stated: _Stated) -> Iterator[_Finding]:
             )
             yield ServingError(found, tensor=missing.names[0], file=stated.file, expected=expected, remedy=remedy)
         if missing.prefixes:
-            found = f"{len(missing.prefixes)} parts of the model that hold nothing FP8 are not in {key}: {_some(missing.prefixes)}"
+            found = (
+                f"{len(missing.prefixes)} parts of the model that hold nothing FP8 are not in {key}: "
+                f"{_some(missing.prefixes)}"
+            )
             expected = "each by its prefix, as transformers and SGLang read the list"
             yield ServingError(found, tensor=missing.prefixes[0], file=stated.file, expected=expected, remedy=remedy)
         skip_list = SkipList.of(entries)
@@ -502,8 +519,9 @@ def _unequal_siblings(checkpoint: Checkpoint) -> Iterator[_Finding]:
     unequal = [unit for unit in units if len({values[name] for name in unit}) > 1]
     if unequal:
         yield (
-            f"{len(unequal)} of {len(units)} groups of weights that are served as one have unequal scales, and are served through a "
-            f"requantization to the largest scale; the first is {', '.join(shown(name) for name in unequal[0])}"
+            f"{len(unequal)} of {len(units)} groups of weights that are served as one have unequal scales, "
+            f"and are served through a requantization to the largest scale; "
+            f"the first is {', '.join(shown(name) for name in unequal[0])}"
         )
 
 

@@ -79,7 +79,7 @@ def _ancestors(module: str) -> Iterator[str]:
 
 
 class SkipList(NamedTuple):
-    """Entries of a skip list, ready to be asked. ``names`` are plain, ``patterns`` the ``re:`` patterns and wildcards."""
+    """A skip list, ready to be asked. ``names`` are plain, ``patterns`` the ``re:`` patterns and wildcards."""
 
     names: frozenset[str]
     patterns: tuple[str, ...]

@@ -129,8 +129,8 @@ def parse_json(text: bytes, file: Path, kind: type[Fp8CheckpointError]) -> dict[
         mapping = dict(pairs)
         if len(mapping) != len(pairs):
             seen: set[str] = set()
-            # type: ignore[func-returns-value]  # add() is None
-            name = next(key for key, _ in pairs if key in seen or seen.add(key))
+            # add() is None
+            name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise kind(
                 "the name occurs twice", tensor=name, file=file, expected="each name once", remedy="write the file anew"
             )
@@ -212,7 +212,8 @@ def _validated(
             or prod(shape) * bits != (end - begin) * 8
         ):
             found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
-            expected = f"{shown(prod(shape) * bits / 8 if prod(shape) < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"
+            needed: object = prod(shape) * bits / 8 if prod(shape) < 2**200 else "an impossible number of"
+            expected = f"{shown(needed)} bytes for {dtype} {shown(shape)}"
             defects.append(HeaderError(found, tensor=name, file=file, expected=expected, remedy="fetch the file again"))
             complete = False
             continue

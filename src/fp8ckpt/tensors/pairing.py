@@ -57,8 +57,9 @@ _PACKED_BLOCKS = ("_blocks", "_scales")  # gpt-oss MXFP4: a pair of keys
 _INTEGERS = ("I8", "U8", "I32", "U32")
 _INTEGER_SCALES = (*(scale for _, scale in SCALE_SUFFIXES), ".SCB")  # the last: bitsandbytes
 _COMPANIONS = (
-    ".weight_scale", ".weight_scale_inv", ".scale", ".weight_scale_2", ".weight_global_scale", ".weight_zero_point", ".weight_shape",
-    ".input_scale", ".input_global_scale", ".SCB", ".scales", ".qzeros", ".g_idx", "_scale", "_scale_inv", "_scale_2", "_scales",
+    ".weight_scale", ".weight_scale_inv", ".scale", ".weight_scale_2", ".weight_global_scale", ".weight_zero_point",
+    ".weight_shape", ".input_scale", ".input_global_scale", ".SCB", ".scales", ".qzeros", ".g_idx",
+    "_scale", "_scale_inv", "_scale_2", "_scales",
 )  # fmt: skip
 _BESIDE_FP8 = (
     ".weight_scale_2",

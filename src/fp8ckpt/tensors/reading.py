@@ -54,9 +54,7 @@ def checked_region(span: TensorSpan, offsets: tuple[int, ...] | None, sizes: tup
 
 
 def read_region(fd: int, span: TensorSpan, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Bytes) -> None:
-    """Read a checked region of a tensor of whole bytes into ``out`` (flat, contiguous, in the region's row-major
-    order).
-    """
+    """Read a checked region of a whole-byte tensor into ``out`` (flat, contiguous, in the region's row-major order)."""
     itemsize = DTYPE_BITS[span.dtype] // 8
     view = out.data
     done = 0
@@ -80,7 +78,7 @@ def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
 
 
 def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
-    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` where one is NaN, infinite, zero or negative."""
+    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` if one is NaN, infinite, zero or negative."""
     stored = np.empty(tensor.scale.nbytes, np.uint8)
     with opened(tensor.scale.file) as fd:
         read_into(fd, stored, tensor.scale.start, tensor.scale.file)
@@ -209,9 +207,7 @@ def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
-    """A numpy view, of any strides, of a CPU tensor's bit patterns; ``dtype`` is its safetensors dtype (BF16, F16,
-    F32).
-    """
+    """A numpy view, of any strides, of a CPU tensor's bit patterns; ``dtype`` is safetensors' (BF16, F16, F32)."""
     import torch
 
     view = tensor.view(torch.uint16 if bits_dtype(dtype) is np.uint16 else torch.uint32)
@@ -219,10 +215,10 @@ def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
 
 
 _TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32", "I64": "int64",
-    "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 
 
