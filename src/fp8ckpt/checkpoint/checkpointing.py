@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter
 from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
-from fp8ckpt.checkpoint.regions import BEYOND
+from fp8ckpt.checkpoint.regions import BEYOND, rounds
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
 from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, shown
@@ -37,7 +37,9 @@ from fp8ckpt.output.side_files import plain_side_files
 from fp8ckpt.ranks import GroupRanks, Ranks
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
+from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +55,29 @@ class Checkpointer:
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
         self._group = process_group
 
-    def load_model(self, model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False) -> None:
+    def load_model(
+        self, model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False, narrow: bool = False
+    ) -> None:
         """Fill every parameter and persistent buffer of ``model`` from the checkpoint at ``path``.
 
         The model may be unsharded, or a mix of DTensors of any mesh and placement (FSDP2, TP, a PP stage). FP8 tensors
         are dequantized to the parameter's own dtype (bfloat16, float16 or float32), others are cast to it where it
-        differs. Names go through ``model.state_dict_adapter`` if there is one, otherwise through the layout found in
-        the file. Tied weights end up tied, and a transformers model's non-persistent buffers, which ``to_empty`` leaves
-        undefined, get their values back.
+        differs and can hold every value of the stored one. Names go through ``model.state_dict_adapter`` if there is
+        one, otherwise through the layout found in the file. Tied weights end up tied, and a transformers model's
+        non-persistent buffers, which ``to_empty`` leaves undefined, get their values back.
 
         ``partial``: the model is only a part of what is in the checkpoint (a PP stage, the text model of a VLM).
         Without it, a checkpoint tensor that no part of the model takes is an error; a parameter that the checkpoint
         lacks always is.
 
+        ``narrow``: tensors that are not FP8 may be rounded to a dtype that holds fewer values than the stored one, such
+        as float32 to bfloat16; a warning names them. Without it, that is an error.
+
         Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the
         checkpoint's own `Fp8CheckpointError`.
         """
         ranks = self._ranks()
-        plan = ranks.together(lambda: _LoadPlan(model, path, partial))
+        plan = ranks.together(lambda: _LoadPlan(model, path, partial, narrow))
         plan.log()
         reader = FP8StorageReader(plan.checkpoint)
         self._load(plan.targets, reader)
@@ -143,9 +150,9 @@ class Checkpointer:
         return Ranks() if _alone() else GroupRanks(self._group)
 
 
-def load_model(model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False) -> None:
+def load_model(model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False, narrow: bool = False) -> None:
     """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`."""
-    Checkpointer().load_model(model, path, partial=partial)
+    Checkpointer().load_model(model, path, partial=partial, narrow=narrow)
 
 
 def save_model(
@@ -234,7 +241,7 @@ def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:
 class _LoadPlan:
     """What goes where, checked before the first byte is read."""
 
-    def __init__(self, model: nn.Module, path: str | Path | Checkpoint, partial: bool) -> None:
+    def __init__(self, model: nn.Module, path: str | Path | Checkpoint, partial: bool, narrow: bool) -> None:
         self.model = model
         self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         self.adapter = getattr(model, "state_dict_adapter", None)
@@ -254,6 +261,8 @@ class _LoadPlan:
         self.native, self.named = native, named
         self._sources, self.twice = self._find_sources()
         self._refuse_mismatches(partial)
+        if not narrow:
+            self._refuse_rounding()
         self.targets = {
             name: tensor for name, tensor in named.items() if self._sources[name] == name and name not in self.twice
         }
@@ -299,6 +308,19 @@ class _LoadPlan:
             if tuple(tensor.shape) != tuple(expected):
                 raise ModelMismatchError(
                     f"shape {tuple(tensor.shape)} in the model", tensor=name, file=where, expected=f"{tuple(expected)}"
+                )
+
+    def _refuse_rounding(self) -> None:
+        """What is stored as plain values must not lose any of them in passing."""
+        for name, tensor in self.named.items():
+            source = self.checkpoint.tensors[self._sources[name]]
+            if isinstance(source, TensorSpan) and rounds(torch_dtype(source.dtype), tensor.dtype):
+                raise ModelMismatchError(
+                    f"{source.dtype} on disk, and {tensor.dtype} in the model",
+                    tensor=source.name,
+                    file=source.file,
+                    expected="a dtype that holds every value of the stored one",
+                    remedy="keep this parameter in the stored dtype, or say narrow=True to have it rounded",
                 )
 
     def log(self) -> None:

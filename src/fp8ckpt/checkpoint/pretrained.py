@@ -12,6 +12,7 @@ from torch import nn
 
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
+from fp8ckpt.families.transformers_tables import keep_in_float32
 from fp8ckpt.tensors.checkpoint import open_checkpoint
 from fp8ckpt.tensors.config import CONFIG
 
@@ -28,8 +29,9 @@ def load_pretrained(
     return it.
 
     ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module.
-    ``dtype`` is that of the parameters. ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs
-    transformers.
+    ``dtype`` is that of the parameters, but for those that transformers itself keeps in float32 (DeepSeek's
+    ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
+    ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs transformers.
     """
     import transformers
 
@@ -57,10 +59,11 @@ def load_pretrained(
             model: Any = getattr(transformers, names[0])(config)
     finally:
         torch.set_default_dtype(before)
+    keep_in_float32(model, dtype)
     if parallelize is not None:
         model = parallelize(model) or model
     model.to_empty(device=device)
-    load_model(model, checkpoint, partial=partial)
+    load_model(model, checkpoint, partial=partial, narrow=True)
     with suppress(OSError):  # a checkpoint without generation_config.json keeps the default
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
     model.eval()

@@ -45,6 +45,13 @@ def dequantizers(threads: int) -> DequantizerOf:
     return lru_cache(maxsize=2 * threads)(load_dequantizer)
 
 
+def rounds(stored: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a tensor of the one dtype may lose something when it is cast to the other."""
+    if stored == target:
+        return False
+    return stored.is_floating_point != target.is_floating_point or torch.promote_types(stored, target) != target
+
+
 class RegionLoader:
     """One thread's means of loading: its buffer, and the file it read last."""
 

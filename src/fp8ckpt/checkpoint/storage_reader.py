@@ -16,6 +16,7 @@ Its life, as DCP calls it:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -34,8 +35,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
-from fp8ckpt.errors import RegionError
+from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
+from fp8ckpt.errors import RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -43,6 +44,8 @@ from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.tensors.reading import torch_dtype
 from fp8ckpt.workers import share
+
+logger = logging.getLogger(__name__)
 
 _PIECE = 32 << 20  # elements; what a thread takes at once, so that a large tensor is shared among threads
 
@@ -55,7 +58,8 @@ class FP8StorageReader(StorageReader):
     ``bytes_read`` counts the data bytes read so far, scales aside.
 
     A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders
-    made by an adapter's ``to_hf(quantization=True)`` are filled, too.
+    made by an adapter's ``to_hf(quantization=True)`` are filled, too. Any other tensor is cast to its target's dtype,
+    as DCP does; a warning names those that this rounds.
     """
 
     def __init__(self, path: str | Path | Checkpoint, *, threads: int | None = None) -> None:
@@ -102,6 +106,7 @@ class FP8StorageReader(StorageReader):
         """Load every item of this rank's plan into its target. The first error stops all threads, and is raised."""
         threads = self._threads or threads_of_this_rank()
         targets = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
+        self._warn_of_rounding(targets)
         dequantizer = dequantizers(threads)
         loaders = [RegionLoader(dequantizer, threads) for _ in range(threads)]
         try:
@@ -115,6 +120,25 @@ class FP8StorageReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _warn_of_rounding(self, targets: list[tuple[ReadItem, torch.Tensor]]) -> None:
+        tensors = self.checkpoint.tensors
+        narrowed = {
+            (source.name, source.dtype, target.dtype)
+            for item, target in targets
+            if isinstance(source := tensors.get(item.storage_index.fqn), TensorSpan)
+            and rounds(torch_dtype(source.dtype), target.dtype)
+        }
+        if narrowed:
+            name, stored, dtype = min(narrowed, key=lambda entry: entry[0])
+            logger.warning(
+                "%d tensors of %s are rounded to narrower dtypes as they are loaded; the first is %s, from %s to %s",
+                len(narrowed),
+                self.checkpoint.path,
+                shown(name),
+                stored,
+                dtype,
+            )
 
     def _work(
         self, targets: list[tuple[ReadItem, torch.Tensor]]
