@@ -96,6 +96,61 @@ def back(source: Path, base: Path, destination: Path, **how: Any) -> ConvertResu
     return convert(source, destination, to="fp8", like=base, **how)
 
 
+UE8M0 = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+
+
+def powers_of_two(root: Path, config: dict[str, Any], rng: np.random.Generator) -> Path:
+    """DeepSeek V3.1: F32 scales that are powers of two; blocks of 128, and one scale for a matrix beside them."""
+    tensors: dict[str, Stored] = {}
+    for name, shape, grid in (("a.weight", (300, 200), (3, 2)), ("b.weight", (40, 24), ())):
+        tensors[name] = Stored.codes(rng.integers(0, 0x7F, shape).astype(np.uint8))
+        tensors[name + "_scale_inv"] = Stored.of(np.exp2(rng.integers(-14, -9, grid)).astype(np.float32), "F32")
+    blocks = {"a.weight": ("a.weight_scale_inv", (128, 128)), "b.weight": ("b.weight_scale_inv", (40, 24))}
+    return Family(tensors, config, blocks).write(root, files=1)
+
+
+def grown(plain: Path, destination: Path) -> Path:
+    """Some blocks of `powers_of_two` larger than their scale, one huge, one a float32 subnormal, one zero."""
+    tensors = read_directory(plain)
+    a, b = (tensors[name].array.astype(np.float32) for name in ("a.weight", "b.weight"))
+    a[:128, :128] *= np.float32(3.3)
+    a[128:256, :128] *= np.float32(2.0**120)
+    a[128:256, 128:] = np.float32(2.0**-140)
+    a[256:, :128] = 0
+    tensors["a.weight"], tensors["b.weight"] = Stored.of(a, "F32"), Stored.of(b * np.float32(5), "F32")
+    return write_plain(destination, tensors)
+
+
+@pytest.mark.parametrize("scales", ["reuse", "fresh"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": UE8M0},
+        {"quantization_config": {**UE8M0, "scale_fmt": "UE8M0"}},
+        {"text_config": {"quantization_config": UE8M0}},
+    ],
+    ids=["top", "capitals", "nested"],
+)
+def test_new_scales_are_powers_of_two_where_the_base_says_so(config: Any, scales: str, tmp_path: Path) -> None:
+    """``scale_fmt`` "ue8m0": a new scale is the least power of two not below ``amax / 448``, in any dtype."""
+    base = powers_of_two(tmp_path / "fp8", config, np.random.default_rng(1))
+    convert(base, tmp_path / "plain", to="fp32")
+    back(tmp_path / "plain", base, tmp_path / "same")
+    assert_same_tree(tmp_path / "same", base)
+    source = grown(tmp_path / "plain", tmp_path / "grown")
+    back(source, base, tmp_path / "back", scales=scales)
+    values, found, before = (read_directory(path) for path in (source, tmp_path / "back", base))
+    for name, block in (("a.weight", (128, 128)), ("b.weight", (40, 24))):
+        scale = found[name + "_scale_inv"]
+        new = scale_floats(fresh_scale(values[name], block, "U8")).reshape(scale.shape)
+        old = scale_floats(before[name + "_scale_inv"])
+        kept = np.isin(np.arange(old.size).reshape(old.shape), [1, 4, 5]) if block == (128, 128) else False
+        expected = np.where(kept, old, new) if scales == "reuse" else new
+        assert np.array_equal(scale_floats(scale), expected)
+        assert found[name].data == quantize(values[name], scale, block)
+        assert set(np.frexp(scale_floats(scale))[0].reshape(-1).tolist()) == {0.5}
+
+
 # ---------------------------------------------------------------- nothing was trained
 
 

@@ -54,7 +54,17 @@ from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
 from tests.miniatures import Family
 from tests.oracle import Stored, read_directory
-from tests.test_to_fp8 import E4M3, OTHERS, assert_same_tree, siblings, trained, write_plain
+from tests.test_to_fp8 import (
+    E4M3,
+    OTHERS,
+    UE8M0,
+    assert_same_tree,
+    grown,
+    powers_of_two,
+    siblings,
+    trained,
+    write_plain,
+)
 
 UNEVEN = Mistral3Sizes(
     layers=2,
@@ -200,6 +210,19 @@ def test_every_family_in_one_process(
             assert plain_save(tensors_of(directory), out, case.base, scales=mode) == stored_bytes(case.base)
             assert_same_tree(out, case.expected(source, mode))
     assert_same_tree(tmp_path / "out untouched reuse", case.base)
+
+
+@pytest.mark.parametrize("step", [1 << 19, 100])
+def test_powers_of_two_in_one_process(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the base says ``scale_fmt`` "ue8m0", new scales are powers of two here too, of blocks that wait or not."""
+    base = powers_of_two(tmp_path / "fp8", {"quantization_config": UE8M0}, np.random.default_rng(1))
+    convert(base, tmp_path / "plain", to="fp32")
+    case = Case(tmp_path, base)
+    case.add("grown", grown(tmp_path / "plain", tmp_path / "source"))
+    small_steps(monkeypatch, step)
+    for mode in MODES:
+        plain_save(tensors_of(case.sources["grown"]), tmp_path / mode, base, scales=mode)
+        assert_same_tree(tmp_path / mode, case.expected("grown", mode))
 
 
 @pytest.mark.parametrize("name", ["identity", "uneven", "equal"])

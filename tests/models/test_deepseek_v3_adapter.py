@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +22,9 @@ from fp8ckpt import FP8StorageReader, StateDictAdapter, open_checkpoint
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.models.deepseek_v3 import state_dict_adapter as module
 from fp8ckpt.models.deepseek_v3.state_dict_adapter import DeepseekV3FP8StateDictAdapter
+from fp8ckpt.tensors.reading import torch_dtype
 from tests.distributed import assert_same, bits, mesh, rewrite, run
-from tests.oracle import Stored, dequantize, write_safetensors
+from tests.oracle import Stored, dequantize, read_directory, write_safetensors
 
 BLOCK = (128, 128)
 # Rows that 8 ranks cut within blocks, columns that are no multiple of 128, fewer rows than ranks.
@@ -200,18 +204,46 @@ def test_convert_single_within_rounding(rows: int, columns: int, seed: int, size
 
 
 def test_what_was_fp8_is_reproduced_exactly(sample_block: Path, blocks: Path) -> None:
-    """Weights that were FP8, loaded as BF16: codes x fresh scales are the same tensors again, whatever the largest code
-    of a block.
-    """
+    """Weights that were FP8, loaded as BF16: their own codes and scales again, whatever the largest code of a block."""
     differing = []
     for path in (sample_block, blocks):
         checkpoint, adapter = open_checkpoint(path), DeepseekV3FP8StateDictAdapter.from_checkpoint(path)
+        stored = read_directory(path)
         for name in (tensor.name for tensor in checkpoint.quantized):
             weight = checkpoint.read(name)
             hf = dict(adapter.convert_single_tensor_to_hf(name, weight, quantization=True))
-            if not torch.equal(adapter.from_hf(hf)[name], weight):
+            if [bits(tensor) for tensor in hf.values()] != [stored[key].data for key in hf]:
                 differing.append(name)
     assert differing == []
+
+
+def test_new_scales_are_powers_of_two_where_the_file_says_so(sample_block: Path, tmp_path: Path) -> None:
+    """``scale_fmt`` "ue8m0": the least power of two not below ``amax / 448`` where a block outgrew its scale, and the
+    file's own scale elsewhere; scales of F32 and of exponents alike.
+    """
+
+    def change(dtype: str) -> Callable[[dict[str, Stored]], dict[str, Stored]]:
+        return lambda tensors: {
+            name: Stored.of(np.full(tensor.shape, 2.0**-10, np.float32), dtype)
+            if name.endswith("_scale_inv")
+            else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def say(config: dict[str, Any]) -> None:
+        config["quantization_config"]["scale_fmt"] = "ue8m0"
+
+    for dtype in ("F32", "F8_E8M0"):
+        path = rewrite(sample_block, tmp_path / dtype, change(dtype), say)
+        checkpoint, adapter = open_checkpoint(path), DeepseekV3FP8StateDictAdapter.from_checkpoint(path)
+        tensor = next(tensor for tensor in checkpoint.quantized if math.prod(tensor.scale.shape) > 1)
+        weight = checkpoint.read(tensor.name)
+        weight[:128, :128] *= 3.3
+        _, (_, scales) = adapter.convert_single_tensor_to_hf(tensor.name, weight, quantization=True)
+        expected = torch.full(tensor.scale.shape, 2.0**-10)
+        expected[0, 0] = 2.0 ** math.ceil(math.log2(float(weight[:128, :128].abs().max()) / 448))
+        assert_same(scales, expected.to(scales.dtype))
+        assert scales.dtype == torch_dtype(dtype)
 
 
 def test_fresh_scales_have_the_files_dtype(sample_block: Path, tmp_path: Path) -> None:

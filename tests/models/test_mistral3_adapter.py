@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fp8ckpt import FP8StorageReader, StateDictAdapter, open_checkpoint, sample
+from fp8ckpt.checkpoint.quantized_dtensors import ScalesBefore, quantize
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.models.mistral3_vlm import state_dict_adapter as module
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import assert_same, bits, mesh, rewrite, run
-from tests.oracle import Stored, dequantize
+from tests.oracle import Stored, dequantize, read_directory
 
 TEXT = "model.language_model.layers.0."
 ALL_CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).reshape(16, 16)
@@ -311,18 +312,16 @@ def test_from_hf_of_a_bf16_checkpoint_is_identity() -> None:
 )
 @settings(max_examples=500, deadline=None)
 def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fraction: int, dtype: torch.dtype) -> None:
-    """Whatever its largest code: code x scale is the tensor that went in, bit for bit, in BF16 and in FP32."""
+    """Whatever its largest code: with the scale of before, the codes of before come back, from BF16 and from FP32."""
     scale = torch.tensor(2.0**exponent * (1 + fraction / 128), dtype=torch.bfloat16)
     weight = module._dequantize_from_fp8(
         torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, -1), scale, dtype
     )
-    name = TEXT + "mlp.up_proj.weight"
-    pairs = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(name, weight, quantization=True)
-    assert [key for key, _ in pairs] == [name, name + "_scale_inv"]
-    (_, found), (_, fresh) = pairs
+    before = ScalesBefore("BF16", np.frombuffer(bits(scale), np.uint16))
+    found, kept = quantize("a.weight", weight, None, before)
     assert (found.dtype, found.shape) == (torch.float8_e4m3fn, weight.shape)
-    assert (fresh.dtype, fresh.shape) == (torch.bfloat16, ())
-    assert_same(module._dequantize_from_fp8(found, fresh, dtype), weight)
+    assert_same(kept, scale)
+    assert bits(found) == bytes(codes)
 
 
 @given(seed=st.integers(0, 1 << 30), size=st.floats(-30, 20))
@@ -456,7 +455,7 @@ def test_from_checkpoint_takes_scales_as_the_file_has_them(
 
 
 def test_f32_scales_come_back_as_exactly(sample_fp8: Path, tmp_path: Path) -> None:
-    """A file with F32 scales, loaded as BF16 or FP32: code x fresh scale is the same tensor again, for every weight."""
+    """A file with F32 scales, loaded as BF16 or FP32: its own codes and scales again, for every weight."""
 
     def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
         factor = np.float32(1.000977)  # so that BF16 does not hold the scales
@@ -475,7 +474,8 @@ def test_f32_scales_come_back_as_exactly(sample_fp8: Path, tmp_path: Path) -> No
         dcp.load({name: weight}, storage_reader=FP8StorageReader(checkpoint), no_dist=True)
         (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
         assert scale.dtype == torch.float32
-        if not torch.equal(module._dequantize_from_fp8(codes, scale, dtype), weight):
+        stored = read_directory(path)
+        if (bits(codes), bits(scale)) != (stored[name].data, stored[name + "_scale_inv"].data):
             differing.append((name, dtype))
     assert differing == []
 

@@ -651,6 +651,20 @@ def test_powers_of_two_are_exact(dtype: str) -> None:
         assert larger.tolist() == (2 * powers).tolist()
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_powers_of_two_in_a_dtype_that_holds_others(dtype: str) -> None:
+    """They are e8m0's own value, the oracle's, where the dtype holds it; F16 ends at 2**-24 and 2**15."""
+    amax = magnitudes()
+    scales = scale_values(fresh_scales(amax, dtype, powers_of_two=True), dtype)
+    expected = oracle.scale_floats(oracle.fresh_scale(Stored.of(amax, "F32"), (1,), "U8"))
+    if dtype == "F16":
+        expected = np.where(expected > 2.0**15, np.float32(np.inf), np.maximum(expected, np.float32(2.0**-24)))
+    assert scales.tobytes() == expected.tobytes()
+    finite = scales[np.isfinite(scales)]
+    assert set(np.frexp(finite)[0].tolist()) == {0.5}
+    assert (448 * finite.astype(np.float64) >= amax[np.isfinite(scales)]).all()
+
+
 @pytest.mark.parametrize(
     ("amax", "dtype", "bits"),
     [

@@ -43,6 +43,7 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
 from fp8ckpt.stores.local import Bytes, opened, read_into
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype, stored_scales
@@ -262,7 +263,14 @@ class _Writing:
 
     def _quantizers(self) -> list[ShardQuantizer]:
         return [
-            ShardQuantizer(self._files, self._waiting, fresh=self._fresh, step=self._step) for _ in range(self._threads)
+            ShardQuantizer(
+                self._files,
+                self._waiting,
+                fresh=self._fresh,
+                powers_of_two=states_powers_of_two(self._base.config),
+                step=self._step,
+            )
+            for _ in range(self._threads)
         ]
 
     def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:

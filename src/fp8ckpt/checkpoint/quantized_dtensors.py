@@ -6,23 +6,34 @@ Scales are small, and whole on every rank.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import fp8ckpt.numerics.quantize as rule
 from fp8ckpt.checkpoint.regions import dequantize_on_device
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, WeightValueError
 from fp8ckpt.numerics.codes import SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, pieces, within
-from fp8ckpt.tensors.reading import bits_of, bytes_of, stored_dtype
+from fp8ckpt.tensors.reading import bits_of, bytes_of, stored_dtype, torch_dtype
 
-LARGEST_CODE = 448.0  # of e4m3fn
-_LOOK = 1 << 16  # elements
 _ON_DEVICE = 4 << 20  # elements; float32 temporaries take four times as many bytes
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+
+
+class ScalesBefore(NamedTuple):
+    """What the file says of a weight's scales: their dtype, those to be kept where the values fit them, as stored, and
+    whether a new one is to be a power of two.
+    """
+
+    dtype: str
+    stored: rule.Scales | None = None
+    powers_of_two: bool = False
 
 
 def dequantize(
@@ -99,69 +110,36 @@ def _largest_of_all(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(
-    name: str, weight: torch.Tensor, block_size: tuple[int, ...] | None, scale_dtype: torch.dtype
+    name: str, weight: torch.Tensor, block_size: tuple[int, ...] | None, before: ScalesBefore
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3fn, scales of the grid) of a weight, the same on every mesh; without a block size one 0-d scale.
 
-    Where a scale reproduces a block exactly - it was FP8 before - such a scale is found; otherwise it is ``amax /
-    448``, rounded up so that nothing clips, and 1 for zeros. Raises `WeightValueError`, on all ranks, where the weight
-    is not finite on any.
+    The rule of scales is that of `fp8ckpt.numerics.quantize`: one of ``before`` is kept where its block still fits it.
+    Raises `WeightValueError`, on all ranks, where the weight is not finite on any.
     """
     blocks = _Blocks(weight, block_size)
     local = blocks.local
-    amax = blocks.largest(_finite_or_inf(local.abs()))
-    if not bool(amax.isfinite().all()):
+    maxima = blocks.largest(_finite_or_inf(local.abs())).cpu().numpy()
+    if not np.isfinite(maxima).all():
         count = int((~local.isfinite()).sum())
         found = f"{count} elements are not finite" if count else "elements of another rank's part are not finite"
         raise WeightValueError(
             found, tensor=name, expected="finite weights", remedy="find out where the training diverged"
         )
-    scales = torch.where(
-        amax > 0, _rounded_up(amax / LARGEST_CODE, scale_dtype), torch.ones_like(amax, dtype=scale_dtype)
-    )
-    if block_size is not None or not _has_moved(local, weight):
-        scales = _reproducing(blocks, amax, scales)
-    return like(weight, _encode(local, blocks.spread(scales))), scales
+    kept, exact = before.stored, None
+    if kept is not None:
+        kept = kept.reshape(maxima.shape)
+        if rule.may_fit(maxima, scale_values(kept, before.dtype)).any():
+            exact = blocks.given_back_by(_on(local, kept, before.dtype))
+    stored, _ = rule.choose_scales(maxima, kept, before.dtype, exact, powers_of_two=before.powers_of_two)
+    codes = _encode(local, blocks.spread(_on(local, stored, before.dtype)))
+    scales = torch.from_numpy(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+    return like(weight, codes), scales.view(torch_dtype(before.dtype)).reshape(blocks.shape).to(local.device)
 
 
-def _has_moved(local: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a weight with one scale cannot have been FP8: those have at most 126 magnitudes besides zero, and a look
-    tells.
-    """
-    magnitudes = torch.unique(local.reshape(-1)[:_LOOK].abs())
-    return bool(_largest_of_all(torch.tensor(float(magnitudes.numel() > 127), device=local.device), weight))
-
-
-def _reproducing(blocks: _Blocks, amax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """``scales``, with those replaced for which another reproduces its block exactly.
-
-    The largest element of a block that was FP8 is one of e4m3's eight significands, times its scale and a power of two,
-    which gives all codes of the block; and each code bounds the scales with which it rounds to its element.
-    """
-    local = blocks.local
-    value = local.abs().to(torch.float64)
-    below = torch.nextafter(local.abs(), torch.zeros_like(local)).to(torch.float64)
-    above = torch.nextafter(local.abs(), torch.full_like(local, np.inf)).to(torch.float64)
-    open_blocks = amax > 0
-    for significand in (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0):
-        codes = _encode(local, blocks.spread(torch.where(amax > 0, amax / significand, torch.ones_like(amax))))
-        magnitude = codes.to(torch.float64).abs()
-        least = torch.where(magnitude > 0, (value + below) / 2 / magnitude, torch.zeros_like(value))
-        most = torch.where(magnitude > 0, (value + above) / 2 / magnitude, torch.full_like(value, np.inf))
-        middle = ((blocks.largest(least) - blocks.largest(-most, -np.inf)) / 2).to(torch.float32).to(scales.dtype)
-        for scale in (
-            middle,
-            torch.nextafter(middle, torch.full_like(middle, np.inf)),
-            torch.nextafter(middle, torch.zeros_like(middle)),
-        ):
-            product = codes.to(torch.float32) * blocks.spread(scale).to(torch.float32)
-            differs = blocks.largest(product.to(local.dtype).ne(local).to(torch.float32))
-            found = open_blocks & (differs == 0) & (scale > 0) & scale.isfinite()
-            scales = torch.where(found, scale, scales)
-            open_blocks = open_blocks & ~found
-        if not bool(open_blocks.any()):
-            break
-    return scales
+def _on(local: torch.Tensor, stored: rule.Scales, dtype: str) -> torch.Tensor:
+    """Stored scales as float32 beside the values."""
+    return torch.from_numpy(np.ascontiguousarray(scale_values(stored, dtype))).to(local.device)
 
 
 class _Blocks:
@@ -180,9 +158,9 @@ class _Blocks:
                 for start, size, block in zip(offsets, self.local.shape, block_size, strict=True)
             ]
 
-    def largest(self, values: torch.Tensor, least: float = 0.0) -> torch.Tensor:
-        """The largest of ``values``, one an element, in each block of the whole weight, and not below ``least``."""
-        start = torch.full(self.shape, least, dtype=values.dtype, device=values.device)
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of ``values``, one an element and none negative, in each block of the whole weight."""
+        start = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
         if values.numel() and self._index:
             index = self._index[0]
             for axis, block in enumerate(self._index[1:], 1):
@@ -191,6 +169,13 @@ class _Blocks:
         elif values.numel():
             start = torch.maximum(start, values.max())
         return _largest_of_all(start, self.weight)
+
+    def given_back_by(self, scales: torch.Tensor) -> rule.Mask:
+        """Which blocks of the whole weight these scales give back, element by element."""
+        spread = self.spread(scales)
+        values = (_encode(self.local, spread).to(torch.float32) * spread).to(self.local.dtype)
+        exact: rule.Mask = (self.largest(values.ne(self.local).to(torch.float32)) == 0).cpu().numpy()
+        return exact
 
     def spread(self, scales: torch.Tensor) -> torch.Tensor:
         """Scales of the grid, so that they meet this rank's elements."""
@@ -204,15 +189,6 @@ def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
     return magnitudes.to(torch.float32).nan_to_num(nan=np.inf, posinf=np.inf)
 
 
-def _encode(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (
-        (values.to(torch.float32) / scale.to(torch.float32)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
-    )
-
-
-def _rounded_up(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The least value of ``dtype`` that is not below a positive float32."""
-    rounded = value.to(dtype)
-    return torch.where(
-        rounded.to(torch.float32) < value, torch.nextafter(rounded, torch.full_like(rounded, np.inf)), rounded
-    )
+def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    most = float(rule.LARGEST_CODE)
+    return (values.to(torch.float32) / scales).clamp(-most, most).to(torch.float8_e4m3fn)

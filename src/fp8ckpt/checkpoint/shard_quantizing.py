@@ -103,14 +103,17 @@ class WaitingBlocks:
 class ShardQuantizer:
     """One worker's means of looking at pieces and of writing them, with buffers of its own.
 
-    ``fresh``: no scale is kept. ``nonfinite``: weights with elements that have no code; with one of them the output is
-    never whole.
+    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``nonfinite``: weights with elements that have no
+    code; with one of them the output is never whole.
     """
 
-    def __init__(self, files: OutputFiles, waiting: WaitingBlocks, *, fresh: bool, step: int) -> None:
+    def __init__(
+        self, files: OutputFiles, waiting: WaitingBlocks, *, fresh: bool, powers_of_two: bool, step: int
+    ) -> None:
         self._files = files
         self._waiting = waiting
         self._fresh = fresh
+        self._powers_of_two = powers_of_two
         self._step = step
         self._codes = aligned_buffer(PIECE * step + ALIGNMENT)  # takes no memory before it is used
         self._scratch = np.empty(step, np.uint8)
@@ -155,14 +158,15 @@ class ShardQuantizer:
         weight = cut.shard.weight
         shape = quantize.block_array(around.grid, np.bool_).shape
         kept = self._kept(weight, around, shape)
-        if not cut.whole:
+        if cut.whole:
+            if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
+                return None
+            exact = self._exact(weight, parts, values, maxima, kept)
+        else:
             largest, exact = self._waiting.of(cut.shard.numbers(around.first, around.grid.shape))
-            return quantize.choose_scales(largest.reshape(shape), kept, weight.scale.dtype, exact.reshape(shape))[0]
-        if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
-            return None
-        return quantize.choose_scales(
-            maxima, kept, weight.scale.dtype, self._exact(weight, parts, values, maxima, kept)
-        )[0]
+            maxima, exact = largest.reshape(shape), exact.reshape(shape)
+        dtype = weight.scale.dtype
+        return quantize.choose_scales(maxima, kept, dtype, exact, powers_of_two=self._powers_of_two)[0]
 
     def _maxima(self, shard: Shard, values: Values, grid: BlockGrid, parts: list[quantize.Part]) -> F32 | None:
         """The largest magnitudes; None where a value is not finite, and the name is noted."""

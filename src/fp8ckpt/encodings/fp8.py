@@ -175,7 +175,9 @@ class QuantizingFiller:
                 if kept is not None and quantize.may_fit(maxima, before).any():
                     quantize.encode(parts, values, before, codes)
                     exact = quantize.count_inexact(parts, values, codes, before) == 0
-            stored, keep = quantize.choose_scales(maxima, kept, weight.scale.dtype, exact)
+            stored, keep = quantize.choose_scales(
+                maxima, kept, weight.scale.dtype, exact, powers_of_two=self._plan.powers_of_two
+            )
             facts.kept += int(np.count_nonzero(keep))
             facts.made += int(np.count_nonzero(~keep))
             scales = checked_scales(weight, stored)

@@ -20,7 +20,7 @@ from fp8ckpt.output.plan import OutputPlan, refuse_inside
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import serving_config
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, states_powers_of_two
 from fp8ckpt.tensors.reading import stored_scales
 
 
@@ -48,7 +48,8 @@ def plan_like(
     scales = {tensor.scale.name for tensor in like.quantized}
     stored = {span.name: span for header in like.files for span in header.spans}
     plain = {name: tensors.get(name, stored[name]) for name in spans if name not in weights and name not in scales}
-    arguments = {"job": "quantize", "fresh": fresh, "report": report}
+    powers_of_two = states_powers_of_two(like.config)
+    arguments = {"job": "quantize", "fresh": fresh, "report": report, "powers_of_two": powers_of_two}
     return QuantizingPlan(
         output=OutputPlan((given, like), arguments, changes.layouts, changes.texts, changes.copies),
         source=given,
@@ -58,6 +59,7 @@ def plan_like(
         units=tuple(_units([weight for weight in weights.values() if weight.wide and weight.scale.nbytes])),
         fresh=fresh,
         report=report,
+        powers_of_two=powers_of_two,
         notes=tuple(_side_file_notes(given, like)),
     )
 

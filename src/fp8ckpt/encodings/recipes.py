@@ -58,8 +58,8 @@ class QuantizingPlan:
     """An output, and what each of its stored tensors is made of.
 
     ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
-    ``units``: the wide weights, those together that must have one scale. ``fresh``: no scale is kept. ``report``: count
-    what training did.
+    ``units``: the wide weights, those together that must have one scale. ``fresh``: no scale is kept.
+    ``powers_of_two``: of new scales. ``report``: count what training did.
     """
 
     output: OutputPlan
@@ -70,6 +70,7 @@ class QuantizingPlan:
     units: tuple[tuple[str, ...], ...]
     fresh: bool
     report: bool
+    powers_of_two: bool = False
     notes: tuple[str, ...] = ()
 
     @cached_property

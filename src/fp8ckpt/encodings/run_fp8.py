@@ -165,7 +165,9 @@ def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: li
     exact = np.ones(maxima.size, np.bool_)
     exact[[block for part in facts for block in part.inexact]] = False
     kept = None if weight.before is None or plan.fresh else load_scales(weight.before).reshape(maxima.shape)
-    stored, keep = quantize.choose_scales(maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape))
+    stored, keep = quantize.choose_scales(
+        maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape), powers_of_two=plan.powers_of_two
+    )
     return stored.reshape(-1), bool(keep.all())
 
 

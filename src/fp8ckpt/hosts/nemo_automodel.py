@@ -58,10 +58,12 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
         return (self._load_part(part, tied if part is parts[-1] else frozenset()) for part in parts)
 
     def _is_only_tied(self, name: str) -> bool:
+        release = self._release
         return (
-            self._ties_embeddings
+            release is not None
+            and release.ties_embeddings
             and name.endswith("lm_head.weight")
-            and self.native_to_hf(name) not in (self._stored_keys or ())
+            and self.native_to_hf(name) not in release.stored
         )
 
     def _load_part(self, native: dict[str, torch.Tensor], tied: frozenset[str]) -> CheckpointLoadPart:

@@ -10,20 +10,45 @@ from __future__ import annotations
 import logging
 import re
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, dequantize
+from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, ScalesBefore, dequantize
 from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.config import states_powers_of_two
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import load_scales
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 SCALE_SUFFIX = "_scale_inv"
 ACTIVATION_SUFFIX = ".activation_scale"
+
+
+class Release(NamedTuple):
+    """What an adapter takes from the checkpoint that it was made for.
+
+    ``quantized``: its FP8 weights by native name; ``stored``: all names on disk; ``powers_of_two``: of new scales.
+    """
+
+    quantized: Mapping[str, QuantizedTensor]
+    stored: frozenset[str]
+    ties_embeddings: bool
+    powers_of_two: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, hf_to_native: Callable[[str], str]) -> Release:
+        """Of an open checkpoint; headers only."""
+        config = checkpoint.config
+        text = config.get("text_config") or {}
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        quantized = {hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
+        return cls(quantized, frozenset(checkpoint.tensors), bool(tied), states_powers_of_two(config))
 
 
 class FP8StateDictAdapter(StateDictAdapter):
@@ -38,6 +63,7 @@ class FP8StateDictAdapter(StateDictAdapter):
         self.native_to_hf = native_to_hf
         self.hf_to_native = hf_to_native
         self.layout_name = layout_name
+        self._release: Release | None = None  # of from_checkpoint()
 
     @abstractmethod
     def is_fp8_weight(self, fqn: str) -> bool:
@@ -50,6 +76,20 @@ class FP8StateDictAdapter(StateDictAdapter):
     @abstractmethod
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, scale) of a weight."""
+
+    def scales_before(self, fqn: str, weight: torch.Tensor, dtype: str) -> ScalesBefore:
+        """What the checkpoint says of a weight's scales; without one, new ones of ``dtype``.
+
+        Raises `ScaleValueError` where one on disk is no scale.
+        """
+        tensor = self._on_disk(fqn)
+        if self._release is None or tensor is None:
+            return ScalesBefore(dtype)
+        stored = load_scales(tensor) if tuple(weight.shape) == tensor.shape else None
+        return ScalesBefore(tensor.scale.dtype, stored, self._release.powers_of_two)
+
+    def _on_disk(self, fqn: str) -> QuantizedTensor | None:
+        return None if self._release is None else self._release.quantized.get(fqn)
 
     def to_hf(
         self,
@@ -111,8 +151,9 @@ class FP8StateDictAdapter(StateDictAdapter):
         """The (HF name, tensor) pairs that are stored for a native tensor.
 
         One pair, of the same object; with ``quantization=True`` two for an FP8 weight: its codes, and a scale with
-        which they reproduce the tensor that went in - exactly, if it was FP8 before. All ranks that hold shards must
-        call.
+        which they reproduce the tensor that went in: exactly, if it was not changed since it was loaded from the
+        checkpoint that the adapter was made for (`from_checkpoint`), and within e4m3's rounding otherwise. All ranks
+        that hold shards must call.
         """
         key = self.native_to_hf(fqn)
         excluded = kwargs.get("exclude_key_regex")

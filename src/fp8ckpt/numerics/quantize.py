@@ -2,8 +2,8 @@
 
 The contract: ``code = e4m3fn(clamp(float32(w) / float32(scale), -448, 448))``, nearest even, for finite ``w``. A fresh
 scale is ``amax / 448`` in float32, 1 where ``amax`` is 0, stored in a scale dtype rounded up, so that nothing clips;
-for exponents (e8m0) it is the least power of two that is not below. A scale that is there already is kept where the
-block still *fits* it:
+where scales are exponents (e8m0), or are to be powers of two in a dtype that holds others too, it is the least of
+e8m0's values that is not below. A scale that is there already is kept where the block still *fits* it:
 
 - nothing lies beyond: no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the
 scale that was
@@ -210,10 +210,10 @@ def may_fit(maxima: F32, scales: F32) -> Mask:
     return small
 
 
-def fresh_scales(maxima: F32, dtype: str) -> Scales:
+def fresh_scales(maxima: F32, dtype: str, *, powers_of_two: bool = False) -> Scales:
     """New scales, as stored in ``dtype``, for blocks of these (finite) largest magnitudes.
 
-    Infinite where the dtype cannot hold one: F16 alone, for magnitudes beyond 29 million.
+    Infinite where the dtype cannot hold one: F16 alone, for magnitudes beyond 29 million (14 as powers of two).
     """
     wanted = (maxima / LARGEST_CODE).astype(np.float32)
     # Below float32's normal numbers a quotient may have lost bits that matter.
@@ -221,27 +221,32 @@ def fresh_scales(maxima: F32, dtype: str) -> Scales:
     wanted = np.where(short, np.nextafter(wanted, np.float32(np.inf)), wanted)
     wanted = np.where(maxima == 0, np.float32(1), wanted)
     bits = wanted.view(np.uint32)
+    if powers_of_two or dtype in E8M0_DTYPES:
+        least = bits <= 0x00400000  # 2 ** -127, whose exponent is stored as 0
+        exponents = np.where(least, np.uint32(0), (bits + np.uint32(0x7FFFFF)) >> np.uint32(23))
+        if dtype in E8M0_DTYPES:
+            return exponents.astype(SCALE_DTYPES[dtype])
+        wanted = scale_values(exponents, E8M0_DTYPES[0])
+        bits = wanted.view(np.uint32)
     if dtype == "F32":
         return bits.copy()
     if dtype == "BF16":
         return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            half = wanted.astype(np.float16)
-            return np.where(half.astype(np.float32) < wanted, np.nextafter(half, np.float16(np.inf)), half)
-    assert dtype in E8M0_DTYPES
-    exponents = (bits + np.uint32(0x7FFFFF)) >> np.uint32(23)
-    least = bits <= 0x00400000  # 2 ** -127, whose exponent is stored as 0
-    return np.where(least, np.uint32(0), exponents).astype(SCALE_DTYPES[dtype])
+    assert dtype == "F16"
+    with np.errstate(over="ignore"):
+        half = wanted.astype(np.float16)
+        return np.where(half.astype(np.float32) < wanted, np.nextafter(half, np.float16(np.inf)), half)
 
 
-def choose_scales(maxima: F32, kept: Scales | None, dtype: str, exact: Mask | None = None) -> tuple[Scales, Mask]:
+def choose_scales(
+    maxima: F32, kept: Scales | None, dtype: str, exact: Mask | None = None, *, powers_of_two: bool = False
+) -> tuple[Scales, Mask]:
     """(scales as stored in ``dtype``, which of them are ``kept``) for blocks of these largest magnitudes.
 
     ``kept``: the scales of before, of the same shape, or None to make all anew; ``exact``: where they give back every
-    element.
+    element; ``powers_of_two``: of new scales.
     """
-    fresh = fresh_scales(maxima, dtype)
+    fresh = fresh_scales(maxima, dtype, powers_of_two=powers_of_two)
     if kept is None:
         return fresh, np.zeros(maxima.shape, np.bool_)
     before = scale_values(kept, dtype)

@@ -62,6 +62,16 @@ def quantization_config(config: Json) -> Json:
     return {}
 
 
+def states_powers_of_two(config: Json) -> bool:
+    """Whether scales are to be powers of two in whatever dtype holds them: ``scale_fmt`` "ue8m0" (DeepSeek V3.1).
+
+    Engines take such scales' exponents, and drop the rest.
+    """
+    stated = [section.get("quantization_config") for section in _sections(config)]
+    formats = [found.get("scale_fmt") for found in stated if isinstance(found, dict)]
+    return any(isinstance(found, str) and found.lower() == "ue8m0" for found in formats)
+
+
 def block_size(directory: Path, config: Json) -> tuple[int, ...] | None:
     """The block size that the configuration states for the last dimensions of a weight, or None.
 

@@ -14,7 +14,7 @@ import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -58,17 +58,15 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
         layout_name: str = "deepseek_v3",
     ) -> None:
         super().__init__(native_to_hf, hf_to_native, layout_name)
-        self._scale_dtypes: dict[str, torch.dtype] | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path | Checkpoint) -> DeepseekV3FP8StateDictAdapter:
-        """For the checkpoint at ``path``: which weights are FP8, and the dtype of their scales, from its headers.
+        """For the checkpoint at ``path``: which weights are FP8, and what their scales are.
 
         Raises `UnsupportedFormatError` where a scale is no grid of 128 x 128 blocks, named ``_scale_inv``.
         """
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         adapter = cls()
-        adapter._scale_dtypes = {}
         for tensor in checkpoint.quantized:
             grid = tiled(tensor.shape, BLOCK_SIZE)
             if grid is None or tensor.scale.shape != grid.shape or tensor.scale.name != tensor.name + "_scale_inv":
@@ -78,24 +76,23 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
                 raise UnsupportedFormatError(
                     found, tensor=tensor.name, file=tensor.scale.file, expected=expected, remedy=remedy
                 )
-            adapter._scale_dtypes[tensor.name] = torch_dtype(tensor.scale.dtype)
+        adapter._release = Release.of(checkpoint, adapter.hf_to_native)
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:
         """By the file, if there is one; otherwise by the release's rule for names."""
-        return (
-            self.native_to_hf(fqn) in self._scale_dtypes if self._scale_dtypes is not None else _is_fp8_weight_key(fqn)
-        )
+        return _is_fp8_weight_key(fqn) if self._release is None else fqn in self._release.quantized
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
         """A whole grid: F32, or of the file's dtype."""
         grid = tiled(tuple(weight.shape), BLOCK_SIZE)
         if grid is None:
             raise UnsupportedFormatError(f"shape {tuple(weight.shape)}", tensor=fqn, expected="at least two dimensions")
-        dtype = (self._scale_dtypes or {}).get(self.native_to_hf(fqn), torch.float32)
+        tensor = self._on_disk(fqn)
+        dtype = torch.float32 if tensor is None else torch_dtype(tensor.scale.dtype)
         return torch.ones(grid.shape, dtype=torch.float32, device=weight.device).to(dtype)
 
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, scales of the grid): F32, or of the file's dtype."""
-        dtype = (self._scale_dtypes or {}).get(self.native_to_hf(fqn), torch.float32)
-        return quantize(fqn, weight, (1,) * (weight.dim() - 2) + BLOCK_SIZE, dtype)
+        blocks = (1,) * (weight.dim() - 2) + BLOCK_SIZE
+        return quantize(fqn, weight, blocks, self.scales_before(fqn, weight, "F32"))

@@ -16,7 +16,7 @@ import torch
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import IDENTITY, NESTED
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
 
@@ -74,11 +74,6 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     ) -> None:
         super().__init__(native_to_hf, hf_to_native, layout_name)
         self.not_fp8_prefixes = not_fp8_prefixes
-        # What from_checkpoint() reads from the headers; without a file, the release's own.
-        self._fp8_keys: frozenset[str] | None = None
-        self._stored_keys: frozenset[str] | None = None
-        self._ties_embeddings = False
-        self._scales: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     @classmethod
     def for_vlm_full(cls) -> Mistral3FP8StateDictAdapter:
@@ -87,8 +82,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path | Checkpoint) -> Mistral3FP8StateDictAdapter:
-        """For the checkpoint at ``path``: layout, which weights are FP8, and the dtype and shape of their scales, from
-        its headers.
+        """For the checkpoint at ``path``: layout, which weights are FP8, and what their scales are.
 
         Raises `UnsupportedFormatError` where its scales are not one a tensor, named ``_scale_inv``.
         """
@@ -112,26 +106,23 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
                     expected="one scale a tensor, _scale_inv",
                     remedy=remedy,
                 )
-            adapter._scales[layout.hf_to_native(tensor.name)] = (tensor.scale.shape, torch_dtype(tensor.scale.dtype))
-        adapter._fp8_keys = frozenset(adapter._scales)
-        adapter._stored_keys = frozenset(checkpoint.tensors)
-        text = checkpoint.config.get("text_config") or {}
-        adapter._ties_embeddings = bool(
-            checkpoint.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        )
+        adapter._release = Release.of(checkpoint, layout.hf_to_native)
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:
         """By the file, if there is one; otherwise by the release's rule for names."""
-        return fqn in self._fp8_keys if self._fp8_keys is not None else _is_fp8_weight_key(fqn, self.not_fp8_prefixes)
+        if self._release is not None:
+            return fqn in self._release.quantized
+        return _is_fp8_weight_key(fqn, self.not_fp8_prefixes)
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
         """One element: 0-d BF16, or as the file has it."""
-        shape, dtype = self._scales.get(fqn, ((), torch.bfloat16))
-        return torch.ones(shape, dtype=dtype, device=weight.device)
+        tensor = self._on_disk(fqn)
+        dtype = torch.bfloat16 if tensor is None else torch_dtype(tensor.scale.dtype)
+        return torch.ones(() if tensor is None else tensor.scale.shape, dtype=dtype, device=weight.device)
 
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scale): a fresh scale, of the shape and dtype that the file has."""
-        shape, dtype = self._scales.get(fqn, ((), torch.bfloat16))
-        codes, scale = quantize(fqn, weight, None, dtype)
-        return codes, scale.reshape(shape)
+        """(codes, scale), the scale of the shape and dtype that the file has."""
+        codes, scale = quantize(fqn, weight, None, self.scales_before(fqn, weight, "BF16"))
+        tensor = self._on_disk(fqn)
+        return codes, scale if tensor is None else scale.reshape(tensor.scale.shape)
