@@ -512,7 +512,9 @@ def test_every_source_byte_is_read_once_and_every_output_byte_is_written_once(
 def test_progress_ends_at_the_total(sample_fp8: Path, tmp_path: Path) -> None:
     """Progress never falls, and ends at the bytes written."""
     seen: list[tuple[int, int]] = []
-    result = convert(sample_fp8, tmp_path / "out", workers=2, progress=lambda done, total: seen.append((done, total)))
+    result = convert(
+        sample_fp8, tmp_path / "out", workers=2, progress=lambda done, total, doing: seen.append((done, total))
+    )
     assert seen == sorted(seen)
     assert {total for _, total in seen} == {result.bytes_written}
     assert seen[-1][0] == result.bytes_written
@@ -556,7 +558,7 @@ def test_two_conversions_to_one_destination(sample_fp8: Path, tmp_path: Path) ->
     """While one writes DST, another is refused; the first ends undisturbed."""
     started, go_on = threading.Event(), threading.Event()
 
-    def wait(done: int, total: int) -> None:
+    def wait(done: int, total: int, doing: str) -> None:
         started.set()
         assert go_on.wait(60)
 

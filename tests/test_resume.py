@@ -133,7 +133,7 @@ def test_resumed_run_writes_only_what_is_missing(
 
     monkeypatch.setattr(os, "pwrite", counted)
     seen: list[tuple[int, int]] = []
-    result = convert(big, out, progress=lambda done, total: seen.append((done, total)))
+    result = convert(big, out, progress=lambda done, total, doing: seen.append((done, total)))
     assert 0 < result.bytes_resumed < result.bytes_written
     assert sum(written) == result.bytes_written - result.bytes_resumed
     assert seen[-1] == (sum(written), sum(written))
@@ -393,7 +393,7 @@ def test_destination_that_appears_meanwhile_is_left(sample_fp8: Path, expected: 
     """A DST that someone else makes during the run is not replaced, even if empty; once gone, a rerun ends well."""
     out = tmp_path / "out"
     with pytest.raises(OutputExistsError):
-        convert(sample_fp8, out, progress=lambda done, total: out.mkdir(exist_ok=True))
+        convert(sample_fp8, out, progress=lambda done, total, doing: out.mkdir(exist_ok=True))
     assert os.listdir(out) == []
     out.rmdir()
     convert(sample_fp8, out)
@@ -485,7 +485,9 @@ def test_source_truncated_during_the_run(sample_fp8: Path, tmp_path: Path, monke
     file = max(source.glob("*.safetensors"))
     whole = file.read_bytes()
     with pytest.raises(TruncatedFileError, match=f"{file.name}: the file ends at byte"):
-        convert(source, tmp_path / "out", workers=1, progress=lambda done, total: os.truncate(file, len(whole) // 2))
+        convert(
+            source, tmp_path / "out", workers=1, progress=lambda done, total, doing: os.truncate(file, len(whole) // 2)
+        )
     assert sorted(os.listdir(tmp_path)) == ["fp8", "out.partial"]
     with pytest.raises(TruncatedFileError, match="the file holds"):
         convert(source, tmp_path / "out")

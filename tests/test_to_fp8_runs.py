@@ -1143,7 +1143,7 @@ def test_progress_goes_on_over_both_passes(small: Path, tmp_path: Path, monkeypa
     seen: list[tuple[int, int]] = []
     how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "workers": 2}
     result = convert(
-        small / "trained", tmp_path / "out", progress=lambda done, total: seen.append((done, total)), **how
+        small / "trained", tmp_path / "out", progress=lambda done, total, doing: seen.append((done, total)), **how
     )
     assert seen == sorted(seen)
     assert all(done <= total for done, total in seen)

@@ -349,7 +349,7 @@ def test_empty_and_scalar_tensors_are_compared(tmp_path: Path) -> None:
 def test_progress_ends_at_the_bytes_read(sample_fp8: Path, bf16: Path) -> None:
     """Progress never falls, and ends at its total."""
     seen: list[tuple[int, int]] = []
-    result = verify(sample_fp8, bf16, workers=2, progress=lambda done, total: seen.append((done, total)))
+    result = verify(sample_fp8, bf16, workers=2, progress=lambda done, total, doing: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (result.bytes_read, result.bytes_read)
 

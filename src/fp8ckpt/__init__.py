@@ -1,20 +1,14 @@
 """Take an FP8-released model into BF16 training and back to FP8, losslessly.
 
-The public names, and nothing else. ``import fp8ckpt`` imports neither torch nor numba; the names that are made of torch
-classes are resolved on first use.
+The public names, and nothing else. Each is resolved on first use: ``import fp8ckpt`` imports neither torch nor numpy.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fp8ckpt.convert import ConvertResult, convert
-from fp8ckpt.errors import Fp8CheckpointError
-from fp8ckpt.inspect import Inspection, inspect
-from fp8ckpt.sample import sample
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
-from fp8ckpt.verify import VerifyResult, verify
+from fp8ckpt.version import __version__
 
 if TYPE_CHECKING:
     from fp8ckpt.checkpoint.checkpointing import Checkpointer, load_model, save_model
@@ -23,16 +17,36 @@ if TYPE_CHECKING:
     from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
     from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
     from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter
+    from fp8ckpt.convert import ConvertResult, convert
+    from fp8ckpt.errors import Fp8CheckpointError
+    from fp8ckpt.inspect import Inspection, inspect
+    from fp8ckpt.sample import sample
+    from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+    from fp8ckpt.tensors.header import TensorSpan
+    from fp8ckpt.tensors.pairing import QuantizedTensor
+    from fp8ckpt.verify import VerifyResult, verify
 
-_ON_FIRST_USE = {
+_HOMES = {
+    "Checkpoint": "tensors.checkpoint",
     "Checkpointer": "checkpoint.checkpointing",
+    "ConvertResult": "convert",
     "FP8StorageReader": "checkpoint.storage_reader",
     "FP8StorageWriter": "checkpoint.fp8_storage_writer",
+    "Fp8CheckpointError": "errors",
+    "Inspection": "inspect",
+    "QuantizedTensor": "tensors.pairing",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
     "StateDictAdapter": "checkpoint.state_dict_adapter",
+    "TensorSpan": "tensors.header",
+    "VerifyResult": "verify",
+    "convert": "convert",
+    "inspect": "inspect",
     "load_model": "checkpoint.checkpointing",
     "load_pretrained": "checkpoint.pretrained",
+    "open_checkpoint": "tensors.checkpoint",
+    "sample": "sample",
     "save_model": "checkpoint.checkpointing",
+    "verify": "verify",
 }
 
 __all__ = [
@@ -48,6 +62,7 @@ __all__ = [
     "StateDictAdapter",
     "TensorSpan",
     "VerifyResult",
+    "__version__",
     "convert",
     "inspect",
     "load_model",
@@ -60,6 +75,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_FIRST_USE:
-        return getattr(import_module(f"fp8ckpt.{_ON_FIRST_USE[name]}"), name)
-    raise AttributeError(f"module 'fp8ckpt' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fp8ckpt' has no attribute {name!r}")
+    value = getattr(import_module(f"fp8ckpt.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """``fp8ckpt.convert`` is the function, also once the module of that name was imported: it does not hide it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

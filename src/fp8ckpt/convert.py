@@ -87,7 +87,7 @@ def convert(
     ``report``: say what quantizing did; without it the base's codes are not read.
 
     ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
-    of this call's output written so far, in all).
+    of this call's output written so far, in all, what is being done).
 
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
     exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was

@@ -24,7 +24,7 @@ CHUNK = (
 )  # bytes, at most; with what it is made of it stays in a second-level cache, and a disk takes it in one request
 EXTENT = 16 * CHUNK  # bytes; what a run that was cut off has to write again, at most, per worker
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 Facts = dict[str, Any]  # what is recorded of an extent; JSON
 
 
@@ -143,7 +143,7 @@ class ExtentWriter:
             last = len(opened.facts) == len(extent.chunks)
             self._written += stop - start
             if self._progress is not None:
-                self._progress(self._written, self._total)
+                self._progress(self._written, self._total, f"writing {extent.layout.name}")
         if last:
             self._finish(i, extent, opened)
 

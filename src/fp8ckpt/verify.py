@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fp8ckpt.engine import Progress
 from fp8ckpt.errors import Fp8CheckpointError, IndexMismatchError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
@@ -76,14 +77,14 @@ def verify(
     *,
     serving: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> VerifyResult:
     """Check every invariant of one checkpoint, NaN codes counted; or compare two, tensors bit for bit, config and side
     files too.
 
     With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see
-    `fp8ckpt.serving.examine`. ``progress`` is called with (bytes read so far, in all). Raises only where there is
-    nothing to look at.
+    `fp8ckpt.serving.examine`. ``progress`` is called with (bytes read so far, in all,
+    what is being done). Raises only where there is nothing to look at.
     """
     sides = [survey(path) for path in (a, b) if path is not None]
     defects = [defect for side in sides for defect in _defects(side)]
@@ -142,7 +143,7 @@ class _Tally:
 class _Job:
     """The comparison of two sides, or the reading of one, in chunks of elements."""
 
-    def __init__(self, sides: list[Checkpoint], progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, sides: list[Checkpoint], progress: Progress | None) -> None:
         self.sides = sides
         self.progress = progress
         self.bytes_read = 0
@@ -219,7 +220,7 @@ class _Job:
         with self._lock:
             self.bytes_read += buffer.nbytes
             if self.progress is not None:
-                self.progress(self.bytes_read, self._total)
+                self.progress(self.bytes_read, self._total, f"reading {span.file.name}")
 
     def _differs(self, name: str, dtype: str, a: Any, b: Any) -> None:
         import numpy as np

@@ -126,7 +126,7 @@ class _Steps:
             return None
         progress, before = self._progress, self._before
         self._before += sum(extent.nbytes for extent in extents.values())
-        return lambda done, total: progress(before + done, before + total)
+        return lambda done, total, doing: progress(before + done, before + total, doing)
 
 
 def _facts(output: PartialOutput, extents: Mapping[int, object]) -> dict[str, WeightFacts]:

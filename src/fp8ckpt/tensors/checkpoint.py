@@ -140,6 +140,8 @@ def _survey(directory: Path, single: Path | None) -> Checkpoint:
         defects.append(error)
         config, block_size = {}, None
     index_name, index = (None, None) if single else _read_index(directory, defects)
+    if single:
+        _refuse_part(directory, single.name)
     names = [single.name] if single else _file_names(directory, index_name, index, defects)
     headers: list[Header] = []
     complete = not defects
@@ -290,6 +292,17 @@ def _file_names(
                 )
             )
     return named
+
+
+def _refuse_part(directory: Path, name: str) -> None:
+    """One file of several is no checkpoint: what it lacks lies in the others."""
+    named = _read_index(directory, [])[1]
+    files = set(named["weight_map"].values()) if named is not None else set()
+    match = _PART.fullmatch(name)
+    count = len(files) if name in files else int(match.group(3)) if match else 1
+    if count > 1:
+        remedy = f"open the directory: {directory}"
+        raise CheckpointNotFoundError(f"this is 1 of {count} files of a checkpoint", file=name, remedy=remedy)
 
 
 def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -> None:

@@ -1,0 +1,65 @@
+"""The command line: each command is one library call and printing.
+
+Results go to stdout; progress and errors go to stderr. Under torchrun the first rank speaks for all. Exit codes: 0
+done, 1 refused or different, 2 usage, 130 interrupted. An error is one line; a traceback is a bug.
+
+One file a command. `options` holds what several commands share, `printing` how results look, `progress` what is seen
+while a command works. Help imports neither torch nor numpy: a command imports its job when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fp8ckpt.cli.convert import convert
+from fp8ckpt.cli.inspect import inspect
+from fp8ckpt.cli.printing import fail
+from fp8ckpt.cli.sample import sample
+from fp8ckpt.cli.verify import verify
+from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Take an FP8-released model into BF16 training, and back, losslessly.",
+)
+
+_EXAMPLES = {  # a test runs them in this order, in one directory
+    sample: "fp8ckpt sample sample-fp8 --layers 2",
+    inspect: "fp8ckpt inspect sample-fp8",
+    convert: "fp8ckpt convert sample-fp8 sample-bf16 --to bf16",
+    verify: "fp8ckpt verify sample-fp8 sample-bf16",
+}
+for _command in (inspect, convert, verify, sample):
+    app.command(epilog=f"Example: {_EXAMPLES[_command]}")(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fp8ckpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Run the command line, and turn every named error into one line."""
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding, or any encoding, lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except Fp8CheckpointError as error:
+        fail(error.message)

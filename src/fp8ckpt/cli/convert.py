@@ -1,0 +1,137 @@
+"""``fp8ckpt convert``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet, Workers, usage, word
+from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, share, size, table
+from fp8ckpt.cli.progress import progress
+from fp8ckpt.errors import shown
+
+if TYPE_CHECKING:
+    from fp8ckpt.convert import ConvertResult
+    from fp8ckpt.encodings.run_fp8 import QuantizationReport
+
+_MOST_MOVED = 10  # rows of the table
+_DTYPES = {
+    **dict.fromkeys(("bfloat16", "torch.bfloat16"), "bf16"),
+    **dict.fromkeys(("float16", "f16", "half", "torch.float16"), "fp16"),
+    **dict.fromkeys(("float32", "f32", "float", "torch.float32"), "fp32"),
+    **dict.fromkeys(("float8", "f8", "e4m3", "float8-e4m3fn", "torch.float8-e4m3fn"), "fp8"),
+}
+_SCHEMES = {
+    **dict.fromkeys(("tensor", "pertensor", "tensorwise"), "per-tensor"),
+    **dict.fromkeys(("per-block", "blocks", "blockwise"), "block"),
+    **dict.fromkeys(("per-channel", "channels", "channelwise"), "channel"),
+}
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make; it must not exist.")],
+    to: Annotated[
+        str,
+        word("bf16", "fp16", "fp32", "fp8", also=_DTYPES, help="What FP8 weights become; or fp8, the way back."),
+    ] = "bf16",
+    like: Annotated[
+        str | None, typer.Option(metavar="BASE", help="With --to fp8: the FP8 checkpoint that SRC came from.")
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        word("per-tensor", "block", "channel", also=_SCHEMES, help="With --to fp8, without a base: how to quantize."),
+    ] = None,
+    scales: Annotated[
+        str,
+        word("reuse", "fresh", help="With --like: keep the base's scale where values fit it, or make all new."),
+    ] = "reuse",
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")
+    ] = True,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="With --like: put right what engines trip over in the base's own files.")
+    ] = False,
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Dequantize every FP8 weight, exactly, and write the directory that a trainer loads. Or, --to fp8, quantize again.
+
+    With --like BASE, what goes out has BASE's layout to the byte, and SRC's values; what was not trained comes back as
+    it was.
+
+    What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
+    Under torchrun, the ranks share the work.
+    """
+    from fp8ckpt.convert import convert as run
+
+    try:
+        with usage(), progress("converting", quiet=quiet) as reported:
+            result = run(
+                source,
+                destination,
+                to=to,
+                like=like,
+                scheme=scheme,
+                scales=scales,
+                report=report,
+                serving=serving,
+                workers=workers,
+                progress=reported,
+            )
+    except KeyboardInterrupt:
+        kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
+        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial').exists() else ''}", file=sys.stderr)
+        sys.exit(130)
+    answer(result, _print, as_json=as_json, quiet=quiet)
+
+
+def _print(result: ConvertResult) -> None:
+    done = f"{result.destination}: {result.tensors} tensors in {size(result.bytes_written)}"
+    if result.to == "fp8":
+        did = f"{result.quantized} quantized"
+    else:
+        did = f"{result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped"
+    print(f"{done}, {did}, {result.seconds:.1f} s")
+    if result.bytes_resumed:
+        print(f"{size(result.bytes_resumed)} were there from an earlier run")
+    print_notes(result.notes)
+    if result.report is not None:
+        _print_report(result.report)
+    if result.to != "fp8":
+        print_nan_codes(result.nan_codes)
+
+
+def _print_report(report: QuantizationReport) -> None:
+    total = report.total
+    moved = "" if total.moved is None else f"{share(total.moved, total.elements)} codes moved, "
+    kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
+    print(f"{moved}{total.clipped:,} elements clipped, {kept}")
+    errors = f"{total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest"
+    print(f"error against the source: {errors}")
+    if total.outgrown:
+        print(f"{total.outgrown:,} elements had outgrown the base's scales")
+    if total.moved:
+        print("most moved:")
+        rows = sorted(report.weights, key=lambda row: -(row.moved or 0) / max(1, row.elements))[:_MOST_MOVED]
+        table(
+            ("weight", "moved", "share", "new scales", "of", "outgrown", "mean error", "largest"),
+            [
+                (
+                    row.name,
+                    row.moved,
+                    f"{100 * row.moved / row.elements:.3g} %",
+                    row.fresh,
+                    row.scales,
+                    row.outgrown,
+                    f"{row.mean_error:.3g}",
+                    f"{row.largest_error:.3g}",
+                )
+                for row in rows
+                if row.moved
+            ],
+        )

@@ -1,0 +1,61 @@
+"""What several commands take, said once: arguments, options, and words that have more than one spelling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from fp8ckpt.errors import Fp8CheckpointError
+
+SOURCE_HELP = "A directory, a safetensors file, or a hub id in the local cache."
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors only, and no progress; the exit code says the rest.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")
+]
+
+
+def word(*names: str, also: dict[str, str] | None = None, option: str | None = None, help: str) -> Any:
+    """An option whose value is one of ``names``, in any case; ``also``: other spellings, and the name each stands for.
+
+    ``option`` is the option's own name, where the parameter's will not do.
+    """
+    flags = () if option is None else (option,)
+    known = {name: name for name in names} | (also or {})
+    return typer.Option(
+        *flags,
+        parser=_one_of(names, known),
+        metavar=f"[{'|'.join(names)}]",
+        autocompletion=lambda incomplete: [name for name in names if name.startswith(incomplete.lower())],
+        help=help,
+    )
+
+
+def _one_of(names: tuple[str, ...], known: dict[str, str]) -> Callable[[str], str]:
+    def parse(given: str) -> str:
+        spelling = given.lower().replace("_", "-")
+        if spelling in known:
+            return known[spelling]
+        near = difflib.get_close_matches(spelling, known, 1)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        raise typer.BadParameter(f"{given!r}: {hint}expected one of {', '.join(names)}")
+
+    return parse
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """A `ValueError` about arguments is wrong usage here; a named error of a checkpoint is not."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, Fp8CheckpointError):
+            raise
+        raise typer.BadParameter(str(error)) from error

@@ -1,0 +1,100 @@
+"""How results look: tables and sentences for people, JSON for machines, colour on a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO, TypeVar
+
+from fp8ckpt.errors import Fp8CheckpointError, shown
+
+T = TypeVar("T")
+
+_STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}  # numbers of the terminal's own
+
+
+def speaks() -> bool:
+    """Whether this process prints: under torchrun, the first rank does for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+
+
+def fail(message: str) -> NoReturn:
+    """End with a line on stderr and exit code 1."""
+    if speaks():  # under torchrun every rank meets the same error
+        print(f"{styled('fp8ckpt:', 'red', sys.stderr)} {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def answer(result: T, print_text: Callable[[T], None], *, as_json: bool, quiet: bool, **more: object) -> None:
+    """Print a result, in the way that was asked for; ``more`` is said in JSON only."""
+    if not speaks():
+        return
+    if as_json:
+        print(json.dumps({**more, **dataclasses.asdict(result)}, indent=2, default=_plain))  # type: ignore[call-overload]  # T is a dataclass
+    elif not quiet:
+        print_text(result)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Fp8CheckpointError):
+        facts = {name: getattr(value, name) for name in ("tensor", "file", "found", "expected", "remedy", "message")}
+        return {"kind": type(value).__name__, **facts}
+    return str(value)
+
+
+def styled(text: str, style: str, stream: TextIO | None = None) -> str:
+    """``text`` in a colour, or bold, where the stream is a terminal and NO_COLOR does not ask for none."""
+    stream = stream or sys.stdout
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\033[{_STYLES[style]}m{text}\033[0m"
+
+
+def size(count: float) -> str:
+    """Bytes, in the unit that suits them."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.{0 if units[0] == 'B' else 1}f} {units[0]}"
+
+
+def share(part: int, whole: int) -> str:
+    """``part`` of ``whole``, and in percent."""
+    return f"{part:,} of {whole:,}" + (f" ({100 * part / whole:.3g} %)" if whole else "")
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
+    """Print columns of text; numbers stand to the right."""
+    cells = [tuple(f"{cell:,}" if isinstance(cell, int) else shown(cell) for cell in row) for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    right = [isinstance(cell, int) for cell in rows[0]]
+    for i, row in enumerate(cells):
+        columns = zip(row, widths, right, strict=True)
+        line = "  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in columns).rstrip()
+        print("  " + (line if i else styled(line, "bold")))
+
+
+def print_defects(defects: Sequence[Fp8CheckpointError], kind: str = "defects") -> None:
+    """Print how many there are, and each."""
+    print(f"{kind}: {styled(str(len(defects)), 'red') if defects else 'none'}")
+    for defect in defects:
+        print(f"  {styled(type(defect).__name__, 'red')}: {defect.message}")
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print what a user should know."""
+    for note in notes:
+        print(f"{styled('note:', 'yellow')} {note}")
+
+
+def print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:
+    """Print how many NaN codes there are, and where the first is."""
+    if not nan_codes:
+        print(f"0 NaN codes{where}")
+        return
+    count = styled(f"{sum(nan_codes.values())} NaN codes", "yellow")
+    first = shown(next(iter(nan_codes)))
+    print(f"{count}{where}, in {len(nan_codes)} tensors, the first {first}: carried over as NaN")

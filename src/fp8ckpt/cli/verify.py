@@ -1,0 +1,73 @@
+"""``fp8ckpt verify``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet, Workers
+from fp8ckpt.cli.printing import answer, print_defects, print_nan_codes, print_notes, styled
+from fp8ckpt.cli.progress import progress
+from fp8ckpt.errors import shown
+
+if TYPE_CHECKING:
+    from fp8ckpt.verify import VerifyResult
+
+
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help=SOURCE_HELP)],
+    b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another, to compare with it.")] = None,
+    serving: Annotated[
+        bool,
+        typer.Option(
+            "--serving", help="Also check what vLLM, SGLang and transformers need to serve the last one right."
+        ),
+    ] = False,
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check one checkpoint, or compare two: the same tensors bit for bit, configuration and side files. Exit 1 if
+    not.
+    """
+    from fp8ckpt.verify import verify as run
+
+    with progress("verifying", quiet=quiet) as reported:
+        result = run(a, b, serving=serving, workers=workers, progress=reported)
+    answer(result, _print, as_json=as_json, quiet=quiet, ok=result.ok)
+    if not result.ok:
+        sys.exit(1)
+
+
+def _print(result: VerifyResult) -> None:
+    print_defects(result.defects)
+    for difference in result.tensor_differences:
+        line = f"  {shown(difference.name)}: {difference.reason}"
+        if difference.elements is not None and difference.numel is not None:
+            line += f" in {difference.elements:,} of {difference.numel:,} elements"
+        if difference.largest is not None and difference.largest_relative is not None:
+            line += f", by up to {difference.largest:.6g} ({100 * difference.largest_relative:.3g} %)"
+        print(line)
+    for text in result.file_differences:
+        print(f"  {shown(text)}")
+    for path, nan_codes in zip(result.paths, result.nan_codes, strict=False):
+        print_nan_codes(nan_codes, f" in {path}")
+    print(f"{' and '.join(str(path) for path in result.paths)}: {_verdict(result)}")
+    if result.serving is not None:
+        print_defects(result.serving.failures, "failures in serving")
+        print_notes(result.serving.notes)
+        fit = not (result.serving.failures or result.defects)
+        print(f"{result.paths[-1]}: {styled('fit', 'green') if fit else styled('not fit', 'red')} to be served")
+
+
+def _verdict(result: VerifyResult) -> str:
+    if result.defects:
+        return styled("defective", "red")
+    if len(result.paths) == 1:
+        return f"{styled('sound', 'green')}, {result.tensors:,} tensors"
+    if not (result.tensor_differences or result.file_differences):
+        return f"{styled('the same', 'green')}, {result.tensors:,} tensors bit for bit, configuration and side files"
+    tensors = f"{len(result.tensor_differences)} of {result.tensors:,} tensors"
+    return f"{styled('different', 'red')}, {tensors}, {len(result.file_differences)} other differences"
