@@ -111,7 +111,7 @@ def convert(
     except StorageError as error:
         if not output.directory.exists():
             raise
-        remedy = f"{error.remedy}; what was written is in {output.directory}, and the same command goes on from there"
+        remedy = f"{error.remedy}; what was written is in {output.partial}, and the same command goes on from there"
         raise StorageError(
             error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy
         ) from error

@@ -326,7 +326,7 @@ def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path:
     with pytest.raises(ProcessExitedException, match="exit code 9"):
         run(1, _die_while_saving, paths["uneven"], tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["out.partial"]
-    assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "out.partial/output").glob("*.safetensors"))) == 2
     model = load_pretrained(paths["uneven"])
     with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
         save_model(model, tmp_path / "out", to="fp32", base=paths["uneven"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
+from fp8ckpt.errors import OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
 from fp8ckpt.output import partial as module
 from fp8ckpt.output.partial import PartialOutput, partial_of
 
@@ -53,7 +53,8 @@ def test_where_it_is_written() -> None:
 def test_a_fresh_output(destination: Path) -> None:
     """The directory and its state are created, nothing is recorded, and the destination is not there."""
     output = begun(destination)
-    assert output.directory == partial_of(destination)
+    assert output.partial == partial_of(destination)
+    assert output.directory.parent == output.partial
     assert output.directory.is_dir()
     assert output.records() == {}
     assert not destination.exists()
@@ -146,21 +147,71 @@ def test_a_strange_file_is_refused(destination: Path) -> None:
     assert tree(partial_of(destination)) == before
 
 
-def test_a_foreign_directory_of_that_name_is_refused(destination: Path) -> None:
-    """A directory called DST.partial that we did not make gets no state of ours."""
+@pytest.mark.parametrize(
+    "kind", ["folder", "folder of folders", "file", "link to a folder", "dangling link", "state is a file"]
+)
+def test_what_we_did_not_make_is_refused(destination: Path, kind: str) -> None:
+    """Whatever stands at DST.partial without our state gets none, is not changed, and is not to be deleted."""
+    partial, elsewhere = partial_of(destination), destination.parent / "elsewhere"
+    if kind.startswith("folder") or kind == "state is a file":
+        partial.mkdir()
+    if kind == "folder":
+        (partial / "notes.txt").write_text("mine")
+    elif kind == "folder of folders":
+        (partial / "output").mkdir()
+    elif kind == "state is a file":
+        (partial / ".fp8ckpt").write_text("mine")
+    elif kind == "file":
+        partial.write_text("mine")
+    else:
+        partial.symlink_to(elsewhere)
+        if kind == "link to a folder":
+            begun(elsewhere).release()
+            partial_of(elsewhere).rename(elsewhere)
+    before = (identity(partial), tree(destination.parent))
+    with pytest.raises(OutputExistsError, match="move it away") as caught:
+        begun(destination)
+    assert caught.value.file == str(partial)
+    assert "delete" not in str(caught.value)
+    assert (identity(partial), tree(destination.parent)) == before
+
+
+@pytest.mark.parametrize("left", ["", ".fp8ckpt", ".fp8ckpt/lock"])
+def test_what_a_run_leaves_that_ended_before_its_first_file(destination: Path, left: str) -> None:
+    """An empty folder, and one that holds nothing but the beginning of our state, are taken up: nothing can be lost."""
     partial_of(destination).mkdir()
-    (partial_of(destination) / "notes.txt").write_text("mine")
-    with pytest.raises(ResumeMismatchError, match=r"notes\.txt"):
-        begun(destination)
-    assert tree(partial_of(destination)) == {"notes.txt": b"mine"}
+    if left:
+        (partial_of(destination) / ".fp8ckpt").mkdir()
+    if left.endswith("lock"):
+        (partial_of(destination) / left).touch()
+    output = begun(destination)
+    output.publish()
+    output.release()
+    assert tree(destination) == {}
 
 
-def test_a_file_of_that_name_is_refused(destination: Path) -> None:
-    """A file called DST.partial is no directory: a named error, and the file stays."""
-    partial_of(destination).write_text("mine")
-    with pytest.raises(Fp8CheckpointError):
+def test_state_that_outlived_the_rename(destination: Path) -> None:
+    """A run that died between the rename and the end leaves state and nothing else: no record is believed."""
+    first = begun(destination)
+    first.record(0, 0, {})
+    first.directory.rename(destination.parent / "elsewhere")
+    first.release()
+    second = begun(destination, {"source": "other"})
+    assert second.records() == {}
+    second.release()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_two_names_is_refused(destination: Path, name: str) -> None:
+    """A file of the output that is linked to another one would be written by both names."""
+    first = begun(destination)
+    first.release()
+    other = destination.parent / "precious"
+    other.write_text("precious")
+    os.link(other, first.directory / name)
+    with pytest.raises(ResumeMismatchError, match=name):
         begun(destination)
-    assert partial_of(destination).read_text() == "mine"
+    assert other.read_text() == "precious"
 
 
 @pytest.mark.parametrize("torn", [b"{", b"", b'"text"', b"\xff\xfe", b"[" * 100_000])
@@ -172,15 +223,14 @@ def test_a_plan_that_cannot_be_read(destination: Path, torn: bytes) -> None:
         begun(destination)
 
 
-def test_records_without_a_plan_are_void(destination: Path) -> None:
-    """A run that was cut off before its plan was written, or in its last step, leaves nothing that is trusted."""
+def test_an_output_without_a_plan_is_refused(destination: Path) -> None:
+    """Files whose state is gone are of nobody knows what."""
     first = begun(destination)
     first.record(0, 0, {})
     first.release()
     (partial_of(destination) / ".fp8ckpt" / "plan.json").unlink()
-    second = begun(destination)
-    assert second.records() == {}
-    second.release()
+    with pytest.raises(ResumeMismatchError, match="its state is gone"):
+        begun(destination)
 
 
 def _hold(destination: Path, ready: multiprocessing.synchronize.Event, end: multiprocessing.synchronize.Event) -> None:

@@ -37,7 +37,7 @@ from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.stores.local import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
@@ -68,7 +68,7 @@ class DirectoryWriter(StorageWriter):
         """Refuse an existing destination before any planning."""
         self._output.refuse_existing()
         if (base := self._base_of_output()) is not None:
-            refuse_inside(self._output, base, "base")
+            refuse_shared(self._output, base, "base")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """The plan as it is; only tensors can be stored."""

@@ -85,7 +85,7 @@ def convert(
             )
     except KeyboardInterrupt:
         kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
-        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial').exists() else ''}", file=sys.stderr)
+        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial/output').exists() else ''}", file=sys.stderr)
         sys.exit(130)
     answer(result, _print, as_json=as_json, quiet=quiet)
 

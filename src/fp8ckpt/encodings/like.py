@@ -16,7 +16,7 @@ from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.output.like import BaseLayout, has_activation_scales
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import serving_config
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -30,8 +30,8 @@ def plan_like(
     """Everything that can be known or refused before the first byte is written."""
     output.refuse_existing()
     given, like = open_checkpoint(source), open_checkpoint(base)
-    refuse_inside(output, given, "source")
-    refuse_inside(output, like, "base")
+    refuse_shared(output, given, "source")
+    refuse_shared(output, like, "base")
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
     naming = find_layout(given.tensors, like.tensors)
     tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})

@@ -15,7 +15,7 @@ from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import plain_side_files
 from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
@@ -72,7 +72,7 @@ def _plan(source: str | Path, output: PartialOutput, dtype: str) -> tuple[Checkp
 
     output.refuse_existing()
     checkpoint = open_checkpoint(source)
-    refuse_inside(output, checkpoint, "source")
+    refuse_shared(output, checkpoint, "source")
     raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))
     if dtype == "F16":
         for tensor in checkpoint.quantized:

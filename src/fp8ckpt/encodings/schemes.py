@@ -18,7 +18,7 @@ from fp8ckpt.numerics.geometry import BlockGrid, Shape, tiled
 from fp8ckpt.output.layout import TensorSpec, index_text, lay_out_again
 from fp8ckpt.output.matching import refuse_dtype
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_inside
+from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import serving_config
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, is_native, open_checkpoint
@@ -113,7 +113,7 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
     """Everything that can be known or refused before the first byte is written."""
     output.refuse_existing()
     given = open_checkpoint(source)
-    refuse_inside(output, given, "source")
+    refuse_shared(output, given, "source")
     tensors = source_tensors(given, {name: name for name in given.tensors})
     if all(is_native(header.file.name) for header in given.files):
         found = "Mistral's own layout, which states quantization in another way than a scheme does"

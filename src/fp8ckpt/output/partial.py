@@ -1,9 +1,13 @@
 """An output directory that is not seen until it is whole.
 
-Everything is written in ``DST.partial/``; the rename to ``DST`` comes last, after every file has been flushed to disk.
-A small state folder inside records what the output is of (`fingerprint`), and which *extents* - numbered pieces of the
-output files, the same for every process that makes the same plan - are on disk. A run that was cut off is resumed by a
-run with the same fingerprint; any other is refused, and nothing is touched.
+Everything is written in ``DST.partial/output/``; its rename to ``DST`` comes last, after every file has been flushed to
+disk. A small state folder beside it, ``DST.partial/.fp8ckpt/``, says that the directory is ours, and records what the
+output is of (`fingerprint`), and which *extents* - numbered pieces of the output files, the same for every process that
+makes the same plan - are on disk. It goes only after the rename, so whatever a run leaves behind is known for its own.
+
+A run that was cut off is resumed by a run with the same fingerprint; any other is refused, and nothing is touched. What
+stands at ``DST.partial`` without our state is somebody else's, and refused as well, unless it is an empty folder, in
+which nothing can be lost: that is what a run leaves that ended before its first file.
 """
 
 from __future__ import annotations
@@ -12,88 +16,142 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
-from pathlib import Path
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fp8ckpt.errors import OutputBusyError, OutputExistsError, ResumeMismatchError
+from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsError, ResumeMismatchError
 from fp8ckpt.output.files import flush_directory, write_error, write_whole
 
+_OUTPUT = "output"
 _STATE = ".fp8ckpt"
 _PLAN = "plan.json"
+_DRAFT = "plan.json.draft"
 _LOCK = "lock"
+_RECORDS = "done-"
 
 
 def partial_of(destination: Path) -> Path:
     """Where ``destination`` is written until it is whole."""
-    return destination.with_name(destination.name + ".partial")
+    return destination.parent / (destination.name + ".partial")
 
 
 class PartialOutput:
-    """The life of one output: `begin` (one process), `record` (any process, any thread), `publish` (one process)."""
+    """The life of one output: `begin` (one process), `record` (any process, any thread), `publish` (one process).
+
+    ``partial`` is ``DST.partial``, and ``directory`` the folder in it that becomes ``DST``.
+    """
 
     def __init__(self, destination: Path) -> None:
-        self.destination = destination
-        self.directory = partial_of(destination)
-        self._state = self.directory / _STATE
         self._lock: int | None = None
+        self.destination = destination
+        self.partial = partial_of(destination)
+        self.directory = self.partial / _OUTPUT
+        self._state = self.partial / _STATE
 
     def begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         """Create the partial output, or take up the one that is there; hold its lock until `release`.
 
         ``names`` are the files that the finished directory will have, by their paths in it. Raises `OutputExistsError`
-        where the destination is there, `OutputBusyError` where another process writes it, and `ResumeMismatchError`
-        where the partial output is of another fingerprint or holds anything else.
+        where the destination is there, or something that is not ours where it would be written; `OutputBusyError` where
+        another process writes it, and `ResumeMismatchError` where the partial output is of another fingerprint or holds
+        anything else.
         """
         try:
             self._begin(fingerprint, names)
-        except BaseException:
+        except BaseException as error:
             self.release()
+            if isinstance(error, FileNotFoundError):  # another run, which we raced, has just published
+                self.refuse_existing()
+            if isinstance(error, OSError) and not isinstance(error, Fp8CheckpointError):
+                raise write_error(error, self.partial) from error
             raise
 
     def _begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         self.refuse_existing()
-        begin_anew = f"delete {self.directory} to begin anew, or choose another destination"
+        self.refuse_foreign(names)
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._state / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fresh = not self.directory.exists()
-            if not fresh:
-                files = {
-                    file.relative_to(self.directory).as_posix()
-                    for file in self.directory.rglob("*")
-                    if not file.is_dir()
-                }
-                strange = sorted(name for name in files - set(names) if not name.startswith(_STATE + "/"))
-                if strange:
-                    found = f"it holds {strange[0]}, which this output does not have"
-                    raise ResumeMismatchError(found, file=str(self.directory), remedy=begin_anew)
-            self._state.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._state / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputBusyError(
-                    "another process is writing it", file=str(self.directory), remedy="wait for it to end"
-                ) from None
-            self.refuse_existing()  # whoever held the lock before may have finished
-            plan = self._state / _PLAN
-            if plan.exists():
-                if json.loads(plan.read_text()) != fingerprint:
-                    found = "it is of another source, another target dtype or another version"
-                    raise ResumeMismatchError(found, file=str(self.directory), remedy=begin_anew)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait for it to end"
+            raise OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy) from None
+        self.refuse_existing()  # whoever held the lock before may have finished
+        if self.directory.exists():
+            if self._recorded_plan() != fingerprint:
+                raise self._mismatch("it is of another source, another target dtype or another version")
+        else:  # nothing was written yet, or all was, and has its name
+            self.forget()
+            write_whole(self._state / _DRAFT, json.dumps(fingerprint).encode())
+            (self._state / _DRAFT).rename(self._state / _PLAN)
+            flush_directory(self._state)
+            self.directory.mkdir()
+
+    def refuse_foreign(self, names: Collection[str]) -> None:
+        """Raise where something stands at ``DST.partial`` that we did not make, or that holds more than we made.
+
+        ``names`` as for `begin`. Nothing is followed, made or changed.
+        """
+        if not os.path.lexists(self.partial):
+            return
+        if not stat.S_ISDIR(os.lstat(self.partial).st_mode):
+            raise self._foreign("it is no directory")
+        top = set(os.listdir(self.partial))
+        if top and not (_STATE in top and stat.S_ISDIR(os.lstat(self._state).st_mode)):
+            raise self._foreign(f"fp8ckpt did not make it: it holds {min(top)}, and no {_STATE}/")
+        ours = {f"{_OUTPUT}/{name}" for name in names} | {f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK)}
+        folders = {parent.as_posix() for name in ours for parent in PurePosixPath(name).parents}
+        for entry, found in self._entries():
+            if stat.S_ISDIR(found.st_mode):
+                known = entry in folders
             else:
-                # Nothing was recorded yet, or all was done and only the rename is missing. Either way, each file that
-                # is there is one of ours, and is written again.
-                for record in self._state.glob("done-*"):
-                    record.unlink()
-                draft = self._state / (_PLAN + ".draft")
-                write_whole(draft, json.dumps(fingerprint).encode())
-                draft.rename(plan)
+                known = stat.S_ISREG(found.st_mode) and (entry in ours or entry.startswith(f"{_STATE}/{_RECORDS}"))
+            if not known:
+                raise self._strange(f"it holds {entry.removeprefix(_OUTPUT + '/')}, which this output does not have")
+            if found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
+                raise self._strange(f"{entry.removeprefix(_OUTPUT + '/')} in it is a file of another name as well")
+        if _OUTPUT in top and not (self._state / _PLAN).exists():
+            raise self._mismatch("its state is gone")
+
+    def _recorded_plan(self) -> Any:
+        try:
+            return json.loads((self._state / _PLAN).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise ResumeMismatchError("its state cannot be read", file=str(self.directory), remedy=begin_anew) from None
+            raise self._mismatch("its state cannot be read") from None
+
+    def identities(self) -> set[tuple[int, int]]:
+        """The device and inode numbers of ``DST.partial``, and of all that is in it."""
+        try:
+            found = [os.lstat(self.partial)] if os.path.lexists(self.partial) else []
+            if found and stat.S_ISDIR(found[0].st_mode):
+                found += [status for _, status in self._entries()]
         except OSError as error:
-            if isinstance(error, OutputExistsError):
-                raise
-            raise write_error(error, self.directory) from error
+            raise write_error(error, self.partial) from error
+        return {(one.st_dev, one.st_ino) for one in found}
+
+    def _entries(self, folder: str = "") -> Iterator[tuple[str, os.stat_result]]:
+        """All that is in ``DST.partial``, by its path in it; links are not followed."""
+        with os.scandir(self.partial / folder) as entries:
+            found = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in entries)
+        for name, status in found:
+            yield folder + name, status
+            if stat.S_ISDIR(status.st_mode):
+                yield from self._entries(f"{folder}{name}/")
+
+    def _foreign(self, found: str) -> OutputExistsError:
+        expected = "a path that is free, to write to until the output is whole"
+        remedy = "move it away, or choose another destination"
+        return OutputExistsError(found, file=str(self.partial), expected=expected, remedy=remedy)
+
+    def _strange(self, found: str) -> ResumeMismatchError:
+        remedy = "move it away, or choose another destination"
+        return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
+
+    def _mismatch(self, found: str) -> ResumeMismatchError:
+        remedy = f"delete {self.partial} to begin anew, or choose another destination"
+        return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
 
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` where anything stands at the destination, a broken link included."""
@@ -108,7 +166,7 @@ class PartialOutput:
         extents.
         """
         done: dict[int, dict[str, Any]] = {}
-        for file in sorted(self._state.glob("done-*")):
+        for file in sorted(self._state.glob(_RECORDS + "*")):
             for line in file.read_bytes().split(b"\n"):
                 try:
                     record = json.loads(line)
@@ -122,7 +180,9 @@ class PartialOutput:
         # The first newline ends a line that was cut off.
         line = memoryview(("\n" + json.dumps({"extent": extent, "facts": facts}) + "\n").encode())
         try:
-            fd = os.open(self._state / f"done-{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = os.open(
+                self._state / f"{_RECORDS}{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
+            )
             try:
                 while line:
                     line = line[os.write(fd, line) :]  # a disk that fills up may take a part
@@ -131,12 +191,14 @@ class PartialOutput:
         except OSError as error:
             raise write_error(error, self._state) from error
 
+    def forget(self) -> None:
+        """Take no extent for written: the files that the records speak of are not there."""
+        for file in self._state.glob(_RECORDS + "*"):
+            file.unlink()
+
     def publish(self) -> None:
-        """Remove the state and rename the directory to its final name. All its files must have been flushed."""
+        """Rename the directory to its final name, and remove the state. All its files must have been flushed."""
         try:
-            for file in self._state.iterdir():
-                file.unlink()
-            self._state.rmdir()
             for directory, _, _ in os.walk(self.directory):
                 flush_directory(Path(directory))
             self.refuse_existing()  # rename() would replace an empty directory
@@ -146,11 +208,12 @@ class PartialOutput:
             if isinstance(error, OutputExistsError):
                 raise
             raise write_error(error, self.directory) from error
+        shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more
 
     def discard(self) -> None:
         """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""
         if self._lock is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
 
     def __del__(self) -> None:

@@ -5,7 +5,8 @@ up.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ class OutputPlan:
         """What one process does for all: the directory, its empty files, and the small files. Returns what was done
         before.
         """
+        refuse_written(output, self.copies.values())
         output.begin(self._fingerprint(), self.names)
+        sizes = [_size_of(output.directory / layout.name) for layout in self.layouts]
+        if sizes != [layout.size for layout in self.layouts]:
+            output.forget()
         for layout in self.layouts:
             create(output.directory / layout.name, layout.size)
         for name, text in self.texts.items():
@@ -73,18 +78,58 @@ class OutputPlan:
             for checkpoint in self.inputs
         ]
         return {
-            "format": 2,
+            "format": 3,
             **self.arguments,
+            "chunk": writing.CHUNK,
             "extent": writing.EXTENT,
             "sources": sources,
             "planned": digest.hexdigest(),
         }
 
 
-def refuse_inside(output: PartialOutput, checkpoint: Checkpoint, what: str) -> None:
-    """A destination inside what is read would be read as part of it."""
-    if output.destination.resolve().is_relative_to(checkpoint.path.resolve()):
-        found = f"the destination lies inside the {what} {checkpoint.path}"
-        raise OutputExistsError(
-            found, file=str(output.destination), expected="a path outside it", remedy="choose another one"
-        )
+def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> None:
+    """Raise where the output would be written into a checkpoint that is read (``what`` it is), or that lies in the
+    output's own place; by whatever names the two are given.
+    """
+    refuse_written(output, [checkpoint.path, *(header.file for header in checkpoint.files)])
+    read = _identity(checkpoint.path)
+    for place in (output.destination, output.partial):
+        if read in map(_identity, _with_parents(place)):
+            found = f"the destination lies inside the {what} {checkpoint.path}"
+            raise OutputExistsError(
+                found, file=str(output.destination), expected="a path outside it", remedy="choose another destination"
+            )
+
+
+def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
+    """Raise where one of these files or directories stands at ``DST.partial``, or in it, or is linked to what is."""
+    written = output.identities()
+    if not written:
+        return
+    for path in read:
+        if not written.isdisjoint(map(_identity, _with_parents(path))):
+            found = f"{path}, which is read, stands where the output is written until it is whole"
+            remedy = "choose another destination"
+            raise OutputExistsError(found, file=str(output.partial), expected="a path that is free", remedy=remedy)
+
+
+def _with_parents(path: Path) -> tuple[Path, ...]:
+    """A path without links, and every directory that it lies in."""
+    resolved = Path(os.path.realpath(path))  # Path.resolve() raises for links that go round
+    return resolved, *resolved.parents
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The device and inode numbers of what stands there, if anything does: the same by all of its names."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _size_of(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
