@@ -68,6 +68,8 @@ def convert(
     scales: str = "reuse",
     report: bool = True,
     serving: bool = False,
+    only: str | None = None,
+    skip: str | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -83,7 +85,9 @@ def convert(
     "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule) and makes a
     new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. ``serving``: put
     right what serving engines trip over in the base's own layout; byte-identity gives way to it. Or with ``scheme``
-    "per-tensor", "block" or "channel": Linear weights of the source are quantized so, with dynamic activation scaling.
+    "per-tensor", "block" or "channel": Linear weights of the source are quantized so, with dynamic activation scaling;
+    of those, the ones in whose names ``only`` is found and ``skip`` is not (regular expressions, as `re.search` reads
+    them). What is left as it is, and why, is in the notes.
     ``report``: say what quantizing did; without it the base's codes are not read.
 
     ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
@@ -96,6 +100,8 @@ def convert(
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
     _refuse_arguments(to, like, scheme, scales, serving, workers)
+    if scheme is None and (only is not None or skip is not None):
+        raise ValueError("only and skip go with scheme: a base decides itself what is quantized")
     output = PartialOutput(Path(destination).absolute())
     threads = workers or threads_of_this_rank()
     try:
@@ -103,7 +109,12 @@ def convert(
             if to != FP8:
                 return _dequantize(source, output, to, threads, progress, ranks)
             return _quantize(
-                source, output, _Quantizing(like, scheme, scales == "fresh", report, serving), threads, progress, ranks
+                source,
+                output,
+                _Quantizing(like, scheme, scales == "fresh", report, serving, only, skip),
+                threads,
+                progress,
+                ranks,
             )
     except (WeightValueError, RangeError):  # of the source's values: going on from what was written would meet it again
         output.discard()
@@ -147,6 +158,8 @@ class _Quantizing:
     fresh: bool
     report: bool
     serving: bool
+    only: str | None
+    skip: str | None
 
 
 def _dequantize(
@@ -187,7 +200,7 @@ def _quantize(
         if how.like is not None:
             return plan_like(source, how.like, output, fresh=how.fresh, report=how.report, serving=how.serving)
         assert how.scheme is not None  # one of the two was given
-        return plan_scheme(source, how.scheme, output, report=how.report)
+        return plan_scheme(source, how.scheme, output, report=how.report, only=how.only, skip=how.skip)
 
     begun = time.monotonic()
     done = quantized.run(plan, output, workers, progress, ranks)

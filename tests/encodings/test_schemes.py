@@ -23,11 +23,18 @@ from tests.test_to_fp8 import assert_same_tree, cut, steps, tree
 
 SCHEMES = ("per-tensor", "block", "channel")
 ENDING = {"per-tensor": "_scale_inv", "block": "_scale_inv", "channel": "_scale"}
+MISTRAL3 = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}
 INDEX = "model.safetensors.index.json"
 E = "model.layers.0.mlp.experts"
 
 # Weights that engines join: they have one scale. By their last module.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+
+
+def ending_of(scheme: str, directory: Path) -> str:
+    """What follows a weight's name in its scale's: vLLM's loader of Mistral3 has no other name for blocks."""
+    config = json.loads((directory / "config.json").read_text())
+    return "_scale" if scheme == "block" and config.get("model_type") == "mistral3" else ENDING[scheme]
 
 
 def block_of(scheme: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,14 +70,14 @@ def stacked(directory: Path, dtype: str) -> tuple[Path, set[str]]:
     layer = "model.layers.0"
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (64, 24),
-        f"{layer}.self_attn.q_proj.weight": (200, 24),
-        f"{layer}.self_attn.q_proj.bias": (200,),
-        f"{layer}.self_attn.k_proj.weight": (40, 24),
-        f"{layer}.self_attn.q_norm.weight": (40,),
+        f"{layer}.self_attn.q_proj.weight": (256, 24),
+        f"{layer}.self_attn.q_proj.bias": (256,),
+        f"{layer}.self_attn.k_proj.weight": (128, 24),
+        f"{layer}.self_attn.q_norm.weight": (128,),
         f"{layer}.self_attn.sinks": (4,),
-        f"{E}.gate_up_proj": (3, 40, 24),
+        f"{E}.gate_up_proj": (3, 256, 24),
         f"{E}.down_proj": (3, 24, 150),
-        f"{E}.gate_up_proj_bias": (3, 40),
+        f"{E}.gate_up_proj_bias": (3, 256),
         f"{layer}.mlp.router.weight": (3, 24),
         f"{layer}.mlp.zero.weight": (30, 20),
         "model.norm.weight": (24,),
@@ -110,11 +117,12 @@ def from_sample(sizes: Mistral3Sizes | DeepseekSizes, **how: Any) -> Callable[[P
     return make
 
 
-SIZES = Mistral3Sizes(layers=2, vision_layers=1, hidden=128, intermediate=200)
+SIZES = Mistral3Sizes(layers=2, vision_layers=1, hidden=136, intermediate=256, head_dim=64)
+EXPERTS = DeepseekSizes(intermediate=384, expert_intermediate=128, q_rank=256)
 SOURCES: dict[str, Callable[[Path], tuple[Path, set[str]]]] = {
     "identity": from_sample(SIZES),
     "nested": from_sample(SIZES, layout="nested", files=1),
-    "DeepSeek": from_sample(DeepseekSizes()),
+    "DeepSeek": from_sample(EXPERTS),
     **{
         f"stacked {dtype}": lambda folder, dtype=dtype: stacked(folder / "plain", dtype)  # type: ignore[misc]
         for dtype in ("BF16", "F16", "F32")
@@ -136,12 +144,13 @@ def test_every_stored_byte(scheme: str, source: Source, tmp_path: Path, monkeypa
     copied.
     """
     directory, quantized = source
+    ending = ending_of(scheme, directory)
     given = read_directory(directory)
     scales = expected_scales({name: given[name] for name in quantized}, scheme)
     expected = dict(given)
     for name, scale in scales.items():
         block = block_of(scheme, given[name].shape)
-        expected[name + ENDING[scheme]] = scale
+        expected[name + ending] = scale
         expected[name] = Stored("F8_E4M3", given[name].shape, quantize(given[name], scale, block))
     before = tree(directory)
     for chunk, step in ((4 << 20, 1 << 19), (2000, 300)):
@@ -173,6 +182,7 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     done.
     """
     directory, quantized = source
+    ending = ending_of(scheme, directory)
     out = tmp_path / "out"
     convert(directory, out, to="fp8", scheme=scheme)
     checked = verify(out, serving=True)
@@ -193,7 +203,7 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     files = {file.name: read_safetensors(file).keys() for file in out.glob("*.safetensors")}
     for name, held in files.items():
         before = read_safetensors(directory / name).keys()
-        assert held == before | {weight + ENDING[scheme] for weight in before & quantized}
+        assert held == before | {weight + ending for weight in before & quantized}
         with safe_open(out / name, "pt") as stream:
             assert stream.metadata()["format"] == "pt"
     assert files.keys() == {file.name for file in directory.glob("*.safetensors")}
@@ -210,16 +220,15 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     config = json.loads(ours["config.json"])
     quantization = config.pop("quantization_config")
     assert config == json.loads(theirs["config.json"])
-    skipped = quantization.pop("ignore" if scheme == "channel" else "modules_to_not_convert", [])
-    if scheme == "channel":
+    skipped = quantization.pop("ignore" if ending == "_scale" else "modules_to_not_convert", [])
+    if ending == "_scale":
         group = quantization.pop("config_groups")["group_0"]
         assert group["targets"] == ["Linear"]
-        assert (group["weights"]["strategy"], group["weights"]["dynamic"], group["weights"]["num_bits"]) == (
-            "channel",
-            False,
-            8,
-        )
-        assert (group["input_activations"]["strategy"], group["input_activations"]["dynamic"]) == ("token", True)
+        weights, activations = group["weights"], group["input_activations"]
+        assert (weights["strategy"], weights["dynamic"], weights["num_bits"]) == (scheme, False, 8)
+        assert weights.get("block_structure") == ([128, 128] if scheme == "block" else None)
+        assert (activations["strategy"], activations["dynamic"]) == ("group" if scheme == "block" else "token", True)
+        assert activations.get("group_size") == (128 if scheme == "block" else None)
         assert quantization == {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
@@ -323,7 +332,8 @@ def test_files_that_engines_take_for_the_model_are_left_out(tmp_path: Path) -> N
     result = convert(tmp_path / "plain", tmp_path / "out", to="fp8", scheme="block")
     assert not {"params.json", "hf_quant_config.json", "consolidated.safetensors"} & {*os.listdir(tmp_path / "out")}
     assert verify(tmp_path / "out", serving=True).ok
-    assert [note.split()[0] for note in result.notes] == ["hf_quant_config.json", "params.json"]
+    notes = [note for note in result.notes if not note.startswith("left")]
+    assert [note.split()[0] for note in notes] == ["hf_quant_config.json", "params.json"]
 
 
 def test_an_old_quantization_config_is_replaced(tmp_path: Path) -> None:
@@ -362,7 +372,7 @@ def test_refusals(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "none/model.safetensors", {"model.norm.weight": Stored.of(np.ones(3), "BF16")})
     refused(
         UnsupportedFormatError,
-        "none of its tensors is the weight of a Linear.*--like BASE",
+        "none of its tensors is quantized by this scheme.*--like BASE",
         tmp_path / "none",
         tmp_path / "out",
     )
@@ -399,3 +409,133 @@ def test_read_as_torch_reads_it(tmp_path: Path) -> None:
                 codes, scale = stream.get_tensor(name), stream.get_tensor(name + "_scale_inv")
                 assert codes.dtype == torch.float8_e4m3fn
                 assert torch.equal((codes.float() * scale).bfloat16(), checkpoint.read(name))
+
+
+L = "model.layers.0"
+
+
+def plain_directory(directory: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> Path:
+    """BF16 weights of these shapes, by the names of their modules (``.weight``) or, with a bar, their own."""
+    rng = np.random.default_rng(3)
+    directory.mkdir(parents=True)
+    tensors = {
+        name.removesuffix("|") if name.endswith("|") else f"{name}.weight": Stored.of(
+            rng.standard_normal(shape), "BF16"
+        )
+        for name, shape in shapes.items()
+    }
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+DELTA_NET = {f"{L}.linear_attn.{leaf}": (64, 128) for leaf in ("in_proj_ba", "in_proj_a", "in_proj_b")}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "quantized"),
+    [
+        ({f"{L}.block_sparse_moe.router.layer": (4, 128), f"{L}.mlp.gate.wg": (4, 128), **DELTA_NET}, set()),
+        ({f"{L}.linear_attn.in_proj_qkvz": (256, 128)}, {f"{L}.linear_attn.in_proj_qkvz.weight"}),
+        (
+            {f"{L}.block_sparse_moe.input_linear": (4, 256, 128), f"{L}.moe.up_proj": (4, 128, 128)},
+            {f"{L}.block_sparse_moe.input_linear.weight", f"{L}.moe.up_proj.weight"},
+        ),
+        ({f"{L}.mlp.experts.w13|": (4, 256, 128)}, {f"{L}.mlp.experts.w13"}),
+        ({f"{L}.conv.mix": (4, 128, 3), f"{L}.mlp.other": (2, 3, 4, 5)}, set()),
+    ],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_is_known_by_what_it_is(
+    scheme: str, shapes: dict[str, tuple[int, ...]], quantized: set[str], tmp_path: Path
+) -> None:
+    """Routers and small projections are left under any name, stacks of experts are quantized; each that is left is in
+    the notes and, if an engine asks, in the list.
+    """
+    source = plain_directory(tmp_path / "plain", {**shapes, f"{L}.self_attn.o_proj": (128, 128)})
+    result = convert(source, tmp_path / "out", to="fp8", scheme=scheme)
+    found = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
+    assert found == quantized | {f"{L}.self_attn.o_proj.weight"}
+    left = [note for note in result.notes if note.startswith("left as they are, ")]
+    assert bool(left) == (len(found) <= len(shapes))
+    checked = verify(tmp_path / "out", serving=True)
+    assert checked.ok
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    listed = config.get("modules_to_not_convert", config.get("ignore"))
+    matrices = {name for name, shape in shapes.items() if len(shape) == 2 and f"{name}.weight" not in found}
+    assert matrices <= {*(listed or [])}
+
+
+def test_what_cannot_be_joined_in_blocks_is_left_together(tmp_path: Path) -> None:
+    """Rows that are no whole blocks: q, k and v together, gate and up, all of the experts; not what stands alone."""
+    shapes = {
+        **{f"{L}.self_attn.{leaf}_proj": (rows, 128) for leaf, rows in (("q", 256), ("k", 64), ("v", 64), ("o", 192))},
+        **{f"{L}.mlp.{leaf}_proj": (192, 128) for leaf in ("gate", "up")},
+        f"{L}.mlp.down_proj": (128, 192),
+        **{f"model.layers.1.mlp.experts.0.{leaf}_proj": (192, 128) for leaf in ("gate", "up")},
+        "model.layers.1.mlp.experts.0.down_proj": (128, 192),
+        **{f"model.layers.2.mlp.experts.0.{leaf}_proj": (128, 128) for leaf in ("gate", "up", "down")},
+    }
+    source = plain_directory(tmp_path / "plain", shapes)
+    result = convert(source, tmp_path / "out", to="fp8", scheme="block")
+    found = {tensor.name.removesuffix(".weight") for tensor in open_checkpoint(tmp_path / "out").quantized}
+    assert found == {name for name in shapes if "layers.2" in name or name.endswith(("o_proj", "0.mlp.down_proj"))}
+    (note,) = result.notes
+    assert note.startswith("left as they are, joined by engines where they are not whole blocks of 128 rows: ")
+    assert verify(tmp_path / "out", serving=True).ok
+    for scheme in ("per-tensor", "channel"):
+        assert convert(source, tmp_path / scheme, to="fp8", scheme=scheme).quantized == len(shapes)
+
+
+def test_only_and_skip(tmp_path: Path) -> None:
+    """Regular expressions, found anywhere in a name; what engines join is never torn apart, and the notes say so."""
+    shapes = {
+        **{f"{L}.self_attn.{leaf}_proj": (128, 128) for leaf in "qkvo"},
+        **{f"{L}.mlp.experts.{i}.{leaf}_proj": (128, 128) for i in range(2) for leaf in ("gate", "up", "down")},
+        f"{L}.mlp.gate": (2, 128),
+    }
+    source = plain_directory(tmp_path / "plain", shapes)
+
+    def quantized(name: str, **how: str) -> tuple[set[str], tuple[str, ...]]:
+        result = convert(source, tmp_path / name, to="fp8", scheme="block", **how)
+        assert verify(tmp_path / name, serving=True).ok
+        found = {tensor.name.removesuffix(".weight") for tensor in open_checkpoint(tmp_path / name).quantized}
+        return {name.removeprefix(f"{L}.") for name in found}, result.notes
+
+    attention = {f"self_attn.{leaf}_proj" for leaf in "qkvo"}
+    experts = {name.removeprefix(f"{L}.") for name in shapes if "experts" in name}
+    assert quantized("a", only=r"self_attn\.")[0] == attention
+    assert quantized("b", skip="experts")[0] == attention
+    assert quantized("c", only=r"_proj\.weight$", skip=r"\.o_proj")[0] == attention - {"self_attn.o_proj"} | experts
+    found, notes = quantized("d", skip=r"k_proj|experts\.1\.up")
+    assert found == {"self_attn.o_proj"}
+    assert [note.partition(":")[0] for note in notes] == [
+        "left as they are, among --skip",
+        "left as they are, routers of experts",
+        "left as they are, joined by engines with what is left",
+    ]
+
+
+def test_only_and_skip_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    """No regular expression, no scheme; and a choice that leaves nothing says what was left."""
+    source = plain_directory(tmp_path / "plain", {f"{L}.self_attn.o_proj": (128, 128)})
+    with pytest.raises(ValueError, match=r"only='\(' is no regular expression"):
+        convert(source, tmp_path / "out", to="fp8", scheme="block", only="(")
+    with pytest.raises(ValueError, match="only and skip go with scheme"):
+        convert(source, tmp_path / "out", to="fp8", like=source, skip="x")
+    with pytest.raises(UnsupportedFormatError, match=r"none of its tensors.*among --skip"):
+        convert(source, tmp_path / "out", to="fp8", scheme="block", skip="o_proj")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_blocks_of_mistral3_have_the_names_that_its_loader_knows(tmp_path: Path) -> None:
+    """vLLM takes a ``weight_scale_inv`` of Mistral3 for the one scale of a tensor: blocks are compressed-tensors'."""
+    shapes = {f"model.language_model.layers.0.mlp.{leaf}_proj": (128, 128) for leaf in ("gate", "up", "down")}
+    source = plain_directory(tmp_path / "plain", shapes, **MISTRAL3)
+    for scheme, ending in (("block", "_scale"), ("per-tensor", "_scale_inv")):
+        convert(source, tmp_path / scheme, to="fp8", scheme=scheme)
+        assert {tensor.scale.name for tensor in open_checkpoint(tmp_path / scheme).quantized} == {
+            f"{name}.weight{ending}" for name in shapes
+        }
+        assert verify(tmp_path / scheme, serving=True).ok

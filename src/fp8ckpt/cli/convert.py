@@ -55,6 +55,12 @@ def convert(
     serving: Annotated[
         bool, typer.Option("--serving", help="With --like: put right what engines trip over in the base's own files.")
     ] = False,
+    only: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="With --scheme: quantize only weights with this in their names.")
+    ] = None,
+    skip: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="With --scheme: leave weights with this in their names.")
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -80,6 +86,8 @@ def convert(
                 scales=scales,
                 report=report,
                 serving=serving,
+                only=only,
+                skip=skip,
                 workers=workers,
                 progress=reported,
             )

@@ -6,13 +6,16 @@ A scheme is a row. All are dynamic: activations are scaled as they come, and no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
-from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.families.siblings import equal_units
+from fp8ckpt.errors import UnsupportedFormatError, shown
+from fp8ckpt.families.loaders import engines_that_rename_scales
+from fp8ckpt.families.parallel import ragged
+from fp8ckpt.families.roles import Roles
+from fp8ckpt.families.siblings import equal_units, sibling_units
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.geometry import BlockGrid, Shape, tiled
 from fp8ckpt.output.layout import TensorSpec, index_text, lay_out_again
@@ -55,6 +58,19 @@ def _channels(shape: Shape) -> BlockGrid:
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 _TOKENS = {"dynamic": True, "num_bits": 8, "strategy": "token", "symmetric": True, "type": "float"}
 _CHANNELS = {"dynamic": False, "num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"}
+_GROUPS = {**_TOKENS, "strategy": "group", "group_size": _BLOCK[1]}
+_TILES = {**_CHANNELS, "strategy": "block", "block_structure": list(_BLOCK)}
+
+
+def _compressed_tensors(weights: Json, activations: Json) -> Json:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+        "ignore": [],
+    }
+
 
 SCHEMES = {
     "per-tensor": Scheme(
@@ -64,52 +80,107 @@ SCHEMES = {
         {**_FP8, "weight_block_size": None},
     ),
     "block": Scheme(_blocks, "_scale_inv", lambda grid: grid.shape, {**_FP8, "weight_block_size": list(_BLOCK)}),
-    "channel": Scheme(  # that of compressed-tensors: the one of this kind that engines serve
-        _channels,
-        "_scale",
-        lambda grid: grid.shape,
-        {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNELS, "input_activations": _TOKENS}},
-            "ignore": [],
-        },
-    ),
+    # That of compressed-tensors: the one of this kind that engines serve.
+    "channel": Scheme(_channels, "_scale", lambda grid: grid.shape, _compressed_tensors(_CHANNELS, _TOKENS)),
 }
-
-# What releases leave in BF16: parts of module names, and the names of whole modules.
-_SKIPPED_PARTS = re.compile(
-    r"embed|norm|conv|vision|visual|vit\b|image|audio|projector|merger|connector|mm_", re.IGNORECASE
-)
-_SKIPPED_MODULES = frozenset(
-    {
-        "lm_head",
-        "output",
-        "head",
-        "score",
-        "classifier",
-        "gate",
-        "router",
-        "shared_expert_gate",
-        "eh_proj",
-        "weights_proj",
-    }
-)
-_STACKED = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)$")
+# Blocks by compressed-tensors' names, for models whose loaders understand "_scale_inv" as the scale of a whole tensor.
+_BLOCKS_BY_OTHER_NAMES = Scheme(_blocks, "_scale", lambda grid: grid.shape, _compressed_tensors(_TILES, _GROUPS))
 
 
-def is_quantized(span: TensorSpan) -> bool:
-    """Whether a tensor is the weight of a Linear, or of stacked experts, of the language model's layers."""
-    module = span.name.removesuffix(".weight")
-    if span.dtype not in TARGET_BYTES or not span.numel or _SKIPPED_PARTS.search(module):
-        return False
-    if module == span.name:
-        return len(span.shape) == 3 and _STACKED.search(span.name) is not None
-    return len(span.shape) == 2 and module.rpartition(".")[2] not in _SKIPPED_MODULES
+def scheme_for(scheme: str, config: Json) -> Scheme:
+    """The row of a scheme, as it is written for a model of this configuration."""
+    return (
+        _BLOCKS_BY_OTHER_NAMES
+        if scheme == "block" and "vLLM 0.33" in engines_that_rename_scales(config)
+        else SCHEMES[scheme]
+    )
 
 
-def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, report: bool) -> QuantizingPlan:
+class Choice(NamedTuple):
+    """The weights that a scheme quantizes, each with its grid, and why the others are left: names by reason."""
+
+    grids: dict[str, BlockGrid]
+    left: dict[str, list[str]]
+
+
+def choose(
+    tensors: Mapping[str, TensorSpan], config: Json, scheme: str, *, only: str | None = None, skip: str | None = None
+) -> Choice:
+    """Decide what is quantized: what releases quantize, if it matches ``only`` and not ``skip`` (see `convert`).
+
+    Weights that engines join are quantized together or not at all; in blocks only if each is whole blocks.
+    """
+    roles = Roles({name: span.shape for name, span in tensors.items()}, config)
+    wanted, unwanted = _pattern("only", only), _pattern("skip", skip)
+    left: dict[str, list[str]] = {}
+    chosen: dict[str, BlockGrid] = {}
+    for name, span in tensors.items():
+        if not roles.is_weight(name) or span.dtype not in TARGET_BYTES or not span.numel:
+            continue
+        reason = roles.left(name)
+        if reason is None and wanted is not None and not wanted.search(name):
+            reason = "not among --only"
+        if reason is None and unwanted is not None and unwanted.search(name):
+            reason = "among --skip"
+        if reason is None:
+            chosen[name] = SCHEMES[scheme].grid(span.shape)
+        else:
+            left.setdefault(reason, []).append(name)
+    for reason, names in [*_apart(tensors, chosen, roles, scheme)]:
+        left.setdefault(reason, []).extend(names)
+        for name in names:
+            del chosen[name]
+    return Choice(chosen, left)
+
+
+def _apart(
+    tensors: Mapping[str, TensorSpan], chosen: Mapping[str, BlockGrid], roles: Roles, scheme: str
+) -> Iterator[tuple[str, list[str]]]:
+    """What cannot be joined as engines join it: whole units, by reason."""
+    cut_up: set[str] = set()
+    if scheme == "block":
+        shapes = {name: tensors[name].shape for name in chosen}
+        cut_up = {part.name for part in ragged(shapes, dict.fromkeys(chosen, _BLOCK), 1, None)}
+    weights = [name for name in tensors if roles.is_weight(name)]
+    experts: dict[str, list[str]] = {}
+    for name in weights:
+        if (module := roles.experts_of(name)) is not None:
+            experts.setdefault(module, []).append(name)
+    one_layer = {name for unit in experts.values() for name in unit}
+    joined = [unit for unit in sibling_units(weights) if not one_layer.issuperset(unit)]
+    units = [*experts.values(), *joined, *([name] for name in cut_up if name not in one_layer.union(*joined))]
+    ragged_units = [unit for unit in units if not cut_up.isdisjoint(unit)]
+    torn_units = [unit for unit in units if unit not in ragged_units and not chosen.keys() >= {*unit}]
+    for reason, found in (
+        (f"joined by engines where they are not whole blocks of {_BLOCK[0]} rows", ragged_units),
+        ("joined by engines with what is left", torn_units),
+    ):
+        if names := [name for unit in found for name in unit if name in chosen]:
+            yield reason, names
+
+
+def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{option}={text!r} is no regular expression: {error}") from error
+
+
+def _left_notes(left: Mapping[str, list[str]]) -> Iterator[str]:
+    for reason, names in left.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"left as they are, {reason}: {shown(names[0])}{more}"
+
+
+def plan_scheme(
+    source: str | Path,
+    scheme: str,
+    output: PartialOutput,
+    *,
+    report: bool,
+    only: str | None = None,
+    skip: str | None = None,
+) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written."""
     output.refuse_existing()
     given = open_checkpoint(source)
@@ -118,11 +189,14 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
     if all(is_native(header.file.name) for header in given.files):
         found = "Mistral's own layout, which states quantization in another way than a scheme does"
         raise UnsupportedFormatError(found, file=str(given.path), remedy="give the base that it came from: --like BASE")
-    row = SCHEMES[scheme]
-    grids = {name: row.grid(span.shape) for name, span in tensors.items() if is_quantized(span)}
+    row = scheme_for(scheme, given.config)
+    grids, left = choose(tensors, given.config, scheme, only=only, skip=skip)
+    notes = [*_left_notes(left)]
     if not grids:
-        found = "none of its tensors is the weight of a Linear that is quantized by a scheme"
-        raise UnsupportedFormatError(found, file=str(given.path), remedy="give the base that it came from: --like BASE")
+        found = "none of its tensors is quantized by this scheme"
+        expected = "Linears of a language model's layers, or stacks of experts"
+        remedy = f"choose other weights or another --scheme, or --like BASE ({'; '.join(notes) or 'it has no weights'})"
+        raise UnsupportedFormatError(found, file=str(given.path), expected=expected, remedy=remedy)
     layouts = []
     for header in given.files:
         specs = []
@@ -146,7 +220,6 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
     texts: dict[str, bytes] = {}
     copies = side_files(given)
     copies.pop(CONFIG, None)
-    notes = []
     for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would believe them
         if copies.pop(name, None) is not None:
             notes.append(f"{name} speaks of other weights, and is not written")
@@ -157,7 +230,11 @@ def plan_scheme(source: str | Path, scheme: str, output: PartialOutput, *, repor
         texts[given.index_name or INDEX] = index_text(layouts, given.index)
     return QuantizingPlan(
         output=OutputPlan(
-            (given,), {"job": "quantize", "scheme": scheme, "report": report}, tuple(layouts), texts, copies
+            (given,),
+            {"job": "quantize", "scheme": scheme, "report": report, "only": only, "skip": skip},
+            tuple(layouts),
+            texts,
+            copies,
         ),
         source=given,
         base=None,

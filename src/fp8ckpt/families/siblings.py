@@ -15,6 +15,8 @@ FUSED_LEAVES = (
     ("wq", "wk", "wv"),  # Mistral native
     ("w1", "w3"),  # Mistral native, and the experts of Mixtral and MiniMax
     ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek's latent attention
+    ("in_proj_qkv", "in_proj_z"),  # gated delta nets
+    ("in_proj_b", "in_proj_a"),
 )
 _LEAVES_WITH = {leaf: leaves for leaves in FUSED_LEAVES for leaf in leaves}
 _WEIGHT = ".weight"

@@ -19,6 +19,7 @@ import numpy as np
 
 from fp8ckpt.errors import ConfigError, Fp8CheckpointError, ServingError, StorageError, shown
 from fp8ckpt.families.names import NESTED
+from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES, scale_values
 from fp8ckpt.numerics.geometry import tiled
@@ -28,7 +29,6 @@ from fp8ckpt.serving.skip_list import (
     SkipList,
     missing_in_both_forms,
     missing_in_patterns,
-    module_of,
     unquantized_linears,
     unquantized_parts,
 )

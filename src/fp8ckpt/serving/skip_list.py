@@ -14,45 +14,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from fp8ckpt.families.roles import Roles, is_built_plain, module_of
 from fp8ckpt.tensors.config import skips
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 
-_WEIGHT = ".weight"
 _FLOATS = ("BF16", "F16", "F32", "F64")
-# Linears that engines build without quantization whatever the configuration says: heads, routers of experts, the
-# projection of multi-token prediction, the indexer's weights of DeepSeek's sparse attention. So releases that have no
-# list (DeepSeek V3) work.
-_HEADS = ("lm_head", "output", "shared_head.head")
-_LEFT_ALONE = ("gate", "router", "shared_expert_gate", "eh_proj", "weights_proj")
-
-
-def module_of(name: str) -> str:
-    """The module that holds a weight; fused experts, which are no ``.weight``, count as one."""
-    return name.removesuffix(_WEIGHT)
-
-
-def is_left_alone(module: str) -> bool:
-    """Whether engines leave this module unquantized by themselves."""
-    return f".{module}".endswith(tuple(f".{head}" for head in _HEADS)) or module.rpartition(".")[2] in _LEFT_ALONE
 
 
 def unquantized_linears(tensors: Mapping[str, LogicalTensor]) -> list[str]:
-    """The modules with a matrix of floating point that is not FP8, less embeddings and norms, in the order of the
-    checkpoint.
+    """The modules that multiply by floating point that is not FP8, less embeddings and norms, in the order of the
+    checkpoint: Linears, and the layers that engines make of stacked experts.
     """
-    found = []
+    roles = Roles({name: tensor.shape for name, tensor in tensors.items()}, {})
+    found: dict[str, None] = {}
     for name, tensor in tensors.items():
-        if (
-            isinstance(tensor, QuantizedTensor)
-            or len(tensor.shape) != 2
-            or tensor.dtype not in _FLOATS
-            or not name.endswith(_WEIGHT)
-        ):
+        if isinstance(tensor, QuantizedTensor) or tensor.dtype not in _FLOATS:
             continue
-        module = module_of(name)
+        module = roles.experts_of(name) if len(tensor.shape) == 3 else module_of(name)
+        if module is None or (len(tensor.shape) != 3 and (len(tensor.shape) != 2 or module == name)):
+            continue
         if not any("embed" in part for part in module.split(".")) and "norm" not in module.rpartition(".")[2]:
-            found.append(module)
-    return found
+            found[module] = None
+    return [*found]
 
 
 def unquantized_parts(linears: Iterable[str], quantized: Iterable[str]) -> list[str]:
@@ -125,7 +108,7 @@ def missing_in_both_forms(
     skip_list = SkipList.of(entries)
 
     def is_named(module: str) -> bool:
-        if is_left_alone(module):
+        if is_built_plain(module):
             return not entries or skip_list.reaches(module) or skip_list.reaches(native(module))
         return module in skip_list.names or native(module) in skip_list.names
 
@@ -143,5 +126,5 @@ def missing_in_patterns(entries: Sequence[str], linears: Sequence[str]) -> Missi
     """What the list of any other method lacks: its entries are names and patterns, and prefixes are not asked for."""
     skip_list = SkipList.of(entries)
     return Missing(
-        [], [module for module in linears if not skip_list.reaches(module) and (entries or not is_left_alone(module))]
+        [], [module for module in linears if not skip_list.reaches(module) and (entries or not is_built_plain(module))]
     )

@@ -1,0 +1,72 @@
+"""How engines share out weights among GPUs and join them, by leaf module, as rows; and what that asks of blocks.
+
+With a tensor-parallel size of N each GPU has an N-th of the rows of some Linears, and an N-th of the columns of those
+that add up what these have made; what is in neither row is whole on every GPU. Engines refuse weights in blocks whose
+rows are joined with others', or shared out, where a part is not whole blocks (vLLM 0.33 and SGLang 0.5 while they build
+the layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from fp8ckpt.families.siblings import sibling_units
+
+#: Rows are shared out.
+SPLIT_ROWS = frozenset(
+    {
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "wq", "wk", "wv", "q_b_proj", "kv_b_proj", "wq_b", "wkv_b"),
+        *("gate_proj", "up_proj", "gate_up_proj", "gate_up", "w1", "w3", "w13", "input_linear", "fc1"),
+        *("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),
+    }
+)
+#: Columns are shared out.
+SPLIT_COLUMNS = frozenset({"o_proj", "wo", "down_proj", "w2", "output_linear", "fc2", "out_proj"})
+#: Rows of whole heads of keys and values: with more GPUs than there are such heads, each has one.
+KEY_VALUE_ROWS = frozenset({"k_proj", "v_proj", "wk", "wv"})
+#: Weights that are joined in the file already: of how many parts of equal rows each is.
+JOINED_ALREADY = {"gate_up_proj": 2, "gate_up": 2, "w13": 2, "input_linear": 2}
+
+Shape = tuple[int, ...]
+Block = tuple[int, int]  # rows, columns
+
+
+class Ragged(NamedTuple):
+    """A part of a weight, on one GPU, that is not whole blocks: ``size`` rows or columns (``dimension``)."""
+
+    name: str
+    dimension: str
+    size: int
+    block: int
+
+
+def ragged(
+    shapes: Mapping[str, Shape], blocks: Mapping[str, Block], size: int, key_value_heads: int | None
+) -> Iterator[Ragged]:
+    """What engines refuse with a tensor-parallel size of ``size``: of each weight in ``blocks``, its first such part.
+
+    ``shapes`` and ``blocks`` are of matrices or of stacks of them. ``key_value_heads``: of the model, where it is
+    known.
+    """
+    joined = {name for unit in sibling_units(blocks) for name in _aligned(unit)}
+    for name, (block_rows, block_columns) in blocks.items():
+        rows, columns = shapes[name][-2:]
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        parts = JOINED_ALREADY.get(leaf, 1)
+        shares = size if leaf in SPLIT_ROWS else 1
+        if leaf in KEY_VALUE_ROWS and key_value_heads:
+            shares = min(size, key_value_heads)
+        part = rows / parts / shares
+        if (name in joined or parts > 1 or shares > 1) and part % block_rows:
+            yield Ragged(name, "rows", int(part), block_rows)
+            continue
+        part = columns / (size if leaf in SPLIT_COLUMNS else 1)
+        if size > 1 and leaf in SPLIT_COLUMNS and part % block_columns:
+            yield Ragged(name, "columns", int(part), block_columns)
+
+
+def _aligned(unit: tuple[str, ...]) -> tuple[str, ...]:
+    """The members of a unit that must be whole blocks: all, less the last where rows are not shared out."""
+    leaf = unit[0].removesuffix(".weight").rpartition(".")[2]
+    return unit if leaf in SPLIT_ROWS else unit[:-1]

@@ -1,0 +1,188 @@
+"""What a weight is in its model, told by its name, its shape and what stands beside it.
+
+Releases in FP8 quantize the Linears of the language model's layers and the stacks of its experts, and leave the rest.
+`Roles` says of each weight why it is left, or that it is not. A router is known by its name, or by having a row for
+each of the experts beside it; a stack of experts by its three dimensions; the projections of a recurrent layer that
+have a row or two for each of its heads by their names, or by the vector of decay rates (``A_log``) beside them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+Shape = tuple[int, ...]
+
+_WEIGHT = ".weight"
+#: What is left whatever its shape: what it is, and a pattern that its module's name has.
+_PARTS = (
+    ("embeddings", re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$", re.IGNORECASE)),
+    ("norms", re.compile(r"norm", re.IGNORECASE)),
+    ("convolutions", re.compile(r"conv", re.IGNORECASE)),
+    (
+        "parts of vision or audio towers and projectors",
+        re.compile(r"vision|visual|vit\b|image|audio|projector|merger|connector|mm_", re.IGNORECASE),
+    ),
+)
+#: The same by the last component of the name: anywhere, and outside layers only.
+_LEAVES = {
+    "heads": {"lm_head", "head"},
+    "projections of multi-token prediction": {"eh_proj"},
+    "weights of sparse attention's indexer": {"weights_proj"},
+}
+_HEADS_OUTSIDE_LAYERS = {"output", "score", "classifier"}
+#: What engines build unquantized by themselves: of the heads, those by whole components of their names.
+_BUILT_PLAIN = {"gate", "router", "shared_expert_gate", *_LEAVES["projections of multi-token prediction"]}
+_BUILT_PLAIN |= _LEAVES["weights of sparse attention's indexer"]
+_HEADS_BUILT_PLAIN = (".lm_head", ".output", ".shared_head.head")
+#: A component of a router's name, anywhere and last. ``gate_proj`` is none, nor is a `gate` with an ``up`` beside it.
+_ROUTER = re.compile(r"gate|\w*router\w*|\w*experts?_gate", re.IGNORECASE)
+_ROUTER_LEAF = re.compile(r"wg|gating|(gate|gating)_net(work)?", re.IGNORECASE)
+_ATTENTION = re.compile(r"att", re.IGNORECASE)
+#: A gated delta net's projections to one or two numbers a head: too small for blocks, and BF16 in all releases.
+_PER_HEAD = re.compile(r"in_proj_(ba|ab|a|b)")
+_DECAY_RATES = ".A_log"
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+_EXPERT_COUNTS = re.compile(r"(moe_)?(n|num)_(local_|routed_|moe_)?experts")
+_NO_STACK = ("bias", "scale", "scales", "blocks", "scale_inv")
+
+
+def module_of(name: str) -> str:
+    """The module that holds a weight; a stack of experts that is no ``.weight`` counts as one."""
+    return name.removesuffix(_WEIGHT)
+
+
+class Roles:
+    """What each of a checkpoint's weights is. ``shapes``: of all tensors by name; ``config``: ``config.json``."""
+
+    def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> None:
+        self._shapes = shapes
+        self._config = config
+
+    def is_weight(self, name: str) -> bool:
+        """Whether the tensor may multiply vectors: a ``.weight`` of two dimensions, or any tensor of more."""
+        rank = len(self._shapes[name])
+        return rank > 2 or (rank == 2 and name.endswith(_WEIGHT))
+
+    def is_stack(self, name: str) -> bool:
+        """Whether the tensor is a stack of experts: ``[experts, rows, columns]``."""
+        shape, module = self._shapes[name], module_of(name)
+        if len(shape) != 3 or _part_of(module) is not None or module.endswith(_NO_STACK):
+            return False
+        held = module if name.endswith(_WEIGHT) else module.rpartition(".")[0]
+        return _EXPERTS.search(held) is not None or shape[0] in self._experts_beside(module)
+
+    def experts_of(self, name: str) -> str | None:
+        """The module that engines make of the experts that a weight is of, as one layer; None for other weights."""
+        components = module_of(name).split(".")
+        stack = self.is_stack(name)
+        for i, part in enumerate(components[:-1]):
+            if _holds_experts(part) and (stack or components[i + 1].isdigit()):
+                return ".".join(components[: i + 1])
+        return ".".join((*components[:-1], "experts")) if stack else None
+
+    def left(self, name: str) -> str | None:
+        """What the weight is that releases leave unquantized, in the plural; None for one that they quantize."""
+        module, rank = module_of(name), len(self._shapes[name])
+        if (part := _part_of(module)) is not None:
+            return part
+        if self.is_stack(name):
+            return None
+        if rank > 2:
+            return f"tensors of {rank} dimensions that are no experts"
+        leaf = module.rpartition(".")[2]
+        for reason, leaves in _LEAVES.items():
+            if leaf in leaves:
+                return reason
+        if self._is_router(name):
+            return "routers of experts"
+        if leaf in _HEADS_OUTSIDE_LAYERS and not _in_layer(module):
+            return "heads"
+        if self._is_per_head(name):
+            return "projections to a number or two a head"
+        return None
+
+    def _is_router(self, name: str) -> bool:
+        path = _in_layer(module_of(name)) or module_of(name).split(".")
+        if any(_ATTENTION.search(part) for part in path):
+            return False
+        if self._is_named_a_router(path, name):
+            return True
+        rows, columns = self._shapes[name]
+        beside = rows in self._experts_beside(module_of(name)) and rows < columns
+        return beside and not any("expert" in part for part in path)
+
+    def _is_named_a_router(self, path: list[str], name: str) -> bool:
+        if not (any(_ROUTER.fullmatch(part) for part in path) or _ROUTER_LEAF.fullmatch(path[-1])):
+            return False
+        beside = name.removesuffix("gate.weight") + "up"  # a gate beside an up of its shape is one of a plain MLP
+        ups = (self._shapes.get(f"{beside}.weight"), self._shapes.get(f"{beside}_proj.weight"))
+        return not (name.endswith(".gate.weight") and self._shapes[name] in ups)
+
+    def _is_per_head(self, name: str) -> bool:
+        parent, _, leaf = module_of(name).rpartition(".")
+        if _PER_HEAD.fullmatch(leaf):
+            return True
+        rates = self._shapes.get(parent + _DECAY_RATES, ())
+        heads = max(rates, default=0)
+        return heads > 1 and rates.count(1) == len(rates) - 1 and self._shapes[name][0] in (heads, 2 * heads)
+
+    def _experts_beside(self, module: str) -> set[int]:
+        """How many experts there may be in the two modules next above ``module``."""
+        above = module.rpartition(".")[0]
+        return self._experts.get(above, set()) | self._experts.get(above.rpartition(".")[0], set())
+
+    @cached_property
+    def _experts(self) -> dict[str, set[int]]:
+        """How many experts there may be, by the module that holds them: their numbers, their stacks, their router."""
+        stated = {*_counts(self._config)}
+        found: dict[str, set[int]] = {}
+        numbers: dict[str, set[str]] = {}
+        for name, shape in self._shapes.items():
+            components = module_of(name).split(".")
+            at = next((i for i, part in enumerate(components[:-1]) if _holds_experts(part)), None)
+            if at is not None and components[at + 1].isdigit():
+                numbers.setdefault(".".join(components[:at]), set()).add(components[at + 1])
+                continue
+            parent = ".".join(components[:-1] if at is None else components[:at])
+            if len(shape) == 3:
+                known = at is not None or shape[0] in stated or _EXPERTS.search(parent) is not None
+            else:
+                known = len(shape) == 2 and self._is_named_a_router(components[-1:], name)
+            if known:
+                found.setdefault(parent, set()).add(shape[0])
+        for parent, experts in numbers.items():
+            found.setdefault(parent, set()).add(len(experts))
+        return {parent: counts - {1} for parent, counts in found.items()}
+
+
+def is_built_plain(module: str) -> bool:
+    """Whether engines build this module unquantized whatever is configured: so releases without a list work."""
+    leaf = module.rpartition(".")[2]
+    return leaf in _BUILT_PLAIN or f".{module}".endswith(_HEADS_BUILT_PLAIN)
+
+
+def _part_of(module: str) -> str | None:
+    return next((what for what, pattern in _PARTS if pattern.search(module)), None)
+
+
+def _holds_experts(component: str) -> bool:
+    return "expert" in component and "shared" not in component and "gate" not in component
+
+
+def _in_layer(module: str) -> list[str]:
+    """The components of a module's name after its last number, which is that of a layer or of an expert."""
+    components = module.split(".")
+    last = max((i for i, part in enumerate(components) if part.isdigit()), default=len(components))
+    return components[last + 1 :]
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[int]:
+    """The numbers of experts that a configuration states, nested too."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif type(value) is int and _EXPERT_COUNTS.fullmatch(key):
+            yield value
