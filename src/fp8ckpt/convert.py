@@ -99,13 +99,12 @@ def convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
-    _refuse_arguments(to, like, scheme, scales, serving, workers)
-    if scheme is None and (only is not None or skip is not None):
-        raise ValueError("only and skip go with scheme: a base decides itself what is quantized")
     output = PartialOutput(Path(destination).absolute())
-    threads = workers or threads_of_this_rank()
     try:
         with ranks_of_this_job() as ranks:
+            selected = only is not None or skip is not None
+            ranks.together(lambda: _refuse_arguments(to, like, scheme, scales, serving, workers, selected))
+            threads = workers or threads_of_this_rank()
             if to != FP8:
                 return _dequantize(source, output, to, threads, progress, ranks)
             return _quantize(
@@ -131,7 +130,13 @@ def convert(
 
 
 def _refuse_arguments(
-    to: str, like: str | Path | None, scheme: str | None, scales: str, serving: bool, workers: int | None
+    to: str,
+    like: str | Path | None,
+    scheme: str | None,
+    scales: str,
+    serving: bool,
+    workers: int | None,
+    selected: bool,
 ) -> None:
     if to not in (*TARGETS, FP8):
         raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
@@ -145,6 +150,8 @@ def _refuse_arguments(
         raise ValueError("to='fp8' needs the base that the source came from (like), or a scheme; and not both")
     if to != FP8 and (like is not None or scheme is not None or scales != "reuse" or serving):
         raise ValueError(f"like, scheme, scales and serving go with to='fp8', and not with to={to!r}")
+    if scheme is None and selected:
+        raise ValueError("only and skip go with scheme: a base decides itself what is quantized")
     if scheme is not None and (scales != "reuse" or serving):
         raise ValueError(
             "scales and serving go with like: a scheme makes all scales new, and writes what serving engines need"

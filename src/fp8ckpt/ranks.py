@@ -6,6 +6,7 @@ A single process pays nothing for this: torch is not imported.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,13 +61,27 @@ class GroupRanks(Ranks):
         except Exception as caught:  # whatever it is, the other ranks must hear of it, or they wait for ever
             error = caught
         met: list[Any] = [None] * self.size
-        dist.all_gather_object(met, (error, result), group=self._group)
-        if error is not None:
-            raise error  # this rank's own, with its traceback
-        for other, _ in met:
+        dist.all_gather_object(met, (_portable(error), result), group=self._group)
+        for rank, (other, _) in enumerate(met):
             if other is not None:
-                raise other
+                raise error if rank == self.rank and error is not None else other  # one's own has its traceback
         return [result for _, result in met]
+
+
+def ranks_of_group(group: ProcessGroup | None = None) -> Ranks:
+    """The ranks of a process group, by default of the default one; a single one where none is initialized."""
+    import torch.distributed as dist
+
+    return GroupRanks(group) if dist.is_available() and dist.is_initialized() else Ranks()
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error as the other ranks can be told of it: some of other libraries cannot be pickled, or made anew."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def threads_of_this_rank() -> int:

@@ -34,7 +34,7 @@ from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, shown
 from fp8ckpt.families.names import IDENTITY, find_layout
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.side_files import plain_side_files
-from fp8ckpt.ranks import GroupRanks, Ranks
+from fp8ckpt.ranks import Ranks, ranks_of_group
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
 from fp8ckpt.tensors.header import TensorSpan
@@ -82,10 +82,10 @@ class Checkpointer:
         reader = FP8StorageReader(plan.checkpoint)
         self._load(plan.targets, reader)
         if any(ranks.gather(lambda: len(plan.twice))):
-            second = {name: torch.empty_like(plan.named[name]) for name in plan.twice}
+            second = ranks.together(lambda: {name: torch.empty_like(plan.named[name]) for name in plan.twice})
             self._load(second, reader)
             ranks.together(lambda: plan.compare(second))
-        plan.finish()
+        ranks.together(plan.finish)
 
     def save_model(
         self,
@@ -114,9 +114,9 @@ class Checkpointer:
         tensors, and `StorageError` where the disk refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on
         every rank. The directory is not seen until it is whole and on disk.
         """
-        _refuse_arguments(to, base, scales)
 
         def prepare() -> tuple[DirectoryWriter, dict[str, torch.Tensor]]:
+            _refuse_arguments(to, base, scales)
             checkpoint = open_checkpoint(base) if isinstance(base, str | Path) else base
             writer: DirectoryWriter
             if to == FP8:
@@ -147,7 +147,7 @@ class Checkpointer:
             dcp_load(targets, storage_reader=reader, process_group=self._group, no_dist=_alone())
 
     def _ranks(self) -> Ranks:
-        return Ranks() if _alone() else GroupRanks(self._group)
+        return ranks_of_group(self._group)
 
 
 def load_model(model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False, narrow: bool = False) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
 from fp8ckpt.families.transformers_tables import keep_in_float32
-from fp8ckpt.tensors.checkpoint import open_checkpoint
+from fp8ckpt.ranks import ranks_of_group
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG
 
 
@@ -33,6 +34,21 @@ def load_pretrained(
     ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
     ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs transformers.
     """
+    ranks = ranks_of_group()
+    checkpoint, model = ranks.together(lambda: _built(path, dtype))
+
+    def shard() -> Any:
+        sharded: Any = model if parallelize is None else parallelize(model) or model
+        return sharded.to_empty(device=device)
+
+    model = ranks.together(shard)
+    load_model(model, checkpoint, partial=partial, narrow=True)
+    ranks.together(lambda: _finish(model, checkpoint))
+    return model  # type: ignore[no-any-return]  # a class that is known by name only
+
+
+def _built(path: str | Path, dtype: torch.dtype) -> tuple[Checkpoint, Any]:
+    """The checkpoint, and the model that its configuration names, on the meta device."""
     import transformers
 
     checkpoint = open_checkpoint(path)
@@ -60,11 +76,12 @@ def load_pretrained(
     finally:
         torch.set_default_dtype(before)
     keep_in_float32(model, dtype)
-    if parallelize is not None:
-        model = parallelize(model) or model
-    model.to_empty(device=device)
-    load_model(model, checkpoint, partial=partial, narrow=True)
+    return checkpoint, model
+
+
+def _finish(model: Any, checkpoint: Checkpoint) -> None:
+    import transformers
+
     with suppress(OSError):  # a checkpoint without generation_config.json keeps the default
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
     model.eval()
-    return model  # type: ignore[no-any-return]  # a class that is known by name only

@@ -7,7 +7,7 @@ bytes are read once and looked up straight into the planner's target: no FP8 pla
 Its life, as DCP calls it:
 
 1. ``reset(path)``                      a new load begins
-2. ``read_metadata()``                  headers only; every defect is raised here, before the first data byte
+2. ``read_metadata()``                  headers only; every defect is found here, before the first data byte
 3. ``set_up_storage_reader(...)``       on every rank
 4. ``prepare_local_plan(plan)``         nothing to add: a `ReadItem` has its region in coordinates of the full tensor
 5. ``prepare_global_plan(plans)``       nothing to add
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
-from fp8ckpt.errors import RegionError, shown
+from fp8ckpt.errors import Fp8CheckpointError, RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -86,8 +86,16 @@ class FP8StorageReader(StorageReader):
             self._path, self._checkpoint = str(checkpoint_id), None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Every logical tensor as one chunk, FP8 ones as bfloat16; and the scales, under their own names."""
-        tensors: dict[str, Any] = {name: _metadata(tensor) for name, tensor in self.checkpoint.tensors.items()}
+        """Every logical tensor as one chunk, FP8 ones as bfloat16; and the scales, under their own names.
+
+        A checkpoint that is refused is refused to whoever looks into the metadata: an error raised here is taken by
+        torch for the sign that each rank has metadata of its own, and lost.
+        """
+        try:
+            stored = self.checkpoint
+        except Fp8CheckpointError as error:
+            return _Refused(error)
+        tensors: dict[str, Any] = {name: _metadata(tensor) for name, tensor in stored.tensors.items()}
         tensors.update({span.name: _metadata(span) for span in self._scales().values()})
         return Metadata(state_dict_metadata=tensors, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
 
@@ -167,6 +175,17 @@ class FP8StorageReader(StorageReader):
             for tensor in self.checkpoint.quantized
             for span in (tensor.scale, *tensor.activation_scales)
         }
+
+
+class _Refused(Metadata):
+    """The metadata of a checkpoint that cannot be opened."""
+
+    def __init__(self, error: Fp8CheckpointError) -> None:
+        self._error = error
+
+    @property
+    def state_dict_metadata(self) -> Any:  # type: ignore[override]  # a field of the base
+        raise self._error
 
 
 def _load(loader: RegionLoader, part: tuple[LogicalTensor, Region, torch.Tensor]) -> None:

@@ -1,0 +1,158 @@
+"""Where one rank cannot go on, no other waits for it: all ranks raise the same named error."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from fp8ckpt import (
+    FP8StorageReader,
+    FP8StorageWriter,
+    convert,
+    load_model,
+    load_pretrained,
+    open_checkpoint,
+    save_model,
+)
+from tests.distributed import mesh, run
+
+Job = Callable[[Path, Path], object]  # of a checkpoint, and a destination
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, replicated on all ranks."""
+    checkpoint, over = open_checkpoint(path), mesh()
+    return {
+        name: distribute_tensor(checkpoint.read(name), over, [Replicate()] * over.ndim) for name in checkpoint.tensors
+    }
+
+
+class Held(nn.Module):
+    """A model of these tensors."""
+
+    def __init__(self, held: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = held
+
+    def state_dict(self, *arguments: object, **more: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return self._tensors
+
+
+def plain(job: Callable[[], object]) -> None:
+    """A call of torch's own, whose error tells what each rank met with."""
+    try:
+        job()
+    except CheckpointException as error:
+        raise min(error.failures.items())[1][0] from error
+
+
+def good(path: Path) -> Path:
+    """The same checkpoint, at the path where every rank can open it."""
+    return path.with_name("fp8")
+
+
+def only_last_rank_refuses(path: Path) -> Any:
+    """What a user does to shard a model, which fails on the last rank."""
+
+    def parallelize(model: nn.Module) -> nn.Module:
+        if dist.get_rank():
+            raise ValueError("no such mesh")
+        return model
+
+    return load_pretrained(good(path), parallelize=parallelize)
+
+
+def only_last_rank_is_wrong(path: Path, out: Path) -> None:
+    """An argument that is no argument, on the last rank."""
+    save_model(Held(tensors(good(path))), out, to="fp9" if dist.get_rank() else "bf16")
+
+
+JOBS: dict[str, Job] = {
+    "load_model": lambda path, out: load_model(Held(tensors(good(path))), path),
+    "load_pretrained": lambda path, out: load_pretrained(path),
+    "parallelize": lambda path, out: only_last_rank_refuses(path),
+    "FP8StorageReader": lambda path, out: plain(
+        lambda: load(tensors(good(path)), storage_reader=FP8StorageReader(path))
+    ),
+    "save_model bf16": lambda path, out: save_model(Held(tensors(good(path))), out, base=path),
+    "save_model fp8": lambda path, out: save_model(Held(tensors(good(path))), out, to="fp8", base=path),
+    "save_model, an argument": only_last_rank_is_wrong,
+    "FP8StorageWriter": lambda path, out: plain(
+        lambda: save(tensors(good(path)), storage_writer=FP8StorageWriter(out, base=path))
+    ),
+    "convert": lambda path, out: convert(path, out),
+    "convert, the base": lambda path, out: convert(good(path).with_name("bf16"), out, to="fp8", like=path),
+    "convert by a scheme": lambda path, out: convert(
+        path.with_name("bf16") if path == good(path) else path, out, to="fp8", scheme="block"
+    ),
+    "convert, an argument": lambda path, out: convert(good(path), out, workers=-dist.get_rank() or None),
+}
+
+
+def _attempt(names: list[str], folder: Path) -> dict[str, tuple[str, str]]:
+    """What each job raises on this rank; the last rank finds a damaged checkpoint where the others find a good one."""
+    met = {}
+    for name in names:
+        path = folder / ("damaged" if dist.get_rank() else "fp8")
+        try:
+            JOBS[name](path, folder / "out")
+        except Exception as error:
+            met[name] = (type(error).__name__, str(error))
+        dist.barrier()  # a rank that is a step ahead, or behind, fails here
+    return met
+
+
+def test_all_ranks_raise_the_same_error(sample_fp8: Path, tmp_path: Path) -> None:
+    """Opening, arguments, what the caller gave: every public function, on a rank that fails alone."""
+    convert(sample_fp8, tmp_path / "bf16")
+    shutil.copytree(sample_fp8, tmp_path / "fp8")
+    damaged = Path(shutil.copytree(sample_fp8, tmp_path / "damaged"))
+    max(damaged.glob("*.safetensors")).write_bytes(b"cut off")
+    before = sorted(file.name for file in tmp_path.iterdir())
+    one, other = run(2, _attempt, list(JOBS), tmp_path)
+    assert one == other
+    assert list(one) == list(JOBS)
+    expected = {
+        "parallelize": "ValueError",
+        "save_model, an argument": "ValueError",
+        "convert, an argument": "ValueError",
+    }
+    for name, (kind, message) in one.items():
+        assert kind == expected.get(name, "TruncatedFileError"), (name, kind, message)
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
+class Unpicklable(Exception):
+    """An error that other processes cannot make anew."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def _meet() -> str:
+    from fp8ckpt.ranks import GroupRanks
+
+    def fail() -> None:
+        if dist.get_rank():
+            raise Unpicklable("no", "luck")
+
+    with pytest.raises((Unpicklable, RuntimeError)) as caught:
+        GroupRanks().together(fail)
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_errors_that_cannot_be_sent() -> None:
+    """An error of another library, which cannot be pickled, reaches the other ranks by its name and text."""
+    assert run(2, _meet) == ["Unpicklable: no luck", "no luck"]
