@@ -21,6 +21,12 @@ class Family:
     blocks: dict[str, tuple[str, tuple[int, ...]]]  # weight: (its scale, its block size)
     dropped: tuple[str, ...] = ()  # stored tensors that are no logical tensor, besides the scales
     more_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # of logical tensors that are stored under another name
+    markers: tuple[str, ...] = ()  # stored tensors that are neither tensor nor scale
+
+    def name(self, stored: str) -> str:
+        """The logical name of what is stored under a name."""
+        return self.names.get(stored, stored)
 
     def write(self, directory: Path, files: int = 2) -> Path:
         """Write it; tensors go to the files in turn, so that many scales lie in another file than their weight."""
@@ -52,8 +58,9 @@ class Family:
         for name, tensor in self.tensors.items():
             if name in self.blocks:
                 scale, block = self.blocks[name]
-                result[name] = Stored(dtype, tensor.shape, dequantize(tensor, self.tensors[scale], block, dtype))
-            elif name not in scales and name not in self.dropped:
+                values = dequantize(tensor, self.tensors[scale], block, dtype)
+                result[self.name(name)] = Stored(dtype, tensor.shape, values)
+            elif name not in scales and name not in self.dropped and name not in self.markers:
                 result[name] = tensor
         return result
 
@@ -170,4 +177,165 @@ def families() -> dict[str, Family]:
                                              "config_groups": groups}})  # fmt: skip
     for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
         add(f"per-tensor {dtype}", w, _codes(rng, 40, 24, dtype=dtype), s, _scales(rng, "F32"), (40, 24), fp8)
+    found.update(_of_attention(rng))
+    found.update(_of_other_names(rng))
+    found.update(_of_groups(rng))
     return found
+
+
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def attention(rng: np.random.Generator) -> tuple[dict[str, Stored], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Four projections of an attention with a scale a row: the stored tensors, and the blocks of a `Family`."""
+    tensors = {"model.embed_tokens.weight": _plain(rng, 16, 24)}
+    blocks = {}
+    for leaf, rows in (("q", 24), ("k", 12), ("v", 12), ("o", 24)):
+        weight, scale = f"model.layers.0.attn.{leaf}_proj.weight", f"model.layers.0.attn.{leaf}_proj.weight_scale"
+        tensors |= {weight: _codes(rng, rows, 24), scale: _scales(rng, "F32", rows, 1)}
+        blocks[weight] = (scale, (1, 24))
+    return tensors, blocks
+
+
+def _of_attention(rng: np.random.Generator) -> dict[str, Family]:
+    """Scales that belong to no weight, under each of their names; with parameters beside them that only end like
+    those.
+    """
+    a = "model.layers.0.attn."
+    more: dict[str, dict[str, Stored]] = {
+        "one scale for the cache": {a + "kv_scale": _scales(rng, "F32")},
+        "Quark": {a + f"{leaf}_proj.output_scale": _scales(rng, "F32", 1) for leaf in "qkv"}
+        | {a + "prob_output_scale": _scales(rng, "F32")},
+        "attention scaled": {a + f"{leaf}_scale": _scales(rng, "BF16") for leaf in "qkv"},
+        "attention scaled by head": {
+            a + f"{leaf}_scale": _scales(rng, "F32", n, 1, 1) for leaf, n in zip("qkv", (4, 2, 2), strict=True)
+        },
+        "older activation scales": {a + f"{leaf}_proj.act_scale": _scales(rng, "F32") for leaf in "qkvo"},
+        "an older key": {},
+    }
+    found = {}
+    for name, dropped in more.items():
+        tensors, blocks = attention(rng)
+        kept = {
+            "model.layers.0.layer_scale": _plain(rng, 24),
+            "model.layers.0.attn.logit_scale": _plain(rng, 4, 1, 1),
+            "model.layers.0.attn.q_norm.scale": _plain(rng, 6),
+            "model.vision.attn.q_scale": _plain(rng, 24),
+            "model.hc_attn_scale": _plain(rng, 1),
+        }
+        key = "compression_config" if name == "an older key" else "quantization_config"
+        config = {key: {"quant_method": "quark", "exclude": ["lm_head"]} if name == "Quark" else COMPRESSED}
+        found[name] = Family({**tensors, **kept, **dropped}, config, blocks, tuple(dropped))
+    return found
+
+
+def _of_other_names(rng: np.random.Generator) -> dict[str, Family]:
+    """Weights, scales and markers under names of their own."""
+    tensors, blocks = attention(rng)
+    renamed, names = {}, {}
+    for name, stored in tensors.items():
+        new = name
+        if name in blocks:
+            new = name.removesuffix("weight") + "_weight_qdata"
+            names[new] = name
+        elif name.endswith("weight_scale"):
+            new = name.removesuffix("weight_scale") + "_weight_scale"
+        renamed[new] = stored
+    torchao = {new: (new.removesuffix("_qdata") + "_scale", blocks[name][1]) for new, name in names.items()}
+    config = {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
+    found = {"torchao": Family(renamed, config, torchao, names=names)}
+
+    w, s = "blocks.0.attn.q.weight", "blocks.0.attn.q.scale_weight"
+    stored = {
+        w: _codes(rng, 24, 16),
+        s: _scales(rng, "F32"),
+        "blocks.0.attn.q.scale_input": _scales(rng, "F32"),
+        "blocks.0.norm.scale": _plain(rng, 16),
+    }
+    for name, size in (("ComfyUI", 0), ("ComfyUI, full precision", 2)):
+        marked = {**stored, "scaled_fp8": _codes(rng, size)}
+        found[name] = Family(marked, {}, {w: (s, (24, 16))}, ("blocks.0.attn.q.scale_input",), markers=("scaled_fp8",))
+    text = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
+    newer = {
+        w: stored[w],
+        "blocks.0.attn.q.weight_scale": stored[s],
+        "blocks.0.attn.q.comfy_quant": Stored.codes(text, "U8"),
+    }
+    found["ComfyUI by layer"] = Family(
+        newer, {}, {w: ("blocks.0.attn.q.weight_scale", (24, 16))}, markers=("blocks.0.attn.q.comfy_quant",)
+    )
+
+    e = "model.layers.0.feed_forward.experts."
+    experts: dict[str, Stored] = {}
+    of_experts = {}
+    for leaf, shape in (("gate_up_proj", (3, 16, 40)), ("down_proj", (3, 20, 16))):
+        experts |= {
+            e + leaf: _codes(rng, *shape),
+            e + leaf + "_weight_scale": _scales(rng, "F32"),
+            e + leaf + "_input_scale": _scales(rng, "F32"),
+        }
+        of_experts[e + leaf] = (e + leaf + "_weight_scale", shape)
+    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    found["ModelOpt experts"] = Family(
+        experts, config, of_experts, tuple(e + leaf + "_input_scale" for leaf in ("gate_up_proj", "down_proj"))
+    )
+    return found
+
+
+def _of_groups(rng: np.random.Generator) -> dict[str, Family]:
+    """Modules of one checkpoint with block sizes of their own."""
+    o, up = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"
+    weights = {"num_bits": 8, "type": "float"}
+    square = {**weights, "strategy": "block", "block_structure": [128, 128]}
+    lines = {**weights, "strategy": "group", "group_size": 32}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": square},
+        "group_1": {"targets": ["re:.*mlp.*"], "weights": lines},
+    }
+    config = {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision",
+            "config_groups": groups,
+            "ignore": [],
+        }
+    }
+    mx = {up + ".weight": _codes(rng, 130, 100), up + ".weight_scale": _scales(rng, "U8", 130, 4)}
+    in_squares = {o + ".weight": _codes(rng, 260, 130), o + ".weight_scale": _scales(rng, "F32", 3, 2)}
+    blocks = {up + ".weight": (up + ".weight_scale", (1, 32))}
+    found = {
+        "several groups": Family(
+            {**in_squares, **mx}, config, {o + ".weight": (o + ".weight_scale", (128, 128)), **blocks}
+        )
+    }
+    layers = {o: {"quant_algo": "FP8"}, up: {"quant_algo": "MXFP8", "group_size": 32}}
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    whole = {
+        o + ".weight": _codes(rng, 260, 130),
+        o + ".weight_scale": _scales(rng, "F32"),
+        o + ".input_scale": _scales(rng, "F32"),
+    }
+    config = {"quantization_config": {"quant_method": "modelopt", **mixed}}
+    more_files = {"hf_quant_config.json": {"quantization": mixed}}
+    of_both = {o + ".weight": (o + ".weight_scale", (260, 130)), **blocks}
+    found["ModelOpt mixed"] = Family({**whole, **mx}, config, of_both, (o + ".input_scale",), more_files)
+    return found
+
+
+def cache_only() -> Family:
+    """Weights in bfloat16 and a cache in FP8 with its calibrated scales: nothing is quantized but the cache."""
+    rng = np.random.default_rng(8)
+    tensors, blocks = attention(rng)
+    plain = {name: _plain(rng, *stored.shape) for name, stored in tensors.items() if not name.endswith("_scale")}
+    scales = {f"model.layers.0.attn.{leaf}_scale": _scales(rng, "BF16", 1) for leaf in "kv"}
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    ignored = ["lm_head", *(weight.removesuffix(".weight") for weight in blocks)]
+    quantization = {**COMPRESSED, "config_groups": {}, "ignore": ignored, "kv_cache_scheme": scheme}
+    return Family({**plain, **scales}, {"dtype": "bfloat16", "quantization_config": quantization}, {}, tuple(scales))

@@ -766,7 +766,7 @@ add(
         None,
         "config.json",
         "several block sizes",
-        "one for all weights",
+        "one",
     ),
 )
 
@@ -829,7 +829,8 @@ def test_message_has_the_form_of_the_design(tmp_path: Path, cli: Run) -> None:
     done = cli("convert", source, tmp_path / "out")
     assert done.stderr == (
         f"fp8ckpt: {K} in {ONE}: scale shape (3, 2) in {TWO} does not fit weight (256, 256) "
-        "with block size (128, 128); expected (2, 2); fetch the file again, or export the checkpoint again\n"
+        "with block size (128, 128); expected (2, 2); "
+        "compare the file and the configuration with those of the release\n"
     )
 
 

@@ -51,11 +51,14 @@ def test_numbers_of_every_family(name: str, tmp_path: Path) -> None:
     assert found.stored_bytes == sum(len(tensor.data) for tensor in family.tensors.values())
     assert found.bf16_bytes == sum(len(tensor.data) for tensor in expected.values())
     assert found.activation_scales + found.cache_scales == len(family.dropped)
-    (scheme,) = found.schemes
-    (weight, (scale, _)), *_ = family.blocks.items()
-    stored = family.tensors[weight]
-    assert (scheme.dtype, scheme.scale_dtype, scheme.tensors) == (stored.dtype, family.tensors[scale].dtype, 1)
-    assert (scheme.elements, scheme.bytes) == (numel(stored), len(stored.data) + len(family.tensors[scale].data))
+    schemes = {(family.tensors[w].dtype, family.tensors[s].dtype, block[-1]) for w, (s, block) in family.blocks.items()}
+    assert {(scheme.dtype, scheme.scale_dtype) for scheme in found.schemes} == {scheme[:2] for scheme in schemes}
+    assert sum(scheme.tensors for scheme in found.schemes) == len(family.blocks)
+    assert sum(scheme.elements for scheme in found.schemes) == sum(numel(family.tensors[w]) for w in family.blocks)
+    assert sum(scheme.bytes for scheme in found.schemes) == sum(
+        len(family.tensors[w].data) + len(family.tensors[s].data) for w, (s, _) in family.blocks.items()
+    )
+    scheme = found.schemes[0]
     if name in BLOCKS:
         assert (scheme.block, scheme.scale_shape) == BLOCKS[name]
 

@@ -182,7 +182,7 @@ def test_round_trip_of_every_family(name: str, to: str, tmp_path: Path) -> None:
     assert [row.name for row in result.report.weights] == [tensor.name for tensor in open_checkpoint(base).quantized]
     # The source is read once, but for what the base has and it has not; the base's codes are read once, for the report.
     stored = read_directory(tmp_path / "plain")
-    beside = [family.tensors[name] for name in family.dropped]
+    beside = [family.tensors[name] for name in (*family.dropped, *family.markers)]
     assert result.bytes_read == sum(len(tensor.data) for tensor in [*stored.values(), *beside])
     assert result.base_bytes_read == sum(weights.values())
     assert (result.bytes_rewritten, result.bytes_resumed) == (0, 0)

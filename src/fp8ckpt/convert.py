@@ -21,6 +21,7 @@ from fp8ckpt.engine import Progress
 from fp8ckpt.errors import RangeError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.side_files import notes_on_plain
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.run_fp8 import QuantizationReport
@@ -70,6 +71,7 @@ def convert(
     serving: bool = False,
     only: str | None = None,
     skip: str | None = None,
+    follow_index: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -90,6 +92,7 @@ def convert(
     them). What is left as it is, and why, is in the notes.
     ``report``: say what quantizing did; without it the base's codes are not read.
 
+    ``follow_index``: what an index does not list is no part of a checkpoint, see `fp8ckpt.open_checkpoint`.
     ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
     of this call's output written so far, in all, what is being done).
 
@@ -106,15 +109,9 @@ def convert(
             ranks.together(lambda: _refuse_arguments(to, like, scheme, scales, serving, workers, selected))
             threads = workers or threads_of_this_rank()
             if to != FP8:
-                return _dequantize(source, output, to, threads, progress, ranks)
-            return _quantize(
-                source,
-                output,
-                _Quantizing(like, scheme, scales == "fresh", report, serving, only, skip),
-                threads,
-                progress,
-                ranks,
-            )
+                return _dequantize(source, output, to, threads, progress, ranks, follow_index=follow_index)
+            how = _Quantizing(like, scheme, scales == "fresh", report, serving, only, skip, follow_index)
+            return _quantize(source, output, how, threads, progress, ranks)
     except (WeightValueError, RangeError):  # of the source's values: going on from what was written would meet it again
         output.discard()
         raise
@@ -167,13 +164,21 @@ class _Quantizing:
     serving: bool
     only: str | None
     skip: str | None
+    follow_index: bool
 
 
 def _dequantize(
-    source: str | Path, output: PartialOutput, to: str, workers: int, progress: Progress | None, ranks: Ranks
+    source: str | Path,
+    output: PartialOutput,
+    to: str,
+    workers: int,
+    progress: Progress | None,
+    ranks: Ranks,
+    *,
+    follow_index: bool,
 ) -> ConvertResult:
     begun = time.monotonic()
-    done = dequantizing.run(source, output, TARGETS[to], workers, progress, ranks)
+    done = dequantizing.run(source, output, TARGETS[to], workers, progress, ranks, follow_index=follow_index)
     quantized = done.source.quantized
     return ConvertResult(
         destination=output.destination,
@@ -182,7 +187,9 @@ def _dequantize(
         tensors=len(done.source.tensors),
         dequantized=len(quantized),
         quantized=0,
-        dropped_scales=sum(1 + len(tensor.activation_scales) for tensor in quantized) + len(done.source.cache_scales),
+        dropped_scales=sum(1 + len(tensor.activation_scales) for tensor in quantized)
+        + len(done.source.cache_scales)
+        + len(done.source.markers),
         bytes_read=done.bytes_read,
         base_bytes_read=0,
         bytes_written=done.plan.nbytes,
@@ -190,7 +197,7 @@ def _dequantize(
         bytes_resumed=done.bytes_resumed,
         nan_codes=done.nan_codes,
         report=None,
-        notes=(),
+        notes=notes_on_plain(done.source),
         seconds=time.monotonic() - begun,
     )
 
@@ -205,9 +212,25 @@ def _quantize(
 
     def plan() -> QuantizingPlan:
         if how.like is not None:
-            return plan_like(source, how.like, output, fresh=how.fresh, report=how.report, serving=how.serving)
+            return plan_like(
+                source,
+                how.like,
+                output,
+                fresh=how.fresh,
+                report=how.report,
+                serving=how.serving,
+                follow_index=how.follow_index,
+            )
         assert how.scheme is not None  # one of the two was given
-        return plan_scheme(source, how.scheme, output, report=how.report, only=how.only, skip=how.skip)
+        return plan_scheme(
+            source,
+            how.scheme,
+            output,
+            report=how.report,
+            only=how.only,
+            skip=how.skip,
+            follow_index=how.follow_index,
+        )
 
     begun = time.monotonic()
     done = quantized.run(plan, output, workers, progress, ranks)

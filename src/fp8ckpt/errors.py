@@ -30,6 +30,12 @@ shown with control characters escaped and shortened, so that no input can break 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
 
 
@@ -89,12 +95,44 @@ def _rebuild(
     return kind(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
 
+class Stored(Protocol):
+    """What a message says of a stored tensor."""
+
+    @property
+    def name(self) -> str:
+        """Its key."""
+
+    @property
+    def file(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def dtype(self) -> str:
+        """As the header has it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the header has it."""
+
+
 class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     """There is no checkpoint at the given path, nor a cached one of that hub id."""
 
 
 class HeaderError(Fp8CheckpointError, ValueError):
     """A safetensors header is malformed, or claims what cannot be."""
+
+    @classmethod
+    def of_two(cls, stored: Stored, other: str) -> HeaderError:
+        """The tensor ``stored`` is in the file or under the key ``other`` as well."""
+        remedy = "open the one file that is meant, or write an index that names the model's files"
+        return cls(
+            f"it is in {shown(other)} as well",
+            tensor=stored.name,
+            file=stored.file,
+            expected="each name once",
+            remedy=remedy,
+        )
 
 
 class TruncatedFileError(HeaderError):
@@ -104,6 +142,27 @@ class TruncatedFileError(HeaderError):
 class IndexMismatchError(Fp8CheckpointError, ValueError):
     """The index and the files' own headers disagree, or the index names a file outside the directory."""
 
+    @classmethod
+    def of_unnamed(cls, file: str, index: str) -> IndexMismatchError:
+        """A file of tensors that the index does not name."""
+        found = f"the index {index} does not name this file"
+        remedy = "--follow-index (follow_index=True) reads what the index lists, and copies this file as it is"
+        return cls(found, file=file, expected="every file in it", remedy=remedy)
+
+    @classmethod
+    def of_place(cls, tensor: str, index: Path, listed: str | None, actual: str | None) -> IndexMismatchError:
+        """A tensor that is ``listed`` for another file than the ``actual`` one; either may be none."""
+        expected = "the index and the headers to agree"
+        remedy = "take the index and the files from one release"
+        if listed is None:
+            found = f"{shown(actual)} holds a tensor that the index {index.name} does not list"
+            remedy = "--follow-index (follow_index=True) reads what the index lists, and leaves this tensor out"
+        elif actual is None:
+            found = f"{shown(listed)} does not hold this tensor, and the index {index.name} says that it does"
+        else:
+            found = f"the index {index.name} says {shown(listed)}, and it is in {shown(actual)}"
+        return cls(found, tensor=tensor, file=index, expected=expected, remedy=remedy)
+
 
 class ConfigError(Fp8CheckpointError, ValueError):
     """``config.json`` (or ``hf_quant_config.json``, ``params.json``) cannot be understood."""
@@ -112,21 +171,68 @@ class ConfigError(Fp8CheckpointError, ValueError):
 class MissingScaleError(Fp8CheckpointError, ValueError):
     """An FP8 weight has no scale: its codes are not its values."""
 
+    @classmethod
+    def of(cls, weight: Stored, expected: str, near: str | None) -> MissingScaleError:
+        """``expected``: the name that its scale could have; ``near``: what may be it under another name."""
+        found = f"{weight.dtype} weight without a scale"
+        if near is not None:
+            found += f" (is {shown(near)} its scale, misnamed?)"
+        remedy = "without it codes are no values: look for it in the release's other files, or under another name"
+        return cls(found, tensor=weight.name, file=weight.file, expected=shown(expected), remedy=remedy)
+
 
 class OrphanScaleError(Fp8CheckpointError, ValueError):
     """A scale belongs to no FP8 weight."""
+
+    @classmethod
+    def of(cls, scale: Stored, weight: str, stored: Stored | None) -> OrphanScaleError:
+        """``weight``: the name of the weight that it could scale; ``stored``: what is there instead of FP8."""
+        found = "a scale without a weight"
+        if stored is not None:
+            found = f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
+        remedy = "look for the weight in the release's other files, or ask who wrote this one whether it was replaced"
+        return cls(found, tensor=scale.name, file=scale.file, expected=f"an FP8 tensor {shown(weight)}", remedy=remedy)
 
 
 class AmbiguousScaleError(Fp8CheckpointError, ValueError):
     """More than one tensor could be the scale of one weight."""
 
+    @classmethod
+    def of(cls, weight: Stored, scales: Sequence[str]) -> AmbiguousScaleError:
+        """``scales``: the names of all that could be its scale."""
+        found = f"its scale could be any of {', '.join(shown(key) for key in scales)}"
+        remedy = "ask who wrote the file which of them the codes were made with"
+        return cls(found, tensor=weight.name, file=weight.file, expected="one scale", remedy=remedy)
+
 
 class ScaleShapeError(Fp8CheckpointError, ValueError):
     """A scale does not tile its weight."""
 
+    @classmethod
+    def of(
+        cls, weight: Stored, scale: Stored, block_size: tuple[int, ...] | None, fit: tuple[int, ...] | None
+    ) -> ScaleShapeError:
+        """``block_size``: the module's, as the configuration states it; ``fit``: the scales' shape that it asks for."""
+        found = f"scale shape {scale.shape} in {shown(scale.file.name)} does not fit weight {weight.shape}"
+        if fit is None:
+            expected = "one element, or one a row"
+            remedy = "for scales of blocks, state the block size (weight_block_size) in the configuration"
+        else:
+            found += f" with block size {block_size}"
+            expected = str(fit)
+            remedy = "compare the file and the configuration with those of the release"
+        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
+
 
 class ScaleDtypeError(Fp8CheckpointError, ValueError):
     """A scale has a dtype that no FP8 family uses."""
+
+    @classmethod
+    def of(cls, weight: Stored, scale: Stored, known: Iterable[str]) -> ScaleDtypeError:
+        """``known``: the dtypes that a scale may have."""
+        found = f"its scale {shown(scale.name)} in {shown(scale.file.name)} has dtype {scale.dtype}"
+        expected = f"one of {', '.join(known)}"
+        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy="use the tool that wrote it")
 
 
 class ScaleValueError(Fp8CheckpointError, ValueError):
@@ -139,6 +245,20 @@ class WeightValueError(Fp8CheckpointError, ValueError):
 
 class UnsupportedFormatError(Fp8CheckpointError, ValueError):
     """FP4, packed or integer quantization: recognised, and not handled."""
+
+    @classmethod
+    def of_packed(cls, weight: Stored) -> UnsupportedFormatError:
+        """A weight that is no FP8."""
+        found = f"{weight.dtype} {weight.shape} is packed or integer (FP4, INT8, ...), which fp8ckpt does not read"
+        expected = "FP8, one byte an element"
+        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy="use the tool that wrote it")
+
+    @classmethod
+    def of_factor(cls, weight: Stored, second: str) -> UnsupportedFormatError:
+        """``second``: the name of what scales the codes besides their scale."""
+        found = f"{shown(second)} is a second factor or a zero point, which fp8ckpt does not apply"
+        remedy = "use the tool that wrote it"
+        return cls(found, tensor=weight.name, file=weight.file, expected="one scale", remedy=remedy)
 
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):

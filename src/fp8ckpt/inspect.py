@@ -61,16 +61,16 @@ class Inspection:
     defects: tuple[Fp8CheckpointError, ...]
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, follow_index: bool = False) -> Inspection:
     """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at."""
     with collector_paused():
-        return _inspect(path)
+        return _inspect(path, follow_index)
 
 
-def _inspect(path: str | Path) -> Inspection:
+def _inspect(path: str | Path, follow_index: bool) -> Inspection:
     from fp8ckpt.tensors.reading import scale_defects
 
-    checkpoint = survey(path)
+    checkpoint = survey(path, follow_index=follow_index)
     quantized = checkpoint.quantized
     defects = [*checkpoint.defects, *scale_defects(quantized, checkpoint.cache_scales)]
     plain_bytes = sum(
@@ -87,7 +87,7 @@ def _inspect(path: str | Path) -> Inspection:
         unquantized=_unquantized(checkpoint, any_quantized=bool(quantized)),
         activation_scales=sum(len(tensor.activation_scales) for tensor in quantized),
         cache_scales=len(checkpoint.cache_scales),
-        notes=checkpoint.notes,
+        notes=(*(str(slip) for slip in checkpoint.slips), *checkpoint.notes),
         defects=tuple(defects),
     )
 

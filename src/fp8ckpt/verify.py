@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8ckpt.engine import Progress
-from fp8ckpt.errors import Fp8CheckpointError, IndexMismatchError
+from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import Servability, examine
@@ -76,6 +76,7 @@ def verify(
     b: str | Path | None = None,
     *,
     serving: bool = False,
+    follow_index: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
@@ -83,10 +84,10 @@ def verify(
     files too.
 
     With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see
-    `fp8ckpt.serving.examine`. ``progress`` is called with (bytes read so far, in all,
-    what is being done). Raises only where there is nothing to look at.
+    `fp8ckpt.serving.examine`. ``follow_index``: what an index does not list is no part of a checkpoint. ``progress`` is
+    called with (bytes read so far, in all, what is being done). Raises only where there is nothing to look at.
     """
-    sides = [survey(path) for path in (a, b) if path is not None]
+    sides = [survey(path, follow_index=follow_index) for path in (a, b) if path is not None]
     defects = [defect for side in sides for defect in _defects(side)]
     servability = examine(sides[-1]) if serving else None
     job = _Job(sides, progress)
@@ -112,8 +113,7 @@ def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
 
     yield from side.defects
     yield from scale_defects(side.quantized, side.cache_scales)
-    for note in side.notes:  # harmless to a reader of values, and yet an invariant
-        yield IndexMismatchError(note.partition(": ")[2], file=side.index_name, remedy="write the index anew")
+    yield from side.slips  # harmless to a reader of values, and yet an invariant
 
 
 def _compared_dtype(tensors: list[LogicalTensor]) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fp8ckpt import convert, inspect, verify
 from fp8ckpt.errors import (
     AmbiguousScaleError,
     CheckpointNotFoundError,
@@ -32,12 +33,13 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.numerics.codes import CODE_FORMATS
 from fp8ckpt.output import files
+from fp8ckpt.output.side_files import side_files
 from fp8ckpt.tensors import reading
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, survey
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
 from fp8ckpt.tensors.pairing import QuantizedTensor
-from tests.miniatures import families
-from tests.oracle import Stored, write_safetensors
+from tests.miniatures import cache_only, families
+from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 
 FAMILIES = families()
 INDEX = "model.safetensors.index.json"
@@ -359,8 +361,8 @@ def test_an_index_that_is_none(two: Path, text: str) -> None:
 def test_a_wrong_total_size_is_noted(two: Path) -> None:
     """``total_size`` decides nothing: a wrong one is a note, no defect."""
     edit_json(two / INDEX, lambda index: index["metadata"].update(total_size=1))
-    (note,) = open_checkpoint(two).notes
-    assert "total_size is 1" in note
+    (slip,) = open_checkpoint(two).slips
+    assert "total_size is 1" in str(slip)
 
 
 @pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "many"}, {"total_size": None}])
@@ -824,3 +826,125 @@ def test_other_targets(tmp_path: Path, name: str, dtype: str) -> None:
         reading.read_dequantized(fd, tensor, dequantizer, region, out[..., ::2], np.empty(1000, np.uint8))
     assert np.ascontiguousarray(out[..., ::2]).tobytes() == expected.data
     assert not out[..., 1::2].any()
+
+
+# What is no part of the model.
+
+
+@pytest.mark.parametrize("with_index", [True, False], ids=["index", "no index"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "adapter_model-00001-of-00002.safetensors", "optimizer.safetensors",
+     "optimizer-00003-of-00004.safetensors", "training_state.safetensors"],
+)  # fmt: skip
+def test_a_file_of_a_trainer_is_no_part_of_the_model(two: Path, name: str, with_index: bool, tmp_path: Path) -> None:
+    """It is a side file: not read, whatever is in it, and copied by a conversion."""
+    if not with_index:
+        (two / INDEX).unlink()
+    (two / name).write_bytes(b"whatever")
+    checkpoint = open_checkpoint(two)
+    check_reads(checkpoint, PER_TENSOR.expected())
+    assert checkpoint.beside == (name,)
+    assert side_files(checkpoint)[name] == two / name
+    convert(two, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == b"whatever"
+
+
+def test_an_adapter_that_the_index_names_and_one_alone(two: Path, tmp_path: Path) -> None:
+    """What the index names is read; and a directory of nothing but an adapter is what it is."""
+    (two / TWO).rename(two / "adapter_two.safetensors")
+    edit_json(two / INDEX, lambda index: index["weight_map"].update(
+        {name: "adapter_two.safetensors" for name, file in index["weight_map"].items() if file == TWO}
+    ))  # fmt: skip
+    check_reads(open_checkpoint(two), PER_TENSOR.expected())
+    (tmp_path / "alone").mkdir()
+    write_safetensors(tmp_path / "alone/adapter_model.safetensors", {"a": Stored.of(np.ones(3, np.float32), "BF16")})
+    assert list(open_checkpoint(tmp_path / "alone").tensors) == ["a"]
+
+
+def test_metadata_of_null(two: Path) -> None:
+    """``"__metadata__": null`` is what the reference library reads as absent."""
+    whole = (two / ONE).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    text = json.dumps({**header, "__metadata__": None}).encode()
+    (two / ONE).write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    checkpoint = open_checkpoint(two)
+    check_reads(checkpoint, PER_TENSOR.expected())
+    assert checkpoint.files[0].metadata == {}
+
+
+# Following the index.
+
+
+@pytest.fixture
+def sidecar(two: Path) -> Path:
+    """A checkpoint with an FP8 layer in a file that its index does not name."""
+    codes, scale = PER_TENSOR.tensors[next(iter(PER_TENSOR.blocks))], Stored.of(np.array(0.5, np.float32), "F32")
+    write_safetensors(two / "mtp.safetensors", {"mtp.fc.weight": codes, "mtp.fc.weight_scale": scale})
+    return two
+
+
+def test_a_file_beside_the_index_can_be_left_out(sidecar: Path, tmp_path: Path) -> None:
+    """Refused, with the option that helps; with it, noted, and copied as it is."""
+    defect = refused(sidecar, IndexMismatchError, "mtp.safetensors", "--follow-index", "follow_index=True")
+    assert "fetch" not in str(defect)
+    checkpoint = open_checkpoint(sidecar, follow_index=True)
+    check_reads(checkpoint, PER_TENSOR.expected())
+    (note,) = checkpoint.notes
+    assert note.startswith("mtp.safetensors: ")
+    result = convert(sidecar, tmp_path / "out", follow_index=True)
+    assert result.notes == (note,)
+    assert (tmp_path / "out/mtp.safetensors").read_bytes() == (sidecar / "mtp.safetensors").read_bytes()
+    assert verify(sidecar, tmp_path / "out", follow_index=True).ok
+    back = convert(tmp_path / "out", tmp_path / "back", to="fp8", like=sidecar, follow_index=True)
+    assert note in back.notes
+    assert {file.name: file.read_bytes() for file in sidecar.iterdir()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()
+    }
+    assert inspect(sidecar, follow_index=True).notes == (note,)
+
+
+def test_tensors_beside_the_index_can_be_left_out(two: Path, tmp_path: Path) -> None:
+    """A file with more tensors than the index lists: the rest is noted, not read, and kept by the way back."""
+    tensors = read_safetensors(two / ONE)
+    more = {
+        "mtp.fc.weight": PER_TENSOR.tensors[next(iter(PER_TENSOR.blocks))],
+        "mtp.norm.weight": tensors["model.norm.weight"],
+    }
+    write_safetensors(two / ONE, {**tensors, **more}, {"format": "pt"})
+    refused(two, IndexMismatchError, "mtp.fc.weight", "--follow-index", count=None)
+    checkpoint = open_checkpoint(two, follow_index=True)
+    check_reads(checkpoint, PER_TENSOR.expected())
+    (note,) = checkpoint.notes
+    assert ONE in note
+    assert "2 tensors" in note
+    convert(two, tmp_path / "out", follow_index=True)
+    assert read_directory(tmp_path / "out") == PER_TENSOR.expected()
+    convert(tmp_path / "out", tmp_path / "back", to="fp8", like=two, follow_index=True)
+    assert (tmp_path / "back" / ONE).read_bytes() == (two / ONE).read_bytes()
+
+
+def test_following_an_index_that_lies(two: Path) -> None:
+    """What the index lists must be there, where it says; and without an index there is nothing to follow."""
+    edit_json(two / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": ONE, "no.weight": TWO}))
+    defects = survey(two, follow_index=True).defects
+    assert {defect.tensor for defect in defects} >= {"no.weight"}
+    assert all(isinstance(defect, IndexMismatchError) for defect in defects)
+    (two / INDEX).unlink()
+    check_reads(open_checkpoint(two, follow_index=True), PER_TENSOR.expected())
+
+
+def test_an_fp8_cache_with_plain_weights(tmp_path: Path) -> None:
+    """Sound; a conversion to bfloat16 drops its scales with the configuration that they belong to, and says so."""
+    family = cache_only()
+    source = family.write(tmp_path / "source")
+    checkpoint = open_checkpoint(source)
+    check_reads(checkpoint, family.expected())
+    assert {span.name for span in checkpoint.cache_scales} == set(family.dropped)
+    assert verify(source).ok
+    result = convert(source, tmp_path / "out")
+    assert result.dropped_scales == 2
+    assert result.notes == ("2 scales of the key-value cache are left out, with the configuration that they belong to",)
+    assert read_directory(tmp_path / "out") == family.expected()
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"dtype": "bfloat16"}

@@ -11,6 +11,7 @@ import pytest
 from fp8ckpt.errors import (
     AmbiguousScaleError,
     Fp8CheckpointError,
+    HeaderError,
     MissingScaleError,
     OrphanScaleError,
     ScaleDtypeError,
@@ -18,9 +19,11 @@ from fp8ckpt.errors import (
     UnsupportedFormatError,
 )
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
+from fp8ckpt.tensors.blocks import BlockSizes
 from fp8ckpt.tensors.checkpoint import open_checkpoint
+from fp8ckpt.tensors.formats import ACTIVATIONS, SCALES, ScaleRow
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
-from fp8ckpt.tensors.pairing import ACTIVATION_SUFFIXES, SCALE_SUFFIXES, Pairing, QuantizedTensor, pair
+from fp8ckpt.tensors.pairing import Pairing, QuantizedTensor, pair
 from tests.miniatures import families
 
 Spec = tuple[str, tuple[int, ...]]
@@ -39,7 +42,7 @@ def spans_of(tensors: dict[str, Spec], files: dict[str, str] | None = None) -> d
 
 
 def paired(tensors: dict[str, Spec], block: tuple[int, ...] | None = None, **options: Any) -> Pairing:
-    return pair(spans_of(tensors), block, **options)
+    return pair(spans_of(tensors), BlockSizes(block), **options)
 
 
 def only_defect(
@@ -70,9 +73,11 @@ def test_every_family_pairs(tmp_path: Path, name: str, files: int) -> None:
     checkpoint = open_checkpoint(family.write(tmp_path / "checkpoint", files))
     assert not checkpoint.defects
     assert set(checkpoint.tensors) == set(family.expected())
-    assert {tensor.name for tensor in checkpoint.quantized} == set(family.blocks)
+    assert {tensor.name for tensor in checkpoint.quantized} == {family.name(weight) for weight in family.blocks}
+    assert {span.name for span in checkpoint.markers} == set(family.markers)
     for weight, (scale, block) in family.blocks.items():
-        tensor = checkpoint[weight]
+        tensor = checkpoint[family.name(weight)]
+        assert tensor.weight.name == weight
         assert isinstance(tensor, QuantizedTensor)
         assert tensor.scale.name == scale
         assert tensor.scale.dtype == family.tensors[scale].dtype
@@ -82,42 +87,44 @@ def test_every_family_pairs(tmp_path: Path, name: str, files: int) -> None:
     activations = {span.name for tensor in checkpoint.quantized for span in tensor.activation_scales}
     assert activations | {span.name for span in checkpoint.cache_scales} == set(family.dropped)
     for other, tensor in checkpoint.tensors.items():
-        if other not in family.blocks:
+        if not isinstance(tensor, QuantizedTensor):
             assert isinstance(tensor, TensorSpan)
             assert (tensor.dtype, tensor.shape) == family.tensors[other][:2]
 
 
 @pytest.mark.parametrize("code_dtype", CODE_FORMATS)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-@pytest.mark.parametrize(("end", "scale_end"), SCALE_SUFFIXES)
-def test_every_suffix_with_every_dtype(end: str, scale_end: str, scale_dtype: str, code_dtype: str) -> None:
-    """The table of suffixes, with all code and scale dtypes."""
-    stem = "m.q" if end else "m.experts.up_proj"
-    result = paired({stem + end: (code_dtype, (4, 4)), stem + scale_end: (scale_dtype, ())})
+@pytest.mark.parametrize("row", SCALES, ids=str)
+def test_every_row_with_every_dtype(row: ScaleRow, scale_dtype: str, code_dtype: str) -> None:
+    """The table of scales, with all code and scale dtypes."""
+    stem = f"m.{row.leaf}weight" if row.leaf else "m.q" if row.weight else "m.experts.up_proj"
+    name = "m.weight" if row.leaf else stem + row.weight
+    result = paired({stem + row.weight: (code_dtype, (4, 4)), stem + row.scale: (scale_dtype, ())})
     assert not result.defects
-    assert list(result.tensors) == [stem + end]
-    tensor = result.tensors[stem + end]
+    assert list(result.tensors) == [name]
+    tensor = result.tensors[name]
     assert isinstance(tensor, QuantizedTensor)
-    assert tensor.scale.name == stem + scale_end
+    assert (tensor.name, tensor.weight.name, tensor.scale.name) == (name, stem + row.weight, stem + row.scale)
 
 
-@pytest.mark.parametrize(("end", "scale_end"), ACTIVATION_SUFFIXES)
+@pytest.mark.parametrize("row", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (4,)])
-def test_every_activation_suffix(end: str, scale_end: str, shape: tuple[int, ...]) -> None:
+def test_every_row_of_activations(row: ScaleRow, shape: tuple[int, ...]) -> None:
     """Activation scales go with their weight, and are no tensors of their own."""
-    stem = "m.q" if end else "m.experts.up_proj"
-    weight = stem + (end or "")
-    result = paired({weight: W, weight + "_scale_inv": S, stem + scale_end: ("BF16", shape)})
+    stem = "m._weight" if row.leaf else "m.q" if row.weight else "m.experts.up_proj"
+    weight = stem + row.weight
+    result = paired({weight: W, weight + "_scale_inv": S, stem + row.scale: ("BF16", shape)})
     assert not result.defects
-    assert list(result.tensors) == [weight]
-    tensor = result.tensors[weight]
+    (tensor,) = result.tensors.values()
     assert isinstance(tensor, QuantizedTensor)
-    assert [span.name for span in tensor.activation_scales] == [stem + scale_end]
+    assert [span.name for span in tensor.activation_scales] == [stem + row.scale]
 
 
 def test_a_scale_in_another_file() -> None:
     """Weight and scale need not share a file."""
-    result = pair(spans_of({"a.weight": W, "a.weight_scale_inv": S}, {"a.weight_scale_inv": "other.safetensors"}), None)
+    result = pair(
+        spans_of({"a.weight": W, "a.weight_scale_inv": S}, {"a.weight_scale_inv": "other.safetensors"}), BlockSizes()
+    )
     assert not result.defects
     tensor = result.tensors["a.weight"]
     assert isinstance(tensor, QuantizedTensor)
@@ -169,6 +176,97 @@ def test_scales_of_the_cache() -> None:
     assert list(paired(cache).tensors) == list(cache)
 
 
+Q = "l.0.attn.q_proj"
+QUANTIZED: dict[str, Spec] = {f"{Q}.weight": W, f"{Q}.weight_scale": S}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("l.0.attn.kv_scale", ()),
+        ("l.0.attn.kv_scale", (1,)),
+        ("l.0.attn.k_scale", (1, 1, 1)),
+        ("l.0.attn.v_scale", (8, 1, 1)),
+        ("l.0.attn.q_scale", (1, 8, 1, 1)),
+        ("l.0.attn.q_scale", ()),
+        ("l.0.attn.prob_output_scale", ()),
+        (f"{Q}.output_scale", (1,)),
+        (f"{Q}.k_scale", ()),
+        ("l.0.attention.q_fake_quantizer.qscale_act", ()),
+    ],
+)
+def test_scales_of_attention(name: str, shape: tuple[int, ...]) -> None:
+    """One value, or one a head, under a name of theirs: no tensors where anything is quantized, else tensors."""
+    result = paired({**QUANTIZED, name: ("F32", shape)})
+    assert not result.defects
+    assert [span.name for span in result.cache_scales] == [name]
+    assert list(result.tensors) == [f"{Q}.weight"]
+    plain: dict[str, Spec] = {f"{Q}.weight": ("BF16", (4, 4)), name: ("F32", shape)}
+    assert name in paired(plain).tensors
+    assert [span.name for span in paired(plain, quantized=True).cache_scales] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("l.0.attn.q_scale", (64,)),
+        ("l.0.attn.k_scale", (8, 1, 64)),
+        ("l.0.attn.v_scale", (8, 8)),
+        ("l.0.attn.logit_scale", (8, 1, 1)),
+        ("l.0.attn.output_scale", ()),  # no projection
+        ("l.0.attn.mixed_kv_scale", ()),
+        ("l.0.attn.qk_scale", ()),
+        ("l.0.layer_scale", (1,)),
+        ("logit_scale", ()),
+        ("l.0.hc_ffn_scale", (3,)),
+        ("l.0.norm.scale", (64,)),
+        ("l.0.norm.act_scale", (64,)),
+        ("l.0.norm.scale_weight", (64,)),
+        ("l.0.rel_weight_scale", (1,)),
+        ("l.0.scaled_fp8", (0,)),  # of no FP8 dtype
+        ("l.0.comfy_quant_scale", ()),
+    ],
+)
+def test_parameters_that_end_like_scales(name: str, shape: tuple[int, ...]) -> None:
+    """Other shapes, and other names, are parameters of the model: kept, beside FP8 and alone."""
+    for beside in (QUANTIZED, {}):
+        result = paired({**beside, name: ("F32", shape)}, quantized=True)
+        assert not result.defects
+        assert isinstance(result.tensors[name], TensorSpan)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"), [("m.e.up_proj", "m.e.up_proj_weight_scale"), ("m.q.weight", "m.q.scale_weight")]
+)
+def test_a_scale_beside_a_weight_that_is_not_fp8(weight: str, scale: str) -> None:
+    """Names that may be a parameter's are a scale's where the weight stands beside them."""
+    assert only_defect({weight: ("BF16", (4, 4)), scale: S}, OrphanScaleError).tensor == scale
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8"])
+def test_integers_of_torchao(dtype: str) -> None:
+    """Integer codes are refused by name, scale and all."""
+    tensors: dict[str, Spec] = {"m._weight_qdata": (dtype, (4, 4)), "m._weight_scale": ("F32", (4, 1))}
+    defect = only_defect({**tensors, "m._weight_zero_point": ("I8", (4, 1))}, UnsupportedFormatError)
+    assert defect.tensor == "m._weight_qdata"
+
+
+def test_missing_and_double_names_of_torchao() -> None:
+    """The scale that is missing has its own name; a weight stored under both its names is refused."""
+    assert only_defect({"m._weight_qdata": W}, MissingScaleError).expected == "m._weight_scale"
+    both: dict[str, Spec] = {"m._weight_qdata": W, "m._weight_scale": S, "m.weight": ("BF16", (4, 4))}
+    (defect,) = paired(both).defects
+    assert isinstance(defect, HeaderError)
+    assert defect.tensor == "m.weight"
+
+
+@pytest.mark.parametrize("factor", ["m.q.pre_quant_scale", "m.q.weight_scale_2", "m.q.weight_zero_point"])
+def test_a_second_factor(factor: str) -> None:
+    """What would have to be applied as well is refused."""
+    result = paired({"m.q.weight": W, "m.q.weight_scale": S, factor: ("BF16", (256,))})
+    assert [type(defect) for defect in result.defects][:1] == [UnsupportedFormatError]
+
+
 # Defects of one scale.
 
 
@@ -192,7 +290,7 @@ def test_a_scale_of_fp8_is_no_scale(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["m.q.weight_scales_inv", "m.q.scale_inv", "m.q.scale_weight", "m.q.weightscale", "m.q.wscale"]
+    "wrong", ["m.q.weight_scales_inv", "m.q.scale_inv", "m.q.weights_scale", "m.q.weightscale", "m.q.wscale"]
 )
 def test_a_misnamed_scale_is_pointed_at(wrong: str) -> None:
     """The message of a missing scale names what its misnamed scale may be."""
@@ -304,7 +402,7 @@ def test_the_message_of_the_design() -> None:
             {"model.layers.3.mlp.up_proj.weight": W, "model.layers.3.mlp.up_proj.weight_scale_inv": ("F32", (3, 2))},
             {"model.layers.3.mlp.up_proj.weight_scale_inv": "model-00002.safetensors"},
         ),
-        (128, 128),
+        BlockSizes((128, 128)),
     )
     assert (
         "scale shape (3, 2) in model-00002.safetensors does not fit weight (256, 256) "
@@ -482,7 +580,7 @@ def test_many_sound_weights() -> None:
         tensors[f"m.{i}.weight_scale_inv"] = ("F32", (-(-(i + 1) // 128), 2))
     spans = spans_of(tensors)
     start = time.monotonic()
-    result = pair(spans, (128, 128))
+    result = pair(spans, BlockSizes((128, 128)))
     assert time.monotonic() - start < 20
     assert not result.defects
     assert len(result.tensors) == 50_000

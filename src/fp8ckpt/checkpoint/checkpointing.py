@@ -56,7 +56,13 @@ class Checkpointer:
         self._group = process_group
 
     def load_model(
-        self, model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False, narrow: bool = False
+        self,
+        model: nn.Module,
+        path: str | Path | Checkpoint,
+        *,
+        partial: bool = False,
+        narrow: bool = False,
+        follow_index: bool = False,
     ) -> None:
         """Fill every parameter and persistent buffer of ``model`` from the checkpoint at ``path``.
 
@@ -73,11 +79,13 @@ class Checkpointer:
         ``narrow``: tensors that are not FP8 may be rounded to a dtype that holds fewer values than the stored one, such
         as float32 to bfloat16; a warning names them. Without it, that is an error.
 
+        ``follow_index``: what the index does not list is no part of the checkpoint (a sidecar of an MTP layer).
+
         Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the
         checkpoint's own `Fp8CheckpointError`.
         """
         ranks = self._ranks()
-        plan = ranks.together(lambda: _LoadPlan(model, path, partial, narrow))
+        plan = ranks.together(lambda: _LoadPlan(model, path, partial, narrow, follow_index))
         plan.log()
         reader = FP8StorageReader(plan.checkpoint)
         self._load(plan.targets, reader)
@@ -150,9 +158,16 @@ class Checkpointer:
         return ranks_of_group(self._group)
 
 
-def load_model(model: nn.Module, path: str | Path | Checkpoint, *, partial: bool = False, narrow: bool = False) -> None:
+def load_model(
+    model: nn.Module,
+    path: str | Path | Checkpoint,
+    *,
+    partial: bool = False,
+    narrow: bool = False,
+    follow_index: bool = False,
+) -> None:
     """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`."""
-    Checkpointer().load_model(model, path, partial=partial, narrow=narrow)
+    Checkpointer().load_model(model, path, partial=partial, narrow=narrow, follow_index=follow_index)
 
 
 def save_model(
@@ -241,9 +256,11 @@ def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:
 class _LoadPlan:
     """What goes where, checked before the first byte is read."""
 
-    def __init__(self, model: nn.Module, path: str | Path | Checkpoint, partial: bool, narrow: bool) -> None:
+    def __init__(
+        self, model: nn.Module, path: str | Path | Checkpoint, partial: bool, narrow: bool, follow_index: bool
+    ) -> None:
         self.model = model
-        self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, follow_index=follow_index)
         self.adapter = getattr(model, "state_dict_adapter", None)
         _tie(model)
         native = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}

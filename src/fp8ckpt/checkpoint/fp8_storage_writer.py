@@ -103,8 +103,8 @@ class FP8StorageWriter(DirectoryWriter):
         refuse_other_tensors(tensors, base, "model", remedy)
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
-        sharded = {name for name, tensor in base.tensors.items() if isinstance(tensor, TensorSpan) or tensor.numel}
-        sharded |= {tensor.scale.name for tensor in base.quantized if tensor.numel}
+        sharded = {name for name, tensor in base.tensors.items() if isinstance(tensor, TensorSpan)}
+        sharded |= {span.name for tensor in base.quantized if tensor.numel for span in (tensor.weight, tensor.scale)}
         self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
         self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)

@@ -15,7 +15,7 @@ from fp8ckpt.errors import ConfigError
 from fp8ckpt.families.transformers_tables import keep_in_float32
 from fp8ckpt.ranks import ranks_of_group
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
-from fp8ckpt.tensors.config import CONFIG
+from fp8ckpt.tensors.config import CONFIG, QUANTIZATION_KEYS
 
 
 def load_pretrained(
@@ -25,6 +25,7 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     partial: bool = False,
+    follow_index: bool = False,
 ) -> nn.Module:
     """Build the transformers model that ``config.json`` names, on the meta device; shard, materialize and load it;
     return it.
@@ -32,10 +33,11 @@ def load_pretrained(
     ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module.
     ``dtype`` is that of the parameters, but for those that transformers itself keeps in float32 (DeepSeek's
     ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
-    ``partial``: ``parallelize`` removes parts of the model (a PP stage). Needs transformers.
+    ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index does not list
+    is no part of the checkpoint. Needs transformers.
     """
     ranks = ranks_of_group()
-    checkpoint, model = ranks.together(lambda: _built(path, dtype))
+    checkpoint, model = ranks.together(lambda: _built(path, dtype, follow_index))
 
     def shard() -> Any:
         sharded: Any = model if parallelize is None else parallelize(model) or model
@@ -47,18 +49,19 @@ def load_pretrained(
     return model  # type: ignore[no-any-return]  # a class that is known by name only
 
 
-def _built(path: str | Path, dtype: torch.dtype) -> tuple[Checkpoint, Any]:
+def _built(path: str | Path, dtype: torch.dtype, follow_index: bool) -> tuple[Checkpoint, Any]:
     """The checkpoint, and the model that its configuration names, on the meta device."""
     import transformers
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, follow_index=follow_index)
     config = transformers.AutoConfig.from_pretrained(checkpoint.path)
     for section in (
         config,
         *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)),
     ):
-        if hasattr(section, "quantization_config"):
-            del section.quantization_config  # the model is a plain one
+        for key in QUANTIZATION_KEYS:
+            if hasattr(section, key):
+                delattr(section, key)  # the model is a plain one
     names = config.architectures or []
     if not names or not hasattr(transformers, names[0]):
         remedy = "build the model yourself, and call load_model"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet, Workers, usage, word
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage, word
 from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, share, size, table
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
@@ -61,6 +61,7 @@ def convert(
     skip: Annotated[
         str | None, typer.Option(metavar="REGEX", help="With --scheme: leave weights with this in their names.")
     ] = None,
+    follow_index: FollowIndex = False,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -88,6 +89,7 @@ def convert(
                 serving=serving,
                 only=only,
                 skip=skip,
+                follow_index=follow_index,
                 workers=workers,
                 progress=reported,
             )

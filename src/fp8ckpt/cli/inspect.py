@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet
 from fp8ckpt.cli.printing import answer, print_defects, print_notes, size, table
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="DIR", help=SOURCE_HELP)],
+    follow_index: FollowIndex = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -24,7 +25,7 @@ def inspect(
     """
     from fp8ckpt.inspect import inspect as run
 
-    found = run(path)
+    found = run(path, follow_index=follow_index)
     answer(found, _print, as_json=as_json, quiet=quiet)
     if found.defects:
         sys.exit(1)

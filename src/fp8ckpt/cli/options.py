@@ -17,6 +17,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only, and no progress; the exit code says the rest.")
 ]
+FollowIndex = Annotated[
+    bool, typer.Option("--follow-index", help="Read what an index lists, and leave alone what it does not.")
+]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")
 ]

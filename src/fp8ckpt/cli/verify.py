@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet, Workers
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers
 from fp8ckpt.cli.printing import answer, print_defects, print_nan_codes, print_notes, styled
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
@@ -25,6 +25,7 @@ def verify(
             "--serving", help="Also check what vLLM, SGLang and transformers need to serve the last one right."
         ),
     ] = False,
+    follow_index: FollowIndex = False,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -35,7 +36,7 @@ def verify(
     from fp8ckpt.verify import verify as run
 
     with progress("verifying", quiet=quiet) as reported:
-        result = run(a, b, serving=serving, workers=workers, progress=reported)
+        result = run(a, b, serving=serving, follow_index=follow_index, workers=workers, progress=reported)
     answer(result, _print, as_json=as_json, quiet=quiet, ok=result.ok)
     if not result.ok:
         sys.exit(1)

@@ -25,11 +25,18 @@ from fp8ckpt.tensors.reading import stored_scales
 
 
 def plan_like(
-    source: str | Path, base: str | Path, output: PartialOutput, *, fresh: bool, report: bool, serving: bool
+    source: str | Path,
+    base: str | Path,
+    output: PartialOutput,
+    *,
+    fresh: bool,
+    report: bool,
+    serving: bool,
+    follow_index: bool = False,
 ) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written."""
     output.refuse_existing()
-    given, like = open_checkpoint(source), open_checkpoint(base)
+    given, like = (open_checkpoint(path, follow_index=follow_index) for path in (source, base))
     refuse_shared(output, given, "source")
     refuse_shared(output, like, "base")
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
@@ -39,9 +46,9 @@ def plan_like(
     refuse_other_dtypes(tensors, like)
     changes = BaseLayout(like, served=serving_config(like, static=has_activation_scales(like)) if serving else None)
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
-    weights = {
-        tensor.name: Quantization(
-            tensors[tensor.name], spans[tensor.name], spans[tensor.scale.name], tensor.grid, tensor
+    weights = {  # by the names that codes are stored under
+        tensor.weight.name: Quantization(
+            tensors[tensor.name], spans[tensor.weight.name], spans[tensor.scale.name], tensor.grid, tensor
         )
         for tensor in like.quantized
     }
@@ -60,7 +67,7 @@ def plan_like(
         fresh=fresh,
         report=report,
         powers_of_two=powers_of_two,
-        notes=tuple(_side_file_notes(given, like)),
+        notes=(*given.notes, *like.notes, *_side_file_notes(given, like)),
     )
 
 
@@ -68,7 +75,9 @@ def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
     """Wide weights, those of one scale with the siblings that share it. Grids are joined by engines as they are: each
     is alone.
     """
-    yield from equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
+    alone = {weight.before.name: weight.name for weight in wide if weight.before and weight.grid.per_tensor}
+    units = equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
+    yield from (tuple(alone[name] for name in unit) for unit in units)
     yield from ((weight.name,) for weight in wide if not weight.grid.per_tensor)
 
 

@@ -43,12 +43,19 @@ class Dequantized:
 
 
 def run(
-    source: str | Path, output: PartialOutput, dtype: str, workers: int, progress: Progress | None, ranks: Ranks
+    source: str | Path,
+    output: PartialOutput,
+    dtype: str,
+    workers: int,
+    progress: Progress | None,
+    ranks: Ranks,
+    *,
+    follow_index: bool = False,
 ) -> Dequantized:
     """Plan, write and publish, together with the other ranks."""
     from fp8ckpt.tensors.reading import load_dequantizer
 
-    checkpoint, plan = ranks.together(lambda: _plan(source, output, dtype))
+    checkpoint, plan = ranks.together(lambda: _plan(source, output, dtype, follow_index))
     # What is done is what the first rank saw: others may be writing by the time that the last one looks.
     done = ranks.gather(lambda: plan.begin(output) if ranks.rank == 0 else {})[0]
     extents = dict(enumerate(extent for layout in plan.layouts for extent in extents_of(layout, page_chunks(layout))))
@@ -66,12 +73,12 @@ def run(
     return Dequantized(checkpoint, plan, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
 
 
-def _plan(source: str | Path, output: PartialOutput, dtype: str) -> tuple[Checkpoint, OutputPlan]:
+def _plan(source: str | Path, output: PartialOutput, dtype: str, follow_index: bool) -> tuple[Checkpoint, OutputPlan]:
     """Everything that can be known or refused before the first byte is written."""
     from fp8ckpt.tensors.reading import scale_defects
 
     output.refuse_existing()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, follow_index=follow_index)
     refuse_shared(output, checkpoint, "source")
     raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))
     if dtype == "F16":
@@ -80,7 +87,7 @@ def _plan(source: str | Path, output: PartialOutput, dtype: str) -> tuple[Checkp
                 _refuse_overflow(tensor)
     layouts = []
     for header in checkpoint.files:
-        logical = [checkpoint.tensors[span.name] for span in header.spans if span.name in checkpoint.tensors]
+        logical = checkpoint.tensors_in(header)
         specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
         if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
             layouts.append(lay_out_again(header, specs))

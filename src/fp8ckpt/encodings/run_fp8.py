@@ -218,7 +218,8 @@ def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> Quantiz
     for name in plan.weights:
         part = facts.get(name, WeightFacts())
         total.add(part)
-        weights.append(_row(name, part, plan.base is not None))
+        before = plan.weights[name].before
+        weights.append(_row(before.name if before else name, part, plan.base is not None))
     return QuantizationReport(_row("", total, plan.base is not None), tuple(weights))
 
 

@@ -22,7 +22,7 @@ from fp8ckpt.output.layout import TensorSpec, index_text, lay_out_again
 from fp8ckpt.output.matching import refuse_dtype
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
-from fp8ckpt.output.side_files import side_files
+from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.serving.examine import serving_config
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, is_native, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
@@ -180,10 +180,11 @@ def plan_scheme(
     report: bool,
     only: str | None = None,
     skip: str | None = None,
+    follow_index: bool = False,
 ) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written."""
     output.refuse_existing()
-    given = open_checkpoint(source)
+    given = open_checkpoint(source, follow_index=follow_index)
     refuse_shared(output, given, "source")
     tensors = source_tensors(given, {name: name for name in given.tensors})
     if all(is_native(header.file.name) for header in given.files):
@@ -200,7 +201,7 @@ def plan_scheme(
     layouts = []
     for header in given.files:
         specs = []
-        for span in header.spans:
+        for span in (tensors[tensor.name] for tensor in given.tensors_in(header)):
             if (grid := grids.get(span.name)) is None:
                 specs.append(TensorSpec(span.name, span.dtype, span.shape))
             else:
@@ -220,6 +221,7 @@ def plan_scheme(
     texts: dict[str, bytes] = {}
     copies = side_files(given)
     copies.pop(CONFIG, None)
+    notes += notes_on_plain(given)
     for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would believe them
         if copies.pop(name, None) is not None:
             notes.append(f"{name} speaks of other weights, and is not written")

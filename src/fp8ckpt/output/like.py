@@ -8,8 +8,9 @@ from pathlib import Path
 
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
 from fp8ckpt.output.side_files import side_files
+from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
-from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, block_size, dump_json
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json
 from fp8ckpt.tensors.header import Header
 from fp8ckpt.tensors.pairing import QuantizedTensor
 
@@ -23,7 +24,7 @@ def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
     """The FP8 matrices whose one scale has dimensions, ``[1, 1]``; where scales are of blocks, or of the only row, that
     is right.
     """
-    if block_size(base.path, base.config) is not None:
+    if block_sizes(base.path, base.config).stated:
         return []
     one = [tensor for tensor in base.quantized if tensor.scale.numel == 1 and len(tensor.scale.shape) > 1]
     return [tensor for tensor in one if len(tensor.shape) == 2 and tensor.shape[0] != 1]

@@ -17,8 +17,8 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """Every file that belongs to the checkpoint and holds no weights, by its path in the directory.
 
     Left out are the safetensors files at the top, read or not (beside the Hugging Face files, Mistral's releases have a
-    second copy, ``consolidated*``), and the indexes. Raises `StorageError` for a broken link, or what is no file at
-    all.
+    second copy, ``consolidated*``), but for those that are no part of the model, and the indexes. Raises `StorageError`
+    for a broken link, or what is no file at all.
     """
     found: dict[str, Path] = {}
     top = str(checkpoint.path)
@@ -27,7 +27,8 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
         linked = [folder for folder in folders if Path(directory, folder).is_symlink()]  # os.walk does not follow these
         for name in sorted(files) + linked:
             file = Path(directory, name)
-            if directory == top and (name.endswith(".safetensors") or name in (INDEX, NATIVE_INDEX)):
+            of_weights = name.endswith(".safetensors") and name not in checkpoint.beside
+            if directory == top and (of_weights or name in (INDEX, NATIVE_INDEX)):
                 continue
             relative = file.relative_to(checkpoint.path).as_posix()
             try:
@@ -45,6 +46,15 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
                 )
             found[relative] = file
     return found
+
+
+def notes_on_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a user should know of the same weights without quantization."""
+    notes = checkpoint.notes
+    if checkpoint.cache_scales and not checkpoint.quantized:  # beside FP8 weights, nobody expects to find them again
+        count = len(checkpoint.cache_scales)
+        notes += (f"{count} scales of the key-value cache are left out, with the configuration that they belong to",)
+    return notes
 
 
 def plain_side_files(checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, bytes], dict[str, Path]]:

@@ -34,6 +34,7 @@ from fp8ckpt.serving.skip_list import (
 )
 from fp8ckpt.stores.local import LastFile, opened, read_into
 from fp8ckpt.tensors import config as configuration
+from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import Checkpoint, is_native
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
 from fp8ckpt.tensors.header import TensorSpan
@@ -500,7 +501,7 @@ def _is_same(a: TensorSpan, b: TensorSpan) -> bool:
 
 
 def _unequal_siblings(checkpoint: Checkpoint) -> Iterator[_Finding]:
-    if configuration.block_size(checkpoint.path, checkpoint.config) is not None:
+    if block_sizes(checkpoint.path, checkpoint.config).stated:
         return  # grids are joined as they are, those of a single block too
     single = {
         t.name: t.scale for t in checkpoint.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from fp8ckpt.errors import (
     shown,
 )
 from fp8ckpt.tensors import config as configuration
+from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
+from fp8ckpt.tensors.formats import logical_name
 from fp8ckpt.tensors.header import Header, TensorSpan, read_header
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor, pair
 
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 NATIVE_INDEX = "consolidated.safetensors.index.json"
+# What trainers and PEFT leave beside a model's own files, and no loader takes for a part of it.
+_FOREIGN = ("adapter_*.safetensors", "optimizer*.safetensors", "training_*.safetensors")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -42,9 +47,11 @@ class Checkpoint:
     """A logical checkpoint. Immutable; holds no open file.
 
     ``path``: the directory. ``files``: the validated headers, in order. ``tensors``: every logical tensor by name.
-    ``cache_scales``: scales of the key-value cache, which belong to no weight. ``config``: ``config.json``, empty where
-    there is none. ``index_name`` and ``index``: the index file, or None. ``defects`` is empty in what `open_checkpoint`
-    returns.
+    ``cache_scales``: scales of attention and of the key-value cache, which belong to no weight. ``config``:
+    ``config.json``, empty where there is none. ``index_name`` and ``index``: the index file, or None. ``notes``: what a
+    user should know; ``slips``: what is wrong and harms no reader. ``defects`` is empty in what `open_checkpoint`
+    returns. ``markers``: stored tensors that only say how the others are stored. ``beside``: safetensors files of the
+    directory that are no part of the model, and go where its side files go.
     """
 
     path: Path
@@ -56,6 +63,14 @@ class Checkpoint:
     index: dict[str, Any] | None
     notes: tuple[str, ...]
     defects: tuple[Fp8CheckpointError, ...]
+    slips: tuple[Fp8CheckpointError, ...] = ()
+    markers: tuple[TensorSpan, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def tensors_in(self, header: Header) -> list[LogicalTensor]:
+        """The logical tensors whose values (or codes) one of the files holds, in the order of its data."""
+        found = (self.tensors.get(logical_name(span.name)) for span in header.spans)
+        return [tensor for tensor in found if tensor is not None and _stored(tensor).file == header.file]
 
     @property
     def quantized(self) -> list[QuantizedTensor]:
@@ -85,13 +100,18 @@ class Checkpoint:
         return read_tensor(self[name], offsets, sizes)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def _stored(tensor: LogicalTensor) -> TensorSpan:
+    return tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
+
+
+def open_checkpoint(path: str | Path, *, follow_index: bool = False) -> Checkpoint:
     """Open a directory, a single safetensors file, or a hub id that is in huggingface_hub's local cache.
 
-    Reads headers only. Raises the first defect found, as a named `Fp8CheckpointError`, and says how many more there
-    are.
+    Reads headers only. ``follow_index``: what the index does not list is no part of the checkpoint, as loaders have it;
+    without it, that is a defect. Raises the first defect found, as a named `Fp8CheckpointError`, and says how many more
+    there are.
     """
-    checkpoint = survey(path)
+    checkpoint = survey(path, follow_index=follow_index)
     raise_first(checkpoint.defects)
     return checkpoint
 
@@ -110,10 +130,10 @@ def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
         raise first
 
 
-def survey(path: str | Path) -> Checkpoint:
+def survey(path: str | Path, *, follow_index: bool = False) -> Checkpoint:
     """The checkpoint with all its defects listed; raises only where there is nothing to look at."""
     with collector_paused():
-        return _survey(*_resolve(path))
+        return _survey(*_resolve(path), follow_index)
 
 
 @contextmanager
@@ -130,19 +150,29 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _survey(directory: Path, single: Path | None) -> Checkpoint:
+def _survey(directory: Path, single: Path | None, follow_index: bool) -> Checkpoint:
     defects: list[Fp8CheckpointError] = []
     notes: list[str] = []
     try:
         config = configuration.load_json(directory / configuration.CONFIG) or {}
-        block_size = configuration.block_size(directory, config)
+        blocks = block_sizes(directory, config)
+        quantized = configuration.states_quantization(directory, config)
     except ConfigError as error:
         defects.append(error)
-        config, block_size = {}, None
+        config, blocks, quantized = {}, BlockSizes(), False
     index_name, index = (None, None) if single else _read_index(directory, defects)
     if single:
         _refuse_part(directory, single.name)
     names = [single.name] if single else _file_names(directory, index_name, index, defects)
+    beside = [] if single else [name for name in _on_disk(directory) if name not in names and _is_foreign(name)]
+    if index_name is not None and index is not None:
+        unnamed = [name for name in _model_files(directory) if name not in index["weight_map"].values()]
+        for name in filter(lambda name: _holds_tensors(directory / name), unnamed):
+            if follow_index:
+                beside.append(name)
+                notes.append(f"{shown(name)}: {index_name} does not name it, and it is no part of the checkpoint")
+            else:
+                defects.append(IndexMismatchError.of_unnamed(name, index_name))
     headers: list[Header] = []
     complete = not defects
     for name in names:
@@ -151,24 +181,12 @@ def _survey(directory: Path, single: Path | None) -> Checkpoint:
         complete = complete and not found
         if header is not None:
             headers.append(header)
-    spans: dict[str, TensorSpan] = {}
-    for header in headers:
-        for span in header.spans:
-            if span.name in spans:
-                found_in = f"it is in {shown(spans[span.name].file.name)} as well"
-                defects.append(
-                    HeaderError(
-                        found_in,
-                        tensor=span.name,
-                        file=span.file,
-                        expected="each name once",
-                        remedy="remove one of the files",
-                    )
-                )
-            spans[span.name] = span
+    unlisted: Mapping[str, str] | None = index["weight_map"] if follow_index and index is not None else None
+    spans = _spans_by_name(headers, unlisted, defects, notes)
+    slips: list[Fp8CheckpointError] = []
     if index is not None and index_name is not None:
-        _compare_index(directory / index_name, index, spans, complete, defects, notes)
-    pairing = pair(spans, block_size, complete=complete)
+        _compare_index(directory / index_name, index, spans, complete, defects, slips)
+    pairing = pair(spans, blocks, quantized=quantized, complete=complete)
     defects += pairing.defects
     return Checkpoint(
         path=directory,
@@ -180,7 +198,30 @@ def _survey(directory: Path, single: Path | None) -> Checkpoint:
         index=index,
         notes=tuple(notes),
         defects=tuple(defects),
+        slips=tuple(slips),
+        markers=pairing.markers,
+        beside=tuple(beside),
     )
+
+
+def _spans_by_name(
+    headers: Iterable[Header], listed: Mapping[str, str] | None, defects: list[Fp8CheckpointError], notes: list[str]
+) -> dict[str, TensorSpan]:
+    """All stored tensors; where a map of names to files is given, those that are ``listed``."""
+    spans: dict[str, TensorSpan] = {}
+    for header in headers:
+        left_out = []
+        for span in header.spans:
+            if listed is not None and span.name not in listed:
+                left_out.append(span.name)
+                continue
+            if span.name in spans:
+                defects.append(HeaderError.of_two(span, spans[span.name].file.name))
+            spans[span.name] = span
+        if left_out:
+            names = f"{len(left_out)} tensors, the first of them {shown(left_out[0])}"
+            notes.append(f"{shown(header.file.name)}: the index does not list {names}: they are not read")
+    return spans
 
 
 def _resolve(path: str | Path) -> tuple[Path, Path | None]:
@@ -210,7 +251,7 @@ def _is_hub_id(path: str) -> bool:
 
 def _read_index(directory: Path, defects: list[Fp8CheckpointError]) -> tuple[str | None, dict[str, Any] | None]:
     for name in (INDEX, NATIVE_INDEX):
-        if name == NATIVE_INDEX and any(not is_native(file.name) for file in directory.glob("*.safetensors")):
+        if name == NATIVE_INDEX and any(not is_native(file) for file in _model_files(directory)):
             continue
         try:
             index = configuration.load_json(directory / name)
@@ -228,7 +269,10 @@ def _read_index(directory: Path, defects: list[Fp8CheckpointError]) -> tuple[str
             found = "it has no weight_map of names to files"
             defects.append(
                 IndexMismatchError(
-                    found, file=name, expected='{"weight_map": {tensor: file}}', remedy="fetch the file again"
+                    found,
+                    file=name,
+                    expected='{"weight_map": {tensor: file}}',
+                    remedy="take the index of the release",
                 )
             )
             return name, None
@@ -241,13 +285,34 @@ def is_native(name: str) -> bool:
     return name.startswith("consolidated") and name.endswith(".safetensors")
 
 
+def _is_foreign(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _FOREIGN)
+
+
+def _on_disk(directory: Path) -> list[str]:
+    return sorted(file.name for file in directory.glob("*.safetensors"))
+
+
+def _model_files(directory: Path) -> list[str]:
+    """The safetensors files that may be of the model. A directory of nothing but an adapter holds that; and Mistral's
+    own copy counts where it is the only one.
+    """
+    on_disk = _on_disk(directory)
+    own = [name for name in on_disk if not _is_foreign(name)] or on_disk
+    return [name for name in own if not is_native(name)] or own
+
+
+def _holds_tensors(file: Path) -> bool:
+    """Whether a file holds a tensor, or may hold one."""
+    header, defects = read_header(file)
+    return bool(defects) or (header is not None and bool(header.spans))
+
+
 def _file_names(
     directory: Path, index_name: str | None, index: dict[str, Any] | None, defects: list[Fp8CheckpointError]
 ) -> list[str]:
-    on_disk = sorted(file.name for file in directory.glob("*.safetensors"))
-    if any(not is_native(name) for name in on_disk):
-        on_disk = [name for name in on_disk if not is_native(name)]
     if index is None:
+        on_disk = _model_files(directory)
         if not on_disk:
             raise CheckpointNotFoundError(
                 "there is no safetensors file in it", file=str(directory), remedy="check the path"
@@ -279,18 +344,6 @@ def _file_names(
             )
         else:
             named.append(name)
-    for name in sorted(set(on_disk) - set(index["weight_map"].values())):
-        header, found_in = read_header(directory / name)
-        if found_in or (header is not None and header.spans):
-            remedy = "fetch the index again, or move the file away"
-            defects.append(
-                IndexMismatchError(
-                    f"the index {index_name} does not name this file",
-                    file=name,
-                    expected="every file in it",
-                    remedy=remedy,
-                )
-            )
     return named
 
 
@@ -328,7 +381,7 @@ def _compare_index(
     spans: Mapping[str, TensorSpan],
     complete: bool,
     defects: list[Fp8CheckpointError],
-    notes: list[str],
+    slips: list[Fp8CheckpointError],
 ) -> None:
     weight_map: dict[str, str] = index["weight_map"]
     stored = {name: span.file.name for name, span in spans.items()}
@@ -337,23 +390,10 @@ def _compare_index(
             listed, actual = weight_map.get(name), stored.get(name)
             if listed == actual or (actual is None and not complete):
                 continue
-            if listed is None:
-                found = f"{shown(actual)} holds a tensor that the index {file.name} does not list"
-            elif actual is None:
-                found = f"{shown(listed)} does not hold this tensor, and the index {file.name} says that it does"
-            else:
-                found = f"the index {file.name} says {shown(listed)}, and it is in {shown(actual)}"
-            defects.append(
-                IndexMismatchError(
-                    found,
-                    tensor=name,
-                    file=file,
-                    expected="the index and the headers to agree",
-                    remedy="fetch both again",
-                )
-            )
+            defects.append(IndexMismatchError.of_place(name, file, listed, actual))
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     actual_total = sum(span.nbytes for span in spans.values())
     if complete and total is not None and total != actual_total:
-        notes.append(f"{file.name}: metadata.total_size is {shown(total)}; the tensors take {actual_total} bytes")
+        found = f"metadata.total_size is {shown(total)}; the tensors take {actual_total} bytes"
+        slips.append(IndexMismatchError(found, file=file, remedy="write the index anew"))

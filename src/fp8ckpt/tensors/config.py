@@ -1,7 +1,8 @@
 """What a model's configuration files say of quantization, and the same files without it.
 
-The configuration is asked for one fact only, the block size; everything else is in the headers. Three files speak of
-quantization: ``config.json`` (Hugging Face; at the top and, for some multimodal models, in ``text_config``),
+The configuration is asked for one fact only, the block sizes (`fp8ckpt.tensors.blocks`); everything else is in the
+headers. Three files speak of quantization: ``config.json`` (Hugging Face; at the top and, for some multimodal models,
+in ``text_config``),
 ``hf_quant_config.json`` (NVIDIA ModelOpt) and ``params.json`` (Mistral's own).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from fp8ckpt.errors import ConfigError, StorageError
 from fp8ckpt.tensors.header import parse_json
 
 CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG = "config.json", "hf_quant_config.json", "params.json"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is the first by its older name
 _LONGEST_JSON = 256 << 20  # bytes; the index of a model of 92,000 tensors takes 9 MB
-_MODELOPT_BLOCKS = {"MXFP8": (1, 32), "FP8_PB_WO": (128, 128)}  # fixed by those formats
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Json = dict[str, Any]
@@ -43,22 +45,16 @@ def dump_json(value: Json, *, sort_keys: bool = False) -> bytes:
 
 
 def _sections(config: Json) -> list[Json]:
-    return [
-        config,
-        *(
-            value
-            for key, value in config.items()
-            if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict)
-        ),
-    ]
+    nested = (value for key, value in config.items() if key.endswith("_config") and key not in QUANTIZATION_KEYS)
+    return [config, *(value for value in nested if isinstance(value, dict))]
 
 
 def quantization_config(config: Json) -> Json:
-    """The ``quantization_config``, wherever it stands; empty where there is none."""
+    """The ``quantization_config``, wherever it stands and under either of its keys; empty where there is none."""
     for section in _sections(config):
-        found = section.get("quantization_config")
-        if isinstance(found, dict):
-            return found
+        for key in QUANTIZATION_KEYS:
+            if isinstance(found := section.get(key), dict):
+                return found
     return {}
 
 
@@ -67,64 +63,40 @@ def states_powers_of_two(config: Json) -> bool:
 
     Engines take such scales' exponents, and drop the rest.
     """
-    stated = [section.get("quantization_config") for section in _sections(config)]
+    stated = [section.get(key) for section in _sections(config) for key in QUANTIZATION_KEYS]
     formats = [found.get("scale_fmt") for found in stated if isinstance(found, dict)]
     return any(isinstance(found, str) and found.lower() == "ue8m0" for found in formats)
 
 
-def block_size(directory: Path, config: Json) -> tuple[int, ...] | None:
-    """The block size that the configuration states for the last dimensions of a weight, or None.
+def states_quantization(directory: Path, config: Json) -> bool:
+    """Whether any of the configuration files speaks of quantization, of weights or of the cache."""
+    if quantization_config(config) or modelopt_quantization(directory):
+        return True
+    return isinstance((load_json(directory / MISTRAL_CONFIG) or {}).get("quantization"), dict)
 
-    Read from ``weight_block_size``; from the weights' ``block_structure`` or ``group_size`` in the ``config_groups`` of
-    compressed-tensors; or fixed by ModelOpt's ``quant_algo``.
-    """
-    quantization = quantization_config(config)
-    modelopt = (load_json(directory / MODELOPT_CONFIG) or {}).get("quantization")
-    stated: list[Any] = [quantization.get("weight_block_size")]
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict):
-            stated.append(weights.get("block_structure"))
-            if weights.get("strategy", "group") == "group" and weights.get("group_size"):
-                stated.append([1, weights["group_size"]])
-    for section in (quantization, modelopt):
-        if isinstance(section, dict) and isinstance(section.get("quant_algo"), str):
-            stated.append(_MODELOPT_BLOCKS.get(section["quant_algo"]))
-    sizes = [tuple(size) if isinstance(size, list | tuple) else size for size in stated if size is not None]
-    if not sizes:
-        return None
-    size = sizes[0]
-    others = [other for other in sizes if other != size]
-    if others:
-        raise ConfigError(
-            f"the configuration states several block sizes: {size} and {others[0]}",
-            file=directory / CONFIG,
-            expected="one for all weights",
-        )
-    if not isinstance(size, tuple) or not size or not all(type(dim) is int and dim > 0 for dim in size):
-        raise ConfigError(
-            f"the block size is {size!r}",
-            file=directory / CONFIG,
-            expected="positive whole numbers, such as [128, 128]",
-        )
-    return size
+
+def modelopt_quantization(directory: Path) -> Json:
+    """The ``quantization`` of ModelOpt's own file; empty where there is none."""
+    found = (load_json(directory / MODELOPT_CONFIG) or {}).get("quantization")
+    return found if isinstance(found, dict) else {}
 
 
 def skip_patterns(directory: Path, config: Json) -> tuple[str, ...]:
     """The modules that the configuration lists as not quantized: names, prefixes, wildcards, or ``re:`` patterns."""
-    quantization = quantization_config(config)
     try:
-        modelopt = (load_json(directory / MODELOPT_CONFIG) or {}).get("quantization")
+        modelopt = modelopt_quantization(directory)
     except ConfigError:  # a defect, which opening the checkpoint has listed
-        modelopt = None
+        modelopt = {}
     listed: list[Any] = []
     for section, keys in (
-        (quantization, ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")),
+        (
+            quantization_config(config),
+            ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude"),
+        ),
         (modelopt, ("exclude_modules",)),
     ):
         for key in keys:
-            value = section.get(key) if isinstance(section, dict) else None
+            value = section.get(key)
             listed += value if isinstance(value, list) else []
     return tuple(name for name in listed if isinstance(name, str))
 
@@ -141,6 +113,27 @@ def skips(pattern: str, module: str) -> bool:
     return module == pattern or module.startswith(pattern + ".") or module.endswith("." + pattern)
 
 
+def ancestors(module: str) -> Iterator[str]:
+    """The modules that hold a module, the nearest first."""
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module
+
+
+class ModuleList:
+    """A list of modules, made ready to be asked of each of many: as `skips`, entry by entry."""
+
+    def __init__(self, entries: Iterable[object]) -> None:
+        texts = [entry for entry in entries if isinstance(entry, str)]
+        self._patterns = [text for text in texts if text.startswith("re:") or "*" in text]
+        self._names = frozenset(texts) - frozenset(self._patterns)
+
+    def __contains__(self, module: str) -> bool:
+        endings = (module[i + 1 :] for i, char in enumerate(module) if char == ".")
+        named = any(name in self._names for name in (module, *ancestors(module), *endings))
+        return named or any(skips(pattern, module) for pattern in self._patterns)
+
+
 def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
     """``config.json`` or ``params.json`` for weights of ``dtype``: no quantization, and the dtype it names, if ours is
     one, set to it.
@@ -149,7 +142,7 @@ def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
         return {key: value for key, value in config.items() if key != "quantization"}
     result: Json = {}
     for key, value in config.items():
-        if key == "quantization_config":
+        if key in QUANTIZATION_KEYS:
             continue
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             value = value if dtype is None else _DTYPE_NAMES[dtype]

@@ -89,7 +89,7 @@ def read_header(file: Path) -> tuple[Header | None, list[Fp8CheckpointError]]:
             f"the header ends after {len(text)} bytes",
             file=file,
             expected=f"{length} bytes",
-            remedy="fetch the file again",
+            remedy="compare the file with that of the release",
         )
     if fatal is not None:
         return None, [fatal]
@@ -101,7 +101,7 @@ def read_header(file: Path) -> tuple[Header | None, list[Fp8CheckpointError]]:
 
 
 def _length_defect(file: Path, size: int, length: int) -> Fp8CheckpointError | None:
-    again = "fetch the file again"
+    again = "compare the file with that of the release"
     if size < 8:
         return TruncatedFileError(
             f"the file holds {size} bytes",
@@ -156,11 +156,17 @@ def parse_json(text: bytes, file: Path, kind: type[Fp8CheckpointError]) -> dict[
         if isinstance(error, Fp8CheckpointError):
             raise
         raise kind(
-            f"not valid JSON ({shown(error)})", file=file, expected="a JSON object", remedy="fetch the file again"
+            f"not valid JSON ({shown(error)})",
+            file=file,
+            expected="a JSON object",
+            remedy="compare the file with that of the release",
         ) from None
     if not isinstance(value, dict):
         raise kind(
-            f"the JSON is a {type(value).__name__}", file=file, expected="an object", remedy="fetch the file again"
+            f"the JSON is a {type(value).__name__}",
+            file=file,
+            expected="an object",
+            remedy="compare the file with that of the release",
         )
     return value
 
@@ -169,7 +175,8 @@ def _validated(
     file: Path, size: int, text: bytes, entries: dict[str, Any]
 ) -> tuple[Header | None, list[Fp8CheckpointError]]:
     defects: list[Fp8CheckpointError] = []
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the reference implementation reads null as absent
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         defects.append(
             HeaderError("__metadata__ is not a map of text to text", file=file, remedy="write the file anew")
@@ -214,7 +221,11 @@ def _validated(
             found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
             needed: object = prod(shape) * bits / 8 if prod(shape) < 2**200 else "an impossible number of"
             expected = f"{shown(needed)} bytes for {dtype} {shown(shape)}"
-            defects.append(HeaderError(found, tensor=name, file=file, expected=expected, remedy="fetch the file again"))
+            defects.append(
+                HeaderError(
+                    found, tensor=name, file=file, expected=expected, remedy="compare the file with that of the release"
+                )
+            )
             complete = False
             continue
         spans.append(TensorSpan(name, file, dtype, tuple(shape), data_start + begin, data_start + end))
@@ -234,7 +245,13 @@ def _coverage_defects(file: Path, size: int, data_start: int, spans: list[Tensor
             what = "overlaps" if span.start < end else f"leaves a hole of {span.start - end} bytes after"
             found = f"its data begins at byte {span.start} and {what} {shown(previous)}"
             defects.append(
-                HeaderError(found, tensor=span.name, file=file, expected=f"byte {end}", remedy="fetch the file again")
+                HeaderError(
+                    found,
+                    tensor=span.name,
+                    file=file,
+                    expected=f"byte {end}",
+                    remedy="compare the file with that of the release",
+                )
             )
         end = max(end, span.stop)
         previous = span.name
@@ -242,10 +259,17 @@ def _coverage_defects(file: Path, size: int, data_start: int, spans: list[Tensor
         found = f"the file holds {size} bytes"
         defects.append(
             TruncatedFileError(
-                found, file=file, expected=f"{end} bytes, as the header says", remedy="fetch the file again"
+                found,
+                file=file,
+                expected=f"{end} bytes, as the header says",
+                remedy="compare the file with that of the release",
             )
         )
     elif size > end:
         found = f"{size - end} bytes follow the last tensor"
-        defects.append(HeaderError(found, file=file, expected=f"a file of {end} bytes", remedy="fetch the file again"))
+        defects.append(
+            HeaderError(
+                found, file=file, expected=f"a file of {end} bytes", remedy="compare the file with that of the release"
+            )
+        )
     return defects

@@ -1,8 +1,8 @@
-"""Which scale belongs to which weight: the one table of suffixes, and its rules.
+"""Which scale belongs to which weight, by the table of formats.
 
-Weights are found by dtype, in the headers; scales by name, beside the weight. A new family is a row in a table below.
-What cannot be paired is a defect with a name: a missing, orphan or ambiguous scale, one that does not tile its weight,
-or one of a foreign dtype. FP4 and other packed weights are recognised and refused.
+Weights are found by dtype, in the headers; scales by name, beside the weight (`fp8ckpt.tensors.formats`). What cannot
+be paired is a defect with a name: a missing, orphan or ambiguous scale, one that does not tile its weight, or one of a
+foreign dtype. FP4 and other packed weights are recognised and refused.
 """
 
 from __future__ import annotations
@@ -15,61 +15,25 @@ from typing import NamedTuple
 from fp8ckpt.errors import (
     AmbiguousScaleError,
     Fp8CheckpointError,
+    HeaderError,
     MissingScaleError,
     OrphanScaleError,
     ScaleDtypeError,
     ScaleShapeError,
     UnsupportedFormatError,
-    shown,
 )
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, tiled
+from fp8ckpt.tensors import formats
+from fp8ckpt.tensors.blocks import BlockSizes
 from fp8ckpt.tensors.header import TensorSpan
-
-# (ending of the weight's key, ending of its scale's key). An empty weight ending stands for any key: "X.weight" with
-# "X.weight_scale_inv", and the fused experts' "X.gate_up_proj" with "X.gate_up_proj_scale_inv".
-SCALE_SUFFIXES = (
-    ("", "_scale_inv"),  # DeepSeek V3, Qwen3, Mistral3, MiniMax; fused experts of Mistral 4
-    ("", "_scale"),  # compressed-tensors, ModelOpt, fbgemm_fp8 and its fused experts
-    (".weight", ".qscale_weight"),  # Mistral native
-    (".weight", ".scale"),  # DeepSeek V4
-)
-# A key of these endings is a scale or a mistake. Not so "_scale" and ".scale", which end the names of other tensors
-# too.
-_ONLY_SCALES = ("_scale_inv", ".weight_scale", ".qscale_weight")
-
-# The same for the scales of activations: a conversion drops them, the way back carries them over.
-ACTIVATION_SUFFIXES = (
-    (".weight", ".activation_scale"),  # Mistral3 (static)
-    (".weight", ".input_scale"),  # compressed-tensors, ModelOpt
-    (".weight", ".qscale_act"),  # Mistral native
-    ("", "_activation_scale"),  # fused experts
-    ("", "_input_scale"),
-)
-_ONLY_ACTIVATION_SCALES = tuple(scale for _, scale in ACTIVATION_SUFFIXES)
-# Scales of the key-value cache, which belong to no weight: ModelOpt and compressed-tensors, Mistral native.
-_CACHE_SUFFIXES = (".k_scale", ".v_scale", "_fake_quantizer.qscale_act")
-
-# Packed formats: dtypes, and endings of weights; then endings of what stands beside a packed weight.
-_PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
-_PACKED_WEIGHTS = (".weight_packed", ".qweight")  # compressed-tensors; GPTQ and AWQ
-_PACKED_BLOCKS = ("_blocks", "_scales")  # gpt-oss MXFP4: a pair of keys
-_INTEGERS = ("I8", "U8", "I32", "U32")
-_INTEGER_SCALES = (*(scale for _, scale in SCALE_SUFFIXES), ".SCB")  # the last: bitsandbytes
-_COMPANIONS = (
-    ".weight_scale", ".weight_scale_inv", ".scale", ".weight_scale_2", ".weight_global_scale", ".weight_zero_point",
-    ".weight_shape", ".input_scale", ".input_global_scale", ".SCB", ".scales", ".qzeros", ".g_idx",
-    "_scale", "_scale_inv", "_scale_2", "_scales",
-)  # fmt: skip
-_BESIDE_FP8 = (
-    ".weight_scale_2",
-    ".weight_global_scale",
-    ".weight_zero_point",
-)  # a second factor, which we do not apply
 
 
 class QuantizedTensor(NamedTuple):
-    """One FP8 tensor of the logical checkpoint: codes, scales, and the grid by which the scales tile the codes."""
+    """One FP8 tensor of the logical checkpoint: codes, scales, and the grid by which the scales tile the codes.
+
+    ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``).
+    """
 
     name: str
     weight: TensorSpan
@@ -92,69 +56,54 @@ LogicalTensor = TensorSpan | QuantizedTensor
 
 
 class Pairing(NamedTuple):
-    """The logical tensors in the order given, the scales that belong to no one weight, and every defect."""
+    """The logical tensors in the order given, and every defect. Apart from them: the scales of attention and of its
+    cache, which belong to no one weight, and the markers, which only say how the others are stored.
+    """
 
     tensors: dict[str, LogicalTensor]
     cache_scales: tuple[TensorSpan, ...]
+    markers: tuple[TensorSpan, ...]
     defects: list[Fp8CheckpointError]
 
 
-def pair(spans: Mapping[str, TensorSpan], block_size: tuple[int, ...] | None, *, complete: bool = True) -> Pairing:
+def pair(
+    spans: Mapping[str, TensorSpan], blocks: BlockSizes, *, quantized: bool = False, complete: bool = True
+) -> Pairing:
     """Pair every FP8 weight of a checkpoint with its scale.
 
-    ``spans`` are all stored tensors by name; ``block_size`` is the configuration's. With ``complete`` false some files
-    could not be read, and what is missing or left over is not held against the rest.
+    ``spans`` are all stored tensors by name; ``blocks`` and ``quantized`` are the configuration's: the block size of
+    each module, and whether it speaks of quantization at all (of the cache alone, for example). With ``complete`` false
+    some files could not be read, and what is missing or left over is not held against the rest.
     """
-    defects: list[Fp8CheckpointError] = []
-    claimed: set[str] = set()
-    for name, span in spans.items():
-        if _is_packed(span, spans):
-            stem = (
-                name.removesuffix(".weight")
-                .removesuffix(".weight_packed")
-                .removesuffix(".qweight")
-                .removesuffix("_blocks")
-            )
-            claimed.add(name)
-            claimed.update(stem + ending for ending in _COMPANIONS)
-            found = f"{span.dtype} {span.shape} is packed or integer (FP4, INT8, ...), which fp8ckpt does not read"
-            remedy = "use the tool that wrote it"
-            defects.append(
-                UnsupportedFormatError(
-                    found, tensor=name, file=span.file, expected="FP8, one byte an element", remedy=remedy
-                )
-            )
-
+    claimed, defects = _packed(spans)
+    markers = tuple(span for span in spans.values() if formats.is_marker(span.name, span.dtype, span.shape))
+    claimed.update(span.name for span in markers)
     weights = [span for name, span in spans.items() if span.dtype in CODE_FORMATS and name not in claimed]
-    has_activation_scales = any(name.endswith(_ONLY_ACTIVATION_SCALES) for name in spans)
-    paired: dict[str, LogicalTensor] = {}
+    has_activation_scales = any(name.endswith(_ACTIVATION_ENDINGS) for name in spans)
+    paired: dict[str, LogicalTensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
     for span in weights:
         name = span.name
         claimed.add(name)
-        scales = [key for key in _keys(name, SCALE_SUFFIXES) if key in spans and spans[key].dtype not in CODE_FORMATS]
-        activations = [key for key in _keys(name, ACTIVATION_SUFFIXES) if key in spans] if has_activation_scales else []
+        scales = [
+            key for key in formats.keys(name, formats.SCALES) if key in spans and spans[key].dtype not in CODE_FORMATS
+        ]
+        activations = (
+            [key for key in formats.keys(name, formats.ACTIVATIONS) if key in spans] if has_activation_scales else []
+        )
         claimed.update(scales, activations)
-        second = next((key for ending in _BESIDE_FP8 if (key := name.removesuffix(".weight") + ending) in spans), None)
-        if second is not None:
-            found = f"{shown(second)} is a second factor or a zero point, which fp8ckpt does not apply"
-            remedy = "use the tool that wrote it"
-            defects.append(
-                UnsupportedFormatError(found, tensor=name, file=span.file, expected="one scale", remedy=remedy)
-            )
+        if (second := _second_factor(name, spans)) is not None:
+            defects.append(UnsupportedFormatError.of_factor(span, second))
         elif len(scales) == 1:
-            result = _checked(span, spans[scales[0]], tuple(spans[key] for key in activations), block_size)
-            if isinstance(result, QuantizedTensor):
-                paired[name] = result
-            else:
+            result = _checked(span, spans[scales[0]], tuple(spans[key] for key in activations), blocks)
+            if not isinstance(result, QuantizedTensor):
                 defects.append(result)
+            elif result.name != name and result.name in spans:
+                defects.append(HeaderError.of_two(spans[result.name], name))
+            else:
+                paired[name] = result
         elif scales:
-            found = f"its scale could be any of {', '.join(shown(key) for key in scales)}"
-            defects.append(
-                AmbiguousScaleError(
-                    found, tensor=name, file=span.file, expected="one scale", remedy="remove the others"
-                )
-            )
+            defects.append(AmbiguousScaleError.of(span, scales))
         elif complete:
             if near_scales is None:
                 near_scales = _names_like_scales(spans)
@@ -162,66 +111,92 @@ def pair(spans: Mapping[str, TensorSpan], block_size: tuple[int, ...] | None, *,
 
     tensors: dict[str, LogicalTensor] = {}
     cache_scales: list[TensorSpan] = []
+    quantized = quantized or bool(weights)
     for name, span in spans.items():
         if name in paired:
-            tensors[name] = paired[name]
+            tensors[paired[name].name] = paired[name]
         elif name in claimed:
             continue
-        elif weights and name.endswith(_CACHE_SUFFIXES) and span.numel == 1:
+        elif quantized and formats.is_attention_scale(name, span.shape, spans):
             cache_scales.append(span)
-        elif name.endswith(_ONLY_SCALES) or (weights and name.endswith(_ONLY_ACTIVATION_SCALES)):
+        elif (meant := _meant_weights(name, spans, activations=bool(weights))) is not None:
             if complete:
-                defects.append(_orphan(span, spans))
+                defects.append(
+                    OrphanScaleError.of(span, meant[0], next((spans[key] for key in meant if key in spans), None))
+                )
         else:
             tensors[name] = span
-    return Pairing(tensors, tuple(cache_scales), defects)
+    return Pairing(tensors, tuple(cache_scales), markers, defects)
 
 
-def _keys(weight: str, suffixes: tuple[tuple[str, str], ...]) -> list[str]:
-    """The names that a weight's scale may have, by a table of suffixes."""
-    return [weight[: len(weight) - len(end)] + scale for end, scale in suffixes if weight.endswith(end)]
+_ACTIVATION_ENDINGS = tuple(row.scale for row in formats.ACTIVATIONS)
+
+
+def _second_factor(codes: str, spans: Mapping[str, TensorSpan]) -> str | None:
+    """The key of what the codes are scaled by besides their scale."""
+    keys = (codes.removesuffix(end) + factor for end, factor in formats.FACTORS if codes.endswith(end))
+    return next((key for key in keys if key in spans), None)
+
+
+def _meant_weights(name: str, spans: Mapping[str, TensorSpan], *, activations: bool) -> list[str] | None:
+    """The weights that a key which no weight claims may be the scale of; None for what is no scale.
+
+    The scale of an activation is one only in a checkpoint of FP8 (``activations``).
+    """
+    rows = (*formats.SCALES, *formats.ACTIVATIONS) if "scale" in name or "qscale" in name else ()
+    ends = sorted((row for row in rows if name.endswith(row.scale)), key=lambda row: -len(row.scale))
+    weights = [name.removesuffix(row.scale) + row.weight for row in ends]  # the longest ending says most
+    if name.endswith(formats.ONLY_SCALES) or (activations and name.endswith(formats.ONLY_ACTIVATION_SCALES)):
+        return weights
+    beside = [name.removesuffix(row.scale) + row.weight for row in ends if row.meant == formats.BESIDE]
+    return weights if any(weight in spans for weight in beside) else None
+
+
+def _packed(spans: Mapping[str, TensorSpan]) -> tuple[set[str], list[Fp8CheckpointError]]:
+    """What is packed or integer: the names of these weights and of all that stands beside them, and a defect each."""
+    claimed: set[str] = set()
+    defects: list[Fp8CheckpointError] = []
+    for name, span in spans.items():
+        if _is_packed(span, spans):
+            stem = name
+            for ending in (".weight", *formats.PACKED_WEIGHTS, formats.PACKED_BLOCKS[0], "_qdata"):
+                stem = stem.removesuffix(ending)
+            claimed.add(name)
+            claimed.update(stem + ending for ending in formats.COMPANIONS)
+            defects.append(UnsupportedFormatError.of_packed(span))
+    return claimed, defects
 
 
 def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
     name = span.name
-    if span.dtype in _PACKED_DTYPES or name.endswith(_PACKED_WEIGHTS):
+    if span.dtype in formats.PACKED_DTYPES or name.endswith(formats.PACKED_WEIGHTS):
         return True
-    if span.dtype not in _INTEGERS or len(span.shape) < 2:
+    if span.dtype not in formats.INTEGERS or len(span.shape) < 2:
         return False
-    blocks, scales = _PACKED_BLOCKS
+    blocks, scales = formats.PACKED_BLOCKS
     if name.endswith(blocks) and name.removesuffix(blocks) + scales in spans:
         return True
     # A matrix of integers with a scale of its own; but the scale of an FP8 weight may be one of bytes, and is no
     # weight.
-    stem = name.removesuffix(".weight")
-    return any(name + ending in spans or stem + ending in spans for ending in _INTEGER_SCALES)
+    stems = (name, name.removesuffix(".weight"), name.removesuffix("_qdata"))
+    return any(stem + ending in spans for stem in stems for ending in formats.INTEGER_SCALES)
 
 
 _grid = lru_cache(maxsize=4096)(infer_grid)  # a model has many tensors of few shapes
 
 
 def _checked(
-    weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], block_size: tuple[int, ...] | None
+    weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], blocks: BlockSizes
 ) -> QuantizedTensor | Fp8CheckpointError:
     if scale.dtype not in SCALE_DTYPES:
-        found = f"its scale {shown(scale.name)} in {shown(scale.file.name)} has dtype {scale.dtype}"
-        expected = f"one of {', '.join(SCALE_DTYPES)}"
-        return ScaleDtypeError(
-            found, tensor=weight.name, file=weight.file, expected=expected, remedy="export the checkpoint again"
-        )
+        return ScaleDtypeError.of(weight, scale, SCALE_DTYPES)
+    name = formats.logical_name(weight.name)
+    block_size = blocks.of(formats.module_of(name))
     grid = _grid(weight.shape, scale.shape, block_size)
     if grid is not None:
-        return QuantizedTensor(weight.name, weight, scale, grid, activations)
-    found = f"scale shape {scale.shape} in {shown(scale.file.name)} does not fit weight {weight.shape}"
+        return QuantizedTensor(name, weight, scale, grid, activations)
     fit = tiled(weight.shape, block_size) if block_size else None
-    if fit is not None:
-        found += f" with block size {block_size}"
-        expected = str(fit.shape)
-        remedy = "fetch the file again, or export the checkpoint again"
-    else:
-        expected = "one element, or one a row"
-        remedy = "for scales of blocks, state weight_block_size in config.json"
-    return ScaleShapeError(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
+    return ScaleShapeError.of(weight, scale, block_size, fit.shape if fit else None)
 
 
 def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
@@ -229,33 +204,17 @@ def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name in sorted(spans):
         module, _, leaf = name.rpartition(".")
-        if "scale" in leaf and not name.endswith(_ONLY_ACTIVATION_SCALES):
+        if "scale" in leaf and not name.endswith(_ACTIVATION_ENDINGS):
             names.setdefault(module, []).append(name)
     return names
 
 
-def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> Fp8CheckpointError:
+def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> MissingScaleError:
     module, _, leaf = weight.name.rpartition(".")
     names = near_scales.get(module, [])
     first = 0 if leaf == "weight" else bisect_left(names, weight.name)
     near = [name for name in names[first : first + 1] if leaf == "weight" or name.startswith(weight.name)]
-    found = f"{weight.dtype} weight without a scale" + (f" (is {shown(near[0])} its scale, misnamed?)" if near else "")
-    remedy = "without it the codes are not values: fetch the checkpoint again, or give the scale its name"
-    return MissingScaleError(
-        found, tensor=weight.name, file=weight.file, expected=shown(weight.name + "_scale_inv"), remedy=remedy
-    )
-
-
-def _orphan(scale: TensorSpan, spans: Mapping[str, TensorSpan]) -> Fp8CheckpointError:
-    endings = sorted((*SCALE_SUFFIXES, *ACTIVATION_SUFFIXES), key=lambda pair: -len(pair[1]))  # the longest says most
-    weights = [scale.name.removesuffix(end) + weight for weight, end in endings if scale.name.endswith(end)]
-    stored = next((spans[name] for name in weights if name in spans), None)
-    found = (
-        "a scale without a weight"
-        if stored is None
-        else f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
-    )
-    expected = f"an FP8 tensor {shown(weights[0])}"
-    return OrphanScaleError(
-        found, tensor=scale.name, file=scale.file, expected=expected, remedy="remove the scale, or restore the weight"
-    )
+    expected = weight.name + "_scale_inv"
+    if formats.logical_name(weight.name) != weight.name:
+        expected = formats.keys(weight.name, formats.SCALES)[-1]
+    return MissingScaleError.of(weight, expected, near[0] if near else None)

@@ -1,0 +1,133 @@
+"""The one table of formats: what stands beside a weight's codes, and under which names.
+
+Weights are found by dtype, in the headers; everything else by name, beside the weight. A new family is a row of one of
+these tables. An ending that is empty stands for any key: "X.weight" with "X.weight_scale_inv", and fused experts'
+"X.gate_up_proj" with "X.gate_up_proj_scale_inv".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from math import prod
+from typing import NamedTuple
+
+from fp8ckpt.numerics.codes import CODE_FORMATS
+
+# When a key of a scale's ending is a scale, although no FP8 weight stands beside it: a mistake with a name, then.
+ALWAYS = "always"
+BESIDE = "beside"  # a weight of its name, of whatever dtype
+CODES = "codes"  # never: the ending also ends the names of parameters, such as layer scales and those of norms
+
+
+class ScaleRow(NamedTuple):
+    """How the key of a weight's codes becomes that of its scale.
+
+    ``weight``: the ending of the key of the codes; ``scale``: what stands in its place. ``leaf``: what the last part of
+    the key of the codes begins with, and the weight's own name does not.
+    """
+
+    weight: str
+    scale: str
+    meant: str = CODES
+    leaf: str = ""
+
+
+SCALES = (
+    ScaleRow("", "_scale_inv", ALWAYS),  # DeepSeek V3, Qwen3, Mistral3, MiniMax; fused experts of Mistral 4
+    ScaleRow("", "_scale"),  # compressed-tensors, ModelOpt, fbgemm_fp8 and its fused experts
+    ScaleRow("", "_weight_scale", BESIDE),  # fused experts of ModelOpt (Llama 4)
+    ScaleRow(".weight", ".qscale_weight", ALWAYS),  # Mistral native
+    ScaleRow(".weight", ".scale"),  # DeepSeek V4
+    ScaleRow(".weight", ".scale_weight", BESIDE),  # ComfyUI, and other single files of diffusion models
+    ScaleRow("_qdata", "_scale", leaf="_"),  # torchao: "X._weight_qdata" and "X._weight_scale" are "X.weight"
+)
+# A key of these endings is a scale or a mistake. "_scale" is no such ending, ".weight_scale" is.
+ONLY_SCALES = (".weight_scale", *(row.scale for row in SCALES if row.meant == ALWAYS))
+
+# The same for the scales of activations: a conversion drops them, the way back carries them over.
+ACTIVATIONS = (
+    ScaleRow(".weight", ".activation_scale", ALWAYS),  # Mistral3 (static)
+    ScaleRow(".weight", ".input_scale", ALWAYS),  # compressed-tensors, ModelOpt
+    ScaleRow(".weight", ".qscale_act", ALWAYS),  # Mistral native
+    ScaleRow("", "_activation_scale", ALWAYS),  # fused experts
+    ScaleRow("", "_input_scale", ALWAYS),
+    ScaleRow(".weight", ".act_scale"),  # the name of ".input_scale" before it had that one
+    ScaleRow(".weight", ".scale_input"),  # ComfyUI
+    ScaleRow("_qdata", "_act_quant_scale", leaf="_"),  # torchao
+)
+ONLY_ACTIVATION_SCALES = tuple(row.scale for row in ACTIVATIONS if row.meant == ALWAYS)
+
+# Scales of attention and of its cache, which belong to no weight. They are one value, or one a head.
+ATTENTION_SCALES = (
+    ".q_scale", ".k_scale", ".v_scale",  # ModelOpt, compressed-tensors, Quark; of a projection or of the attention
+    ".kv_scale", ".prob_output_scale", ".prob_scale",  # one cache for both; the attention's weights
+    "_fake_quantizer.qscale_act",  # Mistral native
+)  # fmt: skip
+# What a projection puts out, and the cache holds: a scale beside a matrix, and elsewhere any parameter's name.
+OUTPUT_SCALE = ".output_scale"
+
+# What a file holds to say what it is. ComfyUI: a tensor of no values, or of two; and, of late, a text for each layer.
+FILE_MARKER, LAYER_MARKER = "scaled_fp8", ".comfy_quant"
+
+# Packed formats: dtypes, and endings of weights; then endings of what stands beside a packed weight.
+PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
+PACKED_WEIGHTS = (".weight_packed", ".qweight")  # compressed-tensors; GPTQ and AWQ
+PACKED_BLOCKS = ("_blocks", "_scales")  # gpt-oss MXFP4: a pair of keys
+INTEGERS = ("I8", "U8", "I32", "U32")
+INTEGER_SCALES = (*(row.scale for row in SCALES), ".SCB")  # the last: bitsandbytes
+COMPANIONS = (
+    ".weight_scale", ".weight_scale_inv", ".scale", ".weight_scale_2", ".weight_global_scale", ".weight_zero_point",
+    ".weight_shape", ".input_scale", ".input_global_scale", ".SCB", ".scales", ".qzeros", ".g_idx", "_scale",
+    "_scale_inv", "_scale_2", "_scales", ".scale_weight", ".scale_input", ".comfy_quant", "_weight_scale",
+    "_input_scale", "_zero_point",
+)  # fmt: skip
+# A second factor or a zero point, which we do not apply: by the ending of the weight's key.
+FACTORS = (
+    (".weight", ".weight_scale_2"),
+    (".weight", ".weight_global_scale"),
+    (".weight", ".weight_zero_point"),
+    (".weight", ".pre_quant_scale"),
+    ("_qdata", "_zero_point"),
+    ("_qdata", "_act_pre_scale"),
+)
+
+
+def keys(codes: str, rows: tuple[ScaleRow, ...]) -> list[str]:
+    """The keys that may stand beside the codes ``codes``, by the rows of a table."""
+    return [codes.removesuffix(row.weight) + row.scale for row in rows if codes.endswith(row.weight)]
+
+
+def logical_name(codes: str) -> str:
+    """The name of the weight whose codes are stored under ``codes``: torchao's "X._weight_qdata" is "X.weight"."""
+    for row in SCALES:
+        if row.leaf and codes.endswith(row.weight):
+            module, dot, leaf = codes.removesuffix(row.weight).rpartition(".")
+            if leaf.startswith(row.leaf):
+                return module + dot + leaf.removeprefix(row.leaf)
+    return codes
+
+
+def module_of(name: str) -> str:
+    """The module that holds a weight; fused experts, which are no ``.weight``, count as one."""
+    return name.removesuffix(".weight")
+
+
+def is_attention_scale(name: str, shape: tuple[int, ...], stored: Container[str]) -> bool:
+    """Whether a tensor is a scale of attention or of its cache, in a checkpoint that is quantized.
+
+    By its name, and by its shape: one value, or one a head, ``[heads, 1, 1]``. A vector is a parameter, whatever its
+    name. ``stored``: the names of all tensors.
+    """
+    one_a_head = len(shape) > 2 and shape[-2:] == (1, 1) and prod(shape) == max(shape)
+    if prod(shape) != 1 and not one_a_head:
+        return False
+    if name.endswith(OUTPUT_SCALE):
+        return any(name.removesuffix(OUTPUT_SCALE) + weight in stored for weight in (".weight", "._weight_qdata"))
+    return name.endswith(ATTENTION_SCALES)
+
+
+def is_marker(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor only says how the others are stored, and is none of the model."""
+    if name.rpartition(".")[2] == FILE_MARKER:
+        return dtype in CODE_FORMATS and len(shape) == 1 and shape[0] <= 2
+    return name.endswith(LAYER_MARKER) and dtype == "U8" and len(shape) == 1
