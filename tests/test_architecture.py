@@ -55,6 +55,7 @@ ARROWS = {
 WITHOUT_ERRORS = {"errors", "version", "numerics", "__main__"}
 
 PUBLIC = [
+    "Assembly",
     "Checkpoint",
     "Checkpointer",
     "ConvertResult",
@@ -62,6 +63,7 @@ PUBLIC = [
     "FP8StorageWriter",
     "Fp8CheckpointError",
     "Inspection",
+    "Piece",
     "QuantizedTensor",
     "SafetensorsStorageWriter",
     "StateDictAdapter",

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from fp8ckpt.sample import sample
     from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
     from fp8ckpt.tensors.header import TensorSpan
+    from fp8ckpt.tensors.joined import Assembly, Piece
     from fp8ckpt.tensors.pairing import QuantizedTensor
     from fp8ckpt.verify import VerifyResult, verify
 
 _HOMES = {
+    "Assembly": "tensors.joined",
     "Checkpoint": "tensors.checkpoint",
     "Checkpointer": "checkpoint.checkpointing",
     "ConvertResult": "convert",
@@ -34,6 +36,7 @@ _HOMES = {
     "FP8StorageWriter": "checkpoint.fp8_storage_writer",
     "Fp8CheckpointError": "errors",
     "Inspection": "inspect",
+    "Piece": "tensors.joined",
     "QuantizedTensor": "tensors.pairing",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
     "StateDictAdapter": "checkpoint.state_dict_adapter",
@@ -50,6 +53,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Assembly",
     "Checkpoint",
     "Checkpointer",
     "ConvertResult",
@@ -57,6 +61,7 @@ __all__ = [
     "FP8StorageWriter",
     "Fp8CheckpointError",
     "Inspection",
+    "Piece",
     "QuantizedTensor",
     "SafetensorsStorageWriter",
     "StateDictAdapter",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
+
+from fp8ckpt.tensors.joined import Assembly
 
 
 class StateDictAdapter(ABC):
@@ -24,3 +27,13 @@ class StateDictAdapter(ABC):
     @abstractmethod
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> list[tuple[str, Any]]:
         """Convert one native tensor: the (HF name, tensor) pairs that are stored for it."""
+
+    def assemblies(
+        self, own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Assembly] | None:
+        """How each tensor of the model is made of those on disk, by the model's names; None leaves it to ``to_hf``.
+
+        ``own`` and ``stored``: the shapes of both, by name. With assemblies, tensors are cut, stacked and transposed on
+        their way between disk and shards, without a second copy, and ``to_hf`` and ``from_hf`` are not called.
+        """
+        return None

@@ -1,19 +1,209 @@
 """What transformers knows about its own models, asked of the installed version. Nothing else of ours touches its
 internals.
+
+Its tables of conversions say how the tensors of a file become those of a model. Here they are run on symbols: tensors
+without values that remember of which pieces they are made. So every family that transformers loads is loaded by us.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.tensors.joined import Assembly
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Where transformers has no conversion for experts that are one tensor each in the file: the leaf names of the gate, up
+# and down projections of one expert.
+_EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+# Whether a class holds experts as [E, in, out]; other classes say it themselves, in ``is_transposed``.
+_TRANSPOSED = {"Llama4TextExperts": True}
+
+
+class Assembled(NamedTuple):
+    """``parts``: of which tensors of a file each of a model's is made; ``unused``: those of the file that are in none;
+    ``ignored``: the ones among these that the model's class declares to have no place for.
+    """
+
+    parts: dict[str, Assembly]
+    unused: set[str]
+    ignored: set[str]
 
 
 def is_pretrained(module: Any) -> bool:
     """Whether it is one of transformers' models, which have a configuration; it need not be imported for that."""
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and hasattr(module, "config")
+
+
+def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
+    """How the tensors ``own`` of a transformers model are made of those ``stored`` in a file, by the rules by which
+    ``from_pretrained`` makes them.
+
+    Raises `UnsupportedFormatError` for a conversion that is more than a rearrangement.
+    """
+    import transformers.core_model_loading as core
+
+    mapping = _conversions(model)
+    renamings = [rule for rule in mapping if isinstance(rule, core.WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, core.WeightConverter)]
+    of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    prefix = model.base_model_prefix
+    parts: dict[str, Assembly] = {}
+    rules: dict[str, Any] = {}
+    unused: dict[str, str] = {}  # and what they would be called in the model
+    for name in sorted(stored, key=core.dot_natural_key):
+        target, pattern = core.rename_source_key(name, renamings, converters, prefix, own)
+        if target not in own and name in own:
+            target, pattern = core.rename_source_key(name, [], [], prefix, own)
+        if target not in own or (pattern is None and target in parts):
+            unused[name] = target
+        elif pattern is None:
+            parts[target] = Assembly.whole(name, stored[name])
+        else:
+            if target not in rules:
+                rules[target] = deepcopy(of_pattern[pattern])
+            rules[target].add_tensor(target, name, pattern, _Symbol.of(Assembly.whole(name, stored[name])))
+    for target, rule in rules.items():
+        parts.update((name, made) for name, made in _converted(rule, target, model).items() if name in own)
+    _stack_experts(model, own, stored, parts, unused)
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ignored = {name for name, target in unused.items() if any(re.search(p, target) for p in patterns)}
+    return Assembled(parts, set(unused), ignored)
+
+
+def _conversions(model: Any) -> list[Any]:
+    """The rules for this model and the models in it.
+
+    They are found by class, and ``fully_shard`` gives a module another one, which transformers takes for custom code:
+    so it is shown stand-ins of the models' own classes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    standing = {}
+    for name, module in model.named_modules():
+        if is_pretrained(module):
+            own: Any = own_class(module)
+            standing[name] = own.__new__(own)
+            vars(standing[name]).update(config=module.config)
+    vars(standing[""]).update(named_modules=lambda: iter(standing.items()))
+    return get_model_conversion_mapping(standing[""])
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class before it was sharded."""
+    return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("FSDP"))
+
+
+def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
+    """What a rule makes of the symbols that it has collected."""
+    try:
+        made = rule.convert(target, model=model, config=model.config)
+    except UnsupportedFormatError as error:
+        raise UnsupportedFormatError(error.found, tensor=target, expected=error.expected, remedy=error.remedy) from None
+    except (ValueError, RuntimeError) as error:  # shapes that do not go together: a file that lacks some of the experts
+        sources = sorted(name for names in rule.layer_targets.values() for name in names)
+        found = f"{len(sources)} tensors, {sources[0]} first, do not make it: {error}"
+        remedy = "look whether files of the checkpoint are missing"
+        raise UnsupportedFormatError(found, tensor=target, remedy=remedy) from error
+    return {name: (held[0] if isinstance(held, list) else held).assembly for name, held in made.items()}
+
+
+def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Assembly], unused: dict[str, str]) -> None:
+    """Stack the experts that no rule of transformers has stacked."""
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for name, target in unused.items():
+        if (one := _ONE_EXPERT.fullmatch(target)) is not None:
+            found.setdefault(one[1], {}).setdefault(one[3], {})[int(one[2])] = name
+    for experts, leaves in found.items():
+        for gate, up, down in _EXPERTS:
+            for target, joined in ((f"{experts}.gate_up_proj", (gate, up)), (f"{experts}.down_proj", (down,))):
+                if target in own and target not in parts and all(leaf in leaves for leaf in joined):
+                    names = [[leaves[leaf][i] for i in sorted(leaves[leaf])] for leaf in joined]
+                    stacks = [Assembly.stack([Assembly.whole(n, stored[n]) for n in of_leaf]) for of_leaf in names]
+                    stacked = Assembly.concatenate(stacks, 1)
+                    module = model.get_submodule(experts)
+                    parts[target] = stacked.transpose(1, 2) if _is_transposed(module, target, stacked, own) else stacked
+                    for name in (name for of_leaf in names for name in of_leaf):
+                        del unused[name]
+
+
+def _is_transposed(module: nn.Module, target: str, stacked: Assembly, own: Shapes) -> bool:
+    known: bool | None = getattr(module, "is_transposed", _TRANSPOSED.get(own_class(module).__name__))
+    if known is not None:
+        return known
+    straight, across = stacked.shape == own[target], stacked.transpose(1, 2).shape == own[target]
+    if straight and across:
+        found = f"experts of {own_class(module).__name__} of shape {stacked.shape} may be transposed or not"
+        remedy = "give the model a state_dict_adapter with its assemblies"
+        raise UnsupportedFormatError(found, tensor=target, remedy=remedy)
+    return across
+
+
+class _Symbol(torch.Tensor):
+    """A tensor on the meta device that knows its assembly; torch's rearrangements of it are those of the assembly."""
+
+    assembly: Assembly
+
+    @classmethod
+    def of(cls, assembly: Assembly) -> _Symbol:
+        """A symbol of the assembly's shape."""
+        symbol = torch.empty(assembly.shape, device="meta").as_subclass(cls)
+        symbol.assembly = assembly
+        return symbol
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = _RULES.get(getattr(func, "__name__", ""))
+        if rule is not None:
+            made = rule(*args, **(kwargs or {}))
+            return cls.of(made) if isinstance(made, Assembly) else tuple(cls.of(one) for one in made)
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
+        if isinstance(result, torch.Tensor):
+            name = torch.overrides.resolve_name(func) or getattr(func, "__name__", "a function")
+            raise UnsupportedFormatError(
+                f"transformers makes it with {name}, which is not known to rearrange",
+                expected="a conversion that stacks, concatenates, cuts, permutes or reshapes",
+                remedy="load it with from_pretrained, or give the model a state_dict_adapter",
+            )
+        return result
+
+
+def _assemblies(symbols: Any) -> list[Assembly]:
+    return [symbol.assembly for symbol in symbols]
+
+
+def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(sizes[0]) if sizes and not isinstance(sizes[0], int) else sizes
+
+
+def _split(symbol: Any, sizes: int | list[int], dim: int = 0) -> tuple[Assembly, ...]:
+    length = symbol.assembly.shape[dim]
+    each = [min(sizes, length - at) for at in range(0, length, sizes)] if isinstance(sizes, int) else list(sizes)
+    return symbol.assembly.split(each, dim)  # type: ignore[no-any-return]  # of a symbol
+
+
+_RULES: dict[str, Callable[..., Assembly | tuple[Assembly, ...]]] = {
+    "stack": lambda symbols, dim=0: Assembly.stack(_assemblies(symbols), dim),
+    "cat": lambda symbols, dim=0: Assembly.concatenate(_assemblies(symbols), dim),
+    "chunk": lambda symbol, chunks, dim=0: symbol.assembly.chunk(chunks, dim),
+    "split": _split,
+    "transpose": lambda symbol, dim0, dim1: symbol.assembly.transpose(dim0, dim1),
+    "permute": lambda symbol, *dims: symbol.assembly.permute(_sizes(dims)),
+    "reshape": lambda symbol, *shape: symbol.assembly.reshape(_sizes(shape)),
+    "view": lambda symbol, *shape: symbol.assembly.reshape(_sizes(shape)),
+    "squeeze": lambda symbol, dim: symbol.assembly.squeeze(dim),
+    "contiguous": lambda symbol: symbol.assembly,
+}
 
 
 def keep_in_float32(model: Any, dtype: torch.dtype) -> None:

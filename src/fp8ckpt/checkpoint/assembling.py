@@ -1,0 +1,86 @@
+"""How a model's tensors are made of those on disk: by its state_dict_adapter, by transformers' own tables, or by the
+names that are found in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8ckpt.errors import ModelMismatchError
+from fp8ckpt.families.names import IDENTITY, LAYOUTS, KeyLayout, find_layout
+from fp8ckpt.families.transformers_tables import Assembled, Shapes, is_pretrained
+from fp8ckpt.families.transformers_tables import assemble as assemble_pretrained
+from fp8ckpt.tensors.joined import Assembly
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def assemble(model: nn.Module, native: Tensors, stored: Shapes) -> tuple[Tensors, Assembled]:
+    """The tensors of ``model`` and how they are made of those ``stored`` in a checkpoint.
+
+    The tensors are ``native`` itself, but where a state_dict_adapter gives no assemblies: then they are what its
+    ``to_hf`` makes, under the disk's names.
+
+    Raises `ModelMismatchError` for an assembly that does not fit, and `UnsupportedFormatError` for a conversion of
+    transformers' that is no rearrangement.
+    """
+    adapter: Any = getattr(model, "state_dict_adapter", None)
+    own = {name: tuple(tensor.shape) for name, tensor in native.items()}
+    if adapter is None:
+        made = _of_pretrained(model, own, stored) or _of_names(own, stored, find_layout(own, stored))
+    elif (given := _of_adapter(adapter, own, stored)) is not None:
+        made = Assembled(dict(given), set(), set())
+    else:
+        native = dict(adapter.to_hf(dict(native)))
+        made = _of_names(native, stored, IDENTITY)
+    for name, assembly in made.parts.items():
+        if (defect := assembly.defect(stored)) is not None:
+            raise ModelMismatchError(f"its assembly has {defect}", tensor=name, remedy="mend the state_dict_adapter")
+    used = {piece.source for assembly in made.parts.values() for piece in assembly.pieces}
+    return native, made._replace(unused=stored.keys() - used)
+
+
+def _of_adapter(adapter: Any, own: Shapes, stored: Shapes) -> Mapping[str, Assembly] | None:
+    make: Callable[[Shapes, Shapes], Mapping[str, Assembly] | None] | None = getattr(adapter, "assemblies", None)
+    return make(own, stored) if make is not None else None
+
+
+def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix, module) of the outermost transformers models."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        prefix = name + "." if name else ""
+        if is_pretrained(module) and not any(prefix.startswith(outer) for outer in found):
+            found.append(prefix)
+            yield prefix, module
+
+
+def _of_names(own: Iterable[str], stored: Shapes, layout: KeyLayout) -> Assembled:
+    """Each tensor is one of the file's, under another name."""
+    found = {name: hf for name in own if (hf := layout.native_to_hf(name)) in stored}
+    return Assembled({name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}, set(), set())
+
+
+def _of_pretrained(model: nn.Module, own: Shapes, stored: Shapes) -> Assembled | None:
+    """By transformers' tables, for the one of its models that ``model`` is or holds. Where that is the text model of a
+    file that holds more, the file's names are taken for the text model's.
+    """
+    roots = list(pretrained_models(model))
+    if len(roots) != 1:
+        return None
+    [(prefix, root)] = roots
+    inner = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
+    best = assemble_pretrained(root, inner, stored)
+    for layout in LAYOUTS[1:] if 2 * len(best.parts) < len(inner) else ():
+        disk = {layout.hf_to_native(name): name for name in stored}
+        made = assemble_pretrained(root, inner, {name: stored[hf] for name, hf in disk.items()})
+        if len(made.parts) > len(best.parts):
+            parts = {name: assembly.renamed(disk) for name, assembly in made.parts.items()}
+            best = Assembled(parts, set(), {disk[name] for name in made.ignored})
+    parts = {prefix + name: assembly for name, assembly in best.parts.items()}
+    outside = {name: Assembly.whole(name, stored[name]) for name in own.keys() - parts.keys() if name in stored}
+    return best._replace(parts={**parts, **outside})

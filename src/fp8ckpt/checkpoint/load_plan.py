@@ -1,0 +1,193 @@
+"""What a load puts where, checked before the first byte is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fp8ckpt.checkpoint.assembling import assemble
+from fp8ckpt.checkpoint.buffers import restore_buffers
+from fp8ckpt.checkpoint.planners import Part, parts_of
+from fp8ckpt.checkpoint.regions import BEYOND, rounds
+from fp8ckpt.checkpoint.tied import tie, tied_groups
+from fp8ckpt.errors import ModelMismatchError, shown
+from fp8ckpt.families.carried import mtp_tensors
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.reading import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMES = 10  # in one message
+
+
+class LoadPlan:
+    """The tensors of a model, and of which of a checkpoint each is made.
+
+    ``named``: the tensors to be filled, under the model's own names, or under the disk's where an adapter translates
+    them; ``parts``: what this rank reads; ``twice``: tied tensors that are on disk twice, each with the one that is
+    loaded.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: str | Path | Checkpoint, partial: bool, narrow: bool, follow_index: bool
+    ) -> None:
+        self.model = model
+        self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, follow_index=follow_index)
+        tie(model)
+        self._native = tensors_of(model)
+        on_meta = [name for name, tensor in self._native.items() if tensor.is_meta]
+        if on_meta:
+            raise ModelMismatchError(
+                f"{len(on_meta)} tensors are on the meta device: {listed(on_meta)}",
+                remedy="materialize the model first: model.to_empty(device=...)",
+            )
+        stored = {name: tuple(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
+        self.named, assembled = assemble(model, self._native, stored)
+        self._assemblies = assembled.parts
+        self._sources, self.twice = self._find_sources()
+        self._carried = assembled.ignored | mtp_tensors(assembled.unused, self.checkpoint.config)
+        self._refuse_mismatches(assembled.unused - self._carried if not partial else set())
+        if not narrow:
+            self._refuse_rounding()
+        self.parts = [
+            part
+            for name, tensor in self.named.items()
+            if self._sources[name] == name and not self._shares(name)
+            for part in parts_of(tensor, self._assemblies[name])
+        ]
+
+    def second(self) -> tuple[dict[str, torch.Tensor], list[Part]]:
+        """What is on disk twice once more, sharded as the tensor is with which it is compared, and how it is read."""
+        tensors = {name: torch.empty_like(self.named[first]) for name, first in self.twice.items()}
+        return tensors, [part for name, tensor in tensors.items() for part in parts_of(tensor, self._assemblies[name])]
+
+    def _find_sources(self) -> tuple[dict[str, str], dict[str, str]]:
+        """For each tensor the one by whose assembly it is filled, if any: its own, or that of one it is tied to. And
+        those that are on disk twice.
+        """
+        of_tensor = {id(tensor): name for name, tensor in self.named.items()}
+        sources = {name: name for name in self.named if name in self._assemblies}
+        twice: dict[str, str] = {}
+        for group in tied_groups(self.model):
+            held = [self._native[name] for name in group if name in self._native]
+            names = [of_tensor[id(tensor)] for tensor in held if id(tensor) in of_tensor]
+            present = [name for name in names if name in self._assemblies]
+            if present:
+                sources.update((name, present[0]) for name in names if name not in self._assemblies)
+                twice.update((name, present[0]) for name in present[1:])
+        return sources, twice
+
+    def _refuse_mismatches(self, unused: set[str]) -> None:
+        where = self.checkpoint.path
+        missing = [name for name in self.named if name not in self._sources]
+        if missing:
+            remedy = "load another checkpoint, or give the model a state_dict_adapter that knows its names"
+            raise ModelMismatchError(
+                f"{len(missing)} tensors of the model are not in it: {listed(missing)}", file=where, remedy=remedy
+            )
+        if unused:
+            remedy = "if the model is meant to be only a part of it, say partial=True"
+            raise ModelMismatchError(
+                f"{len(unused)} of its tensors are not in the model: {listed(unused)}", file=where, remedy=remedy
+            )
+        for name, tensor in self.named.items():
+            expected = self._assemblies[self._sources[name]].shape
+            if tuple(tensor.shape) != tuple(expected):
+                raise ModelMismatchError(
+                    f"shape {tuple(tensor.shape)} in the model", tensor=name, file=where, expected=f"{tuple(expected)}"
+                )
+
+    def _refuse_rounding(self) -> None:
+        """What is stored as plain values must not lose any of them in passing."""
+        for name, tensor in self.named.items():
+            for source_name in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
+                source = self.checkpoint.tensors[source_name]
+                if isinstance(source, TensorSpan) and rounds(torch_dtype(source.dtype), tensor.dtype):
+                    raise ModelMismatchError(
+                        f"{source.dtype} on disk, and {tensor.dtype} in the model",
+                        tensor=source.name,
+                        file=source.file,
+                        expected="a dtype that holds every value of the stored one",
+                        remedy="keep this parameter in the stored dtype, or say narrow=True to have it rounded",
+                    )
+
+    def log(self) -> None:
+        """The pre-flight lines: what this rank will hold, what it will read, and what that takes beyond it; and what is
+        left where it is.
+        """
+        held = sum(_local(tensor).nbytes for tensor in self.named.values())
+        read = 0
+        for part in self.parts:
+            source = self.checkpoint.tensors[part.source]
+            span = source.weight if isinstance(source, QuantizedTensor) else source
+            read += span.nbytes * part.values.numel() // max(1, span.numel)
+        logger.info(
+            "loading %s: this rank holds %d bytes, reads %d bytes of the source, "
+            "and takes at most %d MiB beyond the model",
+            self.checkpoint.path,
+            held,
+            read,
+            BEYOND >> 20,
+        )
+        if self._carried:
+            logger.info(
+                "%d tensors for which the model has no place are left out: %s",
+                len(self._carried),
+                listed(self._carried),
+            )
+
+    def _shares(self, name: str) -> bool:
+        """Whether the tensor is on disk twice, and one with that which is loaded: parallelized, they may be two."""
+        first = self.twice.get(name)
+        return first is not None and _local(self.named[name]).data_ptr() == _local(self.named[first]).data_ptr()
+
+    def compare(self, second: Mapping[str, torch.Tensor]) -> None:
+        """Tied tensors that are on disk twice must be equal there."""
+        for name, tensor in second.items():
+            loaded = _local(self.named[self.twice[name]]), _local(tensor)
+            if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
+                found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
+                raise ModelMismatchError(
+                    found,
+                    tensor=name,
+                    file=self.checkpoint.path,
+                    remedy="set tie_word_embeddings to false in the configuration",
+                )
+
+    def finish(self) -> None:
+        """Tied names, names that an adapter made new tensors of, and buffers that no checkpoint holds."""
+        with torch.no_grad():
+            for name, source in self._sources.items():
+                if name != source:  # a copy onto itself, where the two are one tensor
+                    self.named[name].copy_(self.named[source])
+            if self.named is not self._native:
+                adapter: Any = self.model.state_dict_adapter
+                for name, tensor in adapter.from_hf(dict(self.named)).items():
+                    if name in self._native and tensor is not self._native[name]:
+                        self._native[name].copy_(tensor)
+        tie(self.model)
+        restore_buffers(self.model)
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model's state dict."""
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,227 @@
+"""Planners that translate: a model's shards, by their assemblies, into items of the tensors on disk. Readers and
+writers see the disk's names and coordinates only.
+
+An item is one piece of one shard, and its target a view of the shard, strided or transposed where need be. So a rank
+reads what it holds and nothing else, and no second copy is made.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.tensor import DTensor
+
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.numerics.geometry import Region, Shape
+from fp8ckpt.tensors.joined import NEW, Assembly
+
+Runs = list[tuple[int, int]]  # (start, stop) in the full tensor, in the order of the shard
+
+
+class Part(NamedTuple):
+    """A piece of this rank's shard of a tensor. ``values``: the view of the shard that it is, in the source's axes."""
+
+    source: str
+    region: Region  # in the source
+    values: torch.Tensor
+
+
+def parts_of(tensor: torch.Tensor, assembly: Assembly) -> Iterator[Part]:
+    """What this rank's shard of ``tensor`` is made of."""
+    if not tensor.numel():  # its name must be met all the same
+        for piece in assembly.pieces:
+            region = piece.source_region
+            yield Part(piece.source, region, torch.empty(region[1], dtype=tensor.dtype, device=tensor.device))
+        return
+    for (offsets, sizes), local in boxes(tensor):
+        for piece in assembly.cut((offsets, sizes)):
+            inside = tuple(slice(a - b, a - b + n) for a, b, n in zip(piece.offsets, offsets, piece.sizes, strict=True))
+            yield Part(
+                piece.source, piece.source_region, _in_axes_of_source(local[inside], piece.axes, piece.source_region[1])
+            )
+
+
+def boxes(tensor: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
+    """This rank's shard as boxes of the full tensor, each with the part of the shard that it is. There are several only
+    where a dimension is sharded in strides.
+    """
+    if not isinstance(tensor, DTensor):
+        yield ((0,) * tensor.ndim, tuple(tensor.shape)), tensor.detach()
+        return
+    local = tensor.to_local().detach()
+    if tensor.device_mesh.get_coordinate() is None or not local.numel():
+        return
+    runs = _runs(tensor)
+    if tuple(local.shape) != tuple(sum(stop - start for start, stop in of_axis) for of_axis in runs):
+        raise UnsupportedFormatError(
+            f"a shard of shape {tuple(local.shape)} for {tensor.placements} of {tuple(tensor.shape)}",
+            expected="the shape that the placements mean",
+        )
+    for box in product(*(_with_places(of_axis) for of_axis in runs)):
+        offsets, sizes = tuple(start for start, _, _ in box), tuple(stop - start for start, stop, _ in box)
+        yield (offsets, sizes), local[tuple(slice(at, at + stop - start) for start, stop, at in box)]
+
+
+def _runs(tensor: DTensor) -> list[Runs]:
+    """For each dimension which of its elements this rank holds, placement by placement as they shard it."""
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    runs: list[Runs] = [[(0, size)] for size in tensor.shape]
+    for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
+        if placement.is_partial():
+            raise UnsupportedFormatError(
+                f"a placement {placement}", expected="Shard or Replicate", remedy="redistribute it first"
+            )
+        axis: int | None = getattr(placement, "dim", None)
+        if axis is not None:
+            groups = _cut(runs[axis], getattr(placement, "split_factor", 1))  # more than 1 in strided shards only
+            runs[axis] = [run for group in groups for run in _cut(group, size)[place]]
+    return runs
+
+
+def _cut(runs: Runs, count: int) -> list[Runs]:
+    """What ``torch.chunk`` makes of the runs' elements, as ``count`` parts of which the last may be empty."""
+    length = sum(stop - start for start, stop in runs)
+    size = -(-length // count)
+    parts: list[Runs] = [[] for _ in range(count)]
+    at = 0
+    for start, stop in runs:
+        while start < stop:
+            part = at // size
+            taken = min(stop - start, (part + 1) * size - at)
+            parts[part].append((start, start + taken))
+            start, at = start + taken, at + taken
+    return parts
+
+
+def _with_places(runs: Runs) -> list[tuple[int, int, int]]:
+    """The runs, each with where it begins in the shard."""
+    places, at = [], 0
+    for start, stop in runs:
+        places.append((start, stop, at))
+        at += stop - start
+    return places
+
+
+def _in_axes_of_source(values: torch.Tensor, axes: tuple[int, ...], sizes: Shape) -> torch.Tensor:
+    for axis in reversed([i for i, of in enumerate(axes) if of == NEW]):
+        values = values.squeeze(axis)
+    kept = [of for of in axes if of != NEW]
+    values = values.permute([kept.index(of) for of in sorted(kept)])
+    for axis in sorted(set(range(len(sizes))) - set(kept)):
+        values = values.unsqueeze(axis)
+    return values
+
+
+class AssemblyLoadPlanner(LoadPlanner):
+    """Reads the parts that it is given. No rank needs to know what another reads: the plan that goes round is empty."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Nothing to set up."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """An empty one."""
+        return LoadPlan([])
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """As it is."""
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """An item a part."""
+        return LoadPlan([_read_item(i, part) for i, part in enumerate(self._parts)])
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """There is nothing but tensors."""
+        raise NotImplementedError
+
+    def resolve_bytes(self, read_item: ReadItem) -> io.BytesIO:
+        """There is nothing but tensors."""
+        raise NotImplementedError
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The view of the shard that the item fills."""
+        assert read_item.dest_index.index is not None  # _read_item() set it
+        return self._parts[read_item.dest_index.index].values
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """It is in the shard already."""
+
+
+def _read_item(index: int, part: Part) -> ReadItem:
+    offsets, sizes = part.region
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=MetadataIndex(part.source, index=index),
+        dest_offsets=torch.Size([0] * len(sizes)),
+        storage_index=MetadataIndex(part.source),
+        storage_offsets=torch.Size(offsets),
+        lengths=torch.Size(sizes),
+    )
+
+
+class AssemblySavePlanner(DefaultSavePlanner):
+    """Writes a state dict's tensors by their ``assemblies``; ``shapes`` are those of the tensors on disk. Of the ranks
+    that hold the same part, one writes it.
+    """
+
+    def __init__(self, assemblies: Mapping[str, Assembly], shapes: Mapping[str, Shape]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._assemblies = assemblies
+        self._shapes = shapes
+        self._values: dict[MetadataIndex, torch.Tensor] = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Cut the shards."""
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        self._values = {
+            MetadataIndex(part.source, torch.Size(part.region[0])): part.values
+            for name, tensor in state_dict.items()
+            for part in parts_of(tensor, self._assemblies[name])
+        }
+
+    def create_local_plan(self) -> SavePlan:
+        """An item a part."""
+        self.plan = SavePlan([self._write_item(index, values) for index, values in self._values.items()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        """The view of the shard that the item writes."""
+        return self._values[write_item.index]
+
+    def _write_item(self, index: MetadataIndex, values: torch.Tensor) -> WriteItem:
+        assert index.offset is not None  # set_up_planner() set it
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(index.offset, values.shape),
+            properties=TensorProperties.create_from_tensor(values),
+            size=torch.Size(self._shapes[index.fqn]),
+        )
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)

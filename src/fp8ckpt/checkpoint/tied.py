@@ -1,0 +1,36 @@
+"""Parameters that are one, or that a transformers configuration says should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def _tied_by_configuration(model: nn.Module) -> dict[str, str]:
+    """The parameters that a transformers model ties, {target: source}; empty for any other."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one, or that the configuration says should be; the source first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [[source, target] for target, source in _tied_by_configuration(model).items()] + [
+        group for group in groups.values() if len(group) > 1
+    ]
+
+
+def tie(model: Any) -> None:
+    """Make one parameter of what the configuration ties and `to_empty` has taken apart.
+
+    Sharded parameters stay as the caller's parallelization made them: there it decides what is shared.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in _tied_by_configuration(model).items():
+        a, b = parameters.get(target), parameters.get(source)
+        if a is not None and b is not None and a is not b and not isinstance(a, DTensor) and not isinstance(b, DTensor):
+            model.tie_weights()
+            return

@@ -1,0 +1,28 @@
+"""Tensors of a release that models have no place for: the layers that predict further tokens (MTP). They are carried:
+left out when a model is loaded, and taken from the base, byte for byte, when one is saved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: How configurations call the number of MTP layers, which follow the others under the next layer numbers.
+_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules")
+_PREFIX = r"(?:model\.|language_model\.)*"
+_LAYER = re.compile(_PREFIX + r"layers\.(\d+)\.")
+_MTP = re.compile(_PREFIX + r"mtp[._]")
+
+
+def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+    """Those of ``names`` that are of MTP layers, by their own name or by the numbers of layers in ``config``."""
+    text = {**config, **(config.get("text_config") or {})}
+    layers = text.get("num_hidden_layers")
+    more = max((count for key in _COUNTS if isinstance(count := text.get(key), int)), default=0)
+
+    def beyond(name: str) -> bool:
+        layer = _LAYER.match(name)
+        return layer is not None and isinstance(layers, int) and layers <= int(layer[1]) < layers + more
+
+    return {name for name in names if _MTP.match(name) or beyond(name)}

@@ -1,0 +1,146 @@
+"""Assemblies are what numpy does to arrays of whatever values, and what does not tile its tensor is found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8ckpt.tensors.joined import NEW, Assembly, Piece, composed, reversed_assemblies
+
+Pair = tuple[np.ndarray, Assembly]
+
+
+def build(assembly: Assembly, sources: dict[str, np.ndarray]) -> np.ndarray:
+    """The joined tensor, piece by piece; what no piece covers stays -1."""
+    made = np.full(assembly.shape, -1, np.int64)
+    for piece in assembly.pieces:
+        offsets, sizes = piece.source_region
+        part = sources[piece.source][tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+        kept = [axis for axis in piece.axes if axis != NEW]
+        part = part.transpose([*kept, *(a for a in range(part.ndim) if a not in kept)]).reshape(piece.sizes)
+        made[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))] = part
+    return made
+
+
+def source(name: str, shape: tuple[int, ...], sources: dict[str, np.ndarray]) -> Pair:
+    first = sum(array.size for array in sources.values())
+    sources[name] = np.arange(first, first + int(np.prod(shape, dtype=int))).reshape(shape)
+    return sources[name], Assembly.whole(name, shape)
+
+
+@st.composite
+def joined(draw: st.DrawFn) -> tuple[np.ndarray, Assembly, dict[str, np.ndarray]]:
+    """A tensor made by some operations, by numpy and as an assembly."""
+    sources: dict[str, np.ndarray] = {}
+    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    array, assembly = source("a", shape, sources)
+    for step in range(draw(st.integers(0, 5))):
+        kinds = ["stack", "concatenate", "transpose", "narrow", "chunk", "split axis", "merge axes"]
+        kind = draw(st.sampled_from(kinds))
+        axis = draw(st.integers(0, array.ndim - 1)) if array.ndim else 0
+        if kind == "stack" and array.ndim < 4:
+            other, made = source(f"s{step}", array.shape, sources)
+            axis = draw(st.integers(-1, array.ndim))
+            array, assembly = np.stack([array, other], axis), Assembly.stack([assembly, made], axis)
+        elif kind == "concatenate":
+            more = (*array.shape[:axis], draw(st.integers(1, 3)), *array.shape[axis + 1 :])
+            other, made = source(f"c{step}", more, sources)
+            array, assembly = np.concatenate([array, other], axis), Assembly.concatenate([assembly, made], axis)
+        elif kind == "transpose" and array.ndim > 1:
+            second = draw(st.integers(0, array.ndim - 1))
+            array, assembly = array.swapaxes(axis, second), assembly.transpose(axis, second)
+        elif kind == "narrow":
+            start = draw(st.integers(0, array.shape[axis] - 1))
+            size = draw(st.integers(1, array.shape[axis] - start))
+            array = array[(slice(None),) * axis + (slice(start, start + size),)]
+            assembly = assembly.narrow(axis, start, size)
+        elif kind == "chunk":
+            count = draw(st.integers(1, 3))
+            size = -(-array.shape[axis] // count)
+            array, assembly = (
+                np.split(array, range(size, array.shape[axis], size), axis)[-1],
+                assembly.chunk(count, axis)[-1],
+            )
+        elif kind == "split axis" and array.ndim < 4:
+            rows = draw(st.sampled_from([n for n in range(1, array.shape[axis] + 1) if array.shape[axis] % n == 0]))
+            shape = (*array.shape[:axis], rows, array.shape[axis] // rows, *array.shape[axis + 1 :])
+            array, assembly = array.reshape(shape), assembly.reshape(shape)
+        elif kind == "merge axes" and array.ndim > 1:
+            axis = min(axis, array.ndim - 2)
+            shape = (*array.shape[:axis], -1, *array.shape[axis + 2 :])
+            array, assembly = array.reshape(shape), assembly.reshape(shape)
+    return array, assembly, sources
+
+
+@given(joined())
+@settings(max_examples=150, deadline=None)
+def test_operations_are_those_of_arrays(made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]]) -> None:
+    """Stacked, concatenated, transposed, cut, reshaped, in any order: the same elements, and nothing is amiss."""
+    array, assembly, sources = made
+    assert assembly.shape == array.shape
+    np.testing.assert_array_equal(build(assembly, sources), array)
+    assert assembly.defect({name: of.shape for name, of in sources.items()}) is None
+
+
+@given(joined(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_cut_is_the_region_and_nothing_else(
+    made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]], data: st.DataObject
+) -> None:
+    """The pieces of a region are that region of the tensor, each in coordinates of the whole."""
+    array, assembly, sources = made
+    offsets = tuple(data.draw(st.integers(0, size - 1)) for size in array.shape)
+    sizes = tuple(data.draw(st.integers(1, size - at)) for size, at in zip(array.shape, offsets, strict=True))
+    inside = tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+    expected = np.full(array.shape, -1)
+    expected[inside] = array[inside]
+    np.testing.assert_array_equal(
+        build(Assembly(array.shape, tuple(assembly.cut((offsets, sizes)))), sources), expected
+    )
+
+
+@given(joined())
+@settings(max_examples=100, deadline=None)
+def test_the_way_back_is_the_same_boxes(made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]]) -> None:
+    """Reversed, the sources are pieces of the joined tensor; the joined tensor through both is itself."""
+    array, assembly, sources = made
+    shapes = {name: of.shape for name, of in sources.items()}
+    back = reversed_assemblies({"joined": assembly}, shapes)
+    for name, made_back in back.items():
+        found = build(made_back, {"joined": array})
+        np.testing.assert_array_equal(found, np.where(np.isin(sources[name], array), sources[name], -1))
+    np.testing.assert_array_equal(build(composed(assembly, back), {"joined": array}), array)
+
+
+DEFECTS = {
+    "a gap": ((2, 3), [((0, 0), (0, 0), (1, 3))], "cover"),
+    "an overlap": ((2, 3), [((0, 0), (0, 0), (2, 3)), ((0, 0), (1, 1), (1, 1))], "overlap"),
+    "an overlap that hides a gap": ((2, 3), [((0, 0), (0, 0), (1, 3)), ((0, 0), (0, 0), (1, 3))], "overlap"),
+    "outside the source": ((2, 3), [((1, 0), (0, 0), (2, 3))], "has shape (2, 3)"),
+    "before the source": ((2, 3), [((0, -1), (0, 0), (2, 3))], "has shape (2, 3)"),
+    "outside the tensor": ((2, 3), [((0, 0), (0, 1), (2, 3))], "cover"),
+}
+
+
+@pytest.mark.parametrize("case", DEFECTS)
+def test_what_does_not_tile_is_found(case: str) -> None:
+    """Gaps, overlaps and boxes outside are told; so is a source that is not there."""
+    shape, boxes, text = DEFECTS[case]
+    pieces = tuple(Piece("a", at, offsets, sizes, (0, 1)) for at, offsets, sizes in boxes)
+    assert text in (Assembly(shape, pieces).defect({"a": (2, 3)}) or "")
+    assert "not there" in (Assembly(shape, pieces).defect({}) or "")
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    """Stacking other shapes, merging to another number of elements."""
+    a, b = Assembly.whole("a", (2, 3)), Assembly.whole("b", (2, 4))
+    with pytest.raises(ValueError, match="stacked"):
+        Assembly.stack([a, b])
+    with pytest.raises(ValueError, match="concatenated"):
+        Assembly.concatenate([a, b], 0)
+    with pytest.raises(ValueError, match="reshaped"):
+        a.reshape((4, 2))
+    with pytest.raises(ValueError, match="length 1"):
+        a.squeeze(0)
