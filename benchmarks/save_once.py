@@ -41,7 +41,7 @@ def main() -> None:
     if KIND == "ours":
         fp8ckpt.save_model(model, OUT)
     elif KIND == "ours, FP8":
-        fp8ckpt.save_model(model, OUT, to="fp8", base=SOURCE)
+        fp8ckpt.save_model(model, OUT, to="fp8", like=SOURCE)
     else:
         names = dict.fromkeys(model.state_dict(), 1)
         writer = HuggingFaceStorageWriter(

@@ -74,7 +74,7 @@ def main() -> None:
     )
     train(model, arguments.steps, mesh.device_type)
     if arguments.out:
-        fp8ckpt.save_model(model, arguments.out, to=arguments.to, base=arguments.checkpoint)
+        fp8ckpt.save_model(model, arguments.out, to=arguments.to, like=arguments.checkpoint)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -22,6 +22,7 @@ from fp8ckpt.errors import RangeError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.side_files import notes_on_plain
+from fp8ckpt.tensors.checkpoint import CheckpointLike
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.run_fp8 import QuantizationReport
@@ -60,11 +61,11 @@ class ConvertResult:
 
 
 def convert(
-    source: str | Path,
+    source: CheckpointLike,
     destination: str | Path,
     *,
     to: str = "bf16",
-    like: str | Path | None = None,
+    like: CheckpointLike | None = None,
     scheme: str | None = None,
     scales: str = "reuse",
     report: bool = True,
@@ -128,7 +129,7 @@ def convert(
 
 def _refuse_arguments(
     to: str,
-    like: str | Path | None,
+    like: CheckpointLike | None,
     scheme: str | None,
     scales: str,
     serving: bool,
@@ -157,7 +158,7 @@ def _refuse_arguments(
 
 @dataclass(frozen=True)
 class _Quantizing:
-    like: str | Path | None
+    like: CheckpointLike | None
     scheme: str | None
     fresh: bool
     report: bool
@@ -168,7 +169,7 @@ class _Quantizing:
 
 
 def _dequantize(
-    source: str | Path,
+    source: CheckpointLike,
     output: PartialOutput,
     to: str,
     workers: int,
@@ -203,7 +204,12 @@ def _dequantize(
 
 
 def _quantize(
-    source: str | Path, output: PartialOutput, how: _Quantizing, workers: int, progress: Progress | None, ranks: Ranks
+    source: CheckpointLike,
+    output: PartialOutput,
+    how: _Quantizing,
+    workers: int,
+    progress: Progress | None,
+    ranks: Ranks,
 ) -> ConvertResult:
     from fp8ckpt.encodings import run_fp8 as quantized
     from fp8ckpt.encodings.like import plan_like

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.geometry import BlockGrid
-from fp8ckpt.tensors.checkpoint import Checkpoint, collector_paused, survey
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, collector_paused, survey
 from fp8ckpt.tensors.config import skip_patterns, skips
 from fp8ckpt.tensors.pairing import QuantizedTensor
 
@@ -61,13 +61,13 @@ class Inspection:
     defects: tuple[Fp8CheckpointError, ...]
 
 
-def inspect(path: str | Path, *, follow_index: bool = False) -> Inspection:
+def inspect(path: CheckpointLike, *, follow_index: bool = False) -> Inspection:
     """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at."""
     with collector_paused():
         return _inspect(path, follow_index)
 
 
-def _inspect(path: str | Path, follow_index: bool) -> Inspection:
+def _inspect(path: CheckpointLike, follow_index: bool) -> Inspection:
     from fp8ckpt.tensors.reading import scale_defects
 
     checkpoint = survey(path, follow_index=follow_index)

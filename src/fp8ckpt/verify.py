@@ -22,7 +22,7 @@ from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import Servability, examine
 from fp8ckpt.stores.local import opened, read_into
-from fp8ckpt.tensors.checkpoint import Checkpoint, survey
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
@@ -72,8 +72,8 @@ class VerifyResult:
 
 
 def verify(
-    a: str | Path,
-    b: str | Path | None = None,
+    a: CheckpointLike,
+    b: CheckpointLike | None = None,
     *,
     serving: bool = False,
     follow_index: bool = False,

@@ -322,7 +322,7 @@ def test_an_adapter_that_makes_new_tensors(tmp_path: Path) -> None:
     load_model(model, tmp_path / "fp8")
     checkpoint = open_checkpoint(tmp_path / "fp8")
     assert_same(model.qk.detach(), torch.cat([checkpoint.read("q.weight"), checkpoint.read("k.weight")]))
-    fp8ckpt.save_model(model, tmp_path / "bf16", base=tmp_path / "fp8")
+    fp8ckpt.save_model(model, tmp_path / "bf16", like=tmp_path / "fp8")
     for name in ("q.weight", "k.weight"):
         assert_same(open_checkpoint(tmp_path / "bf16").read(name), checkpoint.read(name))
 

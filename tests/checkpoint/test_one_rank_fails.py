@@ -85,11 +85,11 @@ JOBS: dict[str, Job] = {
     "FP8StorageReader": lambda path, out: plain(
         lambda: load(tensors(good(path)), storage_reader=FP8StorageReader(path))
     ),
-    "save_model bf16": lambda path, out: save_model(Held(tensors(good(path))), out, base=path),
-    "save_model fp8": lambda path, out: save_model(Held(tensors(good(path))), out, to="fp8", base=path),
+    "save_model bf16": lambda path, out: save_model(Held(tensors(good(path))), out, like=path),
+    "save_model fp8": lambda path, out: save_model(Held(tensors(good(path))), out, to="fp8", like=path),
     "save_model, an argument": only_last_rank_is_wrong,
     "FP8StorageWriter": lambda path, out: plain(
-        lambda: save(tensors(good(path)), storage_writer=FP8StorageWriter(out, base=path))
+        lambda: save(tensors(good(path)), storage_writer=FP8StorageWriter(out, like=path))
     ),
     "convert": lambda path, out: convert(path, out),
     "convert, the base": lambda path, out: convert(good(path).with_name("bf16"), out, to="fp8", like=path),

@@ -97,7 +97,7 @@ def stored_bytes(directory: Path) -> int:
 
 def plain_save(state: dict[str, Any], path: Path, base: Path, **how: Any) -> int:
     """Through plain ``dcp.save``; returns the bytes that this rank wrote."""
-    writer = FP8StorageWriter(path, base=base, **how)
+    writer = FP8StorageWriter(path, like=base, **how)
     dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     return writer.bytes_written
 
@@ -230,12 +230,12 @@ def test_a_model_in_one_process(name: str, models: dict[str, Case], tmp_path: Pa
     """``save_model``: an untouched model is its base again; a trained one what converting its bf16 directory writes."""
     case = models[name]
     model = load_pretrained(case.base)
-    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    save_model(model, tmp_path / "out", to="fp8", like=case.base)
     assert_same_tree(tmp_path / "out", case.base)
     assert verify(case.base, tmp_path / "out").ok
     load_model(model, case.sources["trained"])
     for mode in MODES:
-        save_model(model, tmp_path / mode, to="fp8", base=open_checkpoint(case.base), scales=mode)
+        save_model(model, tmp_path / mode, to="fp8", like=open_checkpoint(case.base), scales=mode)
         assert_same_tree(tmp_path / mode, case.expected("trained", mode))
     assert (tmp_path / "reuse").joinpath("config.json").read_bytes() == (case.base / "config.json").read_bytes()
 
@@ -245,12 +245,12 @@ def test_float32_models_adapters_and_strings(models: dict[str, Case], tmp_path: 
     case = models["uneven"]
     model = load_pretrained(case.base, dtype=torch.float32)
     model.state_dict_adapter = Mistral3FP8StateDictAdapter.from_checkpoint(case.base)
-    Checkpointer().save_model(model, str(tmp_path / "out"), to="fp8", base=str(case.base))
+    Checkpointer().save_model(model, str(tmp_path / "out"), to="fp8", like=str(case.base))
     assert_same_tree(tmp_path / "out", case.base)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.0003)
-    save_model(model, tmp_path / "trained", to="fp8", base=case.base)
+    save_model(model, tmp_path / "trained", to="fp8", like=case.base)
     save_model(model, tmp_path / "fp32", to="fp32")
     convert(tmp_path / "fp32", tmp_path / "expected", to="fp8", like=case.base)
     assert_same_tree(tmp_path / "trained", tmp_path / "expected")
@@ -266,9 +266,9 @@ def test_a_merged_adapter(models: dict[str, Case], tmp_path: Path) -> None:
             if "language_model" in name and "q_proj" in name:
                 rows, cols = parameter.shape
                 parameter += (torch.randn(rows, 4) @ torch.randn(4, cols) * 0.01).to(parameter.dtype)
-    save_model(model, tmp_path / "bf16", base=case.base)
+    save_model(model, tmp_path / "bf16", like=case.base)
     convert(tmp_path / "bf16", tmp_path / "expected", to="fp8", like=case.base)
-    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    save_model(model, tmp_path / "out", to="fp8", like=case.base)
     assert_same_tree(tmp_path / "out", tmp_path / "expected")
     changed = {
         name for name, tensor in read_directory(tmp_path / "out").items() if tensor != read_directory(case.base)[name]
@@ -290,7 +290,7 @@ def test_tied_models(models: dict[str, Case], tmp_path: Path) -> None:
             config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
 
         base = rewrite(models["identity"].base, tmp_path / f"fp8-{head}", tensors, tie)
-        save_model(load_pretrained(base), tmp_path / f"out-{head}", to="fp8", base=base)
+        save_model(load_pretrained(base), tmp_path / f"out-{head}", to="fp8", like=base)
         assert_same_tree(tmp_path / f"out-{head}", base)
 
 
@@ -485,7 +485,7 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
             for source, mode in (("untouched", "reuse"), ("trained", "reuse"), ("trained", "fresh")):
                 load_model(model, case.sources[source], partial="pp" in kind)
                 out = f"{name}, {source}, {mode}, {kind}"
-                save_model(model, root / out, to="fp8", base=case.base, scales=mode)
+                save_model(model, root / out, to="fp8", like=case.base, scales=mode)
                 written[out] = Counting.made.pop().bytes_written
     return written
 
@@ -514,10 +514,10 @@ def _from_a_subgroup(case: Case, root: Path) -> str:
     state = {
         name: tensor.clone() for name, tensor in tensors_of(case.sources["trained"]).items()
     }  # whole on both: each tensor is written by one of them
-    writer = FP8StorageWriter(root / "out", base=case.base, process_group=group)
+    writer = FP8StorageWriter(root / "out", like=case.base, process_group=group)
     dcp.save(state, storage_writer=writer, process_group=group)
     try:
-        dcp.save(state, storage_writer=FP8StorageWriter(root / "other", base=case.base), process_group=group)
+        dcp.save(state, storage_writer=FP8StorageWriter(root / "other", like=case.base), process_group=group)
     except CheckpointException as error:
         return str(error)
     return "nothing was raised"
@@ -592,11 +592,11 @@ def test_nonfinite_weights_of_a_model_are_refused(models: dict[str, Case], tmp_p
     with torch.no_grad():
         weight[3, 4] = torch.nan
     with pytest.raises(WeightValueError, match=r"layers\.1\.mlp\.down_proj\.weight: 1 of "):
-        save_model(model, tmp_path / "out", to="fp8", base=case.base)
+        save_model(model, tmp_path / "out", to="fp8", like=case.base)
     assert list(tmp_path.iterdir()) == []
     with torch.no_grad():
         weight[3, 4] = good
-    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    save_model(model, tmp_path / "out", to="fp8", like=case.base)
     assert_same_tree(tmp_path / "out", case.base)
 
 
@@ -656,7 +656,7 @@ def test_a_scale_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ({"to": "fp8"}, "needs base.*--scheme"),
+        ({"to": "fp8"}, "needs like.*--scheme"),
         ({"to": "fp8", "base": "x", "scales": "some"}, "expected one of reuse, fresh"),
         ({"to": "bf16", "scales": "fresh"}, "goes with to='fp8'"),
         ({"to": "int8"}, "expected one of bf16, fp16, fp32, fp8"),
@@ -667,7 +667,7 @@ def test_arguments_that_do_not_go_together(how: dict[str, str], match: str, tmp_
     with pytest.raises(ValueError, match=match):
         save_model(nn.Linear(2, 2), tmp_path / "out", **how)
     with pytest.raises(ValueError, match="expected one of reuse, fresh"):
-        FP8StorageWriter(tmp_path / "out", base=tmp_path, scales="some")
+        FP8StorageWriter(tmp_path / "out", like=tmp_path, scales="some")
 
 
 def _full(*_: Any) -> int:
@@ -681,7 +681,7 @@ def _full_on_one_rank(case: Case, root: Path) -> list[str]:
 
     def attempt(name: str) -> None:
         try:
-            save_model(model, root / name, to="fp8", base=case.base)
+            save_model(model, root / name, to="fp8", like=case.base)
         except (
             BaseException
         ) as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
@@ -727,7 +727,7 @@ def _die_while_saving(base: Path, destination: Path) -> None:
         return write(*arguments)
 
     os.pwrite = write_or_die
-    save_model(load_pretrained(base), destination, to="fp8", base=base)
+    save_model(load_pretrained(base), destination, to="fp8", like=base)
 
 
 def test_what_a_killed_save_left_is_taken_over(models: dict[str, Case], tmp_path: Path) -> None:
@@ -738,16 +738,16 @@ def test_what_a_killed_save_left_is_taken_over(models: dict[str, Case], tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["out.partial"]
     model = load_pretrained(case.base)
     with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
-        save_model(model, tmp_path / "out", to="fp8", base=case.base, scales="fresh")
+        save_model(model, tmp_path / "out", to="fp8", like=case.base, scales="fresh")
     with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
-        save_model(model, tmp_path / "out", base=case.base)
+        save_model(model, tmp_path / "out", like=case.base)
     file = next(case.base.glob("*.safetensors"))
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     os.utime(file, ns=(times[0], times[1] + 1))
     with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
-        save_model(model, tmp_path / "out", to="fp8", base=case.base)
+        save_model(model, tmp_path / "out", to="fp8", like=case.base)
     os.utime(file, ns=times)
-    save_model(model, tmp_path / "out", to="fp8", base=case.base)
+    save_model(model, tmp_path / "out", to="fp8", like=case.base)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert_same_tree(tmp_path / "out", case.base)
 
@@ -759,7 +759,7 @@ def test_async_save_in_one_process(models: dict[str, Case], tmp_path: Path) -> N
     """What is saved are the values at the time of the call, whatever becomes of them while it is written."""
     case = models["equal"]
     state = tensors_of(case.sources["trained"])
-    writer = FP8StorageWriter(tmp_path / "out", base=case.base)
+    writer = FP8StorageWriter(tmp_path / "out", like=case.base)
     future = dcp.async_save(state, storage_writer=writer, no_dist=True)
     for tensor in state.values():
         tensor.zero_()
@@ -773,13 +773,13 @@ def test_a_failed_async_save_gives_up_its_lock(
     """The error is the future's; the same writer, or another one beside it, saves there afterwards."""
     case = models["identity"]
     state = tensors_of(case.sources["untouched"])
-    writer = FP8StorageWriter(tmp_path / "out", base=case.base)
+    writer = FP8StorageWriter(tmp_path / "out", like=case.base)
     for method in ("pwrite", "fdatasync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, method, _full)
             failed = dcp.async_save(state, storage_writer=writer, no_dist=True)
             refused(StorageError, "No space left on device", failed.result)
-    dcp.async_save(state, storage_writer=FP8StorageWriter(tmp_path / "out", base=case.base), no_dist=True).result()
+    dcp.async_save(state, storage_writer=FP8StorageWriter(tmp_path / "out", like=case.base), no_dist=True).result()
     assert_same_tree(tmp_path / "out", case.base)
     dcp.async_save(state, storage_writer=writer, checkpoint_id=tmp_path / "again", no_dist=True).result()
     assert_same_tree(tmp_path / "again", case.base)
@@ -790,7 +790,7 @@ def _async_on_ranks(case: Case, root: Path) -> list[str]:
     """In a thread: succeeds, fails on one rank, succeeds again."""
     told = []
     state = sharded(tensors_of(case.sources["trained"]), "rows")
-    writer = FP8StorageWriter(root / "out", base=case.base)
+    writer = FP8StorageWriter(root / "out", like=case.base)
     for attempt in range(2):
         true = os.pwrite
         if attempt == 0 and dist.get_rank() == 1:
@@ -803,7 +803,7 @@ def _async_on_ranks(case: Case, root: Path) -> list[str]:
             told.append("; ".join(type(cause).__name__ for cause, _ in error.failures.values()))
         os.pwrite = true
         dist.barrier()
-        writer = FP8StorageWriter(root / "out", base=case.base) if attempt == 0 else writer
+        writer = FP8StorageWriter(root / "out", like=case.base) if attempt == 0 else writer
     return told
 
 
@@ -818,7 +818,7 @@ def _async_in_a_process(case: Case, root: Path) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # torch's process is a child of this one
     os.environ["MASTER_ADDR"] = "localhost"
     state = sharded(tensors_of(case.sources["trained"]), "rows")
-    writer = FP8StorageWriter(root / "out", base=case.base, process_group=dist.group.WORLD)
+    writer = FP8StorageWriter(root / "out", like=case.base, process_group=dist.group.WORLD)
     dcp.async_save(state, storage_writer=writer, async_checkpointer_type=AsyncCheckpointerType.PROCESS).result()
 
 
@@ -833,7 +833,7 @@ def test_the_writer_is_public_and_travels(models: dict[str, Case], tmp_path: Pat
     """`fp8ckpt.FP8StorageWriter` is the one that `save_model` uses; it can be pickled, with an open base or without."""
     assert fp8ckpt.FP8StorageWriter is checkpointing.FP8StorageWriter is fp8_storage_writer.FP8StorageWriter
     for i, base in enumerate((models["identity"].base, open_checkpoint(models["identity"].base))):
-        writer = pickle.loads(pickle.dumps(FP8StorageWriter(tmp_path / str(i), base=base)))
+        writer = pickle.loads(pickle.dumps(FP8StorageWriter(tmp_path / str(i), like=base)))
         dcp.save(tensors_of(models["identity"].sources["untouched"]), storage_writer=writer, no_dist=True)
         assert_same_tree(tmp_path / str(i), models["identity"].base)
 
@@ -852,12 +852,12 @@ os.environ["LOCAL_WORLD_SIZE"] = str(max(1, len(os.sched_getaffinity(0)) // 2))
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
 small = fp8ckpt.load_pretrained({str(small)!r})
-fp8ckpt.save_model(small, {str(tmp_path / "once")!r}, to="fp8", base={str(small)!r})  # code and libraries are there
+fp8ckpt.save_model(small, {str(tmp_path / "once")!r}, to="fp8", like={str(small)!r})  # code and libraries are there
 model = fp8ckpt.load_pretrained({str(large)!r}, dtype=torch.{dtype})
 held = sum(parameter.nbytes for parameter in model.parameters())
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = status("VmRSS")
-fp8ckpt.save_model(model, {str(tmp_path / "out")!r}, to="fp8", base={str(large)!r})
+fp8ckpt.save_model(model, {str(tmp_path / "out")!r}, to="fp8", like={str(large)!r})
 print("beyond", status("VmHWM") - before, held)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)

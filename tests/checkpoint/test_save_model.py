@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from transformers import Mistral3ForConditionalGeneration
 import fp8ckpt
 from fp8ckpt import (
     Checkpointer,
+    FP8StorageWriter,
     SafetensorsStorageWriter,
     convert,
     load_pretrained,
@@ -30,11 +33,11 @@ from fp8ckpt import (
     verify,
 )
 from fp8ckpt.checkpoint import checkpointing, storage_writer
-from fp8ckpt.errors import ModelMismatchError, OutputExistsError, ResumeMismatchError, StorageError
+from fp8ckpt.errors import ModelMismatchError, OutputExistsError, RangeError, ResumeMismatchError, StorageError
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
-from tests.oracle import Stored, read_directory, read_safetensors
+from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 
 UNEVEN = Mistral3Sizes(
     layers=2,
@@ -95,17 +98,71 @@ class _Counting(SafetensorsStorageWriter):
 def test_load_then_save_equals_convert(name: str, to: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """With the base, in one process: every file of the directory is the one that `convert` writes, byte for byte."""
     model = load_pretrained(paths[name], dtype=torch.float32)  # rounded once, when it is saved
-    save_model(model, tmp_path / "out", to=to, base=paths[name])
+    save_model(model, tmp_path / "out", to=to, like=paths[name])
     _assert_same_directory(tmp_path / "out", paths[f"{name} {to}"])
     assert verify(paths[name], tmp_path / "out").ok
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp32"])
+def test_what_a_base_says_beside_its_tensors(to: str, sample_fp8: Path, tmp_path: Path) -> None:
+    """Metadata of the index and of each header, a file without tensors and one of scales alone: saved as converted."""
+    base = tmp_path / "fp8"
+    shutil.copytree(sample_fp8, base, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors = read_directory(sample_fp8)
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    others = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    write_safetensors(base / "a.safetensors", others, {"made by": "a lab", "format": "pt"})
+    write_safetensors(base / "b.safetensors", scales, {"format": "pt"})
+    write_safetensors(base / "c.safetensors", {}, {"note": "none"})
+    weight_map = {**dict.fromkeys(others, "a.safetensors"), **dict.fromkeys(scales, "b.safetensors")}
+    metadata = {"total_size": 1, "total_parameters": 2, "x": "kept"}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}))
+    convert(base, tmp_path / "expected", to=to)
+    model = load_pretrained(base, dtype=torch.float32)
+    save_model(model, tmp_path / "out", to=to, like=base)
+    _assert_same_directory(tmp_path / "out", tmp_path / "expected")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert (index["metadata"]["x"], index["metadata"]["total_parameters"] > 2) == ("kept", True)
+    state = {name: checkpoint.read(name) for checkpoint in [open_checkpoint(base)] for name in checkpoint.tensors}
+    dcp.save(state, storage_writer=SafetensorsStorageWriter(tmp_path / "plain", dtype="bf16", like=base), no_dist=True)
+    convert(base, tmp_path / "expected-bf16")
+    _assert_same_directory(tmp_path / "plain", tmp_path / "expected-bf16")
+
+
+def test_threads_is_the_former_name_of_workers(paths: dict[str, Path]) -> None:
+    """It warns where it is written."""
+    with pytest.warns(DeprecationWarning, match="threads= is now workers=") as warned:
+        fp8ckpt.FP8StorageReader(paths["uneven"], threads=2)
+    assert warned[0].filename == __file__
+
+
+def test_base_is_the_former_name_of_like(paths: dict[str, Path], tmp_path: Path) -> None:
+    """It warns where it is written, and does the same; both at once are refused."""
+    model, base = load_pretrained(paths["uneven"]), paths["uneven"]
+    calls: list[Callable[[], Any]] = [
+        lambda: save_model(model, tmp_path / "one", base=base),
+        lambda: Checkpointer().save_model(model, tmp_path / "two", base=base),
+        lambda: SafetensorsStorageWriter(tmp_path / "three", base=base),
+        lambda: FP8StorageWriter(tmp_path / "four", base=base),
+    ]
+    for call in calls:
+        with pytest.warns(DeprecationWarning, match="base= is now like=") as warned:
+            call()
+        assert warned[0].filename == __file__
+    for name in ("one", "two"):
+        _assert_same_directory(tmp_path / name, paths["uneven bf16"])
+    with pytest.raises(TypeError, match="one of them"):
+        save_model(model, tmp_path / "five", like=base, base=base)
+    with pytest.raises(TypeError, match="needs like"):
+        FP8StorageWriter(tmp_path / "five")
 
 
 def test_adapter_and_checkpointer(paths: dict[str, Path], tmp_path: Path) -> None:
     """By the model's adapter, through `Checkpointer`, from an open base: the same directory."""
     model = load_pretrained(paths["uneven"])
     model.state_dict_adapter = Mistral3FP8StateDictAdapter.from_checkpoint(paths["uneven"])
-    Checkpointer().save_model(model, tmp_path / "out", base=open_checkpoint(paths["uneven"]))
+    Checkpointer().save_model(model, tmp_path / "out", like=open_checkpoint(paths["uneven"]))
     _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
 
 
@@ -115,7 +172,7 @@ def test_changed_weights_are_saved(paths: dict[str, Path], tmp_path: Path) -> No
     changed = model.model.language_model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
         changed.mul_(3).add_(0.25)
-    save_model(model, str(tmp_path / "out"), base=str(paths["uneven"]))
+    save_model(model, str(tmp_path / "out"), like=str(paths["uneven"]))
     name = "language_model.model.layers.1.mlp.down_proj.weight"
     out, expected = read_directory(tmp_path / "out"), read_directory(paths["uneven bf16"])
     assert out[name].data == bits(changed)
@@ -223,7 +280,7 @@ def test_tied_models(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
     for head in (False, True):
         source = _tied(paths[name], tmp_path / f"fp8-{head}", head=head)
         model = load_pretrained(source)
-        save_model(model, tmp_path / f"out-{head}", base=source)
+        save_model(model, tmp_path / f"out-{head}", like=source)
         convert(source, tmp_path / f"converted-{head}")
         _assert_same_directory(tmp_path / f"out-{head}", tmp_path / f"converted-{head}")
     save_model(model, tmp_path / "alone")
@@ -247,7 +304,7 @@ def test_an_existing_destination_is_refused(paths: dict[str, Path], tmp_path: Pa
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("directory", "file", "link"):
         with pytest.raises(OutputExistsError, match=name):
-            save_model(model, tmp_path / name, base=paths["uneven"])
+            save_model(model, tmp_path / name, like=paths["uneven"])
         assert not SafetensorsStorageWriter.validate_checkpoint_id(tmp_path / name)
     assert SafetensorsStorageWriter.validate_checkpoint_id(tmp_path / "free")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["directory", "file", "link"]
@@ -261,11 +318,11 @@ def test_a_base_of_another_model_is_refused(paths: dict[str, Path], tmp_path: Pa
     model: Any = load_pretrained(paths["identity"])
     model.extra = nn.Linear(2, 2, bias=False)
     with pytest.raises(ModelMismatchError, match=r"extra\.weight"):
-        save_model(model, tmp_path / "out", base=paths["identity"])
+        save_model(model, tmp_path / "out", like=paths["identity"])
     model.extra = None
     head, model.lm_head = model.lm_head, None
     with pytest.raises(ModelMismatchError, match=r"lm_head\.weight"):
-        save_model(model, tmp_path / "out", base=paths["identity"])
+        save_model(model, tmp_path / "out", like=paths["identity"])
     model.lm_head = head
     assert list(tmp_path.iterdir()) == []
 
@@ -275,8 +332,51 @@ def test_a_base_of_other_shapes_is_refused(paths: dict[str, Path], tmp_path: Pat
     model: Any = load_pretrained(paths["identity"])
     model.lm_head = nn.Linear(128, 520, bias=False, dtype=torch.bfloat16)
     with pytest.raises(ModelMismatchError, match=r"lm_head\.weight"):
-        save_model(model, tmp_path / "out", base=paths["identity"])
+        save_model(model, tmp_path / "out", like=paths["identity"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_would_be_ignored_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """The base decides the files: their size goes without one; a dtype is one of the library's spellings."""
+    model, base = load_pretrained(paths["uneven"]), paths["uneven"]
+    for to in ("bf16", "fp8"):
+        with pytest.raises(ValueError, match="max_file_bytes goes without like"):
+            save_model(model, tmp_path / "out", to=to, like=base, max_file_bytes=1 << 20)
+    for more in ({"max_file_bytes": 5_000_000_000}, {"side_files": storage_writer.SideFiles()}):
+        with pytest.raises(ValueError, match="go without like"):
+            SafetensorsStorageWriter(tmp_path / "out", like=base, **more)
+    for dtype in ("bfloat16", "fp8", "I64", ""):
+        with pytest.raises(ValueError, match="expected one of bf16, fp16, fp32"):
+            SafetensorsStorageWriter(tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """A finite value never becomes infinite without a word; infinity and NaN stay what they are."""
+    model = load_pretrained(paths["uneven"])
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = 70000
+    with pytest.raises(RangeError, match=r"lm_head\.weight.*do not fit F16"):
+        save_model(model, tmp_path / "out", to="fp16")
+    assert not (tmp_path / "out").exists()
+    for values in ([1e300, 1.0], [70000.0, 1.0]):
+        state = {"x": torch.tensor(values, dtype=torch.float64)}
+        with pytest.raises(BaseException, match="RangeError: x: "):
+            dcp.save(state, storage_writer=SafetensorsStorageWriter(tmp_path / "f64", dtype="fp16"), no_dist=True)
+    special = torch.tensor([float("inf"), float("-inf"), float("nan")], dtype=torch.float64)
+    dcp.save({"x": special}, storage_writer=SafetensorsStorageWriter(tmp_path / "ok", dtype="bf16"), no_dist=True)
+    assert_same(open_checkpoint(tmp_path / "ok").read("x"), special.to(torch.bfloat16))
+
+
+def test_values_of_another_kind_than_the_bases_are_refused(tmp_path: Path) -> None:
+    """Whole numbers are not made of fractions, nor fractions of whole numbers."""
+    tensors = {"n": Stored.of(np.arange(3), "I64"), "x": Stored.of(np.ones(2, np.float32), "F32")}
+    (tmp_path / "base").mkdir()
+    write_safetensors(tmp_path / "base/model.safetensors", tensors)
+    for state in ({"n": torch.ones(3), "x": torch.ones(2)}, {"n": torch.arange(3), "x": torch.arange(2)}):
+        writer = SafetensorsStorageWriter(tmp_path / "out", like=tmp_path / "base")
+        with pytest.raises(BaseException, match=r"ModelMismatchError: [nx]: dtype"):
+            dcp.save(state, storage_writer=writer, no_dist=True)
 
 
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
@@ -299,9 +399,9 @@ def test_no_space_leaves_no_destination(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(StorageError, match="No space left on device"):
-            save_model(model, tmp_path / "out", base=paths["uneven"])
+            save_model(model, tmp_path / "out", like=paths["uneven"])
     assert not (tmp_path / "out").exists()
-    save_model(model, tmp_path / "out", base=paths["uneven"])
+    save_model(model, tmp_path / "out", like=paths["uneven"])
     _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
 
 
@@ -309,7 +409,7 @@ def test_no_space_leaves_no_destination(
 
 
 def _die_while_saving(path: Path, destination: Path) -> None:
-    write, left = storage_writer._write_piece, [5]
+    write, left = storage_writer.write_region, [5]
 
     def write_or_die(*arguments: Any) -> int:
         left[0] -= 1
@@ -317,8 +417,8 @@ def _die_while_saving(path: Path, destination: Path) -> None:
             os._exit(9)
         return write(*arguments)
 
-    storage_writer._write_piece = write_or_die
-    save_model(load_pretrained(path), destination, base=path)
+    storage_writer.write_region = write_or_die
+    save_model(load_pretrained(path), destination, like=path)
 
 
 def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path: Path) -> None:
@@ -329,8 +429,8 @@ def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path:
     assert len(list((tmp_path / "out.partial/output").glob("*.safetensors"))) == 2
     model = load_pretrained(paths["uneven"])
     with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
-        save_model(model, tmp_path / "out", to="fp32", base=paths["uneven"])
-    save_model(model, tmp_path / "out", base=paths["uneven"])
+        save_model(model, tmp_path / "out", to="fp32", like=paths["uneven"])
+    save_model(model, tmp_path / "out", like=paths["uneven"])
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
 
@@ -367,10 +467,11 @@ def _assert_stored(directory: Path, state: dict[str, torch.Tensor], dtype: torch
         assert tensor.dtype not in floats or stored[key].dtype == name
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("BF16", torch.bfloat16), ("F32", torch.float32)])
-def test_plain_dcp_save(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", ["bf16", "BF16", "fp32", "F32"])
+def test_plain_dcp_save(spelling: str, tmp_path: Path) -> None:
     """Tensors of every kind and stride: one file, floats in the dtype asked for, the rest as it is; bytes counted."""
-    writer = SafetensorsStorageWriter(tmp_path / "out", dtype=name)
+    name, dtype = ("BF16", torch.bfloat16) if "16" in spelling else ("F32", torch.float32)
+    writer = SafetensorsStorageWriter(tmp_path / "out", dtype=spelling)
     dcp.save(_state(), storage_writer=writer, no_dist=True)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     _assert_stored(tmp_path / "out", _state(), dtype, name)
@@ -417,13 +518,13 @@ def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
     for name in ("identity", "uneven"):
         for kind, parallelize in shardings.items():
             model = load_pretrained(paths[name], parallelize=parallelize)
-            save_model(model, root / f"{name} {kind}", base=paths[name])
+            save_model(model, root / f"{name} {kind}", like=paths[name])
             written[f"{name} {kind}"] = _Counting.made.pop().bytes_written
     model = load_pretrained(paths["identity"], parallelize=shardings["fsdp"], dtype=torch.float32)
     save_model(model, root / "alone", max_file_bytes=300_000)
     written["alone"] = _Counting.made.pop().bytes_written
     model = load_pretrained(paths["tied"], parallelize=shardings["fsdp"])
-    save_model(model, root / "tied", base=paths["tied"])
+    save_model(model, root / "tied", like=paths["tied"])
     written["tied"] = _Counting.made.pop().bytes_written
     return written
 
@@ -460,7 +561,7 @@ def _refused_on_ranks(path: Path, root: Path) -> list[str]:
 
     def attempt(model: nn.Module, destination: Path) -> None:
         try:
-            save_model(model, destination, base=path)
+            save_model(model, destination, like=path)
         except (
             BaseException
         ) as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
@@ -514,5 +615,5 @@ def test_a_destination_inside_the_base_is_refused(paths: dict[str, Path], tmp_pa
     base = tmp_path / "base"
     shutil.copytree(paths["uneven"], base)
     with pytest.raises(OutputExistsError, match="inside the base"):
-        save_model(load_pretrained(base), base / "out", base=base)
+        save_model(load_pretrained(base), base / "out", like=base)
     assert not list(base.glob("out*"))

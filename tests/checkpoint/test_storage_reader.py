@@ -74,7 +74,7 @@ def test_strided_targets(name: str, written: dict[str, Path]) -> None:
     transposed = {key: torch.zeros(t.shape[::-1], dtype=torch_dtype(t.dtype)) for key, t in expected.items()}
     _load({key: t.permute(*reversed(range(t.dim()))) for key, t in transposed.items()}, FP8StorageReader(written[name]))
     wide = {key: torch.full((*t.shape, 2), 7, dtype=torch_dtype(t.dtype)) for key, t in expected.items()}
-    _load({key: t[..., 0] for key, t in wide.items()}, FP8StorageReader(written[name], threads=3))
+    _load({key: t[..., 0] for key, t in wide.items()}, FP8StorageReader(written[name], workers=3))
     for key, tensor in expected.items():
         assert bits(transposed[key].permute(*reversed(range(len(tensor.shape))))) == tensor.data, key
         assert bits(wide[key][..., 0]) == tensor.data, key
@@ -314,7 +314,7 @@ def test_random_regions(data: st.DataObject, written: dict[str, Path]) -> None:
         offsets, sizes = data.draw(_regions(expected[weight].shape))
         items.append(_item(weight, offsets, sizes, number))
         targets.append(torch.zeros(sizes, dtype=torch_dtype(expected[weight].dtype)))
-    reader = FP8StorageReader(written[name], threads=data.draw(st.integers(1, 3)))
+    reader = FP8StorageReader(written[name], workers=data.draw(st.integers(1, 3)))
     planner = _Planner(*targets)
     reader.read_data(LoadPlan(items), planner).wait()
     full = _tensor(expected[weight])
@@ -335,7 +335,7 @@ def _dtensors(paths: dict[str, str]) -> dict[str, int]:
             for key, tensor in expected.items():
                 own = Replicate() if placement == Shard(1) and len(tensor.shape) < 2 else placement
                 state[key] = empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device_mesh=over, placements=[own])
-            reader = FP8StorageReader(path, threads=2)
+            reader = FP8StorageReader(path, workers=2)
             dcp.load(state, storage_reader=reader)
             for key, tensor in expected.items():
                 assert isinstance(state[key], DTensor)
@@ -417,6 +417,6 @@ def test_cuda_targets(written: dict[str, Path]) -> None:
                 key: torch.zeros((*t.shape, 2), dtype=torch_dtype(t.dtype), device="cuda")[..., 0]
                 for key, t in expected.items()
             }
-            _load(state, FP8StorageReader(written[name], threads=3))
+            _load(state, FP8StorageReader(written[name], workers=3))
             for key, tensor in expected.items():
                 assert bits(state[key].cpu()) == tensor.data, (name, key, dtype)

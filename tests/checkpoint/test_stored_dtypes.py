@@ -54,7 +54,7 @@ def test_what_transformers_keeps_in_float32_is_kept(
 
 def test_it_is_saved_as_it_was(stacked: Path, tmp_path: Path) -> None:
     """The way back gives the base's own float32 bytes."""
-    save_model(load_pretrained(stacked), tmp_path / "out", base=stacked)
+    save_model(load_pretrained(stacked), tmp_path / "out", like=stacked)
     assert read_directory(tmp_path / "out") == read_directory(stacked)
 
 

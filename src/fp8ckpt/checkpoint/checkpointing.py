@@ -22,19 +22,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fp8ckpt.checkpoint.directory_writer import DirectoryWriter
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like
 from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
 from fp8ckpt.checkpoint.load_plan import LoadPlan
 from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
-from fp8ckpt.checkpoint.storage_writer import DEFAULT_FILE_BYTES, SafetensorsStorageWriter, SideFiles
+from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFiles
 from fp8ckpt.checkpoint.tied import tied_groups
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.families.names import IDENTITY, find_layout
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
-from fp8ckpt.output.side_files import plain_side_files
 from fp8ckpt.ranks import Ranks, ranks_of_group
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
 
 
@@ -50,7 +49,7 @@ class Checkpointer:
     def load_model(
         self,
         model: nn.Module,
-        path: str | Path | Checkpoint,
+        path: CheckpointLike,
         *,
         partial: bool = False,
         narrow: bool = False,
@@ -93,45 +92,43 @@ class Checkpointer:
         path: str | Path,
         *,
         to: str = "bf16",
-        base: str | Path | Checkpoint | None = None,
+        like: CheckpointLike | None = None,
         scales: str = "reuse",
-        max_file_bytes: int = DEFAULT_FILE_BYTES,
+        max_file_bytes: int | None = None,
+        base: CheckpointLike | None = None,
     ) -> None:
         """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
 
         Every rank writes its own shards into the same files. Names go through ``model.state_dict_adapter`` if there is
-        one. ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``base``: the checkpoint that
-        the model came from: it decides names, files, the dtype of tensors that it does not hold as FP8, configuration
-        and side files. Without it, names are the model's own, files end at ``max_file_bytes``, and the configuration is
-        ``model.config``.
+        one. ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``like``: the checkpoint that
+        the model came from, the base: it decides names, files, the dtype of tensors that it does not hold as FP8,
+        configuration and side files; what is written is what ``convert(like, ..., to=to)`` would make of it with the
+        model's values. Without it, names are the model's own, files end at ``max_file_bytes`` (default: 5 GB), and the
+        configuration is ``model.config``. ``base`` is the former name of ``like``.
 
         ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same
-        values, on any mesh; each shard is quantized as it is written. ``base`` must be given. ``scales`` "reuse" keeps
+        values, on any mesh; each shard is quantized as it is written. ``like`` must be given. ``scales`` "reuse" keeps
         the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule), "fresh" makes all
         anew.
 
         Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
-        tensors, and `StorageError` where the disk refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on
-        every rank. The directory is not seen until it is whole and on disk.
+        tensors, `RangeError` for finite values that the stored dtype cannot hold, and `StorageError` where the disk
+        refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on every rank. The directory is not seen until
+        it is whole and on disk.
         """
+        like = given_like(like, base)
 
         def prepare() -> tuple[DirectoryWriter, dict[str, torch.Tensor]]:
-            _refuse_arguments(to, base, scales)
-            checkpoint = open_checkpoint(base) if isinstance(base, str | Path) else base
+            _refuse_arguments(to, like, scales, max_file_bytes)
+            checkpoint = None if like is None else open_checkpoint(like)
             writer: DirectoryWriter
             if to == FP8:
                 assert checkpoint is not None  # _refuse_arguments() saw to it
-                writer = FP8StorageWriter(path, base=checkpoint, scales=scales, process_group=self._group)
+                writer = FP8StorageWriter(path, like=checkpoint, scales=scales, process_group=self._group)
             else:
-                dtype = TARGETS[to]
-                texts, copies = (
-                    plain_side_files(checkpoint, dtype)
-                    if checkpoint is not None
-                    else (_configuration_of(model, dtype), {})
-                )
-                side_files = SideFiles(texts, copies)
+                side_files = None if checkpoint is not None else SideFiles(_configuration_of(model, TARGETS[to]))
                 writer = SafetensorsStorageWriter(
-                    path, dtype=dtype, base=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes
+                    path, dtype=to, like=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes
                 )
             return writer, _state_to_save(model, checkpoint)
 
@@ -158,7 +155,7 @@ class Checkpointer:
 
 def load_model(
     model: nn.Module,
-    path: str | Path | Checkpoint,
+    path: CheckpointLike,
     *,
     partial: bool = False,
     narrow: bool = False,
@@ -173,24 +170,28 @@ def save_model(
     path: str | Path,
     *,
     to: str = "bf16",
-    base: str | Path | Checkpoint | None = None,
+    like: CheckpointLike | None = None,
     scales: str = "reuse",
-    max_file_bytes: int = DEFAULT_FILE_BYTES,
+    max_file_bytes: int | None = None,
+    base: CheckpointLike | None = None,
 ) -> None:
     """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see
     `Checkpointer.save_model`.
     """
-    Checkpointer().save_model(model, path, to=to, base=base, scales=scales, max_file_bytes=max_file_bytes)
+    like = given_like(like, base)
+    Checkpointer().save_model(model, path, to=to, like=like, scales=scales, max_file_bytes=max_file_bytes)
 
 
-def _refuse_arguments(to: str, base: str | Path | Checkpoint | None, scales: str) -> None:
+def _refuse_arguments(to: str, like: CheckpointLike | None, scales: str, max_file_bytes: int | None) -> None:
     if to not in (*TARGETS, FP8):
         raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
     if scales not in SCALES:
         raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
-    if to == FP8 and base is None:
+    if like is not None and max_file_bytes is not None:
+        raise ValueError("max_file_bytes goes without like, which decides the files")
+    if to == FP8 and like is None:
         raise ValueError(
-            "to='fp8' needs base, the FP8 checkpoint that the model came from; "
+            "to='fp8' needs like, the FP8 checkpoint that the model came from; "
             "without one, save in bf16 and convert --scheme"
         )
     if to != FP8 and scales != "reuse":

@@ -19,6 +19,7 @@ files
 from __future__ import annotations
 
 import os
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from math import prod
@@ -32,14 +33,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.stores.local import Bytes
-from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import stored_dtype
 
@@ -95,6 +96,12 @@ class DirectoryWriter(StorageWriter):
         files = OutputFiles(self._output.directory)
         try:
             self.bytes_written += self._write(plan, planner, files)
+        except (WeightValueError, RangeError):  # of the model's values: what was written can never become whole
+            self._output.discard()
+            raise
+        except BaseException:
+            self.release()
+            raise
         finally:
             files.close()
         done: Future[list[WriteResult]] = Future()
@@ -147,6 +154,16 @@ class DirectoryWriter(StorageWriter):
     def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
         """Coordinator: write what no rank's tensors are made of; returns how many bytes."""
         return 0
+
+
+def given_like(like: CheckpointLike | None, base: CheckpointLike | None) -> CheckpointLike | None:
+    """The checkpoint whose layout is written, by either of its names."""
+    if base is None:
+        return like
+    if like is not None:
+        raise TypeError("base is the former name of like: give one of them")
+    warnings.warn("base= is now like=, as in convert", DeprecationWarning, stacklevel=3)
+    return base
 
 
 def region_of(item: WriteItem) -> Region:

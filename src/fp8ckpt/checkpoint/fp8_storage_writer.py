@@ -25,15 +25,15 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, region_of, resolved, write_region
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like, region_of, resolved, write_region
 from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
-from fp8ckpt.errors import RangeError, WeightValueError
+from fp8ckpt.checkpoint.storage_writer import cast
+from fp8ckpt.errors import WeightValueError
 from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
@@ -41,12 +41,12 @@ from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
-from fp8ckpt.stores.local import Bytes, opened, read_into
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.stores.local import opened, read_into
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
-from fp8ckpt.tensors.reading import bytes_of, stored_dtype, stored_scales
+from fp8ckpt.tensors.reading import stored_scales
 from fp8ckpt.workers import share
 
 _LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
@@ -58,10 +58,11 @@ T = TypeVar("T")
 class FP8StorageWriter(DirectoryWriter):
     """Quantizes to the new directory ``path``, for ``dcp.save(state_dict, storage_writer=...)`` and ``dcp.async_save``.
 
-    ``base``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open
-    `Checkpoint`. The state dict has its logical tensors under its names, in bfloat16, float16 or float32; DTensors of
-    any placement. ``scales``: "reuse" keeps the scale of a block whose values still fit it, "fresh" makes all anew.
-    ``process_group``: the one that ``dcp.save`` is given. ``bytes_written`` counts this rank's tensor bytes.
+    ``like``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open
+    `Checkpoint`; ``base`` is its former name. The state dict has its logical tensors under its names, in bfloat16,
+    float16 or float32; DTensors of any placement. ``scales``: "reuse" keeps the scale of a block whose values still fit
+    it, "fresh" makes all anew. ``process_group``: the one that ``dcp.save`` is given. ``bytes_written`` counts this
+    rank's tensor bytes.
 
     Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
     `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
@@ -73,14 +74,18 @@ class FP8StorageWriter(DirectoryWriter):
         self,
         path: str | Path,
         *,
-        base: str | Path | Checkpoint,
+        like: CheckpointLike | None = None,
         scales: str = "reuse",
         process_group: ProcessGroup | None = None,
+        base: CheckpointLike | None = None,
     ) -> None:
         if scales not in SCALES:
             raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
         super().__init__(path)
-        self._base = base
+        given = given_like(like, base)
+        if given is None:
+            raise TypeError("FP8StorageWriter needs like, the FP8 checkpoint that the model came from")
+        self._base = given
         self._fresh = scales == "fresh"
         self._group = process_group
         self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
@@ -92,9 +97,8 @@ class FP8StorageWriter(DirectoryWriter):
         return {**self.__dict__, "_group": None}
 
     def _base_of_output(self) -> Checkpoint:
-        if not isinstance(self._base, Checkpoint):
-            self._base = open_checkpoint(self._base)
-        return self._base
+        self._base = base = open_checkpoint(self._base)
+        return base
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()
@@ -128,14 +132,7 @@ class FP8StorageWriter(DirectoryWriter):
 
     def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
         task: _Task = plan.storage_data
-        try:
-            return _Writing(self._base_of_output(), task, plan, planner, files, self._fresh).run(self._ranks(task))
-        except (WeightValueError, RangeError):  # of the model's values: what was written can never become whole
-            self._output.discard()
-            raise
-        except BaseException:
-            self.release()
-            raise
+        return _Writing(self._base_of_output(), task, plan, planner, files, self._fresh).run(self._ranks(task))
 
     def _ranks(self, task: _Task) -> Ranks:
         if task.size == 1:
@@ -238,7 +235,7 @@ class _Writing:
             if isinstance(piece, Cut):
                 quantizer.write(piece)
             else:
-                written.append(write_region(self._files, piece.span, piece.region, _cast(piece)))
+                written.append(write_region(self._files, piece.span, piece.region, cast(piece.values, piece.span)))
 
         _share(self._all_pieces(), [partial(write, quantizer) for quantizer in quantizers], quantizers)
         self._files.flush()
@@ -291,19 +288,3 @@ def _share(items: Iterator[T], workers: list[Callable[[T], None]], quantizers: l
     finally:
         for quantizer in quantizers:
             quantizer.close()
-
-
-def _cast(piece: _Plain) -> Bytes:
-    """The bytes of a piece in the stored dtype; rounded as a conversion rounds them, where the dtypes differ."""
-    values = piece.values.to("cpu").contiguous()
-    stored, dtype = bytes_of(values), stored_dtype(values.dtype)
-    if dtype == piece.span.dtype:
-        return stored
-    given = quantize.values_of(stored, dtype or "")
-    cast = np.empty(given.bits.size, bits_dtype(piece.span.dtype))
-    if overflown := quantize.round_to(given.floats, piece.span.dtype, cast):
-        found = f"finite values of {dtype} do not fit {piece.span.dtype}, {overflown} of them in one piece"
-        raise RangeError(
-            found, tensor=piece.span.name, file=piece.span.file, expected=f"{piece.span.dtype}, as in the base"
-        )
-    return cast.view(np.uint8)

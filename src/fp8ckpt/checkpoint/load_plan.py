@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from fp8ckpt.checkpoint.regions import BEYOND, rounds
 from fp8ckpt.checkpoint.tied import tie, tied_groups
 from fp8ckpt.errors import ModelMismatchError, shown
 from fp8ckpt.families.carried import mtp_tensors
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import torch_dtype
@@ -36,11 +35,9 @@ class LoadPlan:
     loaded.
     """
 
-    def __init__(
-        self, model: nn.Module, path: str | Path | Checkpoint, partial: bool, narrow: bool, follow_index: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, path: CheckpointLike, partial: bool, narrow: bool, follow_index: bool) -> None:
         self.model = model
-        self.checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, follow_index=follow_index)
+        self.checkpoint = open_checkpoint(path, follow_index=follow_index)
         tie(model)
         self._native = tensors_of(model)
         on_meta = [name for name, tensor in self._native.items() if tensor.is_meta]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
 from fp8ckpt.families.transformers_tables import keep_in_float32
 from fp8ckpt.ranks import ranks_of_group
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, QUANTIZATION_KEYS
 
 
 def load_pretrained(
-    path: str | Path,
+    path: CheckpointLike,
     *,
     parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
     device: str | torch.device = "cpu",
@@ -49,7 +48,7 @@ def load_pretrained(
     return model  # type: ignore[no-any-return]  # a class that is known by name only
 
 
-def _built(path: str | Path, dtype: torch.dtype, follow_index: bool) -> tuple[Checkpoint, Any]:
+def _built(path: CheckpointLike, dtype: torch.dtype, follow_index: bool) -> tuple[Checkpoint, Any]:
     """The checkpoint, and the model that its configuration names, on the meta device."""
     import transformers
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
 from fp8ckpt.errors import Fp8CheckpointError, RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.tensors.reading import torch_dtype
@@ -54,18 +55,20 @@ class FP8StorageReader(StorageReader):
     """A reader of the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open
     `Checkpoint`.
 
-    ``threads``: default, this process's cores, divided by the ranks that torchrun started on the machine.
-    ``bytes_read`` counts the data bytes read so far, scales aside.
+    ``workers``: threads; by default, this process's cores, divided by the ranks that torchrun started on the machine.
+    ``threads`` is its former name. ``bytes_read`` counts the data bytes read so far, scales aside.
 
     A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders
     made by an adapter's ``to_hf(quantization=True)`` are filled, too. Any other tensor is cast to its target's dtype,
     as DCP does; a warning names those that this rounds.
     """
 
-    def __init__(self, path: str | Path | Checkpoint, *, threads: int | None = None) -> None:
+    def __init__(self, path: CheckpointLike, *, workers: int | None = None, threads: int | None = None) -> None:
         self._path: str | Path = path.path if isinstance(path, Checkpoint) else path
         self._checkpoint = path if isinstance(path, Checkpoint) else None
-        self._threads = threads
+        if threads is not None:
+            warnings.warn("threads= is now workers=, as in convert", DeprecationWarning, stacklevel=2)
+        self._threads = workers or threads
         self.bytes_read = 0
 
     @property

@@ -11,21 +11,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, region_of, resolved, write_region
-from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like, region_of, resolved, write_region
+from fp8ckpt.errors import RangeError
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import TARGET_BYTES, TARGETS
+from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
-from fp8ckpt.output.matching import refuse_other_tensors
+from fp8ckpt.output.like import PlainLayout
+from fp8ckpt.output.matching import FLOATS, refuse_other_kinds, refuse_other_tensors
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import threads_of_this_rank
-from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
+from fp8ckpt.stores.local import Bytes
+from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan, tensor_nbytes
-from fp8ckpt.tensors.pairing import QuantizedTensor
-from fp8ckpt.tensors.reading import bytes_of, torch_dtype
+from fp8ckpt.tensors.reading import bytes_of, stored_dtype
 from fp8ckpt.workers import share
 
 _PIECE = 4 << 20  # elements that are cast and written at once
@@ -44,40 +49,59 @@ class SideFiles:
 class SafetensorsStorageWriter(DirectoryWriter):
     """Writes one directory of safetensors files.
 
-    ``dtype``: that of every floating-point tensor, BF16, F16 or F32 (a safetensors name). ``base``: a checkpoint with
-    the same logical tensors, which decides the file of each and the dtype of those that it does not hold as FP8.
-    ``max_file_bytes``: without a base, where a new file begins. ``bytes_written`` counts this rank's tensor bytes.
+    ``dtype``: that of every floating-point tensor, "bf16", "fp16" or "fp32" (or its safetensors name). ``like``: a
+    checkpoint with the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8,
+    and the side files, as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. Without it,
+    ``side_files`` go beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB).
+    ``bytes_written`` counts this rank's tensor bytes.
+
+    Raises, on every rank: `ModelMismatchError` for other tensors, shapes or kinds of values than those of ``like``, and
+    `RangeError` for finite values that the stored dtype cannot hold. Through ``dcp.save`` they come inside torch's
+    ``CheckpointException``.
+
+    >>> import torch.distributed.checkpoint as dcp
+    >>> writer = fp8ckpt.SafetensorsStorageWriter("weights", dtype="fp32")
+    >>> _ = dcp.save({"x": torch.ones(2, 3)}, storage_writer=writer, no_dist=True)
+    >>> fp8ckpt.open_checkpoint("weights").read("x").shape
+    torch.Size([2, 3])
     """
 
     def __init__(
         self,
         path: str | Path,
         *,
-        dtype: str = "BF16",
-        base: Checkpoint | None = None,
+        dtype: str = "bf16",
+        like: CheckpointLike | None = None,
         side_files: SideFiles | None = None,
-        max_file_bytes: int = DEFAULT_FILE_BYTES,
+        max_file_bytes: int | None = None,
+        base: CheckpointLike | None = None,
     ) -> None:
         super().__init__(path)
-        self._dtype = dtype
-        self._base = base
+        if dtype not in TARGETS and dtype not in TARGET_BYTES:
+            raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(TARGETS)}")
+        self._dtype = TARGETS.get(dtype, dtype)
+        self._like = given_like(like, base)
+        if self._like is not None and (max_file_bytes is not None or side_files is not None):
+            raise ValueError("max_file_bytes and side_files go without like, which decides the files")
         self._side_files = side_files or SideFiles()
-        self._max_file_bytes = max_file_bytes
+        self._max_file_bytes = DEFAULT_FILE_BYTES if max_file_bytes is None else max_file_bytes
 
     def _base_of_output(self) -> Checkpoint | None:
-        return self._base
+        if self._like is not None:
+            self._like = open_checkpoint(self._like)
+        return self._like
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
-        base = self._base
+        base = self._base_of_output()
         if base is not None:
             refuse_other_tensors(tensors, base, "model", "give the base that the model came from")
+            refuse_other_kinds(tensors, base)
+            return OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
         layouts = self._partition([spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()])
         texts = dict(self._side_files.texts)
-        if len(layouts) > 1 or (base is not None and base.index is not None):
-            name = base.index_name if base is not None else None
-            texts[name or INDEX] = index_text(layouts)
-        inputs = () if base is None else (base,)
-        return OutputPlan(inputs, {"job": "save"}, tuple(layouts), texts, self._side_files.copies)
+        if len(layouts) > 1:
+            texts[INDEX] = index_text(layouts)
+        return OutputPlan((), {"job": "save"}, tuple(layouts), texts, self._side_files.copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
         spans = {span.name: span for layout in output.layouts for span in layout.spans}
@@ -96,26 +120,19 @@ class SafetensorsStorageWriter(DirectoryWriter):
                 for piece in pieces(region, _PIECE):
                     yield spans[item.index.fqn], piece, tensor[within(piece, region)]
 
-        share(work(), [lambda part: written.append(_write_piece(files, *part))] * threads_of_this_rank())
+        def write(part: tuple[TensorSpan, Region, torch.Tensor]) -> None:
+            span, piece, values = part
+            written.append(write_region(files, span, piece, cast(values, span)))
+
+        share(work(), [write] * threads_of_this_rank())
         files.flush()
         return sum(written)
 
     def _stored_dtype(self, spec: TensorSpec) -> str:
-        tensor = self._base.tensors[spec.name] if self._base is not None else None
-        if isinstance(tensor, TensorSpan):
-            return tensor.dtype
-        return self._dtype if spec.dtype in TARGET_BYTES or spec.dtype == "F64" else spec.dtype
+        return self._dtype if spec.dtype in FLOATS else spec.dtype
 
     def _partition(self, specs: list[TensorSpec]) -> list[FileLayout]:
         metadata = {"format": "pt"}
-        if self._base is not None:
-            home = {}
-            for name, tensor in self._base.tensors.items():
-                home[name] = (tensor.weight if isinstance(tensor, QuantizedTensor) else tensor).file.name
-            found: dict[str, list[TensorSpec]] = {}
-            for spec in specs:
-                found.setdefault(home[spec.name], []).append(spec)
-            return [lay_out(name, found[name], metadata) for name in sorted(found)]
         contents: list[list[TensorSpec]] = [[]]
         filled = 0
         for spec in specs:
@@ -133,8 +150,23 @@ class SafetensorsStorageWriter(DirectoryWriter):
         ]
 
 
-def _write_piece(files: OutputFiles, span: TensorSpan, piece: Region, values: torch.Tensor) -> int:
-    """Cast a piece and write it; returns how many bytes."""
-    return write_region(
-        files, span, piece, bytes_of(values.to(device="cpu", dtype=torch_dtype(span.dtype)).contiguous())
-    )
+def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:
+    """The bytes of a piece of a tensor in its stored dtype; where the dtypes differ, rounded as a conversion rounds.
+
+    Raises `RangeError` where a finite value becomes infinite.
+    """
+    values = values.to("cpu").contiguous()
+    given = stored_dtype(values.dtype) or ""
+    if given == span.dtype:
+        return bytes_of(values)
+    overflown = 0
+    if given not in TARGET_BYTES:  # float64, which no kernel takes
+        finite = values.isfinite()
+        values, given = values.to(torch.float32), "F32"
+        overflown = int((finite & ~values.isfinite()).sum())
+    stored = np.empty(values.numel(), bits_dtype(span.dtype))
+    overflown += quantize.round_to(quantize.values_of(bytes_of(values), given).floats, span.dtype, stored)
+    if overflown:
+        found = f"finite values of {given} do not fit {span.dtype}, {overflown} of them in one piece"
+        raise RangeError(found, tensor=span.name, expected=f"values within {span.dtype}", remedy="save in bf16 or fp32")
+    return stored.view(np.uint8)

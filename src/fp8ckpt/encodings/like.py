@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.families.names import find_layout
@@ -19,14 +18,14 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import serving_config
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, states_powers_of_two
 from fp8ckpt.tensors.reading import stored_scales
 
 
 def plan_like(
-    source: str | Path,
-    base: str | Path,
+    source: CheckpointLike,
+    base: CheckpointLike,
     output: PartialOutput,
     *,
     fresh: bool,

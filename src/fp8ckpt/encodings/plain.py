@@ -13,18 +13,16 @@ import fp8ckpt.engine as writing
 from fp8ckpt.engine import ExtentWriter, Facts, Filled, Progress, extents_of, page_chunks
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
-from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
+from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
-from fp8ckpt.output.side_files import plain_side_files
 from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
-from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, open_checkpoint, raise_first
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fp8ckpt.numerics.dequantize import Dequantizer
     from fp8ckpt.ranks import Ranks
 
@@ -43,7 +41,7 @@ class Dequantized:
 
 
 def run(
-    source: str | Path,
+    source: CheckpointLike,
     output: PartialOutput,
     dtype: str,
     workers: int,
@@ -73,7 +71,9 @@ def run(
     return Dequantized(checkpoint, plan, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
 
 
-def _plan(source: str | Path, output: PartialOutput, dtype: str, follow_index: bool) -> tuple[Checkpoint, OutputPlan]:
+def _plan(
+    source: CheckpointLike, output: PartialOutput, dtype: str, follow_index: bool
+) -> tuple[Checkpoint, OutputPlan]:
     """Everything that can be known or refused before the first byte is written."""
     from fp8ckpt.tensors.reading import scale_defects
 
@@ -85,16 +85,8 @@ def _plan(source: str | Path, output: PartialOutput, dtype: str, follow_index: b
         for tensor in checkpoint.quantized:
             if tensor.numel:
                 _refuse_overflow(tensor)
-    layouts = []
-    for header in checkpoint.files:
-        logical = checkpoint.tensors_in(header)
-        specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
-        if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
-            layouts.append(lay_out_again(header, specs))
-    texts, copies = plain_side_files(checkpoint, dtype)
-    if checkpoint.index is not None or len(layouts) > 1:
-        texts[checkpoint.index_name or INDEX] = index_text(layouts, checkpoint.index)
-    return checkpoint, OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, tuple(layouts), texts, copies)
+    plain = PlainLayout.of(checkpoint, dtype)
+    return checkpoint, OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, *plain)
 
 
 def _refuse_overflow(tensor: QuantizedTensor) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
@@ -24,7 +23,7 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.serving.examine import serving_config
-from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, is_native, open_checkpoint
+from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, is_native, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
@@ -173,7 +172,7 @@ def _left_notes(left: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def plan_scheme(
-    source: str | Path,
+    source: CheckpointLike,
     scheme: str,
     output: PartialOutput,
     *,

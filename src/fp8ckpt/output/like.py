@@ -5,9 +5,10 @@ own.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
-from fp8ckpt.output.side_files import side_files
+from fp8ckpt.output.side_files import plain_side_files, side_files
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json
@@ -28,6 +29,30 @@ def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
         return []
     one = [tensor for tensor in base.quantized if tensor.scale.numel == 1 and len(tensor.scale.shape) > 1]
     return [tensor for tensor in one if len(tensor.shape) == 2 and tensor.shape[0] != 1]
+
+
+class PlainLayout(NamedTuple):
+    """The files of a checkpoint with its FP8 weights in another dtype: files of weights, others that are written anew,
+    and others that are copied.
+    """
+
+    layouts: tuple[FileLayout, ...]
+    texts: dict[str, bytes]
+    copies: dict[str, Path]
+
+    @classmethod
+    def of(cls, base: Checkpoint, dtype: str) -> PlainLayout:
+        """FP8 weights in ``dtype``, other tensors in their own; no scales, and no configuration of quantization."""
+        layouts = []
+        for header in base.files:
+            logical = base.tensors_in(header)
+            specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
+            if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
+                layouts.append(lay_out_again(header, specs))
+        texts, copies = plain_side_files(base, dtype)
+        if base.index is not None or len(layouts) > 1:
+            texts[base.index_name or INDEX] = index_text(layouts, base.index)
+        return cls(tuple(layouts), texts, copies)
 
 
 class BaseLayout:

@@ -4,7 +4,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import scale_defects
 
 _CODES = "F8_E4M3"
+FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
 
 
 def refuse_base(base: Checkpoint, remedy: str) -> None:
@@ -71,9 +72,21 @@ def refuse_other_dtypes(found: Mapping[str, TensorSpan] | Mapping[str, TensorSpe
                     remedy="choose a --scheme instead of the base",
                 )
             refuse_dtype(given)
-        elif given.dtype != tensor.dtype and not {given.dtype, tensor.dtype} <= TARGET_BYTES.keys():
+    refuse_other_kinds(found, base, TARGET_BYTES.keys())
+
+
+def refuse_other_kinds(
+    found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint, floats: Collection[str] = FLOATS
+) -> None:
+    """Tensors that are not FP8 in the base are of its dtype; ``floats`` are rounded to one another. Raises
+    `ModelMismatchError`.
+    """
+    for name, tensor in base.tensors.items():
+        given = found[name]
+        stored = "BF16" if isinstance(tensor, QuantizedTensor) else tensor.dtype
+        if given.dtype != stored and not {given.dtype, stored} <= set(floats):
             raise ModelMismatchError(
-                f"dtype {given.dtype}", tensor=name, file=_file_of(given), expected=f"{tensor.dtype}, as in the base"
+                f"dtype {given.dtype}", tensor=name, file=_file_of(given), expected=f"{stored}, as in the base"
             )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
@@ -104,12 +104,21 @@ def _stored(tensor: LogicalTensor) -> TensorSpan:
     return tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
 
 
-def open_checkpoint(path: str | Path, *, follow_index: bool = False) -> Checkpoint:
-    """Open a directory, a single safetensors file, or a hub id that is in huggingface_hub's local cache.
+#: A directory, a single safetensors file, a hub id in the local cache, or an open `Checkpoint`.
+CheckpointLike: TypeAlias = str | Path | Checkpoint
+
+
+def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
+    """Open a directory, a single safetensors file, or a hub id that is in huggingface_hub's local cache. An open
+    checkpoint is itself.
 
     Reads headers only. ``follow_index``: what the index does not list is no part of the checkpoint, as loaders have it;
     without it, that is a defect. Raises the first defect found, as a named `Fp8CheckpointError`, and says how many more
     there are.
+
+    >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
+    >>> len(checkpoint.quantized)
+    14
     """
     checkpoint = survey(path, follow_index=follow_index)
     raise_first(checkpoint.defects)
@@ -130,8 +139,10 @@ def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
         raise first
 
 
-def survey(path: str | Path, *, follow_index: bool = False) -> Checkpoint:
+def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
     """The checkpoint with all its defects listed; raises only where there is nothing to look at."""
+    if isinstance(path, Checkpoint):
+        return path
     with collector_paused():
         return _survey(*_resolve(path), follow_index)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
 from fp8ckpt.numerics.geometry import tiled
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -60,12 +59,12 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
         super().__init__(native_to_hf, hf_to_native, layout_name)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path | Checkpoint) -> DeepseekV3FP8StateDictAdapter:
+    def from_checkpoint(cls, path: CheckpointLike) -> DeepseekV3FP8StateDictAdapter:
         """For the checkpoint at ``path``: which weights are FP8, and what their scales are.
 
         Raises `UnsupportedFormatError` where a scale is no grid of 128 x 128 blocks, named ``_scale_inv``.
         """
-        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         adapter = cls()
         for tensor in checkpoint.quantized:
             grid = tiled(tensor.shape, BLOCK_SIZE)

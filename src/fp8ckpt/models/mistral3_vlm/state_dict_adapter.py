@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import IDENTITY, NESTED
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -81,12 +80,12 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
         return cls(layout_name="vlm_full", not_fp8_prefixes=_VLM_PREFIXES)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path | Checkpoint) -> Mistral3FP8StateDictAdapter:
+    def from_checkpoint(cls, path: CheckpointLike) -> Mistral3FP8StateDictAdapter:
         """For the checkpoint at ``path``: layout, which weights are FP8, and what their scales are.
 
         Raises `UnsupportedFormatError` where its scales are not one a tensor, named ``_scale_inv``.
         """
-        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         layout = NESTED if any(name.startswith(_NESTED_TEXT) for name in checkpoint.tensors) else IDENTITY
         is_vlm = layout is NESTED or any(name.startswith(_VLM_TEXT) for name in checkpoint.tensors)
         adapter = cls(
