@@ -168,5 +168,6 @@ def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:
     overflown += quantize.round_to(quantize.values_of(bytes_of(values), given).floats, span.dtype, stored)
     if overflown:
         found = f"finite values of {given} do not fit {span.dtype}, {overflown} of them in one piece"
-        raise RangeError(found, tensor=span.name, expected=f"values within {span.dtype}", remedy="save in bf16 or fp32")
+        remedy = "save in bf16 or fp32; where it is the base that says the dtype, without like"
+        raise RangeError(found, tensor=span.name, file=span.file, expected=f"values within {span.dtype}", remedy=remedy)
     return stored.view(np.uint8)
