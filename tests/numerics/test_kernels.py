@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import fp8ckpt
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.codes import CODE_FORMATS
 from fp8ckpt.numerics.dequantize import count_nonfinite
@@ -190,15 +186,3 @@ def test_count_nonfinite(dtype: str, size: int) -> None:
     """As many as ml_dtypes finds, for lengths that are no multiple of a vector."""
     codes = np.random.default_rng(size).integers(0, 256, size, np.uint8)
     assert count_nonfinite(codes, dtype) == np.count_nonzero(~np.isfinite(codes.view(NUMPY[dtype]).astype(np.float32)))
-
-
-def test_only_kernels_imports_numba() -> None:
-    """No other module names numba, at its top or inside a function."""
-    importing = set()
-    for file in Path(fp8ckpt.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "numba" for name in names):
-                importing.add(file.name)
-    assert importing == {"kernels.py"}

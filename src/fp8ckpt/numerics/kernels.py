@@ -1,14 +1,11 @@
-"""The compiled loops. Nothing else imports numba, and nothing here allocates per element or knows a name or a file.
+"""The compiled loops. Nothing here allocates per element or knows a name or a file.
 
 All loops release the GIL. Floating-point work is one float32 multiplication and one rounding to nearest even; there is
-no fast-math, so every result is the contract's, bit for bit. Compiled code is cached on disk by numba.
+no fast-math, so every result is the contract's, bit for bit. `compiled` keeps the machine code.
 
 Block loops work on a two-dimensional window of a weight. ``row_phase`` and ``col_phase`` say how far into its first
 block the window begins, so that a window may start and stop anywhere.
 """
-
-# mypy: disable-error-code="no-untyped-call,untyped-decorator"
-# (numba ships no type information for its decorators; the functions below are typed for their callers.)
 
 from __future__ import annotations
 
@@ -16,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from fp8ckpt.numerics.compiled import compiled
 
 Array = npt.NDArray[Any]
 
 BF16, F16, F32 = 0, 1, 2  # rounding targets; constants so that numba folds them
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _rounded(value: Any, target: int) -> Any:
     """Bits of a float32 rounded to nearest even in the target dtype. NaN stays a quiet NaN with its sign."""
     bits = np.float32(value).view(np.uint32)
@@ -54,7 +52,7 @@ def _rounded(value: Any, target: int) -> Any:
     return sign | whole
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def fill_tables(scales: Array, values: Array, target: int, tables: Array) -> None:
     """``tables[t, c] = round(values[c] * scales[t])``: scales f32 [T], values f32 [256], tables u16/u32 [T, 256]."""
     for t in range(scales.size):
@@ -63,7 +61,7 @@ def fill_tables(scales: Array, values: Array, target: int, tables: Array) -> Non
             tables[t, code] = _rounded(values[code] * scale, target)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def look_up(codes: Array, table: Array, out: Array) -> None:
     """``out[i] = table[codes[i]]``: codes u8 [n], table [256], out [n]."""
     for i in range(codes.size):
@@ -74,7 +72,7 @@ _SCRATCH = 4096  # elements; with codes and results they stay in the first-level
 _LEAST_NORMAL = 2.0**-6  # of e4m3
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
     """What `look_up` gives for e4m3fn codes and a table of bfloat16, in loops that a compiler turns into vector
     instructions.
@@ -108,7 +106,7 @@ def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
             result[i] = value | (np.uint16(code & np.uint8(0x80)) << np.uint16(8))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def look_up_blocks(
     codes: Array,
     tables: Array,
@@ -134,7 +132,7 @@ def look_up_blocks(
             block += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def multiply_blocks(
     codes: Array,
     values: Array,
@@ -163,7 +161,7 @@ def multiply_blocks(
             block += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
     """How many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`."""
     total = 0
@@ -179,7 +177,7 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 # scales are positive.
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def raise_maxima(
     values: Array, shift: int, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array
 ) -> None:
@@ -204,7 +202,7 @@ def raise_maxima(
             block += 1
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int, out: Array) -> None:
     """The scales of one row's elements from ``start`` on, one an element: out f32 [n]."""
     done = 0
@@ -216,7 +214,7 @@ def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int
         block += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def encode_blocks(
     values: Array,
     shift: int,
@@ -271,7 +269,7 @@ def encode_blocks(
 TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest error
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def tally_blocks(
     values: Array,
     shift: int,
@@ -347,7 +345,7 @@ def tally_blocks(
             counts[1] += outgrown
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def count_inexact(
     values: Array,
     shift: int,
@@ -391,7 +389,7 @@ def count_inexact(
             block += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def round_values(values: Array, target: int, out: Array) -> int:
     """Bits of float32 values [n] rounded to ``target``: out u16/u32 [n]. Returns how many finite became infinite."""
     overflown = 0
