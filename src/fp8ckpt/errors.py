@@ -30,6 +30,7 @@ shown with control characters escaped and shortened, so that no input can break 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,6 +38,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
+
+
+# What helps, by what the operating system says; none of it can lose anything.
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EACCES: "get the permission, or choose another place",
+    errno.EPERM: "get the permission, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "choose a place below a directory",
+    errno.ELOOP: "mend the links, or choose another place",
+    errno.EFBIG: "raise the limit on the size of files, or choose a file system that takes larger ones",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the limit on open files",
+    errno.EIO: "check the disk",
+}
+
+
+def remedy_for(error: OSError, otherwise: str) -> str:
+    """What to do about an error of the operating system."""
+    return _REMEDIES.get(error.errno or 0, otherwise)
 
 
 def shown(text: object) -> str:

@@ -9,6 +9,7 @@ while a command works. Help imports neither torch nor numpy: a command imports i
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -56,10 +57,20 @@ def _options(
 
 def main() -> None:
     """Run the command line, and turn every named error into one line."""
-    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding, or any encoding, lacks
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        app()
-    except Fp8CheckpointError as error:
-        fail(error.message)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a name that is a text
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None where the caller closed them
+        for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding, or any encoding, lacks
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                app()
+            finally:
+                sys.stdout.flush()  # or Python does it when nobody can catch its error
+        except Fp8CheckpointError as error:
+            fail(error.message)
+        except OSError as error:
+            sys.stdout = nowhere
+            if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+                sys.exit(1)
+            fail(f"{error.filename or 'standard output'}: {error.strerror}")

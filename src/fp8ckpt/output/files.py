@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp8ckpt.errors import StorageError
+from fp8ckpt.errors import StorageError, remedy_for
 from fp8ckpt.stores.local import Bytes, opened
 
 #: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
@@ -162,5 +162,5 @@ def flush_directory(directory: Path) -> None:
 
 def write_error(error: OSError, file: Path) -> StorageError:
     """The named error for a write that the operating system refused."""
-    remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk"
+    remedy = remedy_for(error, "see that nothing else changes what is written there, and run it again")
     return StorageError(f"writing failed: {error.strerror}", file=file, remedy=remedy)

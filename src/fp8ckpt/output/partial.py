@@ -155,10 +155,10 @@ class PartialOutput:
 
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` where anything stands at the destination, a broken link included."""
-        if os.path.lexists(self.destination):
-            found = "the destination exists"
+        if os.path.lexists(self.destination) or self.destination.name == "..":
+            remedy = "choose another one, or move it away"
             raise OutputExistsError(
-                found, file=str(self.destination), expected="no such path", remedy="choose another one, or move it away"
+                "the destination exists", file=str(self.destination), expected="no such path", remedy=remedy
             )
 
     def records(self) -> dict[int, dict[str, Any]]:

@@ -250,7 +250,8 @@ def _resolve(path: str | Path) -> tuple[Path, Path | None]:
     try:
         return Path(snapshot_download(str(path), local_files_only=True)), None
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-        remedy = f"fetch it first: hf download {path}"
+        fetch = f"; or, for a model of the hub, fetch it first: hf download {path}" if "/" in str(path) else ""
+        remedy = f"check the path{fetch}"
         raise CheckpointNotFoundError(
             "neither a path nor a model in huggingface_hub's local cache", file=str(path), remedy=remedy
         ) from None

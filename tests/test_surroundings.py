@@ -1,0 +1,90 @@
+"""What surrounds a command may be broken, too: one line that says what helps, a failing exit status, no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+
+COMMAND = f"{sys.executable} -m fp8ckpt"
+
+
+def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash, in which ``fp8ckpt`` is ours and ``$0``, ``$1`` ... are the arguments."""
+    script = f'set -o pipefail; fp8ckpt() {{ {COMMAND} "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("command", ["inspect $0", "inspect $0 --json", "verify $0", "--help", "--version"])
+def test_output_that_cannot_be_written(command: str, sample_fp8: Path) -> None:
+    """A full disk behind a redirection."""
+    done = shell(f"fp8ckpt {command} > /dev/full", sample_fp8)
+    assert (done.returncode, done.stderr) == (1, "fp8ckpt: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", ["inspect $0", "inspect $0 --json", "--help"])
+def test_reader_that_has_seen_enough(command: str, sample_fp8: Path) -> None:
+    """A pipe that is closed: no word, and the reader's exit status is the one that counts."""
+    done = shell(f"fp8ckpt {command} | true; exit ${{PIPESTATUS[1]}}", sample_fp8)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_closed_streams(closed: str, sample_fp8: Path) -> None:
+    """A caller that closed them hears nothing, and the exit status tells."""
+    assert shell(f"fp8ckpt inspect $0 {closed}", sample_fp8).returncode == 0
+    done = shell(f"fp8ckpt inspect $0/nowhere {closed}", sample_fp8)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", ["convert $0 $1", "sample $1"])
+@pytest.mark.parametrize(
+    ("destination", "found", "remedy"),
+    [
+        ("x" * 255, "File name too long", "choose a shorter name"),
+        ("x" * 256, "File name too long", "choose a shorter name"),
+        ("x" * 256 + "/out", "File name too long", "choose a shorter name"),
+        ("/", "the destination exists", "choose another one"),
+        (".", "the destination exists", "choose another one"),
+        ("file/out", "Not a directory", "choose a place below a directory"),
+        ("loop/out", "Too many levels of symbolic links", "mend the links"),
+        ("/proc/out", "No such file or directory", "run it again"),
+        ("new/..", "the destination exists", "choose another one"),
+    ],
+)
+def test_destinations_that_cannot_be(
+    job: str, destination: str, found: str, remedy: str, sample_fp8: Path, tmp_path: Path
+) -> None:
+    """A place where nothing can be made is refused, and nothing is made."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(os.listdir(tmp_path))
+    done = shell(f"cd $2 && fp8ckpt {job}", sample_fp8, destination, tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
+    assert found in done.stderr
+    assert remedy in done.stderr
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("nowhere", "; check the path\n"),
+        ("./nowhere", "; check the path\n"),
+        ("org/nowhere", "; check the path; or, for a model of the hub, fetch it first: hf download org/nowhere\n"),
+        ("a/b/c", "; check the path\n"),
+    ],
+)
+def test_mistyped_path(path: str, remedy: str, cli: Run, tmp_path: Path) -> None:
+    """The path is what to look at first; only what can be a hub id can be fetched."""
+    done = cli("inspect", path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith(remedy)
