@@ -17,7 +17,7 @@ import fp8ckpt
 
 ROOT = Path(fp8ckpt.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
-JOBS = ("convert", "inspect", "sample", "verify")
+JOBS = ("convert", "inspect", "report", "sample", "verify")
 
 _BELOW_CHECKPOINT = {"engine", "encodings", "families", "output", "tensors", "stores", "numerics", "ranks", "workers"}
 
@@ -26,7 +26,8 @@ ARROWS = {
     "__init__": {*JOBS, "checkpoint", "tensors", "version"},
     "__main__": {"cli"},
     "cli": {*JOBS, "encodings", "version"},
-    **{job: {"serving", "checkpoint", *_BELOW_CHECKPOINT} for job in JOBS},
+    **{job: {"serving", "checkpoint", "figures", *_BELOW_CHECKPOINT} for job in JOBS},
+    "figures": {"report", "tensors", "numerics"},  # of the report it knows the types alone
     "hosts": {"models", "checkpoint", *_BELOW_CHECKPOINT},
     "models": {"checkpoint", *_BELOW_CHECKPOINT},
     "checkpoint": _BELOW_CHECKPOINT,
@@ -65,6 +66,7 @@ PUBLIC = [
     "Inspection",
     "Piece",
     "QuantizedTensor",
+    "Report",
     "SafetensorsStorageWriter",
     "StateDictAdapter",
     "TensorSpan",
@@ -75,6 +77,7 @@ PUBLIC = [
     "load_model",
     "load_pretrained",
     "open_checkpoint",
+    "report",
     "sample",
     "save_model",
     "verify",
@@ -182,6 +185,11 @@ def test_only_checkpoint_and_ranks_import_torch_distributed() -> None:
     }
 
 
+def test_only_figures_imports_the_plotting_library() -> None:
+    """It comes with an extra: nothing else may need it."""
+    assert importers_of("matplotlib", typing_too=True) == {"figures"}
+
+
 def test_only_the_decorator_of_kernels_imports_numba() -> None:
     """Nothing else does, not even for a type checker."""
     assert importers_of("numba", typing_too=True) == {"numerics/compiled"}
@@ -266,7 +274,15 @@ def test_importing_the_package_is_cheap() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["inspect", "--help"], ["convert", "--help"], ["verify", "--help"], ["sample", "--help"], []],
+    [
+        ["--help"],
+        ["inspect", "--help"],
+        ["convert", "--help"],
+        ["verify", "--help"],
+        ["report", "--help"],
+        ["sample", "--help"],
+        [],
+    ],
 )
 def test_help_is_cheap(arguments: list[str]) -> None:
     """Help texts, and the usage that no argument gives, import neither torch nor numpy nor rich."""

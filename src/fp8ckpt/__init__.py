@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fp8ckpt.convert import ConvertResult, convert
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
+    from fp8ckpt.report import Report, report
     from fp8ckpt.sample import sample
     from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
     from fp8ckpt.tensors.header import TensorSpan
@@ -38,6 +39,7 @@ _HOMES = {
     "Inspection": "inspect",
     "Piece": "tensors.joined",
     "QuantizedTensor": "tensors.pairing",
+    "Report": "report",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
     "StateDictAdapter": "checkpoint.state_dict_adapter",
     "TensorSpan": "tensors.header",
@@ -47,6 +49,7 @@ _HOMES = {
     "load_model": "checkpoint.checkpointing",
     "load_pretrained": "checkpoint.pretrained",
     "open_checkpoint": "tensors.checkpoint",
+    "report": "report",
     "sample": "sample",
     "save_model": "checkpoint.checkpointing",
     "verify": "verify",
@@ -63,6 +66,7 @@ __all__ = [
     "Inspection",
     "Piece",
     "QuantizedTensor",
+    "Report",
     "SafetensorsStorageWriter",
     "StateDictAdapter",
     "TensorSpan",
@@ -73,6 +77,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "open_checkpoint",
+    "report",
     "sample",
     "save_model",
     "verify",

@@ -22,6 +22,7 @@
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
+    ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
     └── StorageError              (OSError)     the disk refused a read or a write
 
 Each message has the form *tensor, file, found, expected, what to do*, on one line. Names that come from a file are
@@ -316,6 +317,10 @@ class OutputBusyError(Fp8CheckpointError, RuntimeError):
 
 class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
     """A partial output is there, and belongs to another conversion."""
+
+
+class MissingPackageError(Fp8CheckpointError, ImportError):
+    """A package is needed that only an extra of this one brings."""
 
 
 class StorageError(Fp8CheckpointError, OSError):

@@ -5,13 +5,13 @@ Headers and scales are read, no weights. Every defect is listed, not only the fi
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.families.kinds import starred
 from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, collector_paused, survey
 from fp8ckpt.tensors.config import skip_patterns, skips
@@ -133,16 +133,16 @@ def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquan
     for name, tensor in checkpoint.tensors.items():
         if isinstance(tensor, QuantizedTensor):
             continue
-        starred = re.sub(r"\.\d+(?=\.)", ".*", name)
-        reason = reasons.get(starred)
+        kind = starred(name)
+        reason = reasons.get(kind)
         if reason is None:
-            reason = reasons[starred] = _reason(name, len(tensor.shape), patterns, any_quantized)
+            reason = reasons[kind] = _reason(name, len(tensor.shape), patterns, any_quantized)
         key = (tensor.dtype, reason)
         sums = groups.setdefault(key, [0, 0, 0])
         sums[0] += 1
         sums[1] += tensor.numel
         sums[2] += tensor.nbytes
-        modules.setdefault(key, Counter())[starred] += 1
+        modules.setdefault(key, Counter())[kind] += 1
     rows = [
         Unquantized(
             dtype, reason, sums[0], sums[1], sums[2], tuple(name for name, _ in modules[dtype, reason].most_common(3))

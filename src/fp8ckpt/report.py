@@ -1,0 +1,403 @@
+"""A picture of a checkpoint, or of what became of it: one HTML page that needs no network.
+
+Of one: sizes, scales by layer and kind of module, which codes are in use, activation scales. Of two: also what moved.
+All is counted while the files are read once, in parallel; memory is a few MiB a worker, and the page has a row for each
+kind and layer, not for each weight. What is drawn, and how, is in `fp8ckpt.figures`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8ckpt.engine import Progress
+from fp8ckpt.errors import OutputExistsError, StorageError
+from fp8ckpt.families.kinds import Place, places
+from fp8ckpt.numerics.codes import CODE_FORMATS, F32, SCALE_DTYPES, TARGET_BYTES, code_values, scale_values
+from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
+from fp8ckpt.numerics.kernels import count_codes
+from fp8ckpt.output.files import write_error, write_whole
+from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.stores.local import Bytes, opened, read_into
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.reading import load_dequantizer, load_scales
+from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
+from fp8ckpt.workers import share
+
+_CHUNK = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """How many codes are zero, subnormal, of the largest magnitude, NaN or infinite; of ``codes`` in all."""
+
+    codes: int
+    zeros: int
+    subnormals: int
+    saturated: int
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """One FP8 weight: its scales, the greatest of its activation scales (None without one), its codes."""
+
+    name: str
+    kind: str
+    layer: int | None
+    dtype: str
+    scales: ScaleRange
+    activation_scale: float | None
+    use: CodeUse
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor of the second checkpoint differs from the first's.
+
+    ``moved``: elements whose code differs where both are FP8, and whose value does elsewhere. Errors are those of the
+    second's values: ``mean_error`` is relative to the first's mean magnitude, ``largest_error`` to its largest.
+    ``fresh``: scales that differ, of ``scales``; None where not both are FP8 on one grid.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    elements: int
+    moved: int
+    mean_error: float
+    largest_error: float
+    fresh: int | None
+    scales: int | None
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """What the tensors of one kind and dtype take, in bytes, scales included."""
+
+    kind: str
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows. ``weights`` and ``codes`` (by FP8 dtype, how often each of the 256 occurs) are of the first
+    checkpoint that has any. ``changes`` is None for one checkpoint alone; ``apart``: names of tensors that only one of
+    two has, or that are of another shape or kind of dtype.
+    """
+
+    paths: tuple[Path, ...]
+    tensors: int
+    elements: int
+    sizes: tuple[SizeRow, ...]
+    weights: tuple[WeightFacts, ...]
+    codes: dict[str, tuple[int, ...]]
+    changes: tuple[Change, ...] | None
+    apart: tuple[str, ...]
+    bytes_read: int
+
+
+def report(
+    a: str | Path,
+    b: str | Path | None = None,
+    *,
+    output: str | Path = "report.html",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Look at one checkpoint, or hold a second against it, and write ``output``, an HTML page that is complete in
+    itself.
+
+    ``progress`` is called with (bytes read so far, in all, what is being done). Raises `MissingPackageError` without
+    the extra ``report``, `OutputExistsError` where the page exists, and what `open_checkpoint` raises for a defective
+    checkpoint.
+    """
+    from fp8ckpt.figures import page_of, require_library
+
+    require_library()
+    page = Path(output).absolute()
+    if os.path.lexists(page):
+        raise OutputExistsError(
+            "there is a file already", file=str(page), remedy="move it away, or choose another name"
+        )
+    sides = [open_checkpoint(path) for path in (a, b) if path is not None]
+    found = _Job(sides, progress).run(workers or threads_of_this_rank())
+    _publish(page, page_of(found))
+    return found
+
+
+def _publish(page: Path, text: str) -> None:
+    """Nothing is seen at the page's name until it is whole."""
+    partial = page.with_name(f"{page.name}.partial")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(partial, text.encode())
+        partial.replace(page)
+    except OSError as error:  # a named error of writing is one, too
+        partial.unlink(missing_ok=True)
+        raise error if isinstance(error, StorageError) else write_error(error, page) from error
+
+
+@dataclass
+class _Tally:
+    """What is added up of one tensor, over its chunks."""
+
+    use: Counter[str] = field(default_factory=Counter)
+    moved: int = 0
+    error: float = 0.0
+    magnitude: float = 0.0
+    largest_error: float = 0.0
+    largest: float = 0.0
+    fresh: int | None = None
+    scales: int | None = None
+
+
+class _Job:
+    """Reads one side, or two, in chunks of elements, and counts."""
+
+    def __init__(self, sides: list[Checkpoint], progress: Progress | None) -> None:
+        self._sides = sides
+        self._coded = next((side for side in sides if side.quantized), sides[0])
+        self._progress = progress
+        self._bytes_read = 0
+        self._codes: dict[str, npt.NDArray[np.int64]] = {}
+        self._lock = threading.Lock()
+        self._apart: list[str] = []
+        self._tallies: dict[str, _Tally] = {}
+        for name in dict.fromkeys(name for side in sides for name in side.tensors):
+            found = [side.tensors[name] for side in sides if name in side.tensors]
+            if len(found) == 2 and _comparable(*found):
+                self._tallies[name] = _Tally()
+            elif len(sides) == 2:
+                self._apart.append(name)
+        for tensor in self._coded.quantized:
+            self._tallies.setdefault(tensor.name, _Tally())
+
+    def run(self, workers: int) -> Report:
+        """Count all, and say what was found."""
+        self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
+        self._total = sum(_nbytes(side.tensors[name]) for name in self._tallies for side in self._sides_with(name))
+        chunks = (
+            (name, start)
+            for name in self._tallies
+            for start in range(0, self._sides_with(name)[0].tensors[name].numel, _CHUNK)
+        )
+        share(chunks, [self._counter() for _ in range(workers)])
+        return self._found()
+
+    def _sides_with(self, name: str) -> list[Checkpoint]:
+        """The sides of which a tensor is read: both, or the one whose codes are counted."""
+        if name in self._apart or len(self._sides) == 1:
+            return [self._coded]
+        return self._sides
+
+    def _counter(self) -> Callable[[tuple[str, int]], None]:
+        """One worker, with buffers of its own."""
+        buffers = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self._sides]
+        counts = np.zeros((4, 256), np.int64)
+
+        def count(chunk: tuple[str, int]) -> None:
+            name, start = chunk
+            sides = self._sides_with(name)
+            tensors = [side.tensors[name] for side in sides]
+            parts = [_Part(tensor, start, *buffers[i]) for i, tensor in enumerate(tensors)]
+            for part in parts:
+                self._read(part)
+            for side, part in zip(sides, parts, strict=True):
+                if side is self._coded and isinstance(part.tensor, QuantizedTensor):
+                    counts[:] = 0
+                    count_codes(part.stored, counts)
+                    self._add_codes(part.tensor, counts.sum(axis=0))
+            if len(parts) == 2:
+                self._compare(name, start, *parts)
+
+        return count
+
+    def _read(self, part: _Part) -> None:
+        span = part.span
+        with opened(span.file) as fd:
+            read_into(fd, part.stored, span.start + part.offset, span.file)
+        with self._lock:
+            self._bytes_read += part.stored.nbytes
+            if self._progress is not None:
+                self._progress(self._bytes_read, self._total, f"reading {span.file.name}")
+
+    def _add_codes(self, tensor: QuantizedTensor, counts: npt.NDArray[np.int64]) -> None:
+        dtype = tensor.weight.dtype
+        with self._lock:
+            self._codes.setdefault(dtype, np.zeros(256, np.int64))[:] += counts
+            self._tallies[tensor.name].use.update(
+                {what: int(counts[codes].sum()) for what, codes in _code_classes(dtype).items()}
+            )
+
+    def _compare(self, name: str, start: int, a: _Part, b: _Part) -> None:
+        coded = isinstance(a.tensor, QuantizedTensor) and isinstance(b.tensor, QuantizedTensor)
+        same = np.array_equal(a.stored, b.stored)
+        if _floating(a.tensor) is None:  # integers and the like: bytes that differ say it all
+            itemsize = max(1, a.stored.size // a.count)
+            moved = int((a.stored != b.stored).reshape(-1, itemsize).any(axis=1).sum())
+            with self._lock:
+                self._tallies[name].moved += moved
+            return
+        dtype = _compared(a.tensor, b.tensor)
+        left, right = (part.values(dtype, self._dequantizer) for part in (a, b))
+        if coded and a.span.dtype == b.span.dtype:
+            moved = 0 if same else int(np.count_nonzero(a.stored != b.stored))
+        else:
+            moved = int(np.count_nonzero((left != right) & ~(np.isnan(left) & np.isnan(right))))
+        magnitude = np.abs(left)
+        distance = np.abs(left - right)
+        finite = np.isfinite(magnitude) & np.isfinite(distance)
+        if not finite.all():
+            magnitude, distance = magnitude[finite], distance[finite]
+        fresh, scales = _fresh_scales(a.tensor, b.tensor) if start == 0 else (None, None)
+        with self._lock:
+            tally = self._tallies[name]
+            tally.moved += moved
+            tally.error += float(distance.sum(dtype=np.float64))
+            tally.magnitude += float(magnitude.sum(dtype=np.float64))
+            tally.largest_error = max(tally.largest_error, float(distance.max(initial=0.0)))
+            tally.largest = max(tally.largest, float(magnitude.max(initial=0.0)))
+            if start == 0:
+                tally.fresh, tally.scales = fresh, scales
+
+    def _found(self) -> Report:
+        at = places(dict.fromkeys(name for side in self._sides for name in side.tensors))
+        return Report(
+            paths=tuple(side.path for side in self._sides),
+            tensors=len(at),
+            elements=sum(tensor.numel for tensor in self._sides[0].tensors.values()),
+            sizes=tuple(_sizes(self._sides[0], at)),
+            weights=tuple(self._weight(tensor, at[tensor.name]) for tensor in self._coded.quantized),
+            codes={dtype: tuple(int(count) for count in counts) for dtype, counts in self._codes.items()},
+            changes=tuple(self._changes(at)) if len(self._sides) == 2 else None,
+            apart=tuple(self._apart),
+            bytes_read=self._bytes_read,
+        )
+
+    def _weight(self, tensor: QuantizedTensor, place: Place) -> WeightFacts:
+        activations = [scale_range(span).greatest for span in tensor.activation_scales if span.dtype in SCALE_DTYPES]
+        use = self._tallies[tensor.name].use
+        return WeightFacts(
+            tensor.name,
+            *place,
+            tensor.weight.dtype,
+            scale_range(tensor.scale),
+            max(activations, default=None),
+            CodeUse(tensor.numel, use["zeros"], use["subnormals"], use["saturated"], use["nonfinite"]),
+        )
+
+    def _changes(self, at: dict[str, Place]) -> Iterator[Change]:
+        apart = set(self._apart)
+        for name, tally in self._tallies.items():
+            if name not in apart:
+                yield Change(
+                    name,
+                    *at[name],
+                    self._sides[0].tensors[name].numel,
+                    tally.moved,
+                    tally.error / tally.magnitude if tally.magnitude else 0.0,
+                    tally.largest_error / tally.largest if tally.largest else 0.0,
+                    tally.fresh,
+                    tally.scales,
+                )
+
+
+class _Part:
+    """A chunk of one tensor. ``stored``: its bytes, to be read from byte ``offset`` of ``span`` on."""
+
+    def __init__(self, tensor: LogicalTensor, start: int, room: Bytes, codes: Bytes) -> None:
+        self.tensor = tensor
+        self.start = start
+        self.count = min(_CHUNK, tensor.numel - start)
+        self._room = room
+        if isinstance(tensor, QuantizedTensor):
+            self.span, self.offset, self.stored = tensor.weight, start, codes[: self.count]
+        else:
+            bits = DTYPE_BITS[tensor.dtype]
+            self.span, self.offset, self.stored = tensor, start * bits // 8, room[: self.count * bits // 8]
+
+    def values(self, dtype: str, dequantizer: Callable[[QuantizedTensor, str], Dequantizer]) -> F32:
+        """The values [n] as float32, rounded to ``dtype`` where they are FP8."""
+        if isinstance(self.tensor, QuantizedTensor):
+            bits = self._room[: self.count * TARGET_BYTES[dtype]].view(bits_dtype(dtype))
+            dequantizer(self.tensor, dtype).flat(self.stored, self.start, bits)
+            return scale_values(bits.view(SCALE_DTYPES[dtype]), dtype)
+        return scale_values(self.stored.view(SCALE_DTYPES[self.tensor.dtype]), self.tensor.dtype)
+
+
+def _floating(tensor: LogicalTensor) -> str | None:
+    """The dtype in which a tensor's values are read as floats, or None where they are none."""
+    if isinstance(tensor, QuantizedTensor):
+        return "F32"
+    return tensor.dtype if tensor.dtype in TARGET_BYTES else None
+
+
+def _comparable(a: LogicalTensor, b: LogicalTensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    floating = (_floating(a), _floating(b))
+    if None in floating:
+        return isinstance(a, TensorSpan) and isinstance(b, TensorSpan) and a.dtype == b.dtype
+    return True
+
+
+def _compared(a: LogicalTensor, b: LogicalTensor) -> str:
+    """The dtype that FP8 values are rounded to: the other side's, or float32 where there is none or both are FP8."""
+    plain = [tensor.dtype for tensor in (a, b) if isinstance(tensor, TensorSpan)]
+    return plain[0] if len(plain) == 1 else "F32"
+
+
+def _fresh_scales(a: LogicalTensor, b: LogicalTensor) -> tuple[int | None, int | None]:
+    """(scales of the second that are not the first's, scales), or Nones where not both are FP8 on one grid."""
+    if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor)) or a.grid != b.grid:
+        return None, None
+    left, right = (scale_values(load_scales(tensor), tensor.scale.dtype) for tensor in (a, b))
+    return int(np.count_nonzero(left != right)), left.size
+
+
+def _nbytes(tensor: LogicalTensor) -> int:
+    return tensor.weight.nbytes if isinstance(tensor, QuantizedTensor) else tensor.nbytes
+
+
+def _sizes(side: Checkpoint, at: dict[str, Place]) -> Iterator[SizeRow]:
+    """Largest first."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, tensor in side.tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            dtype = tensor.weight.dtype
+            nbytes = sum(span.nbytes for span in (tensor.weight, tensor.scale, *tensor.activation_scales))
+        else:
+            dtype, nbytes = tensor.dtype, tensor.nbytes
+        row = rows.setdefault((at[name].kind, dtype), [0, 0])
+        row[0] += 1
+        row[1] += nbytes
+    for (kind, dtype), (tensors, nbytes) in sorted(rows.items(), key=lambda item: -item[1][1]):
+        yield SizeRow(kind, dtype, tensors, nbytes)
+
+
+@lru_cache
+def _code_classes(dtype: str) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which of the 256 codes are of which class; a code may be of none."""
+    values = np.abs(code_values(dtype))
+    finite = np.isfinite(values)
+    form = CODE_FORMATS[dtype]
+    subnormal = (np.arange(256) >> form.mantissa_bits) % (1 << form.exponent_bits) == 0
+    return {
+        "zeros": values == 0,
+        "subnormals": subnormal & finite & (values > 0),
+        "saturated": values == values[finite].max(),
+        "nonfinite": ~finite,
+    }

@@ -1,0 +1,70 @@
+"""How large scales are, of one tensor or of all of a kind: the least, the median, the greatest; and which stand out.
+
+A scale *stands out* if it is more than `FAR` times the median of its kind, or less than a `FAR`-th of it; of a weight
+with many scales, its greatest and its least are held against the greatest and the least of the other weights. Reads
+scales, and no codes; memory is that of one weight's scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
+from fp8ckpt.stores.local import opened, read_into
+from fp8ckpt.tensors.header import TensorSpan
+
+FAR = 8.0  # three binades of the sixteen that e4m3 has
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    """Of ``count`` scales; 0.0 where there is none."""
+
+    count: int
+    least: float
+    median: float
+    greatest: float
+
+
+def scale_range(span: TensorSpan) -> ScaleRange:
+    """The range of the scales that are stored in one tensor."""
+    if not span.numel:
+        return ScaleRange(0, 0.0, 0.0, 0.0)
+    stored = np.empty(span.nbytes, np.uint8)
+    with opened(span.file) as fd:
+        read_into(fd, stored, span.start, span.file)
+    values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
+    return ScaleRange(values.size, float(values.min()), float(np.median(values)), float(values.max()))
+
+
+def joined(ranges: Iterable[ScaleRange]) -> ScaleRange:
+    """The range over several weights; the median is that of their medians."""
+    known = [each for each in ranges if each.count]
+    if not known:
+        return ScaleRange(0, 0.0, 0.0, 0.0)
+    return ScaleRange(
+        sum(each.count for each in known),
+        min(each.least for each in known),
+        median(each.median for each in known),
+        max(each.greatest for each in known),
+    )
+
+
+def outliers(ranges: Mapping[str, ScaleRange]) -> dict[str, float]:
+    """Of the weights of one kind, those that stand out: by which factor, above 1 or below."""
+    known = {name: each for name, each in ranges.items() if each.count}
+    if not known:
+        return {}
+    greatest = median(each.greatest for each in known.values())
+    least = median(each.least for each in known.values())
+    found = {}
+    for name, each in known.items():
+        factors = (each.greatest / greatest, each.least / least)
+        factor = max(factors, key=lambda factor: max(factor, 1 / factor))
+        if max(factor, 1 / factor) > FAR:
+            found[name] = factor
+    return found
