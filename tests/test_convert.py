@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 from safetensors import safe_open
 
-import fp8ckpt.engine as writing
+import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, open_checkpoint, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes

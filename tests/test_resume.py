@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-import fp8ckpt.engine as writing
+import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, sample
 from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError, TruncatedFileError
 from fp8ckpt.sample import Mistral3Sizes

@@ -38,7 +38,7 @@ from tests.test_torchrun import ended, torchrun
 
 # The command line in small pieces: many extents, so that a run can be cut off in the midst of either pass.
 IN_PIECES = """
-import fp8ckpt.engine as writing
+import fp8ckpt.output.extents as writing
 
 writing.CHUNK, writing.EXTENT = 1 << 20, 2 << 20
 
@@ -465,7 +465,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import fp8ckpt
-import fp8ckpt.engine as writing
+import fp8ckpt.output.extents as writing
 
 writing.CHUNK, writing.EXTENT = 8192, 2 * 8192
 folder, out = map(Path, sys.argv[1:])
@@ -906,7 +906,7 @@ def test_no_report_and_fresh_scales(small: Path, tmp_path: Path, command: Cli) -
 
 
 def test_json_is_the_whole_result(small: Path, tmp_path: Path, command: Cli) -> None:
-    """Every field of `ConvertResult`, the report of each weight and of all among them."""
+    """Every field of `Fp8Result`, the report of each weight and of all among them."""
     code, out, err = command(
         "convert", small / "trained", tmp_path / "out", "--to", "fp8", "--like", small / "fp8", "--json"
     )

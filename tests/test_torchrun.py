@@ -21,7 +21,7 @@ SCRIPT = """
 import errno, os, sys, time
 from pathlib import Path
 
-import fp8ckpt.engine as writing
+import fp8ckpt.output.extents as writing
 
 writing.CHUNK, writing.EXTENT = 8192, 3 * 8192
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
     from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
     from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter
-    from fp8ckpt.convert import ConvertResult, convert
+    from fp8ckpt.convert import ConvertResult, Fp8Result, PlainResult, convert
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
     from fp8ckpt.report import Report, report
@@ -36,8 +36,10 @@ _HOMES = {
     "FP8StorageReader": "checkpoint.storage_reader",
     "FP8StorageWriter": "checkpoint.fp8_storage_writer",
     "Fp8CheckpointError": "errors",
+    "Fp8Result": "convert",
     "Inspection": "inspect",
     "Piece": "tensors.joined",
+    "PlainResult": "convert",
     "QuantizedTensor": "tensors.pairing",
     "Report": "report",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
@@ -63,8 +65,10 @@ __all__ = [
     "FP8StorageReader",
     "FP8StorageWriter",
     "Fp8CheckpointError",
+    "Fp8Result",
     "Inspection",
     "Piece",
+    "PlainResult",
     "QuantizedTensor",
     "Report",
     "SafetensorsStorageWriter",

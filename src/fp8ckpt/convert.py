@@ -21,9 +21,11 @@ from fp8ckpt.encodings import plain as dequantizing
 from fp8ckpt.engine import Progress
 from fp8ckpt.errors import RangeError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
+from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.side_files import notes_on_plain
-from fp8ckpt.tensors.checkpoint import CheckpointLike
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
+from fp8ckpt.tensors.config import Json
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.run_fp8 import QuantizationReport
@@ -34,31 +36,45 @@ SCHEMES = ("per-tensor", "block", "channel")
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion did. Sizes are in bytes.
+    """What a conversion did: a `PlainResult` or an `Fp8Result`. Sizes are in bytes.
 
-    ``bytes_read``: of the source; ``base_bytes_read``: of the codes of the base, which are read for the report alone.
-    ``bytes_written``: of all files of weights, ``bytes_resumed`` of which an earlier run wrote; ``bytes_rewritten``:
-    written a second time, for weights whose one scale turned out not to fit. ``nan_codes`` counts, by tensor, the NaN
-    codes that were carried over. ``report``: what quantizing did, weight by weight; None where nothing was quantized,
-    or no report was asked for. ``notes``: what a user should know.
+    ``bytes_read``: of the source. ``bytes_written``: of all files of weights, ``bytes_resumed`` of which an earlier run
+    wrote. ``notes``: what a user should know.
     """
 
     destination: Path
     to: str
     files: int
     tensors: int
-    dequantized: int
-    quantized: int
-    dropped_scales: int
     bytes_read: int
-    base_bytes_read: int
     bytes_written: int
-    bytes_rewritten: int
     bytes_resumed: int
-    nan_codes: dict[str, int]
-    report: QuantizationReport | None
     notes: tuple[str, ...]
     seconds: float
+
+
+@dataclass(frozen=True)
+class PlainResult(ConvertResult):
+    """What a conversion to BF16, FP16 or FP32 did. ``nan_codes`` counts, by tensor, those that were carried over."""
+
+    dequantized: int
+    dropped_scales: int
+    nan_codes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Fp8Result(ConvertResult):
+    """What a conversion to FP8 did.
+
+    ``base_bytes_read``: codes of the base, which are read for the report alone. ``bytes_rewritten``: written a second
+    time, for weights whose one scale turned out not to fit. ``report``: what quantizing did, weight by weight; None
+    where none was asked for.
+    """
+
+    quantized: int
+    base_bytes_read: int
+    bytes_rewritten: int
+    report: QuantizationReport | None
 
 
 def convert(
@@ -178,27 +194,23 @@ def _dequantize(
     ranks: Ranks,
     *,
     follow_index: bool,
-) -> ConvertResult:
+) -> PlainResult:
     begun = time.monotonic()
     done = dequantizing.run(source, output, TARGETS[to], workers, progress, ranks, follow_index=follow_index)
     quantized = done.source.quantized
-    return ConvertResult(
+    return PlainResult(
         destination=output.destination,
         to=to,
         files=len(done.plan.names),
         tensors=len(done.source.tensors),
         dequantized=len(quantized),
-        quantized=0,
         dropped_scales=sum(1 + len(tensor.activation_scales) for tensor in quantized)
         + len(done.source.cache_scales)
         + len(done.source.markers),
         bytes_read=done.bytes_read,
-        base_bytes_read=0,
         bytes_written=done.plan.nbytes,
-        bytes_rewritten=0,
         bytes_resumed=done.bytes_resumed,
         nan_codes=done.nan_codes,
-        report=None,
         notes=notes_on_plain(done.source),
         seconds=time.monotonic() - begun,
     )
@@ -211,7 +223,7 @@ def _quantize(
     workers: int,
     progress: Progress | None,
     ranks: Ranks,
-) -> ConvertResult:
+) -> Fp8Result:
     from fp8ckpt.encodings import run_fp8 as quantized
     from fp8ckpt.encodings.like import plan_like
     from fp8ckpt.encodings.recipes import QuantizingPlan
@@ -225,7 +237,7 @@ def _quantize(
                 output,
                 fresh=how.fresh,
                 report=how.report,
-                serving=how.serving,
+                served=_serving_config if how.serving else None,
                 follow_index=how.follow_index,
             )
         assert how.scheme is not None  # one of the two was given
@@ -233,6 +245,7 @@ def _quantize(
             source,
             how.scheme,
             output,
+            served=_serving_config,
             report=how.report,
             only=how.only,
             skip=how.skip,
@@ -241,21 +254,25 @@ def _quantize(
 
     begun = time.monotonic()
     done = quantized.run(plan, output, workers, progress, ranks)
-    return ConvertResult(
+    return Fp8Result(
         destination=output.destination,
         to=FP8,
         files=len(done.plan.output.names),
         tensors=len(done.plan.source.tensors),
-        dequantized=0,
         quantized=len(done.plan.weights),
-        dropped_scales=0,
         bytes_read=done.bytes_read,
         base_bytes_read=done.base_bytes_read,
         bytes_written=done.plan.output.nbytes,
         bytes_rewritten=done.bytes_rewritten,
         bytes_resumed=done.bytes_resumed,
-        nan_codes={},
         report=done.report,
         notes=done.plan.notes,
         seconds=time.monotonic() - begun,
     )
+
+
+def _serving_config(checkpoint: Checkpoint) -> Json:
+    """The configuration with which engines serve a checkpoint."""
+    from fp8ckpt.serving.examine import serving_config
+
+    return serving_config(checkpoint, static=bool(checkpoint.quantized) and has_activation_scales(checkpoint))

@@ -1,8 +1,7 @@
 """Fill planned files in parallel, in pieces at known offsets.
 
-A *chunk* is a piece of a few MiB of an output file: a worker thread has it filled into its own reused buffer and writes
-it at its offset. An *extent* is a number of chunks of one file: the unit of sharing among processes, of flushing to
-disk, and of resuming. What fills a chunk is the job's own business (`Filler`).
+A worker thread has a chunk (`fp8ckpt.output.extents`) filled into its own reused buffer and writes it at its offset;
+once all chunks of an extent are on disk, it is recorded. What fills a chunk is the job's own business (`Filler`).
 """
 
 from __future__ import annotations
@@ -11,21 +10,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from fp8ckpt.output import extents as cutting
+from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import ALIGNMENT, OutputFile, aligned_buffer
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.stores.local import Bytes
 from fp8ckpt.workers import share
 
-CHUNK = (
-    4 << 20
-)  # bytes, at most; with what it is made of it stays in a second-level cache, and a disk takes it in one request
-EXTENT = 16 * CHUNK  # bytes; what a run that was cut off has to write again, at most, per worker
-
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
-Facts = dict[str, Any]  # what is recorded of an extent; JSON
 
 
 class Filled(NamedTuple):
@@ -38,48 +33,11 @@ class Filled(NamedTuple):
 class Filler(Protocol):
     """One worker's means of making output bytes."""
 
-    def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes ``[start, stop)`` of an output file."""
+    def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes of a chunk of an output file."""
 
     def close(self) -> None:
         """Release what the filler holds."""
-
-
-class Extent(NamedTuple):
-    """Some chunks, ``[start, stop)`` in bytes, of an output file; ``beside``: the other files that filling them writes
-    to.
-    """
-
-    layout: FileLayout
-    chunks: tuple[tuple[int, int], ...]
-    beside: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all chunks."""
-        return sum(stop - start for start, stop in self.chunks)
-
-
-def page_chunks(layout: FileLayout) -> Iterator[tuple[int, int]]:
-    """All of a file in chunks that begin at pages."""
-    for start in range(0, layout.size, CHUNK):
-        yield start, min(start + CHUNK, layout.size)
-
-
-def extents_of(layout: FileLayout, chunks: Iterable[tuple[int, int]]) -> Iterator[Extent]:
-    """The chunks of a file in extents of `EXTENT` bytes: their order means the same to every process that made the same
-    plan.
-    """
-    taken: list[tuple[int, int]] = []
-    size = 0
-    for chunk in chunks:
-        taken.append(chunk)
-        size += chunk[1] - chunk[0]
-        if size >= EXTENT:
-            yield Extent(layout, tuple(taken))
-            taken, size = [], 0
-    if taken:
-        yield Extent(layout, tuple(taken))
 
 
 @dataclass
@@ -115,9 +73,9 @@ class ExtentWriter:
     def run(self, fillers: Sequence[Filler]) -> None:
         """Write them all, with a worker thread a filler; the first error stops every worker, and is raised."""
         try:
-            share(
-                self._chunks(), [partial(self._write, filler, aligned_buffer(CHUNK + ALIGNMENT)) for filler in fillers]
-            )
+            buffers = [aligned_buffer(cutting.CHUNK + ALIGNMENT) for _ in fillers]
+            workers = [partial(self._write, *held) for held in zip(fillers, buffers, strict=True)]
+            share(self._chunks(), workers)
         finally:
             for filler in fillers:
                 filler.close()
@@ -130,18 +88,19 @@ class ExtentWriter:
             for k in range(len(extent.chunks)):
                 yield i, k
 
-    def _write(self, filler: Filler, buffer: Bytes, chunk: tuple[int, int]) -> None:
-        i, k = chunk
+    def _write(self, filler: Filler, buffer: Bytes, place: tuple[int, int]) -> None:
+        i, k = place
         extent, opened = self._extents[i], self._open[i]
-        start, stop = extent.chunks[k]
-        out = buffer[start % ALIGNMENT :][: stop - start]  # as it lies on disk, so that it can be written directly
-        filled = filler.fill(extent.layout, start, stop, out)
+        chunk = extent.chunks[k]
+        # As it lies on disk, so that it can be written directly.
+        out = buffer[chunk.start % ALIGNMENT :][: chunk.nbytes]
+        filled = filler.fill(extent.layout, chunk, out)
         if filled.write:
-            opened.file.write(out, start)
+            opened.file.write(out, chunk.start)
         with self._lock:
             opened.facts[k] = filled.facts
             last = len(opened.facts) == len(extent.chunks)
-            self._written += stop - start
+            self._written += chunk.nbytes
             if self._progress is not None:
                 self._progress(self._written, self._total, f"writing {extent.layout.name}")
         if last:

@@ -101,19 +101,22 @@ def convert(
 
 
 def _print(result: ConvertResult) -> None:
-    done = f"{result.destination}: {result.tensors} tensors in {size(result.bytes_written)}"
-    if result.to == "fp8":
-        did = f"{result.quantized} quantized"
-    else:
-        did = f"{result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped"
-    print(f"{done}, {did}, {result.seconds:.1f} s")
+    from fp8ckpt.convert import Fp8Result, PlainResult
+
+    did = ""
+    if isinstance(result, PlainResult):
+        did = f"{result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, "
+    elif isinstance(result, Fp8Result):
+        did = f"{result.quantized} quantized, "
+    written = f"{result.tensors} tensors in {size(result.bytes_written)}"
+    print(f"{result.destination}: {written}, {did}{result.seconds:.1f} s")
     if result.bytes_resumed:
         print(f"{size(result.bytes_resumed)} were there from an earlier run")
     print_notes(result.notes)
-    if result.report is not None:
-        _print_report(result.report)
-    if result.to != "fp8":
+    if isinstance(result, PlainResult):
         print_nan_codes(result.nan_codes)
+    elif isinstance(result, Fp8Result) and result.report is not None:
+        _print_report(result.report)
 
 
 def _print_report(report: QuantizationReport) -> None:

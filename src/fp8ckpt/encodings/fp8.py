@@ -8,10 +8,10 @@ it leaves decide. Where the scale does not fit, the weight is read and written o
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,16 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
-from fp8ckpt.engine import Facts, Filled
+from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, scale_values
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.quantize import Tally, Values, values_of
+from fp8ckpt.output.extents import Chunk
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.matching import scales_in_range
+from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import load_scales
@@ -108,31 +110,29 @@ class QuantizingFiller:
         self.base_bytes_read = 0
         self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
 
-    def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes ``[start, stop)`` of an output file; the facts are those of the weight, if it is
+    def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes of a chunk of an output file; the facts are those of the weight, if it is
         of one.
         """
-        first = bisect_right(layout.spans, start, key=lambda span: span.stop)
-        weight = (
-            self._plan.weights.get(layout.spans[first].name)
-            if first < len(layout.spans) and start >= len(layout.head)
-            else None
-        )
+        weight = None
+        if chunk.start >= len(layout.head) and chunk.first < len(layout.spans):
+            weight = self._plan.weights.get(layout.spans[chunk.first].name)
         if weight is None:
-            self._copy(layout, first, start, stop, out)
+            self._copy(layout, chunk, out)
             return Filled({})
-        begin, count = start - weight.weight.start, stop - start
+        begin, count = chunk.start - weight.weight.start, chunk.nbytes
         if self._decided is not None:
             return self._encode_decided(weight, begin, count, out)
         return self._look(weight, begin, count, out) if weight.wide else self._quantize(weight, begin, count, out)
 
     # ---------------------------------------------------------------- what is not quantized
 
-    def _copy(self, layout: FileLayout, first: int, start: int, stop: int, out: Bytes) -> None:
+    def _copy(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> None:
+        start, stop, first = chunk
         if start < len(layout.head):
             head = layout.head[start:stop]
             out[: len(head)] = memoryview(head)
-        for span in layout.spans[first:]:
+        for span in islice(layout.spans, first, None):
             if span.start >= stop:
                 return
             low, high = max(span.start, start), min(span.stop, stop)

@@ -7,19 +7,18 @@ order, down to the text of every header, configuration and side files. Only valu
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.families.names import find_layout
 from fp8ckpt.families.siblings import equal_units
-from fp8ckpt.output.like import BaseLayout, has_activation_scales
+from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
-from fp8ckpt.serving.examine import serving_config
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, states_powers_of_two
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
 from fp8ckpt.tensors.reading import stored_scales
 
 
@@ -30,10 +29,13 @@ def plan_like(
     *,
     fresh: bool,
     report: bool,
-    serving: bool,
+    served: Callable[[Checkpoint], Json] | None = None,
     follow_index: bool = False,
 ) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written."""
+    """Everything that can be known or refused before the first byte is written.
+
+    ``served``: makes the configuration with which engines serve a base, whose layout is put right, too.
+    """
     output.refuse_existing()
     given, like = (open_checkpoint(path, follow_index=follow_index) for path in (source, base))
     refuse_shared(output, given, "source")
@@ -43,7 +45,7 @@ def plan_like(
     tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
     refuse_other_tensors(tensors, like, "source", f"give the base that {given.path} came from")
     refuse_other_dtypes(tensors, like)
-    changes = BaseLayout(like, served=serving_config(like, static=has_activation_scales(like)) if serving else None)
+    changes = BaseLayout(like, served=None if served is None else served(like))
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
         tensor.weight.name: Quantization(

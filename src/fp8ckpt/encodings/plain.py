@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
-import fp8ckpt.engine as writing
-from fp8ckpt.engine import ExtentWriter, Facts, Filled, Progress, extents_of, page_chunks
+from fp8ckpt.engine import ExtentWriter, Filled, Progress
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.output import extents as cutting
+from fp8ckpt.output.extents import Chunk, extents_of, page_chunks
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.like import PlainLayout
-from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
@@ -103,7 +104,7 @@ def _refuse_overflow(tensor: QuantizedTensor) -> None:
     largest = float(values[np.isfinite(values)].max())
     if float(dequantizer.scales.max(initial=0)) * largest < _FP16_OVERFLOW:
         return
-    codes = np.empty(writing.CHUNK // 2, np.uint8)
+    codes = np.empty(cutting.CHUNK // 2, np.uint8)
     halves = np.empty(codes.size, np.uint16)
     count = 0
     with opened(tensor.weight.file) as fd:
@@ -139,20 +140,20 @@ class _Filler:
 
         self._tensors = source.tensors
         self._dequantizer = dequantizer
-        self._codes = np.empty(writing.CHUNK // TARGET_BYTES[dtype], np.uint8)
+        self._codes = np.empty(cutting.CHUNK // TARGET_BYTES[dtype], np.uint8)
         self._file = LastFile()
         self.bytes_read = 0
 
-    def fill(self, layout: FileLayout, start: int, stop: int, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes ``[start, stop)`` of an output file; the facts are the NaN codes by tensor."""
+    def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes of a chunk of an output file; the facts are the NaN codes by tensor."""
         from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
 
         nan_codes: dict[str, int] = {}
+        start, stop, _ = chunk
         if start < len(layout.head):
             head = layout.head[start:stop]
             out[: len(head)] = memoryview(head)
-        for k in range(bisect_right(layout.spans, start, key=lambda span: span.stop), len(layout.spans)):
-            span = layout.spans[k]
+        for span in islice(layout.spans, chunk.first, None):
             if span.start >= stop:
                 break
             low, high = max(span.start, start), min(span.stop, stop)

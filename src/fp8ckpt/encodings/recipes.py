@@ -14,10 +14,10 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-import fp8ckpt.engine as writing
-from fp8ckpt.engine import Extent, extents_of
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
+from fp8ckpt.output import extents as cutting
+from fp8ckpt.output.extents import Chunk, Extent, extents_of
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ class Quantization(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether a chunk may be too small for a block."""
-        return self.grid.per_tensor or not 0 < self.band <= writing.CHUNK
+        return self.grid.per_tensor or not 0 < self.band <= cutting.CHUNK
 
 
 @dataclass(frozen=True)
@@ -83,52 +83,57 @@ class QuantizingPlan:
         found: list[Extent] = []
         scales = {quantization.scale.name for quantization in self.weights.values()}
         for layout in self.output.layouts:
-            chunks = {(start, stop): quantization for start, stop, quantization in self._chunks(layout, scales)}
-            for extent in extents_of(layout, chunks):
-                filled = (chunks[chunk] for chunk in extent.chunks)
-                beside = {quantization.scale.file.name for quantization in filled if quantization is not None}
-                found.append(extent._replace(beside=tuple(sorted(beside - {layout.name}))))
+            for extent in extents_of(layout, self._chunks(layout, scales)):
+                found.append(extent._replace(beside=tuple(sorted(self._beside(extent)))))
         return found
 
     def second_pass(self) -> dict[str, list[Extent]]:
         """The extents of each wide weight, in which it is written again if its scales turn out to be others."""
         found: dict[str, list[Extent]] = {}
         for layout in self.output.layouts:
-            for span in layout.spans:
+            for place, span in enumerate(layout.spans):
                 if span.name in self.unit_of:
-                    found[span.name] = list(extents_of(layout, _cut(span, writing.CHUNK)))
+                    cut = (Chunk(*piece, place) for piece in _cut(span, cutting.CHUNK))
+                    found[span.name] = list(extents_of(layout, cut))
         return found
 
-    def _chunks(self, layout: FileLayout, scales: Collection[str]) -> Iterator[tuple[int, int, Quantization | None]]:
-        """The chunks of a file, and the weight that each is of: small tensors together, large ones cut, ``scales`` left
-        out.
-        """
-        start, stop = 0, 0  # of the small tensors that are gathered
+    def _beside(self, extent: Extent) -> set[str]:
+        """The other files that the scales of an extent's weights lie in."""
+        spans = extent.layout.spans
+        met = {spans[chunk.first].name for chunk in extent.chunks if chunk.first < len(spans)}
+        files = {self.weights[name].scale.file.name for name in met if name in self.weights}
+        return files - {extent.layout.name}
 
-        def gathered(segments: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, None]]:
-            nonlocal start, stop
-            for first, last in segments:
-                if first != stop or last - start > writing.CHUNK:
+    def _chunks(self, layout: FileLayout, scales: Collection[str]) -> Iterator[Chunk]:
+        """The chunks of a file: small tensors together, large ones cut, ``scales`` left out; a weight is alone."""
+        start, stop, first = 0, 0, 0  # of the small tensors that are gathered
+
+        def gathered(pieces: Iterable[tuple[int, int]], place: int) -> Iterator[Chunk]:
+            nonlocal start, stop, first
+            for low, high in pieces:
+                if low != stop or high - start > cutting.CHUNK:
                     if stop > start:
-                        yield start, stop, None
-                    start = first
-                stop = last
+                        yield Chunk(start, stop, first)
+                    start = stop = low
+                if stop == start:
+                    first = place
+                stop = high
 
-        yield from gathered(_pieces(0, len(layout.head), writing.CHUNK))
-        for span in layout.spans:
+        yield from gathered(_pieces(0, len(layout.head), cutting.CHUNK), 0)
+        for place, span in enumerate(layout.spans):
             if span.name in scales or not span.nbytes:
                 continue
             if (quantization := self.weights.get(span.name)) is None:
-                yield from gathered(_cut(span, writing.CHUNK))
+                yield from gathered(_cut(span, cutting.CHUNK), place)
                 continue
             if stop > start:
-                yield start, stop, None
+                yield Chunk(start, stop, first)
             start = stop = span.stop
-            cut = _cut(span, writing.CHUNK) if quantization.wide else _cut_bands(quantization)
-            for first, last in cut:
-                yield first, last, quantization
+            cut = _cut(span, cutting.CHUNK) if quantization.wide else _cut_bands(quantization)
+            for low, high in cut:
+                yield Chunk(low, high, place)
         if stop > start:
-            yield start, stop, None
+            yield Chunk(start, stop, first)
 
 
 def _pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
@@ -145,10 +150,10 @@ def _cut_bands(quantization: Quantization) -> Iterator[tuple[int, int]]:
     """A weight in pieces that hold whole blocks: some matrices, or some bands of one."""
     span = quantization.weight
     matrix = prod(as_matrices(quantization.grid).weight_shape[-2:])
-    if matrix <= writing.CHUNK:
-        yield from _pieces(span.start, span.stop, writing.CHUNK // matrix * matrix)
+    if matrix <= cutting.CHUNK:
+        yield from _pieces(span.start, span.stop, cutting.CHUNK // matrix * matrix)
         return
-    bands = writing.CHUNK // quantization.band * quantization.band
+    bands = cutting.CHUNK // quantization.band * quantization.band
     for start in range(span.start, span.stop, matrix):
         yield from _pieces(start, start + matrix, bands)
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, checked_scales, combine, scales_before
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
-from fp8ckpt.engine import Extent, ExtentWriter, Progress
+from fp8ckpt.engine import ExtentWriter, Progress
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, scale_values
+from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.tensors.reading import load_scales

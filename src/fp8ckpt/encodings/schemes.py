@@ -22,7 +22,6 @@ from fp8ckpt.output.matching import refuse_dtype
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
-from fp8ckpt.serving.examine import serving_config
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, is_native, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.tensors.header import TensorSpan
@@ -176,12 +175,16 @@ def plan_scheme(
     scheme: str,
     output: PartialOutput,
     *,
+    served: Callable[[Checkpoint], Json],
     report: bool,
     only: str | None = None,
     skip: str | None = None,
     follow_index: bool = False,
 ) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written."""
+    """Everything that can be known or refused before the first byte is written.
+
+    ``served``: makes the configuration with which engines serve what is planned.
+    """
     output.refuse_existing()
     given = open_checkpoint(source, follow_index=follow_index)
     refuse_shared(output, given, "source")
@@ -226,7 +229,7 @@ def plan_scheme(
             notes.append(f"{name} speaks of other weights, and is not written")
     config = {**without_quantization(CONFIG, given.config, None), "quantization_config": row.config}
     written = Checkpoint(output.destination, (), planned, (), config, None, None, (), ())
-    texts[CONFIG] = dump_json(serving_config(written, static=False))
+    texts[CONFIG] = dump_json(served(written))
     if given.index is not None or len(layouts) > 1:
         texts[given.index_name or INDEX] = index_text(layouts, given.index)
     return QuantizingPlan(

@@ -25,6 +25,8 @@ from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsErro
 from fp8ckpt.output.files import flush_directory, write_error, write_whole
 
 _OUTPUT = "output"
+Facts = dict[str, Any]  # what is recorded of an extent; JSON
+
 _STATE = ".fp8ckpt"
 _PLAN = "plan.json"
 _DRAFT = "plan.json.draft"
@@ -161,11 +163,11 @@ class PartialOutput:
                 "the destination exists", file=str(self.destination), expected="no such path", remedy=remedy
             )
 
-    def records(self) -> dict[int, dict[str, Any]]:
+    def records(self) -> dict[int, Facts]:
         """The facts that were recorded of each extent that is on disk, by all processes so far; in the order of the
         extents.
         """
-        done: dict[int, dict[str, Any]] = {}
+        done: dict[int, Facts] = {}
         for file in sorted(self._state.glob(_RECORDS + "*")):
             for line in file.read_bytes().split(b"\n"):
                 try:
@@ -175,7 +177,7 @@ class PartialOutput:
                     continue  # cut off while it was written: the extent is written again
         return dict(sorted(done.items()))
 
-    def record(self, writer: int, extent: int, facts: Mapping[str, Any]) -> None:
+    def record(self, writer: int, extent: int, facts: Facts) -> None:
         """Record that an extent is on disk; call it after the flush. ``writer`` tells processes apart."""
         # The first newline ends a line that was cut off.
         line = memoryview(("\n" + json.dumps({"extent": extent, "facts": facts}) + "\n").encode())

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fp8ckpt.engine as writing
-from fp8ckpt.engine import Facts
 from fp8ckpt.errors import OutputExistsError
+from fp8ckpt.output import extents
 from fp8ckpt.output.files import copy_whole, create, write_whole
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.tensors.checkpoint import Checkpoint
 
 
@@ -80,8 +79,8 @@ class OutputPlan:
         return {
             "format": 3,
             **self.arguments,
-            "chunk": writing.CHUNK,
-            "extent": writing.EXTENT,
+            "chunk": extents.CHUNK,
+            "extent": extents.EXTENT,
             "sources": sources,
             "planned": digest.hexdigest(),
         }
