@@ -23,7 +23,7 @@ import pytest
 
 import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, sample
-from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError, TruncatedFileError
+from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, SourceChangedError, StorageError, TruncatedFileError
 from fp8ckpt.sample import Mistral3Sizes
 from tests.conftest import Run
 
@@ -301,17 +301,17 @@ def test_changed_source_is_refused(kind: str, begun: tuple[Path, Path]) -> None:
     else:
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
-    assert_refused_untouched(source, out, "README" if kind == "side file gone" else "another source")
+    matches = {"side file gone": "README", "a tensor renamed": "another source", "config": "another source"}
+    assert_refused_untouched(source, out, matches.get(kind, f"{file.name}, which it is made from, has changed since"))
 
 
-def test_side_files_are_those_of_the_last_run(begun: tuple[Path, Path]) -> None:
-    """Side files are copied anew by each run: one that was added or changed since then is as the source has it."""
+@pytest.mark.parametrize("name", ["more.txt", "README.md", "assets/a.txt"])
+def test_side_files_are_of_the_same_source(name: str, begun: tuple[Path, Path]) -> None:
+    """A side file that was added or changed since then makes it another source: tokenizers go with their weights."""
     source, out = begun
-    (source / "more.txt").write_text("more")
-    (source / "README.md").write_text("changed")
-    convert(source, out)
-    assert (out / "more.txt").read_text() == "more"
-    assert (out / "README.md").read_text() == "changed"
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("changed")
+    assert_refused_untouched(source, out, f"{name}, which it is made from, has changed since")
 
 
 @pytest.mark.parametrize("to", ["fp16", "fp32"])
@@ -486,23 +486,18 @@ def count_scale_reads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_source_truncated_during_the_run(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source that shrinks while it is read is a named error, no DST appears, and what was written is not taken up
-    later.
-    """
+    """A source that shrinks while it is read is a named error; no DST appears, and nothing is taken up later."""
     cut(monkeypatch)
     source = Path(shutil.copytree(sample_fp8, tmp_path / "fp8"))
     file = max(source.glob("*.safetensors"))
     whole = file.read_bytes()
-    with pytest.raises(TruncatedFileError, match=f"{file.name}: the file ends at byte"):
-        convert(
-            source, tmp_path / "out", workers=1, progress=lambda done, total, doing: os.truncate(file, len(whole) // 2)
-        )
-    assert sorted(os.listdir(tmp_path)) == ["fp8", "out.partial"]
+    with pytest.raises(SourceChangedError, match=f"{file.name}: it changed after it was opened"):
+        convert(source, tmp_path / "out", workers=1, progress=lambda *_: os.truncate(file, len(whole) // 2))
+    assert os.listdir(tmp_path) == ["fp8"]
     with pytest.raises(TruncatedFileError, match="the file holds"):
         convert(source, tmp_path / "out")
-    time.sleep(0.02)
     file.write_bytes(whole)
-    assert_refused_untouched(source, tmp_path / "out", "another source")
+    assert convert(source, tmp_path / "out").bytes_resumed == 0
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:

@@ -601,7 +601,7 @@ class Counted:
 
     def of(self, span: TensorSpan) -> set[int]:
         """How often the bytes of a stored tensor were read."""
-        counts = self.read.get(str(span.file))
+        counts = self.read.get(f"{span.file.store.where}/{span.file.name}")
         return {0} if counts is None else {*map(int, counts[span.start : span.stop])}
 
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from fp8ckpt.encodings import plain as dequantizing
 from fp8ckpt.engine import Progress
-from fp8ckpt.errors import RangeError, StorageError, WeightValueError
+from fp8ckpt.errors import RangeError, SourceChangedError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.side_files import notes_on_plain
+from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 from fp8ckpt.tensors.config import Json
 
@@ -77,6 +78,7 @@ class Fp8Result(ConvertResult):
     report: QuantizationReport | None
 
 
+@kept_open()
 def convert(
     source: CheckpointLike,
     destination: str | Path,
@@ -116,7 +118,7 @@ def convert(
 
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
     exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was
-    written kept for the next run.
+    written kept for the next run; `SourceChangedError` where a file that is read changes meanwhile.
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
@@ -130,7 +132,7 @@ def convert(
                 return _dequantize(source, output, to, threads, progress, ranks, follow_index=follow_index)
             how = _Quantizing(like, scheme, scales == "fresh", report, serving, only, skip, follow_index)
             return _quantize(source, output, how, threads, progress, ranks)
-    except (WeightValueError, RangeError):  # of the source's values: going on from what was written would meet it again
+    except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
         output.discard()
         raise
     except StorageError as error:

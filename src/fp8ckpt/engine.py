@@ -17,7 +17,7 @@ from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import ALIGNMENT, OutputFile, aligned_buffer
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
-from fp8ckpt.stores.local import Bytes
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.workers import share
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done

@@ -23,7 +23,8 @@
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
     ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
-    └── StorageError              (OSError)     the disk refused a read or a write
+    ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
+    └── StorageError              (OSError)     the disk refused a read or a write, or what should be a file is none
 
 Each message has the form *tensor, file, found, expected, what to do*, on one line. Names that come from a file are
 shown with control characters escaped and shortened, so that no input can break the line.
@@ -33,10 +34,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from typing import Protocol
 
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
 
@@ -119,6 +117,14 @@ def _rebuild(
     return kind(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
 
+class Named(Protocol):
+    """What has a name: a file of a store, or a path."""
+
+    @property
+    def name(self) -> str:
+        """As a message shows it."""
+
+
 class Stored(Protocol):
     """What a message says of a stored tensor."""
 
@@ -127,7 +133,7 @@ class Stored(Protocol):
         """Its key."""
 
     @property
-    def file(self) -> Path:
+    def file(self) -> Named:
         """Where it lies."""
 
     @property
@@ -174,17 +180,17 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
         return cls(found, file=file, expected="every file in it", remedy=remedy)
 
     @classmethod
-    def of_place(cls, tensor: str, index: Path, listed: str | None, actual: str | None) -> IndexMismatchError:
+    def of_place(cls, tensor: str, index: str, listed: str | None, actual: str | None) -> IndexMismatchError:
         """A tensor that is ``listed`` for another file than the ``actual`` one; either may be none."""
         expected = "the index and the headers to agree"
         remedy = "take the index and the files from one release"
         if listed is None:
-            found = f"{shown(actual)} holds a tensor that the index {index.name} does not list"
+            found = f"{shown(actual)} holds a tensor that the index {index} does not list"
             remedy = "--follow-index (follow_index=True) reads what the index lists, and leaves this tensor out"
         elif actual is None:
-            found = f"{shown(listed)} does not hold this tensor, and the index {index.name} says that it does"
+            found = f"{shown(listed)} does not hold this tensor, and the index {index} says that it does"
         else:
-            found = f"the index {index.name} says {shown(listed)}, and it is in {shown(actual)}"
+            found = f"the index {index} says {shown(listed)}, and it is in {shown(actual)}"
         return cls(found, tensor=tensor, file=index, expected=expected, remedy=remedy)
 
 
@@ -323,5 +329,17 @@ class MissingPackageError(Fp8CheckpointError, ImportError):
     """A package is needed that only an extra of this one brings."""
 
 
+class SourceChangedError(Fp8CheckpointError, RuntimeError):
+    """A file of a checkpoint was written to, replaced or removed after it was opened: what was read may be a mix."""
+
+    @classmethod
+    def of(cls, file: str) -> SourceChangedError:
+        """For a file by its name."""
+        remedy = "run it again once nothing writes to the file"
+        return cls("it changed after it was opened", file=file, expected="the file as it was", remedy=remedy)
+
+
 class StorageError(Fp8CheckpointError, OSError):
-    """The disk refused a read or a write; the operating system's reason is in the message."""
+    """The disk refused a read or a write, and the message has the operating system's reason; or there is a FIFO, a
+    device, a folder, or a link that leads away, where a file should be.
+    """

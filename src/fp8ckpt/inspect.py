@@ -13,6 +13,7 @@ from pathlib import Path
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.families.kinds import starred
 from fp8ckpt.numerics.geometry import BlockGrid
+from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, collector_paused, survey
 from fp8ckpt.tensors.config import skip_patterns, skips
 from fp8ckpt.tensors.pairing import QuantizedTensor
@@ -61,6 +62,7 @@ class Inspection:
     defects: tuple[Fp8CheckpointError, ...]
 
 
+@kept_open()
 def inspect(path: CheckpointLike, *, follow_index: bool = False) -> Inspection:
     """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at."""
     with collector_paused():
@@ -126,7 +128,7 @@ def _block_name(grid: BlockGrid) -> str:
 
 
 def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquantized, ...]:
-    patterns = skip_patterns(checkpoint.path, checkpoint.config)
+    patterns = skip_patterns(checkpoint.store, checkpoint.config)
     groups: dict[tuple[str, str], list[int]] = {}
     modules: dict[tuple[str, str], Counter[str]] = {}
     reasons: dict[str, str] = {}  # by starred name: layers repeat

@@ -26,7 +26,7 @@ from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.kernels import count_codes
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.ranks import threads_of_this_rank
-from fp8ckpt.stores.local import Bytes, opened, read_into
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
@@ -227,8 +227,7 @@ class _Job:
 
     def _read(self, part: _Part) -> None:
         span = part.span
-        with opened(span.file) as fd:
-            read_into(fd, part.stored, span.start + part.offset, span.file)
+        span.read(part.stored, part.offset)
         with self._lock:
             self._bytes_read += part.stored.nbytes
             if self._progress is not None:

@@ -7,7 +7,6 @@ last one is also examined for what serving engines need beyond that.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +20,8 @@ from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import Servability, examine
-from fp8ckpt.stores.local import opened, read_into
+from fp8ckpt.stores.local import kept_open
+from fp8ckpt.stores.store import File, same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
@@ -71,6 +71,7 @@ class VerifyResult:
         return not (self.defects or self.tensor_differences or self.file_differences or unservable)
 
 
+@kept_open()
 def verify(
     a: CheckpointLike,
     b: CheckpointLike | None = None,
@@ -96,6 +97,8 @@ def verify(
             tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability
         )
     job.run(workers or max(1, len(os.sched_getaffinity(0))))
+    for side in sides:
+        side.store.refuse_changes()
     return VerifyResult(
         paths=tuple(side.path for side in sides),
         tensors=len(set().union(*(side.tensors for side in sides))),
@@ -215,8 +218,7 @@ class _Job:
         return result
 
     def _read(self, span: TensorSpan, offset: int, buffer: Any) -> None:
-        with opened(span.file) as fd:
-            read_into(fd, buffer, span.start + offset, span.file)
+        span.read(buffer, offset)
         with self._lock:
             self.bytes_read += buffer.nbytes
             if self.progress is not None:
@@ -274,26 +276,18 @@ def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
         if name not in files[0] or name not in files[1]:
             yield f"{name}: only in {(a if name in files[0] else b).path}"
         elif name in (CONFIG, MISTRAL_CONFIG):
-            configs = [load_json(side[name]) or {} for side in files]
+            configs = [load_json(side.store, name) or {} for side in (a, b)]
             if mixed:
                 configs = [without_quantization(name, config, "BF16") for config in configs]
             for key in sorted(configs[0].keys() | configs[1].keys()):
                 if configs[0].get(key) != configs[1].get(key):
                     yield f"{name}: {key} differs"
-        elif not _same_bytes(files[0][name], files[1][name]):
+        elif not same_bytes(files[0][name], files[1][name]):
             yield f"{name}: differs"
 
 
-def _side_files(side: Checkpoint, mixed: bool) -> dict[str, Path]:
+def _side_files(side: Checkpoint, mixed: bool) -> dict[str, File]:
     found = side_files(side)
     if mixed:
         found.pop(MODELOPT_CONFIG, None)
     return found
-
-
-def _same_bytes(a: Path, b: Path) -> bool:
-    digests = []
-    for file in (a, b):
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").digest())
-    return digests[0] == digests[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 from math import prod
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from fp8ckpt.checkpoint.shard_quantizing import WaitingBlocks
 from fp8ckpt.checkpoint.shards import PIECE, Shard, cut_all, cut_waiting
 from fp8ckpt.numerics.geometry import BlockGrid, first_elements, surroundings
+from fp8ckpt.stores.memory import PLANNED
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
 
@@ -22,7 +23,7 @@ from fp8ckpt.tensors.pairing import QuantizedTensor
 def shards_of(grid: BlockGrid, cuts: list[list[int]], joined: bool = False) -> list[Shard]:
     """A weight cut at these places in each dimension."""
     shape = grid.weight_shape
-    span = TensorSpan("w", Path("f"), "F8_E4M3", shape, 0, prod(shape))
+    span = TensorSpan("w", File(PLANNED, "f"), "F8_E4M3", shape, 0, prod(shape))
     weight = QuantizedTensor("w", span, span._replace(name="s"), grid, ())
     found = []
     for bounds in product(*(pairwise([0, *at, dim]) for at, dim in zip(cuts, shape, strict=True))):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fp8ckpt.errors import ConfigError
+from fp8ckpt.stores.local import LocalStore
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
 
 Q, UP, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.11.mlp.gate_proj"
@@ -26,7 +27,7 @@ def group(targets: list[str] | None, size: list[int] | int | str | None) -> dict
 
 def stated(tmp_path: Path, *groups: dict[str, Any], **more: Any) -> BlockSizes:
     named = {f"group_{i}": part for i, part in enumerate(groups)}
-    return block_sizes(tmp_path, {"quantization_config": {"config_groups": named, **more}})
+    return block_sizes(LocalStore(tmp_path), {"quantization_config": {"config_groups": named, **more}})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_the_layers_of_modelopt(tmp_path: Path, where: str) -> None:
         config = {"quantization_config": quantization}
     else:
         (tmp_path / where).write_text(json.dumps({"quantization": quantization}))
-    sizes = block_sizes(tmp_path, config)
+    sizes = block_sizes(LocalStore(tmp_path), config)
     found = [sizes.of(module) for module in (Q, UP, GATE, f"{experts}.down_proj", "lm_head")]
     assert found == [None, (1, 32), (128, 128), (1, 32), None]
 
@@ -109,7 +110,7 @@ def test_the_layers_of_modelopt(tmp_path: Path, where: str) -> None:
 def test_two_sizes_for_the_same_modules(tmp_path: Path, quantization: dict[str, Any]) -> None:
     """Neither is chosen."""
     with pytest.raises(ConfigError, match="several block sizes for"):
-        block_sizes(tmp_path, {"quantization_config": quantization})
+        block_sizes(LocalStore(tmp_path), {"quantization_config": quantization})
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
@@ -117,4 +118,4 @@ def test_two_sizes_for_the_same_modules(tmp_path: Path, quantization: dict[str, 
 def test_both_keys_of_the_configuration(tmp_path: Path, key: str, nested: bool) -> None:
     """The old key is the new one, at the top and in a nested section."""
     config: dict[str, Any] = {key: {"config_groups": {"a": group(["Linear"], 32)}}}
-    assert block_sizes(tmp_path, {"text_config": config} if nested else config).of(UP) == (1, 32)
+    assert block_sizes(LocalStore(tmp_path), {"text_config": config} if nested else config).of(UP) == (1, 32)

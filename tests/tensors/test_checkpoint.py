@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,16 @@ from fp8ckpt.errors import (
     RegionError,
     ScaleShapeError,
     ScaleValueError,
+    SourceChangedError,
     StorageError,
     TruncatedFileError,
     UnknownTensorError,
     UnsupportedFormatError,
 )
 from fp8ckpt.numerics.codes import CODE_FORMATS
-from fp8ckpt.output import files
 from fp8ckpt.output.side_files import side_files
+from fp8ckpt.stores.local import LocalStore, local_file
+from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors import reading
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, survey
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
@@ -143,25 +147,23 @@ def test_a_single_file(tmp_path: Path) -> None:
     check_reads(checkpoint, BLOCK.expected())
 
 
-def test_a_single_file_of_several_is_judged_alone(two: Path) -> None:
-    """One file of several lacks what is in the others."""
-    tensors = list(PER_TENSOR.tensors)
-    in_first = tensors[0::2]
-    weight, scale = "m.q.weight", "m.q.weight_scale_inv"
-    assert (weight in in_first) != (scale in in_first)
-    alone, kind = (ONE, MissingScaleError) if weight in in_first else (ONE, OrphanScaleError)
-    refused(two / alone, kind, count=None)
+def test_a_single_file_of_several_is_refused(two: Path) -> None:
+    """One file of several lacks what is in the others; the directory is to be opened."""
+    with pytest.raises(CheckpointNotFoundError, match=f"{ONE}: this is 1 of 2 files of a checkpoint"):
+        open_checkpoint(two / ONE)
 
 
 def test_a_directory_behind_a_link(two: Path, tmp_path: Path) -> None:
-    """Links to the directory and links to the files (as in the hub's cache) are followed."""
+    """A link to the directory is followed; links out of it are not, be they of weights or of the configuration."""
     (tmp_path / "link").symlink_to(two, target_is_directory=True)
     check_reads(open_checkpoint(tmp_path / "link"), PER_TENSOR.expected())
     linked = tmp_path / "linked"
     linked.mkdir()
     for file in two.iterdir():
         (linked / file.name).symlink_to(file)
-    check_reads(open_checkpoint(linked), PER_TENSOR.expected())
+    leads_out = survey(linked).defects
+    assert {defect.file for defect in leads_out} == {"config.json", INDEX, ONE, TWO}
+    assert {defect.found for defect in leads_out} == {"it is a link that leads out of the directory"}
 
 
 @pytest.mark.parametrize(
@@ -615,31 +617,27 @@ def test_a_region_equals_the_slice(
     assert raw_bytes(region) == np.ascontiguousarray(whole[window]).tobytes()
 
 
-class CountedReads:
-    """Every byte that is read with ``preadv``."""
+class CountingStore(LocalStore):
+    """Counts what is read."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.bytes = 0
-        self.calls = 0
-        preadv = files.os.preadv
+    bytes = calls = 0
 
-        def counting(fd: int, buffers: Any, offset: int) -> int:
-            count = preadv(fd, buffers, offset)
-            self.bytes += count
-            self.calls += 1
-            return count
-
-        monkeypatch.setattr(files.os, "preadv", counting)
+    def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
+        super().read(wanted, out)
+        self.bytes += sum(part.stop - part.start for part in wanted)
+        self.calls += 1
 
 
 @pytest.mark.parametrize("name", ["per-tensor 0-d BF16", "block 128 ragged F32", "experts in blocks", "MXFP8 U8"])
 @pytest.mark.parametrize("part", ["all", "rows", "columns", "point", "nothing"])
 def test_a_region_reads_its_own_bytes_only(
-    written: dict[str, tuple[Checkpoint, dict[str, np.ndarray]]], monkeypatch: pytest.MonkeyPatch, name: str, part: str
+    written: dict[str, tuple[Checkpoint, dict[str, np.ndarray]]], name: str, part: str
 ) -> None:
-    """Codes of the region, plus the scales: not one byte more; whole rows come in one read."""
+    """Codes of the region, plus the scales: not one byte more, and each in one read."""
     checkpoint, _ = written[name]
-    counted = CountedReads(monkeypatch)
+    counted = CountingStore(checkpoint.path)
+    checkpoint = open_checkpoint(counted)
+    opened = counted.bytes, counted.calls
     (tensor,) = checkpoint.quantized
     shape = tensor.shape
     rank = len(shape)
@@ -652,32 +650,32 @@ def test_a_region_reads_its_own_bytes_only(
     }[part]
     checkpoint.read(tensor.name, offsets, sizes)
     count = int(np.prod(sizes))
-    assert counted.bytes == (count + tensor.scale.nbytes if count else 0)
-    if part in ("all", "rows", "point"):
-        assert counted.calls == 2
+    assert counted.bytes - opened[0] == (count + tensor.scale.nbytes if count else 0)
+    assert counted.calls - opened[1] == (2 if count else 0)
 
 
-def test_a_plain_tensor_reads_its_own_bytes_only(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_tensor_reads_its_own_bytes_only(two: Path) -> None:
     """The same of tensors that are not FP8."""
-    checkpoint = open_checkpoint(two)
-    counted = CountedReads(monkeypatch)
+    counted = CountingStore(two)
+    checkpoint = open_checkpoint(counted)
+    opened = counted.bytes
     checkpoint.read("lm_head.weight", (2, 3), (5, 4))
-    assert counted.bytes == 5 * 4 * 2
+    assert counted.bytes == opened + 5 * 4 * 2
 
 
-def test_opening_reads_no_data(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers, index and configuration only: later changes are not noticed, and none is read through ``preadv``."""
-    counted = CountedReads(monkeypatch)
-    checkpoint = open_checkpoint(two)
-    assert counted.bytes == 0
-    assert checkpoint["m.q.weight"]
+def test_opening_reads_no_data(two: Path) -> None:
+    """Headers, index and configuration only."""
+    counted = CountingStore(two)
+    checkpoint = open_checkpoint(counted)
+    heads = sum(8 + len(header.text) for header in checkpoint.files)
+    assert counted.bytes == heads + sum((two / name).stat().st_size for name in ("config.json", INDEX))
 
 
 def test_short_reads_are_continued(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that gives a few bytes at a time changes nothing."""
     checkpoint = open_checkpoint(two)
-    preadv = files.os.preadv
-    monkeypatch.setattr(files.os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:3]], offset))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:3]], offset))
     check_reads(checkpoint, PER_TENSOR.expected())
 
 
@@ -688,22 +686,21 @@ def test_a_read_error_is_named(two: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def failing(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(files.os, "preadv", failing)
+    monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(StorageError, match="Input/output error"):
         checkpoint.read("lm_head.weight")
 
 
 def test_files_that_change_after_opening(two: Path) -> None:
-    """A file cut short later is a TruncatedFileError, one removed a StorageError."""
+    """A file cut short later, or removed, is not what was opened."""
     checkpoint = open_checkpoint(two)
     tensor = checkpoint["lm_head.weight"]
     assert isinstance(tensor, TensorSpan)
-    with tensor.file.open("r+b") as stream:
-        stream.truncate(tensor.start + 3)
-    with pytest.raises(TruncatedFileError, match="the file ends at byte"):
+    os.truncate(two / tensor.file.name, tensor.start + 3)
+    with pytest.raises(SourceChangedError, match="it changed after it was opened"):
         checkpoint.read("lm_head.weight")
-    tensor.file.unlink()
-    with pytest.raises(StorageError, match="cannot be opened"):
+    (two / tensor.file.name).unlink()
+    with pytest.raises(SourceChangedError):
         checkpoint.read("lm_head.weight")
 
 
@@ -820,10 +817,9 @@ def test_other_targets(tmp_path: Path, name: str, dtype: str) -> None:
     assert isinstance(tensor, QuantizedTensor)
     expected = family.expected(dtype)[tensor.name]
     out = np.zeros((*tensor.shape[:-1], 2 * tensor.shape[-1]), np.uint32 if dtype == "F32" else np.uint16)
-    with files.opened(tensor.weight.file) as fd:
-        region = reading.checked_region(tensor.weight, None, None)
-        dequantizer = reading.load_dequantizer(tensor, dtype)
-        reading.read_dequantized(fd, tensor, dequantizer, region, out[..., ::2], np.empty(1000, np.uint8))
+    region = reading.checked_region(tensor.weight, None, None)
+    dequantizer = reading.load_dequantizer(tensor, dtype)
+    reading.read_dequantized(tensor, dequantizer, region, out[..., ::2], np.empty(1000, np.uint8))
     assert np.ascontiguousarray(out[..., ::2]).tobytes() == expected.data
     assert not out[..., 1::2].any()
 
@@ -845,7 +841,7 @@ def test_a_file_of_a_trainer_is_no_part_of_the_model(two: Path, name: str, with_
     checkpoint = open_checkpoint(two)
     check_reads(checkpoint, PER_TENSOR.expected())
     assert checkpoint.beside == (name,)
-    assert side_files(checkpoint)[name] == two / name
+    assert side_files(checkpoint)[name] == local_file(two / name)
     convert(two, tmp_path / "out")
     assert (tmp_path / "out" / name).read_bytes() == b"whatever"
 

@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fp8ckpt.errors import Fp8CheckpointError, HeaderError, StorageError, TruncatedFileError
+from fp8ckpt.stores.local import local_file
+from fp8ckpt.stores.memory import PLANNED
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.header import DTYPE_BITS, Header, TensorSpan, parse_json, read_header, tensor_nbytes
 from tests.oracle import Stored, write_safetensors
 
@@ -32,7 +35,7 @@ def frame(text: bytes | str | dict[str, Any], data: bytes = b"", length: int | N
 def read(tmp_path: Path, raw: bytes) -> tuple[Header | None, list[Fp8CheckpointError]]:
     file = tmp_path / "model.safetensors"
     file.write_bytes(raw)
-    header, defects = read_header(file)
+    header, defects = read_header(local_file(file))
     for defect in defects:
         assert isinstance(defect, Fp8CheckpointError)
         assert "\n" not in str(defect)
@@ -76,7 +79,7 @@ def test_a_valid_file(tmp_path: Path) -> None:
     """Names, dtypes, shapes, positions and metadata come out as they went in."""
     file = tmp_path / "model.safetensors"
     write_safetensors(file, TENSORS, {"format": "pt", "note": "ü"})
-    header, defects = read_header(file)
+    header, defects = read_header(local_file(file))
     assert not defects
     assert header is not None
     assert header.metadata == {"format": "pt", "note": "ü"}
@@ -86,7 +89,7 @@ def test_a_valid_file(tmp_path: Path) -> None:
     for span in header.spans:
         stored = TENSORS[span.name]
         assert (span.dtype, span.shape, raw[span.start : span.stop]) == tuple(stored)
-        assert span.file == file
+        assert span.file == local_file(file)
     assert [span.start for span in header.spans] == sorted(span.start for span in header.spans)
 
 
@@ -97,7 +100,7 @@ def test_every_dtype_agrees_with_the_library(tmp_path: Path, dtype: str) -> None
     data = bytes(tensor_nbytes(dtype, shape))
     file = tmp_path / "model.safetensors"
     file.write_bytes(frame({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}, data))
-    header, defects = read_header(file)
+    header, defects = read_header(local_file(file))
     assert not defects
     assert header is not None
     with safetensors.safe_open(file, "pt") as opened:
@@ -108,9 +111,9 @@ def test_every_dtype_agrees_with_the_library(tmp_path: Path, dtype: str) -> None
 
 def test_span_properties() -> None:
     """Bytes and elements of a span."""
-    span = TensorSpan("a", Path("f"), "BF16", (2, 3), 100, 112)
+    span = TensorSpan("a", File(PLANNED, "f"), "BF16", (2, 3), 100, 112)
     assert (span.nbytes, span.numel) == (12, 6)
-    assert TensorSpan("a", Path("f"), "F32", (), 8, 12).numel == 1
+    assert TensorSpan("a", File(PLANNED, "f"), "F32", (), 8, 12).numel == 1
 
 
 @pytest.mark.parametrize("text", ["{}", "{}   ", '{"__metadata__":{}}', ' \n{"__metadata__":{"a":"b"}}\t'])
@@ -334,7 +337,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "directory").mkdir()
     for name in ("absent", "link", "directory"):
-        header, defects = read_header(tmp_path / name)
+        header, defects = read_header(local_file(tmp_path / name))
         assert header is None
         assert [type(defect) for defect in defects] == [StorageError]
         assert defects[0].file == name
@@ -347,7 +350,7 @@ def test_a_sparse_terabyte_costs_nothing(tmp_path: Path) -> None:
     head = frame({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
     file.write_bytes(head)
     os.truncate(file, len(head) + size)
-    header, defects = read_header(file)
+    header, defects = read_header(local_file(file))
     assert not defects
     assert header is not None
     assert header.spans[0].stop == len(head) + size
@@ -411,7 +414,7 @@ _settings = {"deadline": None, "suppress_health_check": [HealthCheck.function_sc
 def check(file: Path, raw: bytes) -> None:
     """Only named errors come out, on one line; what has no defect, the library reads alike."""
     file.write_bytes(raw)
-    header, defects = read_header(file)
+    header, defects = read_header(local_file(file))
     assert header is not None or defects
     for defect in defects:
         assert isinstance(defect, Fp8CheckpointError)
@@ -484,7 +487,7 @@ def test_sound_files_have_no_defect(tmp_path: Path, raw: bytes) -> None:
     """What the format allows is accepted, and agrees with the library."""
     file = tmp_path / "f"
     file.write_bytes(raw)
-    header, defects = read_header(file)
+    header, defects = read_header(local_file(file))
     assert not defects
     assert header is not None
     agrees(file, header)

@@ -19,6 +19,8 @@ from fp8ckpt.errors import (
     UnsupportedFormatError,
 )
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
+from fp8ckpt.stores.memory import PLANNED
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import BlockSizes
 from fp8ckpt.tensors.checkpoint import open_checkpoint
 from fp8ckpt.tensors.formats import ACTIVATIONS, SCALES, ScaleRow
@@ -35,7 +37,7 @@ def spans_of(tensors: dict[str, Spec], files: dict[str, str] | None = None) -> d
     """Spans, all in one file but for those named in ``files``."""
     return {
         name: TensorSpan(
-            name, Path("dir") / (files or {}).get(name, FILE), dtype, shape, 0, tensor_nbytes(dtype, shape)
+            name, File(PLANNED, (files or {}).get(name, FILE)), dtype, shape, 0, tensor_nbytes(dtype, shape)
         )
         for name, (dtype, shape) in tensors.items()
     }

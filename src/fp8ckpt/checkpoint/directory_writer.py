@@ -33,13 +33,20 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, WeightValueError
+from fp8ckpt.errors import (
+    ModelMismatchError,
+    RangeError,
+    SourceChangedError,
+    UnsupportedFormatError,
+    WeightValueError,
+)
 from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
-from fp8ckpt.stores.local import Bytes
+from fp8ckpt.stores.local import kept_open
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import stored_dtype
@@ -91,12 +98,15 @@ class DirectoryWriter(StorageWriter):
             self.release()
             raise
 
+    @kept_open()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's regions, with as many threads as it has cores, and flush them to disk."""
         files = OutputFiles(self._output.directory)
         try:
             self.bytes_written += self._write(plan, planner, files)
-        except (WeightValueError, RangeError):  # of the model's values: what was written can never become whole
+            if (base := self._base_of_output()) is not None:
+                base.store.refuse_changes()
+        except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
             self._output.discard()
             raise
         except BaseException:
@@ -113,6 +123,7 @@ class DirectoryWriter(StorageWriter):
         )
         return done
 
+    @kept_open()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the headers, and give the directory its name."""
         assert self._plan is not None  # prepare_global_plan() was called
@@ -125,7 +136,10 @@ class DirectoryWriter(StorageWriter):
                     files.flush()
                 finally:
                     files.close()
-            self._output.publish()
+            self._plan.publish(self._output)
+        except SourceChangedError:  # what was written can never become whole
+            self._output.discard()
+            raise
         finally:
             self.release()
 

@@ -41,7 +41,7 @@ from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
-from fp8ckpt.stores.local import opened, read_into
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.tensors.header import TensorSpan
@@ -150,19 +150,18 @@ class FP8StorageWriter(DirectoryWriter):
         """Copy what no shard holds: the base's activation scales and scales of a cache. A weight without elements has a
         scale, too.
         """
-        file = self._base_of_output().path / layout.name
+        file = File(self._base_of_output().store, layout.name)
         done = 0
-        with opened(file) as fd:
-            for span in layout.spans:
-                if span.name not in self._beside:
-                    continue
-                stored = np.empty(span.nbytes, np.uint8)
-                if self._fresh and span.name in self._empty:
-                    stored[:] = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
-                else:
-                    read_into(fd, stored, span.start, file)
-                files.of(layout.name).write(stored, span.start)
-                done += span.nbytes
+        for span in layout.spans:
+            if span.name not in self._beside:
+                continue
+            stored = np.empty(span.nbytes, np.uint8)
+            if self._fresh and span.name in self._empty:
+                stored[:] = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
+            else:
+                file.read(span.start, stored)
+            files.of(layout.name).write(stored, span.start)
+            done += span.nbytes
         return done
 
 
@@ -224,7 +223,7 @@ class _Writing:
                 self._plain.append((item, tensor))
         self._waiting = WaitingBlocks(self._shards, self._step)
         quantizers = self._quantizers()
-        _share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers], quantizers)
+        share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers])
         return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
 
     def _write(self) -> tuple[set[str], int]:
@@ -237,7 +236,7 @@ class _Writing:
             else:
                 written.append(write_region(self._files, piece.span, piece.region, cast(piece.values, piece.span)))
 
-        _share(self._all_pieces(), [partial(write, quantizer) for quantizer in quantizers], quantizers)
+        share(self._all_pieces(), [partial(write, quantizer) for quantizer in quantizers])
         self._files.flush()
         nonfinite = set().union(*(quantizer.nonfinite for quantizer in quantizers))
         return nonfinite, sum(written) + sum(quantizer.bytes_written for quantizer in quantizers)
@@ -280,11 +279,3 @@ class _Writing:
             region, values = region_of(item), resolved(self._planner, item)
             for piece in pieces(region, self._step):
                 yield _Plain(span, piece, values[within(piece, region)])
-
-
-def _share(items: Iterator[T], workers: list[Callable[[T], None]], quantizers: list[ShardQuantizer]) -> None:
-    try:
-        share(items, workers)
-    finally:
-        for quantizer in quantizers:
-            quantizer.close()

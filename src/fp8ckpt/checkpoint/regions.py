@@ -18,7 +18,6 @@ from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import Region, pieces, within
-from fp8ckpt.stores.local import LastFile
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.tensors.reading import (
@@ -53,14 +52,13 @@ def rounds(stored: torch.dtype, target: torch.dtype) -> bool:
 
 
 class RegionLoader:
-    """One thread's means of loading: its buffer, and the file it read last."""
+    """One thread's means of loading: its buffer."""
 
     def __init__(self, dequantizer: DequantizerOf, threads: int) -> None:
         self.bytes_read = 0
         self._dequantizer = dequantizer
         self._threads = threads
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._file = LastFile()
 
     @torch.no_grad()
     def load(self, tensor: LogicalTensor, region: Region, target: torch.Tensor) -> None:
@@ -87,14 +85,7 @@ class RegionLoader:
         dequantizer = self._dequantizer(tensor, dtype)
         buffer = self._scratch(target.device)
         if target.device.type == "cpu":
-            read_dequantized(
-                self._file.descriptor(tensor.weight.file),
-                tensor,
-                dequantizer,
-                region,
-                bits_of(target, dtype),
-                buffer.numpy(),
-            )
+            read_dequantized(tensor, dequantizer, region, bits_of(target, dtype), buffer.numpy())
             self.bytes_read += prod(region[1])
             return
         for piece in pieces(region, buffer.numel()):
@@ -106,7 +97,7 @@ class RegionLoader:
         dtype = torch_dtype(span.dtype)
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             if target.numel():
-                read_region(self._file.descriptor(span.file), span, *region, bytes_of(target))
+                read_region(span, *region, bytes_of(target))
                 self.bytes_read += target.nbytes
             return
         buffer = self._scratch(target.device)
@@ -116,7 +107,7 @@ class RegionLoader:
     def _read(self, span: TensorSpan, piece: Region, buffer: torch.Tensor) -> torch.Tensor:
         """Read a piece's bytes into the buffer. It is used again for the next piece: wait for copies out of it."""
         scratch = buffer[: prod(piece[1]) * DTYPE_BITS[span.dtype] // 8]
-        read_region(self._file.descriptor(span.file), span, *piece, scratch.numpy())
+        read_region(span, *piece, scratch.numpy())
         self.bytes_read += scratch.nbytes
         return scratch
 
@@ -127,10 +118,6 @@ class RegionLoader:
             size = min(_LARGEST_BUFFER, max(share, _LEAST_BUFFER)) & -8  # whole elements of any dtype
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         return self._buffer
-
-    def close(self) -> None:
-        """Close the file that was read last."""
-        self._file.close()
 
 
 def dequantize_on_device(

@@ -37,7 +37,6 @@ from fp8ckpt.numerics.quantize import Mask, Scales, Values
 from fp8ckpt.output.files import ALIGNMENT, OutputFiles, aligned_buffer
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.ranks import Ranks
-from fp8ckpt.stores.local import LastFile
 from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import bytes_of, read_region, stored_dtype
 
@@ -117,7 +116,6 @@ class ShardQuantizer:
         self._step = step
         self._codes = aligned_buffer(PIECE * step + ALIGNMENT)  # takes no memory before it is used
         self._scratch = np.empty(step, np.uint8)
-        self._base_file = LastFile()
         self.nonfinite: set[str] = set()
         self.bytes_written = 0
 
@@ -198,7 +196,7 @@ class ShardQuantizer:
         dtype = np.dtype(SCALE_DTYPES[weight.scale.dtype])
         stored = np.empty(prod(shape) * dtype.itemsize, np.uint8)
         span = weight.scale._replace(shape=weight.grid.shape)
-        read_region(self._base_file.descriptor(span.file), span, around.first, around.grid.shape, stored)
+        read_region(span, around.first, around.grid.shape, stored)
         return stored.view(dtype).reshape(shape)
 
     def _write_scales(self, weight: QuantizedTensor, region: Region, around: Surroundings, stored: Scales) -> None:
@@ -207,10 +205,6 @@ class ShardQuantizer:
             found = _part_of(stored.reshape(around.grid.shape), within(owned, (around.first, around.grid.shape)))
             data = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
             self.bytes_written += write_region(self._files, weight.scale._replace(shape=weight.grid.shape), owned, data)
-
-    def close(self) -> None:
-        """Close the file of the base that was read last."""
-        self._base_file.close()
 
 
 def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:

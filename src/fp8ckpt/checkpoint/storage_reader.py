@@ -40,6 +40,7 @@ from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
 from fp8ckpt.errors import Fp8CheckpointError, RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
@@ -64,7 +65,7 @@ class FP8StorageReader(StorageReader):
     """
 
     def __init__(self, path: CheckpointLike, *, workers: int | None = None, threads: int | None = None) -> None:
-        self._path: str | Path = path.path if isinstance(path, Checkpoint) else path
+        self._path: CheckpointLike = path.path if isinstance(path, Checkpoint) else path
         self._checkpoint = path if isinstance(path, Checkpoint) else None
         if threads is not None:
             warnings.warn("threads= is now workers=, as in convert", DeprecationWarning, stacklevel=2)
@@ -113,6 +114,7 @@ class FP8StorageReader(StorageReader):
         """The plans as they are."""
         return plans
 
+    @kept_open()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load every item of this rank's plan into its target. The first error stops all threads, and is raised."""
         threads = self._threads or threads_of_this_rank()
@@ -124,8 +126,8 @@ class FP8StorageReader(StorageReader):
             share(self._work(targets), [partial(_load, loader) for loader in loaders])
         finally:
             for loader in loaders:
-                loader.close()
                 self.bytes_read += loader.bytes_read
+        self.checkpoint.store.refuse_changes()
         for item, target in targets:
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -166,7 +168,7 @@ class FP8StorageReader(StorageReader):
                     f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says"
                 )
             span = tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
-            found.append(((span.file, span.start), tensor, region, target))
+            found.append(((span.file.name, span.start), tensor, region, target))
         found.sort(key=lambda entry: entry[0])
         for _, tensor, region, target in found:
             for piece in pieces(region, _PIECE):

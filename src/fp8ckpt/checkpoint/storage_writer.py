@@ -27,7 +27,8 @@ from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.matching import FLOATS, refuse_other_kinds, refuse_other_tensors
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import threads_of_this_rank
-from fp8ckpt.stores.local import Bytes
+from fp8ckpt.stores.local import local_file
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan, tensor_nbytes
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype
@@ -101,7 +102,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
         texts = dict(self._side_files.texts)
         if len(layouts) > 1:
             texts[INDEX] = index_text(layouts)
-        return OutputPlan((), {"job": "save"}, tuple(layouts), texts, self._side_files.copies)
+        copies = {name: local_file(file) for name, file in self._side_files.copies.items()}
+        return OutputPlan((), {"job": "save"}, tuple(layouts), texts, copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
         spans = {span.name: span for layout in output.layouts for span in layout.spans}

@@ -32,7 +32,7 @@ from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
-from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import load_scales
 
@@ -104,7 +104,6 @@ class QuantizingFiller:
         # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
-        self._source_file, self._base_file = LastFile(), LastFile()
         self._scale_file: OutputFile | None = None
         self.bytes_read = 0
         self.base_bytes_read = 0
@@ -257,7 +256,7 @@ class QuantizingFiller:
                 self._base_codes = np.empty(codes.size, np.uint8)
             old = self._base_codes[: codes.size]
             span = weight.before.weight
-            read_into(self._base_file.descriptor(span.file), old, span.start + first, span.file)
+            span.read(old, first)
             self.base_bytes_read += old.nbytes
             tally.moved = int(np.count_nonzero(old != codes))
         facts.tally.add(tally)
@@ -273,19 +272,19 @@ class QuantizingFiller:
 
     def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
         """Fill ``buffer`` from byte ``offset`` of a tensor on."""
-        read_into(self._source_file.descriptor(span.file), buffer, span.start + offset, span.file)
+        span.read(buffer, offset)
         self.bytes_read += buffer.nbytes
 
     def _read_scales(self, span: TensorSpan, blocks: slice) -> Stored:
         """The scales of some blocks of the base, as they are stored."""
         itemsize = DTYPE_BITS[span.dtype] // 8
         stored = np.empty((blocks.stop - blocks.start) * itemsize, np.uint8)
-        read_into(self._base_file.descriptor(span.file), stored, span.start + blocks.start * itemsize, span.file)
+        span.read(stored, blocks.start * itemsize)
         return stored.view(SCALE_DTYPES[span.dtype])
 
     def _write_scales(self, span: TensorSpan, first: int, stored: Stored) -> None:
         """Write the scales from block ``first`` on."""
-        file = self._directory / span.file
+        file = self._directory / span.file.name
         if self._scale_file is None or self._scale_file.file != file:
             if self._scale_file is not None:
                 self._scale_file.close()
@@ -294,9 +293,7 @@ class QuantizingFiller:
         self._scale_file.write(data, span.start + first * stored.itemsize)
 
     def close(self) -> None:
-        """Close the files that were used last."""
-        self._source_file.close()
-        self._base_file.close()
+        """Close the file of scales that was written last."""
         if self._scale_file is not None:
             self._scale_file.close()
             self._scale_file = None
@@ -349,11 +346,10 @@ def refuse_nonfinite(name: str, span: TensorSpan) -> NoReturn:
     """Count what is not finite in all of a tensor, and raise `WeightValueError`."""
     count = 0
     raw = np.empty(STEP * TARGET_BYTES[span.dtype], np.uint8)
-    with opened(span.file) as fd:
-        for start in range(span.start, span.stop, raw.size):
-            part = raw[: min(raw.size, span.stop - start)]
-            read_into(fd, part, start, span.file)
-            count += quantize.count_nonfinite(values_of(part, span.dtype))
+    for start in range(0, span.nbytes, raw.size):
+        part = raw[: min(raw.size, span.nbytes - start)]
+        span.read(part, start)
+        count += quantize.count_nonfinite(values_of(part, span.dtype))
     found = f"{count} of {span.numel} elements are NaN or infinite, and have no FP8 code"
     raise WeightValueError(
         found, tensor=name, file=span.file, expected="finite weights", remedy="find out where the training diverged"

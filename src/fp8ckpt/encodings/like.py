@@ -6,7 +6,6 @@ order, down to the text of every header, configuration and side files. Only valu
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Callable, Iterator, Sequence
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
@@ -17,6 +16,7 @@ from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_oth
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
+from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
 from fp8ckpt.tensors.reading import stored_scales
@@ -89,6 +89,6 @@ def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:
     for name in sorted(ours.keys() - {CONFIG, MISTRAL_CONFIG}):
         if name not in theirs:
             notes.append(f"{name} is only in the source, and is not written")
-        elif not filecmp.cmp(ours[name], theirs[name], shallow=False):
+        elif not same_bytes(ours[name], theirs[name]):
             notes.append(f"{name} differs in the source; the base's is written")
     return notes

@@ -18,7 +18,7 @@ from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
-from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
@@ -65,10 +65,11 @@ def run(
 
     def write() -> int:
         ExtentWriter(output, ranks.rank, {i: extents[i] for i in mine}, _sum, progress).run(fillers)
+        plan.refuse_changes()
         return sum(filler.bytes_read for filler in fillers)
 
     bytes_read = sum(ranks.gather(write))
-    nan_codes = ranks.gather(lambda: _publish(output) if ranks.rank == 0 else {})[0]
+    nan_codes = ranks.gather(lambda: _publish(plan, output) if ranks.rank == 0 else {})[0]
     return Dequantized(checkpoint, plan, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
 
 
@@ -107,12 +108,11 @@ def _refuse_overflow(tensor: QuantizedTensor) -> None:
     codes = np.empty(cutting.CHUNK // 2, np.uint8)
     halves = np.empty(codes.size, np.uint16)
     count = 0
-    with opened(tensor.weight.file) as fd:
-        for start in range(0, tensor.numel, codes.size):
-            part = codes[: min(codes.size, tensor.numel - start)]
-            read_into(fd, part, tensor.weight.start + start, tensor.weight.file)
-            dequantizer.flat(part, start, halves[: part.size])
-            count += int(np.count_nonzero(np.isinf(halves[: part.size].view(np.float16)) & np.isfinite(values[part])))
+    for start in range(0, tensor.numel, codes.size):
+        part = codes[: min(codes.size, tensor.numel - start)]
+        tensor.weight.read(part, start)
+        dequantizer.flat(part, start, halves[: part.size])
+        count += int(np.count_nonzero(np.isinf(halves[: part.size].view(np.float16)) & np.isfinite(values[part])))
     if count:
         found = f"{count} elements go beyond 65504, the largest float16"
         raise RangeError(found, tensor=tensor.name, file=tensor.weight.file, remedy="convert to bf16 or fp32")
@@ -125,10 +125,10 @@ def _sum(facts: Iterable[Facts]) -> Facts:
     return total
 
 
-def _publish(output: PartialOutput) -> Facts:
+def _publish(plan: OutputPlan, output: PartialOutput) -> Facts:
     """The last step: the NaN codes of all extents, added up before their records go."""
     nan_codes = _sum(output.records().values())
-    output.publish()
+    plan.publish(output)
     return dict(sorted(nan_codes.items()))
 
 
@@ -141,7 +141,6 @@ class _Filler:
         self._tensors = source.tensors
         self._dequantizer = dequantizer
         self._codes = np.empty(cutting.CHUNK // TARGET_BYTES[dtype], np.uint8)
-        self._file = LastFile()
         self.bytes_read = 0
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
@@ -174,9 +173,8 @@ class _Filler:
 
     def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
         """Fill ``buffer`` from byte ``offset`` of a tensor on."""
-        read_into(self._file.descriptor(span.file), buffer, span.start + offset, span.file)
+        span.read(buffer, offset)
         self.bytes_read += buffer.nbytes
 
     def close(self) -> None:
-        """Close the file that was read last."""
-        self._file.close()
+        """Nothing to release."""

@@ -99,6 +99,7 @@ def run(
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
         fillers = [QuantizingFiller(plan, output.directory, before, outgrown, decided) for _ in range(workers)]
         ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
+        plan.output.refuse_changes()
         wrote = sum((filler.looked_and_wrote for filler in fillers), Counter())
         return sum(filler.bytes_read for filler in fillers), sum(filler.base_bytes_read for filler in fillers), wrote
 
@@ -173,7 +174,7 @@ def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: li
 
 
 def _write_scales(output: PartialOutput, weight: Quantization, stored: Stored) -> None:
-    file = OutputFile(output.directory / weight.scale.file)
+    file = OutputFile(output.directory / weight.scale.file.name)
     try:
         file.write(np.ascontiguousarray(stored).view(np.uint8), weight.scale.start)
         file.flush()
@@ -198,7 +199,7 @@ def _publish(
         for name, again in _facts(output, written_again).items():
             facts[name].tally = again.tally
         report = _reported(plan, facts)
-    output.publish()
+    plan.output.publish(output)
     return report
 
 

@@ -22,6 +22,7 @@ from fp8ckpt.output.matching import refuse_dtype
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
+from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, is_native, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.tensors.header import TensorSpan
@@ -228,7 +229,7 @@ def plan_scheme(
         if copies.pop(name, None) is not None:
             notes.append(f"{name} speaks of other weights, and is not written")
     config = {**without_quantization(CONFIG, given.config, None), "quantization_config": row.config}
-    written = Checkpoint(output.destination, (), planned, (), config, None, None, (), ())
+    written = Checkpoint(PLANNED, (), planned, (), config, None, None, (), ())
     texts[CONFIG] = dump_json(served(written))
     if given.index is not None or len(layouts) > 1:
         texts[given.index_name or INDEX] = index_text(layouts, given.index)

@@ -11,12 +11,14 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from fp8ckpt.errors import StorageError, remedy_for
-from fp8ckpt.stores.local import Bytes, opened
+from fp8ckpt.stores.local import refuse_irregular
+from fp8ckpt.stores.store import Bytes, File
 
 #: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
 ALIGNMENT = 4096
@@ -32,18 +34,12 @@ class OutputFile:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._cached = self._open(os.O_WRONLY | os.O_CLOEXEC)
+        self._cached = open_to_write(file)
         try:
             direct = getattr(os, "O_DIRECT", 0)
-            self._direct = os.open(file, os.O_WRONLY | os.O_CLOEXEC | direct) if direct else None
-        except OSError:  # the file system has no direct writes: tmpfs before Linux 6.6, and others
+            self._direct = open_to_write(file, os.O_WRONLY | direct) if direct else None
+        except StorageError:  # the file system has no direct writes: tmpfs before Linux 6.6, and others
             self._direct = None
-
-    def _open(self, flags: int) -> int:
-        try:
-            return os.open(self.file, flags, 0o666)
-        except OSError as error:
-            raise write_error(error, self.file) from error
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write all of ``data`` at ``offset``: the whole pages directly, if in memory they lie as they do on disk, and
@@ -114,46 +110,65 @@ class OutputFiles:
         self._files.clear()
 
 
+def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
+    """A descriptor of a regular file, which the caller closes. Never blocks, and follows no link, whoever made it."""
+    try:
+        fd = os.open(file, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StorageError("it is a link", file=file, expected="a file", remedy="remove it") from error
+        raise write_error(error, file) from error
+    try:
+        refuse_irregular(os.fstat(fd), file.name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def create(file: Path, size: int) -> None:
     """Create ``file`` with ``size`` bytes of nothing; one that is there keeps what it has."""
+    fd = open_to_write(file, os.O_WRONLY | os.O_CREAT)
     try:
-        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
+        os.ftruncate(fd, size)
     except OSError as error:
         raise write_error(error, file) from error
+    finally:
+        os.close(fd)
 
 
 def write_whole(file: Path, data: bytes) -> None:
     """Write a small file and flush it to disk."""
-    try:
-        with file.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise write_error(error, file) from error
+    _write_pieces(file, [data])
 
 
-def copy_whole(source: Path, file: Path) -> None:
+def copy_whole(source: File, file: Path) -> None:
     """Copy a file's bytes and flush them to disk; memory is one buffer."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with opened(source) as fd, file.open("wb", buffering=0) as stream:
-            while data := os.read(fd, 1 << 20):
-                stream.write(data)
-            os.fsync(stream.fileno())
-    except StorageError:
-        raise
     except OSError as error:
         raise write_error(error, file) from error
+    _write_pieces(file, (piece.data for piece in source.pieces()))
+
+
+def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    with open(open_to_write(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb", buffering=0) as stream:
+        for piece in pieces:
+            try:
+                done = 0
+                while done < len(piece):
+                    done += stream.write(piece[done:]) or 0
+            except OSError as error:
+                raise write_error(error, file) from error
+        try:
+            os.fsync(stream.fileno())
+        except OSError as error:
+            raise write_error(error, file) from error
 
 
 def flush_directory(directory: Path) -> None:
     """Return when the names in ``directory`` are on disk."""
-    fd = os.open(directory, os.O_RDONLY)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
+from fp8ckpt.stores.memory import PLANNED
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.config import dump_json
 from fp8ckpt.tensors.header import Header, TensorSpan, tensor_nbytes
 
@@ -55,7 +56,7 @@ def lay_out(name: str, tensors: Iterable[TensorSpec], metadata: Mapping[str, str
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    file = Path(name)
+    file = File(PLANNED, name)
     spans = tuple(
         TensorSpan(tensor.name, file, tensor.dtype, tensor.shape, len(head) + start, len(head) + stop)
         for tensor, (start, stop) in zip(ordered, offsets, strict=True)

@@ -4,11 +4,12 @@ own.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
 from fp8ckpt.output.side_files import plain_side_files, side_files
+from fp8ckpt.stores.memory import PLANNED
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json
@@ -25,7 +26,7 @@ def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
     """The FP8 matrices whose one scale has dimensions, ``[1, 1]``; where scales are of blocks, or of the only row, that
     is right.
     """
-    if block_sizes(base.path, base.config).stated:
+    if block_sizes(base.store, base.config).stated:
         return []
     one = [tensor for tensor in base.quantized if tensor.scale.numel == 1 and len(tensor.scale.shape) > 1]
     return [tensor for tensor in one if len(tensor.shape) == 2 and tensor.shape[0] != 1]
@@ -38,7 +39,7 @@ class PlainLayout(NamedTuple):
 
     layouts: tuple[FileLayout, ...]
     texts: dict[str, bytes]
-    copies: dict[str, Path]
+    copies: dict[str, File]
 
     @classmethod
     def of(cls, base: Checkpoint, dtype: str) -> PlainLayout:
@@ -88,7 +89,8 @@ class BaseLayout:
         name = header.file.name
         if not any(span.name in self._left_out or span.name in self._flat for span in header.spans):
             head = len(header.text).to_bytes(8, "little") + header.text
-            return FileLayout(name, head, tuple(span._replace(file=Path(name)) for span in header.spans), header.size)
+            spans = tuple(span._replace(file=File(PLANNED, name)) for span in header.spans)
+            return FileLayout(name, head, spans, header.size)
         specs = [
             TensorSpec(span.name, span.dtype, (1,) if span.name in self._flat else span.shape)
             for span in header.spans
@@ -99,6 +101,6 @@ class BaseLayout:
     def _add_index(self, *, always: bool) -> None:
         name, index = self._base.index_name, self._base.index
         if name is not None and index is not None and not self._left_out:
-            self.copies[name] = self._base.path / name
+            self.copies[name] = File(self._base.store, name)
         elif index is not None or (always and len(self.layouts) > 1):
             self.texts[name or INDEX] = index_text(self.layouts, index)

@@ -5,7 +5,6 @@ tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, shown
 from fp8ckpt.numerics.codes import F32, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.output.layout import TensorSpec
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
 from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.pairing import QuantizedTensor
@@ -102,11 +102,11 @@ def refuse_dtype(given: TensorSpan | TensorSpec) -> None:
         )
 
 
-def _file_of(tensor: TensorSpan | TensorSpec) -> Path | None:
+def _file_of(tensor: TensorSpan | TensorSpec) -> File | None:
     return tensor.file if isinstance(tensor, TensorSpan) else None
 
 
-def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: Path, remedy: str) -> F32:
+def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: File, remedy: str) -> F32:
     """New scales of the weight ``name`` in ``file`` as float32. Raises `RangeError` where the dtype of ``scale`` could
     not hold one.
     """

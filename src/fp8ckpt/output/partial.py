@@ -21,8 +21,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsError, ResumeMismatchError
-from fp8ckpt.output.files import flush_directory, write_error, write_whole
+from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
+from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
+from fp8ckpt.stores.local import read_whole
 
 _OUTPUT = "output"
 Facts = dict[str, Any]  # what is recorded of an extent; JSON
@@ -74,7 +75,7 @@ class PartialOutput:
         self.refuse_existing()
         self.refuse_foreign(names)
         self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._state / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._lock = open_to_write(self._state / _LOCK, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,8 +83,8 @@ class PartialOutput:
             raise OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy) from None
         self.refuse_existing()  # whoever held the lock before may have finished
         if self.directory.exists():
-            if self._recorded_plan() != fingerprint:
-                raise self._mismatch("it is of another source, another target dtype or another version")
+            if (before := self._recorded_plan()) != fingerprint:
+                raise self._mismatch(_difference(before, fingerprint))
         else:  # nothing was written yet, or all was, and has its name
             self.forget()
             write_whole(self._state / _DRAFT, json.dumps(fingerprint).encode())
@@ -119,7 +120,7 @@ class PartialOutput:
 
     def _recorded_plan(self) -> Any:
         try:
-            return json.loads((self._state / _PLAN).read_text())
+            return json.loads(read_whole(self._state / _PLAN))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise self._mismatch("its state cannot be read") from None
 
@@ -169,7 +170,7 @@ class PartialOutput:
         """
         done: dict[int, Facts] = {}
         for file in sorted(self._state.glob(_RECORDS + "*")):
-            for line in file.read_bytes().split(b"\n"):
+            for line in read_whole(file).split(b"\n"):
                 try:
                     record = json.loads(line)
                     done[record["extent"]] = record["facts"]
@@ -182,14 +183,14 @@ class PartialOutput:
         # The first newline ends a line that was cut off.
         line = memoryview(("\n" + json.dumps({"extent": extent, "facts": facts}) + "\n").encode())
         try:
-            fd = os.open(
-                self._state / f"{_RECORDS}{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
-            )
+            fd = open_to_write(self._state / f"{_RECORDS}{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 while line:
                     line = line[os.write(fd, line) :]  # a disk that fills up may take a part
             finally:
                 os.close(fd)
+        except StorageError:
+            raise
         except OSError as error:
             raise write_error(error, self._state) from error
 
@@ -226,3 +227,14 @@ class PartialOutput:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _difference(before: Any, now: Mapping[str, Any]) -> str:
+    """Why a partial output is not taken up: a file that has changed since, if others have not."""
+    general = "it is of another source, another target dtype or another version"
+    if not isinstance(before, dict) or {**before, "sources": None} != {**now, "sources": None}:
+        return general
+    pairs = zip(before["sources"], now["sources"], strict=False) if isinstance(before.get("sources"), list) else ()
+    same = {name: old.get(name) == new[name] for old, new in pairs if isinstance(old, dict) for name in new}
+    changed = [name for name in same if not same[name]]
+    return f"{changed[0]}, which it is made from, has changed since" if 0 < len(changed) < len(same) else general

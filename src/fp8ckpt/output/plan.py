@@ -16,7 +16,9 @@ from fp8ckpt.output import extents
 from fp8ckpt.output.files import copy_whole, create, write_whole
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class OutputPlan:
     arguments: Mapping[str, Any]
     layouts: tuple[FileLayout, ...]
     texts: Mapping[str, bytes] = field(default_factory=dict)
-    copies: Mapping[str, Path] = field(default_factory=dict)
+    copies: Mapping[str, File] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -47,7 +49,7 @@ class OutputPlan:
         """What one process does for all: the directory, its empty files, and the small files. Returns what was done
         before.
         """
-        refuse_written(output, self.copies.values())
+        refuse_written(output, map(_path_of, self.copies.values()))
         output.begin(self._fingerprint(), self.names)
         sizes = [_size_of(output.directory / layout.name) for layout in self.layouts]
         if sizes != [layout.size for layout in self.layouts]:
@@ -60,6 +62,17 @@ class OutputPlan:
             copy_whole(file, output.directory / name)
         return output.records()
 
+    def refuse_changes(self) -> None:
+        """Raise `SourceChangedError` if a file that is read is no longer what it was when it was opened."""
+        stores = [*(checkpoint.store for checkpoint in self.inputs), *(file.store for file in self.copies.values())]
+        for store in {id(store): store for store in stores}.values():
+            store.refuse_changes()
+
+    def publish(self, output: PartialOutput) -> None:
+        """Give the finished directory its name, unless what it was made of has changed meanwhile."""
+        self.refuse_changes()
+        output.publish()
+
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a partial output to be taken up: the files that are read, and every byte that is
         planned.
@@ -69,15 +82,10 @@ class OutputPlan:
             digest.update(layout.head)
         for name, text in sorted(self.texts.items()):
             digest.update(name.encode() + b"\0" + text)
-        sources = [
-            {
-                header.file.name: [header.size, header.file.stat().st_mtime_ns, hashlib.sha256(header.text).hexdigest()]
-                for header in checkpoint.files
-            }
-            for checkpoint in self.inputs
-        ]
+        sources = [_versions(checkpoint) for checkpoint in self.inputs]
+        sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
         return {
-            "format": 3,
+            "format": 4,
             **self.arguments,
             "chunk": extents.CHUNK,
             "extent": extents.EXTENT,
@@ -86,11 +94,20 @@ class OutputPlan:
         }
 
 
+def _versions(checkpoint: Checkpoint) -> dict[str, list[Any]]:
+    """What the files of a checkpoint are that decide what is read of it: size, version, and the text of headers."""
+    files = checkpoint.store.files()
+    others = [checkpoint.index_name, CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG]
+    texts = {header.file.name: hashlib.sha256(header.text).hexdigest() for header in checkpoint.files}
+    names = sorted([*texts, *(name for name in others if name and name in files)])
+    return {name: [*files[name], texts.get(name)] for name in names}
+
+
 def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> None:
     """Raise where the output would be written into a checkpoint that is read (``what`` it is), or that lies in the
     output's own place; by whatever names the two are given.
     """
-    refuse_written(output, [checkpoint.path, *(header.file for header in checkpoint.files)])
+    refuse_written(output, [checkpoint.path, *(_path_of(header.file) for header in checkpoint.files)])
     read = _identity(checkpoint.path)
     for place in (output.destination, output.partial):
         if read in map(_identity, _with_parents(place)):
@@ -110,6 +127,10 @@ def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
             found = f"{path}, which is read, stands where the output is written until it is whole"
             remedy = "choose another destination"
             raise OutputExistsError(found, file=str(output.partial), expected="a path that is free", remedy=remedy)
+
+
+def _path_of(file: File) -> Path:
+    return Path(file.store.where, file.name)
 
 
 def _with_parents(path: Path) -> tuple[Path, ...]:

@@ -9,7 +9,6 @@ Headers and scales are read, and a head that is tied.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp8ckpt.errors import ConfigError, Fp8CheckpointError, ServingError, StorageError, shown
+from fp8ckpt.errors import ConfigError, Fp8CheckpointError, ServingError, shown
 from fp8ckpt.families.names import NESTED
 from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
@@ -32,7 +31,6 @@ from fp8ckpt.serving.skip_list import (
     unquantized_linears,
     unquantized_parts,
 )
-from fp8ckpt.stores.local import LastFile, opened, read_into
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import Checkpoint, is_native
@@ -187,18 +185,18 @@ def _is_native_only(checkpoint: Checkpoint) -> bool:
     no files.
     """
     native = bool(checkpoint.files) and all(is_native(header.file.name) for header in checkpoint.files)
-    return native and not (checkpoint.path / CONFIG).exists()
+    return native and CONFIG not in checkpoint.store.files()
 
 
 def _modelopt(checkpoint: Checkpoint) -> dict[str, Any]:
     """The ``quantization`` of ModelOpt's file; empty where there is none."""
-    found = (configuration.load_json(checkpoint.path / MODELOPT_CONFIG) or {}).get("quantization")
+    found = (configuration.load_json(checkpoint.store, MODELOPT_CONFIG) or {}).get("quantization")
     return found if isinstance(found, dict) else {}
 
 
 def _stated(checkpoint: Checkpoint) -> _Stated | None:
     if _is_native_only(checkpoint):
-        params = configuration.load_json(checkpoint.path / MISTRAL_CONFIG) or {}
+        params = configuration.load_json(checkpoint.store, MISTRAL_CONFIG) or {}
         quantization = params.get("quantization")
         if not isinstance(quantization, dict):
             return None
@@ -380,7 +378,7 @@ def _missing(checkpoint: Checkpoint, method: str, entries: Sequence[str]) -> Mis
     if method == "fp8":
         return missing_in_both_forms(entries, linears, _parts(checkpoint), _native)
     # ModelOpt may state its list in a file of its own, too.
-    return missing_in_patterns([*configuration.skip_patterns(checkpoint.path, checkpoint.config), *entries], linears)
+    return missing_in_patterns([*configuration.skip_patterns(checkpoint.store, checkpoint.config), *entries], linears)
 
 
 def _parts(checkpoint: Checkpoint) -> list[str]:
@@ -396,12 +394,7 @@ def _native(module: str) -> str:
 
 def _leftovers(checkpoint: Checkpoint, fp8: bool, readable: bool) -> Iterator[_Finding]:
     """Files that an engine would take for the model, or for what it says of quantization, instead of what is there."""
-    try:
-        names = sorted(os.listdir(checkpoint.path))
-    except OSError as error:
-        raise StorageError(
-            f"cannot be listed: {error.strerror}", file=checkpoint.path, remedy="restore the directory"
-        ) from error
+    names = sorted(name for name in checkpoint.store.files() if "/" not in name)
     if any(not is_native(header.file.name) for header in checkpoint.files):
         if second := [name for name in names if is_native(name)]:
             found = f"Mistral's own copy of the weights stands beside the others: {_some(second)}"
@@ -490,33 +483,28 @@ def _is_same(a: TensorSpan, b: TensorSpan) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     buffers = np.empty((2, _PIECE), np.uint8)
-    with opened(a.file) as fd, opened(b.file) as other:
-        for start in range(0, a.nbytes, _PIECE):
-            left, right = buffers[:, : min(_PIECE, a.nbytes - start)]
-            read_into(fd, left, a.start + start, a.file)
-            read_into(other, right, b.start + start, b.file)
-            if not np.array_equal(left, right):
-                return False
+    for start in range(0, a.nbytes, _PIECE):
+        left, right = buffers[:, : min(_PIECE, a.nbytes - start)]
+        a.read(left, start)
+        b.read(right, start)
+        if not np.array_equal(left, right):
+            return False
     return True
 
 
 def _unequal_siblings(checkpoint: Checkpoint) -> Iterator[_Finding]:
-    if block_sizes(checkpoint.path, checkpoint.config).stated:
+    if block_sizes(checkpoint.store, checkpoint.config).stated:
         return  # grids are joined as they are, those of a single block too
     single = {
         t.name: t.scale for t in checkpoint.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2
     }
     units = sibling_units(single)
     values: dict[str, float] = {}
-    last = LastFile()
-    try:
-        members = [(name, single[name]) for unit in units for name in unit]
-        for name, span in sorted(members, key=lambda member: (member[1].file, member[1].start)):
-            stored = np.empty(span.nbytes, np.uint8)
-            read_into(last.descriptor(span.file), stored, span.start, span.file)
-            values[name] = float(scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)[0])
-    finally:
-        last.close()
+    members = [(name, single[name]) for unit in units for name in unit]
+    for name, span in sorted(members, key=lambda member: (member[1].file.name, member[1].start)):
+        stored = np.empty(span.nbytes, np.uint8)
+        span.read(stored)
+        values[name] = float(scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)[0])
     unequal = [unit for unit in units if len({values[name] for name in unit}) > 1]
     if unequal:
         yield (

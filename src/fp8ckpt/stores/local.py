@@ -1,75 +1,307 @@
-"""Bytes of local files: whole reads at known offsets, or a named error."""
+"""A local directory as a store.
+
+What is not a regular file is refused by name, and opening never blocks. A link is followed only where it ends inside
+the directory, or among the blobs of the hub cache that the directory is a snapshot of (``snapshots/REV/x ->
+../../blobs/HASH``); the directory itself may be given as a link.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import stat as modes
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fp8ckpt.errors import StorageError, TruncatedFileError
+from fp8ckpt.errors import SourceChangedError, StorageError, TruncatedFileError
+from fp8ckpt.stores.store import ByteRange, Bytes, File, Files, Stat
 
-Bytes = npt.NDArray[np.uint8]
+_TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+_FOREIGN_FOLDERS = (".git", ".cache")  # of the tools that fetched a checkpoint; not part of it
+_MOST_OPEN = 16  # files
+_MOST_BUFFERS = 1000  # of one system call; the system's own limit is 1024
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_KINDS = {
+    modes.S_IFIFO: "a FIFO", modes.S_IFSOCK: "a socket", modes.S_IFCHR: "a device", modes.S_IFBLK: "a device",
+    modes.S_IFDIR: "a folder", modes.S_IFLNK: "a link",
+}  # fmt: skip
 
 
-def open_to_read(file: Path) -> int:
-    """A descriptor for reading ``file``, which the caller closes."""
+class LocalStore:
+    """The files below ``directory``; ``named``: one that the user named, and that may be a link to anywhere.
+
+    Listing skips ``.git`` and ``.cache``, and raises `StorageError` for a folder that cannot be listed.
+    """
+
+    def __init__(self, directory: str | Path, named: str | None = None) -> None:
+        self.directory = Path(directory)
+        self._named = named
+        self._root = os.path.realpath(directory)  # so that a change of the working directory is none of the store
+        self._blobs = _blobs_beside(self._root)
+        self._seen: dict[str, _Identity] = {}
+
+    @property
+    def where(self) -> str:
+        """The directory, as it was given."""
+        return str(self.directory)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalStore) and self._root == other._root
+
+    def __hash__(self) -> int:
+        return hash(self._root)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process opens its own files, of the same versions
+        return _restored, (self.directory, self._named, self._seen)
+
+    def files(self) -> Mapping[str, Stat]:
+        """As `fp8ckpt.stores.store.Store.files`; each is looked at when it is looked up."""
+        return Files(self._names, self._look)
+
+    def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
+        """As `fp8ckpt.stores.store.Store.read`. Ranges that follow each other in the file are one system call."""
+        i, last, descriptor = 0, None, None
+        while i < len(wanted):
+            file, start, stop = wanted[i]
+            k = i + 1
+            while k < len(wanted) and k - i < _MOST_BUFFERS and wanted[k].file == file and wanted[k].start == stop:
+                stop = wanted[k].stop
+                k += 1
+            if descriptor is None or file != last:
+                last, descriptor = file, self._descriptor(file)
+            try:
+                whole = os.preadv(descriptor.fd, [part.data for part in out[i:k]], start) == stop - start
+            except OSError:
+                whole = False  # the slow way will meet it again, and name it
+            if not whole:
+                for part, buffer in zip(wanted[i:k], out[i:k], strict=True):
+                    _read_slowly(descriptor.fd, part, buffer)
+            i = k
+
+    def refuse_changes(self) -> None:
+        """As `fp8ckpt.stores.store.Store.refuse_changes`."""
+        for name, seen in list(self._seen.items()):
+            try:
+                now = _identity(os.lstat(self._real(name)))
+            except OSError:
+                raise SourceChangedError.of(name) from None
+            if now != seen:
+                raise SourceChangedError.of(name)
+
+    def _look(self, name: str) -> Stat | None:
+        """What a file is, as it was first seen; None where there is nothing of that name."""
+        if not self._has(name):
+            return None
+        with self._naming(name):
+            stat = os.lstat(self._real(name))
+        refuse_irregular(stat, name)
+        size, mtime, ctime, inode, _ = self._first_seen(name, stat)
+        return Stat(size, f"{mtime}.{ctime}.{inode}")  # the device's number may be another one after a restart
+
+    def _has(self, name: str) -> bool:
+        """Whether there is anything of that name, be it a link to nowhere."""
+        try:
+            os.lstat(self._path(name))
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return False
+            raise StorageError(f"cannot be opened: {error.strerror}", file=name, remedy="restore the file") from error
+        except ValueError:  # a name that no file can have
+            return False
+        return True
+
+    def _names(self, folder: str = "") -> Iterator[str]:
+        """Every file, in order; links to folders are listed, and not followed."""
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        except OSError as error:
+            remedy = "make it readable, or move it away"
+            where = folder or self.where
+            raise StorageError(f"cannot be listed: {error.strerror}", file=where, remedy=remedy) from error
+        for name, is_folder in found:
+            if not is_folder:
+                yield folder + name
+            elif name not in _FOREIGN_FOLDERS:
+                yield from self._names(f"{folder}{name}/")
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._root, name)  # noqa: PTH118 - Path is slow, and this is done for every file
+
+    def _real(self, name: str) -> str:
+        """Where a name leads. Raises `OSError` where it leads nowhere, and `StorageError` where it leads away."""
+        path = self._path(name)
+        real = os.path.realpath(path, strict=True)
+        if real == path or name == self._named or Path(real).is_relative_to(self._root):
+            return real
+        if self._blobs is not None and Path(real).is_relative_to(self._blobs):
+            return real
+        raise StorageError(
+            "it is a link that leads out of the directory",
+            file=name,
+            expected="a file, or a link to one inside",
+            remedy="put the file itself there, if you know who made the link",
+        )
+
+    def _descriptor(self, name: str) -> _Descriptor:
+        key = self._path(name), name == self._named
+        if (found := _OPEN.get(key)) is None:
+            with self._naming(name):
+                found = _Descriptor(open_to_read(self._real(name), name))
+            _OPEN.add(key, found)
+        self._first_seen(name, os.fstat(found.fd))
+        return found
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            nowhere = error.errno == errno.ENOENT and self._has(name)
+            found = "it is a link to nowhere" if nowhere else f"cannot be opened: {error.strerror}"
+            raise StorageError(found, file=name, remedy="restore the file") from error
+
+    def _first_seen(self, name: str, stat: os.stat_result) -> _Identity:
+        """The file's identity, which is the same as when it was first seen."""
+        now = _identity(stat)
+        if self._seen.setdefault(name, now) != now:
+            raise SourceChangedError.of(name)
+        return now
+
+
+def local_file(path: Path) -> File:
+    """A file that the user named."""
+    return File(LocalStore(path.parent, path.name), path.name)
+
+
+def open_to_read(file: str | Path, name: str) -> int:
+    """A descriptor for reading a regular file, which the caller closes. Never blocks; follows no link.
+
+    Raises `OSError`, and `StorageError` for what is no file; ``name`` is what it is called there.
+    """
+    refuse_irregular(os.lstat(file), name)  # before: to open a device may already do something to it
+    fd = os.open(file, _TO_READ)
     try:
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StorageError(f"cannot be opened: {error.strerror}", file=file, remedy="restore the file") from error
+        refuse_irregular(os.fstat(fd), name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-class LastFile:
-    """Keeps the file that was read last open: the next tensor is likely in it. For one thread."""
+def refuse_irregular(stat: os.stat_result, name: str) -> None:
+    """Raise `StorageError` for anything but a regular file: a FIFO, a socket, a device, a folder, a link."""
+    if not modes.S_ISREG(stat.st_mode):
+        raise StorageError(f"it is {kind_of(stat)}", file=name, expected="a file", remedy="move it away")
+
+
+def kind_of(stat: os.stat_result) -> str:
+    """What something is that is no regular file."""
+    return _KINDS.get(modes.S_IFMT(stat.st_mode), "no file")
+
+
+def read_whole(file: Path) -> bytes:
+    """A small file of our own. Raises `OSError`, and `StorageError` for what is no file."""
+    with open(open_to_read(file, file.name), "rb") as stream:
+        return stream.read()
+
+
+class _Descriptor:
+    """An open file, closed when nothing uses it any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._close = os.close  # also at the end of the interpreter
+
+    def __del__(self) -> None:
+        self._close(self.fd)
+
+
+_Key = tuple[str, bool]  # a path, and whether it was followed because the user named it
+
+
+class _OpenFiles:
+    """Files that stay open while somebody wants it so; for any number of threads."""
 
     def __init__(self) -> None:
-        self._file: Path | None = None
-        self._fd = -1
+        self._lock = threading.Lock()
+        self._jobs = 0
+        self._files: OrderedDict[_Key, _Descriptor] = OrderedDict()
 
-    def descriptor(self, file: Path) -> int:
-        """A descriptor for reading ``file``, good until the next call."""
-        if file != self._file:
-            self.close()
-            self._fd = open_to_read(file)
-            self._file = file
-        return self._fd
+    def get(self, key: _Key) -> _Descriptor | None:
+        with self._lock:
+            if (found := self._files.get(key)) is not None:
+                self._files.move_to_end(key)
+            return found
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._fd)
-            self._file = None
+    def add(self, key: _Key, file: _Descriptor) -> None:
+        with self._lock:
+            if self._jobs:
+                self._files[key] = file
+            if len(self._files) > _MOST_OPEN:
+                self._files.popitem(last=False)  # it is closed once no thread reads it any more
+
+    def count(self, jobs: int) -> None:
+        with self._lock:
+            self._jobs += jobs
+            if not self._jobs:
+                self._files.clear()
+
+
+_OPEN = _OpenFiles()
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[int]:
-    """A descriptor for reading ``file``, closed in the end."""
-    fd = open_to_read(file)
+def kept_open() -> Iterator[None]:
+    """A few files stay open between reads while a job lasts, and none after it. Also a decorator."""
+    _OPEN.count(1)
     try:
-        yield fd
+        yield
     finally:
-        os.close(fd)
+        _OPEN.count(-1)
 
 
-def read_into(fd: int, buffer: npt.NDArray[Any], offset: int, file: Path) -> None:
-    """Fill a contiguous ``buffer`` with the bytes of ``file`` from ``offset`` on; all of them, or an error."""
+_Identity = tuple[int, int, int, int, int]
+
+
+def _identity(stat: os.stat_result) -> _Identity:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
+
+
+def _restored(directory: Path, named: str | None, seen: dict[str, _Identity]) -> LocalStore:
+    store = LocalStore(directory, named)
+    store._seen.update(seen)
+    return store
+
+
+def _blobs_beside(root: str) -> str | None:
+    """The blobs of the hub cache that a directory is a snapshot of, or is in a snapshot of."""
+    for folder in (Path(root), *Path(root).parents):
+        if folder.parent.name == "snapshots":
+            return os.path.realpath(folder.parent.parent / "blobs")
+    return None
+
+
+def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
+    """Fill one buffer, in as many calls as it takes."""
     view = buffer.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
+        at = part.start + done
         try:
-            count = os.preadv(fd, [view[done:]], offset + done)
+            count = os.preadv(fd, [view[done:]], at)
         except OSError as error:
-            raise StorageError(
-                f"reading at byte {offset + done} failed: {error.strerror}", file=file, remedy="check the disk"
-            ) from error
+            found = f"reading at byte {at} failed: {error.strerror}"
+            raise StorageError(found, file=part.file, remedy="check the disk") from error
         if count == 0:
-            found = f"the file ends at byte {offset + done}"
-            raise TruncatedFileError(
-                found, file=file, expected=f"at least {offset + len(view)} bytes", remedy="it changed while it was read"
-            )
+            found, expected = f"the file ends at byte {at}", f"at least {part.stop} bytes"
+            raise TruncatedFileError(found, file=part.file, expected=expected, remedy="it changed while it was read")
         done += count

@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fp8ckpt.errors import ConfigError, shown
+from fp8ckpt.stores.store import Store
 from fp8ckpt.tensors.config import (
     CONFIG,
     MODELOPT_CONFIG,
@@ -81,31 +81,31 @@ def _is_of_class(module: str, kind: str) -> bool:
     return embeds if "embedding" in kind.lower() else not embeds
 
 
-def block_sizes(directory: Path, config: Json) -> BlockSizes:
+def block_sizes(store: Store, config: Json) -> BlockSizes:
     """What the configuration states. Raises `ConfigError` for a size that is none, and where two are stated for the
     same modules.
     """
-    quantization, modelopt = quantization_config(config), modelopt_quantization(directory)
+    quantization, modelopt = quantization_config(config), modelopt_quantization(store)
     found = BlockSizes(ignored=ModuleList(_listed(quantization.get("ignore"))))
     common: dict[str, Size | None] = {}
-    _add(common, _LINEAR, quantization.get("weight_block_size"), directory / CONFIG)
-    for file, section in ((directory / CONFIG, quantization), (directory / MODELOPT_CONFIG, modelopt)):
-        _add(common, _LINEAR, _of_algorithm(section), directory / CONFIG)
+    _add(common, _LINEAR, quantization.get("weight_block_size"), CONFIG)
+    for file, section in ((CONFIG, quantization), (MODELOPT_CONFIG, modelopt)):
+        _add(common, _LINEAR, _of_algorithm(section), CONFIG)
         for module, size in _layers(section.get("quantized_layers")):
             _add(found.named, module, size, file)
     for targets, size in _groups(quantization.get("config_groups")):
         for target in targets:
             patterned = target.startswith("re:") or "*" in target
             sizes = found.patterns if patterned else found.named if "." in target else found.classes
-            _add(sizes, target, size, directory / CONFIG)
-    _add({**common}, _LINEAR, found.classes.get(_LINEAR), directory / CONFIG)  # it speaks of as much
+            _add(sizes, target, size, CONFIG)
+    _add({**common}, _LINEAR, found.classes.get(_LINEAR), CONFIG)  # it speaks of as much
     found.common = common[_LINEAR]
     if len(found.of_groups) == 1 and found.common in (None, *found.of_groups):  # then it is that of all, named or not
         return BlockSizes(found.of_groups.pop())
     return found
 
 
-def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: Path) -> None:
+def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: str) -> None:
     size = _checked(stated, file)
     before = sizes.setdefault(target, size)
     if before is None:
@@ -115,7 +115,7 @@ def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: Path) ->
         raise ConfigError(found, file=file, expected="one", remedy="take the configuration of the release")
 
 
-def _checked(stated: Any, file: Path) -> Size | None:
+def _checked(stated: Any, file: str) -> Size | None:
     if stated is None:
         return None
     if not isinstance(stated, list | tuple) or not stated or not all(type(dim) is int and dim > 0 for dim in stated):

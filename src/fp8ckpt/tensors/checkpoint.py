@@ -23,9 +23,12 @@ from fp8ckpt.errors import (
     Fp8CheckpointError,
     HeaderError,
     IndexMismatchError,
+    StorageError,
     UnknownTensorError,
     shown,
 )
+from fp8ckpt.stores.local import LocalStore, kept_open
+from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
 from fp8ckpt.tensors.formats import logical_name
@@ -44,17 +47,17 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A logical checkpoint. Immutable; holds no open file.
+    """A logical checkpoint. Immutable.
 
-    ``path``: the directory. ``files``: the validated headers, in order. ``tensors``: every logical tensor by name.
-    ``cache_scales``: scales of attention and of the key-value cache, which belong to no weight. ``config``:
-    ``config.json``, empty where there is none. ``index_name`` and ``index``: the index file, or None. ``notes``: what a
-    user should know; ``slips``: what is wrong and harms no reader. ``defects`` is empty in what `open_checkpoint`
-    returns. ``markers``: stored tensors that only say how the others are stored. ``beside``: safetensors files of the
-    directory that are no part of the model, and go where its side files go.
+    ``store``: what keeps its files; ``path``: where. ``files``: the validated headers, in order. ``tensors``: every
+    logical tensor by name. ``cache_scales``: scales of attention and of the key-value cache, which belong to no weight.
+    ``config``: ``config.json``, empty where there is none. ``index_name`` and ``index``: the index file, or None.
+    ``notes``: what a user should know; ``slips``: what is wrong and harms no reader. ``defects`` is empty in what
+    `open_checkpoint` returns. ``markers``: stored tensors that only say how the others are stored. ``beside``:
+    safetensors files of the directory that are no part of the model, and go where its side files go.
     """
 
-    path: Path
+    store: Store
     files: tuple[Header, ...]
     tensors: Mapping[str, LogicalTensor]
     cache_scales: tuple[TensorSpan, ...]
@@ -71,6 +74,11 @@ class Checkpoint:
         """The logical tensors whose values (or codes) one of the files holds, in the order of its data."""
         found = (self.tensors.get(logical_name(span.name)) for span in header.spans)
         return [tensor for tensor in found if tensor is not None and _stored(tensor).file == header.file]
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return Path(self.store.where)
 
     @property
     def quantized(self) -> list[QuantizedTensor]:
@@ -104,13 +112,13 @@ def _stored(tensor: LogicalTensor) -> TensorSpan:
     return tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
 
 
-#: A directory, a single safetensors file, a hub id in the local cache, or an open `Checkpoint`.
-CheckpointLike: TypeAlias = str | Path | Checkpoint
+#: A directory, a single safetensors file, a hub id in the local cache, a store, or an open `Checkpoint`.
+CheckpointLike: TypeAlias = str | Path | Store | Checkpoint
 
 
 def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
-    """Open a directory, a single safetensors file, or a hub id that is in huggingface_hub's local cache. An open
-    checkpoint is itself.
+    """Open a directory, a single safetensors file, a hub id that is in huggingface_hub's local cache, or a store. An
+    open checkpoint is itself.
 
     Reads headers only. ``follow_index``: what the index does not list is no part of the checkpoint, as loaders have it;
     without it, that is a defect. Raises the first defect found, as a named `Fp8CheckpointError`, and says how many more
@@ -139,12 +147,16 @@ def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
         raise first
 
 
+@kept_open()
 def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
     """The checkpoint with all its defects listed; raises only where there is nothing to look at."""
     if isinstance(path, Checkpoint):
         return path
     with collector_paused():
-        return _survey(*_resolve(path), follow_index)
+        if not isinstance(path, str | Path):
+            return _survey(path, None, follow_index)
+        directory, single = _resolve(path)
+        return _survey(LocalStore(directory, single), single, follow_index)
 
 
 @contextmanager
@@ -161,24 +173,27 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _survey(directory: Path, single: Path | None, follow_index: bool) -> Checkpoint:
+def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     defects: list[Fp8CheckpointError] = []
     notes: list[str] = []
     try:
-        config = configuration.load_json(directory / configuration.CONFIG) or {}
-        blocks = block_sizes(directory, config)
-        quantized = configuration.states_quantization(directory, config)
-    except ConfigError as error:
+        config = configuration.load_json(store, configuration.CONFIG) or {}
+        blocks = block_sizes(store, config)
+        quantized = configuration.states_quantization(store, config)
+    except (ConfigError, StorageError) as error:
         defects.append(error)
         config, blocks, quantized = {}, BlockSizes(), False
-    index_name, index = (None, None) if single else _read_index(directory, defects)
+    index_name, index = None, None
+    on_disk = names = [single] if single else _on_disk(store)
     if single:
-        _refuse_part(directory, single.name)
-    names = [single.name] if single else _file_names(directory, index_name, index, defects)
-    beside = [] if single else [name for name in _on_disk(directory) if name not in names and _is_foreign(name)]
+        _refuse_part(store, single)
+    else:
+        index_name, index = _read_index(store, on_disk, defects)
+        names = _file_names(store, on_disk, index_name, index, defects)
+    beside = [name for name in on_disk if name not in names and _is_foreign(name)]
     if index_name is not None and index is not None:
-        unnamed = [name for name in _model_files(directory) if name not in index["weight_map"].values()]
-        for name in filter(lambda name: _holds_tensors(directory / name), unnamed):
+        unnamed = [name for name in _model_files(on_disk) if name not in index["weight_map"].values()]
+        for name in filter(lambda name: _holds_tensors(File(store, name)), unnamed):
             if follow_index:
                 beside.append(name)
                 notes.append(f"{shown(name)}: {index_name} does not name it, and it is no part of the checkpoint")
@@ -187,7 +202,7 @@ def _survey(directory: Path, single: Path | None, follow_index: bool) -> Checkpo
     headers: list[Header] = []
     complete = not defects
     for name in names:
-        header, found = read_header(directory / name)
+        header, found = read_header(File(store, name))
         defects += found
         complete = complete and not found
         if header is not None:
@@ -196,11 +211,11 @@ def _survey(directory: Path, single: Path | None, follow_index: bool) -> Checkpo
     spans = _spans_by_name(headers, unlisted, defects, notes)
     slips: list[Fp8CheckpointError] = []
     if index is not None and index_name is not None:
-        _compare_index(directory / index_name, index, spans, complete, defects, slips)
+        _compare_index(index_name, index, spans, complete, defects, slips)
     pairing = pair(spans, blocks, quantized=quantized, complete=complete)
     defects += pairing.defects
     return Checkpoint(
-        path=directory,
+        store=store,
         files=tuple(headers),
         tensors=pairing.tensors,
         cache_scales=pairing.cache_scales,
@@ -235,13 +250,13 @@ def _spans_by_name(
     return spans
 
 
-def _resolve(path: str | Path) -> tuple[Path, Path | None]:
+def _resolve(path: str | Path) -> tuple[Path, str | None]:
     """The directory, and the file where one file was named."""
     local = Path(path)
     if os.path.isdir(local):  # noqa: PTH112 - Path.is_dir() raises for a name that is too long
         return local, None
-    if os.path.isfile(local):  # noqa: PTH113 - as above
-        return local.parent, local
+    if os.path.lexists(local):
+        return local.parent, local.name
     if not _is_hub_id(str(path)):
         raise CheckpointNotFoundError("there is no such directory or file", file=str(path), remedy="check the path")
     from huggingface_hub import snapshot_download
@@ -261,12 +276,17 @@ def _is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
 
 
-def _read_index(directory: Path, defects: list[Fp8CheckpointError]) -> tuple[str | None, dict[str, Any] | None]:
+def _read_index(
+    store: Store, on_disk: list[str], defects: list[Fp8CheckpointError]
+) -> tuple[str | None, dict[str, Any] | None]:
     for name in (INDEX, NATIVE_INDEX):
-        if name == NATIVE_INDEX and any(not is_native(file) for file in _model_files(directory)):
+        if name == NATIVE_INDEX and any(not is_native(file) for file in _model_files(on_disk)):
             continue
         try:
-            index = configuration.load_json(directory / name)
+            index = configuration.load_json(store, name)
+        except StorageError as error:
+            defects.append(error)
+            return name, None
         except ConfigError as error:
             defects.append(
                 IndexMismatchError(
@@ -301,33 +321,38 @@ def _is_foreign(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _FOREIGN)
 
 
-def _on_disk(directory: Path) -> list[str]:
-    return sorted(file.name for file in directory.glob("*.safetensors"))
+def _on_disk(store: Store) -> list[str]:
+    """The safetensors files at the top. Lists all of the store: what cannot be listed is refused here."""
+    at_the_top = {name.partition("/")[0] for name in store.files()}  # a folder so called is refused when it is read
+    return sorted(name for name in at_the_top if name.endswith(".safetensors"))
 
 
-def _model_files(directory: Path) -> list[str]:
+def _model_files(on_disk: list[str]) -> list[str]:
     """The safetensors files that may be of the model. A directory of nothing but an adapter holds that; and Mistral's
     own copy counts where it is the only one.
     """
-    on_disk = _on_disk(directory)
     own = [name for name in on_disk if not _is_foreign(name)] or on_disk
     return [name for name in own if not is_native(name)] or own
 
 
-def _holds_tensors(file: Path) -> bool:
+def _holds_tensors(file: File) -> bool:
     """Whether a file holds a tensor, or may hold one."""
     header, defects = read_header(file)
     return bool(defects) or (header is not None and bool(header.spans))
 
 
 def _file_names(
-    directory: Path, index_name: str | None, index: dict[str, Any] | None, defects: list[Fp8CheckpointError]
+    store: Store,
+    on_disk: list[str],
+    index_name: str | None,
+    index: dict[str, Any] | None,
+    defects: list[Fp8CheckpointError],
 ) -> list[str]:
     if index is None:
-        on_disk = _model_files(directory)
+        on_disk = _model_files(on_disk)
         if not on_disk:
             raise CheckpointNotFoundError(
-                "there is no safetensors file in it", file=str(directory), remedy="check the path"
+                "there is no safetensors file in it", file=store.where, remedy="check the path"
             )
         if index_name is None:
             _find_missing_parts(on_disk, defects)
@@ -342,7 +367,7 @@ def _file_names(
                     found, file=index_name, expected="the name of a file in the directory", remedy=remedy
                 )
             )
-        elif not os.path.isfile(directory / name):  # noqa: PTH113 - Path.is_file() raises for a name that is too long
+        elif not _is_there(store, name):
             tensor = next(tensor for tensor, file in index["weight_map"].items() if file == name)
             found = f"the file {shown(name)} is not there"
             defects.append(
@@ -350,7 +375,7 @@ def _file_names(
                     found,
                     tensor=tensor,
                     file=index_name,
-                    expected=f"{shown(name)} in {directory}",
+                    expected=f"{shown(name)} in {store.where}",
                     remedy="fetch the file",
                 )
             )
@@ -359,14 +384,21 @@ def _file_names(
     return named
 
 
-def _refuse_part(directory: Path, name: str) -> None:
+def _is_there(store: Store, name: str) -> bool:
+    try:
+        return name in store.files()
+    except StorageError:  # it is there, and what it is will be said when it is read
+        return True
+
+
+def _refuse_part(store: Store, name: str) -> None:
     """One file of several is no checkpoint: what it lacks lies in the others."""
-    named = _read_index(directory, [])[1]
+    named = _read_index(store, [name], [])[1]
     files = set(named["weight_map"].values()) if named is not None else set()
     match = _PART.fullmatch(name)
     count = len(files) if name in files else int(match.group(3)) if match else 1
     if count > 1:
-        remedy = f"open the directory: {directory}"
+        remedy = f"open the directory: {store.where}"
         raise CheckpointNotFoundError(f"this is 1 of {count} files of a checkpoint", file=name, remedy=remedy)
 
 
@@ -388,7 +420,7 @@ def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -
 
 
 def _compare_index(
-    file: Path,
+    file: str,
     index: dict[str, Any],
     spans: Mapping[str, TensorSpan],
     complete: bool,

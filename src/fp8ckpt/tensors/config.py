@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from fp8ckpt.errors import ConfigError, StorageError
+from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors.header import parse_json
 
 CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG = "config.json", "hf_quant_config.json", "params.json"
@@ -25,18 +25,15 @@ _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Json = dict[str, Any]
 
 
-def load_json(file: Path, kind: type[ConfigError] = ConfigError) -> Json | None:
-    """The JSON object in ``file``, or None where there is no such file."""
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(_LONGEST_JSON + 1)
-    except FileNotFoundError:
+def load_json(store: Store, name: str) -> Json | None:
+    """The JSON object in a file, or None where there is no such file."""
+    file, stat = File(store, name), store.files().get(name)
+    if stat is None:
         return None
-    except OSError as error:
-        raise StorageError(f"cannot be read: {error.strerror}", file=file, remedy="restore the file") from error
-    if len(text) > _LONGEST_JSON:
-        raise kind("the file is longer than any configuration", file=file, expected=f"at most {_LONGEST_JSON} bytes")
-    return parse_json(text, file, kind)
+    if stat.size > _LONGEST_JSON:
+        found = "the file is longer than any configuration"
+        raise ConfigError(found, file=file, expected=f"at most {_LONGEST_JSON} bytes")
+    return parse_json(b"".join(piece.tobytes() for piece in file.pieces()), file, ConfigError)
 
 
 def dump_json(value: Json, *, sort_keys: bool = False) -> bytes:
@@ -68,24 +65,24 @@ def states_powers_of_two(config: Json) -> bool:
     return any(isinstance(found, str) and found.lower() == "ue8m0" for found in formats)
 
 
-def states_quantization(directory: Path, config: Json) -> bool:
+def states_quantization(store: Store, config: Json) -> bool:
     """Whether any of the configuration files speaks of quantization, of weights or of the cache."""
-    if quantization_config(config) or modelopt_quantization(directory):
+    if quantization_config(config) or modelopt_quantization(store):
         return True
-    return isinstance((load_json(directory / MISTRAL_CONFIG) or {}).get("quantization"), dict)
+    return isinstance((load_json(store, MISTRAL_CONFIG) or {}).get("quantization"), dict)
 
 
-def modelopt_quantization(directory: Path) -> Json:
+def modelopt_quantization(store: Store) -> Json:
     """The ``quantization`` of ModelOpt's own file; empty where there is none."""
-    found = (load_json(directory / MODELOPT_CONFIG) or {}).get("quantization")
+    found = (load_json(store, MODELOPT_CONFIG) or {}).get("quantization")
     return found if isinstance(found, dict) else {}
 
 
-def skip_patterns(directory: Path, config: Json) -> tuple[str, ...]:
+def skip_patterns(store: Store, config: Json) -> tuple[str, ...]:
     """The modules that the configuration lists as not quantized: names, prefixes, wildcards, or ``re:`` patterns."""
     try:
-        modelopt = modelopt_quantization(directory)
-    except ConfigError:  # a defect, which opening the checkpoint has listed
+        modelopt = modelopt_quantization(store)
+    except (ConfigError, StorageError):  # a defect, which opening the checkpoint has listed
         modelopt = {}
     listed: list[Any] = []
     for section, keys in (

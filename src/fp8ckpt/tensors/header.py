@@ -9,13 +9,14 @@ can be read without another check. Source: the safetensors format description an
 from __future__ import annotations
 
 import json
-import os
 from math import prod
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from fp8ckpt.errors import Fp8CheckpointError, HeaderError, StorageError, TruncatedFileError, shown
+import numpy as np
+
+from fp8ckpt.errors import Fp8CheckpointError, HeaderError, TruncatedFileError, shown
+from fp8ckpt.stores.store import Bytes, File
 
 #: Bits per element. safetensors 0.8 writes these and no others.
 DTYPE_BITS = {
@@ -33,7 +34,7 @@ class TensorSpan(NamedTuple):
     """Where one tensor's bytes lie: ``[start, stop)`` in ``file``, in bytes from the beginning of the file."""
 
     name: str
-    file: Path
+    file: File
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -49,11 +50,15 @@ class TensorSpan(NamedTuple):
         """Number of elements."""
         return prod(self.shape)
 
+    def read(self, out: Bytes, offset: int = 0) -> None:
+        """Fill ``out`` with the tensor's bytes from ``offset`` on."""
+        self.file.read(self.start + offset, out)
+
 
 class Header(NamedTuple):
     """One validated file. ``spans`` are in the order of the data."""
 
-    file: Path
+    file: File
     size: int
     metadata: dict[str, str]
     spans: tuple[TensorSpan, ...]
@@ -65,7 +70,7 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def read_header(file: Path) -> tuple[Header | None, list[Fp8CheckpointError]]:
+def read_header(file: File) -> tuple[Header | None, list[Fp8CheckpointError]]:
     """Read and validate one header.
 
     Returns the header with the tensors that are sound, and every defect found; the header is None where nothing in it
@@ -73,34 +78,22 @@ def read_header(file: Path) -> tuple[Header | None, list[Fp8CheckpointError]]:
     MB).
     """
     try:
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            head = os.pread(fd, 8, 0)
-            length = int.from_bytes(head, "little")
-            fatal = _length_defect(file, size, length)
-            text = b"" if fatal else os.pread(fd, length, 8)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return None, [StorageError(f"cannot be read: {error.strerror}", file=file, remedy="restore the file")]
-    if fatal is None and len(text) < length:
-        fatal = TruncatedFileError(
-            f"the header ends after {len(text)} bytes",
-            file=file,
-            expected=f"{length} bytes",
-            remedy="compare the file with that of the release",
-        )
-    if fatal is not None:
-        return None, [fatal]
-    try:
+        size = file.stat.size
+        head = np.zeros(8, np.uint8)
+        file.read(0, head[: min(8, size)])
+        length = int.from_bytes(head.tobytes(), "little")
+        if (fatal := _length_defect(file, size, length)) is not None:
+            return None, [fatal]
+        stored = np.empty(length, np.uint8)
+        file.read(8, stored)
+        text = stored.tobytes()
         entries = parse_json(text, file, HeaderError)
     except Fp8CheckpointError as error:
         return None, [error]
     return _validated(file, size, text, entries)
 
 
-def _length_defect(file: Path, size: int, length: int) -> Fp8CheckpointError | None:
+def _length_defect(file: File, size: int, length: int) -> Fp8CheckpointError | None:
     again = "compare the file with that of the release"
     if size < 8:
         return TruncatedFileError(
@@ -120,7 +113,7 @@ def _length_defect(file: Path, size: int, length: int) -> Fp8CheckpointError | N
     return None
 
 
-def parse_json(text: bytes, file: Path, kind: type[Fp8CheckpointError]) -> dict[str, Any]:
+def parse_json(text: bytes, file: File, kind: type[Fp8CheckpointError]) -> dict[str, Any]:
     """A JSON object, in which no object has the same key twice and no constant is outside JSON; otherwise raises
     ``kind``.
     """
@@ -172,7 +165,7 @@ def parse_json(text: bytes, file: Path, kind: type[Fp8CheckpointError]) -> dict[
 
 
 def _validated(
-    file: Path, size: int, text: bytes, entries: dict[str, Any]
+    file: File, size: int, text: bytes, entries: dict[str, Any]
 ) -> tuple[Header | None, list[Fp8CheckpointError]]:
     defects: list[Fp8CheckpointError] = []
     metadata = entries.pop("__metadata__", None)
@@ -235,7 +228,7 @@ def _validated(
     return Header(file, size, metadata, tuple(spans), text), defects
 
 
-def _coverage_defects(file: Path, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
+def _coverage_defects(file: File, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
     """The data must be covered exactly; anything else means that the header or the file is not what was written."""
     defects: list[Fp8CheckpointError] = []
     end = data_start

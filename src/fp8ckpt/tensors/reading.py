@@ -5,8 +5,8 @@ The only part of this room that touches tensor values. Memory is one small buffe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ from fp8ckpt.errors import (
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Bits, Dequantizer, bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, runs, within
-from fp8ckpt.stores.local import Bytes, LastFile, opened, read_into
+from fp8ckpt.stores.local import kept_open
+from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
 _SCALES_AT_ONCE = 8 << 20  # bytes
+_RANGES_AT_ONCE = 1 << 14
 
 
 def checked_region(span: TensorSpan, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
@@ -53,21 +55,23 @@ def checked_region(span: TensorSpan, offsets: tuple[int, ...] | None, sizes: tup
     raise RegionError(found, tensor=span.name, file=span.file, expected=f"a region of {span.shape}")
 
 
-def read_region(fd: int, span: TensorSpan, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Bytes) -> None:
-    """Read a checked region of a whole-byte tensor into ``out`` (flat, contiguous, in the region's row-major order)."""
+def read_region(span: TensorSpan, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Bytes) -> None:
+    """Read a checked region of a tensor of whole bytes into ``out`` (flat, contiguous, in row-major order).
+
+    Each run of the region is one range, and one read asks for thousands: of a slice of columns, a run is a row's part.
+    """
     itemsize = DTYPE_BITS[span.dtype] // 8
-    view = out.data
+    store, file = span.file
     done = 0
-    for first, count in runs(span.shape, offsets, sizes):
-        start, size = span.start + first * itemsize, count * itemsize
-        # Runs may be short and many, as of a slice of columns: the common case is one call.
-        try:
-            whole = os.preadv(fd, (view[done : done + size],), start) == size
-        except OSError:
-            whole = False  # read_into will meet it again, and name it
-        if not whole:
-            read_into(fd, out[done : done + size], start, span.file)
-        done += size
+    region = runs(span.shape, offsets, sizes)
+    while batch := list(islice(region, _RANGES_AT_ONCE)):
+        wanted, parts = [], []
+        for first, count in batch:
+            start, size = span.start + first * itemsize, count * itemsize
+            wanted.append(ByteRange(file, start, start + size))
+            parts.append(out[done : done + size])
+            done += size
+        store.read(wanted, parts)
 
 
 def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
@@ -80,8 +84,7 @@ def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
 def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
     """A tensor's scales [n] as they are stored. Raises `ScaleValueError` if one is NaN, infinite, zero or negative."""
     stored = np.empty(tensor.scale.nbytes, np.uint8)
-    with opened(tensor.scale.file) as fd:
-        read_into(fd, stored, tensor.scale.start, tensor.scale.file)
+    tensor.scale.read(stored)
     scales: npt.NDArray[Any] = stored.view(SCALE_DTYPES[tensor.scale.dtype])
     if count_bad_scales(scale_values(scales, tensor.scale.dtype)):
         raise _bad_scale(tensor.scale, scale_values(scales, tensor.scale.dtype))
@@ -91,14 +94,10 @@ def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
 def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
     """What the scales of weights are, by the weight's name: equal bytes are equal scales. For weights of few scales."""
     found: dict[str, bytes] = {}
-    file = LastFile()
-    try:
-        for tensor in tensors:
-            stored = np.empty(tensor.scale.nbytes, np.uint8)
-            read_into(file.descriptor(tensor.scale.file), stored, tensor.scale.start, tensor.scale.file)
-            found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + stored.tobytes()
-    finally:
-        file.close()
+    for tensor in tensors:
+        stored = np.empty(tensor.scale.nbytes, np.uint8)
+        tensor.scale.read(stored)
+        found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + stored.tobytes()
     return found
 
 
@@ -112,18 +111,17 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
         spans.append(tensor.scale)
         spans.extend(tensor.activation_scales)
     spans = [span for span in spans if span.dtype in SCALE_DTYPES and span.nbytes]
-    spans.sort(key=lambda span: (span.file, span.start))
+    spans.sort(key=lambda span: (span.file.name, span.start))
     buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
     defects: list[Fp8CheckpointError] = []
     for group in _adjacent(spans):
         try:
-            with opened(group[0].file) as fd:
-                for start in range(group[0].start, group[-1].stop, _SCALES_AT_ONCE):
-                    part = buffer[: min(_SCALES_AT_ONCE, group[-1].stop - start)]
-                    read_into(fd, part, start, group[0].file)
-                    if count_bad_scales(scale_values(part.view(SCALE_DTYPES[group[0].dtype]), group[0].dtype)):
-                        defects += _bad_scales(fd, group)
-                        break
+            for start in range(group[0].start, group[-1].stop, _SCALES_AT_ONCE):
+                part = buffer[: min(_SCALES_AT_ONCE, group[-1].stop - start)]
+                group[0].file.read(start, part)
+                if count_bad_scales(scale_values(part.view(SCALE_DTYPES[group[0].dtype]), group[0].dtype)):
+                    defects += _bad_scales(group)
+                    break
         except (StorageError, TruncatedFileError) as error:
             defects.append(error)
     return defects
@@ -132,7 +130,7 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
 def _adjacent(spans: list[TensorSpan]) -> Iterator[list[TensorSpan]]:
     group: list[TensorSpan] = []
     for span in spans:
-        if group and (span.file is not group[-1].file or span.start != group[-1].stop or span.dtype != group[-1].dtype):
+        if group and (span.file != group[-1].file or span.start != group[-1].stop or span.dtype != group[-1].dtype):
             yield group
             group = []
         group.append(span)
@@ -140,10 +138,10 @@ def _adjacent(spans: list[TensorSpan]) -> Iterator[list[TensorSpan]]:
         yield group
 
 
-def _bad_scales(fd: int, group: list[TensorSpan]) -> Iterator[Fp8CheckpointError]:
+def _bad_scales(group: list[TensorSpan]) -> Iterator[Fp8CheckpointError]:
     for span in group:
         stored = np.empty(span.nbytes, np.uint8)
-        read_into(fd, stored, span.start, span.file)
+        span.read(stored)
         values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
         if count_bad_scales(values):
             yield _bad_scale(span, values)
@@ -163,18 +161,19 @@ def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
 
 
 def read_dequantized(
-    fd: int, tensor: QuantizedTensor, dequantizer: Dequantizer, region: Region, out: Bits, codes: Bytes
+    tensor: QuantizedTensor, dequantizer: Dequantizer, region: Region, out: Bits, codes: Bytes
 ) -> None:
-    """Read a checked region's codes from the weight's open file and look them up into ``out``.
+    """Read a checked region's codes and look them up into ``out``.
 
     ``out`` has the region's sizes and any strides; ``codes`` is scratch, and bounds how much is read at once.
     """
     for offsets, sizes in pieces(region, codes.size):
         scratch = codes[: prod(sizes)]
-        read_region(fd, tensor.weight, offsets, sizes, scratch)
+        read_region(tensor.weight, offsets, sizes, scratch)
         dequantizer.region(scratch.reshape(sizes), offsets, out[within((offsets, sizes), region)])
 
 
+@kept_open()
 def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
     """A logical tensor, or a region of it, as a fresh torch tensor: FP8 as bfloat16, all else as stored."""
     import torch
@@ -184,9 +183,8 @@ def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: t
         result = torch.empty(region[1], dtype=torch.bfloat16)
         if result.numel():
             dequantizer = load_dequantizer(tensor, "BF16")
-            with opened(tensor.weight.file) as fd:
-                codes = np.empty(min(CODES_BUFFER, result.numel()), np.uint8)
-                read_dequantized(fd, tensor, dequantizer, region, bits_of(result, "BF16"), codes)
+            codes = np.empty(min(CODES_BUFFER, result.numel()), np.uint8)
+            read_dequantized(tensor, dequantizer, region, bits_of(result, "BF16"), codes)
         return result
     if DTYPE_BITS[tensor.dtype] % 8:
         found = f"dtype {tensor.dtype} packs several elements in a byte"
@@ -196,8 +194,7 @@ def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: t
     region = checked_region(tensor, offsets, sizes)
     result = torch.empty(region[1], dtype=torch_dtype(tensor.dtype))
     if result.numel():
-        with opened(tensor.file) as fd:
-            read_region(fd, tensor, *region, bytes_of(result))
+        read_region(tensor, *region, bytes_of(result))
     return result
 
 

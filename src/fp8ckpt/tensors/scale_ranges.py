@@ -14,7 +14,6 @@ from statistics import median
 import numpy as np
 
 from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
-from fp8ckpt.stores.local import opened, read_into
 from fp8ckpt.tensors.header import TensorSpan
 
 FAR = 8.0  # three binades of the sixteen that e4m3 has
@@ -35,8 +34,7 @@ def scale_range(span: TensorSpan) -> ScaleRange:
     if not span.numel:
         return ScaleRange(0, 0.0, 0.0, 0.0)
     stored = np.empty(span.nbytes, np.uint8)
-    with opened(span.file) as fd:
-        read_into(fd, stored, span.start, span.file)
+    span.read(stored)
     values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
     return ScaleRange(values.size, float(values.min()), float(np.median(values)), float(values.max()))
 

@@ -1,0 +1,62 @@
+"""A store in memory: for tests, which count what is read of it, and for what is planned and has no bytes yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fp8ckpt.errors import SourceChangedError, StorageError, TruncatedFileError
+from fp8ckpt.stores.store import ByteRange, Bytes, Files, Stat
+
+
+class MemoryStore:
+    """Files by name in ``contents``, which a test may change; ``reads`` has every range that was asked for."""
+
+    where = "memory"
+
+    def __init__(self, contents: Mapping[str, bytes] | None = None) -> None:
+        self.contents = dict(contents or {})
+        self.reads: list[ByteRange] = []
+        self._seen: dict[str, Stat] = {}
+
+    def files(self) -> Mapping[str, Stat]:
+        """As `fp8ckpt.stores.store.Store.files`."""
+        return Files(lambda: sorted(self.contents), self._look)
+
+    def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
+        """As `fp8ckpt.stores.store.Store.read`."""
+        for part, buffer in zip(wanted, out, strict=True):
+            self.reads.append(part)
+            if part.file not in self.contents:
+                raise StorageError("cannot be opened: there is no such file", file=part.file)
+            self._refuse_change(part.file)
+            data = self.contents[part.file][part.start : part.stop]
+            if len(data) < buffer.nbytes:
+                raise TruncatedFileError(
+                    f"the file ends at byte {part.start + len(data)}",
+                    file=part.file,
+                    expected=f"at least {part.stop} bytes",
+                )
+            buffer[:] = np.frombuffer(data, np.uint8)
+
+    def refuse_changes(self) -> None:
+        """As `fp8ckpt.stores.store.Store.refuse_changes`."""
+        for name in self._seen:
+            self._refuse_change(name)
+
+    def _look(self, name: str) -> Stat | None:
+        return self._seen.setdefault(name, self._now(name)) if name in self.contents else None
+
+    def _refuse_change(self, name: str) -> None:
+        if name not in self.contents or self._seen.setdefault(name, self._now(name)) != self._now(name):
+            raise SourceChangedError.of(name)
+
+    def _now(self, name: str) -> Stat:
+        data = self.contents[name]
+        return Stat(len(data), hashlib.sha256(data).hexdigest())
+
+
+#: Where the files of an output lie that is only planned.
+PLANNED = MemoryStore()
