@@ -165,6 +165,8 @@ class LocalStore:
         except StorageError:
             raise
         except OSError as error:
+            if error.errno in _ABSENT and name in self._seen:
+                raise SourceChangedError.of(name) from error
             nowhere = error.errno == errno.ENOENT and self._has(name)
             found = "it is a link to nowhere" if nowhere else f"cannot be opened: {error.strerror}"
             raise StorageError(found, file=name, remedy="restore the file") from error

@@ -29,7 +29,7 @@ class MemoryStore:
         """As `fp8ckpt.stores.store.Store.read`."""
         for part, buffer in zip(wanted, out, strict=True):
             self.reads.append(part)
-            if part.file not in self.contents:
+            if part.file not in self.contents and part.file not in self._seen:
                 raise StorageError("cannot be opened: there is no such file", file=part.file)
             self._refuse_change(part.file)
             data = self.contents[part.file][part.start : part.stop]
