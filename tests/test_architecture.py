@@ -294,3 +294,38 @@ def test_inspecting_and_opening_are_cheap(sample_fp8: Path) -> None:
 def test_the_heavy_check_can_fail() -> None:
     """A process that does import numba is seen to."""
     assert "numba" in heavy_modules("import fp8ckpt.numerics.kernels")
+
+
+READERS = {
+    "open",
+    "fdopen",
+    "walk",
+    "scandir",
+    "listdir",
+    "pread",
+    "preadv",
+    "read_text",
+    "read_bytes",
+    "glob",
+    "rglob",
+}
+READERS |= {"iterdir", "cmp", "memmap", "fromfile"}
+
+
+def readers_in(source: str) -> set[str]:
+    """Calls that open, read or list a file, whatever they are called on; `os.devnull` is no file."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = {ast.unparse(call): getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls}
+    return {text for text, name in named.items() if name in READERS and "os.devnull" not in text}
+
+
+def test_the_reader_of_calls_sees_every_kind() -> None:
+    """The parser below finds them as functions and as methods."""
+    found = ["os.preadv(1, [], 0)", "open(x)", "file.open('rb')", "a.b.read_text()"]
+    assert readers_in("\n".join([*found, "self.opened(1)", "open(os.devnull)"])) == set(found)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) not in ("stores", "output")])
+def test_only_stores_and_output_open_files(module: str) -> None:
+    """What is read is read through a store; what is written, through the room of outputs."""
+    assert readers_in((ROOT / f"{module}.py").read_text()) == set()

@@ -84,6 +84,7 @@ def _built(path: CheckpointLike, dtype: torch.dtype, follow_index: bool) -> tupl
 def _finish(model: Any, checkpoint: Checkpoint) -> None:
     import transformers
 
-    with suppress(OSError):  # a checkpoint without generation_config.json keeps the default
-        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
+    if "generation_config.json" in checkpoint.store.files():  # without it, the default stays; a FIFO is refused here
+        with suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
     model.eval()

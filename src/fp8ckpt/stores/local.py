@@ -70,8 +70,11 @@ class LocalStore:
         while i < len(wanted):
             file, start, stop = wanted[i]
             k = i + 1
-            while k < len(wanted) and k - i < _MOST_BUFFERS and wanted[k].file == file and wanted[k].start == stop:
-                stop = wanted[k].stop
+            while k < len(wanted) and k - i < _MOST_BUFFERS:
+                following, begin, end = wanted[k]
+                if begin != stop or following != file:
+                    break
+                stop = end
                 k += 1
             if descriptor is None or file != last:
                 last, descriptor = file, self._descriptor(file)
