@@ -275,6 +275,6 @@ def _quantize(
 
 def _serving_config(checkpoint: Checkpoint) -> Json:
     """The configuration with which engines serve a checkpoint."""
-    from fp8ckpt.serving.examine import serving_config
+    from fp8ckpt.serving.listing import serving_config
 
     return serving_config(checkpoint, static=bool(checkpoint.quantized) and has_activation_scales(checkpoint))

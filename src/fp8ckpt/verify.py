@@ -78,6 +78,7 @@ def verify(
     *,
     serving: bool = False,
     follow_index: bool = False,
+    tensor_parallel: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
@@ -85,12 +86,15 @@ def verify(
     files too.
 
     With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see
-    `fp8ckpt.serving.examine`. ``follow_index``: what an index does not list is no part of a checkpoint. ``progress`` is
-    called with (bytes read so far, in all, what is being done). Raises only where there is nothing to look at.
+    `fp8ckpt.serving.examine`; on one GPU, or shared out among ``tensor_parallel`` of them. ``follow_index``: what an
+    index does not list is no part of a checkpoint. ``progress`` is called with (bytes read so far, in all, what is
+    being done). Raises only where there is nothing to look at.
     """
+    if tensor_parallel is not None and (not serving or tensor_parallel < 1):
+        raise ValueError(f"tensor_parallel={tensor_parallel}; expected at least 1, with serving")
     sides = [survey(path, follow_index=follow_index) for path in (a, b) if path is not None]
     defects = [defect for side in sides for defect in _defects(side)]
-    servability = examine(sides[-1]) if serving else None
+    servability = examine(sides[-1], tensor_parallel=tensor_parallel) if serving else None
     job = _Job(sides, progress)
     if defects:  # the values of a defective checkpoint mean nothing
         return VerifyResult(

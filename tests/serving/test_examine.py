@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fp8ckpt import convert, sample, verify
 from fp8ckpt.errors import ServingError
-from fp8ckpt.serving.examine import Servability, examine, serving_config
+from fp8ckpt.sample import DeepseekSizes
+from fp8ckpt.serving.examine import Servability, examine
+from fp8ckpt.serving.joining import TensorParallel
+from fp8ckpt.serving.listing import serving_config
 from fp8ckpt.serving.skip_list import SkipList, unquantized_parts
 from fp8ckpt.tensors.checkpoint import survey
 from tests.conftest import Run
@@ -145,12 +149,20 @@ def test_transformers_reads_the_completed_list_as_we_do(good: Path) -> None:
         assert should_convert_module(name, listed) == (stored[f"{name}.weight"].dtype == "F8_E4M3")
 
 
-def test_the_block_sample_needs_nothing(sample_block: Path) -> None:
+#: Whole blocks wherever engines join or share out, as DeepSeek's own sizes are.
+WHOLE = DeepseekSizes(
+    hidden=256, intermediate=512, expert_intermediate=256, q_rank=128, kv_rank=128, heads=8, nope_dim=48, v_dim=32
+)
+
+
+def test_the_block_sample_needs_nothing(tmp_path: Path) -> None:
     """As DeepSeek V3 is released, without a list: heads and routers are left alone by engines."""
-    result = verify(sample_block, serving=True)
+    directory = sample(tmp_path / "fp8", WHOLE)
+    result = verify(directory, serving=True)
     assert result.ok
-    assert result.serving == Servability((), ())
-    assert serving_config(survey(sample_block), static=False) == read_config(sample_block)
+    assert result.serving is not None
+    assert (result.serving.failures, result.serving.notes) == ((), ())
+    assert serving_config(survey(directory), static=False) == read_config(directory)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,7 +189,6 @@ def q(config: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda c: c.pop("quantization_config"), "the weights are FP8, and no configuration says so"),
         (lambda c: q(c).pop("quant_method"), "quant_method is missing"),
-        (lambda c: q(c).update(quant_method="fp9"), "quant_method is fp9"),
         (lambda c: q(c).pop("activation_scheme"), "activation_scheme is missing"),
         (lambda c: q(c).update(activation_scheme="sometimes"), "activation_scheme is sometimes"),
         (lambda c: q(c).update(activation_scheme="dynamic"), "14 of 14 FP8 tensors have an activation scale"),
@@ -478,7 +489,7 @@ def test_no_gap_is_left(chosen: dict[str, bool], listed: list[str] | None) -> No
     assert not [failure for failure in failures if "are not in" in failure.found]
     assert (completed or [])[: len(listed or [])] == (listed or [])
     if not listed:
-        assert failures == ()
+        assert not [failure for failure in failures if "engines join" not in failure.found]
     plain_entries = [entry for entry in completed or [] if "*" not in entry]
     for module, is_fp8 in chosen.items():
         left_alone = module == "lm_head" or module.endswith(".gate")
@@ -644,7 +655,8 @@ def test_mistrals_own_layout_alone(tmp_path: Path) -> None:
     failure = only_failure(native("f", None, False))
     assert (failure.found, failure.file) == ("the weights are FP8, and no configuration says so", "params.json")
     (tmp_path / "f" / "params.json").write_text("{")
-    assert [failure.file for failure in examined(tmp_path / "f").failures] == ["params.json"]
+    assert [defect.file for defect in survey(tmp_path / "f").defects] == ["params.json"]
+    assert examined(tmp_path / "f").failures == ()
     assert serving_config(survey(tmp_path / "f"), static=False) == {}
 
 
@@ -772,4 +784,297 @@ def test_the_command_line(sample_fp8: Path, good: Path, cli: Run) -> None:
 
 def test_importing_it_is_cheap() -> None:
     """Neither torch nor numba."""
-    assert heavy_modules("import fp8ckpt.serving.examine") == set()
+    assert heavy_modules("import fp8ckpt.serving.examine") <= {"numpy"}
+
+
+BLOCKS = {**DYNAMIC, "weight_block_size": [128, 128]}
+
+
+def tiled(module: str, *shape: int, value: float = 0.5) -> dict[str, Stored]:
+    """An FP8 matrix, or a stack, in blocks of 128."""
+    grid = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+    return fp8(module, *shape, scale=grid, value=value)
+
+
+M = "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize(
+    ("rows", "fit", "largest", "reason"),
+    [
+        (192, False, None, None),
+        (1536, True, 4, f"with 8, {M}.gate_proj.weight has 192 rows, and its blocks 128"),
+        (128, True, 1, f"with 2, {M}.gate_proj.weight has 64 rows, and its blocks 128"),
+        (64 * 128, True, 64, None),
+    ],
+)
+def test_blocks_that_are_joined_or_shared_out(
+    rows: int, fit: bool, largest: int | None, reason: str | None, tmp_path: Path
+) -> None:
+    """Rows that are no whole blocks are a failure on one GPU; else it is said how many GPUs the blocks allow."""
+    tensors = tiled(f"{M}.gate_proj", rows, 128) | tiled(f"{M}.up_proj", rows, 128) | tiled(f"{M}.down_proj", 128, rows)
+    directory = build(tmp_path / "x", tensors, BLOCKS)
+    found = examined(directory)
+    assert (found.failures == ()) == fit
+    assert found.tensor_parallel == (None if largest is None else TensorParallel(largest, reason))
+    if not fit:
+        failure = only_failure(directory)
+        assert failure.found.startswith("2 FP8 tensors are joined with others and are not whole blocks: ")
+        assert failure.tensor == f"{M}.gate_proj.weight"
+        return
+    assert largest is not None
+    for size in (1, largest, 2 * largest) if reason else (64,):
+        result = verify(directory, serving=True, tensor_parallel=size)
+        assert result.ok == (size <= largest)
+        if not result.ok:
+            assert result.serving is not None
+            (failure,) = result.serving.failures
+            assert failure.found.startswith(f"with a tensor-parallel size of {size}, 3 FP8 tensors are not cut into")
+
+
+def test_heads_of_keys_and_values_are_not_cut(tmp_path: Path) -> None:
+    """More GPUs than such heads have one each: the configuration says how many there are, nested too."""
+    a = "model.layers.0.self_attn"
+    tensors = tiled(f"{a}.q_proj", 2048, 128) | tiled(f"{a}.k_proj", 256, 128) | tiled(f"{a}.v_proj", 256, 128)
+    for name, config in (("a", {"num_key_value_heads": 2}), ("b", {"text_config": {"num_key_value_heads": 2}})):
+        able = examined(build(tmp_path / name, tensors, BLOCKS, **config)).tensor_parallel
+        assert able is not None
+        assert able.largest == 16
+    able = examined(build(tmp_path / "c", tensors, BLOCKS)).tensor_parallel
+    assert able is not None
+    assert able.largest == 2
+
+
+def test_one_scale_a_tensor_limits_nothing(good: Path) -> None:
+    """No blocks, no size: and one that is asked for is fit."""
+    assert examined(good).tensor_parallel is None
+    assert verify(good, serving=True, tensor_parallel=8).ok
+    for wrong in ({"serving": True, "tensor_parallel": 0}, {"tensor_parallel": 2}):
+        with pytest.raises(ValueError, match=r"^tensor_parallel=\d; expected at least 1, with serving$"):
+            verify(good, **wrong)  # type: ignore[arg-type] # a dict of options
+
+
+def test_a_size_on_the_command_line(tmp_path: Path, cli: Run) -> None:
+    """The line in words, `--tp`, and JSON."""
+    tensors = tiled(f"{M}.gate_proj", 256, 128) | tiled(f"{M}.up_proj", 256, 128)
+    directory = build(tmp_path / "x", tensors, BLOCKS)
+    done = cli("verify", "--serving", directory)
+    assert done.returncode == 0
+    line = f"tensor parallelism: up to 2; with 4, {M}.gate_proj.weight has 64 rows, and its blocks 128"
+    assert line in done.stdout.splitlines()
+    assert cli("verify", "--serving", "--tp", "2", directory).returncode == 0
+    done = cli("verify", "--serving", "--tp", "4", directory, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["serving"]["tensor_parallel"]["largest"] == 2
+    assert cli("verify", "--tp", "4", directory).returncode == 2
+
+
+def test_columns_that_are_no_whole_blocks_are_a_note(tmp_path: Path) -> None:
+    """On one GPU the loaders take them; kernels that quantize activations by the block's columns do not."""
+    result = examined(build(tmp_path / "x", tiled(f"{M}.down_proj", 256, 192), BLOCKS))
+    assert result.failures == ()
+    assert [note.split(" (")[0] for note in result.notes] == [
+        "1 FP8 tensors have columns that are no multiple of their block's"
+    ]
+
+
+@pytest.mark.parametrize(("leaves", "fp8_leaf"), [(("q_proj", "k_proj", "v_proj"), "k_proj"), (("w1", "w3"), "w1")])
+def test_what_is_joined_is_fp8_as_a_whole(leaves: tuple[str, ...], fp8_leaf: str, tmp_path: Path) -> None:
+    """vLLM refuses to build a layer of which some parts are to be skipped, and some not."""
+    tensors: dict[str, Stored] = {}
+    for leaf in leaves:
+        tensors |= fp8(f"m.{leaf}") if leaf == fp8_leaf else plain(f"m.{leaf}")
+    listed = [f"m.{leaf}" for leaf in leaves if leaf != fp8_leaf]
+    failure = only_failure(build(tmp_path / "x", tensors, {**DYNAMIC, "modules_to_not_convert": listed}))
+    assert failure.found.startswith("1 groups of weights that engines join are FP8 in part")
+    assert failure.tensor == f"{listed[0]}.weight"
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E8M0"])
+@pytest.mark.parametrize(("value", "fit"), [(2.0**-9, True), (3 * 2.0**-9, False)])
+def test_scales_are_powers_of_two_where_it_is_stated(dtype: str, value: float, fit: bool, tmp_path: Path) -> None:
+    """``scale_fmt`` "ue8m0": engines keep exponents alone. Elsewhere, and of exponents, nothing is asked."""
+    scale = Stored.of(np.full((2, 1), value, np.float32), dtype) if dtype != "F8_E8M0" else None
+    scale = scale or Stored.codes(np.full((2, 1), 118, np.uint8), "F8_E8M0")
+    tensors = {**tiled("m.o_proj", 256, 128), "m.o_proj.weight_scale_inv": scale}
+    stated = {**BLOCKS, "scale_fmt": "ue8m0"}
+    assert examined(build(tmp_path / "a", tensors, BLOCKS)).failures == ()
+    directory = build(tmp_path / "b", tensors, stated)
+    assert (examined(directory).failures == ()) == (fit or dtype == "F8_E8M0")
+    if not fit and dtype != "F8_E8M0":
+        failure = only_failure(directory)
+        assert failure.found == (
+            "2 scales of 1 FP8 tensors are no powers of two, and config.json states scale_fmt ue8m0"
+        )
+
+
+def test_blocks_of_mistral3_by_a_name_that_its_loader_renames(tmp_path: Path) -> None:
+    """A grid under ``weight_scale_inv`` is refused by vLLM; one scale is right, and so is compressed-tensors' name. Of
+    Llama, SGLang alone is wrong, which is a note.
+    """
+    mistral = {"architectures": ["Mistral3ForConditionalGeneration"]}
+    directory = build(tmp_path / "a", tiled("m.o_proj", 256, 128), BLOCKS, **mistral)
+    failure = only_failure(directory)
+    assert failure.found == (
+        "vLLM 0.33 takes weight_scale_inv of this model for the one scale of a tensor, and refuses 1 that are blocks"
+    )
+    assert failure.tensor == "m.o_proj.weight_scale_inv"
+    assert only_failure(build(tmp_path / "b", tiled("m.o_proj", 256, 128), BLOCKS, model_type="mistral3"))
+    assert examined(build(tmp_path / "c", fp8("m.o_proj"), DYNAMIC, **mistral)).failures == ()
+    llama = examined(build(tmp_path / "d", tiled("m.o_proj", 256, 128), BLOCKS, architectures=["LlamaForCausalLM"]))
+    assert llama.failures == ()
+    assert [note[:10] for note in llama.notes] == ["SGLang 0.5"]
+    assert examined(build(tmp_path / "e", tiled("m.o_proj", 256, 128), BLOCKS, architectures=["X"])).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "fit"),
+    [
+        ("quark", {"exclude": ["lm_head"], "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, True),
+        ("quark", {"exclude": ["lm_head", "*router*"]}, True),
+        ("quark", {"exclude": ["x"]}, False),
+        ("w8a8_fp8", {}, True),
+        ("fbgemm_fp8", {"modules_to_not_convert": ["lm_head"]}, True),
+        ("ptpc_fp8", {}, True),
+        ("torchao", {"quant_type": {"default": {}}}, True),
+        ("modelopt_mixed", {"ignore": ["lm_head"]}, True),
+        ("something_new", {"ignore": []}, True),
+    ],
+)
+def test_methods_that_engines_serve(method: str, more: dict[str, Any], fit: bool, tmp_path: Path) -> None:
+    """Each is known, with its own skip list; one that is not is a note, and nothing is asked of it."""
+    channel = {"m.q_proj.weight_scale": Stored.of(np.ones((4, 1), np.float32), "F32")}
+    tensors = {"m.q_proj.weight": fp8("m.q_proj")["m.q_proj.weight"], **channel, **plain("lm_head")}
+    result = examined(build(tmp_path / "x", tensors, {"quant_method": method, **more}))
+    assert (result.failures == ()) == fit
+    unknown = [note for note in result.notes if "does not know" in note]
+    assert unknown == (
+        ["quant_method is something_new, of which fp8ckpt does not know what engines need: not checked"]
+        if method == "something_new"
+        else []
+    )
+    if not fit:
+        assert [failure.found for failure in result.failures] == ["1 unquantized Linears are not in exclude: lm_head"]
+
+
+@pytest.mark.parametrize("dynamic", [True, False, None])
+@pytest.mark.parametrize("having", [0, 1, 2])
+def test_quark_says_static_in_its_own_way(dynamic: bool | None, having: int, tmp_path: Path) -> None:
+    """Static input tensors need all activation scales, dynamic ones none; where it is not stated, all or none."""
+    inputs = {} if dynamic is None else {"input_tensors": {"is_dynamic": dynamic}}
+    tensors = fp8("m.q", activation=having > 0) | fp8("m.k", activation=having > 1)
+    quantization = {"quant_method": "quark", "exclude": [], "global_quant_config": {"weight": {}, **inputs}}
+    expected = {True: having == 0, False: having == 2, None: having != 1}[dynamic]
+    assert (examined(build(tmp_path / "x", tensors, quantization)).failures == ()) == expected
+
+
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "modelopt", "fit"),
+    [
+        ({"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": CACHE}, None, True),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": {}}, "kv_cache_scheme": CACHE,
+          "ignore": ["lm_head", "re:.*q_proj"]}, None, True),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": {}}, "kv_cache_scheme": CACHE,
+          "ignore": ["lm_head"]}, None, False),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": {}}, "ignore": ["lm_head"]}, None, False),
+        ({"quant_method": "fp8", "weight_block_size": None, "kv_cache_quant_method": "fp8"}, None, False),
+        (None, {"quant_algo": None, "kv_cache_quant_algo": "FP8"}, True),
+        (None, {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, False),
+        (None, {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head", "m*"]}, True),
+    ],
+)  # fmt: skip
+def test_a_quantized_cache_alone_is_sound(
+    quantization: dict[str, Any] | None, modelopt: dict[str, Any] | None, fit: bool, tmp_path: Path
+) -> None:
+    """BF16 weights with calibrated scales of an FP8 cache, as far as no weight is stated to be quantized."""
+    scales = {f"m.{leaf}_scale": Stored.of(np.ones(1, np.float32), "BF16") for leaf in "kv"}
+    directory = build(tmp_path / "x", plain("m.q_proj") | plain("lm_head") | scales, quantization)
+    if modelopt is not None:
+        (directory / "hf_quant_config.json").write_text(json.dumps({"quantization": modelopt}))
+    result = verify(directory, serving=True)
+    assert result.defects == ()
+    assert result.ok == fit
+    assert result.serving is not None
+    if not fit:
+        assert [f.found for f in result.serving.failures] == ["it states that the weights are quantized, and none is"]
+        assert "remove" not in str(result.serving.failures[0])
+
+
+def test_what_is_quantized_otherwise_is_not_judged(tmp_path: Path) -> None:
+    """Integers of a method that is none of ours: a note, and no advice to state no quantization."""
+    integers = {"m.q_proj.packed": Stored.of(np.ones((4, 4), np.int32), "I32")}
+    directory = build(tmp_path / "x", integers | plain("lm_head"), {"quant_method": "something"})
+    result = examined(directory)
+    assert result.failures == ()
+    assert [note for note in result.notes if "not FP8 (m.q_proj.packed): not checked" in note]
+
+
+def old_rule(module: str, entries: list[str]) -> bool:
+    """transformers 5.18's reading: an entry is the beginning of a name, or its end."""
+    return any(re.match(entry, module) is not None or module.endswith(entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("entries", "version"),
+    [
+        (["model.layers.1"], "5.18"),
+        (["model.layers.1.mlp.gate"], "5.18"),
+        (["gate_proj_x", "ate_proj"], "5.23"),
+        (["model.layers.1.mlp.gate$"], None),
+        (["model.layers.2"], None),
+    ],
+)
+def test_an_entry_is_read_as_each_version_of_transformers_does(
+    entries: list[str], version: str | None, tmp_path: Path
+) -> None:
+    """5.18 asks for no end of a component, and so skips layers 10 and 11 for layer 1; no version for its beginning."""
+    modules = ["model.layers.10.mlp.gate_proj", "model.layers.1.mlp.gate_proj"]
+    modules = modules[:1] if entries == ["model.layers.1"] else modules
+    tensors: dict[str, Stored] = {}
+    for module in modules:
+        tensors |= fp8(module)
+    result = examined(build(tmp_path / "x", tensors, {**DYNAMIC, "modules_to_not_convert": entries}))
+    assert any(old_rule(module, entries) for module in modules) == (version is not None)
+    assert [failure.found.split(" takes ")[0] for failure in result.failures] == (
+        [] if version is None else [f"transformers {version}"]
+    )
+
+
+def test_a_router_beside_a_gate_proj_is_listed_as_every_version_reads_it(tmp_path: Path) -> None:
+    """Its name alone would skip ``gate_proj`` in transformers 5.18: it is written with a ``$``."""
+    tensors = fp8(f"{M}.gate_proj") | plain(f"{M}.gate") | plain("model.vision.fc")
+    directory = complete(build(tmp_path / "x", tensors, DYNAMIC), static=False)
+    listed = q(read_config(directory))["modules_to_not_convert"]
+    assert f"{M}.gate$" in listed
+    assert examined(directory).failures == ()
+    assert should_convert_module(f"{M}.gate_proj", listed)
+    assert not should_convert_module(f"{M}.gate", listed)
+    assert not old_rule(f"{M}.gate_proj", listed)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "translated"), [(None, True), ("mistral3", True), ("gemma3", True), ("x", False)]
+)
+def test_nested_names_are_those_of_models_that_have_them(
+    model_type: str | None, translated: bool, tmp_path: Path
+) -> None:
+    """The prefixes of Mistral3's releases lead to the model's names of such models, and of no others."""
+    tensors = fp8("language_model.model.layers.0.o_proj") | plain("vision_tower.fc1")
+    listed = {**DYNAMIC, "modules_to_not_convert": ["model.vision_tower", "model.vision_tower.fc1"]}
+    config = {} if model_type is None else {"model_type": model_type}
+    assert (examined(build(tmp_path / "x", tensors, listed, **config)).failures == ()) == translated
+
+
+def test_stacks_of_experts_that_are_not_fp8_are_listed(tmp_path: Path) -> None:
+    """By the name of the layer that an engine makes of them."""
+    values = Stored.of(np.ones((2, 4, 4), np.float32), "BF16")
+    granite = {f"{M}.input_linear.weight": values, **plain(f"{M}.router", 2, 4)}
+    for name, tensors in (("a", {f"{M}.experts.gate_up_proj": values}), ("b", granite)):
+        directory = build(tmp_path / name, fp8(f"{M}.o_proj") | tensors, DYNAMIC)
+        assert f"{M}.experts" in only_failure(directory).found
+        complete(directory, static=False)
+        assert f"{M}.experts" in q(read_config(directory))["modules_to_not_convert"]
+        assert examined(directory).failures == ()

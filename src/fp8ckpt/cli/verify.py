@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage
 from fp8ckpt.cli.printing import answer, print_defects, print_nan_codes, print_notes, styled
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
@@ -26,6 +26,10 @@ def verify(
         ),
     ] = False,
     follow_index: FollowIndex = False,
+    tp: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --serving: on N GPUs, tensor-parallel; one if not given."),
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -35,8 +39,10 @@ def verify(
     """
     from fp8ckpt.verify import verify as run
 
-    with progress("verifying", quiet=quiet) as reported:
-        result = run(a, b, serving=serving, follow_index=follow_index, workers=workers, progress=reported)
+    with usage(), progress("verifying", quiet=quiet) as reported:
+        result = run(
+            a, b, serving=serving, tensor_parallel=tp, follow_index=follow_index, workers=workers, progress=reported
+        )
     answer(result, _print, as_json=as_json, quiet=quiet, ok=result.ok)
     if not result.ok:
         sys.exit(1)
@@ -59,6 +65,8 @@ def _print(result: VerifyResult) -> None:
     if result.serving is not None:
         print_defects(result.serving.failures, "failures in serving")
         print_notes(result.serving.notes)
+        if (able := result.serving.tensor_parallel) is not None:
+            print(f"tensor parallelism: up to {able.largest}{f'; {able.reason}' if able.reason else ' or more'}")
         fit = not (result.serving.failures or result.defects)
         print(f"{result.paths[-1]}: {styled('fit', 'green') if fit else styled('not fit', 'red')} to be served")
 

@@ -7,8 +7,8 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class KeyLayout(NamedTuple):
@@ -56,3 +56,24 @@ def find_layout(native_names: Collection[str], hf_names: Collection[str]) -> Key
     """The layout under which most of a model's names are on disk; the plainest of those that are equally good."""
     stored = set(hf_names)
     return max(LAYOUTS, key=lambda layout: sum(layout.native_to_hf(name) in stored for name in native_names))
+
+
+#: Models whose releases have nested names on disk, which transformers renames as Mistral3's; by ``model_type``.
+NESTED_MODELS = frozenset(
+    {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}
+)
+#: The head and the embeddings of a language model, under the names that they have on disk.
+HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
+EMBEDDINGS = (
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.embed_tokens.weight",
+)
+
+
+def layout_on_disk(names: Iterable[str], config: Mapping[str, Any]) -> KeyLayout:
+    """The layout of a checkpoint: nested if names on disk are, and the model is one that has such or is not stated."""
+    stated = config.get("model_type")
+    if stated is not None and stated not in NESTED_MODELS:
+        return IDENTITY
+    return NESTED if any(name.startswith("language_model.model.") for name in names) else IDENTITY

@@ -3,10 +3,10 @@
 Serving engines learn from this list alone which modules are *not* FP8, and they read it in different ways. vLLM asks
 whether a module's full name is in it: a prefix skips nothing, and weights in BF16 are cast to FP8 without a word.
 transformers 5.23 (`should_convert_module`) takes each entry as a regular expression that must match from the start of
-the name to the end of a component, or as an ending of the name; SGLang takes it as whole components of the name. To
-both a full name says enough for the module itself, and only a prefix says it for a module that the engine makes of
-several (``qkv_proj``). So a list is complete in both forms: each unquantized Linear by its full name, and each part of
-the model that holds nothing FP8 by its prefix.
+the name to the end of a component, or as an ending of the name; 5.18 does not ask for the end of a component. SGLang
+takes it as whole components of the name. To all a full name says enough for the module itself, and only a prefix says
+it for a module that the engine makes of several (``qkv_proj``). So a list is complete in both forms: each unquantized
+Linear by its full name, and each part of the model that holds nothing FP8 by its prefix.
 """
 
 from __future__ import annotations
@@ -62,31 +62,44 @@ def _ancestors(module: str) -> Iterator[str]:
 
 
 class SkipList(NamedTuple):
-    """A skip list, ready to be asked. ``names`` are plain, ``patterns`` the ``re:`` patterns and wildcards."""
+    """Entries of a skip list, ready to be asked: ``names`` of modules, of parts and endings of their names; ``exact``
+    names, which end in ``$`` in the list; ``patterns``, ``re:`` and wildcards.
+    """
 
     names: frozenset[str]
+    exact: frozenset[str]
     patterns: tuple[str, ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, entries: Sequence[str]) -> SkipList:
         """The list with these entries."""
         patterns = tuple(entry for entry in entries if entry.startswith("re:") or "*" in entry)
-        return cls(frozenset(entries) - frozenset(patterns), patterns)
+        exact = frozenset(entry[:-1] for entry in entries if entry.endswith("$") and entry not in patterns)
+        names = frozenset(entry for entry in entries if entry and entry[-1] != "$") - frozenset(patterns)
+        return cls(names, exact, patterns, tuple(sorted({len(name) for name in names})))
 
     def covers(self, module: str) -> bool:
         """Whether the module, one that holds it, or a pattern that matches it is listed."""
         return (
             module in self.names
+            or module in self.exact
             or any(ancestor in self.names for ancestor in _ancestors(module))
             or any(skips(pattern, module) for pattern in self.patterns)
         )
 
     def reaches(self, module: str) -> bool:
-        """As `covers`, or listed by the last components of its name alone: ``gate``. The same as `skips` says of each
-        entry.
-        """
+        """As `covers`, or listed by the last components of its name alone: ``gate``."""
         endings = (module[at + 1 :] for at, character in enumerate(module) if character == ".")
         return self.covers(module) or any(ending in self.names for ending in endings)
+
+    def begins(self, module: str) -> str | None:
+        """An entry that the name begins with, in the middle of a component too: as transformers 5.18 reads it."""
+        return next((module[:n] for n in self.lengths if module[:n] in self.names), None)
+
+    def ends(self, module: str) -> str | None:
+        """An entry that the name ends in, in the middle of a component too: as transformers reads it to 5.23."""
+        return next((module[-n:] for n in self.lengths if module[-n:] in self.names), None)
 
 
 class Missing(NamedTuple):

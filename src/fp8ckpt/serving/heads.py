@@ -1,0 +1,55 @@
+"""A head that is tied to the embeddings is not stored, or is the same; one that is not tied is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.families.names import EMBEDDINGS, HEADS
+from fp8ckpt.serving.subject import Finding, Subject
+from fp8ckpt.tensors.config import CONFIG
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+
+_PIECE = 4 << 20  # bytes
+
+
+def tied(subject: Subject) -> Iterator[Finding]:
+    """The head against ``tie_word_embeddings``."""
+    checkpoint = subject.checkpoint
+    sections = [checkpoint.config, checkpoint.config.get("text_config")]
+    stated = [
+        section["tie_word_embeddings"]
+        for section in sections
+        if isinstance(section, dict) and "tie_word_embeddings" in section
+    ]
+    name = next((name for name in HEADS if name in checkpoint.tensors), None)
+    embeddings = next((tensor for name in EMBEDDINGS if (tensor := checkpoint.tensors.get(name)) is not None), None)
+    if embeddings is None:  # not a language model, or one file of several
+        return
+    if True in stated and name is not None:
+        head = checkpoint.tensors[name]
+        if not _is_same(head, embeddings):
+            found = f"the head is not {shown(embeddings.name)}, and {CONFIG} says tie_word_embeddings"
+            file = head.weight.file if isinstance(head, QuantizedTensor) else head.file
+            remedy = "state false if the head is its own; an engine would serve the embeddings in its place"
+            yield ServingError(found, tensor=name, file=file, expected="the same bytes, or no head", remedy=remedy)
+    if False in stated and True not in stated and name is None and not checkpoint.defects:
+        found = "tie_word_embeddings is false, and no head is stored"
+        remedy = "restore the head; or state true if it is the embeddings"
+        yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)
+
+
+def _is_same(a: LogicalTensor, b: LogicalTensor) -> bool:
+    """Whether two tensors are the same, bit for bit, and neither is FP8; memory is two pieces."""
+    if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    buffers = np.empty((2, _PIECE), np.uint8)
+    for start in range(0, a.nbytes, _PIECE):
+        left, right = buffers[:, : min(_PIECE, a.nbytes - start)]
+        a.read(left, start)
+        b.read(right, start)
+        if not np.array_equal(left, right):
+            return False
+    return True

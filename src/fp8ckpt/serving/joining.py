@@ -1,0 +1,109 @@
+"""What engines join, and share out among GPUs: all FP8 or none, and in whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+
+from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.families.parallel import Block, Ragged, ragged
+from fp8ckpt.families.roles import module_of
+from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.serving.subject import Finding, Subject, some
+from fp8ckpt.tensors.blocks import block_sizes
+from fp8ckpt.tensors.pairing import QuantizedTensor
+
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Up to which tensor-parallel size weights in blocks can be shared out, of the powers of two to 64, and why no
+    further.
+    """
+
+    largest: int
+    reason: str | None
+
+
+def mixed(subject: Subject) -> Iterator[Finding]:
+    """Weights that are joined are all FP8, or none is."""
+    tensors = subject.checkpoint.tensors
+    units = [
+        unit
+        for unit in sibling_units(tensors)
+        if len({isinstance(tensors[name], QuantizedTensor) for name in unit}) > 1
+    ]
+    if units:
+        found = f"{len(units)} groups of weights that engines join are FP8 in part; the first is {some(units[0])}"
+        remedy = "quantize all of a group, or none: vLLM refuses to build the layer"
+        tensor = next(name for name in units[0] if not isinstance(tensors[name], QuantizedTensor))
+        yield ServingError(found, tensor=tensor, file=subject.file, expected="all FP8, or none", remedy=remedy)
+
+
+def blocks(subject: Subject) -> Iterator[Finding]:
+    """Joined rows are whole blocks; and, for the size that was asked for, what each GPU has."""
+    parts = partial(_ragged, subject)
+    if one := parts(1):
+        found = f"{len(one)} FP8 tensors are joined with others and are not whole blocks: {_described(one[0])}"
+        remedy = "convert the BF16 weights with --scheme block, which leaves such, or with per-tensor or channel"
+        yield _failure(found, one[0], subject, remedy)
+    elif subject.size is not None and (many := parts(subject.size)):
+        found = f"with a tensor-parallel size of {subject.size}, {len(many)} FP8 tensors are not cut into whole blocks"
+        able = tensor_parallel(subject)
+        remedy = (
+            f"serve it with {able.largest if able else 1} or fewer; experts that are not cut (expert parallelism) fit"
+        )
+        yield _failure(f"{found}: {_described(many[0])}", many[0], subject, remedy)
+    shapes = {tensor.name: tensor.shape for tensor in subject.quantized}
+    columns = [name for name, block in _blocks(subject).items() if shapes[name][-1] % block[1]]
+    if columns:
+        yield (
+            f"{len(columns)} FP8 tensors have columns that are no multiple of their block's ({some(columns)}): kernels "
+            "that quantize activations by such groups refuse them when the model runs"
+        )
+
+
+def tensor_parallel(subject: Subject) -> TensorParallel | None:
+    """Up to which size the blocks can be shared out; None where there are none, or where one GPU is too many."""
+    if not _blocks(subject) or _ragged(subject, 1):
+        return None
+    able = list(takewhile(lambda size: not _ragged(subject, size), _SIZES))
+    if able[-1] == _SIZES[-1]:
+        return TensorParallel(able[-1], None)
+    size = 2 * able[-1]
+    return TensorParallel(able[-1], f"with {size}, {_described(_ragged(subject, size)[0])}")
+
+
+def _ragged(subject: Subject, size: int) -> list[Ragged]:
+    shapes = {tensor.name: tensor.shape for tensor in subject.quantized}
+    return list(ragged(shapes, _blocks(subject), size, _key_value_heads(subject)))
+
+
+def _blocks(subject: Subject) -> dict[str, Block]:
+    """The blocks of the matrices that are tiled; one smaller than a block has the size that is stated."""
+    stated = block_sizes(subject.checkpoint.store, subject.checkpoint.config)
+    sizes = {tensor.name: stated.of(module_of(tensor.name)) for tensor in subject.quantized if len(tensor.shape) >= 2}
+    return {name: (size[0], size[1]) for name, size in sizes.items() if size is not None and len(size) == 2}
+
+
+def _key_value_heads(subject: Subject) -> int | None:
+    config = subject.checkpoint.config
+    text = config.get("text_config")
+    for section in (text, config):
+        heads = section.get("num_key_value_heads") if isinstance(section, dict) else None
+        if type(heads) is int and heads > 0:
+            return heads
+    return None
+
+
+def _described(part: Ragged) -> str:
+    return f"{shown(part.name)} has {part.size} {part.dimension}, and its blocks {part.block}"
+
+
+def _failure(found: str, part: Ragged, subject: Subject, remedy: str) -> ServingError:
+    file = next(tensor.weight.file for tensor in subject.quantized if tensor.name == part.name)
+    expected = f"multiples of {part.block} {part.dimension}, where vLLM and SGLang raise ValueError otherwise"
+    return ServingError(found, tensor=part.name, file=file, expected=expected, remedy=remedy)

@@ -1,0 +1,145 @@
+"""The skip list, against what is FP8 and what is not; and the ``config.json`` in which nothing is missing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.families.roles import is_built_plain, module_of
+from fp8ckpt.serving.skip_list import (
+    Missing,
+    SkipList,
+    missing_in_both_forms,
+    missing_in_patterns,
+    unquantized_linears,
+    unquantized_parts,
+)
+from fp8ckpt.serving.subject import METHODS, UNKNOWN, Finding, Method, Subject, guessed_method, some, strings
+from fp8ckpt.tensors import config as configuration
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.pairing import QuantizedTensor
+
+_NOTHING = ""  # an entry that names no module
+
+
+def complete(subject: Subject) -> Iterator[Finding]:
+    """Each unquantized Linear is listed, in the form that each engine reads."""
+    stated = subject.stated
+    if stated is None or not stated.row.lists:
+        return
+    for key, entries in _lists(stated.quantization, stated.row.lists).items():
+        missing = _missing(subject, stated.row, entries)
+        remedy = "list them: an engine makes FP8 of what it is not told to skip"
+        if missing.names:
+            found = f"{len(missing.names)} unquantized Linears are not in {key}: {some(missing.names)}"
+            expected = "a name or a pattern for each"
+            if stated.row.both_forms:
+                expected = "each by its full name: vLLM skips no module that a prefix stands for"
+            yield ServingError(found, tensor=missing.names[0], file=stated.file, expected=expected, remedy=remedy)
+        if missing.prefixes:
+            parts = f"{len(missing.prefixes)} parts of the model that hold nothing FP8"
+            found = f"{parts} are not in {key}: {some(missing.prefixes)}"
+            expected = "each by its prefix, as transformers and SGLang read the list"
+            yield ServingError(found, tensor=missing.prefixes[0], file=stated.file, expected=expected, remedy=remedy)
+
+
+def true(subject: Subject) -> Iterator[Finding]:
+    """Nothing that is FP8 is listed, by any engine's reading of an entry."""
+    stated = subject.stated
+    if stated is None or not stated.row.lists:
+        return
+    modules = [module_of(tensor.name) for tensor in subject.quantized]
+    for key, entries in _lists(stated.quantization, stated.row.lists).items():
+        skip_list = SkipList.of(entries)
+
+        def failure(found: str, module: str, remedy: str, file: str = stated.file) -> ServingError:
+            return ServingError(found, tensor=module, file=file, expected="none that is FP8", remedy=remedy)
+
+        listed = [m for m in modules if skip_list.reaches(m) or skip_list.reaches(subject.native(m))]
+        if listed:
+            found = f"{len(listed)} FP8 tensors are in {key}: {some(listed)}"
+            yield failure(found, listed[0], "take them off the list: an engine would read codes as weights")
+        if not stated.row.by_transformers:
+            continue
+        known = set(listed)
+        others = [module for module in modules if module not in known]
+        for version, part, like in (("5.18", "beginning", skip_list.begins), ("5.23", "end", skip_list.ends)):
+            taken = [(m, entry) for m in others if (entry := like(m) or like(subject.native(m)))]
+            if taken:
+                module, entry = taken[0]
+                names = f"{len(taken)} FP8 tensors' names"
+                found = f"transformers {version} takes {shown(entry)} in {key} for the {part} of {names}"
+                remedy = "list what is not FP8 by its full name, and with a $ after it where other names begin so"
+                yield failure(f"{found}: {some(name for name, _ in taken)}", module, remedy)
+
+
+def _lists(quantization: dict[str, Any], keys: Sequence[str]) -> dict[str, list[str]]:
+    """The skip lists that are stated, by key: an engine reads one of them. An empty one where there is none."""
+    stated = {key: value for key in keys if isinstance(value := quantization.get(key), list) and value}
+    return {key: [*strings(value)] for key, value in stated.items()} or {keys[0]: []}
+
+
+def _missing(subject: Subject, row: Method, entries: Sequence[str]) -> Missing:
+    checkpoint = subject.checkpoint
+    linears = unquantized_linears(checkpoint.tensors)
+    if row.both_forms:
+        quantized = (module_of(tensor.name) for tensor in subject.quantized)
+        return missing_in_both_forms(entries, linears, unquantized_parts(linears, quantized), subject.native)
+    # ModelOpt may state its list in a file of its own, too.
+    return missing_in_patterns([*configuration.skip_patterns(checkpoint.store, checkpoint.config), *entries], linears)
+
+
+def serving_config(checkpoint: Checkpoint, *, static: bool) -> dict[str, Any]:
+    """The checkpoint's ``config.json`` with what engines need of it, equal to the one there is if nothing is missing.
+
+    ``static``: every FP8 tensor has its activation scale. Added are ``quant_method``, ``activation_scheme``, and what
+    the skip list lacks, after the entries that it has; a checkpoint in FP8 that says nothing of it anywhere gets a
+    ``quantization_config``.
+    """
+    subject = Subject(checkpoint)
+    config = copy.deepcopy(checkpoint.config)
+    if not subject.quantized or subject.is_native_only:
+        return config
+    quantization = configuration.quantization_config(config)
+    if not quantization:
+        if subject.modelopt:
+            return config
+        quantization = config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": None}
+        quantization["weight_block_size"] = _common_block(subject.quantized)
+    if quantization.get("quant_method") is None:
+        quantization["quant_method"] = guessed_method(quantization)
+    method = quantization["quant_method"]
+    row = METHODS.get(method, UNKNOWN) if isinstance(method, str) else UNKNOWN  # it may be anything
+    if not row.lists:
+        return config
+    if method == "fp8":
+        quantization["activation_scheme"] = "static" if static else "dynamic"
+    codes = [module_of(tensor.name) for tensor in subject.quantized]
+    for key, entries in _lists(quantization, row.lists).items():
+        missing = _missing(subject, row, entries)
+        if missing.names or missing.prefixes:
+            if not entries:  # where there is a list, it also names what engines leave alone by themselves
+                missing = _missing(subject, row, [_NOTHING])
+            present = value if isinstance(value := quantization.get(key), list) else []
+            names = [_exact(name, codes) if row.by_transformers else name for name in missing.names]
+            added = [*(subject.native(prefix) for prefix in missing.prefixes), *names]
+            quantization[key] = [*present, *dict.fromkeys(added)]
+    return config
+
+
+def _exact(module: str, codes: Sequence[str]) -> str:
+    """The entry for a module: its name, ended for transformers 5.18 where the name of an FP8 tensor begins so. Other
+    engines build what is listed so unquantized by themselves.
+    """
+    if is_built_plain(module) and any(name.startswith(module) for name in codes):
+        return f"{module}$"
+    return module
+
+
+def _common_block(quantized: Sequence[QuantizedTensor]) -> list[int] | None:
+    """The block size of all tensors that have more than one block in a matrix; None where there is none, or several."""
+    blocks = {tensor.grid.block_size[-2:] for tensor in quantized if any(count > 1 for count in tensor.grid.shape[-2:])}
+    block = blocks.pop() if len(blocks) == 1 else ()
+    return list(block) if len(block) == 2 else None

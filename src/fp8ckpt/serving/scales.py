@@ -1,0 +1,117 @@
+"""Scales as engines read them: their shapes, those of activations, powers of two, equal ones of what is joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
+from fp8ckpt.output.like import with_needless_dimensions
+from fp8ckpt.serving.subject import Finding, Subject
+from fp8ckpt.tensors import config as configuration
+from fp8ckpt.tensors.blocks import block_sizes
+from fp8ckpt.tensors.header import TensorSpan
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_EXPONENTS = ("F8_E8M0", "U8")
+
+
+def shapes(subject: Subject) -> Iterator[Finding]:
+    """One scale has no dimensions, or one."""
+    quantized = subject.quantized
+    wrong: list[TensorSpan] = [tensor.scale for tensor in with_needless_dimensions(subject.checkpoint)]
+    if wrong:
+        count = f"{len(wrong)} of {len(quantized)} FP8 tensors"
+        found = f"the scale of a whole tensor has shape {list(wrong[0].shape)}, in {count}"
+        remedy = "store it without dimensions: vLLM's loader fails on this one"
+        yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected="[] or [1]", remedy=remedy)
+    wrong = [span for t in quantized for span in t.activation_scales if not _is_one_value(span.shape, t.shape)]
+    if wrong:
+        shape = list(wrong[0].shape)
+        found = f"the activation scale has shape {shape}, and is one of {len(wrong)} that engines cannot load"
+        yield ServingError(
+            found,
+            tensor=wrong[0].name,
+            file=wrong[0].file,
+            expected="[] or [1], or [experts]",
+            remedy="store one value",
+        )
+
+
+def _is_one_value(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
+    return shape in ((), (1,)) or (len(weight_shape) == 3 and shape == weight_shape[:1])
+
+
+def of_activations(subject: Subject) -> Iterator[Finding]:
+    """All or none, as is stated."""
+    quantized, file = subject.quantized, subject.file
+    static = subject.stated.static if subject.stated else set()
+    having = [tensor for tensor in quantized if tensor.activation_scales]
+    lacking = [tensor for tensor in quantized if not tensor.activation_scales]
+    if static == {True, False}:  # which module is which, the engine finds out by itself
+        return
+    if static != {False} and lacking and (having or static):
+        found = f"{len(lacking)} of {len(quantized)} FP8 tensors have no activation scale"
+        expected = f"one for each, as {file} says static" if static else "one for each, or for none"
+        remedy = "restore them, or leave out all and state dynamic: engines take a missing one for a senseless number"
+        yield ServingError(found, tensor=lacking[0].name, file=lacking[0].weight.file, expected=expected, remedy=remedy)
+    if static == {False} and having:
+        found = f"{len(having)} of {len(quantized)} FP8 tensors have an activation scale"
+        expected, remedy = (
+            f"none, as {file} says dynamic",
+            "state static if every FP8 tensor has one, or leave them out",
+        )
+        first = having[0]
+        yield ServingError(
+            found, tensor=first.name, file=first.activation_scales[0].file, expected=expected, remedy=remedy
+        )
+
+
+def powers_of_two(subject: Subject) -> Iterator[Finding]:
+    """Every scale is a power of two where ``scale_fmt`` is "ue8m0": engines drop the rest."""
+    if not configuration.states_powers_of_two(subject.checkpoint.config):
+        return
+    spans = [tensor.scale for tensor in subject.quantized if tensor.scale.dtype not in _EXPONENTS]
+    wrong: list[TensorSpan] = []
+    count = 0
+    for span, values in _read(spans):
+        if others := int(np.count_nonzero(np.frexp(values)[0] != 0.5)):
+            wrong.append(span)
+            count += others
+    if wrong:
+        where = f"{count} scales of {len(wrong)} FP8 tensors"
+        found = f"{where} are no powers of two, and {subject.file} states scale_fmt ue8m0"
+        remedy = "quantize these weights again (convert --scales fresh): engines keep only the exponents of such scales"
+        yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected="powers of two", remedy=remedy)
+
+
+def of_siblings(subject: Subject) -> Iterator[Finding]:
+    """A note where weights that are joined have unequal scales."""
+    if block_sizes(subject.checkpoint.store, subject.checkpoint.config).stated:
+        return  # grids are joined as they are, those of a single block too
+    single = {
+        t.name: t.scale for t in subject.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2
+    }
+    units = sibling_units(single)
+    values = {span.name: float(value[0]) for span, value in _read(single[name] for unit in units for name in unit)}
+    unequal = [unit for unit in units if len({values[single[name].name] for name in unit}) > 1]
+    if unequal:
+        yield (
+            f"{len(unequal)} of {len(units)} groups of weights that are served as one have unequal scales, and are "
+            "served through a requantization to the largest scale; the first is "
+            + ", ".join(shown(name) for name in unequal[0])
+        )
+
+
+def _read(spans: Iterable[TensorSpan]) -> Iterator[tuple[TensorSpan, npt.NDArray[Any]]]:
+    """The values of scales, in the order in which they lie on disk."""
+    for span in sorted(spans, key=lambda span: (span.file.name, span.start)):
+        stored = np.empty(span.nbytes, np.uint8)
+        span.read(stored)
+        yield span, scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)

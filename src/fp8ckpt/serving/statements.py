@@ -1,0 +1,141 @@
+"""What the configuration states of quantization, against the tensors that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.families.loaders import engines_that_rename_scales
+from fp8ckpt.families.roles import is_built_plain
+from fp8ckpt.numerics.geometry import tiled
+from fp8ckpt.serving.skip_list import SkipList, unquantized_linears
+from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_method, some, strings
+from fp8ckpt.tensors import config as configuration
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
+
+_INTEGERS = ("I8", "U8", "I16", "I32", "U32")
+
+
+def method(subject: Subject) -> Iterator[Finding]:
+    """Quantization is stated, by a method that engines serve."""
+    stated = subject.stated
+    if stated is None:
+        found = "the weights are FP8, and no configuration says so"
+        expected = '"quantization_config" with quant_method, activation_scheme and the skip list'
+        if subject.file == MISTRAL_CONFIG:
+            expected = '"quantization"'
+        yield ServingError(found, file=subject.file, expected=expected, remedy="take the configuration of the release")
+    elif stated.method is None:
+        found, guess = "quant_method is missing", guessed_method(stated.quantization)
+        remedy = f"add it; what else is stated is that of {guess}"
+        expected = f"one of {', '.join(name for name in METHODS if name != 'mistral')}"
+        yield ServingError(found, file=stated.file, expected=expected, remedy=remedy)
+    elif stated.method not in METHODS:
+        yield f"quant_method is {shown(stated.method)}, of which fp8ckpt does not know what engines need: not checked"
+
+
+def fp8_fields(subject: Subject) -> Iterator[Finding]:
+    """What "fp8" states besides: the activation scheme, and the block size of the file."""
+    stated, quantized = subject.stated, subject.quantized
+    if stated is None or stated.method != "fp8":
+        return
+    scheme = stated.quantization.get("activation_scheme")
+    if scheme not in SCHEMES:
+        found = "activation_scheme is missing" if scheme is None else f"activation_scheme is {shown(scheme)}"
+        remedy = "state static if every FP8 tensor has its activation scale, else dynamic"
+        yield ServingError(found, file=stated.file, expected="static or dynamic", remedy=remedy)
+    block = stated.quantization.get("weight_block_size")
+    if "weight_block_size" not in stated.quantization:
+        yield "weight_block_size is absent: vLLM takes that for one scale a tensor, transformers for 128 x 128 blocks"
+    size = tuple(block) if block else None
+    # The last two dimensions are the matrix; those before them are experts, with a scale each or one for all.
+    others = [
+        tensor
+        for tensor in quantized
+        if (
+            any(n > 1 for n in tensor.grid.shape[-2:])
+            if size is None
+            else (fit := tiled(tensor.shape, size)) is None or fit.shape != tensor.grid.shape
+        )
+    ]
+    if others:
+        first, count = others[0], f"{len(others)} of {len(quantized)} FP8 tensors"
+        found = f"weight_block_size is {shown(block)}, and {count} are scaled otherwise"
+        expected = f"the block size of scales {list(first.scale.shape)} for weights {list(first.shape)}"
+        remedy = "state the block size of the file, or null for one scale a tensor; engines take one for all"
+        yield ServingError(found, tensor=first.name, file=stated.file, expected=expected, remedy=remedy)
+
+
+def renamed_scales(subject: Subject) -> Iterator[Finding]:
+    """Blocks of scales under a name that the model's loader takes for the one scale of a tensor."""
+    grids = [
+        t
+        for t in subject.quantized
+        if t.scale.name.endswith(".weight_scale_inv") and max(t.grid.shape[-2:], default=1) > 1
+    ]
+    if not grids:
+        return
+    for engine in engines_that_rename_scales(subject.checkpoint.config):
+        found = f"{engine} takes weight_scale_inv of this model for the one scale of a tensor"
+        if engine.startswith("SGLang"):
+            yield f"{found}, and does not serve the blocks of {shown(grids[0].name)} and {len(grids) - 1} more"
+            continue
+        expected = "weight_scale, of compressed-tensors, for blocks"
+        remedy = "convert the BF16 weights with --scheme block, which names blocks so, or with --scheme per-tensor"
+        yield ServingError(
+            f"{found}, and refuses {len(grids)} that are blocks",
+            tensor=grids[0].scale.name,
+            file=grids[0].scale.file,
+            expected=expected,
+            remedy=remedy,
+        )
+
+
+def not_quantized(subject: Subject) -> Iterator[Finding]:
+    """Quantization that is stated of weights that are not; but for the cache's alone, which engines serve."""
+    checkpoint = subject.checkpoint
+    if subject.has_codes or checkpoint.defects:
+        return
+    quantization = configuration.quantization_config(checkpoint.config)
+    for file, stated in ((CONFIG, quantization), (MODELOPT_CONFIG, subject.modelopt)):
+        if not stated:
+            continue
+        linears = unquantized_linears(checkpoint.tensors)
+        spans = (span for header in checkpoint.files for span in header.spans)
+        integers = [span.name for span in spans if span.dtype in _INTEGERS and len(span.shape) > 1]
+        if _states_cache(stated) and _states_no_weights(stated, linears):
+            yield f"{file} states the quantization of the key-value cache alone, and the weights are as they should be"
+        elif integers:
+            yield f"{file} states a quantization that is not FP8 ({some(integers)}): not checked"
+        else:
+            found = "it states that the weights are quantized, and none is"
+            remedy = (
+                "if they are meant to be as they are, state no quantization of them: an engine would look for scales"
+            )
+            yield ServingError(found, file=file, expected="no quantization of weights", remedy=remedy)
+
+
+def _states_cache(stated: Json) -> bool:
+    keys = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config", "kv_cache_quant_method")
+    return any(stated.get(key) for key in keys)
+
+
+def _states_no_weights(stated: Json, linears: list[str]) -> bool:
+    """Whether no weight is stated to be quantized: by no group and no algorithm, or since all Linears are skipped."""
+    if not stated.get("config_groups") and not stated.get("quant_algo") and "weight_block_size" not in stated:
+        return True
+    entries = [
+        entry for key in ("ignore", "exclude_modules", "modules_to_not_convert") for entry in strings(stated.get(key))
+    ]
+    skip_list = SkipList.of(entries)
+    return bool(entries) and all(skip_list.reaches(module) for module in linears if not is_built_plain(module))
+
+
+def contradictions(subject: Subject) -> Iterator[Finding]:
+    """Two files that state different methods."""
+    quantization = configuration.quantization_config(subject.checkpoint.config)
+    stated = quantization.get("quant_method")
+    if subject.modelopt and quantization and not str(stated).startswith("modelopt"):
+        found = f"it states quantization by ModelOpt, and {CONFIG} states {shown(stated)}"
+        remedy = "move away the file that does not speak of these weights"
+        yield ServingError(found, file=MODELOPT_CONFIG, expected="one method", remedy=remedy)
