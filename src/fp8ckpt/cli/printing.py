@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from fp8ckpt.errors import Fp8CheckpointError, shown
 
 T = TypeVar("T")
 
+_MOST_OF_A_KIND = 20  # lines
 _STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}  # numbers of the terminal's own
 
 
@@ -77,17 +79,30 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
         print("  " + (line if i else styled(line, "bold")))
 
 
+def print_first(lines: Iterable[tuple[str, str]]) -> None:
+    """Print ``(kind, line)``: the first twenty of each kind, and how many more there are, which JSON has."""
+    counts: Counter[str] = Counter()
+    for kind, line in lines:
+        counts[kind] += 1
+        if counts[kind] <= _MOST_OF_A_KIND:
+            print(line)
+    for kind, count in counts.items():
+        if count > _MOST_OF_A_KIND:
+            print(f"  and {count - _MOST_OF_A_KIND:,} more: {kind} (--json has all)")
+
+
 def print_defects(defects: Sequence[Fp8CheckpointError], kind: str = "defects") -> None:
-    """Print how many there are, and each."""
-    print(f"{kind}: {styled(str(len(defects)), 'red') if defects else 'none'}")
-    for defect in defects:
-        print(f"  {styled(type(defect).__name__, 'red')}: {defect.message}")
+    """Print how many there are, and the first of each class."""
+    print(f"{kind}: {styled(f'{len(defects):,}', 'red') if defects else 'none'}")
+    names = [type(defect).__name__ for defect in defects]
+    print_first(
+        (name, f"  {styled(name, 'red')}: {defect.message}") for name, defect in zip(names, defects, strict=True)
+    )
 
 
 def print_notes(notes: Sequence[str]) -> None:
     """Print what a user should know."""
-    for note in notes:
-        print(f"{styled('note:', 'yellow')} {note}")
+    print_first(("notes", f"{styled('note:', 'yellow')} {note}") for note in notes)
 
 
 def print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:

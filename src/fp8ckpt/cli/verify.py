@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage
-from fp8ckpt.cli.printing import answer, print_defects, print_nan_codes, print_notes, styled
+from fp8ckpt.cli.printing import answer, print_defects, print_first, print_nan_codes, print_notes, styled
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
 
 if TYPE_CHECKING:
-    from fp8ckpt.verify import VerifyResult
+    from fp8ckpt.verify import TensorDifference, VerifyResult
 
 
 def verify(
@@ -50,15 +50,8 @@ def verify(
 
 def _print(result: VerifyResult) -> None:
     print_defects(result.defects)
-    for difference in result.tensor_differences:
-        line = f"  {shown(difference.name)}: {difference.reason}"
-        if difference.elements is not None and difference.numel is not None:
-            line += f" in {difference.elements:,} of {difference.numel:,} elements"
-        if difference.largest is not None and difference.largest_relative is not None:
-            line += f", by up to {difference.largest:.6g} ({100 * difference.largest_relative:.3g} %)"
-        print(line)
-    for text in result.file_differences:
-        print(f"  {shown(text)}")
+    print_first((_kind(difference), f"  {_described(difference)}") for difference in result.tensor_differences)
+    print_first(("other differences", f"  {shown(text)}") for text in result.file_differences)
     for path, nan_codes in zip(result.paths, result.nan_codes, strict=False):
         print_nan_codes(nan_codes, f" in {path}")
     print(f"{' and '.join(str(path) for path in result.paths)}: {_verdict(result)}")
@@ -69,6 +62,21 @@ def _print(result: VerifyResult) -> None:
             print(f"tensor parallelism: up to {able.largest}{f'; {able.reason}' if able.reason else ' or more'}")
         fit = not (result.serving.failures or result.defects)
         print(f"{result.paths[-1]}: {styled('fit', 'green') if fit else styled('not fit', 'red')} to be served")
+
+
+def _kind(difference: TensorDifference) -> str:
+    if difference.reason.startswith("only in"):
+        return f"tensors that are {difference.reason}"
+    return "tensors whose values differ" if difference.elements is not None else "tensors that cannot be compared"
+
+
+def _described(difference: TensorDifference) -> str:
+    line = f"{shown(difference.name)}: {difference.reason}"
+    if difference.elements is not None and difference.numel is not None:
+        line += f" in {difference.elements:,} of {difference.numel:,} elements"
+    if difference.largest is not None and difference.largest_relative is not None:
+        line += f", by up to {difference.largest:.6g} ({100 * difference.largest_relative:.3g} %)"
+    return line
 
 
 def _verdict(result: VerifyResult) -> str:

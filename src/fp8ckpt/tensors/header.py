@@ -26,6 +26,9 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 _LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+_LONGEST_WIDE = 25_000_000  # bytes; of text that is not ASCII, for which Python takes four bytes a character
+_MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound what it takes in memory: 250,000 matrices
+_MOST_DEFECTS = 1_000  # of one header; what comes after them is not looked at
 _MOST_DIMENSIONS = 64  # bounds the work on a hostile shape; torch itself stops at 64
 _LARGEST_DIMENSION = 2**63 - 1
 
@@ -137,6 +140,14 @@ def parse_json(text: bytes, file: File, kind: type[Fp8CheckpointError]) -> dict[
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is not JSON")
 
+    values = text.count(b",") + text.count(b"[") + text.count(b"{")
+    if values > _MOST_VALUES or (len(text) > _LONGEST_WIDE and not text.isascii()):
+        raise kind(
+            f"it holds {len(text)} bytes with {values} commas and brackets",
+            file=file,
+            expected=f"at most {_MOST_VALUES} of them, and {_LONGEST_WIDE} bytes where not all are ASCII",
+            remedy="compare the file with that of the release",
+        )
     try:
         value = json.loads(
             text.decode(), object_pairs_hook=unique, parse_constant=constant, parse_int=whole if b"-0" in text else None
@@ -179,6 +190,8 @@ def _validated(
     spans: list[TensorSpan] = []
     complete = True
     for name, entry in entries.items():
+        if len(defects) >= _MOST_DEFECTS:
+            return None, [*defects, _many(file)]
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             # Exact types: JSON booleans and floats are not sizes.
@@ -228,12 +241,19 @@ def _validated(
     return Header(file, size, metadata, tuple(spans), text), defects
 
 
+def _many(file: File) -> HeaderError:
+    remedy = "compare the file with that of the release"
+    return HeaderError(f"more than {_MOST_DEFECTS} defects; the rest was not looked at", file=file, remedy=remedy)
+
+
 def _coverage_defects(file: File, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
     """The data must be covered exactly; anything else means that the header or the file is not what was written."""
     defects: list[Fp8CheckpointError] = []
     end = data_start
     previous = "the header"
     for span in spans:
+        if len(defects) >= _MOST_DEFECTS:
+            return [*defects, _many(file)]
         if span.start != end:
             what = "overlaps" if span.start < end else f"leaves a hole of {span.start - end} bytes after"
             found = f"its data begins at byte {span.start} and {what} {shown(previous)}"
