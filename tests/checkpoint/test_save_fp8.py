@@ -8,6 +8,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -741,15 +742,14 @@ def test_what_a_killed_save_left_is_taken_over(models: dict[str, Case], tmp_path
         save_model(model, tmp_path / "out", to="fp8", like=case.base, scales="fresh")
     with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
         save_model(model, tmp_path / "out", like=case.base)
-    file = next(case.base.glob("*.safetensors"))
-    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
-    os.utime(file, ns=(times[0], times[1] + 1))
-    with pytest.raises(ResumeMismatchError, match=r"out\.partial"):
-        save_model(model, tmp_path / "out", to="fp8", like=case.base)
-    os.utime(file, ns=times)
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "later.partial")
     save_model(model, tmp_path / "out", to="fp8", like=case.base)
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["later.partial", "out"]
     assert_same_tree(tmp_path / "out", case.base)
+    file = next(case.base.glob("*.safetensors"))
+    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))  # the same times: it was touched nevertheless
+    with pytest.raises(ResumeMismatchError, match=f"{file.name}, which it is made from, has changed since"):
+        save_model(model, tmp_path / "later", to="fp8", like=case.base)
 
 
 # ---------------------------------------------------------------- asynchronous
