@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from fp8ckpt import inspect, sample
+from fp8ckpt.errors import UnknownTensorError
 from fp8ckpt.inspect import Scheme, Unquantized
 from fp8ckpt.sample import Mistral3Sizes
+from fp8ckpt.tensors.scale_ranges import ScaleRange
 from tests.conftest import Run
 from tests.miniatures import Family, families
-from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.oracle import Stored, read_directory, read_safetensors, scale_floats, write_safetensors
 
 FAMILIES = families()
 BLOCKS = {
@@ -93,22 +95,12 @@ def test_blocks(sample_block: Path) -> None:
     scales.
     """
     found = inspect(sample_block)
-    scheme, one_block_wide = found.schemes
+    (scheme,) = found.schemes
     stored = read_directory(sample_block)
     weights = [tensor for tensor in stored.values() if tensor.dtype == "F8_E4M3"]
-    wide = [tensor for tensor in weights if tensor.shape[1] == 128]  # of which one block spans a row
-    assert (scheme.block, scheme.scale_dtype, scheme.scale_shape, scheme.tensors) == (
-        "128 x 128",
-        "F32",
-        "various",
-        len(weights) - len(wide),
-    )
-    assert (one_block_wide.block, one_block_wide.scale_shape, one_block_wide.tensors) == (
-        "128 x all",
-        "[3, 1]",
-        len(wide),
-    )
-    assert scheme.elements + one_block_wide.elements == sum(numel(tensor) for tensor in weights)
+    assert any(tensor.shape[1] == 128 for tensor in weights)  # one block spans a row, and is none the larger for it
+    assert (scheme.block, scheme.scale_dtype, scheme.scale_shape) == ("128 x 128", "F32", "various")
+    assert (scheme.tensors, scheme.elements) == (len(weights), sum(numel(tensor) for tensor in weights))
     assert found.activation_scales == 0
     rows = {(row.dtype, row.reason): row for row in found.unquantized}
     assert rows["F32", "a vector (norm, bias)"].modules == ("model.layers.*.mlp.gate.e_score_correction_bias",)
@@ -237,6 +229,117 @@ def test_command_line(sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     assert {defect["kind"] for defect in json.loads(done.stdout)["defects"]} == {"IndexMismatchError"}
     assert cli("inspect").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "stated", "block"),
+    [
+        ((128, 128), (1, 1), (128, 128), "128 x 128"),
+        ((64, 300), (1, 3), (128, 128), "128 x 128"),
+        ((300, 64), (3, 1), (128, 128), "128 x 128"),
+        ((128, 128), (), (128, 128), "per tensor"),
+        ((128, 128), (1,), (128, 128), "per tensor"),
+        ((3, 128, 128), (3, 1, 1), (128, 128), "1 x 128 x 128"),
+        ((24, 32), (24, 1), (1, 32), "1 x 32"),
+        ((24, 32), (24, 1), None, "1 x all"),
+        ((24, 32), (24, 1), (128, 128), "1 x all"),
+    ],
+)
+def test_a_block_is_named_by_its_size(
+    shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, ...] | None, block: str, tmp_path: Path
+) -> None:
+    """Also where one block spans a row, a column, or all of a weight; as long as the configuration states that size."""
+    tensors = {
+        "a.weight": Stored.codes(np.full(shape, 0x38, np.uint8)),
+        "a.weight_scale_inv": Stored.of(np.ones(scale, np.float32), "F32"),
+    }
+    config = {"quantization_config": {"weight_block_size": stated and list(stated)}}
+    found = inspect(Family(tensors, config, {}).write(tmp_path / "fp8"), tensor="")
+    assert found.defects == ()
+    assert [scheme.block for scheme in found.schemes] == [found.listed[0].block] == [block]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_are_listed(name: str, tmp_path: Path) -> None:
+    """Each with dtype, shape, file and the range of its scales, as they are stored."""
+    family = FAMILIES[name]
+    source = family.write(tmp_path / "fp8")
+    found = inspect(source, tensor="", scales=True)
+    stored = {family.name(key): key for key in family.blocks}
+    assert {row.name: row.shape for row in found.listed} == {
+        name: tensor.shape for name, tensor in family.expected().items()
+    }
+    for row in found.listed:
+        key = stored.get(row.name, row.name)
+        assert row.dtype == family.tensors[key].dtype
+        assert key in read_safetensors(source / row.file)
+        if key not in family.blocks:
+            assert (row.block, row.scale_dtype, row.scale_shape, row.scales) == (None,) * 4
+            continue
+        scale = family.tensors[family.blocks[key][0]]
+        values = scale_floats(scale)
+        assert (row.scale_dtype, row.scale_shape) == (scale.dtype, scale.shape)
+        assert row.scales is not None
+        assert (row.scales.count, row.scales.least, row.scales.greatest) == (values.size, values.min(), values.max())
+    assert sum(kind.weights for kind in found.scales) == len(family.blocks)
+    assert sum(kind.scales.count for kind in found.scales) == sum(
+        scale_floats(family.tensors[scale]).size for scale, _ in family.blocks.values()
+    )
+
+
+def test_a_pattern_is_searched_in_names(sample_fp8: Path, cli: Run) -> None:
+    """Only what matches is listed; nothing that does is told in one line; a pattern that is none is wrong usage."""
+    found = inspect(sample_fp8, tensor=r"layers\.1\.mlp\.(gate|up)_proj")
+    assert [row.name.rpartition("layers.")[2] for row in found.listed] == [
+        "1.mlp.gate_proj.weight",
+        "1.mlp.up_proj.weight",
+    ]
+    assert (inspect(sample_fp8).listed, inspect(sample_fp8).scales) == ((), ())
+    with pytest.raises(UnknownTensorError, match="no tensor has a name like 'nothing'"):
+        inspect(sample_fp8, tensor="nothing")
+    done = cli("inspect", sample_fp8, "--tensor", "o_proj")
+    assert [line.split()[0].rpartition("layers.")[2] for line in done.stdout.splitlines()[1:-1]] == [
+        "0.self_attn.o_proj.weight",
+        "1.self_attn.o_proj.weight",
+    ]
+    assert cli("inspect", sample_fp8, "--tensor", "nothing").returncode == 1
+    done = cli("inspect", sample_fp8, "--tensor", "o_proj(")
+    assert (done.returncode, "no regular expression" in done.stderr) == (2, True)
+
+
+def test_scales_that_stand_out_are_flagged(tmp_path: Path, cli: Run) -> None:
+    """By kind of module: the least, the median and the greatest; and the weight that is unlike its kind."""
+    tensors: dict[str, Stored] = {}
+    for layer in range(6):
+        for leaf, scale in (("up", 1.0), ("down", 64.0)):
+            tensors[f"layers.{layer}.{leaf}.weight"] = Stored.codes(np.full((4, 4), 0x38, np.uint8))
+            odd = 100.0 if (layer, leaf) == (3, "up") else scale
+            tensors[f"layers.{layer}.{leaf}.weight_scale"] = Stored.of(np.float32(odd), "F32")
+    source = Family(tensors, {}, {}).write(tmp_path / "fp8")
+    up, down = inspect(source, scales=True).scales
+    assert (up.kind, up.weights, up.scales) == ("up", 6, ScaleRange(6, 1.0, 1.0, 100.0))
+    assert (up.outliers, down.outliers) == ({"layers.3.up.weight": 100.0}, {})
+    assert "stands out: layers.3.up.weight, 100 times" in cli("inspect", source, "--scales").stdout
+
+
+def test_what_is_defective_has_no_range(sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
+    """A scale that is no scale is a defect, and the listing is valid JSON nevertheless; so with a file that is cut off
+    and a configuration that states nonsense.
+    """
+    source = Path(shutil.copytree(sample_fp8, tmp_path / "fp8"))
+    file = min(source.glob("*.safetensors"))
+    tensors = read_safetensors(file)
+    name = next(name for name in tensors if name.endswith("_scale_inv"))
+    write_safetensors(file, {**tensors, name: Stored.of(np.array(np.nan, np.float32), "BF16")}, {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = "wide"
+    (source / "config.json").write_text(json.dumps(config))
+    found = inspect(source, tensor="", scales=True)
+    assert {type(defect).__name__ for defect in found.defects} == {"ScaleValueError", "ConfigError"}
+    assert [row.name for row in found.listed if row.block and row.scales is None] == [name.removesuffix("_scale_inv")]
+    assert "NaN" not in cli("inspect", source, "--json").stdout
+    file.write_bytes(file.read_bytes()[:-1])
+    assert cli("inspect", source, "--scales", "--tensor", "proj").returncode == 1
 
 
 def test_128_billion_parameters_are_inspected_at_once(tmp_path: Path) -> None:

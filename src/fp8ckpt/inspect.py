@@ -5,18 +5,28 @@ Headers and scales are read, no weights. Every defect is listed, not only the fi
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fp8ckpt.errors import Fp8CheckpointError
-from fp8ckpt.families.kinds import starred
-from fp8ckpt.numerics.geometry import BlockGrid
+from fp8ckpt.errors import ConfigError, Fp8CheckpointError, UnknownTensorError, shown
+from fp8ckpt.families.kinds import places, starred
+from fp8ckpt.numerics.codes import SCALE_DTYPES
+from fp8ckpt.numerics.geometry import BlockGrid, tiled
 from fp8ckpt.stores.local import kept_open
+from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, collector_paused, survey
 from fp8ckpt.tensors.config import skip_patterns, skips
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.formats import module_of
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+
+if TYPE_CHECKING:
+    from fp8ckpt.tensors.scale_ranges import ScaleRange
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,39 @@ class Unquantized:
 
 
 @dataclass(frozen=True)
+class TensorRow:
+    """One tensor. What speaks of scales is None where it is not FP8; ``scales`` also where one of them is a defect, and
+    ``activation_scales`` where there is none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    block: str | None = None
+    scale_dtype: str | None = None
+    scale_shape: tuple[int, ...] | None = None
+    scales: ScaleRange | None = None
+    activation_scales: ScaleRange | None = None
+
+
+@dataclass(frozen=True)
+class KindOfScales:
+    """The scales of the weights of one kind. ``outliers``: the weights whose scales stand out, and by which factor; see
+    `fp8ckpt.tensors.scale_ranges`.
+    """
+
+    kind: str
+    weights: int
+    scales: ScaleRange
+    outliers: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. Sizes are in bytes; ``bf16_bytes`` is what the tensors will take once converted."""
+    """What `inspect` found. Sizes are in bytes; ``bf16_bytes`` is what the tensors will take once converted. ``listed``
+    and ``scales`` are empty where they were not asked for.
+    """
 
     path: Path
     files: int
@@ -60,21 +101,33 @@ class Inspection:
     cache_scales: int
     notes: tuple[str, ...]
     defects: tuple[Fp8CheckpointError, ...]
+    listed: tuple[TensorRow, ...] = ()
+    scales: tuple[KindOfScales, ...] = ()
 
 
 @kept_open()
-def inspect(path: CheckpointLike, *, follow_index: bool = False) -> Inspection:
-    """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at."""
+def inspect(
+    path: CheckpointLike, *, follow_index: bool = False, tensor: str | None = None, scales: bool = False
+) -> Inspection:
+    """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at.
+
+    ``tensor``: a regular expression; the tensors in whose names it is found are listed one by one, and it is an
+    `UnknownTensorError` if there is none. ``scales``: look at the scales of each kind of module.
+    """
     with collector_paused():
-        return _inspect(path, follow_index)
+        return _inspect(path, follow_index, tensor, scales)
 
 
-def _inspect(path: CheckpointLike, follow_index: bool) -> Inspection:
+def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with_scales: bool) -> Inspection:
     from fp8ckpt.tensors.reading import scale_defects
 
     checkpoint = survey(path, follow_index=follow_index)
     quantized = checkpoint.quantized
     defects = [*checkpoint.defects, *scale_defects(quantized, checkpoint.cache_scales)]
+    try:
+        blocks = block_sizes(checkpoint.store, checkpoint.config)
+    except ConfigError:  # it is among the defects
+        blocks = BlockSizes()
     plain_bytes = sum(
         tensor.nbytes for tensor in checkpoint.tensors.values() if not isinstance(tensor, QuantizedTensor)
     )
@@ -85,19 +138,22 @@ def _inspect(path: CheckpointLike, follow_index: bool) -> Inspection:
         elements=sum(tensor.numel for tensor in checkpoint.tensors.values()),
         stored_bytes=sum(span.nbytes for header in checkpoint.files for span in header.spans),
         bf16_bytes=plain_bytes + sum(2 * tensor.numel for tensor in quantized),
-        schemes=_schemes(quantized),
+        schemes=_schemes(quantized, blocks),
         unquantized=_unquantized(checkpoint, any_quantized=bool(quantized)),
         activation_scales=sum(len(tensor.activation_scales) for tensor in quantized),
         cache_scales=len(checkpoint.cache_scales),
         notes=(*(str(slip) for slip in checkpoint.slips), *checkpoint.notes),
         defects=tuple(defects),
+        listed=() if pattern is None else tuple(_listed(checkpoint, blocks, pattern)),
+        scales=tuple(_kinds_of_scales(quantized)) if with_scales else (),
     )
 
 
-def _schemes(quantized: list[QuantizedTensor]) -> tuple[Scheme, ...]:
+def _schemes(quantized: list[QuantizedTensor], blocks: BlockSizes) -> tuple[Scheme, ...]:
     groups: dict[tuple[str, str, str], list[QuantizedTensor]] = {}
     for tensor in quantized:
-        groups.setdefault((tensor.weight.dtype, _block_name(tensor.grid), tensor.scale.dtype), []).append(tensor)
+        key = (tensor.weight.dtype, _block_of(tensor, blocks), tensor.scale.dtype)
+        groups.setdefault(key, []).append(tensor)
     schemes = []
     for (dtype, block, scale_dtype), tensors in groups.items():
         shapes = {tensor.scale.shape for tensor in tensors}
@@ -117,14 +173,82 @@ def _schemes(quantized: list[QuantizedTensor]) -> tuple[Scheme, ...]:
     return tuple(sorted(schemes, key=lambda scheme: -scheme.elements))
 
 
+def _block_of(tensor: QuantizedTensor, blocks: BlockSizes) -> str:
+    one_for_all = len(tensor.scale.shape) < len(tensor.shape)  # [] or [1]: no block of any size has that
+    return _block_name(tensor.grid, None if one_for_all else blocks.of(module_of(tensor.name)))
+
+
 @lru_cache(maxsize=4096)
-def _block_name(grid: BlockGrid) -> str:
-    """Either "per tensor", or the block size with "all" for a dimension that a block spans."""
+def _block_name(grid: BlockGrid, stated: tuple[int, ...] | None) -> str:
+    """The block size that the configuration states, where the scales fit it, though one block may span a dimension;
+    else "per tensor", or the block size with "all" for a dimension that a block spans.
+    """
+    fit = tiled(grid.weight_shape, stated) if stated else None
+    if fit is not None and fit.shape == grid.shape:
+        return " x ".join(map(str, fit.block_size))
     if grid.per_tensor:
         return "per tensor"
     return " x ".join(
         "all" if size == dim > 1 else str(size) for size, dim in zip(grid.block_size, grid.weight_shape, strict=True)
     )
+
+
+def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterator[TensorRow]:
+    wanted = re.compile(pattern)
+    names = [name for name in checkpoint.tensors if wanted.search(name)]
+    if not names and checkpoint.tensors:
+        raise UnknownTensorError(f"no tensor has a name like {shown(repr(pattern))}", file=str(checkpoint.path))
+    for name in names:
+        yield _row(checkpoint.tensors[name], blocks)
+
+
+def _row(tensor: LogicalTensor, blocks: BlockSizes) -> TensorRow:
+    if isinstance(tensor, TensorSpan):
+        return TensorRow(tensor.name, tensor.dtype, tensor.shape, tensor.file.name)
+    return TensorRow(
+        tensor.name,
+        tensor.weight.dtype,
+        tensor.shape,
+        tensor.weight.file.name,
+        _block_of(tensor, blocks),
+        tensor.scale.dtype,
+        tensor.scale.shape,
+        _range(tensor.scale),
+        _joined(_range(span) for span in tensor.activation_scales),
+    )
+
+
+def _range(span: TensorSpan) -> ScaleRange | None:
+    """The range of scales, or None where they cannot be read, or one cannot be a scale: that is among the defects."""
+    from fp8ckpt.tensors.scale_ranges import scale_range
+
+    if span.dtype not in SCALE_DTYPES:
+        return None
+    try:
+        found = scale_range(span)
+    except Fp8CheckpointError:
+        return None
+    return found if found.least > 0 and found.greatest < float("inf") else None
+
+
+def _joined(ranges: Iterable[ScaleRange | None]) -> ScaleRange | None:
+    from fp8ckpt.tensors.scale_ranges import joined
+
+    known = [each for each in ranges if each is not None]
+    return joined(known) if known else None
+
+
+def _kinds_of_scales(quantized: list[QuantizedTensor]) -> Iterator[KindOfScales]:
+    from fp8ckpt.tensors.scale_ranges import joined, outliers
+
+    at = places(tensor.name for tensor in quantized)
+    kinds: dict[str, dict[str, ScaleRange]] = {}
+    for tensor in quantized:
+        found = _range(tensor.scale)
+        if found is not None:
+            kinds.setdefault(at[tensor.name].kind, {})[tensor.name] = found
+    for kind, ranges in kinds.items():
+        yield KindOfScales(kind, len(ranges), joined(ranges.values()), outliers(ranges))
 
 
 def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquantized, ...]:

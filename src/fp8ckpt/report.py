@@ -27,10 +27,10 @@ from fp8ckpt.numerics.kernels import count_codes
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, raise_first
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
-from fp8ckpt.tensors.reading import load_dequantizer, load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_scales, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
 from fp8ckpt.workers import share
 
@@ -133,6 +133,8 @@ def report(
             "there is a file already", file=str(page), remedy="move it away, or choose another name"
         )
     sides = [open_checkpoint(path) for path in (a, b) if path is not None]
+    for side in sides:
+        raise_first(scale_defects(side.quantized, side.cache_scales))
     found = _Job(sides, progress).run(workers or threads_of_this_rank())
     _publish(page, page_of(found))
     return found
