@@ -36,6 +36,7 @@ import errno
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+_MOST_NAMES = 10  # in one message
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
 
 
@@ -68,6 +69,13 @@ def shown(text: object) -> str:
         for c in str(text)[: _LONGEST_NAME + 1]
     )
     return clean if len(clean) <= _LONGEST_NAME else clean[:_LONGEST_NAME] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
 
 
 class Fp8CheckpointError(Exception):

@@ -16,32 +16,38 @@ from fp8ckpt.families.transformers_tables import Assembled, Shapes, is_pretraine
 from fp8ckpt.families.transformers_tables import assemble as assemble_pretrained
 from fp8ckpt.tensors.joined import Assembly
 
-Tensors = Mapping[str, torch.Tensor]
 
-
-def assemble(model: nn.Module, native: Tensors, stored: Shapes) -> tuple[Tensors, Assembled]:
-    """The tensors of ``model`` and how they are made of those ``stored`` in a checkpoint.
-
-    The tensors are ``native`` itself, but where a state_dict_adapter gives no assemblies: then they are what its
-    ``to_hf`` makes, under the disk's names.
+def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shapes) -> Assembled | None:
+    """How the tensors ``native`` of ``model`` are made of those ``stored`` in a checkpoint; None where a
+    state_dict_adapter has other means to say it.
 
     Raises `ModelMismatchError` for an assembly that does not fit, and `UnsupportedFormatError` for a conversion of
     transformers' that is no rearrangement.
     """
-    adapter: Any = getattr(model, "state_dict_adapter", None)
     own = {name: tuple(tensor.shape) for name, tensor in native.items()}
+    adapter: Any = getattr(model, "state_dict_adapter", None)
     if adapter is None:
-        made = _of_pretrained(model, own, stored) or _of_names(own, stored, find_layout(own, stored))
+        made = _of_pretrained(model, own, stored) or of_names(own, stored, find_layout(own, stored))
     elif (given := _of_adapter(adapter, own, stored)) is not None:
         made = Assembled(dict(given), set(), set())
     else:
-        native = dict(adapter.to_hf(dict(native)))
-        made = _of_names(native, stored, IDENTITY)
+        return None
     for name, assembly in made.parts.items():
         if (defect := assembly.defect(stored)) is not None:
             raise ModelMismatchError(f"its assembly has {defect}", tensor=name, remedy="mend the state_dict_adapter")
+    return _with_unused(made, stored)
+
+
+def of_names(own: Iterable[str], stored: Shapes, layout: KeyLayout = IDENTITY) -> Assembled:
+    """Each tensor is one of the file's, perhaps under another name."""
+    found = {name: hf for name in own if (hf := layout.native_to_hf(name)) in stored}
+    parts = {name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}
+    return _with_unused(Assembled(parts, set(), set()), stored)
+
+
+def _with_unused(made: Assembled, stored: Shapes) -> Assembled:
     used = {piece.source for assembly in made.parts.values() for piece in assembly.pieces}
-    return native, made._replace(unused=stored.keys() - used)
+    return made._replace(unused=stored.keys() - used)
 
 
 def _of_adapter(adapter: Any, own: Shapes, stored: Shapes) -> Mapping[str, Assembly] | None:
@@ -57,12 +63,6 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if is_pretrained(module) and not any(prefix.startswith(outer) for outer in found):
             found.append(prefix)
             yield prefix, module
-
-
-def _of_names(own: Iterable[str], stored: Shapes, layout: KeyLayout) -> Assembled:
-    """Each tensor is one of the file's, under another name."""
-    found = {name: hf for name in own if (hf := layout.native_to_hf(name)) in stored}
-    return Assembled({name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}, set(), set())
 
 
 def _of_pretrained(model: nn.Module, own: Shapes, stored: Shapes) -> Assembled | None:

@@ -26,14 +26,13 @@ from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like
 from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
 from fp8ckpt.checkpoint.load_plan import LoadPlan
 from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part
+from fp8ckpt.checkpoint.save_plan import SavePlan, plan_save
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFiles
-from fp8ckpt.checkpoint.tied import tied_groups
 from fp8ckpt.errors import Fp8CheckpointError
-from fp8ckpt.families.names import IDENTITY, find_layout
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.ranks import Ranks, ranks_of_group
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
 
 
@@ -94,17 +93,21 @@ class Checkpointer:
         to: str = "bf16",
         like: CheckpointLike | None = None,
         scales: str = "reuse",
+        carry: str | None = None,
         max_file_bytes: int | None = None,
         base: CheckpointLike | None = None,
     ) -> None:
         """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
 
-        Every rank writes its own shards into the same files. Names go through ``model.state_dict_adapter`` if there is
-        one. ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``like``: the checkpoint that
+        Every rank writes its own shards into the same files. Names and stackings are translated as for `load_model`.
+        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``like``: the checkpoint that
         the model came from, the base: it decides names, files, the dtype of tensors that it does not hold as FP8,
         configuration and side files; what is written is what ``convert(like, ..., to=to)`` would make of it with the
         model's values. Without it, names are the model's own, files end at ``max_file_bytes`` (default: 5 GB), and the
         configuration is ``model.config``. ``base`` is the former name of ``like``.
+
+        What the model has no place for is carried from the base: the layers that predict further tokens (MTP), what its
+        class declares to ignore, and tensors whose names match the regular expression ``carry``. The log lists it.
 
         ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same
         values, on any mesh; each shard is quantized as it is written. ``like`` must be given. ``scales`` "reuse" keeps
@@ -118,24 +121,38 @@ class Checkpointer:
         """
         like = given_like(like, base)
 
-        def prepare() -> tuple[DirectoryWriter, dict[str, torch.Tensor]]:
-            _refuse_arguments(to, like, scales, max_file_bytes)
+        def prepare() -> tuple[DirectoryWriter, SavePlan]:
+            _refuse_arguments(to, like, scales, carry, max_file_bytes)
             checkpoint = None if like is None else open_checkpoint(like)
+            plan = plan_save(model, checkpoint, carry)
             writer: DirectoryWriter
             if to == FP8:
                 assert checkpoint is not None  # _refuse_arguments() saw to it
-                writer = FP8StorageWriter(path, like=checkpoint, scales=scales, process_group=self._group)
+                writer = FP8StorageWriter(
+                    path, like=checkpoint, scales=scales, carry=plan.carry, process_group=self._group
+                )
             else:
                 side_files = None if checkpoint is not None else SideFiles(_configuration_of(model, TARGETS[to]))
                 writer = SafetensorsStorageWriter(
-                    path, dtype=to, like=checkpoint, side_files=side_files, max_file_bytes=max_file_bytes
+                    path,
+                    dtype=to,
+                    like=checkpoint,
+                    carry=plan.carry,
+                    side_files=side_files,
+                    max_file_bytes=max_file_bytes,
                 )
-            return writer, _state_to_save(model, checkpoint)
+            return writer, plan
 
-        writer, state = self._ranks().together(prepare)
+        writer, plan = self._ranks().together(prepare)
         try:
             with _named_errors():
-                dcp_save(state, storage_writer=writer, process_group=self._group, no_dist=_alone())
+                dcp_save(
+                    plan.state,
+                    storage_writer=writer,
+                    planner=plan.planner,
+                    process_group=self._group,
+                    no_dist=_alone(),
+                )
         finally:
             writer.release()
 
@@ -172,6 +189,7 @@ def save_model(
     to: str = "bf16",
     like: CheckpointLike | None = None,
     scales: str = "reuse",
+    carry: str | None = None,
     max_file_bytes: int | None = None,
     base: CheckpointLike | None = None,
 ) -> None:
@@ -179,14 +197,18 @@ def save_model(
     `Checkpointer.save_model`.
     """
     like = given_like(like, base)
-    Checkpointer().save_model(model, path, to=to, like=like, scales=scales, max_file_bytes=max_file_bytes)
+    Checkpointer().save_model(model, path, to=to, like=like, scales=scales, carry=carry, max_file_bytes=max_file_bytes)
 
 
-def _refuse_arguments(to: str, like: CheckpointLike | None, scales: str, max_file_bytes: int | None) -> None:
+def _refuse_arguments(
+    to: str, like: CheckpointLike | None, scales: str, carry: str | None, max_file_bytes: int | None
+) -> None:
     if to not in (*TARGETS, FP8):
         raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
     if scales not in SCALES:
         raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+    if carry is not None and like is None:
+        raise ValueError("carry goes with like, the checkpoint that is taken from")
     if like is not None and max_file_bytes is not None:
         raise ValueError("max_file_bytes goes without like, which decides the files")
     if to == FP8 and like is None:
@@ -217,28 +239,6 @@ def _named_errors() -> Iterator[None]:
 
 def _alone() -> bool:
     return not (dist.is_available() and dist.is_initialized())
-
-
-def _state_to_save(model: nn.Module, base: Checkpoint | None) -> dict[str, torch.Tensor]:
-    """The tensors by their HF names; of those that are tied, the ones that the base has, or else the first."""
-    native = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    adapter = getattr(model, "state_dict_adapter", None)
-    layout = find_layout(native, base.tensors) if base is not None else IDENTITY
-    pairs: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in native.items():
-        if adapter is not None:
-            pairs[name] = adapter.convert_single_tensor_to_hf(name, tensor, quantization=False)
-        else:
-            pairs[name] = [(layout.native_to_hf(name), tensor)]
-    for group in tied_groups(model):
-        present = [name for name in group if name in pairs]
-        kept = [
-            name for name in present if base is not None and all(hf in base.tensors for hf, _ in pairs[name])
-        ] or present[:1]
-        for name in present:
-            if name not in kept:
-                del pairs[name]
-    return {name: tensor for converted in pairs.values() for name, tensor in converted}
 
 
 def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:

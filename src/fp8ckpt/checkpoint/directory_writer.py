@@ -18,10 +18,11 @@ files
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,13 @@ from fp8ckpt.errors import (
     SourceChangedError,
     UnsupportedFormatError,
     WeightValueError,
+    listed,
 )
+from fp8ckpt.families.carried import mtp_tensors
 from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
+from fp8ckpt.output.matching import refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.stores.local import kept_open
@@ -50,6 +54,8 @@ from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import stored_dtype
+
+logger = logging.getLogger(__name__)
 
 
 class DirectoryWriter(StorageWriter):
@@ -178,6 +184,17 @@ def given_like(like: CheckpointLike | None, base: CheckpointLike | None) -> Chec
         raise TypeError("base is the former name of like: give one of them")
     warnings.warn("base= is now like=, as in convert", DeprecationWarning, stacklevel=3)
     return base
+
+
+def carried_from(base: Checkpoint, tensors: Mapping[str, TensorSpec], carry: Collection[str], remedy: str) -> set[str]:
+    """The base's tensors that the model lacks and that are taken from it: those of ``carry``, and of MTP layers. The
+    log lists them. Raises `ModelMismatchError` where the two differ in anything else.
+    """
+    allowed = {*carry, *mtp_tensors(base.tensors, base.config)}
+    carried = refuse_other_tensors(tensors, base, "model", remedy, allowed)
+    if carried:
+        logger.info("%d tensors are carried from %s: %s", len(carried), base.path, listed(carried))
+    return carried
 
 
 def region_of(item: WriteItem) -> Region:

@@ -15,7 +15,7 @@ any; write.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +25,14 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like, region_of, resolved, write_region
+from fp8ckpt.checkpoint.directory_writer import (
+    DirectoryWriter,
+    carried_from,
+    given_like,
+    region_of,
+    resolved,
+    write_region,
+)
 from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
@@ -38,7 +45,7 @@ from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.like import BaseLayout
-from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
+from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
 from fp8ckpt.stores.store import File
@@ -52,6 +59,8 @@ from fp8ckpt.workers import share
 _LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
 _LEAST_STEP = 1 << 16  # of a machine with a thousand cores
 
+_COPIED = 4 << 20  # bytes of the base at once
+
 T = TypeVar("T")
 
 
@@ -61,8 +70,9 @@ class FP8StorageWriter(DirectoryWriter):
     ``like``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open
     `Checkpoint`; ``base`` is its former name. The state dict has its logical tensors under its names, in bfloat16,
     float16 or float32; DTensors of any placement. ``scales``: "reuse" keeps the scale of a block whose values still fit
-    it, "fresh" makes all anew. ``process_group``: the one that ``dcp.save`` is given. ``bytes_written`` counts this
-    rank's tensor bytes.
+    it, "fresh" makes all anew. ``carry``: names of tensors that are taken from the base where the state dict lacks
+    them; those of MTP layers always are. ``process_group``: the one that ``dcp.save`` is given. ``bytes_written``
+    counts this rank's tensor bytes.
 
     Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
     `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
@@ -76,6 +86,7 @@ class FP8StorageWriter(DirectoryWriter):
         *,
         like: CheckpointLike | None = None,
         scales: str = "reuse",
+        carry: Collection[str] = (),
         process_group: ProcessGroup | None = None,
         base: CheckpointLike | None = None,
     ) -> None:
@@ -87,6 +98,7 @@ class FP8StorageWriter(DirectoryWriter):
             raise TypeError("FP8StorageWriter needs like, the FP8 checkpoint that the model came from")
         self._base = given
         self._fresh = scales == "fresh"
+        self._carry = carry
         self._group = process_group
         self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
         self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
@@ -104,11 +116,13 @@ class FP8StorageWriter(DirectoryWriter):
         base = self._base_of_output()
         remedy = "give the FP8 checkpoint that the model came from"
         refuse_base(base, remedy)
-        refuse_other_tensors(tensors, base, "model", remedy)
+        carried = carried_from(base, tensors, self._carry, remedy)
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
-        sharded = {name for name, tensor in base.tensors.items() if isinstance(tensor, TensorSpan)}
-        sharded |= {span.name for tensor in base.quantized if tensor.numel for span in (tensor.weight, tensor.scale)}
+        held = [tensor for name, tensor in base.tensors.items() if name not in carried]
+        sharded = {tensor.name for tensor in held if isinstance(tensor, TensorSpan)}
+        filled = [tensor for tensor in held if isinstance(tensor, QuantizedTensor) and tensor.numel]
+        sharded |= {span.name for tensor in filled for span in (tensor.weight, tensor.scale)}
         self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
         self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
@@ -147,20 +161,22 @@ class FP8StorageWriter(DirectoryWriter):
         return ranks
 
     def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
-        """Copy what no shard holds: the base's activation scales and scales of a cache. A weight without elements has a
-        scale, too.
+        """Copy what no shard holds: what is carried, the base's activation scales and scales of a cache. A weight
+        without elements has a scale, too.
         """
         file = File(self._base_of_output().store, layout.name)
         done = 0
         for span in layout.spans:
             if span.name not in self._beside:
                 continue
-            stored = np.empty(span.nbytes, np.uint8)
             if self._fresh and span.name in self._empty:
-                stored[:] = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
+                fresh = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
+                files.of(layout.name).write(fresh, span.start)
             else:
-                file.read(span.start, stored)
-            files.of(layout.name).write(stored, span.start)
+                for start in range(span.start, span.stop, _COPIED):
+                    stored = np.empty(min(_COPIED, span.stop - start), np.uint8)
+                    file.read(start, stored)
+                    files.of(layout.name).write(stored, start)
             done += span.nbytes
         return done
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fp8ckpt.checkpoint.assembling import assemble
+from fp8ckpt.checkpoint.assembling import assemble, of_names
 from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import BEYOND, rounds
 from fp8ckpt.checkpoint.tied import tie, tied_groups
-from fp8ckpt.errors import ModelMismatchError, shown
+from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.carried import mtp_tensors
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan
@@ -23,8 +23,6 @@ from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
-
-_MOST_NAMES = 10  # in one message
 
 
 class LoadPlan:
@@ -47,7 +45,10 @@ class LoadPlan:
                 remedy="materialize the model first: model.to_empty(device=...)",
             )
         stored = {name: tuple(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
-        self.named, assembled = assemble(model, self._native, stored)
+        self.named = self._native
+        if (assembled := assemble(model, self._native, stored)) is None:
+            self.named = dict(model.state_dict_adapter.to_hf(dict(self._native)))  # type: ignore[union-attr, operator]  # a host's
+            assembled = of_names(self.named, stored)
         self._assemblies = assembled.parts
         self._sources, self.twice = self._find_sources()
         self._carried = assembled.ignored | mtp_tensors(assembled.unused, self.checkpoint.config)
@@ -177,13 +178,6 @@ class LoadPlan:
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a model's state dict."""
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first of the names, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

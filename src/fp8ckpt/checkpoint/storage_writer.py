@@ -7,7 +7,7 @@ makes; each region is cast to its stored dtype piece by piece as it is written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like, region_of, resolved, write_region
+from fp8ckpt.checkpoint.directory_writer import (
+    DirectoryWriter,
+    carried_from,
+    given_like,
+    region_of,
+    resolved,
+    write_region,
+)
+from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import TARGET_BYTES, TARGETS
@@ -24,14 +32,14 @@ from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
 from fp8ckpt.output.like import PlainLayout
-from fp8ckpt.output.matching import FLOATS, refuse_other_kinds, refuse_other_tensors
+from fp8ckpt.output.matching import FLOATS, refuse_other_kinds
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.header import TensorSpan, tensor_nbytes
-from fp8ckpt.tensors.reading import bytes_of, stored_dtype
+from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype
 from fp8ckpt.workers import share
 
 _PIECE = 4 << 20  # elements that are cast and written at once
@@ -52,7 +60,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
 
     ``dtype``: that of every floating-point tensor, "bf16", "fp16" or "fp32" (or its safetensors name). ``like``: a
     checkpoint with the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8,
-    and the side files, as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. Without it,
+    and the side files, as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names
+    of tensors that are taken from it where the state dict lacks them; those of MTP layers always are. Without ``like``,
     ``side_files`` go beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB).
     ``bytes_written`` counts this rank's tensor bytes.
 
@@ -73,6 +82,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         *,
         dtype: str = "bf16",
         like: CheckpointLike | None = None,
+        carry: Collection[str] = (),
         side_files: SideFiles | None = None,
         max_file_bytes: int | None = None,
         base: CheckpointLike | None = None,
@@ -84,6 +94,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
         self._like = given_like(like, base)
         if self._like is not None and (max_file_bytes is not None or side_files is not None):
             raise ValueError("max_file_bytes and side_files go without like, which decides the files")
+        self._carry = carry
+        self._carried: set[str] = set()  # the coordinator's
         self._side_files = side_files or SideFiles()
         self._max_file_bytes = DEFAULT_FILE_BYTES if max_file_bytes is None else max_file_bytes
 
@@ -95,7 +107,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()
         if base is not None:
-            refuse_other_tensors(tensors, base, "model", "give the base that the model came from")
+            self._carried = carried_from(base, tensors, self._carry, "give the base that the model came from")
             refuse_other_kinds(tensors, base)
             return OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
         layouts = self._partition([spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()])
@@ -129,6 +141,23 @@ class SafetensorsStorageWriter(DirectoryWriter):
         share(work(), [write] * threads_of_this_rank())
         files.flush()
         return sum(written)
+
+    def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
+        """Write what is carried from the base."""
+        base = self._base_of_output()
+        carried = [span for span in layout.spans if span.name in self._carried]
+        if base is None or not carried:
+            return 0
+        loader = RegionLoader(dequantizers(1), 1)
+        try:
+            for span in carried:
+                for piece in pieces(((0,) * len(span.shape), span.shape), _PIECE):
+                    values = torch.empty(piece[1], dtype=torch_dtype(span.dtype))
+                    loader.load(base[span.name], piece, values)
+                    write_region(files, span, piece, bytes_of(values))
+        finally:
+            loader.close()
+        return sum(span.nbytes for span in carried)
 
     def _stored_dtype(self, spec: TensorSpec) -> str:
         return self._dtype if spec.dtype in FLOATS else spec.dtype

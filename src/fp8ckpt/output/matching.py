@@ -32,21 +32,29 @@ def refuse_base(base: Checkpoint, remedy: str) -> None:
 
 
 def refuse_other_tensors(
-    found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint, what: str, remedy: str
-) -> None:
-    """The same logical tensors in ``what`` (the "source", the "model") as in the base, of the same shapes. Raises
-    `ModelMismatchError`.
+    found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec],
+    base: Checkpoint,
+    what: str,
+    remedy: str,
+    carry: Collection[str] = (),
+) -> set[str]:
+    """The same logical tensors in ``what`` (the "source", the "model") as in the base, of the same shapes. Returns
+    those that are only in the base and may be, being of ``carry``. Raises `ModelMismatchError`.
     """
     missing, extra = base.tensors.keys() - found.keys(), found.keys() - base.tensors.keys()
+    carried = missing & set(carry)
+    missing -= carried
     if missing or extra:
         name, where = (min(missing), "base") if missing else (min(extra), what)
         found_in = (
             f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; "
             f"the first is {shown(name)}, in the {where}"
         )
+        if missing and not extra:
+            remedy = f"{remedy}; or name what is to be taken from the base: --carry REGEX, carry="
         raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
     for name, tensor in base.tensors.items():
-        if found[name].shape != tensor.shape:
+        if name not in carried and found[name].shape != tensor.shape:
             raise ModelMismatchError(
                 f"shape {found[name].shape}",
                 tensor=name,
@@ -54,14 +62,15 @@ def refuse_other_tensors(
                 expected=f"{tensor.shape}, as in the base",
                 remedy="give its own base",
             )
+    return carried
 
 
 def refuse_other_dtypes(found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint) -> None:
-    """The same tensors are of dtypes that those of the base can be made of. Raises `UnsupportedFormatError`,
+    """The tensors are of dtypes that those of the base can be made of. Raises `UnsupportedFormatError`,
     `ModelMismatchError`.
     """
-    for name, tensor in base.tensors.items():
-        given = found[name]
+    for name, given in found.items():
+        tensor = base.tensors[name]
         if isinstance(tensor, QuantizedTensor):
             if tensor.weight.dtype != _CODES:
                 raise UnsupportedFormatError(
@@ -81,8 +90,8 @@ def refuse_other_kinds(
     """Tensors that are not FP8 in the base are of its dtype; ``floats`` are rounded to one another. Raises
     `ModelMismatchError`.
     """
-    for name, tensor in base.tensors.items():
-        given = found[name]
+    for name, given in found.items():
+        tensor = base.tensors[name]
         stored = "BF16" if isinstance(tensor, QuantizedTensor) else tensor.dtype
         if given.dtype != stored and not {given.dtype, stored} <= set(floats):
             raise ModelMismatchError(

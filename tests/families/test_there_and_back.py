@@ -1,4 +1,6 @@
-"""Every family of the matrix is loaded bit for bit, however its experts are stacked and its shards are cut."""
+"""Every family of the matrix is loaded bit for bit and saved byte for byte, however its experts are stacked and its
+shards are cut.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from fp8ckpt import convert, load_pretrained, open_checkpoint
+from fp8ckpt import convert, load_pretrained, open_checkpoint, save_model
 from tests.distributed import assert_same, mesh, run, whole
 from tests.families.releases import RELEASES
+from tests.oracle import read_directory
 
 PROMPT = torch.arange(3, 11)[None]
 
@@ -36,6 +39,10 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=PROMPT).logits
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 def assert_loaded(model: nn.Module, name: str, path: Path) -> None:
@@ -73,6 +80,29 @@ def test_load_pretrained_gives_what_transformers_gives(
     for key, buffer in theirs.named_buffers():
         assert_same(dict(model.named_buffers())[key], buffer, key)
     assert_same(found, logits(theirs))
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_save_model_gives_the_release_back(
+    name: str, released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As FP8 it is the release, as BF16 what convert makes of it: file for file, MTP layers carried and listed."""
+    release, path = RELEASES[name], released / name
+    model = load_pretrained(path)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "fp8ckpt"):
+        save_model(model, tmp_path / "fp8", to="fp8", like=path)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("are carried from" in line and "eh_proj" in line for line in said) == (release.mtp is not None)
+    assert any("fewer bits" in line for line in said) == bool(release.rounded)
+    differ = {key for key, value in read_directory(path).items() if read_directory(tmp_path / "fp8")[key] != value}
+    assert all(key.endswith((*release.rounded, "correction_bias")) for key in differ)
+    assert bool(differ) == bool(release.rounded)
+    if not differ:
+        assert files_of(tmp_path / "fp8") == files_of(path)
+        convert(path, tmp_path / "plain")
+        save_model(model, tmp_path / "bf16", like=path)
+        assert files_of(tmp_path / "bf16") == files_of(tmp_path / "plain")
 
 
 # ---------------------------------------------------------------- sharded
@@ -129,25 +159,31 @@ def _mixed(model: nn.Module) -> None:
 SHARDINGS = {f.__name__: f for f in (_fsdp, _experts, _experts_and_fsdp, _cut, _strided, _mixed)}
 
 
-def _load_sharded(root: Path, name: str, sharding: str) -> None:
-    assert_loaded(load_pretrained(root / name, parallelize=SHARDINGS[sharding]), name, root / name)
+def _there_and_back(root: Path, out: Path, name: str, sharding: str) -> None:
+    model = load_pretrained(root / name, parallelize=SHARDINGS[sharding])
+    assert_loaded(model, name, root / name)
+    save_model(model, out, to="fp8", like=root / name)
+    if not RELEASES[name].rounded:
+        assert files_of(out) == files_of(root / name)
 
 
-def _load_all_sharded(root: Path, cases: list[tuple[str, str]]) -> None:
+def _all_there_and_back(root: Path, out: Path, cases: list[tuple[str, str]]) -> None:
     for name, sharding in cases:
         try:
-            _load_sharded(root, name, sharding)
+            _there_and_back(root, out / f"{name}{sharding}", name, sharding)
         except Exception as error:
             raise AssertionError(f"{name}, {sharding}: {error!r}") from error
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_loads_however_it_is_sharded(half: int, released: Path) -> None:
-    """Two ranks, every family: FSDP2, experts, both, shards that cut projections and blocks, strided ones."""
+def test_there_and_back_however_it_is_sharded(half: int, released: Path, tmp_path: Path) -> None:
+    """Two ranks, every family: FSDP2, experts, both, shards that cut projections and blocks, strided ones. Loaded it
+    has the release's bits, saved as FP8 it is the release.
+    """
     cases = [
         (name, sharding)
         for name, release in RELEASES.items()
         for sharding in SHARDINGS
         if release.experts or "4" in name or "experts" not in sharding
     ]
-    run(2, _load_all_sharded, released, cases[half::2])
+    run(2, _all_there_and_back, released, tmp_path, cases[half::2])

@@ -1,0 +1,95 @@
+"""What a save writes: a model's tensors, and of which tensors on disk they are made."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fp8ckpt.checkpoint.assembling import assemble
+from fp8ckpt.checkpoint.load_plan import tensors_of
+from fp8ckpt.checkpoint.planners import AssemblySavePlanner
+from fp8ckpt.checkpoint.regions import rounds
+from fp8ckpt.checkpoint.tied import tied_groups
+from fp8ckpt.errors import ModelMismatchError, listed
+from fp8ckpt.families.transformers_tables import Assembled
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.joined import Assembly
+from fp8ckpt.tensors.reading import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+
+class SavePlan(NamedTuple):
+    """``state``: the tensors; ``planner``: which cuts them; ``carry``: names of the base that may be taken from it."""
+
+    state: dict[str, torch.Tensor]
+    planner: AssemblySavePlanner
+    carry: set[str]
+
+
+def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> SavePlan:
+    """The tensors of ``model`` under the names and in the stackings of its base; of those that are tied, the ones that
+    the base has, or else the first. ``carry``: a pattern of names that are taken from the base where the model has
+    none.
+    """
+    native = tensors_of(model)
+    adapter: Any = getattr(model, "state_dict_adapter", None)
+    stored = {name: tuple(tensor.shape) for name, tensor in base.tensors.items()} if base is not None else {}
+    assembled = assemble(model, native, stored) if base is not None or adapter is None else None
+    if assembled is not None:
+        tensors = {name: {name: tensor} for name, tensor in native.items()}
+        in_base = set(assembled.parts)
+    else:
+        assembled = Assembled({}, set(), set())
+        tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
+        in_base = {name for name, made in tensors.items() if made.keys() <= stored.keys()}
+    left_out = _tied_elsewhere(model, native.keys(), in_base)
+    state = {hf: made for name, of_one in tensors.items() if name not in left_out for hf, made in of_one.items()}
+    # What the base lacks goes under its own name, for the writer to refuse.
+    parts = {name: assembled.parts.get(name) or Assembly.whole(name, tensor.shape) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if base is not None and parts[name].shape != tuple(tensor.shape):
+            raise ModelMismatchError(
+                f"shape {tuple(tensor.shape)} in the model",
+                tensor=name,
+                file=base.path,
+                expected=f"{parts[name].shape}, as in the base",
+                remedy="give its own base",
+            )
+    if base is not None:
+        _warn_of_fewer_bits(state, parts, base)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    matching = {name for name in stored if carry is not None and re.search(carry, name)}
+    return SavePlan(state, AssemblySavePlanner(parts, {**shapes, **stored}), assembled.ignored | matching)
+
+
+def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    return adapter.convert_single_tensor_to_hf(name, tensor, quantization=False)  # type: ignore[no-any-return]  # a host's
+
+
+def _tied_elsewhere(model: nn.Module, native: Collection[str], in_base: Collection[str]) -> set[str]:
+    """Tensors that are stored under the names that they are tied to."""
+    left_out: set[str] = set()
+    for group in tied_groups(model):
+        present = [name for name in group if name in native]
+        left_out.update(set(present) - set([name for name in present if name in in_base] or present[:1]))
+    return left_out
+
+
+def _warn_of_fewer_bits(state: Mapping[str, torch.Tensor], parts: Mapping[str, Assembly], base: Checkpoint) -> None:
+    """What the base holds in more bits than the model is no longer what it was, trained or not."""
+    fewer = {
+        piece.source
+        for name, assembly in parts.items()
+        for piece in assembly.pieces
+        if isinstance(span := base.tensors.get(piece.source), TensorSpan)
+        and rounds(torch_dtype(span.dtype), state[name].dtype)
+    }
+    if fewer:
+        logger.warning("%d tensors have fewer bits in the model than in the base: %s", len(fewer), listed(fewer))
