@@ -175,11 +175,14 @@ class FP8StorageReader(StorageReader):
                 yield tensor, piece, target[within(piece, region)]
 
     def _scales(self) -> dict[str, TensorSpan]:
-        return {
-            span.name: span
+        """Scales, and codes that are stored under another name than their tensor's."""
+        tensors = self.checkpoint.tensors
+        spans = (
+            span
             for tensor in self.checkpoint.quantized
-            for span in (tensor.scale, *tensor.activation_scales)
-        }
+            for span in (tensor.weight, tensor.scale, *tensor.activation_scales)
+        )
+        return {span.name: span for span in spans if span.name not in tensors}
 
 
 class _Refused(Metadata):

@@ -149,14 +149,11 @@ class SafetensorsStorageWriter(DirectoryWriter):
         if base is None or not carried:
             return 0
         loader = RegionLoader(dequantizers(1), 1)
-        try:
-            for span in carried:
-                for piece in pieces(((0,) * len(span.shape), span.shape), _PIECE):
-                    values = torch.empty(piece[1], dtype=torch_dtype(span.dtype))
-                    loader.load(base[span.name], piece, values)
-                    write_region(files, span, piece, bytes_of(values))
-        finally:
-            loader.close()
+        for span in carried:
+            for piece in pieces(((0,) * len(span.shape), span.shape), _PIECE):
+                values = torch.empty(piece[1], dtype=torch_dtype(span.dtype))
+                loader.load(base[span.name], piece, values)
+                write_region(files, span, piece, bytes_of(values))
         return sum(span.nbytes for span in carried)
 
     def _stored_dtype(self, spec: TensorSpec) -> str:
