@@ -297,7 +297,7 @@ def test_a_pattern_is_searched_in_names(sample_fp8: Path, cli: Run) -> None:
     assert (inspect(sample_fp8).listed, inspect(sample_fp8).scales) == ((), ())
     with pytest.raises(UnknownTensorError, match="no tensor has a name like 'nothing'"):
         inspect(sample_fp8, tensor="nothing")
-    done = cli("inspect", sample_fp8, "--tensor", "o_proj")
+    done = cli("inspect", sample_fp8, "--tensor", r"self_attn\.o_proj")
     assert [line.split()[0].rpartition("layers.")[2] for line in done.stdout.splitlines()[1:-1]] == [
         "0.self_attn.o_proj.weight",
         "1.self_attn.o_proj.weight",

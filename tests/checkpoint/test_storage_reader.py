@@ -385,7 +385,7 @@ def test_device_arithmetic_equals_the_look_up(data: st.DataObject, written: dict
     tensor = open_checkpoint(written[name]).quantized[0]
     offsets, sizes = data.draw(_regions(tensor.shape, least=1))
     dequantizer = load_dequantizer(tensor, dtype)
-    codes = _tensor(family.tensors[tensor.span.name])[_slices(offsets, sizes)]
+    codes = _tensor(family.tensors[tensor.weight.name])[_slices(offsets, sizes)]
     target = torch.zeros((*sizes, 2), dtype=DTYPES[dtype])[..., 1]
     dequantize_on_device(codes, dequantizer, offsets, target)
     expected = _tensor(family.expected(dtype)[tensor.name])[_slices(offsets, sizes)]
