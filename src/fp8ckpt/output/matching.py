@@ -50,8 +50,8 @@ def refuse_other_tensors(
             f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; "
             f"the first is {shown(name)}, in the {where}"
         )
-        if missing and not extra:
-            remedy = f"{remedy}; or name what is to be taken from the base: --carry REGEX, carry="
+        if missing and not extra and what == "model":  # a conversion cannot carry yet
+            remedy = f"{remedy}; or name what is to be taken from the base: carry=REGEX"
         raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
     for name, tensor in base.tensors.items():
         if name not in carried and found[name].shape != tensor.shape:
