@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8ckpt.errors import ConfigError, Fp8CheckpointError, UnknownTensorError, shown
+from fp8ckpt.errors import Fp8CheckpointError, UnknownTensorError, shown
 from fp8ckpt.families.kinds import places, starred
 from fp8ckpt.numerics.codes import SCALE_DTYPES
 from fp8ckpt.numerics.geometry import BlockGrid, tiled
@@ -126,7 +126,7 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
     defects = [*checkpoint.defects, *scale_defects(quantized, checkpoint.cache_scales)]
     try:
         blocks = block_sizes(checkpoint.store, checkpoint.config)
-    except ConfigError:  # it is among the defects
+    except Fp8CheckpointError:  # it is among the defects
         blocks = BlockSizes()
     plain_bytes = sum(
         tensor.nbytes for tensor in checkpoint.tensors.values() if not isinstance(tensor, QuantizedTensor)
