@@ -26,7 +26,21 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from fp8ckpt.sample import Mistral3Sizes
 from tests.oracle import Stored, read_directory, write_safetensors
+
+# Few of its dimensions are multiples of any number of ranks, and k_proj and v_proj have four rows.
+UNEVEN = Mistral3Sizes(
+    layers=2,
+    hidden=100,
+    intermediate=203,
+    heads=6,
+    kv_heads=1,
+    head_dim=4,
+    vocabulary=515,
+    vision_hidden=68,
+    vision_intermediate=37,
+)
 
 # Imported once, by the server that the ranks are forked from; nothing of it starts threads.
 _PRELOAD = (

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,11 @@ from fp8ckpt.checkpoint import checkpointing
 from fp8ckpt.errors import ConfigError, MissingScaleError, ModelMismatchError, ScaleValueError
 from fp8ckpt.families.names import find_layout
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
-from fp8ckpt.sample import Mistral3Sizes
-from tests.distributed import assert_same, bits, fsdp, local, mesh, rewrite, run, stage, tp, tp_fsdp, whole
+from tests.distributed import UNEVEN, assert_same, bits, fsdp, local, mesh, rewrite, run, stage, tp, tp_fsdp, whole
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
 
 PROMPT = torch.tensor([[1, 300, 17, 42, 255, 3, 99]])
-# Few of its dimensions are multiples of any number of ranks, and k_proj and v_proj have four rows.
-UNEVEN = Mistral3Sizes(
-    layers=3,
-    hidden=100,
-    intermediate=203,
-    heads=6,
-    kv_heads=1,
-    head_dim=4,
-    vocabulary=515,
-    vision_hidden=68,
-    vision_intermediate=37,
-)
+THREE_UNEVEN = replace(UNEVEN, layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +49,7 @@ def paths(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """The sample in both layouts, and one of uneven sizes."""
     root = tmp_path_factory.mktemp("models")
     nested = sample(root / "nested", layout="nested")
-    return {"identity": sample_fp8, "nested": nested, "uneven": sample(root / "uneven", UNEVEN, layout="nested")}
+    return {"identity": sample_fp8, "nested": nested, "uneven": sample(root / "uneven", THREE_UNEVEN, layout="nested")}
 
 
 @pytest.fixture(scope="module")

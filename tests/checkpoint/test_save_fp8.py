@@ -52,7 +52,7 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.sample import Mistral3Sizes
-from tests.distributed import fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
+from tests.distributed import UNEVEN, fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
 from tests.miniatures import Family
 from tests.oracle import Stored, read_directory
 from tests.test_to_fp8 import (
@@ -67,17 +67,6 @@ from tests.test_to_fp8 import (
     write_plain,
 )
 
-UNEVEN = Mistral3Sizes(
-    layers=2,
-    hidden=100,
-    intermediate=203,
-    heads=6,
-    kv_heads=1,
-    head_dim=4,
-    vocabulary=515,
-    vision_hidden=68,
-    vision_intermediate=37,
-)
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MODES = ("reuse", "fresh")
 

@@ -35,21 +35,8 @@ from fp8ckpt import (
 from fp8ckpt.checkpoint import checkpointing, storage_writer
 from fp8ckpt.errors import ModelMismatchError, OutputExistsError, RangeError, ResumeMismatchError, StorageError
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
-from fp8ckpt.sample import Mistral3Sizes
-from tests.distributed import assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
+from tests.distributed import UNEVEN, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
-
-UNEVEN = Mistral3Sizes(
-    layers=2,
-    hidden=100,
-    intermediate=203,
-    heads=6,
-    kv_heads=1,
-    head_dim=4,
-    vocabulary=515,
-    vision_hidden=68,
-    vision_intermediate=37,
-)
 
 
 @pytest.fixture(scope="module")
