@@ -22,7 +22,7 @@ from nemo_automodel.components.checkpoint.config import CheckpointingConfig
 from nemo_automodel.components.checkpoint.state_dict_adapter import StateDictAdapter as HostStateDictAdapter
 from nemo_automodel.components.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter as HostAdapter
 from torch import nn
-from transformers import Mistral3ForConditionalGeneration
+from transformers import AutoConfig, Mistral3ForConditionalGeneration
 
 import fp8ckpt
 from fp8ckpt.hosts import nemo_automodel as leaf
@@ -212,6 +212,19 @@ def test_the_adapter_of_the_documentation(sources: dict[str, Path], two_ranks: R
     job = Job(sources["identity"], documented)
     assert_right([carry_out(job)], "single-process")
     assert_right(two_ranks.run(carry_out, replace(job, custom=True, sharding="fsdp")), "dcp")
+
+
+@pytest.mark.parametrize(("variant", "path"), [("nested", "streaming"), ("tied_nested", "single-process")])
+def test_the_adapter_of_a_configuration(variant: str, path: str, sources: dict[str, Path]) -> None:
+    """As the host's own models make it: names by the configuration, in parts; a tied model, whose head may be on disk
+    or not, goes by the other path.
+    """
+    assert_right([carry_out(Job(sources[variant], of_configuration, nested=True))], path)
+
+
+def of_configuration(source: Path) -> AutoModelMistral3FP8StateDictAdapter:
+    """The leaf's adapter without a file."""
+    return AutoModelMistral3FP8StateDictAdapter.for_vlm_full(AutoConfig.from_pretrained(source))
 
 
 def documented(source: Path) -> Mistral3FP8StateDictAdapter:

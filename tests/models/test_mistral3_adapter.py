@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers import Mistral3Config
 
 from fp8ckpt import FP8StorageReader, StateDictAdapter, open_checkpoint, sample
 from fp8ckpt.checkpoint.quantized_dtensors import ScalesBefore, quantize
@@ -71,7 +73,7 @@ def test_signatures_are_the_documented_ones() -> None:
     }  # fmt: skip
     kinds = {p.kind for name, p in inspect.signature(adapter.__init__).parameters.items() if name != "self"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
-    assert _parameters(adapter.for_vlm_full) == {}
+    assert _parameters(adapter.for_vlm_full) == _parameters(adapter.for_causal_lm) == {"config": None}
     assert _parameters(module._dequantize_from_fp8) == {
         "weight_fp8": none,
         "scale_inv": none,
@@ -98,6 +100,52 @@ def test_for_vlm_full() -> None:
     assert adapter._paramwrapper_layout_hint == "set"
     plain = Mistral3FP8StateDictAdapter()
     assert (plain.layout_name, plain.not_fp8_prefixes) == ("vlm_full", ())
+
+
+MEDIUM = {"text_config": {"model_type": "ministral3", "num_hidden_layers": 88}, "tie_word_embeddings": False}
+TEXT_OF_SMALL = {"model_type": "ministral3", "num_hidden_layers": 40}
+SMALL = {"text_config": TEXT_OF_SMALL, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "may_lack_head"),
+    [
+        (MEDIUM, "vlm_full", False),
+        (SMALL, "vlm_nested", False),
+        ({**SMALL, "tie_word_embeddings": True}, "vlm_nested", True),
+        ({"text_config": {**TEXT_OF_SMALL, "tie_word_embeddings": True}}, "vlm_nested", True),
+        ({"text_config": TEXT_OF_SMALL}, "vlm_nested", True),  # not said
+        ({"text_config": {"model_type": "mistral", "num_hidden_layers": 88}}, "vlm_nested", True),
+        ({}, "vlm_nested", True),
+    ],
+)
+@pytest.mark.parametrize("kind", [dict, lambda config: Mistral3Config(**config)], ids=["mapping", "object"])
+def test_for_vlm_full_of_a_configuration(
+    kind: Callable[[dict[str, Any]], Any], config: dict[str, Any], layout: str, may_lack_head: bool
+) -> None:
+    """Without a file, the configuration says under which names the model is released; the two BF16 modules stay."""
+    adapter = Mistral3FP8StateDictAdapter.for_vlm_full(kind(config))
+    assert adapter.layout_name == layout
+    assert adapter.not_fp8_prefixes == ("model.vision_tower", "model.multi_modal_projector")
+    on_disk = {"vlm_full": TEXT + "x", "vlm_nested": "language_model.model.layers.0.x"}[layout]
+    assert adapter.native_to_hf(TEXT + "x") == on_disk
+    assert adapter.hf_to_native(on_disk) == TEXT + "x"
+    if kind is dict or "tie_word_embeddings" in config:  # an object always says something
+        assert adapter.may_lack_head == may_lack_head
+
+
+@pytest.mark.parametrize(
+    ("config", "may_lack_head"),
+    [(None, False), ({"model_type": "ministral3"}, False), ({"tie_word_embeddings": True}, True)],
+)
+def test_for_causal_lm(config: dict[str, Any] | None, may_lack_head: bool) -> None:
+    """Names are the same on disk, and no module is BF16 as a whole."""
+    adapter = Mistral3FP8StateDictAdapter.for_causal_lm(config)
+    assert (adapter.layout_name, adapter.not_fp8_prefixes) == ("causal_lm", ())
+    assert adapter.native_to_hf("a.b") == adapter.hf_to_native("a.b") == "a.b"
+    assert adapter.may_lack_head == may_lack_head
+    assert adapter.is_fp8_weight("model.layers.0.mlp.up_proj.weight")
+    assert not adapter.is_fp8_weight("lm_head.weight")
 
 
 @pytest.mark.parametrize(

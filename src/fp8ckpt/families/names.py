@@ -58,6 +58,31 @@ def find_layout(native_names: Collection[str], hf_names: Collection[str]) -> Key
     return max(LAYOUTS, key=lambda layout: sum(layout.native_to_hf(name) in stored for name in native_names))
 
 
+#: Layers of the one Mistral3 release whose names on disk are the model's own: Mistral Medium 3.5 128B.
+_IDENTITY_LAYERS = 88
+
+
+def released_layout(config: Any) -> KeyLayout:
+    """The layout in which a Mistral3 model is released, by its configuration (an object, or the mapping of
+    ``config.json``): for want of a file, whose names would say it.
+    """
+    text = _stated(config, "text_config")
+    identity = _stated(text, "model_type") == "ministral3" and _stated(text, "num_hidden_layers") == _IDENTITY_LAYERS
+    return IDENTITY if identity else NESTED
+
+
+def ties_embeddings(config: Any) -> bool | None:
+    """Whether a model's head is its embeddings, as its configuration or the text section of it says; None where neither
+    does.
+    """
+    said = [_stated(section, "tie_word_embeddings") for section in (config, _stated(config, "text_config"))]
+    return True in said or (False if False in said else None)
+
+
+def _stated(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
 #: Models whose releases have nested names on disk, which transformers renames as Mistral3's; by ``model_type``.
 NESTED_MODELS = frozenset(
     {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}

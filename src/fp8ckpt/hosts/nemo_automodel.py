@@ -38,11 +38,14 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
         finishing.
 
         Tensors that are BF16 on disk are filled in place. A head that is not on disk, being tied to the embedding,
-        counts as done with the last part; the host ties the two when all parts are done. None for a pipeline stage: the
-        host reads each part on all ranks together, and stages have parts of different number; it then takes its DCP
-        path.
+        counts as done with the last part; the host ties the two when all parts are done. None, upon which the host
+        takes another path, where parts cannot be told: for a pipeline stage, since the host reads each part on all
+        ranks together, and stages have parts of different number; and for a tied model without a file to look at,
+        which may hold a head or not.
         """
         if not all(any(name.endswith(end) for name in model_state_dict) for end in _ENDS):
+            return None
+        if self.may_lack_head and self._release is None:
             return None
         tied = frozenset(name for name in model_state_dict if self._is_only_tied(name))
         parts: list[dict[str, torch.Tensor]] = [{}]
@@ -61,7 +64,7 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
         release = self._release
         return (
             release is not None
-            and release.ties_embeddings
+            and self.may_lack_head
             and name.endswith("lm_head.weight")
             and self.native_to_hf(name) not in release.stored
         )

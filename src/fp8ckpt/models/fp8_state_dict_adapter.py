@@ -38,17 +38,13 @@ class Release(NamedTuple):
 
     quantized: Mapping[str, QuantizedTensor]
     stored: frozenset[str]
-    ties_embeddings: bool
     powers_of_two: bool
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, hf_to_native: Callable[[str], str]) -> Release:
         """Of an open checkpoint; headers only."""
-        config = checkpoint.config
-        text = config.get("text_config") or {}
-        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         quantized = {hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
-        return cls(quantized, frozenset(checkpoint.tensors), bool(tied), states_powers_of_two(config))
+        return cls(quantized, frozenset(checkpoint.tensors), states_powers_of_two(checkpoint.config))
 
 
 class FP8StateDictAdapter(StateDictAdapter):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.names import EMBEDDINGS, HEADS
+from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG
 from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
@@ -18,24 +18,19 @@ _PIECE = 4 << 20  # bytes
 def tied(subject: Subject) -> Iterator[Finding]:
     """The head against ``tie_word_embeddings``."""
     checkpoint = subject.checkpoint
-    sections = [checkpoint.config, checkpoint.config.get("text_config")]
-    stated = [
-        section["tie_word_embeddings"]
-        for section in sections
-        if isinstance(section, dict) and "tie_word_embeddings" in section
-    ]
+    ties = ties_embeddings(checkpoint.config)
     name = next((name for name in HEADS if name in checkpoint.tensors), None)
     embeddings = next((tensor for name in EMBEDDINGS if (tensor := checkpoint.tensors.get(name)) is not None), None)
     if embeddings is None:  # not a language model, or one file of several
         return
-    if True in stated and name is not None:
+    if ties and name is not None:
         head = checkpoint.tensors[name]
         if not _is_same(head, embeddings):
             found = f"the head is not {shown(embeddings.name)}, and {CONFIG} says tie_word_embeddings"
             file = head.weight.file if isinstance(head, QuantizedTensor) else head.file
             remedy = "state false if the head is its own; an engine would serve the embeddings in its place"
             yield ServingError(found, tensor=name, file=file, expected="the same bytes, or no head", remedy=remedy)
-    if False in stated and True not in stated and name is None and not checkpoint.defects:
+    if ties is False and name is None and not checkpoint.defects:
         found = "tie_word_embeddings is false, and no head is stored"
         remedy = "restore the head; or state true if it is the embeddings"
         yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)

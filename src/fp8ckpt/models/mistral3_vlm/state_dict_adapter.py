@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.families.names import IDENTITY, NESTED
+from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -73,11 +74,27 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     ) -> None:
         super().__init__(native_to_hf, hf_to_native, layout_name)
         self.not_fp8_prefixes = not_fp8_prefixes
+        self.may_lack_head = False  # on disk, since it is tied to the embeddings
 
     @classmethod
-    def for_vlm_full(cls) -> Mistral3FP8StateDictAdapter:
-        """For the full model whose names are the same on disk, as in Mistral Medium 3.5 128B."""
-        return cls(layout_name="vlm_full", not_fp8_prefixes=_VLM_PREFIXES)
+    def for_vlm_full(cls, config: Any | None = None) -> Mistral3FP8StateDictAdapter:
+        """For the full model, where there is no file. Without ``config`` its names are the same on disk, as in Mistral
+        Medium 3.5 128B; with one, they are those under which that model is released.
+
+        ``config``: of transformers, or the mapping of ``config.json``.
+        """
+        if config is None:
+            return cls._of_layout(IDENTITY, is_vlm=True)
+        adapter = cls._of_layout(released_layout(config), is_vlm=True)
+        adapter.may_lack_head = ties_embeddings(config) is not False
+        return adapter
+
+    @classmethod
+    def for_causal_lm(cls, config: Any | None = None) -> Mistral3FP8StateDictAdapter:
+        """For the text model alone, where there is no file; its names are the same on disk, as in Devstral 2."""
+        adapter = cls(layout_name="causal_lm")
+        adapter.may_lack_head = bool(ties_embeddings(config))
+        return adapter
 
     @classmethod
     def from_checkpoint(cls, path: CheckpointLike) -> Mistral3FP8StateDictAdapter:
@@ -88,12 +105,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
         checkpoint = open_checkpoint(path)
         layout = NESTED if any(name.startswith(_NESTED_TEXT) for name in checkpoint.tensors) else IDENTITY
         is_vlm = layout is NESTED or any(name.startswith(_VLM_TEXT) for name in checkpoint.tensors)
-        adapter = cls(
-            native_to_hf=layout.native_to_hf,
-            hf_to_native=layout.hf_to_native,
-            layout_name=layout.name if is_vlm else "text_only",
-            not_fp8_prefixes=_VLM_PREFIXES if is_vlm else (),
-        )
+        adapter = cls._of_layout(layout, is_vlm=is_vlm)
         for tensor in checkpoint.quantized:
             if not tensor.grid.per_tensor or tensor.scale.name != tensor.name + "_scale_inv":
                 found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
@@ -106,7 +118,17 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
                     remedy=remedy,
                 )
         adapter._release = Release.of(checkpoint, layout.hf_to_native)
+        adapter.may_lack_head = bool(ties_embeddings(checkpoint.config))
         return adapter
+
+    @classmethod
+    def _of_layout(cls, layout: KeyLayout, *, is_vlm: bool) -> Mistral3FP8StateDictAdapter:
+        return cls(
+            native_to_hf=layout.native_to_hf,
+            hf_to_native=layout.hf_to_native,
+            layout_name=layout.name if is_vlm else "text_only",
+            not_fp8_prefixes=_VLM_PREFIXES if is_vlm else (),
+        )
 
     def is_fp8_weight(self, fqn: str) -> bool:
         """By the file, if there is one; otherwise by the release's rule for names."""
