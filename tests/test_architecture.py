@@ -193,6 +193,19 @@ def test_numerics_knows_no_torch() -> None:
     assert not [module for module in importers_of("torch", typing_too=True) if room_of(module) == "numerics"]
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "tensors"])
+def test_nobody_asks_which_tensor_it_has(module: str) -> None:
+    """A tensor gives its own values and says what is to be known of it; only its own room looks at its class."""
+    asked = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("isinstance", "type")
+        and any(name in ast.unparse(node) for name in ("QuantizedTensor", "TensorSpan", "ScaledTensor", "JoinedTensor"))
+    ]
+    assert asked == []
+
+
 def test_only_the_checkpoint_knows_the_hub() -> None:
     """huggingface_hub and transformers are imported inside functions, by the modules that open and load; safetensors
     nowhere.

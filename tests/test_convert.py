@@ -22,7 +22,7 @@ from fp8ckpt import convert, open_checkpoint, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.tensors.config import QUANTIZATION_KEYS
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.conftest import Run
 from tests.miniatures import Family, families
 from tests.oracle import NUMPY, Stored, dequantize, read_directory, read_safetensors, write_safetensors

@@ -12,7 +12,7 @@ import pytest
 from fp8ckpt import inspect, open_checkpoint, sample, verify
 from fp8ckpt.errors import OutputExistsError
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.conftest import Run
 from tests.oracle import Stored, read_directory, read_safetensors
 

@@ -29,7 +29,7 @@ from fp8ckpt.cli import main
 from fp8ckpt.errors import ResumeMismatchError, StorageError
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
-from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.stored import TensorSpan
 from tests.miniatures import Family, families
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after, wait_for_a_record

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from fp8ckpt.report import Report, report
     from fp8ckpt.sample import sample
     from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
-    from fp8ckpt.tensors.header import TensorSpan
     from fp8ckpt.tensors.joined import Assembly, Piece
-    from fp8ckpt.tensors.pairing import QuantizedTensor
+    from fp8ckpt.tensors.scaled import QuantizedTensor
+    from fp8ckpt.tensors.stored import TensorSpan
     from fp8ckpt.verify import VerifyResult, verify
 
 _HOMES = {

@@ -22,8 +22,9 @@ from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, collector_paused, survey
 from fp8ckpt.tensors.config import skip_patterns, skips
 from fp8ckpt.tensors.formats import module_of
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     from fp8ckpt.tensors.scale_ranges import ScaleRange
@@ -128,9 +129,7 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
         blocks = block_sizes(checkpoint.store, checkpoint.config)
     except Fp8CheckpointError:  # it is among the defects
         blocks = BlockSizes()
-    plain_bytes = sum(
-        tensor.nbytes for tensor in checkpoint.tensors.values() if not isinstance(tensor, QuantizedTensor)
-    )
+    plain_bytes = sum(tensor.span.nbytes for tensor in checkpoint.tensors.values() if tensor.scaled is None)
     return Inspection(
         path=checkpoint.path,
         files=len(checkpoint.files),
@@ -202,19 +201,17 @@ def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterato
         yield _row(checkpoint.tensors[name], blocks)
 
 
-def _row(tensor: LogicalTensor, blocks: BlockSizes) -> TensorRow:
-    if isinstance(tensor, TensorSpan):
-        return TensorRow(tensor.name, tensor.dtype, tensor.shape, tensor.file.name)
+def _row(tensor: Tensor, blocks: BlockSizes) -> TensorRow:
+    stored = (tensor.name, tensor.span.dtype, tensor.shape, tensor.span.file.name)
+    if (scaled := tensor.scaled) is None:
+        return TensorRow(*stored)
     return TensorRow(
-        tensor.name,
-        tensor.weight.dtype,
-        tensor.shape,
-        tensor.weight.file.name,
-        _block_of(tensor, blocks),
-        tensor.scale.dtype,
-        tensor.scale.shape,
-        _range(tensor.scale),
-        _joined(_range(span) for span in tensor.activation_scales),
+        *stored,
+        _block_of(scaled, blocks),
+        scaled.scale.dtype,
+        scaled.scale.shape,
+        _range(scaled.scale),
+        _joined(_range(span) for span in scaled.activation_scales),
     )
 
 
@@ -257,7 +254,7 @@ def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquan
     modules: dict[tuple[str, str], Counter[str]] = {}
     reasons: dict[str, str] = {}  # by starred name: layers repeat
     for name, tensor in checkpoint.tensors.items():
-        if isinstance(tensor, QuantizedTensor):
+        if tensor.scaled is not None:
             continue
         kind = starred(name)
         reason = reasons.get(kind)
@@ -267,7 +264,7 @@ def _unquantized(checkpoint: Checkpoint, *, any_quantized: bool) -> tuple[Unquan
         sums = groups.setdefault(key, [0, 0, 0])
         sums[0] += 1
         sums[1] += tensor.numel
-        sums[2] += tensor.nbytes
+        sums[2] += tensor.span.nbytes
         modules.setdefault(key, Counter())[kind] += 1
     rows = [
         Unquantized(

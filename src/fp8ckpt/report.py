@@ -28,10 +28,11 @@ from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, raise_first
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.tensors.reading import load_dequantizer, load_scales, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import DTYPE_BITS
+from fp8ckpt.tensors.tensor import Tensor
 from fp8ckpt.workers import share
 
 _CHUNK = 1 << 20  # elements
@@ -190,7 +191,7 @@ class _Job:
     def run(self, workers: int) -> Report:
         """Count all, and say what was found."""
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-        self._total = sum(_nbytes(side.tensors[name]) for name in self._tallies for side in self._sides_with(name))
+        self._total = sum(side.tensors[name].span.nbytes for name in self._tallies for side in self._sides_with(name))
         chunks = (
             (name, start)
             for name in self._tallies
@@ -218,10 +219,10 @@ class _Job:
             for part in parts:
                 self._read(part)
             for side, part in zip(sides, parts, strict=True):
-                if side is self._coded and isinstance(part.tensor, QuantizedTensor):
+                if side is self._coded and part.tensor.scaled is not None:
                     counts[:] = 0
                     count_codes(part.stored, counts)
-                    self._add_codes(part.tensor, counts.sum(axis=0))
+                    self._add_codes(part.tensor.scaled, counts.sum(axis=0))
             if len(parts) == 2:
                 self._compare(name, start, *parts)
 
@@ -244,7 +245,7 @@ class _Job:
             )
 
     def _compare(self, name: str, start: int, a: _Part, b: _Part) -> None:
-        coded = isinstance(a.tensor, QuantizedTensor) and isinstance(b.tensor, QuantizedTensor)
+        coded = a.tensor.scaled is not None and b.tensor.scaled is not None
         same = np.array_equal(a.stored, b.stored)
         if _floating(a.tensor) is None:  # integers and the like: bytes that differ say it all
             itemsize = max(1, a.stored.size // a.count)
@@ -319,72 +320,62 @@ class _Job:
 class _Part:
     """A chunk of one tensor. ``stored``: its bytes, to be read from byte ``offset`` of ``span`` on."""
 
-    def __init__(self, tensor: LogicalTensor, start: int, room: Bytes, codes: Bytes) -> None:
+    def __init__(self, tensor: Tensor, start: int, room: Bytes, codes: Bytes) -> None:
         self.tensor = tensor
         self.start = start
         self.count = min(_CHUNK, tensor.numel - start)
         self._room = room
-        if isinstance(tensor, QuantizedTensor):
-            self.span, self.offset, self.stored = tensor.weight, start, codes[: self.count]
-        else:
-            bits = DTYPE_BITS[tensor.dtype]
-            self.span, self.offset, self.stored = tensor, start * bits // 8, room[: self.count * bits // 8]
+        self.span = tensor.span
+        bits = DTYPE_BITS[self.span.dtype]
+        self.offset = start * bits // 8
+        self.stored = (room if tensor.scaled is None else codes)[: self.count * bits // 8]
 
     def values(self, dtype: str, dequantizer: Callable[[QuantizedTensor, str], Dequantizer]) -> F32:
         """The values [n] as float32, rounded to ``dtype`` where they are FP8."""
-        if isinstance(self.tensor, QuantizedTensor):
+        if (scaled := self.tensor.scaled) is not None:
             bits = self._room[: self.count * TARGET_BYTES[dtype]].view(bits_dtype(dtype))
-            dequantizer(self.tensor, dtype).flat(self.stored, self.start, bits)
+            dequantizer(scaled, dtype).flat(self.stored, self.start, bits)
             return scale_values(bits.view(SCALE_DTYPES[dtype]), dtype)
         return scale_values(self.stored.view(SCALE_DTYPES[self.tensor.dtype]), self.tensor.dtype)
 
 
-def _floating(tensor: LogicalTensor) -> str | None:
+def _floating(tensor: Tensor) -> str | None:
     """The dtype in which a tensor's values are read as floats, or None where they are none."""
-    if isinstance(tensor, QuantizedTensor):
+    if tensor.scaled is not None:
         return "F32"
     return tensor.dtype if tensor.dtype in TARGET_BYTES else None
 
 
-def _comparable(a: LogicalTensor, b: LogicalTensor) -> bool:
+def _comparable(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     floating = (_floating(a), _floating(b))
     if None in floating:
-        return isinstance(a, TensorSpan) and isinstance(b, TensorSpan) and a.dtype == b.dtype
+        return a.scaled is None and b.scaled is None and a.dtype == b.dtype
     return True
 
 
-def _compared(a: LogicalTensor, b: LogicalTensor) -> str:
+def _compared(a: Tensor, b: Tensor) -> str:
     """The dtype that FP8 values are rounded to: the other side's, or float32 where there is none or both are FP8."""
-    plain = [tensor.dtype for tensor in (a, b) if isinstance(tensor, TensorSpan)]
+    plain = [tensor.dtype for tensor in (a, b) if tensor.scaled is None]
     return plain[0] if len(plain) == 1 else "F32"
 
 
-def _fresh_scales(a: LogicalTensor, b: LogicalTensor) -> tuple[int | None, int | None]:
+def _fresh_scales(a: Tensor, b: Tensor) -> tuple[int | None, int | None]:
     """(scales of the second that are not the first's, scales), or Nones where not both are FP8 on one grid."""
-    if not (isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor)) or a.grid != b.grid:
+    if a.scaled is None or b.scaled is None or a.scaled.grid != b.scaled.grid:
         return None, None
-    left, right = (scale_values(load_scales(tensor), tensor.scale.dtype) for tensor in (a, b))
+    left, right = (scale_values(load_scales(scaled), scaled.scale.dtype) for scaled in (a.scaled, b.scaled))
     return int(np.count_nonzero(left != right)), left.size
-
-
-def _nbytes(tensor: LogicalTensor) -> int:
-    return tensor.weight.nbytes if isinstance(tensor, QuantizedTensor) else tensor.nbytes
 
 
 def _sizes(side: Checkpoint, at: dict[str, Place]) -> Iterator[SizeRow]:
     """Largest first."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, tensor in side.tensors.items():
-        if isinstance(tensor, QuantizedTensor):
-            dtype = tensor.weight.dtype
-            nbytes = sum(span.nbytes for span in (tensor.weight, tensor.scale, *tensor.activation_scales))
-        else:
-            dtype, nbytes = tensor.dtype, tensor.nbytes
-        row = rows.setdefault((at[name].kind, dtype), [0, 0])
+        row = rows.setdefault((at[name].kind, tensor.span.dtype), [0, 0])
         row[0] += 1
-        row[1] += nbytes
+        row[1] += sum(span.nbytes for span in tensor.spans)
     for (kind, dtype), (tensors, nbytes) in sorted(rows.items(), key=lambda item: -item[1][1]):
         yield SizeRow(kind, dtype, tensors, nbytes)
 

@@ -21,7 +21,7 @@ from fp8ckpt.output.layout import TensorSpec, index_text, lay_out
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.tensors.checkpoint import INDEX
 from fp8ckpt.tensors.config import CONFIG, dump_json
-from fp8ckpt.tensors.header import TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
 
 LAYOUTS = ("identity", "nested")
 _BLOCK = (128, 128)

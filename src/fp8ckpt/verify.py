@@ -24,8 +24,8 @@ from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import File, same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.stored import DTYPE_BITS
+from fp8ckpt.tensors.tensor import Reader, Tensor
 from fp8ckpt.workers import share
 
 _CHUNK = 1 << 20  # elements
@@ -123,19 +123,19 @@ def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
     yield from side.slips  # harmless to a reader of values, and yet an invariant
 
 
-def _compared_dtype(tensors: list[LogicalTensor]) -> str | None:
+def _compared_dtype(tensors: list[Tensor]) -> str | None:
     """The dtype in which tensors are compared, or None where they are not of one dtype."""
-    plain = {tensor.dtype for tensor in tensors if isinstance(tensor, TensorSpan)}
+    plain = {tensor.dtype for tensor in tensors if tensor.scaled is None}
     if not plain:
         return "BF16"
     dtype = plain.pop()
-    if plain or (dtype not in TARGET_BYTES and any(isinstance(tensor, QuantizedTensor) for tensor in tensors)):
+    if plain or (dtype not in TARGET_BYTES and any(tensor.scaled for tensor in tensors)):
         return None
     return dtype
 
 
-def _described(tensor: LogicalTensor) -> str:
-    return f"{tensor.weight.dtype if isinstance(tensor, QuantizedTensor) else tensor.dtype} {list(tensor.shape)}"
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.span.dtype} {list(tensor.shape)}"
 
 
 @dataclass
@@ -169,64 +169,54 @@ class _Job:
                 self._incomparable.append(
                     TensorDifference(name, " against ".join(_described(tensor) for tensor in present))
                 )
-            elif len(sides) == 2 or isinstance(present[0], QuantizedTensor):  # alone, only codes have something to say
+            elif len(sides) == 2 or present[0].scaled:  # alone, only codes have something to say
                 self._todo[name] = dtype
 
     def run(self, workers: int) -> None:
         from fp8ckpt.tensors.reading import load_dequantizer
 
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-        self._total = sum(self._nbytes(side.tensors[name]) for name in self._todo for side in self.sides)
+        self._total = sum(side.tensors[name].span.nbytes for name in self._todo for side in self.sides)
         chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
         share(chunks, [self._comparer() for _ in range(workers)])
-
-    @staticmethod
-    def _nbytes(tensor: LogicalTensor) -> int:
-        return tensor.weight.nbytes if isinstance(tensor, QuantizedTensor) else tensor.nbytes
 
     def _comparer(self) -> Callable[[tuple[str, int]], None]:
         """One worker, with buffers of its own."""
         import numpy as np
 
-        buffers = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self.sides]
+        readers = [Reader(_CHUNK, self._dequantizer, counting=True) for _ in self.sides]
+        buffers = [np.empty(_CHUNK * 8, np.uint8) for _ in self.sides]
 
         def compare(chunk: tuple[str, int]) -> None:
             name, start = chunk
             dtype = self._todo[name]
-            values = [
-                self._values(i, side.tensors[name], dtype, start, *buffers[i]) for i, side in enumerate(self.sides)
-            ]
-            if len(values) == 2 and not np.array_equal(values[0], values[1]):
-                self._differs(name, dtype, values[0], values[1])
+            tensors = [side.tensors[name] for side in self.sides]
+            count = min(_CHUNK, tensors[0].numel - start)
+            if len(tensors) == 1 and tensors[0].scaled is not None:  # its codes have something to say, not its values
+                for _ in tensors[0].scaled.run(start, count, readers[0]):
+                    pass
+            else:
+                # F4 and F6 are refused before; 8 elements of any dtype are whole bytes.
+                values = [buffer[: count * DTYPE_BITS[dtype] // 8] for buffer in buffers]
+                for tensor, out, reader in zip(tensors, values, readers, strict=True):
+                    tensor.elements(start, dtype, out, reader)
+                if not np.array_equal(values[0], values[1]):
+                    self._differs(name, dtype, *values)
+            self._read(readers, tensors[0].span.file.name)
 
         return compare
 
-    def _values(self, i: int, tensor: LogicalTensor, dtype: str, start: int, out: Any, codes: Any) -> Any:
-        """The bytes u8 [n, itemsize] or bit patterns [n] of one chunk of one side."""
-        from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
-
-        count = min(_CHUNK, tensor.numel - start)
-        if isinstance(tensor, TensorSpan):
-            bits = DTYPE_BITS[dtype]  # F4 and F6 are refused before; 8 elements of any dtype are whole bytes
-            result = out[: count * bits // 8]
-            self._read(tensor, start * bits // 8, result)
-            return result
-        part = codes[:count]
-        self._read(tensor.weight, start, part)
-        if nan := count_nonfinite(part, tensor.weight.dtype):
-            with self._lock:
-                self.nan_codes[i][tensor.name] = self.nan_codes[i].get(tensor.name, 0) + nan
-        result = out[: count * TARGET_BYTES[dtype]]
-        if len(self.sides) == 2:
-            self._dequantizer(tensor, dtype).flat(part, start, result.view(bits_dtype(dtype)))
-        return result
-
-    def _read(self, span: TensorSpan, offset: int, buffer: Any) -> None:
-        span.read(buffer, offset)
+    def _read(self, readers: list[Reader], file: str) -> None:
+        """Add up what one worker met since it was last asked."""
         with self._lock:
-            self.bytes_read += buffer.nbytes
+            for reader, counts in zip(readers, self.nan_codes, strict=True):
+                for name, count in reader.nonfinite.items():
+                    counts[name] = counts.get(name, 0) + count
+                reader.nonfinite.clear()
+                self.bytes_read += reader.bytes_read
+                reader.bytes_read = 0
             if self.progress is not None:
-                self.progress(self.bytes_read, self._total, f"reading {span.file.name}")
+                self.progress(self.bytes_read, self._total, f"reading {file}")
 
     def _differs(self, name: str, dtype: str, a: Any, b: Any) -> None:
         import numpy as np

@@ -16,8 +16,8 @@ from fp8ckpt.checkpoint.shards import PIECE, Shard, cut_all, cut_waiting
 from fp8ckpt.numerics.geometry import BlockGrid, first_elements, surroundings
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
 
 
 def shards_of(grid: BlockGrid, cuts: list[list[int]], joined: bool = False) -> list[Shard]:

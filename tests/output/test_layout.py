@@ -15,8 +15,9 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec, index_of, lay_out
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
-from fp8ckpt.tensors.header import DTYPE_BITS, read_header, tensor_nbytes
+from fp8ckpt.tensors.header import read_header
 from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.tensors.stored import DTYPE_BITS, tensor_nbytes
 
 # Every dtype that torch can hold and the library can write from torch.
 _WRITABLE = sorted(dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0)

@@ -40,8 +40,9 @@ from fp8ckpt.stores.local import LocalStore, local_file
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors import reading
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, survey
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.tensor import Reader
 from tests.miniatures import cache_only, families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 
@@ -817,11 +818,43 @@ def test_other_targets(tmp_path: Path, name: str, dtype: str) -> None:
     assert isinstance(tensor, QuantizedTensor)
     expected = family.expected(dtype)[tensor.name]
     out = np.zeros((*tensor.shape[:-1], 2 * tensor.shape[-1]), np.uint32 if dtype == "F32" else np.uint16)
-    region = reading.checked_region(tensor.weight, None, None)
-    dequantizer = reading.load_dequantizer(tensor, dtype)
-    reading.read_dequantized(tensor, dequantizer, region, out[..., ::2], np.empty(1000, np.uint8))
+    reader = Reader(1000, reading.load_dequantizer)
+    tensor.values(reading.checked_region(tensor, None, None), dtype, out[..., ::2], reader)
+    assert reader.bytes_read == tensor.numel
     assert np.ascontiguousarray(out[..., ::2]).tobytes() == expected.data
     assert not out[..., 1::2].any()
+
+
+@pytest.mark.parametrize("name", ["per-tensor 0-d BF16", "block 128 ragged F32", "experts [E,1,1]", "MXFP8 U8"])
+def test_a_run_of_elements_equals_the_slice(name: str, written: Any) -> None:
+    """A run in row-major order, from anywhere to anywhere, is the oracle's, whatever the tensor is."""
+    checkpoint, expected = written[name]
+    rng = np.random.default_rng(3)
+    for key, values in expected.items():
+        tensor = checkpoint[key]
+        reader = Reader(50, reading.load_dequantizer, counting=True)
+        for start, stop in np.sort(rng.integers(0, values.size + 1, (10, 2)), axis=1).tolist():
+            out = np.empty((stop - start) * values.itemsize, np.uint8)
+            tensor.elements(start, tensor.dtype, out, reader)
+            assert out.tobytes() == values.reshape(-1)[start:stop].tobytes()
+        assert not reader.nonfinite
+
+
+def test_codes_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    """By whichever way they are read, each once."""
+    codes = np.array([[0x7F, 0x38], [0xFF, 0x00]], np.uint8)
+    write_safetensors(tmp_path / "model.safetensors", {
+        "a.weight": Stored.codes(codes), "a.weight_scale": Stored.of(np.array(1, np.float32), "F32"),
+    })  # fmt: skip
+    tensor = open_checkpoint(tmp_path)["a.weight"]
+    whole = (0, 0), (2, 2)
+    reader = Reader(3, reading.load_dequantizer, counting=True)
+    tensor.values(whole, "BF16", np.empty((2, 2), np.uint16), reader)
+    assert reader.nonfinite == {"a.weight": 2}
+    tensor.elements(1, "BF16", np.empty(6, np.uint8), reader)
+    assert reader.nonfinite == {"a.weight": 3}
+    assert [(part.start, part.stop) for part in tensor.reads(whole)] == [(tensor.span.start, tensor.span.stop)]
+    assert [part.stop - part.start for part in tensor.reads(((0, 1), (2, 1)))] == [1, 1]
 
 
 # What is no part of the model.

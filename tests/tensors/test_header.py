@@ -17,7 +17,8 @@ from fp8ckpt.errors import Fp8CheckpointError, HeaderError, StorageError, Trunca
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
-from fp8ckpt.tensors.header import DTYPE_BITS, Header, TensorSpan, parse_json, read_header, tensor_nbytes
+from fp8ckpt.tensors.header import Header, parse_json, read_header
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
 from tests.oracle import Stored, write_safetensors
 
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}

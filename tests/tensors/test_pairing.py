@@ -24,8 +24,9 @@ from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import BlockSizes
 from fp8ckpt.tensors.checkpoint import open_checkpoint
 from fp8ckpt.tensors.formats import ACTIVATIONS, SCALES, ScaleRow
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan, tensor_nbytes
-from fp8ckpt.tensors.pairing import Pairing, QuantizedTensor, pair
+from fp8ckpt.tensors.pairing import Pairing, pair
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
 from tests.miniatures import families
 
 Spec = tuple[str, tuple[int, ...]]

@@ -52,8 +52,8 @@ from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import stored_dtype
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
 logger = logging.getLogger(__name__)
 

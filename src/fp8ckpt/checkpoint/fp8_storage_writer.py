@@ -51,9 +51,8 @@ from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import stored_scales
+from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.workers import share
 
 _LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
@@ -120,8 +119,8 @@ class FP8StorageWriter(DirectoryWriter):
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
         held = [tensor for name, tensor in base.tensors.items() if name not in carried]
-        sharded = {tensor.name for tensor in held if isinstance(tensor, TensorSpan)}
-        filled = [tensor for tensor in held if isinstance(tensor, QuantizedTensor) and tensor.numel]
+        sharded = {tensor.name for tensor in held if tensor.scaled is None}
+        filled = [tensor.scaled for tensor in held if tensor.scaled is not None and tensor.numel]
         sharded |= {span.name for tensor in filled for span in (tensor.weight, tensor.scale)}
         self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
         self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
@@ -231,12 +230,12 @@ class _Writing:
         for item in self._plan.items:
             name = item.index.fqn
             tensor = self._base.tensors[name]
-            if isinstance(tensor, QuantizedTensor):
+            if tensor.scaled is not None:
                 self._shards.append(
-                    Shard(item, tensor, numbers[self._task.leader.get(name, name)], name in self._task.leader)
+                    Shard(item, tensor.scaled, numbers[self._task.leader.get(name, name)], name in self._task.leader)
                 )
             else:
-                self._plain.append((item, tensor))
+                self._plain.append((item, tensor.span))
         self._waiting = WaitingBlocks(self._shards, self._step)
         quantizers = self._quantizers()
         share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers])

@@ -18,8 +18,6 @@ from fp8ckpt.checkpoint.tied import tie, tied_groups
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.carried import mtp_tensors
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -108,11 +106,11 @@ class LoadPlan:
         for name, tensor in self.named.items():
             for source_name in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
                 source = self.checkpoint.tensors[source_name]
-                if isinstance(source, TensorSpan) and rounds(torch_dtype(source.dtype), tensor.dtype):
+                if source.scaled is None and rounds(torch_dtype(source.dtype), tensor.dtype):
                     raise ModelMismatchError(
                         f"{source.dtype} on disk, and {tensor.dtype} in the model",
                         tensor=source.name,
-                        file=source.file,
+                        file=source.span.file,
                         expected="a dtype that holds every value of the stored one",
                         remedy="keep this parameter in the stored dtype, or say narrow=True to have it rounded",
                     )
@@ -125,7 +123,7 @@ class LoadPlan:
         read = 0
         for part in self.parts:
             source = self.checkpoint.tensors[part.source]
-            span = source.weight if isinstance(source, QuantizedTensor) else source
+            span = source.span
             read += span.nbytes * part.values.numel() // max(1, span.numel)
         logger.info(
             "loading %s: this rank holds %d bytes, reads %d bytes of the source, "

@@ -72,7 +72,7 @@ def dequantize(
     values = torch.empty(codes.shape, dtype=torch.float32 if target == "F32" else dtype, device=codes.device)
     if codes.numel():
         if codes.device.type == "cpu":
-            dequantizer.region(codes.contiguous().view(torch.uint8).numpy(), offsets, bits_of(values, target or "F32"))
+            dequantizer.region(codes.contiguous().view(torch.uint8).numpy(), offsets, bits_of(values))
         else:
             region = (offsets, tuple(codes.shape))
             for piece in pieces(region, _ON_DEVICE):

@@ -7,7 +7,6 @@ beyond the target is a few MiB a thread, and bounded for all threads together (`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
@@ -15,28 +14,21 @@ import numpy as np
 import torch
 
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import Region, pieces, within
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.tensors.reading import (
     bits_of,
-    bytes_of,
     load_dequantizer,
-    read_dequantized,
-    read_region,
     stored_dtype,
     torch_dtype,
 )
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
 BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond the model
 _LARGEST_BUFFER = 4 << 20  # bytes; more makes nothing faster
 # Beside the buffer of codes: on a device the codes again, their float32 values, and at most as many float32 scales.
 _TIMES_ON_DEVICE = 10
 _LEAST_BUFFER = 64 << 10  # bytes; of a machine with a thousand cores
-
-DequantizerOf = Callable[[QuantizedTensor, str], Dequantizer]
 
 
 def dequantizers(threads: int) -> DequantizerOf:
@@ -55,68 +47,56 @@ class RegionLoader:
     """One thread's means of loading: its buffer."""
 
     def __init__(self, dequantizer: DequantizerOf, threads: int) -> None:
-        self.bytes_read = 0
-        self._dequantizer = dequantizer
         self._threads = threads
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._reader = Reader(0, dequantizer)
+
+    @property
+    def bytes_read(self) -> int:
+        """Data bytes, scales aside."""
+        return self._reader.bytes_read
 
     @torch.no_grad()
-    def load(self, tensor: LogicalTensor, region: Region, target: torch.Tensor) -> None:
+    def load(self, tensor: Tensor, region: Region, target: torch.Tensor) -> None:
         """Fill ``target``, which has the region's sizes. An FP8 tensor is dequantized to the target's dtype; a target
         of the stored FP8 dtype gets the codes themselves. Any other tensor is cast where the dtypes differ, as DCP
         does.
         """
-        if isinstance(tensor, QuantizedTensor) and stored_dtype(target.dtype) == tensor.weight.dtype:
-            self._load_plain(tensor.weight, region, target)
-        elif isinstance(tensor, QuantizedTensor):
-            self._load_quantized(tensor, region, target)
-        else:
-            self._load_plain(tensor, region, target)
-
-    def _load_quantized(self, tensor: QuantizedTensor, region: Region, target: torch.Tensor) -> None:
         dtype = stored_dtype(target.dtype)
-        if dtype not in TARGET_BYTES:
-            found = f"a target of dtype {target.dtype} for an FP8 tensor"
-            targets = ", ".join(str(torch_dtype(name)) for name in TARGET_BYTES)
-            expected = f"one of {targets}, or {torch_dtype(tensor.weight.dtype)} for the codes"
-            raise UnsupportedFormatError(
-                found, tensor=tensor.name, file=tensor.weight.file, expected=expected, remedy="change the model's dtype"
-            )
-        dequantizer = self._dequantizer(tensor, dtype)
+        if tensor.scaled is not None and dtype == tensor.span.dtype:
+            tensor = tensor.span
         buffer = self._scratch(target.device)
-        if target.device.type == "cpu":
-            read_dequantized(tensor, dequantizer, region, bits_of(target, dtype), buffer.numpy())
-            self.bytes_read += prod(region[1])
-            return
-        for piece in pieces(region, buffer.numel()):
-            codes = self._read(tensor.weight, piece, buffer)
-            codes = codes.view(torch_dtype(tensor.weight.dtype)).reshape(piece[1])
-            dequantize_on_device(codes.to(target.device), dequantizer, piece[0], target[within(piece, region)])
-
-    def _load_plain(self, span: TensorSpan, region: Region, target: torch.Tensor) -> None:
-        dtype = torch_dtype(span.dtype)
-        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+        if target.device.type == "cpu" and dtype in tensor.dtypes():
             if target.numel():
-                read_region(span, *region, bytes_of(target))
-                self.bytes_read += target.nbytes
-            return
-        buffer = self._scratch(target.device)
-        for piece in pieces(region, buffer.numel() * 8 // DTYPE_BITS[span.dtype]):
-            target[within(piece, region)].copy_(self._read(span, piece, buffer).view(dtype).reshape(piece[1]))
-
-    def _read(self, span: TensorSpan, piece: Region, buffer: torch.Tensor) -> torch.Tensor:
-        """Read a piece's bytes into the buffer. It is used again for the next piece: wait for copies out of it."""
-        scratch = buffer[: prod(piece[1]) * DTYPE_BITS[span.dtype] // 8]
-        read_region(span, *piece, scratch.numpy())
-        self.bytes_read += scratch.nbytes
-        return scratch
+                tensor.values(region, dtype, bits_of(target), self._reader)
+        elif tensor.scaled is None:
+            stored = torch_dtype(tensor.dtype)
+            for piece in pieces(region, buffer.numel() // stored.itemsize):
+                part = buffer[: prod(piece[1]) * stored.itemsize].view(stored).reshape(piece[1])
+                tensor.values(piece, tensor.dtype, bits_of(part), self._reader)
+                target[within(piece, region)].copy_(part)  # the buffer is used again: this waits
+        elif dtype in tensor.dtypes():
+            dequantizer = self._reader.dequantizer(tensor.scaled, dtype)
+            for piece, _ in tensor.scaled.codes(region, self._reader):
+                codes = buffer[: prod(piece[1])].view(torch_dtype(tensor.span.dtype)).reshape(piece[1])
+                dequantize_on_device(codes.to(target.device), dequantizer, piece[0], target[within(piece, region)])
+        else:
+            found = f"a target of dtype {target.dtype} for an FP8 tensor"
+            targets = ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())
+            expected = f"one of {targets}, or {torch_dtype(tensor.span.dtype)} for the codes"
+            remedy = "change the model's dtype"
+            raise UnsupportedFormatError(
+                found, tensor=tensor.name, file=tensor.span.file, expected=expected, remedy=remedy
+            )
 
     def _scratch(self, device: torch.device) -> torch.Tensor:
+        """The buffer, pinned where the device is CUDA; the reader's room is its memory."""
         pin = device.type == "cuda"
         if not self._buffer.numel() or pin != self._buffer.is_pinned():
             share = BEYOND // self._threads // (1 if device.type == "cpu" else _TIMES_ON_DEVICE)
             size = min(_LARGEST_BUFFER, max(share, _LEAST_BUFFER)) & -8  # whole elements of any dtype
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+            self._reader.room = self._buffer.numpy()
         return self._buffer
 
 

@@ -18,7 +18,6 @@ from fp8ckpt.checkpoint.tied import tied_groups
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.transformers_tables import Assembled
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.header import TensorSpan
 from fp8ckpt.tensors.joined import Assembly
 from fp8ckpt.tensors.reading import torch_dtype
 
@@ -88,8 +87,9 @@ def _warn_of_fewer_bits(state: Mapping[str, torch.Tensor], parts: Mapping[str, A
         piece.source
         for name, assembly in parts.items()
         for piece in assembly.pieces
-        if isinstance(span := base.tensors.get(piece.source), TensorSpan)
-        and rounds(torch_dtype(span.dtype), state[name].dtype)
+        if (tensor := base.tensors.get(piece.source)) is not None
+        and tensor.scaled is None
+        and rounds(torch_dtype(tensor.dtype), state[name].dtype)
     }
     if fewer:
         logger.warning("%d tensors have fewer bits in the model than in the base: %s", len(fewer), listed(fewer))

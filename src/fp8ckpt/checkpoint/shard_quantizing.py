@@ -37,8 +37,8 @@ from fp8ckpt.numerics.quantize import Mask, Scales, Values
 from fp8ckpt.output.files import ALIGNMENT, OutputFiles, aligned_buffer
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.ranks import Ranks
-from fp8ckpt.tensors.pairing import QuantizedTensor
-from fp8ckpt.tensors.reading import bytes_of, read_region, stored_dtype
+from fp8ckpt.tensors.reading import bytes_of, stored_dtype
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 # What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, and a piece of
 # eight steps.
@@ -196,7 +196,7 @@ class ShardQuantizer:
         dtype = np.dtype(SCALE_DTYPES[weight.scale.dtype])
         stored = np.empty(prod(shape) * dtype.itemsize, np.uint8)
         span = weight.scale._replace(shape=weight.grid.shape)
-        read_region(span, around.first, around.grid.shape, stored)
+        span.read_region((around.first, around.grid.shape), stored)
         return stored.view(dtype).reshape(shape)
 
     def _write_scales(self, weight: QuantizedTensor, region: Region, around: Surroundings, stored: Scales) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from fp8ckpt.checkpoint.directory_writer import region_of
 from fp8ckpt.numerics.geometry import BlockGrid, Region, pieces, surroundings, whole_blocks
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 PIECE = 8  # steps; one write, where it is contiguous
 

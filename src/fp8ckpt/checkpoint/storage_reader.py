@@ -42,9 +42,9 @@ from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
 from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 from fp8ckpt.workers import share
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class FP8StorageReader(StorageReader):
         narrowed = {
             (source.name, source.dtype, target.dtype)
             for item, target in targets
-            if isinstance(source := tensors.get(item.storage_index.fqn), TensorSpan)
+            if (source := tensors.get(item.storage_index.fqn)) is not None
+            and source.scaled is None
             and rounds(torch_dtype(source.dtype), target.dtype)
         }
         if narrowed:
@@ -153,9 +154,7 @@ class FP8StorageReader(StorageReader):
                 dtype,
             )
 
-    def _work(
-        self, targets: list[tuple[ReadItem, torch.Tensor]]
-    ) -> Iterator[tuple[LogicalTensor, Region, torch.Tensor]]:
+    def _work(self, targets: list[tuple[ReadItem, torch.Tensor]]) -> Iterator[tuple[Tensor, Region, torch.Tensor]]:
         """(tensor, region, target) in the order of the files, large regions in pieces."""
         scales = self._scales()
         found = []
@@ -167,8 +166,7 @@ class FP8StorageReader(StorageReader):
                 raise RegionError(
                     f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says"
                 )
-            span = tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
-            found.append(((span.file.name, span.start), tensor, region, target))
+            found.append(((tensor.span.file.name, tensor.span.start), tensor, region, target))
         found.sort(key=lambda entry: entry[0])
         for _, tensor, region, target in found:
             for piece in pieces(region, _PIECE):
@@ -196,12 +194,12 @@ class _Refused(Metadata):
         raise self._error
 
 
-def _load(loader: RegionLoader, part: tuple[LogicalTensor, Region, torch.Tensor]) -> None:
+def _load(loader: RegionLoader, part: tuple[Tensor, Region, torch.Tensor]) -> None:
     loader.load(*part)
 
 
-def _metadata(tensor: LogicalTensor) -> TensorStorageMetadata:
-    dtype = torch.bfloat16 if isinstance(tensor, QuantizedTensor) else torch_dtype(tensor.dtype)
+def _metadata(tensor: Tensor) -> TensorStorageMetadata:
+    dtype = torch_dtype(tensor.dtype)
     size = torch.Size(tensor.shape)
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(size)), sizes=size)
     return TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[chunk])

@@ -33,8 +33,8 @@ from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
 STEP = (
     1 << 19

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,11 @@ from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import DTYPE_BITS
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader
 
 if TYPE_CHECKING:
-    from fp8ckpt.numerics.dequantize import Dequantizer
     from fp8ckpt.ranks import Ranks
 
 _FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
@@ -60,7 +60,7 @@ def run(
     extents = dict(enumerate(extent for layout in plan.layouts for extent in extents_of(layout, page_chunks(layout))))
     mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.
-    dequantizer = lru_cache(maxsize=2 * workers)(partial(load_dequantizer, dtype=dtype))
+    dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
     fillers = [_Filler(checkpoint, dtype, dequantizer) for _ in range(workers)]
 
     def write() -> int:
@@ -92,30 +92,12 @@ def _plan(
 
 
 def _refuse_overflow(tensor: QuantizedTensor) -> None:
-    """Float16 ends at 65504. A tensor whose finite codes go beyond is refused; its codes are read only if its scales
-    allow it.
-    """
-    import numpy as np
-
-    from fp8ckpt.numerics.codes import code_values
+    """Float16 ends at 65504: a tensor whose finite codes go beyond is refused."""
     from fp8ckpt.tensors.reading import load_dequantizer
 
-    dequantizer = load_dequantizer(tensor, "F16")
-    values = code_values(tensor.weight.dtype)
-    largest = float(values[np.isfinite(values)].max())
-    if float(dequantizer.scales.max(initial=0)) * largest < _FP16_OVERFLOW:
-        return
-    codes = np.empty(cutting.CHUNK // 2, np.uint8)
-    halves = np.empty(codes.size, np.uint16)
-    count = 0
-    for start in range(0, tensor.numel, codes.size):
-        part = codes[: min(codes.size, tensor.numel - start)]
-        tensor.weight.read(part, start)
-        dequantizer.flat(part, start, halves[: part.size])
-        count += int(np.count_nonzero(np.isinf(halves[: part.size].view(np.float16)) & np.isfinite(values[part])))
-    if count:
+    if count := tensor.count_overflown(Reader(cutting.CHUNK // 2, load_dequantizer)):
         found = f"{count} elements go beyond 65504, the largest float16"
-        raise RangeError(found, tensor=tensor.name, file=tensor.weight.file, remedy="convert to bf16 or fp32")
+        raise RangeError(found, tensor=tensor.name, file=tensor.span.file, remedy="convert to bf16 or fp32")
 
 
 def _sum(facts: Iterable[Facts]) -> Facts:
@@ -135,19 +117,18 @@ def _publish(plan: OutputPlan, output: PartialOutput) -> Facts:
 class _Filler:
     """One worker's reading and dequantizing: fills pieces of the output from the source, with buffers of its own."""
 
-    def __init__(self, source: Checkpoint, dtype: str, dequantizer: Callable[[QuantizedTensor], Dequantizer]) -> None:
-        import numpy as np
-
+    def __init__(self, source: Checkpoint, dtype: str, dequantizer: DequantizerOf) -> None:
         self._tensors = source.tensors
-        self._dequantizer = dequantizer
-        self._codes = np.empty(cutting.CHUNK // TARGET_BYTES[dtype], np.uint8)
-        self.bytes_read = 0
+        self._reader = Reader(cutting.CHUNK // TARGET_BYTES[dtype], dequantizer, counting=True)
+
+    @property
+    def bytes_read(self) -> int:
+        """Data bytes of the source, scales aside."""
+        return self._reader.bytes_read
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         """Fill ``out`` with the bytes of a chunk of an output file; the facts are the NaN codes by tensor."""
-        from fp8ckpt.numerics.dequantize import bits_dtype, count_nonfinite
-
-        nan_codes: dict[str, int] = {}
+        self._reader.nonfinite.clear()
         start, stop, _ = chunk
         if start < len(layout.head):
             head = layout.head[start:stop]
@@ -159,22 +140,9 @@ class _Filler:
             if low == high:  # a tensor without elements
                 continue
             target = out[low - start : high - start]
-            tensor = self._tensors[span.name]
-            if isinstance(tensor, TensorSpan):
-                self._read(tensor, low - span.start, target)
-                continue
-            itemsize = TARGET_BYTES[span.dtype]
-            first, codes = (low - span.start) // itemsize, self._codes[: (high - low) // itemsize]
-            self._read(tensor.weight, first, codes)
-            self._dequantizer(tensor).flat(codes, first, target.view(bits_dtype(span.dtype)))
-            if count := count_nonfinite(codes, tensor.weight.dtype):
-                nan_codes[tensor.name] = count
-        return Filled(nan_codes)
-
-    def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
-        """Fill ``buffer`` from byte ``offset`` of a tensor on."""
-        span.read(buffer, offset)
-        self.bytes_read += buffer.nbytes
+            first = (low - span.start) * 8 // DTYPE_BITS[span.dtype]
+            self._tensors[span.name].elements(first, span.dtype, target, self._reader)
+        return Filled(dict(self._reader.nonfinite))
 
     def close(self) -> None:
         """Nothing to release."""

@@ -21,8 +21,8 @@ from fp8ckpt.output.extents import Chunk, Extent, extents_of
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
 
 
 class Quantization(NamedTuple):
@@ -162,10 +162,10 @@ def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Te
     """The source's tensors by the names (``names``: source to output) that they are written under; none is FP8."""
     found: dict[str, TensorSpan] = {}
     for name, tensor in source.tensors.items():
-        if isinstance(tensor, QuantizedTensor):
+        if tensor.scaled is not None:
             remedy = "convert it first: --to bf16"
             raise UnsupportedFormatError(
-                "it is FP8 already", tensor=name, file=tensor.weight.file, expected="BF16, F16 or F32", remedy=remedy
+                "it is FP8 already", tensor=name, file=tensor.span.file, expected="BF16, F16 or F32", remedy=remedy
             )
-        found[names[name]] = tensor
+        found[names[name]] = tensor.span
     return found

@@ -25,8 +25,9 @@ from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, is_native, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 _BLOCK = (128, 128)
 
@@ -217,7 +218,7 @@ def plan_scheme(
         name: Quantization(tensors[name], spans[name], spans[name + row.scale_ending], grid, None)
         for name, grid in grids.items()
     }
-    planned: dict[str, LogicalTensor] = {
+    planned: dict[str, Tensor] = {
         name: QuantizedTensor(name, spans[name], weights[name].scale, grids[name], ()) if name in weights else span
         for name, span in tensors.items()
     }

@@ -20,8 +20,8 @@ from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
-from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

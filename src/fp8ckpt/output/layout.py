@@ -14,7 +14,8 @@ from typing import NamedTuple
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.config import dump_json
-from fp8ckpt.tensors.header import Header, TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.header import Header
+from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
 
 # The library's own order, from the front of a file to its end; within one dtype, tensors go by name.
 _DTYPE_ORDER = (

@@ -14,7 +14,7 @@ from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json
 from fp8ckpt.tensors.header import Header
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 
 def has_activation_scales(base: Checkpoint) -> bool:
@@ -47,7 +47,7 @@ class PlainLayout(NamedTuple):
         layouts = []
         for header in base.files:
             logical = base.tensors_in(header)
-            specs = [TensorSpec(t.name, dtype if isinstance(t, QuantizedTensor) else t.dtype, t.shape) for t in logical]
+            specs = [TensorSpec(t.name, dtype if t.scaled else t.dtype, t.shape) for t in logical]
             if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
                 layouts.append(lay_out_again(header, specs))
         texts, copies = plain_side_files(base, dtype)

@@ -14,9 +14,8 @@ from fp8ckpt.numerics.codes import F32, TARGET_BYTES, count_bad_scales, scale_va
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
-from fp8ckpt.tensors.header import TensorSpan
-from fp8ckpt.tensors.pairing import QuantizedTensor
 from fp8ckpt.tensors.reading import scale_defects
+from fp8ckpt.tensors.stored import TensorSpan
 
 _CODES = "F8_E4M3"
 FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
@@ -71,12 +70,12 @@ def refuse_other_dtypes(found: Mapping[str, TensorSpan] | Mapping[str, TensorSpe
     """
     for name, given in found.items():
         tensor = base.tensors[name]
-        if isinstance(tensor, QuantizedTensor):
-            if tensor.weight.dtype != _CODES:
+        if tensor.scaled is not None:
+            if tensor.span.dtype != _CODES:
                 raise UnsupportedFormatError(
-                    f"{tensor.weight.dtype} codes in the base",
+                    f"{tensor.span.dtype} codes in the base",
                     tensor=name,
-                    file=tensor.weight.file,
+                    file=tensor.span.file,
                     expected=f"{_CODES}, the one FP8 dtype that releases use and fp8ckpt writes",
                     remedy="choose a --scheme instead of the base",
                 )
@@ -91,8 +90,7 @@ def refuse_other_kinds(
     `ModelMismatchError`.
     """
     for name, given in found.items():
-        tensor = base.tensors[name]
-        stored = "BF16" if isinstance(tensor, QuantizedTensor) else tensor.dtype
+        stored = base.tensors[name].dtype
         if given.dtype != stored and not {given.dtype, stored} <= set(floats):
             raise ModelMismatchError(
                 f"dtype {given.dtype}", tensor=name, file=_file_of(given), expected=f"{stored}, as in the base"
@@ -112,7 +110,7 @@ def refuse_dtype(given: TensorSpan | TensorSpec) -> None:
 
 
 def _file_of(tensor: TensorSpan | TensorSpec) -> File | None:
-    return tensor.file if isinstance(tensor, TensorSpan) else None
+    return getattr(tensor, "file", None)  # what is only planned has none
 
 
 def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: File, remedy: str) -> F32:

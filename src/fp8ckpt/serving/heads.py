@@ -10,7 +10,7 @@ from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.tensor import Tensor
 
 _PIECE = 4 << 20  # bytes
 
@@ -27,24 +27,24 @@ def tied(subject: Subject) -> Iterator[Finding]:
         head = checkpoint.tensors[name]
         if not _is_same(head, embeddings):
             found = f"the head is not {shown(embeddings.name)}, and {CONFIG} says tie_word_embeddings"
-            file = head.weight.file if isinstance(head, QuantizedTensor) else head.file
             remedy = "state false if the head is its own; an engine would serve the embeddings in its place"
-            yield ServingError(found, tensor=name, file=file, expected="the same bytes, or no head", remedy=remedy)
+            file, expected = head.span.file, "the same bytes, or no head"
+            yield ServingError(found, tensor=name, file=file, expected=expected, remedy=remedy)
     if ties is False and name is None and not checkpoint.defects:
         found = "tie_word_embeddings is false, and no head is stored"
         remedy = "restore the head; or state true if it is the embeddings"
         yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)
 
 
-def _is_same(a: LogicalTensor, b: LogicalTensor) -> bool:
+def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, bit for bit, and neither is FP8; memory is two pieces."""
-    if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
+    if a.scaled is not None or b.scaled is not None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     buffers = np.empty((2, _PIECE), np.uint8)
-    for start in range(0, a.nbytes, _PIECE):
-        left, right = buffers[:, : min(_PIECE, a.nbytes - start)]
-        a.read(left, start)
-        b.read(right, start)
+    for start in range(0, a.span.nbytes, _PIECE):
+        left, right = buffers[:, : min(_PIECE, a.span.nbytes - start)]
+        a.span.read(left, start)
+        b.span.read(right, start)
         if not np.array_equal(left, right):
             return False
     return True

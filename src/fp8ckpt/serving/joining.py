@@ -13,7 +13,6 @@ from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.blocks import block_sizes
-from fp8ckpt.tensors.pairing import QuantizedTensor
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -31,15 +30,11 @@ class TensorParallel:
 def mixed(subject: Subject) -> Iterator[Finding]:
     """Weights that are joined are all FP8, or none is."""
     tensors = subject.checkpoint.tensors
-    units = [
-        unit
-        for unit in sibling_units(tensors)
-        if len({isinstance(tensors[name], QuantizedTensor) for name in unit}) > 1
-    ]
+    units = [unit for unit in sibling_units(tensors) if len({tensors[name].scaled is None for name in unit}) > 1]
     if units:
         found = f"{len(units)} groups of weights that engines join are FP8 in part; the first is {some(units[0])}"
         remedy = "quantize all of a group, or none: vLLM refuses to build the layer"
-        tensor = next(name for name in units[0] if not isinstance(tensors[name], QuantizedTensor))
+        tensor = next(name for name in units[0] if tensors[name].scaled is None)
         yield ServingError(found, tensor=tensor, file=subject.file, expected="all FP8, or none", remedy=remedy)
 
 

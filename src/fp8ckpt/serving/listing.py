@@ -19,7 +19,7 @@ from fp8ckpt.serving.skip_list import (
 from fp8ckpt.serving.subject import METHODS, UNKNOWN, Finding, Method, Subject, guessed_method, some, strings
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 _NOTHING = ""  # an entry that names no module
 

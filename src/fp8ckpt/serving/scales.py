@@ -14,7 +14,7 @@ from fp8ckpt.output.like import with_needless_dimensions
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import block_sizes
-from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.stored import TensorSpan
 
 if TYPE_CHECKING:
     import numpy.typing as npt

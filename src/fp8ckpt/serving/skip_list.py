@@ -16,19 +16,19 @@ from typing import NamedTuple
 
 from fp8ckpt.families.roles import Roles, is_built_plain, module_of
 from fp8ckpt.tensors.config import skips
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.tensor import Tensor
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
-def unquantized_linears(tensors: Mapping[str, LogicalTensor]) -> list[str]:
+def unquantized_linears(tensors: Mapping[str, Tensor]) -> list[str]:
     """The modules that multiply by floating point that is not FP8, less embeddings and norms, in the order of the
     checkpoint: Linears, and the layers that engines make of stacked experts.
     """
     roles = Roles({name: tensor.shape for name, tensor in tensors.items()}, {})
     found: dict[str, None] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, QuantizedTensor) or tensor.dtype not in _FLOATS:
+        if tensor.scaled is not None or tensor.dtype not in _FLOATS:
             continue
         module = roles.experts_of(name) if len(tensor.shape) == 3 else module_of(name)
         if module is None or (len(tensor.shape) != 3 and (len(tensor.shape) != 2 or module == name)):

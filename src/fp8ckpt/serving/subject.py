@@ -13,7 +13,7 @@ from fp8ckpt.numerics.codes import CODE_FORMATS
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.checkpoint import Checkpoint, is_native
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
-from fp8ckpt.tensors.pairing import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 Finding = ServingError | str  # a failure, or a note
 SCHEMES = ("static", "dynamic")

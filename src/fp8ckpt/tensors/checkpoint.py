@@ -32,8 +32,11 @@ from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
 from fp8ckpt.tensors.formats import logical_name
-from fp8ckpt.tensors.header import Header, TensorSpan, read_header
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor, pair
+from fp8ckpt.tensors.header import Header, read_header
+from fp8ckpt.tensors.pairing import pair
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +62,7 @@ class Checkpoint:
 
     store: Store
     files: tuple[Header, ...]
-    tensors: Mapping[str, LogicalTensor]
+    tensors: Mapping[str, Tensor]
     cache_scales: tuple[TensorSpan, ...]
     config: dict[str, Any]
     index_name: str | None
@@ -70,10 +73,10 @@ class Checkpoint:
     markers: tuple[TensorSpan, ...] = ()
     beside: tuple[str, ...] = ()
 
-    def tensors_in(self, header: Header) -> list[LogicalTensor]:
+    def tensors_in(self, header: Header) -> list[Tensor]:
         """The logical tensors whose values (or codes) one of the files holds, in the order of its data."""
         found = (self.tensors.get(logical_name(span.name)) for span in header.spans)
-        return [tensor for tensor in found if tensor is not None and _stored(tensor).file == header.file]
+        return [tensor for tensor in found if tensor is not None and tensor.span.file == header.file]
 
     @property
     def path(self) -> Path:
@@ -83,9 +86,9 @@ class Checkpoint:
     @property
     def quantized(self) -> list[QuantizedTensor]:
         """The FP8 tensors."""
-        return [tensor for tensor in self.tensors.values() if isinstance(tensor, QuantizedTensor)]
+        return [scaled for tensor in self.tensors.values() if (scaled := tensor.scaled) is not None]
 
-    def __getitem__(self, name: str) -> LogicalTensor:
+    def __getitem__(self, name: str) -> Tensor:
         try:
             return self.tensors[name]
         except KeyError:
@@ -106,10 +109,6 @@ class Checkpoint:
         from fp8ckpt.tensors.reading import read_tensor
 
         return read_tensor(self[name], offsets, sizes)
-
-
-def _stored(tensor: LogicalTensor) -> TensorSpan:
-    return tensor.weight if isinstance(tensor, QuantizedTensor) else tensor
 
 
 #: A directory, a single safetensors file, a hub id in the local cache, a store, or an open `Checkpoint`.

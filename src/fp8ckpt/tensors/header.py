@@ -16,14 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fp8ckpt.errors import Fp8CheckpointError, HeaderError, TruncatedFileError, shown
-from fp8ckpt.stores.store import Bytes, File
-
-#: Bits per element. safetensors 0.8 writes these and no others.
-DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
+from fp8ckpt.stores.store import File
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
 _LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
 _LONGEST_WIDE = 25_000_000  # bytes; of text that is not ASCII, for which Python takes four bytes a character
@@ -31,31 +25,6 @@ _MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound what
 _MOST_DEFECTS = 1_000  # of one header; what comes after them is not looked at
 _MOST_DIMENSIONS = 64  # bounds the work on a hostile shape; torch itself stops at 64
 _LARGEST_DIMENSION = 2**63 - 1
-
-
-class TensorSpan(NamedTuple):
-    """Where one tensor's bytes lie: ``[start, stop)`` in ``file``, in bytes from the beginning of the file."""
-
-    name: str
-    file: File
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.stop - self.start
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    def read(self, out: Bytes, offset: int = 0) -> None:
-        """Fill ``out`` with the tensor's bytes from ``offset`` on."""
-        self.file.read(self.start + offset, out)
 
 
 class Header(NamedTuple):
@@ -66,11 +35,6 @@ class Header(NamedTuple):
     metadata: dict[str, str]
     spans: tuple[TensorSpan, ...]
     text: bytes
-
-
-def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a tensor takes on disk."""
-    return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def read_header(file: File) -> tuple[Header | None, list[Fp8CheckpointError]]:

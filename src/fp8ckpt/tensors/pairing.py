@@ -23,36 +23,12 @@ from fp8ckpt.errors import (
     UnsupportedFormatError,
 )
 from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
-from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, tiled
+from fp8ckpt.numerics.geometry import infer_grid, tiled
 from fp8ckpt.tensors import formats
 from fp8ckpt.tensors.blocks import BlockSizes
-from fp8ckpt.tensors.header import TensorSpan
-
-
-class QuantizedTensor(NamedTuple):
-    """One FP8 tensor of the logical checkpoint: codes, scales, and the grid by which the scales tile the codes.
-
-    ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``).
-    """
-
-    name: str
-    weight: TensorSpan
-    scale: TensorSpan
-    grid: BlockGrid
-    activation_scales: tuple[TensorSpan, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.weight.shape
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.weight.numel
-
-
-LogicalTensor = TensorSpan | QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 
 class Pairing(NamedTuple):
@@ -60,7 +36,7 @@ class Pairing(NamedTuple):
     cache, which belong to no one weight, and the markers, which only say how the others are stored.
     """
 
-    tensors: dict[str, LogicalTensor]
+    tensors: dict[str, Tensor]
     cache_scales: tuple[TensorSpan, ...]
     markers: tuple[TensorSpan, ...]
     defects: list[Fp8CheckpointError]
@@ -80,7 +56,7 @@ def pair(
     claimed.update(span.name for span in markers)
     weights = [span for name, span in spans.items() if span.dtype in CODE_FORMATS and name not in claimed]
     has_activation_scales = any(name.endswith(_ACTIVATION_ENDINGS) for name in spans)
-    paired: dict[str, LogicalTensor] = {}  # by the name of the codes
+    paired: dict[str, Tensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
     for span in weights:
         name = span.name
@@ -96,7 +72,7 @@ def pair(
             defects.append(UnsupportedFormatError.of_factor(span, second))
         elif len(scales) == 1:
             result = _checked(span, spans[scales[0]], tuple(spans[key] for key in activations), blocks)
-            if not isinstance(result, QuantizedTensor):
+            if isinstance(result, Fp8CheckpointError):
                 defects.append(result)
             elif result.name != name and result.name in spans:
                 defects.append(HeaderError.of_two(spans[result.name], name))
@@ -109,7 +85,7 @@ def pair(
                 near_scales = _names_like_scales(spans)
             defects.append(_missing(span, near_scales))
 
-    tensors: dict[str, LogicalTensor] = {}
+    tensors: dict[str, Tensor] = {}
     cache_scales: list[TensorSpan] = []
     quantized = quantized or bool(weights)
     for name, span in spans.items():

@@ -6,8 +6,6 @@ The only part of this room that touches tensor values. Memory is one small buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,59 +17,36 @@ from fp8ckpt.errors import (
     ScaleValueError,
     StorageError,
     TruncatedFileError,
-    UnsupportedFormatError,
 )
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
-from fp8ckpt.numerics.dequantize import Bits, Dequantizer, bits_dtype
-from fp8ckpt.numerics.geometry import Region, pieces, runs, within
+from fp8ckpt.numerics.dequantize import Bits, Dequantizer
+from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.stores.store import ByteRange, Bytes
-from fp8ckpt.tensors.header import DTYPE_BITS, TensorSpan
-from fp8ckpt.tensors.pairing import LogicalTensor, QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Reader, Tensor
 
 if TYPE_CHECKING:
     import torch
 
 CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
 _SCALES_AT_ONCE = 8 << 20  # bytes
-_RANGES_AT_ONCE = 1 << 14
 
 
-def checked_region(span: TensorSpan, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
+def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
     """The region, with None standing for the whole tensor; raises `RegionError` where it reaches outside."""
-    offsets = tuple(offsets) if offsets is not None else (0,) * len(span.shape)
-    if len(offsets) == len(span.shape):
-        sizes = (
-            tuple(sizes)
-            if sizes is not None
-            else tuple(dim - start for dim, start in zip(span.shape, offsets, strict=True))
-        )
-        if len(sizes) == len(span.shape) and all(
+    shape = tensor.shape
+    offsets = tuple(offsets) if offsets is not None else (0,) * len(shape)
+    if len(offsets) == len(shape):
+        whole = tuple(dim - start for dim, start in zip(shape, offsets, strict=True))
+        sizes = tuple(sizes) if sizes is not None else whole
+        if len(sizes) == len(shape) and all(
             min(start, size) >= 0 and start + size <= dim
-            for start, size, dim in zip(offsets, sizes, span.shape, strict=True)
+            for start, size, dim in zip(offsets, sizes, shape, strict=True)
         ):
             return offsets, sizes
     found = f"offsets {offsets} and sizes {sizes} reach outside the tensor"
-    raise RegionError(found, tensor=span.name, file=span.file, expected=f"a region of {span.shape}")
-
-
-def read_region(span: TensorSpan, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Bytes) -> None:
-    """Read a checked region of a tensor of whole bytes into ``out`` (flat, contiguous, in row-major order).
-
-    Each run of the region is one range, and one read asks for thousands: of a slice of columns, a run is a row's part.
-    """
-    itemsize = DTYPE_BITS[span.dtype] // 8
-    store, file = span.file
-    done = 0
-    region = runs(span.shape, offsets, sizes)
-    while batch := list(islice(region, _RANGES_AT_ONCE)):
-        wanted, parts = [], []
-        for first, count in batch:
-            start, size = span.start + first * itemsize, count * itemsize
-            wanted.append(ByteRange(file, start, start + size))
-            parts.append(out[done : done + size])
-            done += size
-        store.read(wanted, parts)
+    raise RegionError(found, tensor=tensor.name, file=tensor.span.file, expected=f"a region of {shape}")
 
 
 def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
@@ -160,41 +135,16 @@ def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
     )
 
 
-def read_dequantized(
-    tensor: QuantizedTensor, dequantizer: Dequantizer, region: Region, out: Bits, codes: Bytes
-) -> None:
-    """Read a checked region's codes and look them up into ``out``.
-
-    ``out`` has the region's sizes and any strides; ``codes`` is scratch, and bounds how much is read at once.
-    """
-    for offsets, sizes in pieces(region, codes.size):
-        scratch = codes[: prod(sizes)]
-        read_region(tensor.weight, offsets, sizes, scratch)
-        dequantizer.region(scratch.reshape(sizes), offsets, out[within((offsets, sizes), region)])
-
-
 @kept_open()
-def read_tensor(tensor: LogicalTensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
+def read_tensor(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
     """A logical tensor, or a region of it, as a fresh torch tensor: FP8 as bfloat16, all else as stored."""
     import torch
 
-    if isinstance(tensor, QuantizedTensor):
-        region = checked_region(tensor.weight, offsets, sizes)
-        result = torch.empty(region[1], dtype=torch.bfloat16)
-        if result.numel():
-            dequantizer = load_dequantizer(tensor, "BF16")
-            codes = np.empty(min(CODES_BUFFER, result.numel()), np.uint8)
-            read_dequantized(tensor, dequantizer, region, bits_of(result, "BF16"), codes)
-        return result
-    if DTYPE_BITS[tensor.dtype] % 8:
-        found = f"dtype {tensor.dtype} packs several elements in a byte"
-        raise UnsupportedFormatError(
-            found, tensor=tensor.name, file=tensor.file, expected="whole bytes", remedy="use the tool that wrote it"
-        )
     region = checked_region(tensor, offsets, sizes)
     result = torch.empty(region[1], dtype=torch_dtype(tensor.dtype))
     if result.numel():
-        read_region(tensor, *region, bytes_of(result))
+        reader = Reader(min(CODES_BUFFER, result.numel()), load_dequantizer)
+        tensor.values(region, tensor.dtype, bits_of(result), reader)
     return result
 
 
@@ -207,12 +157,14 @@ def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
-def bits_of(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
-    """A numpy view, of any strides, of a CPU tensor's bit patterns; ``dtype`` is safetensors' (BF16, F16, F32)."""
+def bits_of(tensor: torch.Tensor) -> Bits:
+    """A numpy view, of any strides, of a CPU tensor's bit patterns, one unsigned number an element."""
     import torch
 
-    view = tensor.view(torch.uint16 if bits_dtype(dtype) is np.uint16 else torch.uint32)
-    return view.numpy()
+    itemsize = tensor.element_size()
+    signed = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
+    bits: Bits = tensor.detach().view(signed).numpy().view(f"u{itemsize}")
+    return bits
 
 
 _TORCH_NAMES = {

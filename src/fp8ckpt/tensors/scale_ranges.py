@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
-from fp8ckpt.tensors.header import TensorSpan
+from fp8ckpt.tensors.stored import TensorSpan
 
 FAR = 8.0  # three binades of the sixteen that e4m3 has
 

@@ -1,0 +1,83 @@
+"""What every logical tensor can do: say which bytes its values come from, and give them.
+
+Nobody asks which one it has. There are the stored (a `TensorSpan`: its bytes are its values), the scaled (a
+`QuantizedTensor`: codes and scales), and whatever else can be read by region.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fp8ckpt.numerics.geometry import Region, Shape
+from fp8ckpt.stores.store import ByteRange, Bytes
+
+if TYPE_CHECKING:
+    from fp8ckpt.numerics.dequantize import Bits, Dequantizer
+    from fp8ckpt.tensors.scaled import QuantizedTensor
+    from fp8ckpt.tensors.stored import TensorSpan
+
+DequantizerOf = Callable[["QuantizedTensor", str], "Dequantizer"]
+
+
+class Tensor(Protocol):
+    """One tensor of the logical checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """As the logical checkpoint has it."""
+
+    @property
+    def dtype(self) -> str:
+        """What its values are rounded to where nobody asks for another: BF16 for what is scaled."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of its values."""
+
+    @property
+    def numel(self) -> int:
+        """Number of its values."""
+
+    @property
+    def span(self) -> TensorSpan:
+        """Where its values lie, or the codes of them."""
+
+    @property
+    def spans(self) -> tuple[TensorSpan, ...]:
+        """All that is stored of it, `span` first."""
+
+    @property
+    def scaled(self) -> QuantizedTensor | None:
+        """How its codes are scaled; None for what is stored as it is."""
+
+    def dtypes(self) -> tuple[str, ...]:
+        """What `values` can give."""
+
+    def reads(self, region: Region) -> Iterator[ByteRange]:
+        """The bytes that its values in a region come from, in order, scales aside."""
+
+    def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
+        """Fill ``out``, which has the region's sizes and any strides, with the values' bit patterns in ``dtype``."""
+
+    def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
+        """The same of a run of elements in row-major order, from ``start`` on, as many as the bytes ``out`` hold."""
+
+
+class Reader:
+    """One thread's means of reading values: room for codes, the scales in use, and what it met so far.
+
+    ``room``: bytes, the most codes that are read at once. ``dequantizer``: see
+    `fp8ckpt.tensors.scaled.load_dequantizer`; a cache of them is shared among threads. ``counting``: whether codes that
+    are not finite are counted, by tensor, in ``nonfinite``.
+    """
+
+    def __init__(self, room: int | Bytes, dequantizer: DequantizerOf, *, counting: bool = False) -> None:
+        self.room: Bytes = np.empty(room, np.uint8) if isinstance(room, int) else room
+        self.dequantizer = dequantizer
+        self.counting = counting
+        self.nonfinite: Counter[str] = Counter()
+        self.bytes_read = 0
