@@ -122,7 +122,7 @@ def convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
-    output = PartialOutput(Path(destination).absolute())
+    output = PartialOutput(destination)
     try:
         with ranks_of_this_job() as ranks:
             selected = only is not None or skip is not None

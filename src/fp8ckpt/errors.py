@@ -24,6 +24,7 @@
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
     ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
     ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
+    ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read, or written
     └── StorageError              (OSError)     the disk refused a read or a write, or what should be a file is none
 
 Each message has the form *tensor, file, found, expected, what to do*, on one line. Names that come from a file are
@@ -345,6 +346,10 @@ class SourceChangedError(Fp8CheckpointError, RuntimeError):
         """For a file by its name."""
         remedy = "run it again once nothing writes to the file"
         return cls("it changed after it was opened", file=file, expected="the file as it was", remedy=remedy)
+
+
+class UnsupportedStoreError(Fp8CheckpointError, ValueError):
+    """The URL of a store that is not known, or that cannot do what is asked of it."""
 
 
 class StorageError(Fp8CheckpointError, OSError):

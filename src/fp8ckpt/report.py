@@ -26,6 +26,7 @@ from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.kernels import count_codes
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, raise_first
 from fp8ckpt.tensors.reading import load_dequantizer, load_scales, scale_defects
@@ -128,7 +129,7 @@ def report(
     from fp8ckpt.figures import page_of, require_library
 
     require_library()
-    page = Path(output).absolute()
+    page = local_path(output).absolute()
     if os.path.lexists(page):
         raise OutputExistsError(
             "there is a file already", file=str(page), remedy="move it away, or choose another name"

@@ -119,7 +119,7 @@ def sample(
     block = None if isinstance(sizes, Mistral3Sizes) else _BLOCK
     layouts = _partition(weights, block, files)
     texts = {**_side_files(sizes.vocabulary), CONFIG: dump_json(config), INDEX: index_text(layouts)}
-    output = PartialOutput(Path(destination).absolute())
+    output = PartialOutput(destination)
     arguments = {
         "job": "sample",
         "sizes": repr(sizes),

@@ -49,6 +49,7 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.matching import refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
+from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
@@ -62,20 +63,20 @@ class DirectoryWriter(StorageWriter):
     """Writes the new directory ``path``. ``bytes_written`` counts this rank's tensor bytes."""
 
     def __init__(self, path: str | Path) -> None:
-        self._output = PartialOutput(Path(path).absolute())
+        self._output = PartialOutput(path)
         self._plan: OutputPlan | None = None  # the coordinator's
         self.bytes_written = 0
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether nothing stands there yet."""
-        return not os.path.lexists(checkpoint_id)
+        """Whether nothing stands there yet. Raises `UnsupportedStoreError` for the URL of a store."""
+        return not os.path.lexists(local_path(checkpoint_id))
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, at another path where one is named. What a failed save held is given up."""
         self.release()
         if checkpoint_id is not None:
-            self._output = PartialOutput(Path(checkpoint_id).absolute())
+            self._output = PartialOutput(checkpoint_id)
         self.bytes_written = 0
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

@@ -40,6 +40,7 @@ from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
 from fp8ckpt.errors import Fp8CheckpointError, RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -82,7 +83,7 @@ class FP8StorageReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether there is a directory or file of that name."""
-        return Path(checkpoint_id).exists()
+        return address_of(checkpoint_id) is None and Path(checkpoint_id).exists()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, with another checkpoint where one is named."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
 from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
+from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.local import read_whole
 
 _OUTPUT = "output"
@@ -46,10 +47,10 @@ class PartialOutput:
     ``partial`` is ``DST.partial``, and ``directory`` the folder in it that becomes ``DST``.
     """
 
-    def __init__(self, destination: Path) -> None:
+    def __init__(self, destination: str | os.PathLike[str]) -> None:
         self._lock: int | None = None
-        self.destination = destination
-        self.partial = partial_of(destination)
+        self.destination = local_path(destination).absolute()
+        self.partial = partial_of(self.destination)
         self.directory = self.partial / _OUTPUT
         self._state = self.partial / _STATE
 

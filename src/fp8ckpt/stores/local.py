@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fp8ckpt.errors import SourceChangedError, StorageError, TruncatedFileError
+from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import ByteRange, Bytes, File, Files, Stat
 
 _TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -183,7 +184,8 @@ class LocalStore:
 
 
 def local_file(path: Path) -> File:
-    """A file that the user named."""
+    """A file that the user named. Raises `UnsupportedStoreError` for the URL of a store."""
+    path = local_path(path)
     return File(LocalStore(path.parent, path.name), path.name)
 
 

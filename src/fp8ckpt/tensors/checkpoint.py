@@ -25,8 +25,10 @@ from fp8ckpt.errors import (
     IndexMismatchError,
     StorageError,
     UnknownTensorError,
+    UnsupportedStoreError,
     shown,
 )
+from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import LocalStore, kept_open
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
@@ -251,6 +253,11 @@ def _spans_by_name(
 
 def _resolve(path: str | Path) -> tuple[Path, str | None]:
     """The directory, and the file where one file was named."""
+    if (address := address_of(path)) is not None:
+        remedy = "fetch it first, with the store's own client"
+        raise UnsupportedStoreError(
+            f"fp8ckpt does not read {address.scheme}://", file=str(address), expected="a local path", remedy=remedy
+        )
     local = Path(path)
     if os.path.isdir(local):  # noqa: PTH112 - Path.is_dir() raises for a name that is too long
         return local, None

@@ -1,0 +1,113 @@
+"""A store's URL is never taken for a path: what cannot be served is refused by name, and nothing is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp8ckpt import (
+    FP8StorageReader,
+    FP8StorageWriter,
+    SafetensorsStorageWriter,
+    convert,
+    inspect,
+    load_model,
+    load_pretrained,
+    open_checkpoint,
+    report,
+    sample,
+    save_model,
+    verify,
+)
+from fp8ckpt.errors import UnsupportedStoreError
+from fp8ckpt.stores.address import address_of, local_path
+from tests.conftest import Run
+
+URLS = [
+    "nowhere://bucket/out", "nowhere:/bucket/out", "NOWHERE://bucket/out", "s3:bucket/out", "hf:org/name",
+    "file:///tmp/x", "a+b.c-1://x",
+]  # fmt: skip
+WRITTEN: list[str | Path] = ["s3://b/out", "gs://b/out", "hf://org/name", "https://host/out", Path("s3://b/out")]
+
+READING: dict[str, Callable[[str, Path], object]] = {
+    "open_checkpoint": lambda url, _: open_checkpoint(url),
+    "inspect": lambda url, _: inspect(url),
+    "convert": lambda url, _: convert(url, "out"),
+    "convert --like": lambda url, fp8: convert(fp8, "out", to="fp8", like=url),
+    "verify": lambda url, _: verify(url),
+    "verify, the second": lambda url, fp8: verify(fp8, url),
+    "report": lambda url, _: report(url),
+    "load_model": lambda url, _: load_model(torch.nn.Linear(1, 1), url),
+    "load_pretrained": lambda url, _: load_pretrained(url),
+    "FP8StorageReader": lambda url, _: FP8StorageReader(url).checkpoint,
+    "save_model, like": lambda url, _: save_model(torch.nn.Linear(1, 1), "out", like=url),
+}
+WRITING: dict[str, Callable[[str | Path, Path], object]] = {
+    "convert": lambda url, fp8: convert(fp8, url),
+    "convert --like": lambda url, fp8: convert(fp8, url, to="fp8", like=fp8),
+    "report": lambda url, fp8: report(fp8, output=url),
+    "sample": lambda url, _: sample(url),
+    "save_model": lambda url, _: save_model(torch.nn.Linear(1, 1), url),
+    "SafetensorsStorageWriter": lambda url, _: SafetensorsStorageWriter(url),
+    "SafetensorsStorageWriter.reset": lambda url, _: SafetensorsStorageWriter("out").reset(url),
+    "FP8StorageWriter": lambda url, fp8: FP8StorageWriter(url, like=fp8),
+}
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_every_form_of_a_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown scheme, a slash or two, none, any case."""
+    monkeypatch.chdir(tmp_path)
+    for refused in (lambda: open_checkpoint(url), lambda: sample(url)):
+        with pytest.raises(UnsupportedStoreError, match=r"://"):
+            refused()
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("name", READING)
+def test_sources(name: str, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that is a URL which is not served, also where a local folder has that very name."""
+    (tmp_path / "nowhere:" / "bucket" / "out").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedStoreError, match=r"://"):
+        READING[name]("nowhere://bucket/out", sample_fp8)
+    assert os.listdir() == ["nowhere:"]
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_destinations(name: str, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A destination that is a URL: a local folder of the name is never made."""
+    monkeypatch.chdir(tmp_path)
+    for url in WRITTEN:
+        with pytest.raises(UnsupportedStoreError, match=r"://"):
+            WRITING[name](url, sample_fp8)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("arguments", ["convert {fp8} s3://b/out", "convert x://b/fp8 out", "sample s3://b/out"])
+def test_the_command_line(arguments: str, sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
+    """One line, exit code 1, and nothing is there."""
+    done = cli(*arguments.format(fp8=sample_fp8).split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "://b/" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["a", "./s3:/x", "/s3:/x", "c:/x", "model:v2", "a/b://c", "s3", "://x", "9p://x"])
+def test_local_paths(path: str) -> None:
+    """What is no URL stays a path."""
+    assert address_of(path) is None
+    assert local_path(path) == Path(path)
+
+
+@pytest.mark.parametrize("secret", ["user:secret@", "secret@"])
+def test_no_credentials_are_shown(secret: str) -> None:
+    """A user, a password, a signed query and a fragment are in no message."""
+    with pytest.raises(UnsupportedStoreError) as caught:
+        open_checkpoint(f"nowhere://{secret}bucket/out?X-Amz-Signature=secret#secret")
+    assert "secret" not in str(caught.value)
+    assert str(address_of("hf://org/name@v1")) == "hf://org/name@v1"
