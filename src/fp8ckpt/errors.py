@@ -22,6 +22,7 @@
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
+    ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
     ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
     ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
     ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read, or written
@@ -332,6 +333,17 @@ class OutputBusyError(Fp8CheckpointError, RuntimeError):
 
 class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
     """A partial output is there, and belongs to another conversion."""
+
+
+class UnsupportedSystemError(Fp8CheckpointError, ImportError):
+    """The operating system does not promise of files what is needed."""
+
+    @classmethod
+    def of(cls, system: str) -> UnsupportedSystemError:
+        """``system``: its name, as Python has it."""
+        found = f"fp8ckpt does not run on {system}"
+        remedy = "on Windows, run it in WSL, the Windows Subsystem for Linux"
+        return cls(found, expected="Linux or macOS", remedy=remedy)
 
 
 class MissingPackageError(Fp8CheckpointError, ImportError):

@@ -7,7 +7,6 @@ last one is also examined for what serving engines need beyond that.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import Servability, examine
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import File, same_bytes
+from fp8ckpt.system import cores
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.stored import DTYPE_BITS
@@ -100,7 +100,7 @@ def verify(
         return VerifyResult(
             tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability
         )
-    job.run(workers or max(1, len(os.sched_getaffinity(0))))
+    job.run(workers or cores())
     for side in sides:
         side.store.refuse_changes()
     return VerifyResult(
