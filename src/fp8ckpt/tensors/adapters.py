@@ -30,7 +30,8 @@ from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.stores.store import Bytes, File, Store
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first, store_of
 from fp8ckpt.tensors.config import Json, load_json
-from fp8ckpt.tensors.header import Header, TensorSpan, read_header
+from fp8ckpt.tensors.header import Header, read_header
+from fp8ckpt.tensors.stored import TensorSpan
 
 CONFIG = "adapter_config.json"
 _WEIGHTS, _INDEX, _PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
