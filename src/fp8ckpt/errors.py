@@ -257,6 +257,8 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
         if fit is None:
             expected = "one element, or one a row"
             remedy = "for scales of blocks, state the block size (weight_block_size) in the configuration"
+            if scale.dtype in ("U8", "F8_E8M0"):
+                remedy += "; ComfyUI's exponents are in another order, and not read"
         else:
             found += f" with block size {block_size}"
             expected = str(fit)
@@ -299,6 +301,13 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
         found = f"{shown(second)} is a second factor or a zero point, which fp8ckpt does not apply"
         remedy = "use the tool that wrote it"
         return cls(found, tensor=weight.name, file=weight.file, expected="one scale", remedy=remedy)
+
+    @classmethod
+    def of_order(cls, weight: Stored, scale: Stored) -> UnsupportedFormatError:
+        """``scale``: exponents of blocks that may be stored in a kernel's order."""
+        found = f"the {scale.dtype} scales {shown(scale.name)} may be in the order of a kernel, not that of the blocks"
+        remedy = "use the tool that wrote it"
+        return cls(found, tensor=weight.name, file=weight.file, expected="float scales, or one", remedy=remedy)
 
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):

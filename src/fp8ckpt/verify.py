@@ -261,10 +261,10 @@ def _floats(stored: Any, dtype: str) -> Any:
 
 
 def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """Configuration and side files. Where one side is FP8 and the other is not, quantization is left out of the
-    comparison.
+    """Configuration and side files. Where one side is FP8 and the other is not, or nothing is but the cache of one,
+    quantization is left out of the comparison.
     """
-    mixed = bool(a.quantized) != bool(b.quantized)
+    mixed = _what_is_quantized(a) != _what_is_quantized(b)
     files = [_side_files(side, mixed) for side in (a, b)]
     for name in sorted(files[0] | files[1]):
         if name not in files[0] or name not in files[1]:
@@ -278,6 +278,10 @@ def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
                     yield f"{name}: {key} differs"
         elif not same_bytes(files[0][name], files[1][name]):
             yield f"{name}: differs"
+
+
+def _what_is_quantized(side: Checkpoint) -> str:
+    return "weights" if side.quantized else "the cache alone" if side.cache_scales else "nothing"
 
 
 def _side_files(side: Checkpoint, mixed: bool) -> dict[str, File]:

@@ -81,7 +81,7 @@ def plan_like(
         report=report,
         powers_of_two=powers_of_two,
         carried=tuple(sorted(carried)),
-        notes=(*given.notes, *like.notes, *notes, *_side_file_notes(given, like)),
+        notes=(*given.notes, *like.notes, *_cache_notes(like), *notes, *_side_file_notes(given, like)),
     )
 
 
@@ -120,6 +120,13 @@ def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
     units = equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
     yield from (tuple(alone[name] for name in unit) for unit in units)
     yield from ((weight.name,) for weight in wide if not weight.grid.per_tensor)
+
+
+def _cache_notes(base: Checkpoint) -> list[str]:
+    """What a base that quantizes nothing but its cache gives the output."""
+    if base.quantized:
+        return []
+    return [f"the base has no FP8 weights: its {len(base.cache_scales)} scales of the key-value cache are written back"]
 
 
 def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:

@@ -22,8 +22,10 @@ FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
 
 
 def refuse_base(base: Checkpoint, remedy: str) -> None:
-    """A base holds FP8, and scales that are scales. Raises `UnsupportedFormatError` and `ScaleValueError`."""
-    if not base.quantized:
+    """A base holds FP8, or scales of an FP8 cache, and scales that are scales. Raises `UnsupportedFormatError` and
+    `ScaleValueError`.
+    """
+    if not base.quantized and not base.cache_scales:
         raise UnsupportedFormatError(
             "none of its tensors is FP8", file=str(base.path), expected="an FP8 base", remedy=remedy
         )
