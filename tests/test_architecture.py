@@ -17,7 +17,7 @@ import fp8ckpt
 
 ROOT = Path(fp8ckpt.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
-JOBS = ("convert", "inspect", "report", "sample", "verify")
+JOBS = ("convert", "inspect", "plan", "report", "sample", "verify")
 
 _BELOW_CHECKPOINT = {
     "engine",
@@ -70,6 +70,7 @@ PUBLIC = [
     "Inspection",
     "Piece",
     "PlainResult",
+    "Plan",
     "QuantizedTensor",
     "Report",
     "SafetensorsStorageWriter",
@@ -82,6 +83,7 @@ PUBLIC = [
     "load_model",
     "load_pretrained",
     "open_checkpoint",
+    "plan",
     "report",
     "sample",
     "save_model",
@@ -298,6 +300,7 @@ def test_importing_the_package_is_cheap() -> None:
         ["convert", "--help"],
         ["verify", "--help"],
         ["report", "--help"],
+        ["plan", "--help"],
         ["sample", "--help"],
         [],
     ],

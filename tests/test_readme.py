@@ -56,13 +56,13 @@ def test_readme_names_every_command() -> None:
 
 def test_help_examples_run(tmp_path: Path, cli: Run) -> None:
     """Each command's help ends in an example, and the examples work one after the other."""
-    for name in ("sample", "inspect", "convert", "verify", "report"):
+    for name in ("sample", "inspect", "convert", "verify", "plan", "report"):
         text = cli(name, "--help").stdout.strip().splitlines()[-1]
         program, *arguments = shlex.split(text.strip().removeprefix("Example: "))
         assert program == "fp8ckpt"
         done = cli(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert set(COMMANDS) == {"sample", "inspect", "convert", "verify", "report"}
+    assert set(COMMANDS) == {"sample", "inspect", "convert", "verify", "plan", "report"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fp8ckpt.convert import ConvertResult, Fp8Result, PlainResult, convert
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
+    from fp8ckpt.plan import Plan, plan
     from fp8ckpt.report import Report, report
     from fp8ckpt.sample import sample
     from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
@@ -40,6 +41,7 @@ _HOMES = {
     "Inspection": "inspect",
     "Piece": "tensors.joined",
     "PlainResult": "convert",
+    "Plan": "plan",
     "QuantizedTensor": "tensors.pairing",
     "Report": "report",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
@@ -51,6 +53,7 @@ _HOMES = {
     "load_model": "checkpoint.checkpointing",
     "load_pretrained": "checkpoint.pretrained",
     "open_checkpoint": "tensors.checkpoint",
+    "plan": "plan",
     "report": "report",
     "sample": "sample",
     "save_model": "checkpoint.checkpointing",
@@ -69,6 +72,7 @@ __all__ = [
     "Inspection",
     "Piece",
     "PlainResult",
+    "Plan",
     "QuantizedTensor",
     "Report",
     "SafetensorsStorageWriter",
@@ -81,6 +85,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "open_checkpoint",
+    "plan",
     "report",
     "sample",
     "save_model",

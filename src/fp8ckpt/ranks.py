@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond what is loaded or saved
+
 
 class Ranks:
     """One process of ``size`` that run the same job together; by default the only one."""

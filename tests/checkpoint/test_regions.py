@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from fp8ckpt.checkpoint.regions import BEYOND, RegionLoader, dequantizers
-from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
+from fp8ckpt.ranks import BEYOND, threads_of_this_rank
 
 
 @pytest.mark.parametrize("threads", [1, 2, 16, 17, 192, 1000])

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, Mistral3ForConditionalGeneration
 
-from fp8ckpt import Checkpoint, FP8StorageReader, QuantizedTensor, open_checkpoint, sample
+from fp8ckpt import Checkpoint, FP8StorageReader, QuantizedTensor, open_checkpoint, plan, sample
 from fp8ckpt.sample import Mistral3Sizes
-from tests.distributed import apart, local, stage, tp
+from tests.distributed import UNEVEN, apart, local, stage, tp, tp_fsdp
 
 STAGES, SHARDS = 8, 8
 
@@ -81,10 +81,10 @@ def test_64_ranks_read_each_byte_once(release: Checkpoint, plans: list[Planned])
     assert sum(tensor.numel for tensor in release.tensors.values()) > 125e9
     regions: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     planned = []
-    for plan in plans:
-        planned.append(sum(_bytes(name, prod(sizes), release) for name, _, sizes in plan.regions))
-        assert planned[-1] == sum(_bytes(name, numel, release) for name, numel in plan.held.items())
-        for name, offsets, sizes in plan.regions:
+    for one in plans:
+        planned.append(sum(_bytes(name, prod(sizes), release) for name, _, sizes in one.regions))
+        assert planned[-1] == sum(_bytes(name, numel, release) for name, numel in one.held.items())
+        for name, offsets, sizes in one.regions:
             regions.setdefault(name, []).append((offsets, sizes))
 
     sharded = {name for plan in plans for name, numel in plan.held.items() if numel < release[name].numel}
@@ -135,3 +135,33 @@ def test_the_release_takes_no_room(release: Checkpoint) -> None:
     files = list(Path(release.path).glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) > 120e9
     assert sum(file.stat().st_blocks * 512 for file in files) < 20e6
+
+
+def test_plan_says_what_each_rank_reads(release: Checkpoint, plans: list[Planned]) -> None:
+    """`fp8ckpt.plan` needs no model and no process group, and knows what the real shards of the model will read."""
+    found = plan(release, ranks=STAGES * SHARDS, tp=SHARDS, pp=STAGES)
+    for rank, planned in zip(found.ranks, plans, strict=True):
+        assert rank.read == sum(_bytes(name, prod(sizes), release) for name, _, sizes in planned.regions)
+        assert rank.held == sum(2 * numel for numel in planned.held.values())
+        assert rank.tensors == len(planned.held)
+
+
+def _held(work: tuple[int, Path]) -> int:
+    """The bytes that a rank of six holds, TP2 x FSDP2 over three."""
+    rank, path = work
+    warnings.simplefilter("ignore")
+    dist.init_process_group("fake", rank=rank, world_size=6)
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model: Any = Mistral3ForConditionalGeneration(AutoConfig.from_pretrained(path))
+    return sum(local(tensor).nbytes for tensor in tp_fsdp(model, mesh).state_dict().values())
+
+
+def test_plan_of_uneven_shards(tmp_path: Path) -> None:
+    """Sizes that nothing divides, cut by two dimensions of a mesh: what the shards of DTensor hold."""
+    path = sample(tmp_path / "uneven", UNEVEN)
+    first, last = apart(_held, [(rank, path) for rank in (0, 5)])
+    found = plan(path, ranks=6, tp=2).ranks
+    assert (found[0].held, found[5].held) == (first, last)
+    assert first > last

@@ -70,6 +70,7 @@ def test_what_is_printed_is_what_the_schema_says(
         ("verify", sample_fp8, bf16),
         ("verify", sample_fp8, sample_block),
         ("verify", broken),
+        ("plan", sample_fp8, "--ranks", 4, "--tp", 2),
         ("report", sample_fp8, "-o", tmp_path / "one.html"),
         ("report", sample_fp8, bf16, "-o", tmp_path / "two.html"),
     ]

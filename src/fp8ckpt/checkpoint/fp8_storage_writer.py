@@ -33,7 +33,6 @@ from fp8ckpt.checkpoint.directory_writer import (
     resolved,
     write_region,
 )
-from fp8ckpt.checkpoint.regions import BEYOND
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
 from fp8ckpt.checkpoint.storage_writer import cast
@@ -47,7 +46,7 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
 from fp8ckpt.output.plan import OutputPlan
-from fp8ckpt.ranks import GroupRanks, Ranks, threads_of_this_rank
+from fp8ckpt.ranks import BEYOND, GroupRanks, Ranks, threads_of_this_rank
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two

@@ -16,6 +16,7 @@ import torch
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.ranks import BEYOND
 from fp8ckpt.tensors.reading import (
     bits_of,
     load_dequantizer,
@@ -24,7 +25,6 @@ from fp8ckpt.tensors.reading import (
 )
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
-BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond the model
 _LARGEST_BUFFER = 4 << 20  # bytes; more makes nothing faster
 # Beside the buffer of codes: on a device the codes again, their float32 values, and at most as many float32 scales.
 _TIMES_ON_DEVICE = 10

@@ -17,6 +17,7 @@ import typer
 
 from fp8ckpt.cli.convert import convert
 from fp8ckpt.cli.inspect import inspect
+from fp8ckpt.cli.plan import plan
 from fp8ckpt.cli.printing import fail
 from fp8ckpt.cli.report import report
 from fp8ckpt.cli.sample import sample
@@ -37,9 +38,10 @@ _EXAMPLES = {  # a test runs them in this order, in one directory
     inspect: "fp8ckpt inspect sample-fp8",
     convert: "fp8ckpt convert sample-fp8 sample-bf16 --to bf16",
     verify: "fp8ckpt verify sample-fp8 sample-bf16",
+    plan: "fp8ckpt plan sample-fp8 --ranks 4 --tp 2 --pp 2",
     report: "fp8ckpt report sample-fp8 --output sample.html",
 }
-for _command in (inspect, convert, verify, report, sample):
+for _command in (inspect, convert, verify, plan, report, sample):
     app.command(epilog=f"Example: {_EXAMPLES[_command]}")(_command)
 
 

@@ -28,16 +28,21 @@ def starred(name: str) -> str:
 
 def places(names: Iterable[str]) -> dict[str, Place]:
     """The place of each tensor, in the order given."""
-    parts = {name: _parts(name) for name in names}
-    stems = Counter(stem for stem, layer, _ in parts.values() if layer is not None)
-    main = stems.most_common(1)[0][0] if stems else ""
+    parts = {name: parts_of(name) for name in names}
+    main = main_stem(parts)
     return {
         name: Place(kind if layer is None or stem == main else f"{stem}.*.{kind}", layer)
         for name, (stem, layer, kind) in parts.items()
     }
 
 
-def _parts(name: str) -> tuple[str, int | None, str]:
+def main_stem(names: Iterable[str]) -> str:
+    """What stands before the number of a layer in most of the names that have one."""
+    stems = Counter(stem for stem, layer, _ in map(parts_of, names) if layer is not None)
+    return stems.most_common(1)[0][0] if stems else ""
+
+
+def parts_of(name: str) -> tuple[str, int | None, str]:
     """(what stands before the layer, the layer, what stands behind it)."""
     module = name.removesuffix(".weight")
     found = _NUMBER.search(module)

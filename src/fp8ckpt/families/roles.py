@@ -158,6 +158,11 @@ class Roles:
         return {parent: counts - {1} for parent, counts in found.items()}
 
 
+def in_tower(module: str) -> bool:
+    """Whether it is of a vision or audio tower, or of what joins one to the text model."""
+    return _PARTS[-1][1].search(module) is not None
+
+
 def is_built_plain(module: str) -> bool:
     """Whether engines build this module unquantized whatever is configured: so releases without a list work."""
     leaf = module.rpartition(".")[2]
