@@ -16,13 +16,13 @@ import numpy as np
 NUMPY = {
     "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz, "F8_E8M0": ml_dtypes.float8_e8m0fnu, "U8": np.uint8,
-    "I8": np.int8, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_, "F64": np.float64,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz, "F4": ml_dtypes.float4_e2m1fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64, "BOOL": np.bool_, "F64": np.float64,
 }  # fmt: skip
 
 
 class Stored(NamedTuple):
-    """A tensor as a file holds it."""
+    """A tensor as a file holds it; of F4, two elements lie in a byte, the first in the low half."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,6 +41,9 @@ class Stored(NamedTuple):
     @property
     def array(self) -> np.ndarray:
         """The values, in numpy's or ml_dtypes' own dtype."""
+        if self.dtype == "F4":
+            halves = [half for byte in self.data for half in (byte & 15, byte >> 4)]
+            return np.array(halves, np.uint8).view(NUMPY["F4"]).reshape(self.shape)
         return np.frombuffer(self.data, NUMPY[self.dtype]).reshape(self.shape)
 
 
@@ -58,25 +61,47 @@ def spread(scales: np.ndarray, shape: tuple[int, ...], block_size: tuple[int, ..
     return scales
 
 
-def dequantize(weight: Stored, scale: Stored, block_size: tuple[int, ...], dtype: str) -> bytes:
+def multipliers(scale: Stored, factor: Stored | None = None, *, divides: bool = False) -> np.ndarray:
+    """Scales as float32, times the second level's ``factor`` or divided by it."""
+    scales = scale_floats(scale)
+    if factor is None:
+        return scales
+    with np.errstate(all="ignore"):
+        value = factor.array.reshape(()).astype(np.float32)
+        return np.asarray(scales / value if divides else scales * value, np.float32)
+
+
+def dequantize(
+    weight: Stored, scale: Stored, block_size: tuple[int, ...], dtype: str, factor: Stored | None = None,
+    *, divides: bool = False,
+) -> bytes:  # fmt: skip
     """``round_nearest_even(float32(code) * float32(scale), dtype)``, element by element, as the bytes of the whole
     tensor.
     """
     codes = weight.array.astype(np.float32)
-    scales = spread(scale_floats(scale), weight.shape, block_size)
+    scales = spread(multipliers(scale, factor, divides=divides), weight.shape, block_size)
     with np.errstate(all="ignore"):
         return np.ascontiguousarray((codes * scales).astype(np.float32).astype(NUMPY[dtype])).tobytes()
 
 
-def quantize(values: Stored, scale: Stored, block_size: tuple[int, ...]) -> bytes:
+def quantize(
+    values: Stored, scale: Stored, block_size: tuple[int, ...], factor: Stored | None = None,
+    *, divides: bool = False, codes: str = "F8_E4M3",
+) -> bytes:  # fmt: skip
     """``e4m3fn(clamp(float32(value) / float32(scale), -448, 448))``, nearest even, of finite values: the codes of the
-    whole tensor.
+    whole tensor. Those of F4, up to 6, in pairs.
     """
-    scales = spread(scale_floats(scale), values.shape, block_size)
+    scales = spread(multipliers(scale, factor, divides=divides), values.shape, block_size)
     with np.errstate(all="ignore"):
         quotients = np.asarray(values.array.astype(np.float32) / scales, np.float32)
-    clamped = np.clip(quotients, np.float32(-448), np.float32(448))
-    return np.ascontiguousarray(clamped.astype(ml_dtypes.float8_e4m3fn)).tobytes()
+    most = np.float32(448 if codes == "F8_E4M3" else 6)
+    found = np.ascontiguousarray(np.clip(quotients, -most, most).astype(NUMPY[codes])).tobytes()
+    return found if codes == "F8_E4M3" else pack(found)
+
+
+def pack(codes: bytes) -> bytes:
+    """Codes of four bits, one a byte, as they lie in a file."""
+    return bytes(low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True))
 
 
 def maxima(values: Stored, block_size: tuple[int, ...]) -> np.ndarray:

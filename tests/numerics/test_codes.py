@@ -8,7 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fp8ckpt.numerics.codes import CODE_FORMATS, E8M0_DTYPES, SCALE_DTYPES, code_values, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import (
+    CODE_FORMATS,
+    E8M0_DTYPES,
+    F4,
+    FP8_DTYPES,
+    SCALE_DTYPES,
+    Factor,
+    code_values,
+    count_bad_scales,
+    scale_values,
+)
 from fp8ckpt.numerics.dequantize import count_nonfinite
 from tests.oracle import NUMPY
 
@@ -20,7 +30,7 @@ def bits(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).view({2: np.uint16, 4: np.uint32}[values.itemsize])
 
 
-@pytest.mark.parametrize("dtype", CODE_FORMATS)
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
 def test_all_codes_equal_ml_dtypes_bitwise(dtype: str) -> None:
     """Each of the 256 codes is the float32 of ml_dtypes, bit for bit: zeros' and NaNs' signs included."""
     np.testing.assert_array_equal(bits(code_values(dtype)), bits(ALL_CODES.view(NUMPY[dtype]).astype(np.float32)))
@@ -33,9 +43,19 @@ def test_known_values_of_e4m3() -> None:
     assert bits(values)[[0x80, 0x7F, 0xFF]].tolist() == [0x80000000, 0x7FC00000, 0xFFC00000]
 
 
-def test_the_formats_are_the_four_of_safetensors() -> None:
-    """All FP8 dtypes that safetensors can name are decoded, and e8m0 is not one of them."""
-    assert set(CODE_FORMATS) == {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+def test_all_codes_of_four_bits_equal_ml_dtypes_bitwise() -> None:
+    """Each of the 16, negative zero included; none is NaN or infinite."""
+    codes = ALL_CODES[:16]
+    np.testing.assert_array_equal(bits(code_values(F4)), bits(codes.view(NUMPY[F4]).astype(np.float32)))
+    assert code_values(F4).tolist()[:8] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    assert bits(code_values(F4))[8] == 0x80000000
+    assert count_nonfinite(ALL_CODES, F4) == 0
+
+
+def test_the_formats_are_those_of_safetensors() -> None:
+    """All FP8 dtypes that safetensors can name are decoded, and e8m0 is not one of them; of smaller ones, F4."""
+    assert set(CODE_FORMATS) - set(FP8_DTYPES) == {F4}
+    assert set(FP8_DTYPES) == {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 def test_the_table_cannot_be_changed() -> None:
@@ -44,7 +64,7 @@ def test_the_table_cannot_be_changed() -> None:
         code_values("F8_E4M3")[0] = 1
 
 
-@pytest.mark.parametrize("dtype", CODE_FORMATS)
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
 def test_each_code_counts_as_nonfinite_exactly_where_it_is(dtype: str) -> None:
     """The byte test of a format agrees with its values, code by code."""
     finite = np.isfinite(ALL_CODES.view(NUMPY[dtype]).astype(np.float32))
@@ -94,6 +114,26 @@ def test_scale_shapes_are_kept(dtype: str, shape: tuple[int, ...]) -> None:
     stored = np.full(shape, 1, SCALE_DTYPES[dtype])
     assert scale_values(stored, dtype).shape == shape
     assert scale_values(stored, dtype).dtype == np.float32
+
+
+def test_e4m3_scales_are_exact() -> None:
+    """All 256 patterns, as codes have them."""
+    got = scale_values(ALL_CODES, "F8_E4M3")
+    np.testing.assert_array_equal(bits(got), bits(ALL_CODES.view(NUMPY["F8_E4M3"]).astype(np.float32)))
+
+
+@pytest.mark.parametrize("divides", [False, True])
+@pytest.mark.parametrize("value", [1.0, 0.1, 2688 / 0.37, 1e-30, 3e38])
+def test_a_factor_is_one_operation_in_float32(value: float, *, divides: bool) -> None:
+    """Each scale times it, or divided by it, rounded once."""
+    factor, scales = np.float32(value), ALL_CODES.view(NUMPY["F8_E4M3"]).astype(np.float32)
+    with np.errstate(all="ignore"):
+        expected = scales / factor if divides else scales * factor
+    got = scale_values(ALL_CODES, "F8_E4M3", Factor(factor, divides))
+    assert got.dtype == np.float32
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(bits(got)[~nan], bits(expected)[~nan])
+    assert np.isnan(got[nan]).all()
 
 
 def test_scale_values_leaves_its_input_alone() -> None:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fp8ckpt.numerics import dequantize as module
-from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
+from fp8ckpt.numerics.codes import FP8_DTYPES, FP8_SCALES, SCALE_DTYPES
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid
 from tests.oracle import NUMPY, Stored, dequantize
@@ -70,8 +70,8 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         shape,
         block,
-        draw(st.sampled_from(list(CODE_FORMATS))),
-        draw(st.sampled_from(list(SCALE_DTYPES))),
+        draw(st.sampled_from(list(FP8_DTYPES))),
+        draw(st.sampled_from(list(FP8_SCALES))),
         draw(st.sampled_from(TARGETS)),
         draw(st.integers(0, 2**32 - 1)),
     )
@@ -127,8 +127,8 @@ def test_flat_writes_into_any_stride(case: Case, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", TARGETS)
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-@pytest.mark.parametrize("code_dtype", CODE_FORMATS)
+@pytest.mark.parametrize("scale_dtype", FP8_SCALES)
+@pytest.mark.parametrize("code_dtype", FP8_DTYPES)
 def test_all_codes_with_every_scale_dtype_and_target(code_dtype: str, scale_dtype: str, dtype: str) -> None:
     """All 256 codes, under one scale a short row, a small block, a row that repays a table, and a tensor."""
     for shape, block in (((40, 256), (1, 256)), ((80, 128), (2, 128)), ((10, 1280), (1, 1280))):
@@ -221,7 +221,7 @@ def test_both_ways_give_equal_bits(monkeypatch: pytest.MonkeyPatch, dtype: str) 
     calls = Calls(monkeypatch)
     for threshold, kernel in ((0, "look_up_blocks"), (1 << 60, "multiply_blocks")):
         monkeypatch.setattr(module, "_LEAST_ELEMENTS_PER_TABLE", threshold)
-        for code_dtype in CODE_FORMATS:
+        for code_dtype in FP8_DTYPES:
             case = Case((70, 90), (16, 24), code_dtype, "F32", dtype, 3)
             case.check_flat(0, case.codes.size)
             case.check_flat(13, case.codes.size - 29)
@@ -231,9 +231,7 @@ def test_both_ways_give_equal_bits(monkeypatch: pytest.MonkeyPatch, dtype: str) 
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    st.sampled_from(list(CODE_FORMATS)), st.sampled_from(["F32", "BF16", "F16"]), st.sampled_from(TARGETS), st.data()
-)
+@given(st.sampled_from(list(FP8_DTYPES)), st.sampled_from(["F32", "BF16", "F16"]), st.sampled_from(TARGETS), st.data())
 @example("F8_E4M3", "F32", "BF16", None)
 def test_large_blocks_at_any_phase(code_dtype: str, scale_dtype: str, dtype: str, data: st.DataObject | None) -> None:
     """Blocks big enough for tables, entered at every kind of phase."""
@@ -267,7 +265,7 @@ def test_weights_of_more_dimensions(shape: Shape, scale_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("scale_shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("scale_dtype", FP8_SCALES)
 def test_scales_of_any_shape_are_taken(scale_shape: Shape, scale_dtype: str) -> None:
     """Scales come "in any shape with one element a block": 0-d ones too, of every dtype."""
     stored = np.full(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
+from fp8ckpt.numerics.codes import FP8_SCALES, SCALE_DTYPES, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid
 from fp8ckpt.numerics.quantize import (
@@ -165,7 +165,7 @@ _dims = {0: st.just(1), 1: st.integers(1, 200), 2: st.integers(1, 30), 3: st.int
 def cases(draw: st.DrawFn) -> Case:
     shape = draw(st.integers(0, 4).flatmap(lambda rank: st.tuples(*[_dims[rank]] * rank)))
     block = tuple(draw(st.one_of(st.integers(1, dim + 1), st.sampled_from([1, dim, 7, 16]))) for dim in shape)
-    dtype, scale_dtype = draw(st.sampled_from(VALUE_DTYPES)), draw(st.sampled_from(list(SCALE_DTYPES)))
+    dtype, scale_dtype = draw(st.sampled_from(VALUE_DTYPES)), draw(st.sampled_from(list(FP8_SCALES)))
     return Case(shape, block, dtype, scale_dtype, draw(st.integers(0, 2**32 - 1)))
 
 
@@ -205,14 +205,14 @@ def test_a_part_alone_equals_the_oracle(case: Case, data: st.DataObject) -> None
 def test_every_kind_of_grid(kind: str, dtype: str) -> None:
     """Whole, in runs, and in regions that start and stop inside blocks; with scales of every dtype in turn."""
     shape, block = GRIDS[kind]
-    scale_dtype = list(SCALE_DTYPES)[list(GRIDS).index(kind) % len(SCALE_DTYPES)]
+    scale_dtype = list(FP8_SCALES)[list(GRIDS).index(kind) % len(FP8_SCALES)]
     case = Case(shape, block, dtype, "F8_E8M0" if kind == "1x32" else scale_dtype, 9)
     case.check_runs([])
     case.check_runs([case.codes.size // 3, case.codes.size // 2, case.codes.size * 9 // 10])
     case.check_regions([[dim // 2] for dim in shape])
 
 
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("scale_dtype", FP8_SCALES)
 @pytest.mark.parametrize("kind", GRIDS)
 def test_fresh_scales_of_every_kind_of_grid(kind: str, scale_dtype: str) -> None:
     """From values to maxima to stored scales to codes, a block of zeros among them."""
@@ -363,7 +363,7 @@ def usable_scales(dtype: str, target: str, most: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("target", VALUE_DTYPES)
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("scale_dtype", FP8_SCALES)
 def test_round_trip_is_lossless(scale_dtype: str, target: str) -> None:
     """Dequantized and encoded again, each finite code is the same byte, under thousands of scales, every exponent."""
     stored = usable_scales(scale_dtype, target, 4000)
@@ -382,7 +382,7 @@ def test_round_trip_is_lossless(scale_dtype: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "kept_as"), [("BF16", "BF16"), ("F16", "F16"), ("F32", "F32"), ("BF16", "F32")])
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("scale_dtype", FP8_SCALES)
 def test_a_block_that_was_dequantized_and_not_changed_always_fits(scale_dtype: str, target: str, kept_as: str) -> None:
     """Whatever its largest code is, zero included; also where the bfloat16 values are kept as float32."""
     stored = np.tile(usable_scales(scale_dtype, target, 4000), 127)[: 127 * 60]
@@ -594,7 +594,7 @@ def magnitudes() -> np.ndarray:
     return found[(found > 0) & (found < 0x7F800000)].view(np.float32)
 
 
-@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("dtype", FP8_SCALES)
 def test_fresh_scales_equal_the_oracle(dtype: str) -> None:
     """For every kind of magnitude, as blocks of one element."""
     amax = magnitudes()
@@ -637,7 +637,7 @@ def test_float32_scales_are_the_quotient() -> None:
     assert fits(amax[normal], scales[normal]).all()
 
 
-@pytest.mark.parametrize("dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("dtype", FP8_SCALES)
 def test_powers_of_two_are_exact(dtype: str) -> None:
     """448 times a power of two that the dtype holds gives it; the next number up gives the next scale, but for
     float32's own.

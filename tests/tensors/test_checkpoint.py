@@ -34,7 +34,7 @@ from fp8ckpt.errors import (
     UnknownTensorError,
     UnsupportedFormatError,
 )
-from fp8ckpt.numerics.codes import CODE_FORMATS
+from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.stores.local import LocalStore, local_file
 from fp8ckpt.stores.store import ByteRange, Bytes
@@ -773,7 +773,7 @@ def test_all_bad_scales_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", sorted(dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0 and dtype not in CODE_FORMATS)
+    "dtype", sorted(dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0 and dtype not in FP8_DTYPES)
 )
 def test_plain_tensors_of_every_dtype(tmp_path: Path, dtype: str) -> None:
     """What is not FP8 keeps its dtype and its bytes: 0-d, empty and three-dimensional."""
@@ -965,9 +965,7 @@ def test_following_an_index_that_lies(two: Path) -> None:
 
 
 def test_an_fp8_cache_with_plain_weights(tmp_path: Path) -> None:
-    """Sound; a conversion to bfloat16 drops its scales with the configuration that they belong to, and says so. The way
-    back brings both, byte for byte.
-    """
+    """Sound; a conversion to bfloat16 drops its scales with the configuration that they belong to, and says so."""
     family = cache_only()
     source = family.write(tmp_path / "source")
     checkpoint = open_checkpoint(source)
@@ -979,10 +977,3 @@ def test_an_fp8_cache_with_plain_weights(tmp_path: Path) -> None:
     assert result.notes == ("2 scales of the key-value cache are left out, with the configuration that they belong to",)
     assert read_directory(tmp_path / "out") == family.expected()
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"dtype": "bfloat16"}
-    assert verify(source, tmp_path / "out").ok
-    result = convert(tmp_path / "out", tmp_path / "back", to="fp8", like=source)
-    assert (result.quantized, result.report.total.elements) == (0, 0)
-    assert result.notes == ("the base has no FP8 weights: its 2 scales of the key-value cache are written back",)
-    assert {file.name: file.read_bytes() for file in source.iterdir()} == {
-        file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()
-    }

@@ -18,7 +18,7 @@ from fp8ckpt.errors import (
     ScaleShapeError,
     UnsupportedFormatError,
 )
-from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
+from fp8ckpt.numerics.codes import FP8_DTYPES, FP8_SCALES
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import BlockSizes
@@ -95,8 +95,8 @@ def test_every_family_pairs(tmp_path: Path, name: str, files: int) -> None:
             assert (tensor.dtype, tensor.shape) == family.tensors[other][:2]
 
 
-@pytest.mark.parametrize("code_dtype", CODE_FORMATS)
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("code_dtype", FP8_DTYPES)
+@pytest.mark.parametrize("scale_dtype", FP8_SCALES)
 @pytest.mark.parametrize("row", SCALES, ids=str)
 def test_every_row_with_every_dtype(row: ScaleRow, scale_dtype: str, code_dtype: str) -> None:
     """The table of scales, with all code and scale dtypes."""
@@ -263,44 +263,6 @@ def test_missing_and_double_names_of_torchao() -> None:
     assert defect.tensor == "m.weight"
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "dtype", "block"),
-    [
-        ((256, 384), (2, 3), "F32", (128, 128)),
-        ((256, 384), (256, 3), "BF16", (1, 128)),
-        ((3, 256, 384), (3, 2, 3), "F32", (1, 128, 128)),
-        ((256, 384), (), "F8_E8M0", (256, 384)),
-        ((256, 384), (3, 3), "F32", ScaleShapeError),
-        ((256, 384), (6,), "F32", ScaleShapeError),
-        ((256, 384), (0, 3), "F32", ScaleShapeError),
-        ((256, 384), (256, 12), "U8", UnsupportedFormatError),
-        ((256, 384), (256, 12), "F8_E8M0", UnsupportedFormatError),
-    ],
-)
-def test_blocks_of_torchao(weight: Any, scale: Any, dtype: str, block: Any) -> None:
-    """They divide the weight, and the shapes say their size; exponents may be in the order of a kernel."""
-    tensors: dict[str, Spec] = {"m._weight_qdata": ("F8_E4M3", weight), "m._weight_scale": (dtype, scale)}
-    if isinstance(block, type):
-        only_defect(tensors, block)
-        only_defect(tensors, block, (1, 32))
-        return
-    tensor = paired(tensors).tensors["m.weight"]
-    assert isinstance(tensor, QuantizedTensor)
-    assert tensor.grid.block_size == block
-    only_defect({"m.weight": ("F8_E4M3", weight), "m.weight_scale": ("F32", (2, 3))}, ScaleShapeError)
-
-
-@pytest.mark.parametrize("stated", [None, (1, 32)])
-def test_exponents_of_comfyui_may_be_in_another_order(stated: tuple[int, ...] | None) -> None:
-    """Refused where its marker stands beside them, even where the shape fits; elsewhere the remedy warns of it."""
-    mx: dict[str, Spec] = {"m.weight": ("F8_E4M3", (256, 256)), "m.weight_scale": ("U8", (256, 8))}
-    assert "order" in only_defect({**mx, "m.comfy_quant": ("U8", (20,))}, UnsupportedFormatError, stated).found
-    if stated is None:
-        assert "ComfyUI" in str(only_defect(mx, ScaleShapeError).remedy)
-    else:
-        assert not paired(mx, stated).defects
-
-
 @pytest.mark.parametrize("factor", ["m.q.pre_quant_scale", "m.q.weight_scale_2", "m.q.weight_zero_point"])
 def test_a_second_factor(factor: str) -> None:
     """What would have to be applied as well is refused."""
@@ -311,7 +273,7 @@ def test_a_second_factor(factor: str) -> None:
 # Defects of one scale.
 
 
-@pytest.mark.parametrize("code_dtype", CODE_FORMATS)
+@pytest.mark.parametrize("code_dtype", FP8_DTYPES)
 def test_a_missing_scale(code_dtype: str) -> None:
     """An FP8 weight without a scale never becomes a tensor."""
     tensors: dict[str, Spec] = {"a.weight": (code_dtype, (4, 4)), "b.weight": W, "b.weight_scale_inv": S}
@@ -322,7 +284,7 @@ def test_a_missing_scale(code_dtype: str) -> None:
     assert "a.weight" not in paired(tensors).tensors
 
 
-@pytest.mark.parametrize("dtype", CODE_FORMATS)
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
 def test_a_scale_of_fp8_is_no_scale(dtype: str) -> None:
     """An FP8 tensor named as a scale is a weight without a scale, as is the weight that it stands beside."""
     result = paired({"a.weight": W, "a.weight_scale_inv": (dtype, (1,))})
@@ -399,7 +361,7 @@ def test_an_ambiguous_scale(first: str, second: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", sorted(set(DTYPE_BITS) - set(SCALE_DTYPES) - set(CODE_FORMATS) - {"F4", "F6_E2M3", "F6_E3M2"})
+    "dtype", sorted(set(DTYPE_BITS) - set(FP8_SCALES) - set(FP8_DTYPES) - {"F4", "F6_E2M3", "F6_E3M2"})
 )
 def test_a_scale_of_a_foreign_dtype(dtype: str) -> None:
     """No family keeps scales in integers, booleans, doubles or complex numbers."""

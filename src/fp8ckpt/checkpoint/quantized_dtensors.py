@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import fp8ckpt.numerics.quantize as rule
 from fp8ckpt.checkpoint.regions import dequantize_on_device
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, WeightValueError
-from fp8ckpt.numerics.codes import SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import FP8_SCALES, SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, pieces, within
 from fp8ckpt.tensors.reading import bits_of, bytes_of, stored_dtype, torch_dtype
@@ -50,9 +50,9 @@ def dequantize(
     """
     whole = (scale.full_tensor() if isinstance(scale, DTensor) else scale).detach().cpu().contiguous()
     scale_dtype = stored_dtype(whole.dtype) or ""
-    if scale_dtype not in SCALE_DTYPES:
+    if scale_dtype not in FP8_SCALES:
         raise ScaleValueError(
-            f"a scale of dtype {whole.dtype}", tensor=name, expected=f"one of {', '.join(SCALE_DTYPES)}"
+            f"a scale of dtype {whole.dtype}", tensor=name, expected=f"one of {', '.join(FP8_SCALES)}"
         )
     grid = infer_grid(tuple(weight.shape), tuple(whole.shape), block_size)
     if grid is None:
@@ -190,5 +190,5 @@ def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    most = float(rule.LARGEST_CODE)
+    most = float(rule.E4M3.largest)
     return (values.to(torch.float32) / scales).clamp(-most, most).to(torch.float8_e4m3fn)

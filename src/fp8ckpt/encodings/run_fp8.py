@@ -53,11 +53,10 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """All weights together, and each. ``carried``: tensors that were taken from the base, byte for byte."""
+    """All weights together, and each."""
 
     total: WeightReport
     weights: tuple[WeightReport, ...]
-    carried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> Quantiz
         total.add(part)
         before = plan.weights[name].before
         weights.append(_row(before.name if before else name, part, plan.base is not None))
-    return QuantizationReport(_row("", total, plan.base is not None), tuple(weights), plan.carried)
+    return QuantizationReport(_row("", total, plan.base is not None), tuple(weights))
 
 
 def _row(name: str, facts: WeightFacts, has_base: bool) -> WeightReport:

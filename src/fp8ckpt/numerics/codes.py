@@ -1,10 +1,11 @@
-"""The meaning of one stored byte.
+"""The meaning of one stored code, and of one stored scale.
 
-A *code* is one FP8 byte; `code_values` gives the float32 value of each of its 256 patterns. A *scale* is always the
-multiplier, whatever a file calls it; `scale_values` gives scales as float32, exactly (every scale dtype fits in it).
+A *code* is eight bits (FP8) or four (F4, of which a byte holds two, the low half first); `code_values` gives the
+float32 value of each of its patterns. A *scale* is always the multiplier, whatever a file calls it; `scale_values`
+gives scales as float32. NVFP4 has scales of two levels: those of its groups are scaled by a `Factor`, one a tensor.
 
 Dtype names are those of safetensors headers. Sources: OCP "8-bit Floating Point Specification" 1.0 (E4M3, E5M2), OCP
-"Microscaling Formats" 1.0 (E8M0), and the IEEE-style ``fnuz`` variants of Noune et al. 2022 (one NaN, at 0x80; no
+"Microscaling Formats" 1.0 (E2M1, E8M0), and the IEEE-style ``fnuz`` variants of Noune et al. 2022 (one NaN, at 0x80; no
 infinities; no negative zero).
 """
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 
 class CodeFormat(NamedTuple):
-    """Layout of an FP8 dtype: sign bit, then ``exponent_bits``, then ``mantissa_bits``."""
+    """Layout of a code: sign bit, then ``exponent_bits``, then ``mantissa_bits``."""
 
     exponent_bits: int
     mantissa_bits: int
@@ -28,14 +29,31 @@ class CodeFormat(NamedTuple):
     nonfinite_first: int
     nonfinite_count: int
 
+    @property
+    def bits(self) -> int:
+        """Of one code."""
+        return 1 + self.exponent_bits + self.mantissa_bits
 
-#: FP8 dtypes by their safetensors name. Only e4m3fn is found in released models; the rest are read if met.
+    @property
+    def per_byte(self) -> int:
+        """Codes that a byte holds."""
+        return 8 // self.bits
+
+
+F4 = "F4"  # e2m1; files mostly hold it in bytes, as U8 or I8
+
+#: Codes by the safetensors name of their dtype. Of FP8, only e4m3fn is found in released models; the rest are read if
+#: met.
 CODE_FORMATS = {
     "F8_E4M3": CodeFormat(4, 3, 7, 0x7F, 0x7F, 1),
     "F8_E5M2": CodeFormat(5, 2, 15, 0x7F, 0x7C, 4),
     "F8_E4M3FNUZ": CodeFormat(4, 3, 8, 0xFF, 0x80, 1),
     "F8_E5M2FNUZ": CodeFormat(5, 2, 16, 0xFF, 0x80, 1),
+    F4: CodeFormat(2, 1, 1, 0, 0, 0),
 }
+
+#: Of those, the ones of which a byte is a code.
+FP8_DTYPES = tuple(dtype for dtype, form in CODE_FORMATS.items() if form.bits == 8)
 
 #: Bytes per element of the dtypes that codes are dequantized to.
 TARGET_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -48,20 +66,36 @@ FP8 = "fp8"  # the other target: not one dtype for all, but a base's or a scheme
 #: What becomes of a base's scales: kept where the values still fit them, or all made anew.
 SCALES = ("reuse", "fresh")
 
-#: Scale dtypes; U8 holds e8m0 exponents.
-SCALE_DTYPES = {"F32": np.uint32, "BF16": np.uint16, "F16": np.float16, "U8": np.uint8, "F8_E8M0": np.uint8}
+#: Scale dtypes; U8 holds e8m0 exponents. What is in F8_E4M3 has a factor besides.
+SCALE_DTYPES = {
+    "F32": np.uint32, "BF16": np.uint16, "F16": np.float16, "U8": np.uint8, "F8_E8M0": np.uint8, "F8_E4M3": np.uint8,
+}  # fmt: skip
 E8M0_DTYPES = ("U8", "F8_E8M0")
+FP8_SCALES = tuple(dtype for dtype in SCALE_DTYPES if dtype not in FP8_DTYPES)  # those that FP8 codes can have
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
 
+class Factor(NamedTuple):
+    """The second level of scales: all scales of a tensor are multiplied by ``value``, or divided."""
+
+    value: np.float32
+    divides: bool
+
+    def of(self, scales: F32) -> F32:
+        """The multipliers of codes, in float32."""
+        with np.errstate(all="ignore"):  # what is no scale then is refused by name
+            found: F32 = scales / self.value if self.divides else scales * self.value
+            return found
+
+
 @lru_cache
 def code_values(dtype: str) -> F32:
-    """Float32 values [256] of every code of an FP8 dtype; NaN codes keep their sign bit, and are quiet."""
+    """Float32 values [256 or 16] of every code of a dtype; NaN codes keep their sign bit, and are quiet."""
     form = CODE_FORMATS[dtype]
-    bits = np.zeros(256, np.uint32)
-    for code in range(256):
+    bits = np.zeros(1 << form.bits, np.uint32)
+    for code in range(bits.size):
         exponent = code >> form.mantissa_bits & (1 << form.exponent_bits) - 1
         mantissa = code & (1 << form.mantissa_bits) - 1
         if (code & form.nonfinite_mask) - form.nonfinite_first & 0xFF < form.nonfinite_count:
@@ -75,14 +109,21 @@ def code_values(dtype: str) -> F32:
             bits[code] = np.float32(magnitude).view(np.uint32)
         # The single NaN of the fnuz formats sits where negative zero would be; it has no sign of its own, and is
         # given the one that the reference decoders (ml_dtypes, torch) give it.
-        bits[code] |= np.uint32((code >> 7) << 31)
+        bits[code] |= np.uint32(code >> form.bits - 1 << 31)
     values = bits.view(np.float32)
     values.flags.writeable = False
     return values
 
 
-def scale_values(stored: npt.NDArray[np.generic], dtype: str) -> F32:
-    """Scales as float32, exactly. ``stored`` has the numpy dtype that `SCALE_DTYPES` gives; the shape is kept."""
+def scale_values(stored: npt.NDArray[np.generic], dtype: str, factor: Factor | None = None) -> F32:
+    """Scales as float32: exactly, as every scale dtype fits in it, but for one rounding where there is a ``factor``.
+
+    ``stored`` has the numpy dtype that `SCALE_DTYPES` gives; the shape is kept.
+    """
+    if factor is not None:
+        return factor.of(scale_values(stored, dtype))
+    if dtype == "F8_E4M3":
+        return code_values(dtype)[stored.view(np.uint8)]
     if dtype == "F32":
         return stored.view(np.float32)
     if dtype == "BF16":

@@ -6,6 +6,9 @@ exact by construction, for every FP8 dtype, scale dtype and target dtype, NaN in
 (e8m0) share 255 tables, whatever the size of their blocks; other scales get a table a block where the block is large
 enough to repay one, and are multiplied with equal bits where it is not. One case has loops of its own, with equal bits
 and twice as fast: e4m3 codes of one scale to bfloat16, which is what most releases are.
+
+A byte of two codes of four bits has 256 values too: it is looked up as a pair. The scales of its groups are of one byte
+as well, exponents or e4m3, so there are 256 tables, each of which two levels of scales are multiplied into.
 """
 
 from __future__ import annotations
@@ -20,15 +23,15 @@ import numpy.typing as npt
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.codes import (
     CODE_FORMATS,
-    E8M0_DTYPES,
     F32,
     SCALE_DTYPES,
     TARGET_BYTES,
     U8,
+    Factor,
     code_values,
     scale_values,
 )
-from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
+from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, bytes_of_run, window, windows
 
 ROUNDING = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
 _LEAST_ELEMENTS_PER_TABLE = 1024  # filling a table costs about as much as 400 look-ups
@@ -48,10 +51,19 @@ def scale_table(scales: F32, code_dtype: str, dtype: str) -> Bits:
     return tables
 
 
-@lru_cache
-def _exponent_tables(code_dtype: str, dtype: str) -> Bits:
-    """The tables [256, 256] of every e8m0 exponent."""
-    return scale_table(scale_values(np.arange(256, dtype=np.uint8), "U8"), code_dtype, dtype)
+def pair_table(scales: F32, code_dtype: str, dtype: str) -> Bits:
+    """The same [T, 256] of the two codes of a byte, the low half first: u32 of two u16, u64 of two u32."""
+    tables = np.empty((scales.size, 256), np.uint32 if TARGET_BYTES[dtype] == 2 else np.uint64)
+    kernels.fill_pair_tables(scales, code_values(code_dtype), ROUNDING[dtype], tables)
+    return tables
+
+
+@lru_cache(maxsize=32)  # of up to half a mebibyte; a factor is one tensor's own
+def _tables_by_byte(scale_dtype: str, factor: Factor | None, code_dtype: str, dtype: str) -> Bits:
+    """The tables [256, 256] of every byte that a scale can be."""
+    scales = scale_values(np.arange(256, dtype=np.uint8), scale_dtype, factor)
+    fill = scale_table if CODE_FORMATS[code_dtype].per_byte == 1 else pair_table
+    return fill(scales, code_dtype, dtype)
 
 
 def count_nonfinite(codes: U8, code_dtype: str) -> int:
@@ -65,21 +77,36 @@ class Dequantizer:
     """One quantized tensor's scales, ready to be applied to any part of its codes. Immutable; threads may share it.
 
     ``scales``: the stored scales, in any shape with one element a block, of the numpy dtype that
-    `fp8ckpt.numerics.codes.SCALE_DTYPES` gives for ``scale_dtype``. ``dtype`` is the target: BF16, F16 or F32.
+    `fp8ckpt.numerics.codes.SCALE_DTYPES` gives for ``scale_dtype``, all of which a ``factor`` scales once more.
+    ``dtype`` is the target: BF16, F16 or F32. Where a byte holds two codes, the grid's blocks have even columns, and
+    ``scale_dtype`` is one of bytes.
     """
 
     def __init__(
-        self, grid: BlockGrid, scales: npt.NDArray[np.generic], scale_dtype: str, code_dtype: str, dtype: str
+        self,
+        grid: BlockGrid,
+        scales: npt.NDArray[np.generic],
+        scale_dtype: str,
+        code_dtype: str,
+        dtype: str,
+        factor: Factor | None = None,
     ) -> None:
         self.grid = grid
         self.code_dtype = code_dtype
         self.dtype = dtype
+        self._per_byte = CODE_FORMATS[code_dtype].per_byte
         self._matrices = as_matrices(grid)
         blocks = tuple(max(1, size) for size in self._matrices.shape)  # an empty weight has its one scale
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
-        self._values = scale_values(scales, scale_dtype).reshape(blocks)
-        self._exponents = scales.reshape(blocks) if scale_dtype in E8M0_DTYPES and not grid.per_tensor else None
-        self._table = scale_table(self._values.reshape(-1), code_dtype, dtype)[0] if grid.per_tensor else None
+        self._values = scale_values(scales, scale_dtype, factor).reshape(blocks)
+        whole = grid.per_tensor and self._per_byte == 1
+        self._table = scale_table(self._values.reshape(-1), code_dtype, dtype)[0] if whole else None
+        self._by_byte: tuple[Bits, U8] | None = None  # tables, and which of them is each block's
+        if SCALE_DTYPES[scale_dtype] is np.uint8 and not whole:
+            self._by_byte = (
+                _tables_by_byte(scale_dtype, factor, code_dtype, dtype),
+                scales.view(np.uint8).reshape(blocks),
+            )
 
     @property
     def scales(self) -> F32:
@@ -87,25 +114,33 @@ class Dequantizer:
         return self._values.reshape(self.grid.shape)
 
     def flat(self, codes: U8, start: int, out: Bits) -> None:
-        """Dequantize codes u8 [n], which are elements ``start`` to ``start + n`` in row-major order, into out [n]."""
+        """Dequantize the elements ``start`` to ``start + n`` in row-major order, whose bytes are codes u8, into out
+        [n].
+        """
         if self._table is not None:
             self._whole(codes, self._table, out)
             return
-        for part in windows(self._matrices, start, codes.size):
-            shape = part.rows, part.cols
-            self._window(codes[part.elements].reshape(shape), part, out[part.elements].reshape(shape))
+        before = start // self._per_byte
+        for part in windows(self._matrices, start, out.size):
+            first, count = bytes_of_run(start + part.elements.start, part.rows * part.cols, self._per_byte)
+            of_rows = codes[first - before :][:count].reshape(part.rows, -1)
+            self._window(of_rows, part, out[part.elements].reshape(part.rows, part.cols))
 
     def region(self, codes: U8, offsets: tuple[int, ...], out: Bits) -> None:
-        """Dequantize codes of a region at ``offsets`` in the full tensor; ``out`` has the codes' shape, any strides."""
+        """Dequantize the codes of a region at ``offsets`` in the full tensor; ``out`` has its sizes, any strides.
+
+        ``codes``: the bytes that hold them, of the same shape where a byte is a code, see
+        `fp8ckpt.numerics.geometry.bytes_of_region`.
+        """
         rank = len(self._matrices.weight_shape)
         codes = codes.reshape((1,) * (rank - codes.ndim) + codes.shape)
         out = out[(np.newaxis,) * (rank - out.ndim)]
         offsets = (0,) * (rank - len(offsets)) + offsets
-        if not codes.size:
+        if not out.size:
             return
-        for index in np.ndindex(codes.shape[:-2]):
+        for index in np.ndindex(out.shape[:-2]):
             lead = tuple(offset + i for offset, i in zip(offsets, index, strict=False))
-            part = window(self._matrices, lead, offsets[-2], offsets[-1], codes.shape[-2:], slice(0, 0))
+            part = window(self._matrices, lead, offsets[-2], offsets[-1], out.shape[-2:], slice(0, 0))
             self._window(codes[index], part, out[index])
 
     def _whole(self, codes: U8, table: Bits, out: Bits) -> None:
@@ -116,16 +151,16 @@ class Dequantizer:
             kernels.look_up(codes, table, out)
 
     def _window(self, codes: U8, part: Window, out: Bits) -> None:
-        """Codes [R, C] of a window of the weight."""
+        """Codes [R, bytes of C] of a window of the weight."""
         if self._table is not None:
             if codes.flags.c_contiguous and out.flags.c_contiguous:
                 self._whole(codes.reshape(-1), self._table, out.reshape(-1))
             else:
                 kernels.look_up_blocks(codes, self._table[np.newaxis], _ONE_ID, 0, 0, part.rows, part.cols, out)
             return
-        if self._exponents is not None:
-            tables = _exponent_tables(self.code_dtype, self.dtype)
-            kernels.look_up_blocks(codes, tables, self._exponents[part.blocks], *part.phase, out)
+        if self._by_byte is not None:
+            look_up = kernels.look_up_blocks if self._per_byte == 1 else kernels.look_up_packed
+            look_up(codes, self._by_byte[0], self._by_byte[1][part.blocks], *part.phase, out)
             return
         scales = np.ascontiguousarray(self._values[part.blocks])
         if codes.size >= _LEAST_ELEMENTS_PER_TABLE * prod(scales.shape):

@@ -60,6 +60,21 @@ def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...
         yield base + sum(i * stride for i, stride in zip(index, strides, strict=False)), length
 
 
+def bytes_of_run(start: int, count: int, per_byte: int) -> tuple[int, int]:
+    """The bytes (first, count) that hold a run of elements, ``per_byte`` of which lie in one."""
+    first = start // per_byte
+    return first, -(-(start + count) // per_byte) - first
+
+
+def bytes_of_region(region: Region, per_byte: int) -> Region:
+    """The bytes that hold a region, where one holds ``per_byte`` elements of the last dimension."""
+    offsets, sizes = region
+    if per_byte == 1:
+        return region
+    first, count = bytes_of_run(offsets[-1], sizes[-1], per_byte)
+    return (*offsets[:-1], first), (*sizes[:-1], count)
+
+
 class BlockGrid(NamedTuple):
     """One block size per dimension of the weight. Edge blocks may be ragged."""
 

@@ -146,6 +146,66 @@ def look_up_blocks(
 
 
 @compiled()
+def fill_pair_tables(scales: Array, values: Array, target: int, tables: Array) -> None:
+    """``tables[t, byte]``: the values of the two codes of a byte times ``scales[t]``, rounded, the low one in the low
+    half: scales f32 [T], values f32 [16], tables u32 [T, 256] of two u16, or u64 of two u32.
+    """
+    singles = np.empty(16, np.uint64)
+    half = np.uint64(4 * tables.itemsize)
+    for t in range(scales.size):
+        scale = scales[t]
+        for code in range(16):
+            singles[code] = np.uint64(_rounded(values[code] * scale, target))
+        for high in range(16):
+            for low in range(16):
+                tables[t, 16 * high + low] = singles[low] | (singles[high] << half)
+
+
+@compiled()
+def look_up_packed(
+    codes: Array,
+    tables: Array,
+    ids: Array,
+    row_phase: int,
+    col_phase: int,
+    block_rows: int,
+    block_cols: int,
+    out: Array,
+) -> None:
+    """The same of codes of four bits, a pair at a time: codes u8 [R, bytes of C], tables of `fill_pair_tables`, ids [R
+    blocks, C blocks], out u16/u32 [R, C].
+
+    Blocks have even columns, so a byte lies in one. Where ``col_phase`` is odd a row begins with the high half of a
+    byte, and it may end with a low one.
+    """
+    rows, cols = out.shape
+    odd = col_phase & 1
+    half = np.uint64(8 * out.itemsize)
+    flat = tables.reshape(-1)
+    for r in range(rows):
+        of_row = ids[(row_phase + r) // block_rows]
+        if odd:
+            out[r, 0] = flat[(np.uint64(of_row[0]) << np.uint64(8)) | np.uint64(codes[r, 0])] >> half
+        source, result = codes[r, odd:], out[r, odd:]
+        block, phase = divmod(col_phase + odd, block_cols)
+        room, left = block_cols - phase, cols - odd
+        byte = np.uint64(0)  # unsigned, or each index would be asked whether it counts from the end
+        while left > 0:
+            count = min(room, left)
+            table = np.uint64(of_row[block]) << np.uint64(8)
+            for _ in range(count // 2):
+                pair = flat[table | np.uint64(source[byte])]
+                result[np.uint64(2) * byte] = pair
+                result[np.uint64(2) * byte + np.uint64(1)] = pair >> half
+                byte += np.uint64(1)
+            if count & 1:
+                result[np.uint64(2) * byte] = flat[table | np.uint64(source[byte])]
+            left -= count
+            room = block_cols
+            block += 1
+
+
+@compiled()
 def multiply_blocks(
     codes: Array,
     values: Array,
@@ -187,7 +247,8 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 #
 # Values come as bit patterns, u16 of bfloat16 or u32 of float32, with ``shift`` (16 or 0) saying which: shifted left by
 # it, both are float32. Divisions do not check for zero (``error_model``), or they would not become vector instructions;
-# scales are positive.
+# scales are positive. A code is a byte here, of four bits too, and ``form`` says what its bits are: how many, how many
+# of the mantissa, and the exponent's bias.
 
 
 @compiled()
@@ -232,21 +293,29 @@ def encode_blocks(
     values: Array,
     shift: int,
     scales: Array,
+    form: tuple[int, int, int],
+    most: Any,
     row_phase: int,
     col_phase: int,
     block_rows: int,
     block_cols: int,
     out: Array,
 ) -> None:
-    """``out = e4m3fn(clamp(values / scale, -448, 448))``, nearest even, in a window of finite values; out u8 [R, C].
+    """``out = code(clamp(values / scale, -most, most))``, nearest even, in a window of finite values; out u8 [R, C].
 
-    values u16/u32 [R, C], scales f32 [R blocks, C blocks]. Loops that become vector instructions: a code's exponent and
-    mantissa are the quotient's own bits, rounded at the 20th; of a quotient below ``2**-6`` they are whole steps of
-    ``2**-9``, which an addition of ``2**14`` rounds to. Each result is cast to 32 bits, or numba makes it 64, and half
-    of a vector is wasted.
+    values u16/u32 [R, C], scales f32 [R blocks, C blocks], most f32: the largest code. Loops that become vector
+    instructions: a code's exponent and mantissa are the quotient's own bits, rounded (of e4m3 at the 20th); of a
+    quotient below the least normal (``2**-6``) they are whole steps (of ``2**-9``), which an addition (of ``2**14``)
+    rounds to. Each result is cast to 32 bits, or numba makes it 64, and half of a vector is wasted.
     """
     rows, cols = values.shape
     left = np.int32(shift)
+    width, mantissa, bias = form
+    dropped, sign_at, sign_bit = np.int32(23 - mantissa), np.int32(32 - width), np.int32(1 << (width - 1))
+    below, one_less = np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
+    half = np.int32((1 << (22 - mantissa)) - 1)
+    steps_at = np.int32((151 - bias - mantissa) << 23)  # the bits of the power of two whose last place is one step
+    to_steps = np.float32(2.0 ** (24 - bias - mantissa))
     divisors = np.empty(_SCRATCH, np.float32)
     bits = np.empty(_SCRATCH, np.int32)
     quotients = bits.view(np.float32)
@@ -265,18 +334,33 @@ def encode_blocks(
             for i in range(size):
                 bits[i] = np.int32(np.int32(part[i]) << left) & np.int32(0x7FFFFFFF)
             for i in range(size):
-                quotients[i] = min(quotients[i] / divisors[i], np.float32(448))
+                quotients[i] = min(quotients[i] / divisors[i], most)
             for i in range(size):
-                shifted[i] = quotients[i] + np.float32(2.0**14)
+                shifted[i] = quotients[i] + to_steps
             for i in range(size):
-                rebased = np.int32(bits[i] - np.int32(120 << 23))
-                even = np.int32(np.int32(rebased >> np.int32(20)) & np.int32(1))
-                normal = np.int32(np.int32(rebased + np.int32(0x7FFFF) + even) >> np.int32(20))
-                subnormal = np.int32(steps[i] - np.int32(0x46800000))  # the bits of 2**14
-                steps[i] = subnormal if bits[i] < np.int32(121 << 23) else normal
+                rebased = np.int32(bits[i] - one_less)
+                even = np.int32(np.int32(rebased >> dropped) & np.int32(1))
+                normal = np.int32(np.int32(rebased + half + even) >> dropped)
+                subnormal = np.int32(steps[i] - steps_at)
+                steps[i] = subnormal if bits[i] < below else normal
             for i in range(size):
-                sign = np.int32(np.int32(np.int32(part[i]) << left) >> np.int32(24)) & np.int32(0x80)
+                sign = np.int32(np.int32(np.int32(part[i]) << left) >> sign_at) & sign_bit
                 result[i] = np.uint8(np.int32(steps[i] | sign))
+
+
+@compiled()
+def pack(codes: Array, out: Array) -> None:
+    """Codes of four bits u8 [2 n] as the bytes u8 [n] that hold them, the first in the low half."""
+    for i in range(out.size):
+        out[i] = codes[2 * i] | (codes[2 * i + 1] << np.uint8(4))
+
+
+@compiled()
+def unpack(packed: Array, out: Array) -> None:
+    """The codes u8 [2 n] that bytes u8 [n] hold."""
+    for i in range(packed.size):
+        out[2 * i] = packed[i] & np.uint8(15)
+        out[2 * i + 1] = packed[i] >> np.uint8(4)
 
 
 TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest error
@@ -289,6 +373,8 @@ def tally_blocks(
     codes: Array,
     scales: Array,
     limits: Array,
+    form: tuple[int, int, int],
+    beyond: Any,
     row_phase: int,
     col_phase: int,
     block_rows: int,
@@ -296,14 +382,22 @@ def tally_blocks(
     sums: Array,
     counts: Array,
 ) -> None:
-    """Add to ``sums`` f64 [4] what codes e4m3fn of a window lose, and to ``counts`` i64 [2] how many values lie beyond.
+    """Add to ``sums`` f64 [4] what codes of a window lose, and to ``counts`` i64 [2] how many values lie beyond.
 
     The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; largest
-    magnitude, largest error. counts: magnitudes above 450 times their scale, and above their block's of ``limits`` f32
-    [R blocks, C blocks].
+    magnitude, largest error. counts: magnitudes above ``beyond`` f32 times their scale, and above their block's of
+    ``limits`` f32 [R blocks, C blocks].
     """
     rows, cols = values.shape
     left = np.int32(shift)
+    width, mantissa, bias = form
+    dropped, of_size, subnormals = (
+        np.int32(23 - mantissa),
+        np.int32((1 << (width - 1)) - 1),
+        np.int32((1 << mantissa) - 1),
+    )
+    below, one_less = np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
+    least = np.float32(2.0 ** (1 - bias))
     factors = np.empty(_SCRATCH, np.float32)
     bounds = np.empty(_SCRATCH, np.float32)
     bits = np.empty(_SCRATCH, np.int32)
@@ -324,18 +418,19 @@ def tally_blocks(
             for i in range(size):
                 bits[i] = np.int32(np.int32(part[i]) << left) & np.int32(0x7FFFFFFF)
             for i in range(size):
-                code = np.int32(np.int32(coded[i]) & np.int32(0x7F))
-                exponent = np.int32(120 << 23) if code > np.int32(7) else np.int32(121 << 23)
-                decoded[i] = np.int32(np.int32(code << np.int32(20)) + exponent)
+                code = np.int32(np.int32(coded[i]) & of_size)
+                exponent = one_less if code > subnormals else below
+                decoded[i] = np.int32(np.int32(code << dropped) + exponent)
             for i in range(size):
-                excess = np.float32(0) if (coded[i] & np.uint8(0x7F)) > np.uint8(7) else np.float32(_LEAST_NORMAL)
+                code = np.int32(np.int32(coded[i]) & of_size)
+                excess = np.float32(0) if code > subnormals else least
                 errors[i] = abs((errors[i] - excess) * factors[i] - sizes[i])
             clipped = np.int32(0)
             outgrown = np.int32(0)
             largest = np.int32(0)
             worst = np.int32(0)
             for i in range(size):
-                clipped = np.int32(clipped + np.int32(sizes[i] > factors[i] * np.float32(450)))
+                clipped = np.int32(clipped + np.int32(sizes[i] > factors[i] * beyond))
                 outgrown = np.int32(outgrown + np.int32(sizes[i] > bounds[i]))
                 largest = max(largest, bits[i])
                 worst = max(worst, decoded[i])
@@ -374,7 +469,7 @@ def count_inexact(
 ) -> None:
     """Add to ``counts`` i64 [R blocks, C blocks] how many values of a window their codes do not give back.
 
-    A value is given back if ``table[code] * scale``, table f32 [256], equals it when rounded to ``target``, or to
+    A value is given back if ``table[code] * scale``, table f32 [256 or 16], equals it when rounded to ``target``, or to
     bfloat16: a float32 weight may be a bfloat16 one in a wider dtype.
     """
     rows, cols = values.shape

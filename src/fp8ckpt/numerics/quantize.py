@@ -12,8 +12,13 @@ scale that was
 more
   than four of e4m3's binades are left unused; or the block is zero; or the scale gives back every element exactly.
 
-So a block that was dequantized and not changed always fits, and gets its codes back. Only e4m3fn is written: no release
-uses another FP8 dtype.
+So a block that was dequantized and not changed always fits, and gets its codes back. Of FP8 only e4m3fn is written: no
+release uses another.
+
+Codes of four bits (e2m1) follow the same contract with 6 in the place of 448, and keep a scale where the largest
+magnitude is at least 4 times it. A fresh scale is as whoever defines the format makes it. MXFP4: the OCP's ``2 **
+(floor(log2(amax)) - 2)``, by which values between 6 and 8 times it become 6. NVFP4: ``amax / 6`` less the tensor's
+`Factor`, rounded to the nearest e4m3 value, as compressed-tensors and ModelOpt do it (they differ where that is zero).
 """
 
 from __future__ import annotations
@@ -26,14 +31,41 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.numerics import kernels
-from fp8ckpt.numerics.codes import E8M0_DTYPES, F32, SCALE_DTYPES, U8, code_values, scale_values
+from fp8ckpt.numerics.codes import (
+    CODE_FORMATS,
+    E8M0_DTYPES,
+    F4,
+    F32,
+    SCALE_DTYPES,
+    U8,
+    Factor,
+    code_values,
+    scale_values,
+)
 from fp8ckpt.numerics.dequantize import ROUNDING
 from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
 
-CODE_DTYPE = "F8_E4M3"
-LARGEST_CODE = np.float32(448)
-_BEYOND = np.float32(450)  # times the scale
-_TOO_SMALL = np.float32(28)  # times the scale
+
+class Coding(NamedTuple):
+    """What decides the codes of one dtype and their scales: the ``largest`` code; of how many times the scale on a
+    magnitude is ``beyond`` it, and up to how many a block is ``small`` for it.
+    """
+
+    dtype: str
+    largest: np.float32
+    beyond: np.float32
+    small: np.float32
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """As the kernels take it."""
+        form = CODE_FORMATS[self.dtype]
+        return form.bits, form.mantissa_bits, form.bias
+
+
+E4M3 = Coding("F8_E4M3", np.float32(448), np.float32(450), np.float32(28))
+E2M1 = Coding(F4, np.float32(6), np.float32(6 * 450 / 448), np.float32(4))
+CODINGS = {coding.dtype: coding for coding in (E4M3, E2M1)}
 
 Scales = npt.NDArray[Any]  # as they are stored: of the numpy dtype that SCALE_DTYPES gives
 Mask = npt.NDArray[np.bool_]
@@ -114,24 +146,40 @@ def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:
         maxima[part.window.blocks] = found.view(np.float32)
 
 
-def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8) -> None:
-    """Fill ``codes`` u8, which lie as the values do. ``scales`` as of `block_array`; values that are not finite have no
-    code.
+def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8, coding: Coding = E4M3) -> None:
+    """Fill ``codes`` u8, one a byte, which lie as the values do. ``scales`` as of `block_array`; values that are not
+    finite have no code.
     """
     for part in parts:
         given = np.ascontiguousarray(scales[part.window.blocks])
-        kernels.encode_blocks(part.of(values.bits), values.shift, given, *part.window.phase, part.of(codes))
+        kernels.encode_blocks(
+            part.of(values.bits), values.shift, given, coding.form, coding.largest, *part.window.phase, part.of(codes)
+        )
 
 
-def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32) -> Counts:
+def pack(codes: U8) -> U8:
+    """Codes of four bits [2 n], one a byte, as the bytes [n] that hold them."""
+    packed = np.empty(codes.size // 2, np.uint8)
+    kernels.pack(codes, packed)
+    return packed
+
+
+def unpack(packed: U8) -> U8:
+    """The codes of four bits [2 n], one a byte, that bytes [n] hold."""
+    codes = np.empty(2 * packed.size, np.uint8)
+    kernels.unpack(packed, codes)
+    return codes
+
+
+def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32, coding: Coding = E4M3) -> Counts:
     """How many elements of each block that the parts meet are not given back by their codes."""
     counts = np.zeros(scales.shape, np.int64)
     for part in parts:
         found = np.zeros(scales[part.window.blocks].shape, np.int64)
         given = np.ascontiguousarray(scales[part.window.blocks])
         kernels.count_inexact(
-            part.of(values.bits), values.shift, part.of(codes), code_values(CODE_DTYPE), given, ROUNDING[values.dtype],
-            *part.window.phase, found,
+            part.of(values.bits), values.shift, part.of(codes), code_values(coding.dtype), given,
+            ROUNDING[values.dtype], *part.window.phase, found,
         )  # fmt: skip
         counts[part.window.blocks] += found
     return counts
@@ -171,51 +219,57 @@ class Tally:
         self.largest_error = max(self.largest_error, other.largest_error)
 
 
-def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before: F32) -> Tally:
+def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before: F32, coding: Coding = E4M3) -> Tally:
     """What ``codes`` with ``scales`` lose of the values; ``before``: the scales that might have been kept (infinite
     where none).
     """
     sums, counts = np.zeros(kernels.TALLY), np.zeros(2, np.int64)
     with np.errstate(over="ignore"):
-        beyond = before * _BEYOND
+        beyond = before * coding.beyond
     for part in parts:
         given, limits = (np.ascontiguousarray(blocks[part.window.blocks]) for blocks in (scales, beyond))
         kernels.tally_blocks(
-            part.of(values.bits), values.shift, part.of(codes), given, limits, *part.window.phase, sums, counts
-        )
+            part.of(values.bits), values.shift, part.of(codes), given, limits, coding.form, coding.beyond,
+            *part.window.phase, sums, counts,
+        )  # fmt: skip
     return Tally(codes.size, 0, int(counts[0]), int(counts[1]), *map(float, sums))
 
 
-def within(maxima: F32, scales: F32) -> Mask:
+def within(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
     """Which blocks have nothing beyond their scale."""
     with np.errstate(over="ignore"):
-        inside: Mask = maxima / scales <= _BEYOND
+        inside: Mask = maxima / scales <= coding.beyond
     return inside
 
 
-def fits(maxima: F32, scales: F32) -> Mask:
+def fits(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
     """Which blocks fit their scale by their largest magnitude alone. Of the others, `may_fit` says which an exact look
     decides.
     """
     with np.errstate(over="ignore"):
-        large: Mask = (maxima == 0) | (maxima / scales >= _TOO_SMALL)
-    return large & within(maxima, scales)
+        large: Mask = (maxima == 0) | (maxima / scales >= coding.small)
+    return large & within(maxima, scales, coding)
 
 
-def may_fit(maxima: F32, scales: F32) -> Mask:
+def may_fit(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
     """Blocks that are small for their scale, and keep it if it gives back every element."""
     with np.errstate(over="ignore"):
         ratio = maxima / scales
-    small: Mask = (maxima > 0) & (ratio < _TOO_SMALL)
+    small: Mask = (maxima > 0) & (ratio < coding.small)
     return small
 
 
-def fresh_scales(maxima: F32, dtype: str, *, powers_of_two: bool = False) -> Scales:
-    """New scales, as stored in ``dtype``, for blocks of these (finite) largest magnitudes.
+def fresh_scales(
+    maxima: F32, dtype: str, *, powers_of_two: bool = False, coding: Coding = E4M3, factor: Factor | None = None
+) -> Scales:
+    """New scales, as stored in ``dtype``, for blocks of these (finite) largest magnitudes; under a tensor's ``factor``.
 
-    Infinite where the dtype cannot hold one: F16 alone, for magnitudes beyond 29 million (14 as powers of two).
+    Infinite or NaN where the dtype cannot hold one: F16 for magnitudes beyond 29 million (14 as powers of two), and
+    F8_E4M3 for those that the factor is too small for.
     """
-    wanted = (maxima / LARGEST_CODE).astype(np.float32)
+    if coding.dtype == F4:
+        return _of_exponent(maxima) if factor is None else _of_two_levels(maxima, factor)
+    wanted = (maxima / coding.largest).astype(np.float32)
     # Below float32's normal numbers a quotient may have lost bits that matter.
     short = (wanted < np.finfo(np.float32).tiny) & (wanted.astype(np.float64) * 448 < maxima)
     wanted = np.where(short, np.nextafter(wanted, np.float32(np.inf)), wanted)
@@ -238,21 +292,67 @@ def fresh_scales(maxima: F32, dtype: str, *, powers_of_two: bool = False) -> Sca
         return np.where(half.astype(np.float32) < wanted, np.nextafter(half, np.float16(np.inf)), half)
 
 
+def _of_exponent(maxima: F32) -> U8:
+    """MXFP4: the exponent of the largest magnitude less that of the largest code; 1 for zeros."""
+    exponents = np.maximum(maxima.view(np.uint32) >> np.uint32(23), np.uint32(2)) - np.uint32(2)
+    return np.where(maxima == 0, np.uint32(127), exponents).astype(np.uint8)
+
+
+_MOST_OF_E4M3 = np.float32(464)  # what is larger does not round to 448
+_LEAST_OF_E4M3 = np.float32(2.0**-9)
+_NAN_OF_E4M3 = np.uint8(0x7F)
+
+
+def _of_two_levels(maxima: F32, factor: Factor) -> U8:
+    """NVFP4: to the nearest, never zero."""
+    with np.errstate(all="ignore"):
+        if factor.divides:  # compressed-tensors
+            wanted = maxima / E2M1.largest * factor.value
+            wanted = np.where(wanted <= _LEAST_OF_E4M3 / 2, np.float32(0.125), wanted)
+        else:  # ModelOpt
+            wanted = maxima / (E2M1.largest * factor.value)
+            wanted = np.where(maxima == 0, np.float32(1), np.maximum(wanted, _LEAST_OF_E4M3))
+    scales = np.empty(wanted.size, np.uint8)
+    grid = BlockGrid(scales.shape, scales.shape)
+    ones = np.ones((1, 1), np.float32)
+    given = np.where(wanted <= _MOST_OF_E4M3, wanted, np.float32(0)).astype(np.float32).reshape(-1)
+    encode(parts_of_run(grid, 0, scales.size), Values(given.view(np.uint32), 0, "F32"), ones, scales)
+    return np.where(wanted <= _MOST_OF_E4M3, scales.reshape(wanted.shape), _NAN_OF_E4M3)
+
+
+def fresh_factor(largest: np.float32, *, divides: bool) -> Factor:
+    """A new factor for a tensor of this (finite) largest magnitude: that of the group which holds it is e4m3's largest.
+
+    As compressed-tensors (``divides``) and ModelOpt make it, but that it is 1 where neither's is a number.
+    """
+    most = E2M1.largest * E4M3.largest
+    with np.errstate(all="ignore"):
+        value = np.float32(most / largest) if divides else np.float32(largest / most)
+    return Factor(value if 0 < value < np.inf else np.float32(1), divides)
+
+
 def choose_scales(
-    maxima: F32, kept: Scales | None, dtype: str, exact: Mask | None = None, *, powers_of_two: bool = False
+    maxima: F32,
+    kept: Scales | None,
+    dtype: str,
+    exact: Mask | None = None,
+    *,
+    powers_of_two: bool = False,
+    coding: Coding = E4M3,
+    factor: Factor | None = None,
 ) -> tuple[Scales, Mask]:
     """(scales as stored in ``dtype``, which of them are ``kept``) for blocks of these largest magnitudes.
 
     ``kept``: the scales of before, of the same shape, or None to make all anew; ``exact``: where they give back every
-    element; ``powers_of_two``: of new scales.
+    element; ``powers_of_two``: of new scales; ``factor``: of all.
     """
-    fresh = fresh_scales(maxima, dtype, powers_of_two=powers_of_two)
+    fresh = fresh_scales(maxima, dtype, powers_of_two=powers_of_two, coding=coding, factor=factor)
     if kept is None:
         return fresh, np.zeros(maxima.shape, np.bool_)
-    before = scale_values(kept, dtype)
-    keep = fits(maxima, before)
+    before = scale_values(kept, dtype, factor)
+    keep = fits(maxima, before, coding)
     if exact is not None:
-        keep = keep | (may_fit(maxima, before) & exact)
+        keep = keep | (may_fit(maxima, before, coding) & exact)
     return np.where(keep, kept, fresh), keep
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from fp8ckpt.errors import StorageError, remedy_for
 from fp8ckpt.stores.local import refuse_irregular
 from fp8ckpt.stores.store import Bytes, File
-from fp8ckpt.system import MOST_AT_ONCE, flush, flush_data
 
 #: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
 ALIGNMENT = 4096
@@ -61,7 +60,7 @@ class OutputFile:
         done = 0
         while done < len(view):
             try:
-                done += os.pwrite(fd, view[done : done + MOST_AT_ONCE], offset + done)
+                done += os.pwrite(fd, view[done:], offset + done)
             except OSError as error:
                 if error.errno == errno.EINVAL and fd == self._direct:
                     fd = self._cached  # opened for direct writes, and yet refuses one of this alignment
@@ -71,7 +70,7 @@ class OutputFile:
     def flush(self) -> None:
         """Return when all that was written is on disk."""
         try:
-            flush_data(self._cached)
+            os.fdatasync(self._cached)
         except OSError as error:
             raise write_error(error, self.file) from error
 
@@ -162,7 +161,7 @@ def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
             except OSError as error:
                 raise write_error(error, file) from error
         try:
-            flush(stream.fileno())
+            os.fsync(stream.fileno())
         except OSError as error:
             raise write_error(error, file) from error
 
@@ -171,7 +170,7 @@ def flush_directory(directory: Path) -> None:
     """Return when the names in ``directory`` are on disk."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        flush(fd)
+        os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fp8ckpt.errors import ConfigError, ServingError, shown
 from fp8ckpt.families.names import KeyLayout, layout_on_disk
-from fp8ckpt.numerics.codes import CODE_FORMATS
+from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.checkpoint import Checkpoint, is_native
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
@@ -39,13 +39,6 @@ def _static_of_quark(quantization: Json) -> set[bool]:
     return {inputs.get("is_dynamic") is False} if isinstance(inputs, dict) else set()
 
 
-def _static_of_modelopt(quantization: Json) -> set[bool]:
-    layers = quantization.get("quantized_layers")
-    stated = [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
-    dynamic = {layer.get("quant_algo") != "FP8" for layer in stated}  # FP8 has one scale an activation, others none
-    return dynamic if len(dynamic) > 1 else set()
-
-
 def _never_static(_: Json) -> set[bool]:
     return {False}
 
@@ -72,7 +65,7 @@ class Method(NamedTuple):
 METHODS = {
     "fp8": Method(("modules_to_not_convert", "ignored_layers"), _static_of_fp8, True, True),
     "compressed-tensors": Method(("ignore",), _static_of_groups),
-    "modelopt": Method(("exclude_modules", "ignore"), _static_of_modelopt),
+    "modelopt": Method(("exclude_modules", "ignore"), _not_stated),
     "fbgemm_fp8": Method(("modules_to_not_convert",), _never_static, True),
     "mxfp8": Method(("ignored_layers", "modules_to_not_convert"), _never_static, True),
     "quark": Method(("exclude",), _static_of_quark),
@@ -120,7 +113,7 @@ class Subject:
     @cached_property
     def has_codes(self) -> bool:
         """Whether any tensor is FP8."""
-        return any(span.dtype in CODE_FORMATS for header in self.checkpoint.files for span in header.spans)
+        return any(span.dtype in FP8_DTYPES for header in self.checkpoint.files for span in header.spans)
 
     @cached_property
     def is_readable(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Container
 from math import prod
 from typing import NamedTuple
 
-from fp8ckpt.numerics.codes import CODE_FORMATS
+from fp8ckpt.numerics.codes import FP8_DTYPES
 
 # When a key of a scale's ending is a scale, although no FP8 weight stands beside it: a mistake with a name, then.
 ALWAYS = "always"
@@ -23,15 +23,13 @@ class ScaleRow(NamedTuple):
     """How the key of a weight's codes becomes that of its scale.
 
     ``weight``: the ending of the key of the codes; ``scale``: what stands in its place. ``leaf``: what the last part of
-    the key of the codes begins with, and the weight's own name does not. ``even``: blocks divide the weight, so that
-    the two shapes say their size.
+    the key of the codes begins with, and the weight's own name does not.
     """
 
     weight: str
     scale: str
     meant: str = CODES
     leaf: str = ""
-    even: bool = False
 
 
 SCALES = (
@@ -41,7 +39,7 @@ SCALES = (
     ScaleRow(".weight", ".qscale_weight", ALWAYS),  # Mistral native
     ScaleRow(".weight", ".scale"),  # DeepSeek V4
     ScaleRow(".weight", ".scale_weight", BESIDE),  # ComfyUI, and other single files of diffusion models
-    ScaleRow("_qdata", "_scale", leaf="_", even=True),  # torchao: "X._weight_qdata", "X._weight_scale" are "X.weight"
+    ScaleRow("_qdata", "_scale", leaf="_"),  # torchao: "X._weight_qdata" and "X._weight_scale" are "X.weight"
 )
 # A key of these endings is a scale or a mistake. "_scale" is no such ending, ".weight_scale" is.
 ONLY_SCALES = (".weight_scale", *(row.scale for row in SCALES if row.meant == ALWAYS))
@@ -109,24 +107,6 @@ def logical_name(codes: str) -> str:
     return codes
 
 
-def even_block(codes: str, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The block size that the shapes of codes and scales say, in a format that has even blocks alone."""
-    even = any(row.even and row.leaf and codes.endswith(row.weight) for row in SCALES)
-    if not even or len(scale_shape) != len(shape) or not all(scale_shape):
-        return None
-    if any(dim % count for dim, count in zip(shape, scale_shape, strict=True)):
-        return None
-    return tuple(dim // count for dim, count in zip(shape, scale_shape, strict=True))
-
-
-def in_kernel_order(codes: str, scale_dtype: str, scale_shape: tuple[int, ...], stored: Container[str]) -> bool:
-    """Whether the scales of blocks may be stored in the order in which a kernel reads them, as torchao and ComfyUI
-    store exponents, and not row by row. ``stored``: the names of all tensors.
-    """
-    of_such = logical_name(codes) != codes or codes.removesuffix(".weight") + LAYER_MARKER in stored
-    return of_such and scale_dtype in ("U8", "F8_E8M0") and prod(scale_shape) > 1
-
-
 def module_of(name: str) -> str:
     """The module that holds a weight; fused experts, which are no ``.weight``, count as one."""
     return name.removesuffix(".weight")
@@ -149,5 +129,5 @@ def is_attention_scale(name: str, shape: tuple[int, ...], stored: Container[str]
 def is_marker(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor only says how the others are stored, and is none of the model."""
     if name.rpartition(".")[2] == FILE_MARKER:
-        return dtype in CODE_FORMATS and len(shape) == 1 and shape[0] <= 2
+        return dtype in FP8_DTYPES and len(shape) == 1 and shape[0] <= 2
     return name.endswith(LAYER_MARKER) and dtype == "U8" and len(shape) == 1

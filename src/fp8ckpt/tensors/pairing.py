@@ -22,7 +22,7 @@ from fp8ckpt.errors import (
     ScaleShapeError,
     UnsupportedFormatError,
 )
-from fp8ckpt.numerics.codes import CODE_FORMATS, SCALE_DTYPES
+from fp8ckpt.numerics.codes import FP8_DTYPES, FP8_SCALES
 from fp8ckpt.numerics.geometry import infer_grid, tiled
 from fp8ckpt.tensors import formats
 from fp8ckpt.tensors.blocks import BlockSizes
@@ -54,7 +54,7 @@ def pair(
     claimed, defects = _packed(spans)
     markers = tuple(span for span in spans.values() if formats.is_marker(span.name, span.dtype, span.shape))
     claimed.update(span.name for span in markers)
-    weights = [span for name, span in spans.items() if span.dtype in CODE_FORMATS and name not in claimed]
+    weights = [span for name, span in spans.items() if span.dtype in FP8_DTYPES and name not in claimed]
     has_activation_scales = any(name.endswith(_ACTIVATION_ENDINGS) for name in spans)
     paired: dict[str, Tensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
@@ -62,7 +62,7 @@ def pair(
         name = span.name
         claimed.add(name)
         scales = [
-            key for key in formats.keys(name, formats.SCALES) if key in spans and spans[key].dtype not in CODE_FORMATS
+            key for key in formats.keys(name, formats.SCALES) if key in spans and spans[key].dtype not in FP8_DTYPES
         ]
         activations = (
             [key for key in formats.keys(name, formats.ACTIVATIONS) if key in spans] if has_activation_scales else []
@@ -70,8 +70,6 @@ def pair(
         claimed.update(scales, activations)
         if (second := _second_factor(name, spans)) is not None:
             defects.append(UnsupportedFormatError.of_factor(span, second))
-        elif len(scales) == 1 and formats.in_kernel_order(name, spans[scales[0]].dtype, spans[scales[0]].shape, spans):
-            defects.append(UnsupportedFormatError.of_order(span, spans[scales[0]]))
         elif len(scales) == 1:
             result = _checked(span, spans[scales[0]], tuple(spans[key] for key in activations), blocks)
             if isinstance(result, Fp8CheckpointError):
@@ -166,10 +164,10 @@ _grid = lru_cache(maxsize=4096)(infer_grid)  # a model has many tensors of few s
 def _checked(
     weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], blocks: BlockSizes
 ) -> QuantizedTensor | Fp8CheckpointError:
-    if scale.dtype not in SCALE_DTYPES:
-        return ScaleDtypeError.of(weight, scale, SCALE_DTYPES)
+    if scale.dtype not in FP8_SCALES:
+        return ScaleDtypeError.of(weight, scale, FP8_SCALES)
     name = formats.logical_name(weight.name)
-    block_size = blocks.of(formats.module_of(name)) or formats.even_block(weight.name, weight.shape, scale.shape)
+    block_size = blocks.of(formats.module_of(name))
     grid = _grid(weight.shape, scale.shape, block_size)
     if grid is not None:
         return QuantizedTensor(name, weight, scale, grid, activations)
