@@ -23,6 +23,7 @@ class Family:
     more_files: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # of logical tensors that are stored under another name
     markers: tuple[str, ...] = ()  # stored tensors that are neither tensor nor scale
+    metadata: dict[str, str] = field(default_factory=dict)  # of every header, besides the format
 
     def name(self, stored: str) -> str:
         """The logical name of what is stored under a name."""
@@ -36,14 +37,13 @@ class Family:
             (directory / name).write_text(json.dumps(value))
         names = list(self.tensors)
         if files == 1:
-            write_safetensors(directory / "model.safetensors", self.tensors, {"format": "pt"})
+            write_safetensors(directory / "model.safetensors", self.tensors, {**self.metadata, "format": "pt"})
             return directory
         weight_map = {}
         for i in range(files):
             file = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
-            write_safetensors(
-                directory / file, {name: self.tensors[name] for name in names[i::files]}, {"format": "pt"}
-            )
+            held = {name: self.tensors[name] for name in names[i::files]}
+            write_safetensors(directory / file, held, {**self.metadata, "format": "pt"})
             weight_map.update(dict.fromkeys(names[i::files], file))
         total = sum(len(tensor.data) for tensor in self.tensors.values())
         (directory / "model.safetensors.index.json").write_text(
@@ -53,33 +53,35 @@ class Family:
 
     def expected(self, dtype: str = "BF16") -> dict[str, Stored]:
         """What a conversion to ``dtype`` must hold."""
-        scales = {scale for scale, _ in self.blocks.values()}
+        of_blocks = {scale for scale, _ in self.blocks.values()}
         result = {}
         for name, tensor in self.tensors.items():
             if name in self.blocks:
                 scale, block = self.blocks[name]
                 values = dequantize(tensor, self.tensors[scale], block, dtype)
                 result[self.name(name)] = Stored(dtype, tensor.shape, values)
-            elif name not in scales and name not in self.dropped and name not in self.markers:
+            elif name not in of_blocks and name not in self.dropped and name not in self.markers:
                 result[name] = tensor
         return result
 
 
-def _codes(rng: np.random.Generator, *shape: int, dtype: str = "F8_E4M3") -> Stored:
+def codes(rng: np.random.Generator, *shape: int, dtype: str = "F8_E4M3") -> Stored:
     """Codes of every kind but NaN (and, in e5m2, infinity)."""
-    codes = rng.integers(0, 256, shape, np.uint8)
-    nonfinite = {"F8_E4M3": (codes & 0x7F) == 0x7F, "F8_E5M2": (codes & 0x7F) >= 0x7C}.get(dtype, codes == 0x80)
-    codes[nonfinite] = 0x3A
-    return Stored.codes(codes, dtype)
+    found = rng.integers(0, 256, shape, np.uint8)
+    nonfinite = {"F8_E4M3": (found & 0x7F) == 0x7F, "F8_E5M2": (found & 0x7F) >= 0x7C}.get(dtype, found == 0x80)
+    found[nonfinite] = 0x3A
+    return Stored.codes(found, dtype)
 
 
-def _scales(rng: np.random.Generator, dtype: str, *shape: int) -> Stored:
+def scales(rng: np.random.Generator, dtype: str, *shape: int) -> Stored:
+    """Scales that no other dtype holds, or exponents."""
     if dtype in ("U8", "F8_E8M0"):
         return Stored.codes(rng.integers(100, 135, shape, np.uint8), dtype)
     return Stored.of(np.asarray(np.exp2(rng.uniform(-14, -2, shape)) * 1.37, np.float32), dtype)
 
 
-def _plain(rng: np.random.Generator, *shape: int) -> Stored:
+def plain(rng: np.random.Generator, *shape: int) -> Stored:
+    """Values in bfloat16."""
     return Stored.of(rng.standard_normal(shape).astype(np.float32), "BF16")
 
 
@@ -100,13 +102,13 @@ def families() -> dict[str, Family]:
         **more: Any,
     ) -> None:
         tensors = {
-            "model.norm.weight": _plain(rng, 8),
+            "model.norm.weight": plain(rng, 8),
             weight: weight_stored,
             scale: scale_stored,
-            "lm_head.weight": _plain(rng, 16, 8),
+            "lm_head.weight": plain(rng, 16, 8),
         }
         if activation is not None:
-            tensors[activation] = _scales(rng, "BF16")
+            tensors[activation] = scales(rng, "BF16")
         dropped = (activation,) if activation is not None else ()
         extra = more.pop("tensors", {})
         found[name] = Family(
@@ -117,66 +119,66 @@ def families() -> dict[str, Family]:
     block = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     w, s, a = "m.q.weight", "m.q.weight_scale_inv", "m.q.activation_scale"
     for dtype in ("BF16", "F32", "F16"):
-        add(f"per-tensor 0-d {dtype}", w, _codes(rng, 40, 24), s, _scales(rng, dtype), (40, 24), fp8, a)
+        add(f"per-tensor 0-d {dtype}", w, codes(rng, 40, 24), s, scales(rng, dtype), (40, 24), fp8, a)
     add(
         "per-tensor [1]",
         w,
-        _codes(rng, 40, 24),
+        codes(rng, 40, 24),
         "m.q.weight_scale",
-        _scales(rng, "BF16", 1),
+        scales(rng, "BF16", 1),
         (40, 24),
         {},
         "m.q.input_scale",
     )
-    add("per-tensor [1,1]", w, _codes(rng, 40, 24), s, _scales(rng, "F32", 1, 1), (40, 24), fp8)
-    add("per-channel [o,1]", w, _codes(rng, 40, 24), "m.q.weight_scale", _scales(rng, "F32", 40, 1), (1, 24))
-    add("per-channel [o]", w, _codes(rng, 40, 24), "m.q.weight_scale", _scales(rng, "F32", 40), (1, 24))
-    add("per-channel wide", w, _codes(rng, 5, 3000), "m.q.weight_scale", _scales(rng, "BF16", 5, 1), (1, 3000))
+    add("per-tensor [1,1]", w, codes(rng, 40, 24), s, scales(rng, "F32", 1, 1), (40, 24), fp8)
+    add("per-channel [o,1]", w, codes(rng, 40, 24), "m.q.weight_scale", scales(rng, "F32", 40, 1), (1, 24))
+    add("per-channel [o]", w, codes(rng, 40, 24), "m.q.weight_scale", scales(rng, "F32", 40), (1, 24))
+    add("per-channel wide", w, codes(rng, 5, 3000), "m.q.weight_scale", scales(rng, "BF16", 5, 1), (1, 3000))
     for dtype in ("F32", "BF16", "F16", "F8_E8M0"):
-        add(f"block 128 ragged {dtype}", w, _codes(rng, 300, 200), s, _scales(rng, dtype, 3, 2), (128, 128), block)
-    add("block 128 e5m2", w, _codes(rng, 130, 260, dtype="F8_E5M2"), s, _scales(rng, "F32", 2, 3), (128, 128), block)
-    add("DeepSeek V4", w, _codes(rng, 130, 260), "m.q.scale", _scales(rng, "F8_E8M0", 2, 3), (128, 128), block,
-        tensors={"m.hc_attn_scale": _plain(rng, 3), "m.norm.scale": _plain(rng, 4),
-                 "m.norm.weight": _plain(rng, 4)})  # fmt: skip
+        add(f"block 128 ragged {dtype}", w, codes(rng, 300, 200), s, scales(rng, dtype, 3, 2), (128, 128), block)
+    add("block 128 e5m2", w, codes(rng, 130, 260, dtype="F8_E5M2"), s, scales(rng, "F32", 2, 3), (128, 128), block)
+    add("DeepSeek V4", w, codes(rng, 130, 260), "m.q.scale", scales(rng, "F8_E8M0", 2, 3), (128, 128), block,
+        tensors={"m.hc_attn_scale": plain(rng, 3), "m.norm.scale": plain(rng, 4),
+                 "m.norm.weight": plain(rng, 4)})  # fmt: skip
     e = "m.experts.gate_up_proj"
     add(
         "experts [E,1,1]",
         e,
-        _codes(rng, 3, 20, 16),
+        codes(rng, 3, 20, 16),
         f"{e}_scale_inv",
-        _scales(rng, "BF16", 3, 1, 1),
+        scales(rng, "BF16", 3, 1, 1),
         (1, 20, 16),
         fp8,
         f"{e}_activation_scale",
     )
-    add("experts in blocks", "m.experts.down_proj", _codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv",
-        _scales(rng, "F32", 3, 2, 2), (1, 128, 128), block)  # fmt: skip
-    add("experts fbgemm", "m.experts.gate_up_proj", _codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale",
-        _scales(rng, "F32", 3, 1, 16), (1, 20, 1),
+    add("experts in blocks", "m.experts.down_proj", codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv",
+        scales(rng, "F32", 3, 2, 2), (1, 128, 128), block)  # fmt: skip
+    add("experts fbgemm", "m.experts.gate_up_proj", codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale",
+        scales(rng, "F32", 3, 1, 16), (1, 20, 1),
         {"quantization_config": {"quant_method": "fbgemm_fp8"}})  # fmt: skip
     modelopt = {"quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}}
-    add("ModelOpt 4-D", w, _codes(rng, 256, 384), "m.q.weight_scale", _scales(rng, "F32", 2, 1, 3, 1), (128, 128), {},
+    add("ModelOpt 4-D", w, codes(rng, 256, 384), "m.q.weight_scale", scales(rng, "F32", 2, 1, 3, 1), (128, 128), {},
         more_files={"hf_quant_config.json": modelopt})  # fmt: skip
-    cache = {"m.k_proj.k_scale": _scales(rng, "F32"), "m.v_proj.v_scale": _scales(rng, "F32")}
-    add("ModelOpt FP8", "m.k_proj.weight", _codes(rng, 32, 16), "m.k_proj.weight_scale", _scales(rng, "F32"), (32, 16),
+    cache = {"m.k_proj.k_scale": scales(rng, "F32"), "m.v_proj.v_scale": scales(rng, "F32")}
+    add("ModelOpt FP8", "m.k_proj.weight", codes(rng, 32, 16), "m.k_proj.weight_scale", scales(rng, "F32"), (32, 16),
         {}, "m.k_proj.input_scale", tensors=cache, dropped=tuple(cache),
         more_files={"hf_quant_config.json": {"quantization": {
             "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}})  # fmt: skip
     mx = {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}}
     for dtype in ("U8", "F8_E8M0"):
-        add(f"MXFP8 {dtype}", w, _codes(rng, 24, 100), s, _scales(rng, dtype, 24, 4), (1, 32), mx)
-    add("small blocks F32", w, _codes(rng, 24, 100), s, _scales(rng, "F32", 24, 4), (1, 32), mx)
-    add("Mistral native", "layers.0.wq.weight", _codes(rng, 32, 16), "layers.0.wq.qscale_weight", _scales(rng, "BF16"),
+        add(f"MXFP8 {dtype}", w, codes(rng, 24, 100), s, scales(rng, dtype, 24, 4), (1, 32), mx)
+    add("small blocks F32", w, codes(rng, 24, 100), s, scales(rng, "F32", 24, 4), (1, 32), mx)
+    add("Mistral native", "layers.0.wq.weight", codes(rng, 32, 16), "layers.0.wq.qscale_weight", scales(rng, "BF16"),
         (32, 16), {}, "layers.0.wq.qscale_act",
         more_files={"params.json": {"dim": 16, "quantization": {"qformat_weight": "fp8_e4m3"}}})  # fmt: skip
     groups = {
         "group_0": {"weights": {"num_bits": 8, "strategy": "block", "block_structure": [128, 128], "type": "float"}}
     }
-    add("compressed-tensors block", w, _codes(rng, 200, 130), "m.q.weight_scale", _scales(rng, "BF16", 2, 2),
+    add("compressed-tensors block", w, codes(rng, 200, 130), "m.q.weight_scale", scales(rng, "BF16", 2, 2),
         (128, 128), {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized",
                                              "config_groups": groups}})  # fmt: skip
     for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
-        add(f"per-tensor {dtype}", w, _codes(rng, 40, 24, dtype=dtype), s, _scales(rng, "F32"), (40, 24), fp8)
+        add(f"per-tensor {dtype}", w, codes(rng, 40, 24, dtype=dtype), s, scales(rng, "F32"), (40, 24), fp8)
     found.update(_of_attention(rng))
     found.update(_of_other_names(rng))
     found.update(_of_groups(rng))
@@ -195,11 +197,11 @@ COMPRESSED = {
 
 def attention(rng: np.random.Generator) -> tuple[dict[str, Stored], dict[str, tuple[str, tuple[int, ...]]]]:
     """Four projections of an attention with a scale a row: the stored tensors, and the blocks of a `Family`."""
-    tensors = {"model.embed_tokens.weight": _plain(rng, 16, 24)}
+    tensors = {"model.embed_tokens.weight": plain(rng, 16, 24)}
     blocks = {}
     for leaf, rows in (("q", 24), ("k", 12), ("v", 12), ("o", 24)):
         weight, scale = f"model.layers.0.attn.{leaf}_proj.weight", f"model.layers.0.attn.{leaf}_proj.weight_scale"
-        tensors |= {weight: _codes(rng, rows, 24), scale: _scales(rng, "F32", rows, 1)}
+        tensors |= {weight: codes(rng, rows, 24), scale: scales(rng, "F32", rows, 1)}
         blocks[weight] = (scale, (1, 24))
     return tensors, blocks
 
@@ -210,25 +212,25 @@ def _of_attention(rng: np.random.Generator) -> dict[str, Family]:
     """
     a = "model.layers.0.attn."
     more: dict[str, dict[str, Stored]] = {
-        "one scale for the cache": {a + "kv_scale": _scales(rng, "F32")},
-        "Quark": {a + f"{leaf}_proj.output_scale": _scales(rng, "F32", 1) for leaf in "qkv"}
-        | {a + "prob_output_scale": _scales(rng, "F32")},
-        "attention scaled": {a + f"{leaf}_scale": _scales(rng, "BF16") for leaf in "qkv"},
+        "one scale for the cache": {a + "kv_scale": scales(rng, "F32")},
+        "Quark": {a + f"{leaf}_proj.output_scale": scales(rng, "F32", 1) for leaf in "qkv"}
+        | {a + "prob_output_scale": scales(rng, "F32")},
+        "attention scaled": {a + f"{leaf}_scale": scales(rng, "BF16") for leaf in "qkv"},
         "attention scaled by head": {
-            a + f"{leaf}_scale": _scales(rng, "F32", n, 1, 1) for leaf, n in zip("qkv", (4, 2, 2), strict=True)
+            a + f"{leaf}_scale": scales(rng, "F32", n, 1, 1) for leaf, n in zip("qkv", (4, 2, 2), strict=True)
         },
-        "older activation scales": {a + f"{leaf}_proj.act_scale": _scales(rng, "F32") for leaf in "qkvo"},
+        "older activation scales": {a + f"{leaf}_proj.act_scale": scales(rng, "F32") for leaf in "qkvo"},
         "an older key": {},
     }
     found = {}
     for name, dropped in more.items():
         tensors, blocks = attention(rng)
         kept = {
-            "model.layers.0.layer_scale": _plain(rng, 24),
-            "model.layers.0.attn.logit_scale": _plain(rng, 4, 1, 1),
-            "model.layers.0.attn.q_norm.scale": _plain(rng, 6),
-            "model.vision.attn.q_scale": _plain(rng, 24),
-            "model.hc_attn_scale": _plain(rng, 1),
+            "model.layers.0.layer_scale": plain(rng, 24),
+            "model.layers.0.attn.logit_scale": plain(rng, 4, 1, 1),
+            "model.layers.0.attn.q_norm.scale": plain(rng, 6),
+            "model.vision.attn.q_scale": plain(rng, 24),
+            "model.hc_attn_scale": plain(rng, 1),
         }
         key = "compression_config" if name == "an older key" else "quantization_config"
         config = {key: {"quant_method": "quark", "exclude": ["lm_head"]} if name == "Quark" else COMPRESSED}
@@ -250,17 +252,22 @@ def _of_other_names(rng: np.random.Generator) -> dict[str, Family]:
         renamed[new] = stored
     torchao = {new: (new.removesuffix("_qdata") + "_scale", blocks[name][1]) for new, name in names.items()}
     config = {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
-    found = {"torchao": Family(renamed, config, torchao, names=names)}
+    found = {"torchao": Family(renamed, config, torchao, names=names, metadata=_of_torchao(renamed, names))}
+    x = "model.layers.0.mlp.up_proj._weight_"
+    own = {x + "qdata": "model.layers.0.mlp.up_proj.weight"}
+    in_blocks = {x + "qdata": codes(rng, 256, 384), x + "scale": scales(rng, "F32", 2, 3)}
+    grid = {x + "qdata": (x + "scale", (128, 128))}
+    found["torchao in blocks"] = Family(in_blocks, config, grid, names=own, metadata=_of_torchao(in_blocks, own))
 
     w, s = "blocks.0.attn.q.weight", "blocks.0.attn.q.scale_weight"
     stored = {
-        w: _codes(rng, 24, 16),
-        s: _scales(rng, "F32"),
-        "blocks.0.attn.q.scale_input": _scales(rng, "F32"),
-        "blocks.0.norm.scale": _plain(rng, 16),
+        w: codes(rng, 24, 16),
+        s: scales(rng, "F32"),
+        "blocks.0.attn.q.scale_input": scales(rng, "F32"),
+        "blocks.0.norm.scale": plain(rng, 16),
     }
     for name, size in (("ComfyUI", 0), ("ComfyUI, full precision", 2)):
-        marked = {**stored, "scaled_fp8": _codes(rng, size)}
+        marked = {**stored, "scaled_fp8": codes(rng, size)}
         found[name] = Family(marked, {}, {w: (s, (24, 16))}, ("blocks.0.attn.q.scale_input",), markers=("scaled_fp8",))
     text = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
     newer = {
@@ -268,18 +275,20 @@ def _of_other_names(rng: np.random.Generator) -> dict[str, Family]:
         "blocks.0.attn.q.weight_scale": stored[s],
         "blocks.0.attn.q.comfy_quant": Stored.codes(text, "U8"),
     }
+    layers = {"format_version": "1.0", "layers": {"blocks.0.attn.q": {"format": "float8_e4m3fn"}}}
     found["ComfyUI by layer"] = Family(
-        newer, {}, {w: ("blocks.0.attn.q.weight_scale", (24, 16))}, markers=("blocks.0.attn.q.comfy_quant",)
-    )
+        newer, {}, {w: ("blocks.0.attn.q.weight_scale", (24, 16))}, markers=("blocks.0.attn.q.comfy_quant",),
+        metadata={"_quantization_metadata": json.dumps(layers)},
+    )  # fmt: skip
 
     e = "model.layers.0.feed_forward.experts."
     experts: dict[str, Stored] = {}
     of_experts = {}
     for leaf, shape in (("gate_up_proj", (3, 16, 40)), ("down_proj", (3, 20, 16))):
         experts |= {
-            e + leaf: _codes(rng, *shape),
-            e + leaf + "_weight_scale": _scales(rng, "F32"),
-            e + leaf + "_input_scale": _scales(rng, "F32"),
+            e + leaf: codes(rng, *shape),
+            e + leaf + "_weight_scale": scales(rng, "F32"),
+            e + leaf + "_input_scale": scales(rng, "F32"),
         }
         of_experts[e + leaf] = (e + leaf + "_weight_scale", shape)
     config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
@@ -287,6 +296,13 @@ def _of_other_names(rng: np.random.Generator) -> dict[str, Family]:
         experts, config, of_experts, tuple(e + leaf + "_input_scale" for leaf in ("gate_up_proj", "down_proj"))
     )
     return found
+
+
+def _of_torchao(tensors: dict[str, Stored], names: dict[str, str]) -> dict[str, str]:
+    """What torchao says in a header of every tensor."""
+    found = {name: json.dumps({"_type": "Tensor"}) for name in tensors if "._" not in name}
+    found |= {name: json.dumps({"_type": "Float8Tensor", "_data": {}}) for name in names.values()}
+    return {**found, "tensor_names": json.dumps(list(found))}
 
 
 def _of_groups(rng: np.random.Generator) -> dict[str, Family]:
@@ -307,8 +323,8 @@ def _of_groups(rng: np.random.Generator) -> dict[str, Family]:
             "ignore": [],
         }
     }
-    mx = {up + ".weight": _codes(rng, 130, 100), up + ".weight_scale": _scales(rng, "U8", 130, 4)}
-    in_squares = {o + ".weight": _codes(rng, 260, 130), o + ".weight_scale": _scales(rng, "F32", 3, 2)}
+    mx = {up + ".weight": codes(rng, 130, 100), up + ".weight_scale": scales(rng, "U8", 130, 4)}
+    in_squares = {o + ".weight": codes(rng, 260, 130), o + ".weight_scale": scales(rng, "F32", 3, 2)}
     blocks = {up + ".weight": (up + ".weight_scale", (1, 32))}
     found = {
         "several groups": Family(
@@ -318,9 +334,9 @@ def _of_groups(rng: np.random.Generator) -> dict[str, Family]:
     layers = {o: {"quant_algo": "FP8"}, up: {"quant_algo": "MXFP8", "group_size": 32}}
     mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     whole = {
-        o + ".weight": _codes(rng, 260, 130),
-        o + ".weight_scale": _scales(rng, "F32"),
-        o + ".input_scale": _scales(rng, "F32"),
+        o + ".weight": codes(rng, 260, 130),
+        o + ".weight_scale": scales(rng, "F32"),
+        o + ".input_scale": scales(rng, "F32"),
     }
     config = {"quantization_config": {"quant_method": "modelopt", **mixed}}
     more_files = {"hf_quant_config.json": {"quantization": mixed}}
@@ -333,9 +349,10 @@ def cache_only() -> Family:
     """Weights in bfloat16 and a cache in FP8 with its calibrated scales: nothing is quantized but the cache."""
     rng = np.random.default_rng(8)
     tensors, blocks = attention(rng)
-    plain = {name: _plain(rng, *stored.shape) for name, stored in tensors.items() if not name.endswith("_scale")}
-    scales = {f"model.layers.0.attn.{leaf}_scale": _scales(rng, "BF16", 1) for leaf in "kv"}
+    unquantized = {name: plain(rng, *stored.shape) for name, stored in tensors.items() if not name.endswith("_scale")}
+    of_cache = {f"model.layers.0.attn.{leaf}_scale": scales(rng, "BF16", 1) for leaf in "kv"}
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     ignored = ["lm_head", *(weight.removesuffix(".weight") for weight in blocks)]
     quantization = {**COMPRESSED, "config_groups": {}, "ignore": ignored, "kv_cache_scheme": scheme}
-    return Family({**plain, **scales}, {"dtype": "bfloat16", "quantization_config": quantization}, {}, tuple(scales))
+    config = {"dtype": "bfloat16", "quantization_config": quantization}
+    return Family({**unquantized, **of_cache}, config, {}, tuple(of_cache))

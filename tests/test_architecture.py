@@ -19,7 +19,18 @@ ROOT = Path(fp8ckpt.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
 JOBS = ("convert", "inspect", "plan", "report", "sample", "verify")
 
-_BELOW_CHECKPOINT = {"engine", "encodings", "families", "output", "tensors", "stores", "numerics", "ranks", "workers"}
+_BELOW_CHECKPOINT = {
+    "engine",
+    "encodings",
+    "families",
+    "output",
+    "tensors",
+    "stores",
+    "numerics",
+    "ranks",
+    "workers",
+    "system",
+}
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
 ARROWS = {
@@ -34,11 +45,12 @@ ARROWS = {
     "serving": {"families", "tensors", "stores", "numerics", "output"},
     "encodings": {"engine", "families", "output", "tensors", "stores", "numerics", "ranks"},
     "engine": {"output", "tensors", "stores", "numerics", "workers", "ranks"},
-    "output": {"tensors", "stores", "numerics"},
+    "output": {"tensors", "stores", "numerics", "system"},
     "families": {"tensors"},
     "tensors": {"stores", "numerics"},
-    "stores": {"numerics"},
-    "ranks": set(),
+    "stores": {"numerics", "system"},
+    "ranks": {"system"},
+    "system": set(),
     "workers": set(),
     "numerics": set(),
     "errors": set(),
@@ -341,7 +353,22 @@ def test_the_reader_of_calls_sees_every_kind() -> None:
     assert readers_in("\n".join([*found, "self.opened(1)", "open(os.devnull)"])) == set(found)
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) not in ("stores", "output")])
+@pytest.mark.parametrize(
+    "module", [module for module in MODULES if room_of(module) not in ("stores", "output", "system")]
+)
 def test_only_stores_and_output_open_files(module: str) -> None:
     """What is read is read through a store; what is written, through the room of outputs."""
     assert readers_in((ROOT / f"{module}.py").read_text()) == set()
+
+
+OF_ONE_SYSTEM = {"preadv", "pwritev", "fdatasync", "sched_getaffinity", "posix_fallocate", "posix_fadvise", "fcntl"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "system"])
+def test_only_system_knows_what_one_system_has(module: str) -> None:
+    """What Linux has and macOS lacks, or does otherwise, is called in one place, with a fallback."""
+    nodes = list(ast.walk(ast.parse((ROOT / f"{module}.py").read_text())))
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {name for name, _ in imports_of(module)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert named & OF_ONE_SYSTEM == set()
+    assert not [text for text in texts if text.startswith(("/proc", "/sys"))]

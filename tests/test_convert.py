@@ -21,7 +21,7 @@ import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, open_checkpoint, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
-from fp8ckpt.tensors.config import QUANTIZATION_KEYS
+from fp8ckpt.tensors.config import QUANTIZATION_KEYS, metadata_without_quantization
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.conftest import Run
 from tests.miniatures import Family, families
@@ -437,6 +437,25 @@ def test_every_family_in_pages_equals_the_oracle(name: str, tmp_path: Path, monk
     family = FAMILIES[name]
     convert(family.write(tmp_path / "fp8"), tmp_path / "out", to="fp32", workers=2)
     assert read_directory(tmp_path / "out") == family.expected("F32")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kept"),
+    [
+        (
+            {"_quantization_metadata": "{}", "quantization_config": "{}", "modelspec.title": "x"},
+            {"modelspec.title": "x"},
+        ),
+        ({"tensor_names": '["m.weight", "format", 3]', "m.weight": "{}", "n": "1"}, {"n": "1"}),
+        ({"tensor_names": "[[", "m.weight": "x"}, None),
+        ({"tensor_names": "[" * 100_000, "m.weight": "x"}, None),
+        ({"tensor_names": '"a, b"', "m.weight": "x"}, None),
+    ],
+)
+def test_what_metadata_says_of_quantization_goes(metadata: dict[str, str], kept: dict[str, str] | None) -> None:
+    """And nothing else: what only looks like torchao's list of names is kept."""
+    given = {**metadata, "format": "pt"}
+    assert metadata_without_quantization(given) == (given if kept is None else {**kept, "format": "pt"})
 
 
 def test_real_tensors_over_real_chunk_edges(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def convert(
     like: CheckpointLike | None = None,
     scheme: str | None = None,
     scales: str = "reuse",
+    carry: str | None = None,
     report: bool = True,
     serving: bool = False,
     only: str | None = None,
@@ -105,11 +106,13 @@ def convert(
     ``to`` "fp8", with ``like``, the FP8 checkpoint that the source came from: its layout is written, with the source's
     values. It decides names, files, grids, scale dtypes, activation scales, configuration and side files. ``scales``
     "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule) and makes a
-    new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. ``serving``: put
-    right what serving engines trip over in the base's own layout; byte-identity gives way to it. Or with ``scheme``
-    "per-tensor", "block" or "channel": Linear weights of the source are quantized so, with dynamic activation scaling;
-    of those, the ones in whose names ``only`` is found and ``skip`` is not (regular expressions, as `re.search` reads
-    them). What is left as it is, and why, is in the notes.
+    new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. What the source
+    lacks is carried from the base, byte for byte, where that is known to be right: layers that predict further tokens
+    (MTP), and the tensors in whose names ``carry`` (a regular expression) is found; a tied head is the source's
+    embeddings. Notes and report say so. ``serving``: put right what serving engines trip over in the base's own layout;
+    byte-identity gives way to it. Or with ``scheme`` "per-tensor", "block" or "channel": Linear weights of the source
+    are quantized so, with dynamic activation scaling; of those, the ones in whose names ``only`` is found and ``skip``
+    is not (regular expressions, as `re.search` reads them). What is left as it is, and why, is in the notes.
     ``report``: say what quantizing did; without it the base's codes are not read.
 
     ``follow_index``: what an index does not list is no part of a checkpoint, see `fp8ckpt.open_checkpoint`.
@@ -126,11 +129,11 @@ def convert(
     try:
         with ranks_of_this_job() as ranks:
             selected = only is not None or skip is not None
-            ranks.together(lambda: _refuse_arguments(to, like, scheme, scales, serving, workers, selected))
+            ranks.together(lambda: _refuse_arguments(to, like, scheme, scales, carry, serving, workers, selected))
             threads = workers or threads_of_this_rank()
             if to != FP8:
                 return _dequantize(source, output, to, threads, progress, ranks, follow_index=follow_index)
-            how = _Quantizing(like, scheme, scales == "fresh", report, serving, only, skip, follow_index)
+            how = _Quantizing(like, scheme, scales == "fresh", carry, report, serving, only, skip, follow_index)
             return _quantize(source, output, how, threads, progress, ranks)
     except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
         output.discard()
@@ -151,6 +154,7 @@ def _refuse_arguments(
     like: CheckpointLike | None,
     scheme: str | None,
     scales: str,
+    carry: str | None,
     serving: bool,
     workers: int | None,
     selected: bool,
@@ -167,6 +171,8 @@ def _refuse_arguments(
         raise ValueError("to='fp8' needs the base that the source came from (like), or a scheme; and not both")
     if to != FP8 and (like is not None or scheme is not None or scales != "reuse" or serving):
         raise ValueError(f"like, scheme, scales and serving go with to='fp8', and not with to={to!r}")
+    if carry is not None and like is None:
+        raise ValueError("carry goes with like, the checkpoint that is taken from")
     if scheme is None and selected:
         raise ValueError("only and skip go with scheme: a base decides itself what is quantized")
     if scheme is not None and (scales != "reuse" or serving):
@@ -180,6 +186,7 @@ class _Quantizing:
     like: CheckpointLike | None
     scheme: str | None
     fresh: bool
+    carry: str | None
     report: bool
     serving: bool
     only: str | None
@@ -239,6 +246,7 @@ def _quantize(
                 output,
                 fresh=how.fresh,
                 report=how.report,
+                carry=how.carry,
                 served=_serving_config if how.serving else None,
                 follow_index=how.follow_index,
             )

@@ -22,6 +22,7 @@
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
+    ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
     ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
     ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
     ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read, or written
@@ -256,6 +257,8 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
         if fit is None:
             expected = "one element, or one a row"
             remedy = "for scales of blocks, state the block size (weight_block_size) in the configuration"
+            if scale.dtype in ("U8", "F8_E8M0"):
+                remedy += "; ComfyUI's exponents are in another order, and not read"
         else:
             found += f" with block size {block_size}"
             expected = str(fit)
@@ -299,6 +302,13 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
         remedy = "use the tool that wrote it"
         return cls(found, tensor=weight.name, file=weight.file, expected="one scale", remedy=remedy)
 
+    @classmethod
+    def of_order(cls, weight: Stored, scale: Stored) -> UnsupportedFormatError:
+        """``scale``: exponents of blocks that may be stored in a kernel's order."""
+        found = f"the {scale.dtype} scales {shown(scale.name)} may be in the order of a kernel, not that of the blocks"
+        remedy = "use the tool that wrote it"
+        return cls(found, tensor=weight.name, file=weight.file, expected="float scales, or one", remedy=remedy)
+
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):
     """The checkpoint has no tensor of that name."""
@@ -332,6 +342,17 @@ class OutputBusyError(Fp8CheckpointError, RuntimeError):
 
 class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
     """A partial output is there, and belongs to another conversion."""
+
+
+class UnsupportedSystemError(Fp8CheckpointError, ImportError):
+    """The operating system does not promise of files what is needed."""
+
+    @classmethod
+    def of(cls, system: str) -> UnsupportedSystemError:
+        """``system``: its name, as Python has it."""
+        found = f"fp8ckpt does not run on {system}"
+        remedy = "on Windows, run it in WSL, the Windows Subsystem for Linux"
+        return cls(found, expected="Linux or macOS", remedy=remedy)
 
 
 class MissingPackageError(Fp8CheckpointError, ImportError):

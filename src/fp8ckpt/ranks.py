@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fp8ckpt.system import cores
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -97,7 +99,7 @@ def threads_of_this_rank() -> int:
 
         if dist.is_available() and dist.is_initialized():
             here = str(dist.get_world_size())
-    return max(1, len(os.sched_getaffinity(0)) // int(here or 1))
+    return max(1, cores() // int(here or 1))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ last one is also examined for what serving engines need beyond that.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import Servability, examine
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import File, same_bytes
+from fp8ckpt.system import cores
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.stored import DTYPE_BITS
@@ -100,7 +100,7 @@ def verify(
         return VerifyResult(
             tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability
         )
-    job.run(workers or max(1, len(os.sched_getaffinity(0))))
+    job.run(workers or cores())
     for side in sides:
         side.store.refuse_changes()
     return VerifyResult(
@@ -261,10 +261,10 @@ def _floats(stored: Any, dtype: str) -> Any:
 
 
 def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """Configuration and side files. Where one side is FP8 and the other is not, quantization is left out of the
-    comparison.
+    """Configuration and side files. Where one side is FP8 and the other is not, or nothing is but the cache of one,
+    quantization is left out of the comparison.
     """
-    mixed = bool(a.quantized) != bool(b.quantized)
+    mixed = _what_is_quantized(a) != _what_is_quantized(b)
     files = [_side_files(side, mixed) for side in (a, b)]
     for name in sorted(files[0] | files[1]):
         if name not in files[0] or name not in files[1]:
@@ -278,6 +278,10 @@ def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
                     yield f"{name}: {key} differs"
         elif not same_bytes(files[0][name], files[1][name]):
             yield f"{name}: differs"
+
+
+def _what_is_quantized(side: Checkpoint) -> str:
+    return "weights" if side.quantized else "the cache alone" if side.cache_scales else "nothing"
 
 
 def _side_files(side: Checkpoint, mixed: bool) -> dict[str, File]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fp8ckpt import convert, load_pretrained, open_checkpoint, save_model
+from fp8ckpt.convert import Fp8Result
 from tests.distributed import assert_same, mesh, run, whole
 from tests.families.releases import RELEASES
 from tests.oracle import read_directory
@@ -54,12 +55,23 @@ def assert_loaded(model: nn.Module, name: str, path: Path) -> None:
         assert_same(whole(tensor), expected[key], (name, key))
 
 
+def assert_released(directory: Path, name: str, path: Path) -> None:
+    """It is the release, file for file, but for what transformers' model has rounded."""
+    rounded = RELEASES[name].rounded
+    found, before = read_directory(directory), read_directory(path)
+    differ = {key for key, value in before.items() if found[key] != value}
+    assert all(key.endswith((*rounded, "correction_bias")) for key in differ)
+    assert bool(differ) == bool(rounded)
+    if not differ:
+        assert files_of(directory) == files_of(path)
+
+
 @pytest.mark.parametrize("name", RELEASES)
 def test_load_pretrained_gives_what_transformers_gives(
     name: str, released: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Parameters, buffers, dtypes and logits are those of ``from_pretrained`` of the converted BF16; what is carried is
-    listed.
+    listed. And what transformers saves of that is the release again, once it is converted back.
     """
     release = RELEASES[name]
     with caplog.at_level(logging.INFO, "fp8ckpt"):
@@ -80,6 +92,12 @@ def test_load_pretrained_gives_what_transformers_gives(
     for key, buffer in theirs.named_buffers():
         assert_same(dict(model.named_buffers())[key], buffer, key)
     assert_same(found, logits(theirs))
+    theirs.save_pretrained(tmp_path / "saved")
+    result = convert(tmp_path / "saved", tmp_path / "back", to="fp8", like=released / name)
+    assert isinstance(result, Fp8Result)
+    assert any("carried from the base" in note for note in result.notes) == (release.mtp is not None)
+    assert any("fewer bits" in note for note in result.notes) == bool(release.rounded)
+    assert_released(tmp_path / "back", name, released / name)
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -95,11 +113,8 @@ def test_save_model_gives_the_release_back(
     said = [record.getMessage() for record in caplog.records]
     assert any("are carried from" in line and "eh_proj" in line for line in said) == (release.mtp is not None)
     assert any("fewer bits" in line for line in said) == bool(release.rounded)
-    differ = {key for key, value in read_directory(path).items() if read_directory(tmp_path / "fp8")[key] != value}
-    assert all(key.endswith((*release.rounded, "correction_bias")) for key in differ)
-    assert bool(differ) == bool(release.rounded)
-    if not differ:
-        assert files_of(tmp_path / "fp8") == files_of(path)
+    assert_released(tmp_path / "fp8", name, path)
+    if not release.rounded:
         convert(path, tmp_path / "plain")
         save_model(model, tmp_path / "bf16", like=path)
         assert files_of(tmp_path / "bf16") == files_of(tmp_path / "plain")

@@ -26,6 +26,7 @@ from fp8ckpt.serving.joining import TensorParallel
 from fp8ckpt.serving.listing import serving_config
 from fp8ckpt.serving.skip_list import SkipList, unquantized_parts
 from fp8ckpt.tensors.checkpoint import survey
+from tests.catalogue import Row, catalogue
 from tests.conftest import Run
 from tests.miniatures import families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
@@ -177,6 +178,24 @@ def test_every_family_can_be_examined(name: str, files: int, tmp_path: Path) -> 
     assert not [message for message in messages if "are not in" in message]
     assert not [message for message in messages if "no configuration says so" in message]
     assert serving_config(survey(directory), static=static) == read_config(directory)
+
+
+@pytest.mark.parametrize(("name", "row"), catalogue().items(), ids=[*catalogue()])
+def test_every_row_of_the_catalogue(name: str, row: Row, tmp_path: Path) -> None:
+    """What engines say to each release, as pinned: each failure and each note, and no other; what is not read is
+    refused by name. docs/formats.md speaks of each.
+    """
+    docs = Path(__file__).parents[2] / "docs/formats.md"
+    assert row.docs in docs.read_text()
+    checkpoint = survey(row.write(tmp_path / "x"))
+    assert [type(defect) for defect in checkpoint.defects] == ([] if row.refused is None else [row.refused])
+    if row.refused is not None:
+        return
+    assert {tensor.name for tensor in checkpoint.quantized} == {row.family.name(codes) for codes in row.family.blocks}
+    found = examine(checkpoint)
+    for said, pinned in (([failure.found for failure in found.failures], row.failures), (found.notes, row.notes)):
+        assert len(said) == len(pinned), (name, said)
+        assert all(words in sentence for sentence, words in zip(said, pinned, strict=True))
 
 
 def q(config: dict[str, Any]) -> dict[str, Any]:

@@ -965,7 +965,9 @@ def test_following_an_index_that_lies(two: Path) -> None:
 
 
 def test_an_fp8_cache_with_plain_weights(tmp_path: Path) -> None:
-    """Sound; a conversion to bfloat16 drops its scales with the configuration that they belong to, and says so."""
+    """Sound; a conversion to bfloat16 drops its scales with the configuration that they belong to, and says so. The way
+    back brings both, byte for byte.
+    """
     family = cache_only()
     source = family.write(tmp_path / "source")
     checkpoint = open_checkpoint(source)
@@ -977,3 +979,10 @@ def test_an_fp8_cache_with_plain_weights(tmp_path: Path) -> None:
     assert result.notes == ("2 scales of the key-value cache are left out, with the configuration that they belong to",)
     assert read_directory(tmp_path / "out") == family.expected()
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"dtype": "bfloat16"}
+    assert verify(source, tmp_path / "out").ok
+    result = convert(tmp_path / "out", tmp_path / "back", to="fp8", like=source)
+    assert (result.quantized, result.report.total.elements) == (0, 0)
+    assert result.notes == ("the base has no FP8 weights: its 2 scales of the key-value cache are written back",)
+    assert {file.name: file.read_bytes() for file in source.iterdir()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()
+    }

@@ -263,6 +263,44 @@ def test_missing_and_double_names_of_torchao() -> None:
     assert defect.tensor == "m.weight"
 
 
+@pytest.mark.parametrize(
+    ("weight", "scale", "dtype", "block"),
+    [
+        ((256, 384), (2, 3), "F32", (128, 128)),
+        ((256, 384), (256, 3), "BF16", (1, 128)),
+        ((3, 256, 384), (3, 2, 3), "F32", (1, 128, 128)),
+        ((256, 384), (), "F8_E8M0", (256, 384)),
+        ((256, 384), (3, 3), "F32", ScaleShapeError),
+        ((256, 384), (6,), "F32", ScaleShapeError),
+        ((256, 384), (0, 3), "F32", ScaleShapeError),
+        ((256, 384), (256, 12), "U8", UnsupportedFormatError),
+        ((256, 384), (256, 12), "F8_E8M0", UnsupportedFormatError),
+    ],
+)
+def test_blocks_of_torchao(weight: Any, scale: Any, dtype: str, block: Any) -> None:
+    """They divide the weight, and the shapes say their size; exponents may be in the order of a kernel."""
+    tensors: dict[str, Spec] = {"m._weight_qdata": ("F8_E4M3", weight), "m._weight_scale": (dtype, scale)}
+    if isinstance(block, type):
+        only_defect(tensors, block)
+        only_defect(tensors, block, (1, 32))
+        return
+    tensor = paired(tensors).tensors["m.weight"]
+    assert isinstance(tensor, QuantizedTensor)
+    assert tensor.grid.block_size == block
+    only_defect({"m.weight": ("F8_E4M3", weight), "m.weight_scale": ("F32", (2, 3))}, ScaleShapeError)
+
+
+@pytest.mark.parametrize("stated", [None, (1, 32)])
+def test_exponents_of_comfyui_may_be_in_another_order(stated: tuple[int, ...] | None) -> None:
+    """Refused where its marker stands beside them, even where the shape fits; elsewhere the remedy warns of it."""
+    mx: dict[str, Spec] = {"m.weight": ("F8_E4M3", (256, 256)), "m.weight_scale": ("U8", (256, 8))}
+    assert "order" in only_defect({**mx, "m.comfy_quant": ("U8", (20,))}, UnsupportedFormatError, stated).found
+    if stated is None:
+        assert "ComfyUI" in str(only_defect(mx, ScaleShapeError).remedy)
+    else:
+        assert not paired(mx, stated).defects
+
+
 @pytest.mark.parametrize("factor", ["m.q.pre_quant_scale", "m.q.weight_scale_2", "m.q.weight_zero_point"])
 def test_a_second_factor(factor: str) -> None:
     """What would have to be applied as well is refused."""

@@ -42,7 +42,7 @@ from fp8ckpt.errors import (
     WeightValueError,
     listed,
 )
-from fp8ckpt.families.carried import mtp_tensors
+from fp8ckpt.families.carried import carriable
 from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
@@ -191,7 +191,7 @@ def carried_from(base: Checkpoint, tensors: Mapping[str, TensorSpec], carry: Col
     """The base's tensors that the model lacks and that are taken from it: those of ``carry``, and of MTP layers. The
     log lists them. Raises `ModelMismatchError` where the two differ in anything else.
     """
-    allowed = {*carry, *mtp_tensors(base.tensors, base.config)}
+    allowed = {*carry, *carriable(tensors, base.tensors, base.config)}
     carried = refuse_other_tensors(tensors, base, "model", remedy, allowed)
     if carried:
         logger.info("%d tensors are carried from %s: %s", len(carried), base.path, listed(carried))

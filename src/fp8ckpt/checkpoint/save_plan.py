@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from fp8ckpt.checkpoint.planners import AssemblySavePlanner
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.checkpoint.tied import tied_groups
 from fp8ckpt.errors import ModelMismatchError, listed
+from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.joined import Assembly
@@ -64,7 +64,8 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     if base is not None:
         _warn_of_fewer_bits(state, parts, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    matching = {name for name in stored if carry is not None and re.search(carry, name)}
+    pattern = name_pattern("carry", carry)
+    matching = {name for name in stored if pattern is not None and pattern.search(name)}
     return SavePlan(state, AssemblySavePlanner(parts, {**shapes, **stored}), assembled.ignored | matching)
 
 

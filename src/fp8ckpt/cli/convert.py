@@ -49,6 +49,10 @@ def convert(
         str,
         word("reuse", "fresh", help="With --like: keep the base's scale where values fit it, or make all new."),
     ] = "reuse",
+    carry: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="With --like: take from BASE what SRC lacks and has this in its name."),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")
     ] = True,
@@ -85,6 +89,7 @@ def convert(
                 like=like,
                 scheme=scheme,
                 scales=scales,
+                carry=carry,
                 report=report,
                 serving=serving,
                 only=only,

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
-from fp8ckpt.families.names import find_layout
+from fp8ckpt.errors import ModelMismatchError, listed, shown
+from fp8ckpt.families.carried import carriable
+from fp8ckpt.families.names import EMBEDDINGS, HEADS, find_layout, name_pattern, ties_embeddings
 from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.output.like import BaseLayout
-from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes, refuse_other_tensors
+from fp8ckpt.output.matching import in_fewer_bits, refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
-from fp8ckpt.tensors.reading import stored_scales
+from fp8ckpt.tensors.reading import same_bits, stored_scales
+from fp8ckpt.tensors.stored import TensorSpan
 
 
 def plan_like(
@@ -29,11 +32,13 @@ def plan_like(
     *,
     fresh: bool,
     report: bool,
+    carry: str | None = None,
     served: Callable[[Checkpoint], Json] | None = None,
     follow_index: bool = False,
 ) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written.
 
+    ``carry``: a pattern of names that are taken from the base where the source lacks them, besides MTP layers.
     ``served``: makes the configuration with which engines serve a base, whose layout is put right, too.
     """
     output.refuse_existing()
@@ -43,8 +48,14 @@ def plan_like(
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
     naming = find_layout(given.tensors, like.tensors)
     tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
-    refuse_other_tensors(tensors, like, "source", f"give the base that {given.path} came from")
+    tensors, notes = _with_tied_head(tensors, like)
+    allowed = carriable(tensors, like.tensors, like.config, name_pattern("carry", carry))
+    carried = refuse_other_tensors(tensors, like, "source", f"give the base that {given.path} came from", allowed)
+    if carried:
+        notes += (f"{len(carried)} tensors that the source lacks are carried from the base: {listed(carried)}",)
     refuse_other_dtypes(tensors, like)
+    if fewer := in_fewer_bits(tensors, like):
+        notes += (f"{len(fewer)} tensors have fewer bits in the source than in the base: {listed(fewer)}",)
     changes = BaseLayout(like, served=None if served is None else served(like))
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
@@ -52,8 +63,9 @@ def plan_like(
             tensors[tensor.name], spans[tensor.weight.name], spans[tensor.scale.name], tensor.grid, tensor
         )
         for tensor in like.quantized
+        if tensor.name not in carried
     }
-    scales = {tensor.scale.name for tensor in like.quantized}
+    scales = {tensor.scale.name for tensor in like.quantized if tensor.name not in carried}
     stored = {span.name: span for header in like.files for span in header.spans}
     plain = {name: tensors.get(name, stored[name]) for name in spans if name not in weights and name not in scales}
     powers_of_two = states_powers_of_two(like.config)
@@ -68,8 +80,36 @@ def plan_like(
         fresh=fresh,
         report=report,
         powers_of_two=powers_of_two,
-        notes=(*given.notes, *like.notes, *_side_file_notes(given, like)),
+        carried=tuple(sorted(carried)),
+        notes=(*given.notes, *like.notes, *_cache_notes(like), *notes, *_side_file_notes(given, like)),
     )
+
+
+def _with_tied_head(tensors: dict[str, TensorSpan], base: Checkpoint) -> tuple[dict[str, TensorSpan], tuple[str, ...]]:
+    """The source's tensors with the head as the base has it, stored or not, where it is the embeddings; and a note.
+
+    A base that stores the head says itself, by equal bytes, that the two are one. Raises `ModelMismatchError` where the
+    base has no place for a head that is no longer the embeddings.
+    """
+    head = next((name for name in HEADS if (name in tensors) != (name in base.tensors)), None)
+    embeddings = next((name for name in EMBEDDINGS if name in tensors and name in base.tensors), None)
+    if head is None or embeddings is None or ties_embeddings(base.config) is False:
+        return tensors, ()
+    if head in base.tensors:
+        if not same_bits(base.tensors[head], base.tensors[embeddings]):
+            return tensors, ()
+        note = f"{head}, which the source does not store, is its embeddings, as in the base"
+        return {**tensors, head: tensors[embeddings]}, (note,)
+    if not same_bits(tensors[head], tensors[embeddings]):
+        raise ModelMismatchError(
+            f"it is not {shown(embeddings)}, and the base, where the two are one, stores no head",
+            tensor=head,
+            file=tensors[head].file,
+            expected="the same values",
+            remedy="tie the two before the model is saved, or quantize it by a --scheme instead",
+        )
+    note = f"{head} of the source is its embeddings, and is not stored, as in the base"
+    return {name: tensor for name, tensor in tensors.items() if name != head}, (note,)
 
 
 def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
@@ -80,6 +120,13 @@ def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
     units = equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
     yield from (tuple(alone[name] for name in unit) for unit in units)
     yield from ((weight.name,) for weight in wide if not weight.grid.per_tensor)
+
+
+def _cache_notes(base: Checkpoint) -> list[str]:
+    """What a base that quantizes nothing but its cache gives the output."""
+    if base.quantized:
+        return []
+    return [f"the base has no FP8 weights: its {len(base.cache_scales)} scales of the key-value cache are written back"]
 
 
 def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:

@@ -59,7 +59,8 @@ class QuantizingPlan:
 
     ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
     ``units``: the wide weights, those together that must have one scale. ``fresh``: no scale is kept.
-    ``powers_of_two``: of new scales. ``report``: count what training did.
+    ``powers_of_two``: of new scales. ``report``: count what training did. ``carried``: what is the base's, byte for
+    byte.
     """
 
     output: OutputPlan
@@ -71,6 +72,7 @@ class QuantizingPlan:
     fresh: bool
     report: bool
     powers_of_two: bool = False
+    carried: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @cached_property

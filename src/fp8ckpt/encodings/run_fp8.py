@@ -53,10 +53,11 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """All weights together, and each."""
+    """All weights together, and each. ``carried``: tensors that were taken from the base, byte for byte."""
 
     total: WeightReport
     weights: tuple[WeightReport, ...]
+    carried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> Quantiz
         total.add(part)
         before = plan.weights[name].before
         weights.append(_row(before.name if before else name, part, plan.base is not None))
-    return QuantizationReport(_row("", total, plan.base is not None), tuple(weights))
+    return QuantizationReport(_row("", total, plan.base is not None), tuple(weights), plan.carried)
 
 
 def _row(name: str, facts: WeightFacts, has_base: bool) -> WeightReport:

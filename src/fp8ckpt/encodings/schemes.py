@@ -5,13 +5,13 @@ A scheme is a row. All are dynamic: activations are scaled as they come, and no 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError, shown
 from fp8ckpt.families.loaders import engines_that_rename_scales
+from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.parallel import ragged
 from fp8ckpt.families.roles import Roles
 from fp8ckpt.families.siblings import equal_units, sibling_units
@@ -111,7 +111,7 @@ def choose(
     Weights that engines join are quantized together or not at all; in blocks only if each is whole blocks.
     """
     roles = Roles({name: span.shape for name, span in tensors.items()}, config)
-    wanted, unwanted = _pattern("only", only), _pattern("skip", skip)
+    wanted, unwanted = name_pattern("only", only), name_pattern("skip", skip)
     left: dict[str, list[str]] = {}
     chosen: dict[str, BlockGrid] = {}
     for name, span in tensors.items():
@@ -157,13 +157,6 @@ def _apart(
     ):
         if names := [name for unit in found for name in unit if name in chosen]:
             yield reason, names
-
-
-def _pattern(option: str, text: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if text is None else re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{option}={text!r} is no regular expression: {error}") from error
 
 
 def _left_notes(left: Mapping[str, list[str]]) -> Iterator[str]:

@@ -1,11 +1,11 @@
 """Tensors of a release that models have no place for: the layers that predict further tokens (MTP). They are carried:
-left out when a model is loaded, and taken from the base, byte for byte, when one is saved.
+left out when a model is loaded, and taken from the base, byte for byte, when one is written back.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 #: How configurations call the number of MTP layers, which follow the others under the next layer numbers.
@@ -26,3 +26,14 @@ def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
         return layer is not None and isinstance(layers, int) and layers <= int(layer[1]) < layers + more
 
     return {name for name in names if _MTP.match(name) or beyond(name)}
+
+
+def carriable(
+    given: Collection[str], base: Collection[str], config: Mapping[str, Any], pattern: re.Pattern[str] | None = None
+) -> set[str]:
+    """Names of the base that are taken from it where ``given``, what is written, lacks them: those in which ``pattern``
+    is found, and all MTP layers if none of them is given; where some of their tensors are, they may have been trained.
+    """
+    mtp = mtp_tensors(base, config)
+    named = {name for name in base if pattern is not None and pattern.search(name)}
+    return named | (mtp if mtp.isdisjoint(given) else set())

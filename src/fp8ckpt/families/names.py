@@ -7,6 +7,7 @@ layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,6 +82,16 @@ def ties_embeddings(config: Any) -> bool | None:
 
 def _stated(config: Any, key: str) -> Any:
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+    """The regular expression that a user gave as ``option``, to be found in names. Raises `ValueError` for what is
+    none.
+    """
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{option}={text!r} is no regular expression: {error}") from error
 
 
 #: Models whose releases have nested names on disk, which transformers renames as Mistral3's; by ``model_type``.

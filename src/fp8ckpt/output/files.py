@@ -19,6 +19,7 @@ import numpy as np
 from fp8ckpt.errors import StorageError, remedy_for
 from fp8ckpt.stores.local import refuse_irregular
 from fp8ckpt.stores.store import Bytes, File
+from fp8ckpt.system import MOST_AT_ONCE, flush, flush_data
 
 #: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
 ALIGNMENT = 4096
@@ -60,7 +61,7 @@ class OutputFile:
         done = 0
         while done < len(view):
             try:
-                done += os.pwrite(fd, view[done:], offset + done)
+                done += os.pwrite(fd, view[done : done + MOST_AT_ONCE], offset + done)
             except OSError as error:
                 if error.errno == errno.EINVAL and fd == self._direct:
                     fd = self._cached  # opened for direct writes, and yet refuses one of this alignment
@@ -70,7 +71,7 @@ class OutputFile:
     def flush(self) -> None:
         """Return when all that was written is on disk."""
         try:
-            os.fdatasync(self._cached)
+            flush_data(self._cached)
         except OSError as error:
             raise write_error(error, self.file) from error
 
@@ -161,7 +162,7 @@ def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
             except OSError as error:
                 raise write_error(error, file) from error
         try:
-            os.fsync(stream.fileno())
+            flush(stream.fileno())
         except OSError as error:
             raise write_error(error, file) from error
 
@@ -170,7 +171,7 @@ def flush_directory(directory: Path) -> None:
     """Return when the names in ``directory`` are on disk."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        flush(fd)
     finally:
         os.close(fd)
 

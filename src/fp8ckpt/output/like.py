@@ -12,7 +12,7 @@ from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
-from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json
+from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json, metadata_without_quantization
 from fp8ckpt.tensors.header import Header
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
@@ -49,7 +49,8 @@ class PlainLayout(NamedTuple):
             logical = base.tensors_in(header)
             specs = [TensorSpec(t.name, dtype if t.scaled else t.dtype, t.shape) for t in logical]
             if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
-                layouts.append(lay_out_again(header, specs))
+                metadata = metadata_without_quantization(header.metadata)
+                layouts.append(lay_out_again(header._replace(metadata=metadata), specs))
         texts, copies = plain_side_files(base, dtype)
         if base.index is not None or len(layouts) > 1:
             texts[base.index_name or INDEX] = index_text(layouts, base.index)

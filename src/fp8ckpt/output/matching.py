@@ -15,15 +15,17 @@ from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
 from fp8ckpt.tensors.reading import scale_defects
-from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
 _CODES = "F8_E4M3"
 FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
 
 
 def refuse_base(base: Checkpoint, remedy: str) -> None:
-    """A base holds FP8, and scales that are scales. Raises `UnsupportedFormatError` and `ScaleValueError`."""
-    if not base.quantized:
+    """A base holds FP8, or scales of an FP8 cache, and scales that are scales. Raises `UnsupportedFormatError` and
+    `ScaleValueError`.
+    """
+    if not base.quantized and not base.cache_scales:
         raise UnsupportedFormatError(
             "none of its tensors is FP8", file=str(base.path), expected="an FP8 base", remedy=remedy
         )
@@ -49,8 +51,9 @@ def refuse_other_tensors(
             f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; "
             f"the first is {shown(name)}, in the {where}"
         )
-        if missing and not extra and what == "model":  # a conversion cannot carry yet
-            remedy = f"{remedy}; or name what is to be taken from the base: carry=REGEX"
+        if missing and not extra:
+            option = "carry=REGEX" if what == "model" else "--carry REGEX"
+            remedy = f"{remedy}; or name what is to be taken from the base: {option}"
         raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
     for name, tensor in base.tensors.items():
         if name not in carried and found[name].shape != tensor.shape:
@@ -95,6 +98,12 @@ def refuse_other_kinds(
             raise ModelMismatchError(
                 f"dtype {given.dtype}", tensor=name, file=_file_of(given), expected=f"{stored}, as in the base"
             )
+
+
+def in_fewer_bits(found: Mapping[str, TensorSpan], base: Checkpoint) -> list[str]:
+    """The tensors that the base holds in more bits, and plain: what they were cannot come back, trained or not."""
+    plain = {name: tensor.dtype for name, tensor in base.tensors.items() if tensor.scaled is None}
+    return [name for name in found.keys() & plain if DTYPE_BITS[plain[name]] > DTYPE_BITS[found[name].dtype]]
 
 
 def refuse_dtype(given: TensorSpan | TensorSpec) -> None:

@@ -12,7 +12,6 @@ which nothing can be lost: that is what a run leaves that ended before its first
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsErro
 from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.local import read_whole
+from fp8ckpt.system import lock
 
 _OUTPUT = "output"
 Facts = dict[str, Any]  # what is recorded of an extent; JSON
@@ -77,11 +77,9 @@ class PartialOutput:
         self.refuse_foreign(names)
         self._state.mkdir(parents=True, exist_ok=True)
         self._lock = open_to_write(self._state / _LOCK, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self._lock):
             remedy = "wait for it to end"
-            raise OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy) from None
+            raise OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy)
         self.refuse_existing()  # whoever held the lock before may have finished
         if self.directory.exists():
             if (before := self._recorded_plan()) != fingerprint:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG
-from fp8ckpt.tensors.tensor import Tensor
-
-_PIECE = 4 << 20  # bytes
+from fp8ckpt.tensors.reading import same_bits
 
 
 def tied(subject: Subject) -> Iterator[Finding]:
@@ -25,7 +21,7 @@ def tied(subject: Subject) -> Iterator[Finding]:
         return
     if ties and name is not None:
         head = checkpoint.tensors[name]
-        if not _is_same(head, embeddings):
+        if not same_bits(head, embeddings):
             found = f"the head is not {shown(embeddings.name)}, and {CONFIG} says tie_word_embeddings"
             remedy = "state false if the head is its own; an engine would serve the embeddings in its place"
             file, expected = head.span.file, "the same bytes, or no head"
@@ -34,17 +30,3 @@ def tied(subject: Subject) -> Iterator[Finding]:
         found = "tie_word_embeddings is false, and no head is stored"
         remedy = "restore the head; or state true if it is the embeddings"
         yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit, and neither is FP8; memory is two pieces."""
-    if a.scaled is not None or b.scaled is not None or (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    buffers = np.empty((2, _PIECE), np.uint8)
-    for start in range(0, a.span.nbytes, _PIECE):
-        left, right = buffers[:, : min(_PIECE, a.span.nbytes - start)]
-        a.span.read(left, start)
-        b.span.read(right, start)
-        if not np.array_equal(left, right):
-            return False
-    return True

@@ -39,6 +39,13 @@ def _static_of_quark(quantization: Json) -> set[bool]:
     return {inputs.get("is_dynamic") is False} if isinstance(inputs, dict) else set()
 
 
+def _static_of_modelopt(quantization: Json) -> set[bool]:
+    layers = quantization.get("quantized_layers")
+    stated = [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
+    dynamic = {layer.get("quant_algo") != "FP8" for layer in stated}  # FP8 has one scale an activation, others none
+    return dynamic if len(dynamic) > 1 else set()
+
+
 def _never_static(_: Json) -> set[bool]:
     return {False}
 
@@ -65,7 +72,7 @@ class Method(NamedTuple):
 METHODS = {
     "fp8": Method(("modules_to_not_convert", "ignored_layers"), _static_of_fp8, True, True),
     "compressed-tensors": Method(("ignore",), _static_of_groups),
-    "modelopt": Method(("exclude_modules", "ignore"), _not_stated),
+    "modelopt": Method(("exclude_modules", "ignore"), _static_of_modelopt),
     "fbgemm_fp8": Method(("modules_to_not_convert",), _never_static, True),
     "mxfp8": Method(("ignored_layers", "modules_to_not_convert"), _never_static, True),
     "quark": Method(("exclude",), _static_of_quark),

@@ -22,6 +22,7 @@ import numpy as np
 from fp8ckpt.errors import SourceChangedError, StorageError, TruncatedFileError
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import ByteRange, Bytes, File, Files, Stat
+from fp8ckpt.system import MOST_AT_ONCE, read_at
 
 _TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 _FOREIGN_FOLDERS = (".git", ".cache")  # of the tools that fetched a checkpoint; not part of it
@@ -80,7 +81,7 @@ class LocalStore:
             if descriptor is None or file != last:
                 last, descriptor = file, self._descriptor(file)
             try:
-                whole = os.preadv(descriptor.fd, [part.data for part in out[i:k]], start) == stop - start
+                whole = read_at(descriptor.fd, [part.data for part in out[i:k]], start) == stop - start
             except OSError:
                 whole = False  # the slow way will meet it again, and name it
             if not whole:
@@ -304,7 +305,7 @@ def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
     while done < len(view):
         at = part.start + done
         try:
-            count = os.preadv(fd, [view[done:]], at)
+            count = read_at(fd, [view[done : done + MOST_AT_ONCE]], at)
         except OSError as error:
             found = f"reading at byte {at} failed: {error.strerror}"
             raise StorageError(found, file=part.file, remedy="check the disk") from error

@@ -154,10 +154,16 @@ def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
     if isinstance(path, Checkpoint):
         return path
     with collector_paused():
-        if not isinstance(path, str | Path):
-            return _survey(path, None, follow_index)
-        directory, single = _resolve(path)
-        return _survey(LocalStore(directory, single), single, follow_index)
+        store, single = store_of(path)
+        return _survey(store, single, follow_index)
+
+
+def store_of(path: str | Path | Store) -> tuple[Store, str | None]:
+    """What keeps the files of a directory or of a hub id in the local cache, and the file where one was named."""
+    if not isinstance(path, str | Path):
+        return path, None
+    directory, single = _resolve(path)
+    return LocalStore(directory, single), single
 
 
 @contextmanager

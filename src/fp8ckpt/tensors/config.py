@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fp8ckpt.errors import ConfigError, StorageError
@@ -19,6 +19,9 @@ from fp8ckpt.tensors.header import parse_json
 
 CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG = "config.json", "hf_quant_config.json", "params.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is the first by its older name
+# What a header's own metadata says of quantization: ComfyUI under one key; torchao of each tensor, by its name, and a
+# list of these names.
+_COMFY_METADATA, _TORCHAO_NAMES = "_quantization_metadata", "tensor_names"
 _LONGEST_JSON = 256 << 20  # bytes; the index of a model of 92,000 tensors takes 9 MB
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -147,3 +150,15 @@ def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
             value = without_quantization(CONFIG, value, dtype)
         result[key] = value
     return result
+
+
+def metadata_without_quantization(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The ``__metadata__`` of a header for weights that are not quantized."""
+    try:
+        names = json.loads(metadata.get(_TORCHAO_NAMES, "null"))
+    except (ValueError, RecursionError):  # something else of that name
+        names = None
+    dropped = {_COMFY_METADATA, *QUANTIZATION_KEYS}
+    if isinstance(names, list):
+        dropped |= {_TORCHAO_NAMES, *(name for name in names if isinstance(name, str))} - {"format"}
+    return {key: text for key, text in metadata.items() if key not in dropped}

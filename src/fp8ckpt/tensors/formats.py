@@ -23,13 +23,15 @@ class ScaleRow(NamedTuple):
     """How the key of a weight's codes becomes that of its scale.
 
     ``weight``: the ending of the key of the codes; ``scale``: what stands in its place. ``leaf``: what the last part of
-    the key of the codes begins with, and the weight's own name does not.
+    the key of the codes begins with, and the weight's own name does not. ``even``: blocks divide the weight, so that
+    the two shapes say their size.
     """
 
     weight: str
     scale: str
     meant: str = CODES
     leaf: str = ""
+    even: bool = False
 
 
 SCALES = (
@@ -39,7 +41,7 @@ SCALES = (
     ScaleRow(".weight", ".qscale_weight", ALWAYS),  # Mistral native
     ScaleRow(".weight", ".scale"),  # DeepSeek V4
     ScaleRow(".weight", ".scale_weight", BESIDE),  # ComfyUI, and other single files of diffusion models
-    ScaleRow("_qdata", "_scale", leaf="_"),  # torchao: "X._weight_qdata" and "X._weight_scale" are "X.weight"
+    ScaleRow("_qdata", "_scale", leaf="_", even=True),  # torchao: "X._weight_qdata", "X._weight_scale" are "X.weight"
 )
 # A key of these endings is a scale or a mistake. "_scale" is no such ending, ".weight_scale" is.
 ONLY_SCALES = (".weight_scale", *(row.scale for row in SCALES if row.meant == ALWAYS))
@@ -105,6 +107,24 @@ def logical_name(codes: str) -> str:
             if leaf.startswith(row.leaf):
                 return module + dot + leaf.removeprefix(row.leaf)
     return codes
+
+
+def even_block(codes: str, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The block size that the shapes of codes and scales say, in a format that has even blocks alone."""
+    even = any(row.even and row.leaf and codes.endswith(row.weight) for row in SCALES)
+    if not even or len(scale_shape) != len(shape) or not all(scale_shape):
+        return None
+    if any(dim % count for dim, count in zip(shape, scale_shape, strict=True)):
+        return None
+    return tuple(dim // count for dim, count in zip(shape, scale_shape, strict=True))
+
+
+def in_kernel_order(codes: str, scale_dtype: str, scale_shape: tuple[int, ...], stored: Container[str]) -> bool:
+    """Whether the scales of blocks may be stored in the order in which a kernel reads them, as torchao and ComfyUI
+    store exponents, and not row by row. ``stored``: the names of all tensors.
+    """
+    of_such = logical_name(codes) != codes or codes.removesuffix(".weight") + LAYER_MARKER in stored
+    return of_such and scale_dtype in ("U8", "F8_E8M0") and prod(scale_shape) > 1
 
 
 def module_of(name: str) -> str:

@@ -70,6 +70,8 @@ def pair(
         claimed.update(scales, activations)
         if (second := _second_factor(name, spans)) is not None:
             defects.append(UnsupportedFormatError.of_factor(span, second))
+        elif len(scales) == 1 and formats.in_kernel_order(name, spans[scales[0]].dtype, spans[scales[0]].shape, spans):
+            defects.append(UnsupportedFormatError.of_order(span, spans[scales[0]]))
         elif len(scales) == 1:
             result = _checked(span, spans[scales[0]], tuple(spans[key] for key in activations), blocks)
             if isinstance(result, Fp8CheckpointError):
@@ -167,7 +169,7 @@ def _checked(
     if scale.dtype not in FP8_SCALES:
         return ScaleDtypeError.of(weight, scale, FP8_SCALES)
     name = formats.logical_name(weight.name)
-    block_size = blocks.of(formats.module_of(name))
+    block_size = blocks.of(formats.module_of(name)) or formats.even_block(weight.name, weight.shape, scale.shape)
     grid = _grid(weight.shape, scale.shape, block_size)
     if grid is not None:
         return QuantizedTensor(name, weight, scale, grid, activations)

@@ -148,6 +148,20 @@ def read_tensor(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[in
     return result
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit, and neither is FP8; memory is two pieces."""
+    if a.scaled is not None or b.scaled is not None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    buffers = np.empty((2, CODES_BUFFER), np.uint8)
+    for start in range(0, a.span.nbytes, CODES_BUFFER):
+        left, right = buffers[:, : min(CODES_BUFFER, a.span.nbytes - start)]
+        a.span.read(left, start)
+        b.span.read(right, start)
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
 def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """A flat numpy view of the bytes of a contiguous CPU tensor. One of a single element may have any strides, and is
     contiguous.

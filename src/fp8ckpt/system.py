@@ -1,0 +1,69 @@
+"""What differs between operating systems: Linux has all of it, macOS lacks some, and any other is refused by name.
+
+Each function does the same on both, and asks at every call for what the system has.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fp8ckpt.errors import UnsupportedSystemError
+
+try:
+    import fcntl
+except ImportError:
+    raise UnsupportedSystemError.of(sys.platform) from None
+
+#: Bytes that one call reads or writes at most: macOS refuses calls of 2 GiB and more, Linux does a part of them.
+MOST_AT_ONCE = 1 << 30
+
+
+def cores() -> int:
+    """The processors that this process may run on; where the system does not say, those that there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def read_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Fill flat buffers with the bytes from ``offset`` on. Returns how many there were, at the end of a file fewer."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, buffers, offset)
+    done = 0
+    for buffer in buffers:
+        found = os.pread(fd, len(buffer), offset + done)
+        buffer[: len(found)] = found
+        done += len(found)
+        if len(found) < len(buffer):
+            break
+    return done
+
+
+def flush(fd: int) -> None:
+    """Return when the file, or the names in the folder, are on disk."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # of macOS, whose fsync() leaves them in the disk's own cache
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # the file system has none
+            pass
+    os.fsync(fd)
+
+
+def flush_data(fd: int) -> None:
+    """As `flush`, for a file whose size is there already."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:
+        flush(fd)
+
+
+def lock(fd: int) -> bool:
+    """Take a file for this process, until it is closed; False where another has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,310 @@
+"""A PEFT directory as pairs of low-rank factors: which module each is of, and what it is scaled by.
+
+Headers and ``adapter_config.json`` are read, and no data. What the configuration can say and this page does not know is
+refused by name: an adapter is merged as it was trained, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8ckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    HeaderError,
+    ModelMismatchError,
+    UnsupportedFormatError,
+    WeightValueError,
+    shown,
+)
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
+from fp8ckpt.stores.store import Bytes, File, Store
+from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first, store_of
+from fp8ckpt.tensors.config import Json, load_json
+from fp8ckpt.tensors.header import Header, read_header
+from fp8ckpt.tensors.stored import TensorSpan
+
+CONFIG = "adapter_config.json"
+_WEIGHTS, _INDEX, _PICKLED = "adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"
+_PART = re.compile(r"adapter_model-\d{5}-of-(\d{5})\.safetensors")
+_PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer"
+_AT_ONCE = 4 << 20  # bytes; whole elements of any dtype
+
+#: What a configuration may say that changes no weight, or is answered below.
+_KNOWN = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora",
+    "use_rslora",
+}  # fmt: skip
+#: What it may say of which no merged weight is the equal, or none that is known here.
+_REFUSED = {
+    "alora_invocation_tokens": "aLoRA acts on some tokens only: no weights are equal to it",
+    "arrow_config": "Arrow chooses an adapter for each token: no weights are equal to it",
+    "layer_replication": "the adapter is of a model with layers that the base does not have",
+    "trainable_token_indices": "rows of an embedding were trained beside the adapter",
+}
+#: Initializations that train on another base than the one that is given: what they took out of it is in the factors.
+_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_FACTOR = re.compile(
+    r"(.+?)((?:\.base_layer)*)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(weight|bias))?"
+)
+
+
+class Pair(NamedTuple):
+    """The factors of one module: ``a`` [rank, in] and ``b`` [out, rank], or stacked ones of experts.
+
+    ``module``: as the model that was trained has it; ``depth``: of how many wrappers it is inside (PEFT wraps the
+    parameters of one module one after the other). ``embedding``: the product is transposed. ``magnitude``: DoRA's.
+    ``bias``: of ``b``, to be added to the module's own.
+    """
+
+    module: str
+    depth: int
+    a: TensorSpan
+    b: TensorSpan
+    embedding: bool = False
+    magnitude: TensorSpan | None = None
+    bias: TensorSpan | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of ``weight``. ``checkpoint``: its files; ``tensors``: whole tensors that replace the base's, by the
+    model's names of them.
+    """
+
+    checkpoint: Checkpoint
+    config: Json
+    weight: float
+    pairs: tuple[Pair, ...]
+    tensors: Mapping[str, TensorSpan]
+
+    def rank(self, key: str) -> int:
+        """The rank of what PEFT calls ``key``: a module, or a parameter of one."""
+        return int(self._setting("rank_pattern", key, self.config.get("r", 8)))
+
+    def scaling(self, key: str) -> float:
+        """What its product is multiplied by, ``weight`` included."""
+        rank, alpha = self.rank(key), float(self._setting("alpha_pattern", key, self.config.get("lora_alpha", 8)))
+        return self.weight * alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _setting(self, patterns: str, key: str, otherwise: float) -> float:
+        stated: dict[str, float] = self.config.get(patterns) or {}
+        return next((stated[pattern] for pattern in stated if re.match(rf"(.*\.)?({pattern})$", key)), otherwise)
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides the bytes besides the factors."""
+        return hashlib.sha256(repr((sorted(self.config.items(), key=str), self.weight)).encode()).hexdigest()
+
+
+def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
+    """Open a PEFT directory, or a hub id in the local cache. Reads headers and the configuration only.
+
+    Raises `UnsupportedFormatError` for what cannot be merged, by name; `ConfigError`, `HeaderError` and
+    `ModelMismatchError` for files that do not make an adapter.
+    """
+    if not math.isfinite(weight):
+        raise ValueError(f"weight={weight}; expected a finite number")
+    store, single = store_of(path)
+    if single is not None:
+        raise CheckpointNotFoundError("this is a file", file=str(path), expected="the directory of an adapter")
+    config = load_json(store, CONFIG)
+    if config is None:
+        remedy = "give the directory that PEFT's save_pretrained wrote"
+        raise CheckpointNotFoundError(f"there is no {CONFIG} in it", file=store.where, remedy=remedy)
+    _check(config, File(store, CONFIG))
+    headers = _headers(store)
+    stored: dict[str, TensorSpan] = {}
+    for span in (span for header in headers for span in header.spans):
+        if span.name in stored:
+            raise HeaderError.of_two(span, stored[span.name].file.name)
+        if span.dtype not in TARGET_BYTES:
+            expected = f"one of {', '.join(TARGET_BYTES)}"
+            raise UnsupportedFormatError(f"dtype {span.dtype}", tensor=span.name, file=span.file, expected=expected)
+        stored[span.name] = span
+    checkpoint = Checkpoint(store, headers, stored, (), {}, None, None, (), ())
+    pairs, tensors = _sorted_out(stored, dora=bool(config.get("use_dora")))
+    if not pairs and not tensors:
+        raise ModelMismatchError("it holds no tensor", file=store.where, expected="the factors of an adapter")
+    return Adapter(checkpoint, config, weight, tuple(pairs), tensors)
+
+
+def read_floats(span: TensorSpan) -> F32:
+    """A tensor of an adapter as float32, exactly, of its shape."""
+    raw = np.empty(span.nbytes, np.uint8)
+    span.read(raw)
+    return _floats(raw, span.dtype).reshape(span.shape)
+
+
+def _floats(raw: Bytes, dtype: str) -> F32:
+    stored: npt.NDArray[Any] = raw.view(SCALE_DTYPES[dtype])
+    return scale_values(stored, dtype)
+
+
+def refuse_nonfinite(adapter: Adapter) -> None:
+    """Read all of an adapter once. Raises `WeightValueError` for what is NaN or infinite in it."""
+    for span in (span for header in adapter.checkpoint.files for span in header.spans):
+        count = 0
+        for start in range(0, span.nbytes, _AT_ONCE):
+            raw = np.empty(min(_AT_ONCE, span.nbytes - start), np.uint8)
+            span.read(raw, start)
+            count += int(np.count_nonzero(~np.isfinite(_floats(raw, span.dtype))))
+        if count:
+            found = f"{count} of {span.numel} elements are NaN or infinite"
+            remedy = "find out where the training diverged"
+            raise WeightValueError(found, tensor=span.name, file=span.file, expected="finite values", remedy=remedy)
+
+
+# ---------------------------------------------------------------- the configuration
+
+
+def _check(config: Json, file: File) -> None:
+    def refuse(found: str, expected: str, remedy: str | None = None) -> None:
+        raise UnsupportedFormatError(found, file=file, expected=expected, remedy=remedy)
+
+    merge_there = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
+    if (kind := config.get("peft_type")) != "LORA":
+        refuse(f"peft_type is {shown(kind)}", "LORA", merge_there)
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            refuse(f"{key} is set: {why}", f"{key} null", None if key != "trainable_token_indices" else merge_there)
+    for key in sorted(config.keys() - _KNOWN - _REFUSED.keys()):
+        if config[key]:
+            refuse(
+                f"{shown(key)} is {shown(config[key])}, which fp8ckpt does not know to merge", "plain LoRA", merge_there
+            )
+    how = str(config.get("init_lora_weights", True)).lower()
+    if how.startswith(_OF_ANOTHER_BASE):
+        remedy = "save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        refuse(
+            f"init_lora_weights is {shown(how)}: it was trained on a base from which its start was taken",
+            "true",
+            remedy,
+        )
+    _check_numbers(config, file)
+
+
+def _check_numbers(config: Json, file: File) -> None:
+    def refuse(key: str, found: object, expected: str) -> None:
+        raise ConfigError(f"{key} is {shown(found)}", file=file, expected=expected, remedy="take the file PEFT wrote")
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        stated = config.get(patterns) or {}
+        if not isinstance(stated, dict):
+            refuse(patterns, stated, "names or regular expressions, each with a number")
+            continue
+        for name, value in ((key, config.get(key, 8)), *((f"{patterns}[{name!r}]", stated[name]) for name in stated)):
+            if not is_number(value) or (key == "r" and (value < 1 or value != int(value))):
+                refuse(name, value, "a rank of at least 1" if key == "r" else "a finite number")
+        for pattern in stated:
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except (re.error, RecursionError, OverflowError) as error:
+                refuse(patterns, f"{pattern}, no regular expression ({error})", "names or regular expressions")
+    if not isinstance(targets := config.get("target_parameters") or [], list) or not all(
+        isinstance(target, str) for target in targets
+    ):
+        refuse("target_parameters", targets, "a list of names")
+
+
+# ---------------------------------------------------------------- the files
+
+
+def _headers(store: Store) -> tuple[Header, ...]:
+    """The headers of the one file, or of all parts. Raises the first defect."""
+    names = _file_names(store)
+    defects, headers = [], []
+    for name in names:
+        header, found = read_header(File(store, name))
+        defects += found
+        if header is not None:
+            headers.append(header)
+    raise_first(defects)
+    return tuple(headers)
+
+
+def _file_names(store: Store) -> list[str]:
+    present = sorted(store.files())
+    if (index := load_json(store, _INDEX)) is not None:
+        weight_map = index.get("weight_map")
+        named = {*weight_map.values()} if isinstance(weight_map, dict) else set()
+        missing = sorted(str(name) for name in named if not isinstance(name, str) or name not in present)
+        if not named or missing:
+            found = f"it names {shown(missing[0])}, which is not there" if missing else "it names no file"
+            raise HeaderError(found, file=File(store, _INDEX), remedy="fetch the file")
+        return sorted(named)
+    if _WEIGHTS in present:
+        return [_WEIGHTS]
+    parts = [name for name in present if _PART.fullmatch(name)]
+    if parts:
+        count = int(_PART.fullmatch(parts[0])[1])  # type: ignore[index]  # it matched above
+        if len(parts) != count:
+            raise HeaderError(f"{len(parts)} of {count} parts are there", file=store.where, remedy="fetch the others")
+        return parts
+    remedy = "save it once more with a newer PEFT: save_pretrained(..., safe_serialization=True)"
+    found = f"there is no {_WEIGHTS} in it" + (f", only {_PICKLED}" if _PICKLED in present else "")
+    raise CheckpointNotFoundError(found, file=store.where, remedy=remedy if _PICKLED in present else "check the path")
+
+
+# ---------------------------------------------------------------- the tensors
+
+
+def _sorted_out(stored: Mapping[str, TensorSpan], *, dora: bool) -> tuple[list[Pair], dict[str, TensorSpan]]:
+    """The pairs of factors, and the whole tensors."""
+    found: dict[tuple[str, int], dict[str, TensorSpan]] = {}
+    tensors: dict[str, TensorSpan] = {}
+    for key, span in stored.items():
+        name = key.removeprefix(_PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            module, wrappers, what, leaf = match.groups()
+            part = "bias" if leaf == "bias" else what
+            found.setdefault((module, len(wrappers) // len(_BASE_LAYER)), {})[part] = span
+        elif ".lora_" in name or tensors.setdefault(name.replace(_BASE_LAYER, ""), span) is not span:
+            raise _unknown(span)
+    return [_pair(module, depth, parts, dora=dora) for (module, depth), parts in found.items()], tensors
+
+
+def _pair(module: str, depth: int, parts: dict[str, TensorSpan], *, dora: bool) -> Pair:
+    kinds = ("A", "B") if not parts.keys() & {"embedding_A", "embedding_B"} else ("embedding_A", "embedding_B")
+    a, b = (parts.get(kind) for kind in kinds)
+    first = next(iter(parts.values()))
+    if a is None or b is None:
+        found = f"{module} has no lora_{kinds[0] if a is None else kinds[1]}"
+        raise ModelMismatchError(found, tensor=first.name, file=first.file, expected="both factors")
+    if extra := parts.keys() - {*kinds, "magnitude_vector", "bias"}:
+        raise _unknown(parts[min(extra)])
+    if dora != ("magnitude_vector" in parts):
+        found = f"{module} has {'no' if dora else 'a'} magnitude vector, and use_dora is {dora}"
+        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected="the files of one adapter")
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        found = f"factors of shapes {a.shape} and {b.shape}"
+        expected = "matrices [rank, in] and [out, rank]"
+        if len(a.shape) > 2:
+            raise UnsupportedFormatError(f"{found}: a convolution", tensor=a.name, file=a.file, expected=expected)
+        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected, remedy="save the whole adapter")
+    return Pair(module, depth, a, b, kinds[0] != "A", parts.get("magnitude_vector"), parts.get("bias"))
+
+
+def _unknown(span: TensorSpan) -> UnsupportedFormatError:
+    expected = "lora_A and lora_B of a module, or a whole tensor"
+    return UnsupportedFormatError(
+        "fp8ckpt does not know what it is", tensor=span.name, file=span.file, expected=expected
+    )

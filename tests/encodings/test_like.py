@@ -1,0 +1,210 @@
+"""What a source does not store, and yet belongs to its base, in a conversion like the base: MTP layers, tied heads, and
+what the user names. Nothing else is taken from the base.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fp8ckpt import convert
+from fp8ckpt.convert import Fp8Result
+from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError
+from tests.conftest import Run
+from tests.distributed import rewrite
+from tests.families.releases import RELEASES
+from tests.oracle import Stored, read_directory
+
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Releases by name, and beside each what it is in BF16. Read-only."""
+    root = tmp_path_factory.mktemp("made")
+    for name in ("DeepSeek-V3", "Qwen3-Next", "Qwen3", "Qwen3 tied", "Qwen3 tied, head stored", "MiniMax-M2"):
+        convert(RELEASES[name].write(root / name), root / f"{name}, bf16")
+    return root
+
+
+def without(source: Path, destination: Path, pattern: str) -> Path:
+    return rewrite(source, destination, lambda t: {name: v for name, v in t.items() if not re.search(pattern, name)})
+
+
+def back(source: Path, base: Path, destination: Path, **how: Any) -> Fp8Result:
+    result = convert(source, destination, to="fp8", like=base, **how)
+    assert isinstance(result, Fp8Result)
+    return result
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("scales", ["reuse", "fresh"])
+@pytest.mark.parametrize(
+    ("name", "mtp"), [("DeepSeek-V3", r"^model\.layers\.2\."), ("Qwen3-Next", r"^mtp\.")], ids=["numbered", "named"]
+)
+def test_mtp_layers_are_carried(name: str, mtp: str, scales: str, made: Path, tmp_path: Path) -> None:
+    """Byte for byte, whatever becomes of the other scales; said in a note and in the report, which leaves them out."""
+    base = made / name
+    source = without(made / f"{name}, bf16", tmp_path / "source", mtp)
+    result = back(source, base, tmp_path / "back", scales=scales)
+    found, before = read_directory(tmp_path / "back"), read_directory(base)
+    assert found.keys() == before.keys()
+    differ = {key for key in before if found[key] != before[key]}
+    assert not [key for key in differ if re.search(mtp, key)]
+    assert bool(differ) == (scales == "fresh")
+    assert result.report is not None
+    assert len(result.report.carried) > 20
+    assert all(re.search(mtp, key) for key in result.report.carried)
+    assert not [row for row in result.report.weights if re.search(mtp, row.name)]
+    assert [f"{len(result.report.carried)} tensors that the source lacks are carried" in n for n in result.notes] == [
+        True
+    ]
+
+
+def test_mtp_layers_that_were_trained_are_not_carried(made: Path, tmp_path: Path) -> None:
+    """A source that has some of their tensors is meant to have all: what lacks is the base's only where it is named."""
+    base = made / "DeepSeek-V3"
+    source = without(made / "DeepSeek-V3, bf16", tmp_path / "source", r"layers\.2\.(embed|eh_proj|self_attn)")
+    with pytest.raises(ModelMismatchError, match=r"^.*: 8 tensors are only in the base.*eh_proj.*--carry REGEX"):
+        back(source, base, tmp_path / "back")
+    with pytest.raises(ModelMismatchError, match=r": 7 tensors are only in the base"):
+        back(source, base, tmp_path / "back", carry="eh_proj")
+    result = back(source, base, tmp_path / "back", carry=r"layers\.2\.")
+    assert files_of(tmp_path / "back") == files_of(base)
+    assert result.report is not None
+    assert len(result.report.carried) == 8
+
+
+def test_what_is_missing_for_no_known_reason_is_named(made: Path, tmp_path: Path, cli: Run) -> None:
+    """The error says which option takes it from the base; with it the base comes back. On the command line, too."""
+    base = made / "Qwen3"
+    source = without(made / "Qwen3, bf16", tmp_path / "source", r"layers\.1\.mlp\.|lm_head")
+    arguments = ("convert", source, tmp_path / "back", "--to", "fp8", "--like", base)
+    refused = cli(*arguments)
+    assert refused.returncode == 1
+    assert "4 tensors are only in the base, 0 only in the source" in refused.stderr
+    assert "or name what is to be taken from the base: --carry REGEX" in refused.stderr
+    done = cli(*arguments, "--carry", r"layers\.1\.mlp|^lm_head")
+    assert done.returncode == 0, done.stderr
+    assert "note: 4 tensors that the source lacks are carried from the base: lm_head.weight" in done.stdout
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"to": "bf16", "carry": "x"}, "carry goes with like"),
+        ({"to": "fp8", "scheme": "block", "carry": "x"}, "carry goes with like"),
+        ({"to": "fp8", "like": "base", "carry": "("}, r"carry='\(' is no regular expression"),
+    ],
+)
+def test_carry_is_refused_where_it_means_nothing(how: dict[str, Any], message: str, made: Path, tmp_path: Path) -> None:
+    """Without a base there is nothing to take from."""
+    if "like" in how:
+        how = {**how, "like": made / "Qwen3"}
+    with pytest.raises(ValueError, match=message):
+        convert(made / "Qwen3, bf16", tmp_path / "out", **how)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- tied heads
+
+
+def trained(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Other embeddings, and no head."""
+    values = tensors[EMBEDDINGS].array.astype(np.float32) * np.float32(1.5)
+    return {name: t for name, t in tensors.items() if name != HEAD} | {EMBEDDINGS: Stored.of(values, "BF16")}
+
+
+def says(value: bool | None) -> Any:
+    """A change of a configuration: what it says of tied embeddings."""
+
+    def change(config: dict[str, Any]) -> None:
+        config.pop("tie_word_embeddings")
+        if value is not None:
+            config["tie_word_embeddings"] = value
+
+    return change
+
+
+@pytest.mark.parametrize("stated", [True, None])
+def test_a_tied_head_that_the_base_stores_is_the_sources_embeddings(
+    stated: bool | None, made: Path, tmp_path: Path
+) -> None:
+    """The trained ones, not the base's; where the configuration is silent, the base's equal bytes say it is tied."""
+    base = rewrite(made / "Qwen3 tied, head stored", tmp_path / "base", config=says(stated))
+    source = rewrite(made / "Qwen3 tied, head stored, bf16", tmp_path / "source", trained)
+    result = back(source, base, tmp_path / "back")
+    found, before = read_directory(tmp_path / "back"), read_directory(base)
+    assert found[HEAD] == found[EMBEDDINGS] == read_directory(source)[EMBEDDINGS]
+    assert {name for name in before if found[name] != before[name]} == {HEAD, EMBEDDINGS}
+    assert "lm_head.weight, which the source does not store, is its embeddings, as in the base" in result.notes
+
+
+@pytest.mark.parametrize("why", ["not tied", "another head"])
+def test_a_head_of_its_own_is_missed(why: str, made: Path, tmp_path: Path) -> None:
+    """Where the base does not tie it, or holds another, nobody takes the embeddings for it."""
+
+    def other(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        return tensors | {HEAD: Stored(*tensors[HEAD][:2], tensors[HEAD].data[::-1])}
+
+    tied = made / "Qwen3 tied, head stored"
+    base = (
+        rewrite(tied, tmp_path / "base", config=says(False))
+        if why == "not tied"
+        else rewrite(tied, tmp_path / "base", other)
+    )
+    source = without(made / "Qwen3 tied, head stored, bf16", tmp_path / "source", "lm_head")
+    with pytest.raises(ModelMismatchError, match=r"1 tensors are only in the base.*lm_head.*--carry REGEX"):
+        back(source, base, tmp_path / "back")
+
+
+def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(made: Path, tmp_path: Path) -> None:
+    """It must be the embeddings, bit for bit: a head that went its own way has no place in such a base."""
+    base, plain = made / "Qwen3 tied", made / "Qwen3 tied, bf16"
+    copy = rewrite(plain, tmp_path / "copy", lambda t: t | {HEAD: t[EMBEDDINGS]})
+    result = back(copy, base, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+    assert "lm_head.weight of the source is its embeddings, and is not stored, as in the base" in result.notes
+    own = rewrite(plain, tmp_path / "own", lambda t: t | {HEAD: Stored.of(t[EMBEDDINGS].array * 2, "BF16")})
+    with pytest.raises(
+        ModelMismatchError, match=r"^lm_head.weight in .*: it is not model.embed_tokens.weight, and the base"
+    ):
+        back(own, base, tmp_path / "own-back")
+    untied = rewrite(base, tmp_path / "untied", config=says(False))
+    with pytest.raises(ModelMismatchError, match=r"1 only in the source; the first is lm_head"):
+        back(copy, untied, tmp_path / "own-back")
+
+
+def test_what_has_fewer_bits_than_in_the_base_is_said(made: Path, tmp_path: Path) -> None:
+    """An F32 router that was BF16 in the model does not come back as it was: a note names it."""
+    base = made / "MiniMax-M2"
+    whole = back(made / "MiniMax-M2, bf16", base, tmp_path / "whole")
+    assert not [note for note in whole.notes if "fewer bits" in note]
+
+    def rounded(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        return {k: Stored.of(t.array, "BF16") if k.endswith("gate.weight") else t for k, t in tensors.items()}
+
+    source = rewrite(made / "MiniMax-M2, bf16", tmp_path / "source", rounded)
+    result = back(source, base, tmp_path / "back")
+    assert [
+        note for note in result.notes if note.startswith("2 tensors have fewer bits in the source than in the base")
+    ]
+
+
+def test_other_defects_keep_their_names(made: Path, tmp_path: Path) -> None:
+    """Carrying is for what lacks: a tensor of another shape, or one too many, is refused whatever is carried."""
+    base, plain = made / "Qwen3", made / "Qwen3, bf16"
+    extra = rewrite(plain, tmp_path / "extra", lambda t: t | {"model.extra.weight": t[EMBEDDINGS]})
+    with pytest.raises(ModelMismatchError, match=r"1 only in the source; the first is model\.extra\.weight"):
+        back(extra, base, tmp_path / "back", carry=".")
+    shape = rewrite(plain, tmp_path / "shape", lambda t: t | {HEAD: t["model.norm.weight"]})
+    with pytest.raises(Fp8CheckpointError, match=r"^lm_head.weight.*: shape \(160,\)"):
+        back(shape, base, tmp_path / "back", carry=".")
