@@ -295,6 +295,19 @@ def test_command_line(trained: dict[str, Path], tmp_path: Path, cli: Run) -> Non
     assert cli("report", trained["base"], "-o", tmp_path / "page.html").returncode == 1
 
 
+def test_convert_draws_it_too(trained: dict[str, Path], tmp_path: Path, cli: Run) -> None:
+    """--report-html is the page that `report` writes of base and output; a page that is there is refused first."""
+    back = ("convert", trained["trained"], tmp_path / "fp8", "--to", "fp8", "--like", trained["base"])
+    (tmp_path / "page.html").write_text("mine")
+    assert cli(*back, "--report-html", tmp_path / "page.html").returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    done = cli(*back, "--report-html", tmp_path / "drawn.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(f"{tmp_path / 'drawn.html'}: a picture of it\n")
+    report(trained["base"], tmp_path / "fp8", output=tmp_path / "same.html")
+    assert (tmp_path / "drawn.html").read_text() == (tmp_path / "same.html").read_text()
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

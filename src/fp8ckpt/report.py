@@ -126,7 +126,20 @@ def report(
     the extra ``report``, `OutputExistsError` where the page exists, and what `open_checkpoint` raises for a defective
     checkpoint.
     """
-    from fp8ckpt.figures import page_of, require_library
+    from fp8ckpt.figures import page_of
+
+    page = refuse_page(output)
+    sides = [open_checkpoint(path) for path in (a, b) if path is not None]
+    for side in sides:
+        raise_first(scale_defects(side.quantized, side.cache_scales))
+    found = _Job(sides, progress).run(workers or threads_of_this_rank())
+    _publish(page, page_of(found))
+    return found
+
+
+def refuse_page(output: str | Path) -> Path:
+    """The page's full path, if there is what draws it, and nothing is there yet."""
+    from fp8ckpt.figures import require_library
 
     require_library()
     page = local_path(output).absolute()
@@ -134,12 +147,7 @@ def report(
         raise OutputExistsError(
             "there is a file already", file=str(page), remedy="move it away, or choose another name"
         )
-    sides = [open_checkpoint(path) for path in (a, b) if path is not None]
-    for side in sides:
-        raise_first(scale_defects(side.quantized, side.cache_scales))
-    found = _Job(sides, progress).run(workers or threads_of_this_rank())
-    _publish(page, page_of(found))
-    return found
+    return page
 
 
 def _publish(page: Path, text: str) -> None:

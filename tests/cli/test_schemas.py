@@ -63,7 +63,7 @@ def test_what_is_printed_is_what_the_schema_says(
         ("inspect", sample_fp8),
         ("inspect", sample_block, "--tensor", "proj"),
         ("inspect", broken),
-        ("convert", sample_fp8, bf16),
+        ("convert", sample_fp8, bf16, "--report-html", tmp_path / "page.html"),
         ("convert", bf16, back, "--to", "fp8", "--like", sample_fp8),
         ("convert", bf16, tmp_path / "scheme", "--to", "fp8", "--scheme", "block"),
         ("verify", sample_fp8, "--serving"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, share, size, table
+from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, share, size, speaks, table
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
 
@@ -56,6 +56,13 @@ def convert(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")
     ] = True,
+    report_html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw the page of `fp8ckpt report SRC DST` (or BASE DST). Reads both again, once DST is whole.",
+        ),
+    ] = None,
     serving: Annotated[
         bool, typer.Option("--serving", help="With --like: put right what engines trip over in the base's own files.")
     ] = False,
@@ -80,6 +87,7 @@ def convert(
     """
     from fp8ckpt.convert import convert as run
 
+    page = None if report_html is None else _page(report_html)
     try:
         with usage(), progress("converting", quiet=quiet) as reported:
             result = run(
@@ -102,10 +110,21 @@ def convert(
         kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
         print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial/output').exists() else ''}", file=sys.stderr)
         sys.exit(130)
-    answer(result, _print, as_json=as_json, quiet=quiet)
+    if page is not None and speaks():
+        from fp8ckpt.report import report as draw
+
+        with progress("drawing", quiet=quiet) as reported:
+            draw(like or source, destination, output=page, workers=workers, progress=reported)
+    answer(result, lambda found: _print(found, page), as_json=as_json, quiet=quiet, page=page)
 
 
-def _print(result: ConvertResult) -> None:
+def _page(path: Path) -> Path:
+    from fp8ckpt.report import refuse_page
+
+    return refuse_page(path)
+
+
+def _print(result: ConvertResult, page: Path | None) -> None:
     from fp8ckpt.convert import Fp8Result, PlainResult
 
     did = ""
@@ -122,6 +141,8 @@ def _print(result: ConvertResult) -> None:
         print_nan_codes(result.nan_codes)
     elif isinstance(result, Fp8Result) and result.report is not None:
         _print_report(result.report)
+    if page is not None:
+        print(f"{page}: a picture of it")
 
 
 def _print_report(report: QuantizationReport) -> None:
