@@ -314,6 +314,25 @@ def test_help_is_cheap(arguments: list[str]) -> None:
     assert heavy_modules(code) == set()
 
 
+def test_help_imports_the_command_line_alone() -> None:
+    """Beyond what the command line's library imports: our own commands, and nothing that they run."""
+    code = """
+import sys, typer
+before = set(sys.modules)
+from fp8ckpt.cli import main
+sys.argv = ["fp8ckpt", "--help"]
+try:
+    main()
+except SystemExit:
+    print(*sorted(set(sys.modules) - before))
+"""
+    loaded = set(run_python(code).splitlines()[-1].split())
+    assert {name for name in loaded if not name.startswith(("fp8ckpt", "typer."))} <= {"__future__"}
+    ours = {f"fp8ckpt.cli.{path.stem}" for path in (ROOT / "cli").glob("[!_]*.py")}
+    ours |= {"fp8ckpt", "fp8ckpt.cli", "fp8ckpt.errors", "fp8ckpt.version"}
+    assert {name for name in loaded if name.startswith("fp8ckpt")} == ours
+
+
 def test_inspecting_and_opening_are_cheap(sample_fp8: Path) -> None:
     """Headers need no torch and no numba."""
     assert heavy_modules(f"import fp8ckpt; assert fp8ckpt.open_checkpoint({str(sample_fp8)!r}).tensors") <= {"numpy"}

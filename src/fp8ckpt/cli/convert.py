@@ -1,7 +1,5 @@
 """``fp8ckpt convert``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -124,7 +122,7 @@ def _page(path: Path) -> Path:
     return refuse_page(path)
 
 
-def _print(result: ConvertResult, page: Path | None) -> None:
+def _print(result: "ConvertResult", page: Path | None) -> None:
     from fp8ckpt.convert import Fp8Result, PlainResult
 
     did = ""
@@ -145,7 +143,7 @@ def _print(result: ConvertResult, page: Path | None) -> None:
         print(f"{page}: a picture of it")
 
 
-def _print_report(report: QuantizationReport) -> None:
+def _print_report(report: "QuantizationReport") -> None:
     total = report.total
     moved = "" if total.moved is None else f"{share(total.moved, total.elements)} codes moved, "
     kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"

@@ -1,7 +1,5 @@
 """``fp8ckpt inspect``."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
@@ -47,7 +45,7 @@ def inspect(
         sys.exit(1)
 
 
-def _print(found: Inspection) -> None:
+def _print(found: "Inspection") -> None:
     counts = (
         f"{found.tensors:,} tensors, {found.elements:,} elements, {size(found.stored_bytes)} in {found.files} files"
     )
@@ -79,7 +77,7 @@ def _print(found: Inspection) -> None:
     print_defects(found.defects)
 
 
-def _print_listed(found: Inspection) -> None:
+def _print_listed(found: "Inspection") -> None:
     table(
         ("tensor", "dtype", "shape", "block", "scales", "from", "to", "activation scale", "file"),
         [
@@ -102,7 +100,7 @@ def _print_listed(found: Inspection) -> None:
     print_defects(found.defects)
 
 
-def _print_scales(kinds: Sequence[KindOfScales]) -> None:
+def _print_scales(kinds: "Sequence[KindOfScales]") -> None:
     print("scales by kind:")
     table(
         ("kind", "weights", "scales", "min", "median", "max", "stand out"),

@@ -1,7 +1,5 @@
 """What several commands take, said once: arguments, options, and words that have more than one spelling."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """``fp8ckpt plan``."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +34,7 @@ def plan(
     answer(found, _print, as_json=as_json, quiet=quiet)
 
 
-def _print(found: Plan) -> None:
+def _print(found: "Plan") -> None:
     mesh = f"{found.pp} stages x {found.dp} data-parallel x {found.tp} tensor-parallel"
     experts = f", {found.ep} expert-parallel" if found.ep > 1 else ""
     print(f"{found.path}: {size(found.stored)} for {len(found.ranks)} ranks: {mesh}{experts}")
@@ -60,10 +58,10 @@ def _print(found: Plan) -> None:
         print(f"{size(found.left)} are left out, for which models have no place: {listed(found.left_out)}")
 
 
-def _alike(rank: RankPlan) -> tuple[int, ...]:
+def _alike(rank: "RankPlan") -> tuple[int, ...]:
     return rank.pp, rank.tensors, rank.held, rank.read
 
 
-def _numbers(ranks: list[RankPlan]) -> str:
+def _numbers(ranks: "list[RankPlan]") -> str:
     first, last = ranks[0].rank, ranks[-1].rank
     return f"{first}" if first == last else f"{first} to {last}"

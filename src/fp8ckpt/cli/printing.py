@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections import Counter
@@ -35,6 +34,8 @@ def answer(result: T, print_text: Callable[[T], None], *, as_json: bool, quiet: 
     if not speaks():
         return
     if as_json:
+        import json  # help has no need of it
+
         print(json.dumps({**more, **dataclasses.asdict(result)}, indent=2, default=_plain))  # type: ignore[call-overload]  # T is a dataclass
     elif not quiet:
         print_text(result)

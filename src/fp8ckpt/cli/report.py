@@ -1,7 +1,5 @@
 """``fp8ckpt report``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +34,7 @@ def report(
     with progress("reading", quiet=quiet) as reported:
         found = run(a, b, output=output, workers=workers, progress=reported)
 
-    def show(found: Report) -> None:
+    def show(found: "Report") -> None:
         print(f"{output}: {size(output.stat().st_size)}, of {size(found.bytes_read)} that were read")
         if found.changes is not None:
             moved = sum(change.moved for change in found.changes)

@@ -1,7 +1,5 @@
 """``fp8ckpt sample``."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any

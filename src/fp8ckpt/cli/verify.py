@@ -1,7 +1,5 @@
 """``fp8ckpt verify``."""
 
-from __future__ import annotations
-
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +46,7 @@ def verify(
         sys.exit(1)
 
 
-def _print(result: VerifyResult) -> None:
+def _print(result: "VerifyResult") -> None:
     print_defects(result.defects)
     print_first((_kind(difference), f"  {_described(difference)}") for difference in result.tensor_differences)
     print_first(("other differences", f"  {shown(text)}") for text in result.file_differences)
@@ -64,13 +62,13 @@ def _print(result: VerifyResult) -> None:
         print(f"{result.paths[-1]}: {styled('fit', 'green') if fit else styled('not fit', 'red')} to be served")
 
 
-def _kind(difference: TensorDifference) -> str:
+def _kind(difference: "TensorDifference") -> str:
     if difference.reason.startswith("only in"):
         return f"tensors that are {difference.reason}"
     return "tensors whose values differ" if difference.elements is not None else "tensors that cannot be compared"
 
 
-def _described(difference: TensorDifference) -> str:
+def _described(difference: "TensorDifference") -> str:
     line = f"{shown(difference.name)}: {difference.reason}"
     if difference.elements is not None and difference.numel is not None:
         line += f" in {difference.elements:,} of {difference.numel:,} elements"
@@ -79,7 +77,7 @@ def _described(difference: TensorDifference) -> str:
     return line
 
 
-def _verdict(result: VerifyResult) -> str:
+def _verdict(result: "VerifyResult") -> str:
     if result.defects:
         return styled("defective", "red")
     if len(result.paths) == 1:
