@@ -18,11 +18,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto
 
-# The host trainers' own environment. NeMo AutoModel comes without what it declares, which its checkpointing does not import.
+# The host trainers' own environment. They come without what they declare, most of which their checkpointing does not import.
 $(HOSTS)/.installed: pyproject.toml constraints-hosts.txt
 	$(PYTHON) -m venv $(HOSTS)
-	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --editable . transformers pytest pytest-timeout
-	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --no-deps nemo-automodel
+	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --editable . transformers tyro pytest pytest-timeout
+	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --no-deps nemo-automodel torchtitan
 	touch $@
 
 test-hosts: $(HOSTS)/.installed

@@ -4,6 +4,7 @@ after.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,15 +38,20 @@ def build(
 def modules_of(source: Path) -> nn.Module:
     """Nested modules with a parameter for each logical tensor of a checkpoint, of the dtype that it is loaded as."""
     checkpoint = fp8ckpt.open_checkpoint(source)
+    return modules_with({name: torch.empty_like(checkpoint.read(name)) for name in checkpoint.tensors})
+
+
+def modules_with(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Nested modules with parameters of these names."""
     root = nn.Module()
-    for name in checkpoint.tensors:
+    for name, tensor in tensors.items():
         *path, last = name.split(".")
         module = root
         for part in path:
             if part not in dict(module.named_children()):
                 module.add_module(part, nn.Module())
             module = module.get_submodule(part)
-        module.register_parameter(last, nn.Parameter(torch.empty_like(checkpoint.read(name)), requires_grad=False))
+        module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
     return root
 
 

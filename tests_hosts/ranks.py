@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-_LIMIT = 60  # seconds for one job; the first has the imports to do
+_LIMIT = 240  # seconds for one job; the first has the imports to do
 
 
 class Ranks:

@@ -12,7 +12,15 @@ from fp8ckpt.tensors.joined import Assembly
 
 
 class StateDictAdapter(ABC):
-    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those it does not know."""
+    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those it does not know.
+
+    ``hf_assets_path``: the directory of the checkpoint that it was made for, from which torchtitan loads where it is
+    given no path. ``fqn_to_index_mapping``: the number of the file that each tensor lies in there, from 1 on, by its
+    name on disk; torchtitan writes as many files. None where there is no checkpoint, and where it is one file.
+    """
+
+    hf_assets_path: str | None = None
+    fqn_to_index_mapping: dict[str, int] | None = None
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

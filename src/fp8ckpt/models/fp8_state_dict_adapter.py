@@ -18,6 +18,7 @@ import torch
 from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, ScalesBefore, dequantize
 from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
+from fp8ckpt.families.names import ties_embeddings
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.tensors.reading import load_scales
@@ -60,6 +61,20 @@ class FP8StateDictAdapter(StateDictAdapter):
         self.hf_to_native = hf_to_native
         self.layout_name = layout_name
         self._release: Release | None = None  # of from_checkpoint()
+        self.may_lack_head = False  # on disk, since it is tied to the embeddings
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Be the adapter of an open checkpoint: by its headers and configuration alone."""
+        self._release = Release.of(checkpoint, self.hf_to_native)
+        self.may_lack_head = bool(ties_embeddings(checkpoint.config))
+        self.hf_assets_path = str(checkpoint.path)
+        if len(checkpoint.files) > 1:
+            numbers = {header.file.name: number for number, header in enumerate(checkpoint.files, 1)}
+            self.fqn_to_index_mapping = {
+                name: numbers[tensor.span.file.name] for name, tensor in checkpoint.tensors.items()
+            }
+            if self.may_lack_head:  # a host may write the head that is not on disk
+                self.fqn_to_index_mapping.setdefault(self.native_to_hf("lm_head.weight"), len(numbers))
 
     @abstractmethod
     def is_fp8_weight(self, fqn: str) -> bool:

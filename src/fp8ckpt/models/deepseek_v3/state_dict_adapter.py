@@ -13,7 +13,7 @@ import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -75,7 +75,7 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
                 raise UnsupportedFormatError(
                     found, tensor=tensor.name, file=tensor.scale.file, expected=expected, remedy=remedy
                 )
-        adapter._release = Release.of(checkpoint, adapter.hf_to_native)
+        adapter._take(checkpoint)
         return adapter
 
     def is_fp8_weight(self, fqn: str) -> bool:

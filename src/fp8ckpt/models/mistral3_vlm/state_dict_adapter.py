@@ -16,7 +16,7 @@ import torch
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, Release
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
 
@@ -74,7 +74,6 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     ) -> None:
         super().__init__(native_to_hf, hf_to_native, layout_name)
         self.not_fp8_prefixes = not_fp8_prefixes
-        self.may_lack_head = False  # on disk, since it is tied to the embeddings
 
     @classmethod
     def for_vlm_full(cls, config: Any | None = None) -> Mistral3FP8StateDictAdapter:
@@ -117,8 +116,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
                     expected="one scale a tensor, _scale_inv",
                     remedy=remedy,
                 )
-        adapter._release = Release.of(checkpoint, layout.hf_to_native)
-        adapter.may_lack_head = bool(ties_embeddings(checkpoint.config))
+        adapter._take(checkpoint)
         return adapter
 
     @classmethod
