@@ -317,7 +317,7 @@ def test_activation_scales_are_all_there_or_none(good: Path) -> None:
     failure = only_failure(good)
     assert failure.found == "1 of 14 FP8 tensors have no activation scale"
     assert failure.tensor == f"{UP}.weight"
-    assert failure.expected == "one for each, as config.json says static"
+    assert failure.expected == "one for each, by config.json"
     assert [f.found for f in examined(complete(good, static=False)).failures] == [
         "13 of 14 FP8 tensors have an activation scale"
     ]
@@ -336,12 +336,42 @@ def compressed_tensors(dynamic: bool | None, ignore: list[str]) -> dict[str, Any
 @pytest.mark.parametrize("dynamic", [True, False, None])
 @pytest.mark.parametrize("having", [0, 1, 2])
 def test_other_families_say_static_in_their_own_way(dynamic: bool | None, having: int, tmp_path: Path) -> None:
-    """A group of compressed-tensors with static input activations needs all, any other none; ModelOpt all or none."""
+    """A group of compressed-tensors with static input activations needs all, any other none; of ModelOpt, "FP8" all,
+    its other algorithms none.
+    """
     tensors = fp8("m.q", activation=having > 0) | fp8("m.k", activation=having > 1)
     result = examined(build(tmp_path / "x", tensors, compressed_tensors(dynamic, [])))
     assert (result.failures == ()) == (having == (2 if dynamic is False else 0))
     result = examined(build(tmp_path / "y", tensors, {"quant_method": "modelopt", "quant_algo": "FP8"}))
+    assert (result.failures == ()) == (having == 2)
+    result = examined(build(tmp_path / "z", tensors, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}))
+    assert (result.failures == ()) == (having == 0)
+    result = examined(build(tmp_path / "t", tensors, {"quant_method": "torchao"}))
     assert (result.failures == ()) == (having != 1)
+
+
+@pytest.mark.parametrize("method", ["fbgemm_fp8", "mxfp8", "w8a8_fp8", "ptpc_fp8"])
+def test_a_method_that_scales_activations_itself_has_none(method: str, tmp_path: Path) -> None:
+    """One is a failure, whose remedy is to leave it out first: such a method has no static scheme."""
+    failure = only_failure(build(tmp_path / "x", fp8("m.q", activation=True), {"quant_method": method}))
+    assert failure.found == "1 of 1 FP8 tensors have an activation scale"
+    assert str(failure.remedy).startswith("leave them out; or state static, where the method has that")
+
+
+@pytest.mark.parametrize(("o", "up", "fit"), [(True, False, True), (False, False, False), (True, True, False)])
+def test_each_module_has_the_activation_scales_of_its_own_group(o: bool, up: bool, fit: bool, tmp_path: Path) -> None:
+    """Groups of compressed-tensors, and ModelOpt's layers: one static, one dynamic."""
+    tensors = fp8("m.o_proj", activation=o) | fp8("m.up_proj", activation=up)
+    groups = {
+        "group_0": {"targets": ["re:.*o_proj"], "weights": {}, "input_activations": {"dynamic": False}},
+        "group_1": {"targets": ["Linear"], "weights": {}, "input_activations": {"dynamic": True}},
+    }
+    layers = {"m.o_proj": {"quant_algo": "FP8"}, "m.up_proj": {"quant_algo": "MXFP8"}}
+    for name, quantization in (
+        ("a", {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []}),
+        ("b", {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}),
+    ):
+        assert (examined(build(tmp_path / name, tensors, quantization)).failures == ()) == fit
 
 
 @pytest.mark.parametrize(
@@ -370,7 +400,7 @@ def test_other_families_keep_their_own_list(method: str, key: str, entry: str, t
 
 def test_a_list_in_modelopts_own_file_counts(tmp_path: Path) -> None:
     """``hf_quant_config.json`` states method and list; ``config.json`` need not, and is left as it is."""
-    directory = build(tmp_path / "x", fp8("m.q") | plain("a.b") | plain("lm_head"), None)
+    directory = build(tmp_path / "x", fp8("m.q", activation=True) | plain("a.b") | plain("lm_head"), None)
     (directory / "hf_quant_config.json").write_text(
         json.dumps({"quantization": {"quant_algo": "FP8", "exclude_modules": ["a.*"]}})
     )

@@ -8,11 +8,12 @@ from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG
-from fp8ckpt.tensors.reading import same_bits
 
 
 def tied(subject: Subject) -> Iterator[Finding]:
     """The head against ``tie_word_embeddings``."""
+    from fp8ckpt.tensors.reading import same_bits  # compiled loops, which most directories need not wait for
+
     checkpoint = subject.checkpoint
     ties = ties_embeddings(checkpoint.config)
     name = next((name for name in HEADS if name in checkpoint.tensors), None)

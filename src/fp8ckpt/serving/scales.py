@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
 from fp8ckpt.output.like import with_needless_dimensions
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import block_sizes
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
 
 if TYPE_CHECKING:
@@ -35,13 +37,11 @@ def shapes(subject: Subject) -> Iterator[Finding]:
     if wrong:
         shape = list(wrong[0].shape)
         found = f"the activation scale has shape {shape}, and is one of {len(wrong)} that engines cannot load"
-        yield ServingError(
-            found,
-            tensor=wrong[0].name,
-            file=wrong[0].file,
-            expected="[] or [1], or [experts]",
-            remedy="store one value",
-        )
+        remedy = "store it without dimensions"
+        if wrong[0].numel > 1:
+            remedy = "calibrate one value for all: engines have no other static scaling of activations"
+        expected = "[] or [1], or [experts]"
+        yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected=expected, remedy=remedy)
 
 
 def _is_one_value(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
@@ -49,28 +49,33 @@ def _is_one_value(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool
 
 
 def of_activations(subject: Subject) -> Iterator[Finding]:
-    """All or none, as is stated."""
-    quantized, file = subject.quantized, subject.file
-    static = subject.stated.static if subject.stated else set()
-    having = [tensor for tensor in quantized if tensor.activation_scales]
-    lacking = [tensor for tensor in quantized if not tensor.activation_scales]
-    if static == {True, False}:  # which module is which, the engine finds out by itself
-        return
-    if static != {False} and lacking and (having or static):
-        found = f"{len(lacking)} of {len(quantized)} FP8 tensors have no activation scale"
-        expected = f"one for each, as {file} says static" if static else "one for each, or for none"
-        remedy = "restore them, or leave out all and state dynamic: engines take a missing one for a senseless number"
-        yield ServingError(found, tensor=lacking[0].name, file=lacking[0].weight.file, expected=expected, remedy=remedy)
-    if static == {False} and having:
-        found = f"{len(having)} of {len(quantized)} FP8 tensors have an activation scale"
-        expected, remedy = (
-            f"none, as {file} says dynamic",
-            "state static if every FP8 tensor has one, or leave them out",
-        )
-        first = having[0]
-        yield ServingError(
-            found, tensor=first.name, file=first.activation_scales[0].file, expected=expected, remedy=remedy
-        )
+    """One for each weight or for none, as is stated of its module; all or none where nothing is."""
+    static: dict[frozenset[bool], list[QuantizedTensor]] = {}
+    for tensor in subject.quantized:
+        of_module = subject.stated.static(module_of(tensor.name)) if subject.stated else frozenset[bool]()
+        static.setdefault(of_module, []).append(tensor)
+    for stated, tensors in static.items():
+        having = [tensor for tensor in tensors if tensor.activation_scales]
+        lacking = [tensor for tensor in tensors if not tensor.activation_scales]
+        if lacking and (stated == {True} or (having and not stated)):
+            yield _lacking(subject, lacking, "one for each, " + (f"by {subject.file}" if stated else "or for none"))
+        if having and stated == {False}:
+            yield _needless(subject, having)
+
+
+def _lacking(subject: Subject, lacking: Sequence[QuantizedTensor], expected: str) -> ServingError:
+    found = f"{len(lacking)} of {len(subject.quantized)} FP8 tensors have no activation scale"
+    remedy = "restore them, or leave out all and state dynamic, where the method has that"
+    remedy += ": engines take a missing one for a senseless number"
+    return ServingError(found, tensor=lacking[0].name, file=lacking[0].weight.file, expected=expected, remedy=remedy)
+
+
+def _needless(subject: Subject, having: Sequence[QuantizedTensor]) -> ServingError:
+    found = f"{len(having)} of {len(subject.quantized)} FP8 tensors have an activation scale"
+    remedy = "leave them out; or state static, where the method has that and every FP8 tensor has one"
+    first = having[0].activation_scales[0]
+    expected = f"none, by {subject.file}"
+    return ServingError(found, tensor=having[0].name, file=first.file, expected=expected, remedy=remedy)
 
 
 def powers_of_two(subject: Subject) -> Iterator[Finding]:

@@ -13,58 +13,79 @@ from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.checkpoint import Checkpoint, is_native
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
+from fp8ckpt.tensors.groups import ByModule, groups, layers
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
 Finding = ServingError | str  # a failure, or a note
 SCHEMES = ("static", "dynamic")
-_MISTRAL_STATIC = {"TENSOR": {True}, "NO_SCALES": {False}}  # qscheme_act in params.json
+_MISTRAL_STATIC = {"TENSOR": (True,), "NO_SCALES": (False,)}  # qscheme_act in params.json
 _NAMED = 3  # examples in a message
 
+#: Of a module: {True} if it has a scale for its activations, {False} if it has none; both where statements contradict
+#: each other, nothing where there is none.
+Static = Callable[[str], frozenset[bool]]
+_NOT_STATED = frozenset[bool]()
 
-def _static_of_fp8(quantization: Json) -> set[bool]:
+
+def _everywhere(*static: bool) -> Static:
+    return lambda _: frozenset(static)
+
+
+def _static_of_fp8(quantization: Json) -> Static:
     scheme = quantization.get("activation_scheme")
-    return {scheme == "static"} if scheme in SCHEMES else set()
+    return _everywhere(scheme == "static") if scheme in SCHEMES else _everywhere()
 
 
-def _static_of_groups(quantization: Json) -> set[bool]:
-    groups = quantization.get("config_groups")
-    stated = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    inputs = [group.get("input_activations") for group in stated]
-    return {isinstance(activations, dict) and activations.get("dynamic") is False for activations in inputs}
+def _static_of_groups(quantization: Json) -> Static:
+    stated: ByModule[frozenset[bool]] = ByModule(quantization)
+    for targets, group in groups(quantization):
+        inputs = group.get("input_activations")
+        static = frozenset((isinstance(inputs, dict) and inputs.get("dynamic") is False,))
+        for target in targets:
+            same = stated.of_kind(target)
+            same[target] = same.get(target, _NOT_STATED) | static
+    return lambda module: stated.of(module) or _NOT_STATED
 
 
-def _static_of_quark(quantization: Json) -> set[bool]:
+def _static_of_quark(quantization: Json) -> Static:
     stated = quantization.get("global_quant_config")
     inputs = stated.get("input_tensors") if isinstance(stated, dict) else None
-    return {inputs.get("is_dynamic") is False} if isinstance(inputs, dict) else set()
+    return _everywhere(inputs.get("is_dynamic") is False) if isinstance(inputs, dict) else _everywhere()
 
 
-def _static_of_modelopt(quantization: Json) -> set[bool]:
-    layers = quantization.get("quantized_layers")
-    stated = [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
-    dynamic = {layer.get("quant_algo") != "FP8" for layer in stated}  # FP8 has one scale an activation, others none
-    return dynamic if len(dynamic) > 1 else set()
+def _static_of_modelopt(quantization: Json) -> Static:
+    """Its "FP8" has a scale for the activations of each weight, its other algorithms none."""
+    stated: ByModule[frozenset[bool]] = ByModule({})
+    for module, layer in layers(quantization):
+        stated.named[module] = frozenset((layer.get("quant_algo") == "FP8",))
+    algorithm = quantization.get("quant_algo")
+    one = isinstance(algorithm, str) and algorithm != "MIXED_PRECISION"
+    common = frozenset((algorithm == "FP8",)) if one else _NOT_STATED
+    return lambda module: stated.of(module) or common
 
 
-def _never_static(_: Json) -> set[bool]:
-    return {False}
+def _static_of_mistral(quantization: Json) -> Static:
+    return _everywhere(*_MISTRAL_STATIC.get(str(quantization.get("qscheme_act")), ()))
 
 
-def _not_stated(_: Json) -> set[bool]:
-    return set()
+def _not_stated(_: Json) -> Static:
+    return _everywhere()
+
+
+def _never_static(_: Json) -> Static:
+    return _everywhere(False)
 
 
 class Method(NamedTuple):
     """A ``quant_method`` that engines serve.
 
     ``lists``: the keys of its skip list; a new list is written under the first. ``static``: whether activation scales
-    are to be stored, by what is stated: both where modules differ in it, neither where it is not stated.
-    ``by_transformers``: its list is read by transformers as that of "fp8". ``both_forms``: it is a list of full names
-    and of prefixes; any other is of names and patterns.
+    are to be stored, by what is stated. ``by_transformers``: its list is read by transformers as that of "fp8".
+    ``both_forms``: it is a list of full names and of prefixes; any other is of names and patterns.
     """
 
     lists: tuple[str, ...]
-    static: Callable[[Json], set[bool]]
+    static: Callable[[Json], Static]
     by_transformers: bool = False
     both_forms: bool = False
 
@@ -81,26 +102,28 @@ METHODS = {
     "torchao": Method((), _not_stated),
     "auto-round": Method((), _not_stated),
     "quanto": Method((), _not_stated),
-    "mistral": Method((), _not_stated),  # params.json, which has no quant_method
+    "mistral": Method((), _static_of_mistral),  # params.json, which has no quant_method
 }
 METHODS |= dict.fromkeys(("modelopt_fp8", "modelopt_mxfp8", "modelopt_mixed"), METHODS["modelopt"])
 UNKNOWN = Method((), _not_stated)
 
 
 class Stated(NamedTuple):
-    """What is stated of quantization: in which file, by which method (None where that is not stated), and whether
-    activation scales are to be stored, as `Method` has it.
-    """
+    """What is stated of quantization: in which file, and by which method (None where that is not stated)."""
 
     file: str
     quantization: Json
     method: str | None
-    static: set[bool]
 
     @property
     def row(self) -> Method:
         """The method; the one that the other statements are those of, where it is not stated."""
         return METHODS.get(self.method or guessed_method(self.quantization), UNKNOWN)
+
+    @property
+    def static(self) -> Static:
+        """Whether activation scales are to be stored."""
+        return self.row.static(self.quantization)
 
 
 def guessed_method(quantization: Json) -> str:
@@ -167,15 +190,13 @@ class Subject:
             quantization = params.get("quantization")
             if not isinstance(quantization, dict):
                 return None
-            static = _MISTRAL_STATIC.get(str(quantization.get("qscheme_act")), set())
-            return Stated(MISTRAL_CONFIG, quantization, "mistral", static)
+            return Stated(MISTRAL_CONFIG, quantization, "mistral")
         if quantization := configuration.quantization_config(self.checkpoint.config):
             method = quantization.get("quant_method")
             method = method if isinstance(method, str) else None
-            stated = Stated(CONFIG, quantization, method, set())
-            return stated._replace(static=stated.row.static(quantization))
+            return Stated(CONFIG, quantization, method)
         if self.modelopt:
-            return Stated(MODELOPT_CONFIG, self.modelopt, "modelopt", set())
+            return Stated(MODELOPT_CONFIG, self.modelopt, "modelopt")
         return None
 
     @property

@@ -1,0 +1,80 @@
+"""What a configuration states of modules one by one: compressed-tensors by groups of targets, ModelOpt by the layers'
+names.
+
+Of several statements that speak of a module, one that names it goes before one with a pattern, and that before one that
+names its class, as compressed-tensors and vLLM have it; of patterns, the first that matches. What is listed in
+``ignore`` belongs to no group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from fp8ckpt.tensors.config import Json, ModuleList, ancestors, skips
+
+LINEAR = "Linear"  # the class that a group speaks of, where it does not say
+
+T = TypeVar("T")
+
+
+class ByModule(Generic[T]):
+    """Statements by what they speak of: modules by name, patterns, and classes, each in the order of the file."""
+
+    def __init__(self, quantization: Json) -> None:
+        self.named: dict[str, T] = {}
+        self.classes: dict[str, T] = {}
+        self._patterns: dict[str, T] = {}
+        ignored = quantization.get("ignore")
+        self._ignored = ModuleList(ignored if isinstance(ignored, list) else ())
+
+    def of_kind(self, target: str) -> dict[str, T]:
+        """The statements of the kind that one of ``target`` is, to which it is to be added."""
+        if target.startswith("re:") or "*" in target:
+            return self._patterns
+        return self.named if "." in target else self.classes
+
+    @property
+    def values(self) -> list[T]:
+        """What is stated of any module."""
+        return [*self.named.values(), *self._patterns.values(), *self.classes.values()]
+
+    def of(self, module: str) -> T | None:
+        """What is stated of a module; None where nothing is."""
+        if not (self.named or self._patterns or self.classes) or module in self._ignored:
+            return None
+        if module in self.named:
+            return self.named[module]
+        for pattern, value in self._patterns.items():
+            if skips(pattern, module):
+                return value
+        for parent in ancestors(module):  # of fused experts, ModelOpt names the module that holds them
+            if parent in self.named:
+                return self.named[parent]
+        return next((value for kind, value in self.classes.items() if _is_of_class(module, kind)), None)
+
+
+def _is_of_class(module: str, kind: str) -> bool:
+    """Whether a module may be of a class. The file does not say: all that is quantized is taken for a Linear, but for
+    embeddings.
+    """
+    embeds = "embed" in module.rpartition(".")[2]
+    return embeds if "embedding" in kind.lower() else not embeds
+
+
+def groups(quantization: Json) -> Iterator[tuple[list[str], Json]]:
+    """The (targets, group) of each group of compressed-tensors."""
+    stated = quantization.get("config_groups")
+    for group in stated.values() if isinstance(stated, dict) else ():
+        if isinstance(group, dict):
+            targets = group.get("targets")
+            targets = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
+            yield targets or [LINEAR], group
+
+
+def layers(quantization: Json) -> Iterator[tuple[str, Json]]:
+    """The (module, layer) of each of ModelOpt's ``quantized_layers``."""
+    stated = quantization.get("quantized_layers")
+    for module, layer in stated.items() if isinstance(stated, dict) else ():
+        if isinstance(layer, dict):
+            yield module, layer
