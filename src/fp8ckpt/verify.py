@@ -124,14 +124,9 @@ def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
 
 
 def _compared_dtype(tensors: list[Tensor]) -> str | None:
-    """The dtype in which tensors are compared, or None where they are not of one dtype."""
-    plain = {tensor.dtype for tensor in tensors if tensor.scaled is None}
-    if not plain:
-        return "BF16"
-    dtype = plain.pop()
-    if plain or (dtype not in TARGET_BYTES and any(tensor.scaled for tensor in tensors)):
-        return None
-    return dtype
+    """The dtype in which tensors are compared, or None where they have none in common."""
+    common = set.intersection(*({*tensor.dtypes()} for tensor in tensors))
+    return "BF16" if "BF16" in common else next(iter(common), None)
 
 
 def _described(tensor: Tensor) -> str:
@@ -176,7 +171,9 @@ class _Job:
         from fp8ckpt.tensors.reading import load_dequantizer
 
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-        self._total = sum(side.tensors[name].span.nbytes for name in self._todo for side in self.sides)
+        tensors = [side.tensors[name] for name in self._todo for side in self.sides]
+        reads = (read for tensor in tensors for read in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
+        self._total = sum(stop - start for _, start, stop in reads)
         chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
         share(chunks, [self._comparer() for _ in range(workers)])
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.numerics.geometry import BlockGrid, first_elements, infer_grid, surroundings, tiled, whole_blocks
+from fp8ckpt.numerics.geometry import BlockGrid, boxes, first_elements, infer_grid, surroundings, tiled, whole_blocks
 
 Shape = tuple[int, ...]
 
@@ -269,3 +269,18 @@ def _mask(shape: tuple[int, ...], region: tuple[slice, ...]) -> np.ndarray:
     mask = np.zeros(shape, np.bool_)
     mask[region] = True
     return mask
+
+
+@given(st.lists(st.integers(1, 4), max_size=4), st.data())
+def test_boxes_are_the_run(dims: list[int], data: st.DataObject) -> None:
+    """One after the other they are the run of elements, and there are at most two an axis."""
+    shape = tuple(dims)
+    array = np.arange(prod(shape)).reshape(shape)
+    start = data.draw(st.integers(0, array.size - 1))
+    count = data.draw(st.integers(1, array.size - start))
+    found = [
+        array[tuple(slice(at, at + size) for at, size in zip(*region, strict=True))].reshape(-1)
+        for region in boxes(shape, start, count)
+    ]
+    np.testing.assert_array_equal(np.concatenate(found), np.arange(start, start + count))
+    assert len(found) <= max(1, 2 * len(shape) - 1)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.tensors.joined import NEW, Assembly, Piece, composed, reversed_assemblies
+from fp8ckpt.stores.memory import MemoryStore
+from fp8ckpt.stores.store import ByteRange, File
+from fp8ckpt.tensors.joined import NEW, Assembly, JoinedTensor, Piece, composed, reversed_assemblies
+from fp8ckpt.tensors.reading import load_dequantizer
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Reader
 
 Pair = tuple[np.ndarray, Assembly]
 
@@ -112,6 +119,41 @@ def test_the_way_back_is_the_same_boxes(made: tuple[np.ndarray, Assembly, dict[s
         found = build(made_back, {"joined": array})
         np.testing.assert_array_equal(found, np.where(np.isin(sources[name], array), sources[name], -1))
     np.testing.assert_array_equal(build(composed(assembly, back), {"joined": array}), array)
+
+
+@given(joined(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_joined_tensor_gives_its_values(
+    made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]], data: st.DataObject
+) -> None:
+    """Any region into any strides, and any run of elements, through scratch however small; `reads` says what is read,
+    and no more is.
+    """
+    array, assembly, arrays = made
+    store = MemoryStore({name: of.astype(np.int32).tobytes() for name, of in arrays.items()})
+    sources = {
+        name: TensorSpan(name, File(store, name), "I32", of.shape, 0, of.size * 4) for name, of in arrays.items()
+    }
+    tensor = JoinedTensor("joined", assembly, sources)
+    assert (tensor.shape, tensor.numel, tensor.dtype, tensor.dtypes()) == (array.shape, array.size, "I32", ("I32",))
+    reader = Reader(data.draw(st.sampled_from([4, 12, 4096])), load_dequantizer)
+    offsets = tuple(data.draw(st.integers(0, size - 1)) for size in array.shape)
+    sizes = tuple(data.draw(st.integers(1, size - at)) for size, at in zip(array.shape, offsets, strict=True))
+    out = np.zeros(sizes[::-1], np.uint32).transpose() if data.draw(st.booleans()) else np.zeros(sizes, np.uint32)
+    store.reads.clear()
+    tensor.values((offsets, sizes), "I32", out, reader)
+    np.testing.assert_array_equal(out, array[tuple(slice(at, at + n) for at, n in zip(offsets, sizes, strict=True))])
+    assert bytes_of(store.reads) == bytes_of(tensor.reads((offsets, sizes)))
+    assert reader.bytes_read == out.nbytes
+    start = data.draw(st.integers(0, array.size - 1))
+    run = np.empty(4 * data.draw(st.integers(0, array.size - start)), np.uint8)
+    tensor.elements(start, "I32", run, reader)
+    np.testing.assert_array_equal(run.view(np.int32), array.reshape(-1)[start : start + run.size // 4])
+
+
+def bytes_of(reads: Iterable[ByteRange]) -> list[tuple[str, int]]:
+    """Each byte that is read, by file and place."""
+    return sorted((file, at) for file, start, stop in reads for at in range(start, stop))
 
 
 DEFECTS = {

@@ -33,12 +33,15 @@ from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.tensor import Reader, Tensor
 
 STEP = (
     1 << 19
 )  # elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower)
+
+READ_AT_ONCE = 1 << 20  # bytes, of a source whose values are not read straight into their place
 
 Stored = npt.NDArray[Any]
 
@@ -101,13 +104,18 @@ class QuantizingFiller:
         self._scales_before = scales_before
         self._outgrown = outgrown
         self._decided = decided
+        self._reader = Reader(READ_AT_ONCE, load_dequantizer)
         # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
         self._scale_file: OutputFile | None = None
-        self.bytes_read = 0
         self.base_bytes_read = 0
         self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of what is converted, and of what is carried."""
+        return self._reader.bytes_read
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         """Fill ``out`` with the bytes of a chunk of an output file; the facts are those of the weight, if it is
@@ -139,11 +147,11 @@ class QuantizingFiller:
                 continue
             given, target = self._plan.plain[span.name], out[low - start : high - start]
             if given.dtype == span.dtype:
-                self._read(given, low - span.start, target)
+                given.elements((low - span.start) * 8 // DTYPE_BITS[span.dtype], span.dtype, target, self._reader)
             else:
                 self._cast(given, span, low - span.start, target)
 
-    def _cast(self, given: TensorSpan, span: TensorSpan, offset: int, out: Bytes) -> None:
+    def _cast(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes) -> None:
         itemsize = TARGET_BYTES[span.dtype]
         for begin in range(offset // itemsize, (offset + out.nbytes) // itemsize, STEP):
             count = min(STEP, (offset + out.nbytes) // itemsize - begin)
@@ -151,7 +159,9 @@ class QuantizingFiller:
             part = out[begin * itemsize - offset :][: count * itemsize]
             if overflown := quantize.round_to(values.floats, span.dtype, part.view(bits_dtype(span.dtype))):
                 found = f"{overflown} finite values of {given.dtype} do not fit {span.dtype}"
-                raise RangeError(found, tensor=span.name, file=given.file, expected=f"{span.dtype}, as in the base")
+                raise RangeError(
+                    found, tensor=span.name, file=given.span.file, expected=f"{span.dtype}, as in the base"
+                )
 
     # ---------------------------------------------------------------- weights whose chunks hold whole blocks
 
@@ -261,19 +271,14 @@ class QuantizingFiller:
             tally.moved = int(np.count_nonzero(old != codes))
         facts.tally.add(tally)
 
-    def _values(self, span: TensorSpan, first: int, count: int) -> Values:
+    def _values(self, tensor: Tensor, first: int, count: int) -> Values:
         """Elements ``first`` to ``first + count`` of a tensor, good until the next call."""
-        nbytes = count * TARGET_BYTES[span.dtype]
+        nbytes = count * TARGET_BYTES[tensor.dtype]
         if self._raw.size < nbytes:
             self._raw = np.empty(nbytes, np.uint8)
         raw = self._raw[:nbytes]
-        self._read(span, first * TARGET_BYTES[span.dtype], raw)
-        return values_of(raw, span.dtype)
-
-    def _read(self, span: TensorSpan, offset: int, buffer: Bytes) -> None:
-        """Fill ``buffer`` from byte ``offset`` of a tensor on."""
-        span.read(buffer, offset)
-        self.bytes_read += buffer.nbytes
+        tensor.elements(first, tensor.dtype, raw, self._reader)
+        return values_of(raw, tensor.dtype)
 
     def _read_scales(self, span: TensorSpan, blocks: slice) -> Stored:
         """The scales of some blocks of the base, as they are stored."""
@@ -338,21 +343,25 @@ def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, B
 def checked_scales(weight: Quantization, stored: Stored) -> F32:
     """Stored scales as float32. Raises `RangeError` where the scales' dtype could not hold one."""
     return scales_in_range(
-        stored, weight.scale, weight.name, weight.source.file, "choose a --scheme instead of the base"
+        stored, weight.scale, weight.name, weight.source.span.file, "choose a --scheme instead of the base"
     )
 
 
-def refuse_nonfinite(name: str, span: TensorSpan) -> NoReturn:
+def refuse_nonfinite(name: str, tensor: Tensor) -> NoReturn:
     """Count what is not finite in all of a tensor, and raise `WeightValueError`."""
-    count = 0
-    raw = np.empty(STEP * TARGET_BYTES[span.dtype], np.uint8)
-    for start in range(0, span.nbytes, raw.size):
-        part = raw[: min(raw.size, span.nbytes - start)]
-        span.read(part, start)
-        count += quantize.count_nonfinite(values_of(part, span.dtype))
-    found = f"{count} of {span.numel} elements are NaN or infinite, and have no FP8 code"
+    reader, count = Reader(READ_AT_ONCE, load_dequantizer), 0
+    raw = np.empty(STEP * TARGET_BYTES[tensor.dtype], np.uint8)
+    for start in range(0, tensor.numel, STEP):
+        part = raw[: min(STEP, tensor.numel - start) * TARGET_BYTES[tensor.dtype]]
+        tensor.elements(start, tensor.dtype, part, reader)
+        count += quantize.count_nonfinite(values_of(part, tensor.dtype))
+    found = f"{count} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
     raise WeightValueError(
-        found, tensor=name, file=span.file, expected="finite weights", remedy="find out where the training diverged"
+        found,
+        tensor=name,
+        file=tensor.span.file,
+        expected="finite weights",
+        remedy="find out where the training diverged",
     )
 
 

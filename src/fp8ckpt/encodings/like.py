@@ -22,7 +22,7 @@ from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
 from fp8ckpt.tensors.reading import same_bits, stored_scales
-from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 
 def plan_like(
@@ -85,7 +85,7 @@ def plan_like(
     )
 
 
-def _with_tied_head(tensors: dict[str, TensorSpan], base: Checkpoint) -> tuple[dict[str, TensorSpan], tuple[str, ...]]:
+def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The source's tensors with the head as the base has it, stored or not, where it is the embeddings; and a note.
 
     A base that stores the head says itself, by equal bytes, that the two are one. Raises `ModelMismatchError` where the
@@ -104,7 +104,7 @@ def _with_tied_head(tensors: dict[str, TensorSpan], base: Checkpoint) -> tuple[d
         raise ModelMismatchError(
             f"it is not {shown(embeddings)}, and the base, where the two are one, stores no head",
             tensor=head,
-            file=tensors[head].file,
+            file=tensors[head].span.file,
             expected="the same values",
             remedy="tie the two before the model is saved, or quantize it by a --scheme instead",
         )

@@ -27,8 +27,6 @@ from fp8ckpt.tensors.tensor import DequantizerOf, Reader
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
 
-_FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
-
 
 @dataclass(frozen=True)
 class Dequantized:

@@ -23,12 +23,13 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 
 class Quantization(NamedTuple):
     """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if known."""
 
-    source: TensorSpan
+    source: Tensor
     weight: TensorSpan
     scale: TensorSpan
     grid: BlockGrid
@@ -67,7 +68,7 @@ class QuantizingPlan:
     source: Checkpoint
     base: Checkpoint | None
     weights: Mapping[str, Quantization]
-    plain: Mapping[str, TensorSpan]
+    plain: Mapping[str, Tensor]
     units: tuple[tuple[str, ...], ...]
     fresh: bool
     report: bool
@@ -160,14 +161,14 @@ def _cut_bands(quantization: Quantization) -> Iterator[tuple[int, int]]:
         yield from _pieces(start, start + matrix, bands)
 
 
-def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, TensorSpan]:
+def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The source's tensors by the names (``names``: source to output) that they are written under; none is FP8."""
-    found: dict[str, TensorSpan] = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         if tensor.scaled is not None:
             remedy = "convert it first: --to bf16"
             raise UnsupportedFormatError(
                 "it is FP8 already", tensor=name, file=tensor.span.file, expected="BF16, F16 or F32", remedy=remedy
             )
-        found[names[name]] = tensor.span
+        found[names[name]] = tensor
     return found

@@ -26,7 +26,6 @@ from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, is_native, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.tensors.scaled import QuantizedTensor
-from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor
 
 _BLOCK = (128, 128)
@@ -104,7 +103,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    tensors: Mapping[str, TensorSpan], config: Json, scheme: str, *, only: str | None = None, skip: str | None = None
+    tensors: Mapping[str, Tensor], config: Json, scheme: str, *, only: str | None = None, skip: str | None = None
 ) -> Choice:
     """Decide what is quantized: what releases quantize, if it matches ``only`` and not ``skip`` (see `convert`).
 
@@ -134,7 +133,7 @@ def choose(
 
 
 def _apart(
-    tensors: Mapping[str, TensorSpan], chosen: Mapping[str, BlockGrid], roles: Roles, scheme: str
+    tensors: Mapping[str, Tensor], chosen: Mapping[str, BlockGrid], roles: Roles, scheme: str
 ) -> Iterator[tuple[str, list[str]]]:
     """What cannot be joined as engines join it: whole units, by reason."""
     cut_up: set[str] = set()

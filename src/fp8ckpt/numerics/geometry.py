@@ -75,6 +75,24 @@ def bytes_of_region(region: Region, per_byte: int) -> Region:
     return (*offsets[:-1], first), (*sizes[:-1], count)
 
 
+def boxes(shape: Shape, start: int, count: int) -> Iterator[Region]:
+    """A run of elements in row-major order, from ``start`` on, as regions that follow one another, as few as can be."""
+    if not shape:
+        yield (), ()
+        return
+    row = prod(shape[1:])
+    while count:
+        index, into = divmod(start, row)
+        if into or count < row:
+            size = min(row - into, count)
+            for offsets, sizes in boxes(shape[1:], into, size):
+                yield (index, *offsets), (1, *sizes)
+        else:
+            size = count // row * row
+            yield (index, *(0,) * (len(shape) - 1)), (size // row, *shape[1:])
+        start, count = start + size, count - size
+
+
 class BlockGrid(NamedTuple):
     """One block size per dimension of the weight. Edge blocks may be ragged."""
 

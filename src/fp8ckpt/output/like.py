@@ -47,7 +47,7 @@ class PlainLayout(NamedTuple):
         layouts = []
         for header in base.files:
             logical = base.tensors_in(header)
-            specs = [TensorSpec(t.name, dtype if t.scaled else t.dtype, t.shape) for t in logical]
+            specs = [TensorSpec(t.name, dtype if dtype in t.dtypes() else t.dtype, t.shape) for t in logical]
             if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
                 metadata = metadata_without_quantization(header.metadata)
                 layouts.append(lay_out_again(header._replace(metadata=metadata), specs))

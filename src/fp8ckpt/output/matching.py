@@ -16,6 +16,7 @@ from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
 from fp8ckpt.tensors.reading import scale_defects
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 _CODES = "F8_E4M3"
 FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
@@ -33,7 +34,7 @@ def refuse_base(base: Checkpoint, remedy: str) -> None:
 
 
 def refuse_other_tensors(
-    found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec],
+    found: Mapping[str, Tensor] | Mapping[str, TensorSpec],
     base: Checkpoint,
     what: str,
     remedy: str,
@@ -67,7 +68,7 @@ def refuse_other_tensors(
     return carried
 
 
-def refuse_other_dtypes(found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint) -> None:
+def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], base: Checkpoint) -> None:
     """The tensors are of dtypes that those of the base can be made of. Raises `UnsupportedFormatError`,
     `ModelMismatchError`.
     """
@@ -87,7 +88,7 @@ def refuse_other_dtypes(found: Mapping[str, TensorSpan] | Mapping[str, TensorSpe
 
 
 def refuse_other_kinds(
-    found: Mapping[str, TensorSpan] | Mapping[str, TensorSpec], base: Checkpoint, floats: Collection[str] = FLOATS
+    found: Mapping[str, Tensor] | Mapping[str, TensorSpec], base: Checkpoint, floats: Collection[str] = FLOATS
 ) -> None:
     """Tensors that are not FP8 in the base are of its dtype; ``floats`` are rounded to one another. Raises
     `ModelMismatchError`.
@@ -100,13 +101,13 @@ def refuse_other_kinds(
             )
 
 
-def in_fewer_bits(found: Mapping[str, TensorSpan], base: Checkpoint) -> list[str]:
+def in_fewer_bits(found: Mapping[str, Tensor], base: Checkpoint) -> list[str]:
     """The tensors that the base holds in more bits, and plain: what they were cannot come back, trained or not."""
     plain = {name: tensor.dtype for name, tensor in base.tensors.items() if tensor.scaled is None}
     return [name for name in found.keys() & plain if DTYPE_BITS[plain[name]] > DTYPE_BITS[found[name].dtype]]
 
 
-def refuse_dtype(given: TensorSpan | TensorSpec) -> None:
+def refuse_dtype(given: Tensor | TensorSpec) -> None:
     """A weight to be quantized is of a dtype that quantizing is defined for."""
     if given.dtype not in TARGET_BYTES:
         raise UnsupportedFormatError(
@@ -118,8 +119,8 @@ def refuse_dtype(given: TensorSpan | TensorSpec) -> None:
         )
 
 
-def _file_of(tensor: TensorSpan | TensorSpec) -> File | None:
-    return getattr(tensor, "file", None)  # what is only planned has none
+def _file_of(tensor: Tensor | TensorSpec) -> File | None:
+    return None if isinstance(tensor, TensorSpec) else tensor.span.file
 
 
 def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: File, remedy: str) -> F32:

@@ -15,13 +15,22 @@ all assemblies; a renaming is the trivial one. They are made from names and shap
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from fp8ckpt.numerics.geometry import Region, Shape
+from fp8ckpt.numerics.geometry import Region, Shape, boxes, within
+from fp8ckpt.stores.store import ByteRange, Bytes
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+
+if TYPE_CHECKING:
+    from fp8ckpt.numerics.dequantize import Bits
+    from fp8ckpt.tensors.tensor import Reader, Tensor
 
 NEW = -1  # an axis of a joined tensor that its source does not have, of length 1 in a piece
 
@@ -285,6 +294,95 @@ class Assembly(NamedTuple):
         if any(corners.values()):
             return "pieces that overlap, or do not cover it"
         return None
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """A `fp8ckpt.tensors.tensor.Tensor` whose values are those of its pieces' ``sources``, by name. It is itself not
+    scaled, whatever its sources are; they give their values in a common dtype.
+    """
+
+    name: str
+    assembly: Assembly
+    sources: Mapping[str, Tensor]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole."""
+        return self.assembly.shape
+
+    @property
+    def numel(self) -> int:
+        """Number of its values."""
+        return prod(self.shape)
+
+    @cached_property
+    def _made_of(self) -> tuple[Tensor, ...]:
+        return tuple(self.sources[name] for name in dict.fromkeys(piece.source for piece in self.assembly.pieces))
+
+    @property
+    def dtype(self) -> str:
+        """That of its sources."""
+        return self._made_of[0].dtype
+
+    @property
+    def span(self) -> TensorSpan:
+        """Where the first of its sources lies."""
+        return self._made_of[0].span
+
+    @property
+    def spans(self) -> tuple[TensorSpan, ...]:
+        """All that is stored of its sources."""
+        return tuple(span for source in self._made_of for span in source.spans)
+
+    @property
+    def scaled(self) -> None:
+        """Its values are those of its sources."""
+        return
+
+    def dtypes(self) -> tuple[str, ...]:
+        """What each of its sources can give."""
+        others = [source.dtypes() for source in self._made_of[1:]]
+        return tuple(dtype for dtype in self._made_of[0].dtypes() if all(dtype in other for other in others))
+
+    def reads(self, region: Region) -> Iterator[ByteRange]:
+        """As `fp8ckpt.tensors.tensor.Tensor.reads`, of one piece after the other."""
+        for piece in self._cut(region):
+            yield from self.sources[piece.source].reads(piece.source_region)
+
+    def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
+        """As `fp8ckpt.tensors.tensor.Tensor.values`: each piece's source fills a view of ``out``."""
+        for piece in self._cut(region):
+            axes = [axis for axis in piece.axes if axis != NEW]
+            view = out[within(piece.region, region)][(*(0 if axis == NEW else slice(None) for axis in piece.axes), ...)]
+            view = view.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+            view = view[(*(slice(None) if axis in axes else None for axis in range(len(piece.source_offsets))), ...)]
+            self.sources[piece.source].values(piece.source_region, dtype, view, reader)
+
+    def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
+        """As `fp8ckpt.tensors.tensor.Tensor.elements`."""
+        bits, done = out.view(f"u{DTYPE_BITS[dtype] // 8}"), 0
+        for region in boxes(self.shape, start, bits.size):
+            size = prod(region[1])
+            self.values(region, dtype, bits[done : done + size].reshape(region[1]), reader)
+            done += size
+
+    @cached_property
+    def _in_order(self) -> tuple[list[int], list[Piece], int]:
+        """Where pieces begin along the first axis, in order; the pieces; and the most that one takes of that axis."""
+        pieces = sorted(self.assembly.pieces, key=lambda piece: piece.offsets[0])
+        return [piece.offsets[0] for piece in pieces], pieces, max((piece.sizes[0] for piece in pieces), default=0)
+
+    def _cut(self, region: Region) -> Iterator[Piece]:
+        """`Assembly.cut`, without a look at each of thousands of pieces."""
+        if not self.shape:
+            yield from self.assembly.cut(region)
+            return
+        starts, pieces, most = self._in_order
+        low, high = region[0][0], region[0][0] + region[1][0]
+        for piece in pieces[bisect_right(starts, low - most) : bisect_left(starts, high)]:
+            if (part := piece.cut(region)) is not None:
+                yield part
 
 
 def reversed_assemblies(parts: Mapping[str, Assembly], shapes: Mapping[str, Shape]) -> dict[str, Assembly]:
