@@ -34,9 +34,9 @@ _BELOW_CHECKPOINT = {
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
 ARROWS = {
-    "__init__": {*JOBS, "checkpoint", "tensors", "version"},
+    "__init__": {*JOBS, "checkpoint", "output", "tensors", "version"},
     "__main__": {"cli"},
-    "cli": {*JOBS, "encodings", "version"},
+    "cli": {*JOBS, "encodings", "output", "version"},
     **{job: {"serving", "checkpoint", "figures", *_BELOW_CHECKPOINT} for job in JOBS},
     "figures": {"report", "tensors", "numerics"},  # of the report it knows the types alone
     "hosts": {"models", "checkpoint", *_BELOW_CHECKPOINT},
@@ -65,6 +65,7 @@ PUBLIC = [
     "ConvertResult",
     "FP8StorageReader",
     "FP8StorageWriter",
+    "Forecast",
     "Fp8CheckpointError",
     "Fp8Result",
     "Inspection",
@@ -84,6 +85,8 @@ PUBLIC = [
     "load_pretrained",
     "open_checkpoint",
     "plan",
+    "plan_convert",
+    "plan_sample",
     "report",
     "sample",
     "save_model",

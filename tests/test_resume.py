@@ -23,7 +23,17 @@ import pytest
 
 import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, sample
-from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, SourceChangedError, StorageError, TruncatedFileError
+from fp8ckpt.errors import (
+    NoRoomError,
+    OutputExistsError,
+    ResumeMismatchError,
+    SourceChangedError,
+    StorageError,
+    TruncatedFileError,
+)
+from fp8ckpt.output.forecast import Room
+from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.sample import Mistral3Sizes
 from tests.conftest import Run
 
@@ -196,11 +206,9 @@ def test_death_at_every_step(
             except Died:
                 pass
         if not ended:
-            # After the rename DST is whole, and what remains of DST.partial is state.
-            left_over = out.with_name(out.name + ".partial")
-            if out.exists():
-                assert not (left_over / "output").exists()
-                shutil.rmtree(left_over, ignore_errors=True)
+            if out.exists():  # after the rename it is whole, and the next run, which is refused, tidies up
+                with pytest.raises(OutputExistsError):
+                    convert(sample_fp8, out, workers=2)
             else:
                 convert(sample_fp8, out, workers=2)
         assert digests(out) == expected, f"step {step}"
@@ -538,14 +546,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(mounted)], check=True)
 
 
-def test_disk_that_is_really_full(sample_fp8: Path, expected: dict[str, str], small_disk: Path, cli: Run) -> None:
-    """A disk of 1 MiB: exit 1, one line, no DST; once it is larger, the rerun ends with the same bytes."""
+def test_disk_that_is_really_too_small(sample_fp8: Path, expected: dict[str, str], small_disk: Path, cli: Run) -> None:
+    """A disk of 1 MiB: exit 1, one line, nothing made; --plan prints figures. Once it is larger, all goes well."""
     out = small_disk / "out"
-    for _ in range(2):
-        assert_one_line(
-            cli("convert", sample_fp8, out), "No space left on device", "free some space", f"{out}.partial", GOES_ON
-        )
-        assert os.listdir(small_disk) == ["out.partial"]
+    planned = cli("convert", sample_fp8, out, "--plan")
+    assert (planned.returncode, planned.stderr) == (1, "")
+    assert f"on the disk of {small_disk}: 1.2 MB needed, 1.0 MB free: there is no room" in planned.stdout
+    assert_one_line(cli("convert", sample_fp8, out), f"{small_disk.name}: the output needs", "free some space")
+    assert os.listdir(small_disk) == []
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert cli("convert", sample_fp8, out, "--plan").returncode == 0
+    assert os.listdir(small_disk) == []
     assert cli("convert", sample_fp8, out).returncode == 0
+    assert digests(out) == expected
+
+
+def test_disk_that_fills_up_meanwhile(sample_fp8: Path, expected: dict[str, str], small_disk: Path) -> None:
+    """Somebody else takes the room after it was looked for: a named error, and a rerun says what it lacks, or ends."""
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
+    out, other = small_disk / "out", small_disk / "other"
+    begin = OutputPlan.begin
+
+    def crowded(plan: OutputPlan, output: PartialOutput) -> dict[int, Facts]:
+        other.write_bytes(bytes(1 << 20))
+        return begin(plan, output)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputPlan, "_look", lambda *_: Room(small_disk, 0, None))
+        patch.setattr(OutputPlan, "begin", crowded)
+        with pytest.raises(StorageError, match=rf"No space left on device; free some space.*{GOES_ON}"):
+            convert(sample_fp8, out)
+    with pytest.raises(NoRoomError, match=rf"needs [\d,]+ bytes more.*{GOES_ON}"):
+        convert(sample_fp8, out)
+    assert sorted(os.listdir(small_disk)) == ["other", "out.partial"]
+    other.unlink()
+    convert(sample_fp8, out)
     assert digests(out) == expected

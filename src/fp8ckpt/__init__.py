@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
     from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
     from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter
-    from fp8ckpt.convert import ConvertResult, Fp8Result, PlainResult, convert
+    from fp8ckpt.convert import ConvertResult, Fp8Result, PlainResult, convert, plan_convert
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
+    from fp8ckpt.output.forecast import Forecast
     from fp8ckpt.plan import Plan, plan
     from fp8ckpt.report import Report, report
-    from fp8ckpt.sample import sample
+    from fp8ckpt.sample import plan_sample, sample
     from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
     from fp8ckpt.tensors.joined import Assembly, Piece
     from fp8ckpt.tensors.scaled import QuantizedTensor
@@ -36,6 +37,7 @@ _HOMES = {
     "ConvertResult": "convert",
     "FP8StorageReader": "checkpoint.storage_reader",
     "FP8StorageWriter": "checkpoint.fp8_storage_writer",
+    "Forecast": "output.forecast",
     "Fp8CheckpointError": "errors",
     "Fp8Result": "convert",
     "Inspection": "inspect",
@@ -54,6 +56,8 @@ _HOMES = {
     "load_pretrained": "checkpoint.pretrained",
     "open_checkpoint": "tensors.checkpoint",
     "plan": "plan",
+    "plan_convert": "convert",
+    "plan_sample": "sample",
     "report": "report",
     "sample": "sample",
     "save_model": "checkpoint.checkpointing",
@@ -67,6 +71,7 @@ __all__ = [
     "ConvertResult",
     "FP8StorageReader",
     "FP8StorageWriter",
+    "Forecast",
     "Fp8CheckpointError",
     "Fp8Result",
     "Inspection",
@@ -86,6 +91,8 @@ __all__ = [
     "load_pretrained",
     "open_checkpoint",
     "plan",
+    "plan_convert",
+    "plan_sample",
     "report",
     "sample",
     "save_model",

@@ -21,6 +21,7 @@ from fp8ckpt.encodings import plain as dequantizing
 from fp8ckpt.engine import Progress
 from fp8ckpt.errors import RangeError, SourceChangedError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
+from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.side_files import notes_on_plain
@@ -29,6 +30,7 @@ from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 from fp8ckpt.tensors.config import Json
 
 if TYPE_CHECKING:
+    from fp8ckpt.encodings.recipes import QuantizingPlan
     from fp8ckpt.encodings.run_fp8 import QuantizationReport
     from fp8ckpt.ranks import Ranks
 
@@ -126,14 +128,13 @@ def convert(
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
     output = PartialOutput(destination)
+    how = _How(to, like, scheme, scales, carry, report, serving, only, skip, follow_index)
     try:
         with ranks_of_this_job() as ranks:
-            selected = only is not None or skip is not None
-            ranks.together(lambda: _refuse_arguments(to, like, scheme, scales, carry, serving, workers, selected))
+            ranks.together(lambda: _refuse_arguments(how, workers))
             threads = workers or threads_of_this_rank()
             if to != FP8:
                 return _dequantize(source, output, to, threads, progress, ranks, follow_index=follow_index)
-            how = _Quantizing(like, scheme, scales == "fresh", carry, report, serving, only, skip, follow_index)
             return _quantize(source, output, how, threads, progress, ranks)
     except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
         output.discard()
@@ -142,23 +143,57 @@ def convert(
         if not os.path.exists(output.directory):  # noqa: PTH110 - Path.exists() raises for a name that is too long
             raise
         remedy = f"{error.remedy}; what was written is in {output.partial}, and the same command goes on from there"
-        raise StorageError(
+        raise type(error)(
             error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy
         ) from error
     finally:
         output.release()
 
 
-def _refuse_arguments(
-    to: str,
-    like: CheckpointLike | None,
-    scheme: str | None,
-    scales: str,
-    carry: str | None,
-    serving: bool,
-    workers: int | None,
-    selected: bool,
-) -> None:
+@kept_open()
+def plan_convert(
+    source: CheckpointLike,
+    destination: str | Path,
+    *,
+    to: str = "bf16",
+    like: CheckpointLike | None = None,
+    scheme: str | None = None,
+    scales: str = "reuse",
+    carry: str | None = None,
+    report: bool = True,
+    serving: bool = False,
+    only: str | None = None,
+    skip: str | None = None,
+    follow_index: bool = False,
+) -> Forecast:
+    """What `convert` would do with the same arguments: files, bytes to read and to write, room, time. Writes nothing.
+
+    Raises what `convert` raises before its first byte, but for `NoRoomError`: ``fits`` says whether there is room.
+
+    >>> forecast = fp8ckpt.plan_convert("sample-fp8", "planned")
+    >>> forecast.fits, forecast.bytes_to_write > forecast.bytes_to_read
+    (True, True)
+    """
+    from fp8ckpt.ranks import ranks_of_this_job
+
+    how = _How(to, like, scheme, scales, carry, report, serving, only, skip, follow_index)
+    with ranks_of_this_job() as ranks:
+        return ranks.first(lambda: _forecast(source, PartialOutput(destination), how))
+
+
+def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forecast:
+    _refuse_arguments(how, None)
+    if how.to == FP8:
+        recipe = _plan_fp8(source, output, how)
+        return recipe.output.forecast(output, dict(enumerate(recipe.extents())), recipe.made_of(), recipe.notes)
+    checkpoint, plan = dequantizing.plan_plain(source, output, TARGETS[how.to], how.follow_index)
+    extents, made_of = dequantizing.extents_of_all(plan), dequantizing.made_of(checkpoint)
+    return plan.forecast(output, extents, made_of, notes_on_plain(checkpoint))
+
+
+def _refuse_arguments(how: _How, workers: int | None) -> None:
+    to, like, scheme, scales, carry, serving = how.to, how.like, how.scheme, how.scales, how.carry, how.serving
+    selected = how.only is not None or how.skip is not None
     if to not in (*TARGETS, FP8):
         raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
     if workers is not None and workers < 1:
@@ -182,10 +217,11 @@ def _refuse_arguments(
 
 
 @dataclass(frozen=True)
-class _Quantizing:
+class _How:
+    to: str
     like: CheckpointLike | None
     scheme: str | None
-    fresh: bool
+    scales: str
     carry: str | None
     report: bool
     serving: bool
@@ -228,42 +264,15 @@ def _dequantize(
 def _quantize(
     source: CheckpointLike,
     output: PartialOutput,
-    how: _Quantizing,
+    how: _How,
     workers: int,
     progress: Progress | None,
     ranks: Ranks,
 ) -> Fp8Result:
     from fp8ckpt.encodings import run_fp8 as quantized
-    from fp8ckpt.encodings.like import plan_like
-    from fp8ckpt.encodings.recipes import QuantizingPlan
-    from fp8ckpt.encodings.schemes import plan_scheme
-
-    def plan() -> QuantizingPlan:
-        if how.like is not None:
-            return plan_like(
-                source,
-                how.like,
-                output,
-                fresh=how.fresh,
-                report=how.report,
-                carry=how.carry,
-                served=_serving_config if how.serving else None,
-                follow_index=how.follow_index,
-            )
-        assert how.scheme is not None  # one of the two was given
-        return plan_scheme(
-            source,
-            how.scheme,
-            output,
-            served=_serving_config,
-            report=how.report,
-            only=how.only,
-            skip=how.skip,
-            follow_index=how.follow_index,
-        )
 
     begun = time.monotonic()
-    done = quantized.run(plan, output, workers, progress, ranks)
+    done = quantized.run(lambda: _plan_fp8(source, output, how), output, workers, progress, ranks)
     return Fp8Result(
         destination=output.destination,
         to=FP8,
@@ -278,6 +287,34 @@ def _quantize(
         report=done.report,
         notes=done.plan.notes,
         seconds=time.monotonic() - begun,
+    )
+
+
+def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> QuantizingPlan:
+    from fp8ckpt.encodings.like import plan_like
+    from fp8ckpt.encodings.schemes import plan_scheme
+
+    if how.like is not None:
+        return plan_like(
+            source,
+            how.like,
+            output,
+            fresh=how.scales == "fresh",
+            report=how.report,
+            carry=how.carry,
+            served=_serving_config if how.serving else None,
+            follow_index=how.follow_index,
+        )
+    assert how.scheme is not None  # one of the two was given
+    return plan_scheme(
+        source,
+        how.scheme,
+        output,
+        served=_serving_config,
+        report=how.report,
+        only=how.only,
+        skip=how.skip,
+        follow_index=how.follow_index,
     )
 
 

@@ -27,6 +27,7 @@
     ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
     ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read, or written
     └── StorageError              (OSError)     the disk refused a read or a write, or what should be a file is none
+        └── NoRoomError                         the disk has less room than the output needs
 
 Each message has the form *tensor, file, found, expected, what to do*, on one line. Names that come from a file are
 shown with control characters escaped and shortened, so that no input can break the line.
@@ -377,3 +378,13 @@ class StorageError(Fp8CheckpointError, OSError):
     """The disk refused a read or a write, and the message has the operating system's reason; or there is a FIFO, a
     device, a folder, or a link that leads away, where a file should be.
     """
+
+
+class NoRoomError(StorageError):
+    """The disk has less room than the output needs. Nothing was written."""
+
+    @classmethod
+    def of(cls, where: str, needed: int, free: int) -> NoRoomError:
+        """``where``: a directory of the file system; it needs so many bytes, and so many are free."""
+        found = f"the output needs {needed:,} bytes more, and {free:,} are free in its file system"
+        return cls(found, file=where, remedy="free some space, or choose another destination")

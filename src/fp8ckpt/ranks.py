@@ -38,6 +38,10 @@ class Ranks:
         """The same, and returns the results of all ranks; they are pickled."""
         return [step()]
 
+    def first(self, step: Callable[[], T]) -> T:
+        """Have the first rank take a step, and meet. Returns its result on every rank, or raises its error."""
+        return self.gather(lambda: step() if self.rank == 0 else None)[0]  # type: ignore[return-value]  # rank 0's is a T
+
 
 class GroupRanks(Ranks):
     """The ranks of a torch process group; by default of the default one."""

@@ -25,6 +25,7 @@ from fp8ckpt.numerics.codes import CODE_FORMATS, F32, SCALE_DTYPES, TARGET_BYTES
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.kernels import count_codes
 from fp8ckpt.output.files import write_error, write_whole
+from fp8ckpt.output.forecast import room_for
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
@@ -154,6 +155,7 @@ def _publish(page: Path, text: str) -> None:
     """Nothing is seen at the page's name until it is whole."""
     partial = page.with_name(f"{page.name}.partial")
     try:
+        room_for({partial: len(text.encode())}).refuse_too_little()
         page.parent.mkdir(parents=True, exist_ok=True)
         write_whole(partial, text.encode())
         partial.replace(page)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fp8ckpt.numerics.geometry import BlockGrid
-from fp8ckpt.output.files import OutputFile, create, write_whole
-from fp8ckpt.output.layout import TensorSpec, index_text, lay_out
+from fp8ckpt.output.files import OutputFiles
+from fp8ckpt.output.forecast import Forecast
+from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
 from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import INDEX
 from fp8ckpt.tensors.config import CONFIG, dump_json
 from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
@@ -105,21 +107,63 @@ def sample(
     ``layout`` (Mistral3 only): "identity", the names of the model's own state dict, as Mistral Medium 3.5 has them; or
     "nested", as Ministral 3 and Devstral have them. ``files``: how many safetensors files. ``sparse``: true headers,
     scales and side files, and holes where weights would be. Raises `fp8ckpt.errors.OutputExistsError` where the
-    destination exists.
+    destination exists, and `fp8ckpt.errors.NoRoomError` where there is no room for it.
     """
-    sizes = sizes or Mistral3Sizes()
+    planned = _plan(sizes or Mistral3Sizes(), layout, files, sparse, seed)
+    output = PartialOutput(destination)
+    planned.output.begin(output)
+    opened = OutputFiles(output.directory)
+    try:
+        spans: dict[str, TensorSpan] = {}
+        for file in planned.output.layouts:
+            opened.of(file.name).write(_array(file.head), 0)
+            spans.update((span.name, span) for span in file.spans)
+        for weight in planned.weights:
+            for name, offset, data in _bytes_of(weight, planned.block, sparse, seed):
+                opened.of(spans[name].file.name).write(data, spans[name].start + offset)
+        opened.flush()
+        planned.output.publish(output)
+    finally:
+        opened.close()
+        output.release()
+    return output.destination
+
+
+def plan_sample(
+    destination: str | Path,
+    sizes: Mistral3Sizes | DeepseekSizes | None = None,
+    *,
+    layout: str = "identity",
+    files: int = 3,
+    sparse: bool = False,
+) -> Forecast:
+    """What `sample` would write with the same arguments: files, bytes, room, time. Writes nothing.
+
+    >>> fp8ckpt.plan_sample("planned").files
+    10
+    """
+    planned = _plan(sizes or Mistral3Sizes(), layout, files, sparse, 0)
+    return planned.output.forecast(PartialOutput(destination), {}, {})
+
+
+class _Planned(NamedTuple):
+    output: OutputPlan
+    weights: list[_Weight]
+    block: tuple[int, int] | None
+
+
+def _plan(sizes: Mistral3Sizes | DeepseekSizes, layout: str, files: int, sparse: bool, seed: int) -> _Planned:
+    """Everything that can be known or refused before the first byte is written."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
     if isinstance(sizes, Mistral3Sizes):
         if sizes.heads % sizes.kv_heads:
             raise ValueError(f"heads={sizes.heads} is no multiple of kv_heads={sizes.kv_heads}")
-        weights, config = list(_mistral3(sizes, layout)), _mistral3_config(sizes)
+        weights, config, block = list(_mistral3(sizes, layout)), _mistral3_config(sizes), None
     else:
-        weights, config = list(_deepseek(sizes)), _deepseek_config(sizes)
-    block = None if isinstance(sizes, Mistral3Sizes) else _BLOCK
+        weights, config, block = list(_deepseek(sizes)), _deepseek_config(sizes), _BLOCK
     layouts = _partition(weights, block, files)
     texts = {**_side_files(sizes.vocabulary), CONFIG: dump_json(config), INDEX: index_text(layouts)}
-    output = PartialOutput(destination)
     arguments = {
         "job": "sample",
         "sizes": repr(sizes),
@@ -128,33 +172,18 @@ def sample(
         "sparse": sparse,
         "seed": seed,
     }
-    output.begin(arguments, {*texts, *(file.name for file in layouts)})
-    try:
-        for name, text in texts.items():
-            write_whole(output.directory / name, text)
-        outputs = {}
-        spans: dict[str, TensorSpan] = {}
-        for file in layouts:
-            create(output.directory / file.name, file.size)
-            outputs[file.name] = OutputFile(output.directory / file.name)
-            outputs[file.name].write(_array(file.head), 0)
-            spans.update((span.name, span) for span in file.spans)
-        for weight in weights:
-            for name, offset, data in _bytes_of(weight, block, sparse, seed):
-                outputs[spans[name].file.name].write(data, spans[name].start + offset)
-        for written in outputs.values():
-            written.flush()
-            written.close()
-        output.publish()
-    finally:
-        output.release()
-    return output.destination
+    holes = sum(_nbytes(weight) for weight in weights) if sparse else 0
+    return _Planned(OutputPlan((), arguments, tuple(layouts), texts, holes=holes), weights, block)
 
 
 def _array(data: bytes) -> Any:
     import numpy as np
 
     return np.frombuffer(data, np.uint8)
+
+
+def _nbytes(weight: _Weight) -> int:
+    return tensor_nbytes("F8_E4M3" if weight.fp8 else weight.dtype, weight.shape)
 
 
 def _scale_specs(weight: _Weight, block: tuple[int, int] | None) -> list[TensorSpec]:
@@ -168,11 +197,11 @@ def _scale_specs(weight: _Weight, block: tuple[int, int] | None) -> list[TensorS
     ]
 
 
-def _partition(weights: list[_Weight], block: tuple[int, int] | None, files: int) -> list[Any]:
+def _partition(weights: list[_Weight], block: tuple[int, int] | None, files: int) -> list[FileLayout]:
     """Fill the files one after the other with about the same number of bytes; a scale may go to the file after its
     weight's.
     """
-    total = sum(tensor_nbytes("F8_E4M3" if weight.fp8 else weight.dtype, weight.shape) for weight in weights)
+    total = sum(map(_nbytes, weights))
     contents: list[list[TensorSpec]] = [[]]
     filled = 0
     carried: list[TensorSpec] = []

@@ -59,10 +59,12 @@ def test_what_is_printed_is_what_the_schema_says(
     (broken / "model-00003-of-00003.safetensors").unlink()
     bf16, back = tmp_path / "bf16", tmp_path / "back"
     runs: list[tuple[Any, ...]] = [
+        ("sample", tmp_path / "sample", "--plan"),
         ("sample", tmp_path / "sample"),
         ("inspect", sample_fp8),
         ("inspect", sample_block, "--tensor", "proj"),
         ("inspect", broken),
+        ("convert", sample_fp8, bf16, "--plan"),
         ("convert", sample_fp8, bf16, "--report-html", tmp_path / "page.html"),
         ("convert", bf16, back, "--to", "fp8", "--like", sample_fp8),
         ("convert", bf16, tmp_path / "scheme", "--to", "fp8", "--scheme", "block"),

@@ -201,6 +201,45 @@ def test_state_that_outlived_the_rename(destination: Path) -> None:
     second.release()
 
 
+def died_after_the_rename(destination: Path) -> Path:
+    """A destination that is whole, and the state that a run left which died before its end."""
+    first = begun(destination)
+    first.record(0, 0, {})
+    first.directory.rename(destination)
+    first.release()
+    return partial_of(destination) / ".fp8ckpt"
+
+
+def test_state_beside_what_is_whole_is_tidied_up(destination: Path) -> None:
+    """The next run for that destination is refused, whatever it wants, and the state is gone."""
+    died_after_the_rename(destination)
+    with pytest.raises(OutputExistsError):
+        begun(destination, {"source": "other"})
+    assert os.listdir(destination.parent) == ["out"]
+
+
+@pytest.mark.parametrize("what", ["held", "a file beside", "a file in it", "a folder in it", "a link in it"])
+def test_what_is_not_tidied_up(destination: Path, what: str) -> None:
+    """State that another process holds, and whatever is not all ours, stays as it is."""
+    state = died_after_the_rename(destination)
+    holder = PartialOutput(destination)
+    if what == "held":
+        holder._lock = holder._locked()
+    elif what == "a file beside":
+        (state.parent / "thesis.tex").write_text("mine")
+    elif what == "a file in it":
+        (state / "thesis.tex").write_text("mine")
+    elif what == "a folder in it":
+        (state / "done-folder").mkdir()
+    else:
+        (state / "done-9").symlink_to(destination)
+    before = tree(state.parent)
+    with pytest.raises(OutputExistsError):
+        begun(destination)
+    assert tree(state.parent) == before
+    holder.release()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_file_of_two_names_is_refused(destination: Path, name: str) -> None:
     """A file of the output that is linked to another one would be written by both names."""

@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, share, size, speaks, table
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
+from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, share, size, speaks, table
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
 
@@ -71,6 +71,7 @@ def convert(
         str | None, typer.Option(metavar="REGEX", help="With --scheme: leave weights with this in their names.")
     ] = None,
     follow_index: FollowIndex = False,
+    plan: Plan = False,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -84,26 +85,29 @@ def convert(
     Under torchrun, the ranks share the work.
     """
     from fp8ckpt.convert import convert as run
+    from fp8ckpt.convert import plan_convert
 
     page = None if report_html is None else _page(report_html)
+    arguments: dict[str, Any] = {
+        "to": to,
+        "like": like,
+        "scheme": scheme,
+        "scales": scales,
+        "carry": carry,
+        "report": report,
+        "serving": serving,
+        "only": only,
+        "skip": skip,
+        "follow_index": follow_index,
+    }
+    if plan:
+        with usage():
+            forecast = plan_convert(source, destination, **arguments)
+        answer_forecast(forecast, as_json=as_json, quiet=quiet)
+        return
     try:
         with usage(), progress("converting", quiet=quiet) as reported:
-            result = run(
-                source,
-                destination,
-                to=to,
-                like=like,
-                scheme=scheme,
-                scales=scales,
-                carry=carry,
-                report=report,
-                serving=serving,
-                only=only,
-                skip=skip,
-                follow_index=follow_index,
-                workers=workers,
-                progress=reported,
-            )
+            result = run(source, destination, **arguments, workers=workers, progress=reported)
     except KeyboardInterrupt:
         kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
         print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial/output').exists() else ''}", file=sys.stderr)

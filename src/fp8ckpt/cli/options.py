@@ -18,6 +18,9 @@ Quiet = Annotated[
 FollowIndex = Annotated[
     bool, typer.Option("--follow-index", help="Read what an index lists, and leave alone what it does not.")
 ]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Say what would be read and written, and whether there is room. Writes nothing.")
+]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")
 ]

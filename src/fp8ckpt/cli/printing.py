@@ -7,9 +7,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from fp8ckpt.errors import Fp8CheckpointError, shown
+
+if TYPE_CHECKING:
+    from fp8ckpt.output.forecast import Forecast
 
 T = TypeVar("T")
 
@@ -46,6 +49,33 @@ def _plain(value: Any) -> Any:
         facts = {name: getattr(value, name) for name in ("tensor", "file", "found", "expected", "remedy", "message")}
         return {"kind": type(value).__name__, **facts}
     return str(value)
+
+
+def answer_forecast(forecast: Forecast, *, as_json: bool, quiet: bool) -> None:
+    """Print what a job would do; exit 1 where there is no room."""
+    answer(forecast, _print_forecast, as_json=as_json, quiet=quiet)
+    if not forecast.fits:
+        sys.exit(1)
+
+
+def _print_forecast(forecast: Forecast) -> None:
+    print(f"{forecast.destination}: {forecast.files:,} files; nothing was written")
+    resumed = f"; {size(forecast.bytes_resumed)} are there from an earlier run" if forecast.bytes_resumed else ""
+    print(f"to read: {size(forecast.bytes_to_read)}; to write: {size(forecast.bytes_to_write)}{resumed}")
+    free = "an unknown amount" if forecast.bytes_free is None else size(forecast.bytes_free)
+    room = styled("there is room", "green") if forecast.fits else styled("there is no room", "red")
+    print(f"on the disk of {forecast.where}: {size(forecast.bytes_needed)} needed, {free} free: {room}")
+    if forecast.seconds is not None and forecast.bytes_per_second is not None:
+        rate = f"{size(forecast.bytes_per_second)}/s, which the disk took just now"
+        print(f"writing takes {duration(forecast.seconds)} at {rate}")
+    print_notes(forecast.notes)
+
+
+def duration(seconds: float) -> str:
+    """A time, in the units that suit it."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:

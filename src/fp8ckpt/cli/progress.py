@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from fp8ckpt.cli.printing import size, speaks
+from fp8ckpt.cli.printing import duration, size, speaks
 from fp8ckpt.errors import shown
 
 if TYPE_CHECKING:
@@ -66,16 +66,10 @@ class Lines:
             return
         self._printed = now
         rate = done / (now - self._begun)
-        left = f", {_duration((total - done) / rate)} left" if rate else ""
+        left = f", {duration((total - done) / rate)} left" if rate else ""
         percent = f" ({100 * done / total:.1f} %)" if total else ""
         print(
             f"fp8ckpt: {self._verb}: {size(done)} of {size(total)}{percent}, {size(rate)}/s{left}: {shown(doing)}",
             file=self._stream,
             flush=True,
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

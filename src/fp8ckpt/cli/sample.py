@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import Json, Quiet, usage, word
-from fp8ckpt.cli.printing import answer
+from fp8ckpt.cli.options import Json, Plan, Quiet, usage, word
+from fp8ckpt.cli.printing import answer, answer_forecast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,12 @@ def sample(
     ] = False,
     sparse: Annotated[bool, typer.Option(help="True headers and scales, and holes for weights.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    plan: Plan = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a miniature, valid FP8 checkpoint in the released layout, which a model can be made of."""
-    from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
+    from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes, plan_sample
     from fp8ckpt.sample import sample as run
 
     given = {
@@ -56,5 +57,9 @@ def sample(
         raise typer.BadParameter(f"--{foreign[0].replace('_', '-')} does not go with --scheme {scheme}")
     with usage():
         sizes = dataclasses.replace(family.true_shape() if true_shape else family(), **changed)
+        if plan:
+            forecast = plan_sample(destination, sizes, layout=layout, files=files, sparse=sparse)
+            answer_forecast(forecast, as_json=as_json, quiet=quiet)
+            return
         made = run(destination, sizes, layout=layout, files=files, sparse=sparse, seed=seed)
     answer(_Sampled(made), lambda sampled: print(sampled.destination), as_json=as_json, quiet=quiet)

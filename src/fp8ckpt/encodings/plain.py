@@ -13,7 +13,7 @@ from fp8ckpt.engine import ExtentWriter, Filled, Progress
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output import extents as cutting
-from fp8ckpt.output.extents import Chunk, extents_of, page_chunks
+from fp8ckpt.output.extents import Chunk, Extent, extents_of, page_chunks
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
@@ -22,7 +22,7 @@ from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS
-from fp8ckpt.tensors.tensor import DequantizerOf, Reader
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader, bytes_of_values
 
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
@@ -52,10 +52,10 @@ def run(
     """Plan, write and publish, together with the other ranks."""
     from fp8ckpt.tensors.reading import load_dequantizer
 
-    checkpoint, plan = ranks.together(lambda: _plan(source, output, dtype, follow_index))
+    checkpoint, plan = ranks.together(lambda: plan_plain(source, output, dtype, follow_index))
     # What is done is what the first rank saw: others may be writing by the time that the last one looks.
-    done = ranks.gather(lambda: plan.begin(output) if ranks.rank == 0 else {})[0]
-    extents = dict(enumerate(extent for layout in plan.layouts for extent in extents_of(layout, page_chunks(layout))))
+    done = ranks.first(lambda: plan.begin(output))
+    extents = extents_of_all(plan)
     mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
@@ -67,11 +67,21 @@ def run(
         return sum(filler.bytes_read for filler in fillers)
 
     bytes_read = sum(ranks.gather(write))
-    nan_codes = ranks.gather(lambda: _publish(plan, output) if ranks.rank == 0 else {})[0]
+    nan_codes = ranks.first(lambda: _publish(plan, output))
     return Dequantized(checkpoint, plan, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
 
 
-def _plan(
+def extents_of_all(plan: OutputPlan) -> dict[int, Extent]:
+    """All that is written, by numbers."""
+    return dict(enumerate(extent for layout in plan.layouts for extent in extents_of(layout, page_chunks(layout))))
+
+
+def made_of(source: Checkpoint) -> dict[str, int]:
+    """Of how many bytes each tensor of the output is made."""
+    return {name: bytes_of_values(tensor) for name, tensor in source.tensors.items()}
+
+
+def plan_plain(
     source: CheckpointLike, output: PartialOutput, dtype: str, follow_index: bool
 ) -> tuple[Checkpoint, OutputPlan]:
     """Everything that can be known or refused before the first byte is written."""

@@ -23,7 +23,7 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.tensors.tensor import Tensor
+from fp8ckpt.tensors.tensor import Tensor, bytes_of_values
 
 
 class Quantization(NamedTuple):
@@ -89,6 +89,17 @@ class QuantizingPlan:
             for extent in extents_of(layout, self._chunks(layout, scales)):
                 found.append(extent._replace(beside=tuple(sorted(self._beside(extent)))))
         return found
+
+    def made_of(self) -> dict[str, int]:
+        """Of how many bytes each tensor is made: values, which are read twice where it is known that no scale is kept,
+        and the base's codes for the report.
+        """
+        made = {name: bytes_of_values(tensor) for name, tensor in self.plain.items()}
+        for name, weight in self.weights.items():
+            looks = 2 if weight.wide and (self.fresh or weight.before is None) else 1
+            compared = weight.before.weight.nbytes if weight.before is not None and self.report else 0
+            made[name] = looks * bytes_of_values(weight.source) + compared
+        return made
 
     def second_pass(self) -> dict[str, list[Extent]]:
         """The extents of each wide weight, in which it is written again if its scales turn out to be others."""

@@ -84,7 +84,7 @@ def run(
 ) -> Quantized:
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
-    done = ranks.gather(lambda: plan.output.begin(output) if ranks.rank == 0 else {})[0]
+    done = ranks.first(lambda: plan.output.begin(output))
     first = dict(enumerate(plan.extents()))
     numbers = count(len(first))
     second = {name: {next(numbers): extent for extent in extents} for name, extents in plan.second_pass().items()}
@@ -105,13 +105,13 @@ def run(
         return sum(filler.bytes_read for filler in fillers), sum(filler.base_bytes_read for filler in fillers), wrote
 
     looked = ranks.gather(lambda: write(first, None))
-    decided = ranks.gather(lambda: _decide(plan, output, first) if ranks.rank == 0 else {})[0]
+    decided = ranks.first(lambda: _decide(plan, output, first))
     again = {i: extent for name in decided for i, extent in second[name].items()}
     scales = {name: scale_values(stored, plan.weights[name].scale.dtype) for name, stored in decided.items()}
     counts = looked + ranks.gather(lambda: write(again, scales))
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
-    report = ranks.gather(lambda: _publish(plan, output, first, decided, second) if ranks.rank == 0 else None)[0]
+    report = ranks.first(lambda: _publish(plan, output, first, decided, second))
     read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
     return Quantized(plan, read, base_read, rewritten, resumed, report)
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,33 +64,60 @@ class PartialOutput:
         anything else.
         """
         try:
-            self._begin(fingerprint, names)
-        except BaseException as error:
+            with self._named():
+                self._begin(fingerprint, names)
+        except BaseException:
             self.release()
-            if isinstance(error, FileNotFoundError):  # another run, which we raced, has just published
-                self.refuse_existing()
-            if isinstance(error, OSError) and not isinstance(error, Fp8CheckpointError):
-                raise write_error(error, self.partial) from error
             raise
 
     def _begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
-        self.refuse_existing()
-        self.refuse_foreign(names)
+        self.look(fingerprint, names)
         self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = open_to_write(self._state / _LOCK, os.O_RDWR | os.O_CREAT)
-        if not lock(self._lock):
+        self._lock = self._locked()
+        if self._lock is None:
             remedy = "wait for it to end"
             raise OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy)
-        self.refuse_existing()  # whoever held the lock before may have finished
-        if self.directory.exists():
-            if (before := self._recorded_plan()) != fingerprint:
-                raise self._mismatch(_difference(before, fingerprint))
-        else:  # nothing was written yet, or all was, and has its name
+        self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
+        if not self.directory.exists():  # nothing was written yet, or all was, and has its name
             self.forget()
             write_whole(self._state / _DRAFT, json.dumps(fingerprint).encode())
             (self._state / _DRAFT).rename(self._state / _PLAN)
             flush_directory(self._state)
             self.directory.mkdir()
+
+    def look(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
+        """Raise what `begin` would, but for `OutputBusyError`. Nothing is made or changed, but for the state that a run
+        left which died after its last step.
+        """
+        with self._named():
+            self.refuse_existing()
+            self.refuse_foreign(names)
+            if self.directory.exists() and (before := self._recorded_plan()) != fingerprint:
+                raise self._mismatch(_difference(before, fingerprint))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the operating system get their names."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):  # another run, which we raced, has just published
+                self.refuse_existing()
+            if isinstance(error, Fp8CheckpointError):
+                raise
+            raise write_error(error, self.partial) from error
+
+    def _locked(self) -> int | None:
+        """The lock, held; None where another process holds it."""
+        held = open_to_write(self._state / _LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            if lock(held):
+                return held
+        except BaseException:
+            os.close(held)
+            raise
+        os.close(held)
+        return None
 
     def refuse_foreign(self, names: Collection[str]) -> None:
         """Raise where something stands at ``DST.partial`` that we did not make, or that holds more than we made.
@@ -100,16 +128,18 @@ class PartialOutput:
             return
         if not stat.S_ISDIR(os.lstat(self.partial).st_mode):
             raise self._foreign("it is no directory")
+        if os.path.ismount(self.partial):
+            raise self._foreign("another file system is mounted there, out of which no output can be renamed")
         top = set(os.listdir(self.partial))
         if top and not (_STATE in top and stat.S_ISDIR(os.lstat(self._state).st_mode)):
             raise self._foreign(f"fp8ckpt did not make it: it holds {min(top)}, and no {_STATE}/")
-        ours = {f"{_OUTPUT}/{name}" for name in names} | {f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK)}
-        folders = {parent.as_posix() for name in ours for parent in PurePosixPath(name).parents}
+        ours = {f"{_OUTPUT}/{name}" for name in names}
+        folders = {parent.as_posix() for name in (*ours, f"{_STATE}/{_LOCK}") for parent in PurePosixPath(name).parents}
         for entry, found in self._entries():
             if stat.S_ISDIR(found.st_mode):
                 known = entry in folders
             else:
-                known = stat.S_ISREG(found.st_mode) and (entry in ours or entry.startswith(f"{_STATE}/{_RECORDS}"))
+                known = stat.S_ISREG(found.st_mode) and (entry in ours or _is_state(entry))
             if not known:
                 raise self._strange(f"it holds {entry.removeprefix(_OUTPUT + '/')}, which this output does not have")
             if found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
@@ -158,10 +188,27 @@ class PartialOutput:
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` where anything stands at the destination, a broken link included."""
         if os.path.lexists(self.destination) or self.destination.name == "..":
+            self._tidy()
             remedy = "choose another one, or move it away"
             raise OutputExistsError(
                 "the destination exists", file=str(self.destination), expected="no such path", remedy=remedy
             )
+
+    def _tidy(self) -> None:
+        """Remove what a run left that died between its last step, the rename, and its end: state, and nothing else; or
+        the empty folder where that was.
+        """
+        with suppress(OSError):  # the destination stands there, and that is what the caller hears of
+            found = {entry: status.st_mode for entry, status in self._entries()}
+            if not found:
+                self.partial.rmdir()
+            if not stat.S_ISDIR(found.pop(_STATE, 0)):
+                return
+            if not all(stat.S_ISREG(mode) and _is_state(entry) for entry, mode in found.items()):
+                return
+            if (held := self._locked()) is not None:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                os.close(held)
 
     def records(self) -> dict[int, Facts]:
         """The facts that were recorded of each extent that is on disk, by all processes so far; in the order of the
@@ -226,6 +273,11 @@ class PartialOutput:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _is_state(entry: str) -> bool:
+    """Whether a path in ``DST.partial`` is that of a file of our state."""
+    return entry.startswith(f"{_STATE}/{_RECORDS}") or entry in {f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK)}
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fp8ckpt.errors import OutputExistsError
 from fp8ckpt.output import extents
+from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import copy_whole, create, write_whole
+from fp8ckpt.output.forecast import Forecast, Room, bytes_read_for, measured_rate, room_for
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.stores.store import File
@@ -26,7 +28,8 @@ class OutputPlan:
     """The files of an output: those of weights by their layouts, ``texts`` to be written anew, and ``copies`` of
     others.
 
-    ``inputs``: the checkpoints that are read; ``arguments``: what else decides the bytes.
+    ``inputs``: the checkpoints that are read; ``arguments``: what else decides the bytes. ``holes``: bytes of the files
+    of weights that are never written.
     """
 
     inputs: tuple[Checkpoint, ...]
@@ -34,11 +37,12 @@ class OutputPlan:
     layouts: tuple[FileLayout, ...]
     texts: Mapping[str, bytes] = field(default_factory=dict)
     copies: Mapping[str, File] = field(default_factory=dict)
+    holes: int = 0
 
     @property
-    def names(self) -> set[str]:
+    def names(self) -> Set[str]:
         """Every file of the finished directory, by its path in it."""
-        return {layout.name for layout in self.layouts} | set(self.texts) | set(self.copies)
+        return self._sizes().keys()
 
     @property
     def nbytes(self) -> int:
@@ -47,12 +51,11 @@ class OutputPlan:
 
     def begin(self, output: PartialOutput) -> dict[int, Facts]:
         """What one process does for all: the directory, its empty files, and the small files. Returns what was done
-        before.
+        before. Nothing is made where something is refused, or where there is no room.
         """
-        refuse_written(output, map(_path_of, self.copies.values()))
+        self._look(output).refuse_too_little()
         output.begin(self._fingerprint(), self.names)
-        sizes = [_size_of(output.directory / layout.name) for layout in self.layouts]
-        if sizes != [layout.size for layout in self.layouts]:
+        if not self._is_laid_out(output):
             output.forget()
         for layout in self.layouts:
             create(output.directory / layout.name, layout.size)
@@ -61,6 +64,57 @@ class OutputPlan:
         for name, file in self.copies.items():
             copy_whole(file, output.directory / name)
         return output.records()
+
+    def forecast(
+        self,
+        output: PartialOutput,
+        extents: Mapping[int, Extent],
+        made_of: Mapping[str, int],
+        notes: tuple[str, ...] = (),
+    ) -> Forecast:
+        """What would be done, of what can be known before it is; raises what `begin` would, but `NoRoomError`.
+
+        ``extents`` by their numbers; ``made_of``: of how many bytes each tensor of the output is made.
+        """
+        room = self._look(output)
+        done = output.records() if self._is_laid_out(output) else {}
+        resumed = sum(extent.nbytes for i, extent in extents.items() if i in done)
+        read = bytes_read_for((extent for i, extent in extents.items() if i not in done), made_of)
+        write = sum(self._sizes().values()) - self.holes - resumed
+        rate = measured_rate(room.where, write) if room.fits else None
+        return Forecast(
+            destination=output.destination,
+            files=len(self.names),
+            bytes_to_read=read + sum(file.stat.size for file in self.copies.values()),
+            bytes_to_write=write,
+            bytes_resumed=resumed,
+            where=room.where,
+            bytes_needed=room.needs,
+            bytes_free=room.free,
+            fits=room.fits,
+            bytes_per_second=rate,
+            seconds=None if rate is None else write / rate,
+            notes=notes,
+        )
+
+    def _look(self, output: PartialOutput) -> Room:
+        """Refuse what `begin` would refuse; the room that there is. Nothing is made or changed."""
+        refuse_written(output, map(_path_of, self.copies.values()))
+        output.look(self._fingerprint(), self.names)
+        return room_for({output.directory / name: size for name, size in self._sizes().items()}, self.holes)
+
+    def _sizes(self) -> dict[str, int]:
+        """Every file of the finished directory by its path in it, and how long it will be."""
+        return {
+            **{layout.name: layout.size for layout in self.layouts},
+            **{name: len(text) for name, text in self.texts.items()},
+            **{name: file.stat.size for name, file in self.copies.items()},
+        }
+
+    def _is_laid_out(self, output: PartialOutput) -> bool:
+        """Whether all files of weights are there, as long as they will be."""
+        sizes = [_size_of(output.directory / layout.name) for layout in self.layouts]
+        return sizes == [layout.size for layout in self.layouts]
 
     def refuse_changes(self) -> None:
         """Raise `SourceChangedError` if a file that is read is no longer what it was when it was opened."""

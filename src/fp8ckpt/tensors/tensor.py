@@ -67,6 +67,11 @@ class Tensor(Protocol):
         """The same of a run of elements in row-major order, from ``start`` on, as many as the bytes ``out`` hold."""
 
 
+def bytes_of_values(tensor: Tensor) -> int:
+    """How many bytes all its values come from, scales aside."""
+    return sum(stop - start for _, start, stop in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
+
+
 class Reader:
     """One thread's means of reading values: room for codes, the scales in use, and what it met so far.
 

@@ -1,0 +1,131 @@
+"""What an output takes, before its first byte: room on the disk, bytes to read and to write, and time.
+
+Nothing here makes or changes a file. How fast the disk is, is measured with a file that never has a name.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fp8ckpt.errors import NoRoomError
+from fp8ckpt.output.extents import Extent
+from fp8ckpt.output.files import aligned_buffer
+from fp8ckpt.system import flush_data
+
+_BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system's own is
+_MEASURED = 64 << 20  # bytes, at most, that are written to learn how fast the disk is
+_PIECE = 4 << 20
+
+
+class Room(NamedTuple):
+    """Bytes that an output still ``needs`` at ``where``, and those that are ``free`` there: None where the file system
+    cannot tell.
+    """
+
+    where: Path
+    needs: int
+    free: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room, for all that is known."""
+        return self.free is None or self.needs <= self.free
+
+    def refuse_too_little(self) -> None:
+        """Raise `NoRoomError` where what is needed is not free."""
+        if self.free is not None and not self.fits:
+            raise NoRoomError.of(str(self.where), self.needs, self.free)
+
+
+def room_for(sizes: Mapping[Path, int], holes: int = 0) -> Room:
+    """The room for files of these sizes, all in one file system, with so many bytes that are never written; what the
+    disk holds of them already is not needed again.
+    """
+    where = next(folder for folder in next(iter(sizes)).parents if os.path.lexists(folder))
+    try:
+        disk = os.statvfs(where)
+    except OSError:
+        return Room(where, sum(sizes.values()) - holes, None)
+    block = disk.f_frsize or 1
+    needs = sum(max(0, -(-size // block) * block - _on_disk(file)) for file, size in sizes.items())
+    return Room(where, max(0, needs - holes), disk.f_bavail * block if disk.f_blocks else None)
+
+
+def _on_disk(file: Path) -> int:
+    """Bytes that the disk has given to a file: holes are none."""
+    try:
+        return os.lstat(file).st_blocks * _BLOCK
+    except OSError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job would do, and has not done. Sizes are in bytes.
+
+    ``files`` in all. ``bytes_to_read`` of the source, and of a base; what turns out to need a second look is read
+    again. ``bytes_to_write`` of all files, but for the ``bytes_resumed`` that an earlier run had written. ``where``:
+    the directory whose file system must have ``bytes_needed``; ``bytes_free`` there is None where that cannot tell.
+    ``bytes_per_second``: what the disk just took, and ``seconds``: what writing takes at that rate; None where it was
+    not measured. ``notes``: what a user should know.
+    """
+
+    destination: Path
+    files: int
+    bytes_to_read: int
+    bytes_to_write: int
+    bytes_resumed: int
+    where: Path
+    bytes_needed: int
+    bytes_free: int | None
+    fits: bool
+    bytes_per_second: float | None
+    seconds: float | None
+    notes: tuple[str, ...]
+
+
+def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int:
+    """Bytes that are read to fill these extents; ``made_of``: of how many bytes each of their tensors is made."""
+    total = 0
+    for extent in extents:
+        for chunk in extent.chunks:
+            for span in islice(extent.layout.spans, chunk.first, None):
+                if span.start >= chunk.stop:
+                    break
+                part = min(span.stop, chunk.stop) - max(span.start, chunk.start)
+                if part > 0:
+                    total += part * made_of.get(span.name, 0) // span.nbytes
+    return total
+
+
+def measured_rate(directory: Path, most: int) -> float | None:
+    """Bytes a second that the disk takes of a durable write of at most `_MEASURED`; None where that cannot be tried."""
+    size = min(_MEASURED, most) // _PIECE * _PIECE
+    unnamed = getattr(os, "O_TMPFILE", None)  # Linux has it, and not every file system there
+    if unnamed is None:
+        return None
+    try:
+        fd = os.open(directory, unnamed | os.O_WRONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return None
+    try:
+        piece = aligned_buffer(_PIECE)
+        piece[:] = np.frombuffer(os.urandom(_PIECE), np.uint8)  # nothing that a file system could compress
+        begun = time.monotonic()
+        for start in range(0, size, _PIECE):
+            os.pwrite(fd, piece.data, start)
+        flush_data(fd)
+        taken = time.monotonic() - begun
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return size / taken if size and taken > 0 else None
