@@ -23,7 +23,8 @@ ROUNDS = 3
 def load_once(kind: str, source: Path, ranks: int) -> dict[str, Any]:
     """One load in fresh processes; rank 0's figures."""
     python = str(HOSTS_PYTHON) if kind.startswith("nemo") else sys.executable
-    launcher = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [python]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = torchrun if ranks > 1 else [python]
     command = [*launcher, str(ROOT / "benchmarks" / "load_once.py"), kind, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

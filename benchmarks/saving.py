@@ -35,6 +35,7 @@ def main() -> None:
                     sys.executable,
                     "-m",
                     "torch.distributed.run",
+                    "--standalone",
                     "--nproc-per-node",
                     "2",
                     str(ROOT / "benchmarks" / "save_once.py"),

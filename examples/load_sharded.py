@@ -1,8 +1,8 @@
 """Load an FP8 checkpoint into a model that is sharded over the ranks of torchrun, run it, train it, and save it as BF16
 or FP8.
 
-    torchrun --nproc-per-node 2 examples/load_sharded.py FP8_DIRECTORY [--steps N] [--out DIRECTORY] [--to fp8]
-    [--tensor-parallel]
+    torchrun --standalone --nproc-per-node 2 examples/load_sharded.py FP8_DIRECTORY [--steps N] [--out DIRECTORY]
+        [--to fp8] [--tensor-parallel]
 
 Each rank reads the bytes of its own shards, once, and holds no second copy of anything.
 """

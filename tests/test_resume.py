@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -23,6 +22,7 @@ import pytest
 
 import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, sample
+from fp8ckpt.cli import main
 from fp8ckpt.errors import (
     NoRoomError,
     OutputExistsError,
@@ -34,8 +34,8 @@ from fp8ckpt.errors import (
 from fp8ckpt.output.forecast import Room
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan
-from fp8ckpt.sample import Mistral3Sizes
 from tests.conftest import Run
+from tests.stopping import run_until
 
 GOES_ON = "the same command goes on from there"
 
@@ -57,25 +57,6 @@ def cut(monkeypatch: pytest.MonkeyPatch, chunk: int = 4096, chunks: int = 4) -> 
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A checkpoint of 170 MB in three files."""
-    folder = tmp_path_factory.mktemp("big")
-    sizes = Mistral3Sizes(layers=10, hidden=1024, intermediate=4096, heads=8, kv_heads=4, head_dim=128, vocabulary=4096)
-    yield sample(folder / "fp8", sizes)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(big: Path) -> dict[str, str]:
-    """The digests of what an undisturbed run writes."""
-    out = big.parent / "undisturbed"
-    convert(big, out)
-    found = digests(out)
-    shutil.rmtree(out)
-    return found
-
-
-@pytest.fixture(scope="module")
 def expected(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The digests of an undisturbed conversion of the miniature."""
     out = tmp_path_factory.mktemp("expected") / "out"
@@ -83,57 +64,29 @@ def expected(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return digests(out)
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fp8ckpt", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_a_record(child: subprocess.Popen[str], out: Path) -> None:
-    """Return once the first extent is on disk and recorded, and the run still goes on."""
-    state = out.with_name(out.name + ".partial") / ".fp8ckpt"
-    deadline = time.monotonic() + 60
-    while not any(file.stat().st_size for file in state.glob("done-*")):
-        assert child.poll() is None, "the run ended before it could be cut off"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_sigkill_at_random_moments(seed: int, big: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    """Killed again and again at random moments, a conversion ends with the bytes of an undisturbed one."""
+def test_sigkill_at_random_points(seed: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    """Killed again and again at random points, a conversion ends with the bytes of an undisturbed one."""
     rng = random.Random(seed)
     out = tmp_path / "out"
-    left = out.with_name("out.partial")
     kills = 0
     while not out.exists():
-        child = start("convert", big, out, "--workers", rng.choice("12"))
-        while (
-            not left.exists() and child.poll() is None
-        ):  # loading Python takes longer than writing, and is not cut off
-            time.sleep(0.001)
-        # The first is certain to be cut off; later ones get longer, so that the loop ends on a slow machine too.
-        try:
-            _, stderr = child.communicate(timeout=rng.uniform(0.0, 0.1 + 0.15 * kills))
-            assert (child.returncode, stderr) == (0, "")
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            kills += 1
+        # The first is certain to be cut off; later ones get further, so that the loop ends.
+        name, count = rng.choice(["pwrite", "record"]), rng.randint(1, 8 + 60 * kills)
+        done = run_until(name, count, signal.SIGKILL, "convert", sample_fp8, out, "--workers", rng.choice("12"))
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        kills += done.returncode != 0
     assert kills
-    assert digests(out) == undisturbed
+    assert digests(out) == expected
     assert os.listdir(tmp_path) == ["out"]
-    shutil.rmtree(out)
 
 
 def test_resumed_run_writes_only_what_is_missing(
-    big: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a SIGKILL, bytes_resumed is what was on disk, and the rest, no more, is written."""
     out = tmp_path / "out"
-    child = start("convert", big, out, "--workers", "1")
-    wait_for_a_record(child, out)
-    child.kill()
-    child.communicate()
+    assert run_until("record", 5, signal.SIGKILL, "convert", sample_fp8, out, "--workers", "1").returncode < 0
     written = []
     pwrite = os.pwrite
 
@@ -141,33 +94,37 @@ def test_resumed_run_writes_only_what_is_missing(
         written.append(pwrite(fd, data, offset))
         return written[-1]
 
+    cut(monkeypatch)
     monkeypatch.setattr(os, "pwrite", counted)
     seen: list[tuple[int, int]] = []
-    result = convert(big, out, progress=lambda done, total, doing: seen.append((done, total)))
-    assert 0 < result.bytes_resumed < result.bytes_written
+    result = convert(sample_fp8, out, progress=lambda done, total, doing: seen.append((done, total)))
+    assert 4 * 4 * 4096 < result.bytes_resumed <= 5 * 4 * 4096
     assert sum(written) == result.bytes_written - result.bytes_resumed
     assert seen[-1] == (sum(written), sum(written))
-    assert digests(out) == undisturbed
-    shutil.rmtree(out)
+    assert digests(out) == expected
 
 
-def test_resumed_command_says_so(big: Path, undisturbed: dict[str, str], tmp_path: Path, cli: Run) -> None:
+def test_resumed_command_says_so(
+    sample_fp8: Path,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Ctrl-C: exit 130 and one line that says the run can be resumed; the rerun says what was there, and ends with
     equal bytes.
     """
     out = tmp_path / "out"
-    child = start("convert", big, out, "--workers", "1")
-    wait_for_a_record(child, out)
-    child.send_signal(signal.SIGINT)
-    stdout, stderr = child.communicate(timeout=60)
-    assert (child.returncode, stdout) == (130, "")
-    assert stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
+    stopped = run_until("record", 2, signal.SIGINT, "convert", sample_fp8, out, "--workers", "1")
+    assert (stopped.returncode, stopped.stdout) == (130, "")
+    assert stopped.stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
     assert os.listdir(tmp_path) == ["out.partial"]
-    done = cli("convert", big, out)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "were there from an earlier run" in done.stdout
-    assert digests(out) == undisturbed
-    shutil.rmtree(out)
+    cut(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["fp8ckpt", "convert", str(sample_fp8), str(out)])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert "were there from an earlier run" in capsys.readouterr().out
+    assert digests(out) == expected
 
 
 class Died(BaseException):

@@ -9,11 +9,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,19 +30,10 @@ from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
 from tests.miniatures import Family, families
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
-from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after, wait_for_a_record
+from tests.stopping import CHUNK, CHUNKS, run_until
+from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after
 from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
 from tests.test_torchrun import ended, torchrun
-
-# The command line in small pieces: many extents, so that a run can be cut off in the midst of either pass.
-IN_PIECES = """
-import fp8ckpt.output.extents as writing
-
-writing.CHUNK, writing.EXTENT = 1 << 20, 2 << 20
-
-from fp8ckpt.cli import main
-main()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -93,82 +82,42 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same of 140 MB of FP8."""
-    folder = tmp_path_factory.mktemp("big")
-    sizes = Mistral3Sizes(layers=8, hidden=1024, intermediate=4096, heads=8, kv_heads=4, head_dim=128, vocabulary=4096)
-    sample(folder / "fp8", sizes)
-    convert(folder / "fp8", folder / "plain")
-    grow(folder / "plain", folder / "trained")
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(big: Path) -> dict[str, dict[str, str]]:
+def undisturbed(small: Path) -> dict[str, dict[str, str]]:
     """The digests of what undisturbed runs write, by source."""
-    found = {"plain": digests(big / "fp8")}
-    result = convert(big / "trained", big / "out", to="fp8", like=big / "fp8")
+    result = convert(small / "trained", small / "out", to="fp8", like=small / "fp8")
     assert result.report is not None
-    assert result.report.total.fresh > 0.5 * result.report.total.scales
-    found["trained"] = digests(big / "out")
-    shutil.rmtree(big / "out")
+    assert result.report.total.fresh > 0.4 * result.report.total.scales
+    found = {"plain": digests(small / "fp8"), "trained": digests(small / "out")}
+    shutil.rmtree(small / "out")
     return found
-
-
-def start(script: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The command line in small pieces, in a process of its own."""
-    script.write_text(IN_PIECES)
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 # ---------------------------------------------------------------- cut off, and resumed
 
 
 @pytest.mark.parametrize(("source", "seed"), [("plain", 0), ("trained", 1), ("trained", 2)])
-def test_sigkill_at_random_moments(
-    source: str, seed: int, big: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path
+def test_sigkill_at_random_points(
+    source: str, seed: int, small: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    """Killed again and again at random moments, in either pass, and run with other workers, it ends with the bytes of
+    """Killed again and again at random points, in either pass, and run with other workers, it ends with the bytes of
     one run.
     """
     rng = random.Random(seed)
-    out, left = tmp_path / "out", tmp_path / "out.partial"
+    out = tmp_path / "out"
+    command = ("convert", small / source, out, "--to", "fp8", "--like", small / "fp8", "--workers")
     kills = 0
     while not out.exists():
-        child = start(
-            tmp_path / "script.py",
-            "convert",
-            big / source,
-            out,
-            "--to",
-            "fp8",
-            "--like",
-            big / "fp8",
-            "--workers",
-            rng.choice("123"),
-        )
-        while (
-            not left.exists() and child.poll() is None
-        ):  # loading Python takes longer than writing, and is not cut off
-            time.sleep(0.001)
-        try:
-            _, stderr = child.communicate(timeout=rng.uniform(0.0, 0.2 + 0.15 * kills))
-            assert (child.returncode, stderr) == (0, "")
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            kills += 1
+        name, count = rng.choice(["pwrite", "record"]), rng.randint(1, 8 + 60 * kills)
+        done = run_until(name, count, signal.SIGKILL, *command, rng.choice("123"))
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        kills += done.returncode != 0
     assert kills
     assert digests(out) == undisturbed[source]
-    assert sorted(os.listdir(tmp_path)) == ["out", "script.py"]
-    shutil.rmtree(out)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_ctrl_c_and_the_same_command_again(
-    big: Path,
+    small: Path,
     undisturbed: dict[str, dict[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,19 +125,15 @@ def test_ctrl_c_and_the_same_command_again(
 ) -> None:
     """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends the same."""
     out = tmp_path / "out"
-    command = ["convert", big / "plain", out, "--to", "fp8", "--like", big / "fp8"]
-    child = start(tmp_path / "script.py", *command, "--workers", "1")
-    wait_for_a_record(child, out)
-    child.send_signal(signal.SIGINT)
-    stdout, stderr = child.communicate(timeout=60)
-    assert (child.returncode, stdout) == (130, "")
-    assert stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
-    cut(monkeypatch, 1 << 20, 2)
+    command = ["convert", small / "plain", out, "--to", "fp8", "--like", small / "fp8"]
+    stopped = run_until("record", 3, signal.SIGINT, *command, "--workers", "1")
+    assert (stopped.returncode, stopped.stdout) == (130, "")
+    assert stopped.stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
+    cut(monkeypatch, CHUNK, CHUNKS)
     code, stdout, _ = run_cli(monkeypatch, capsys, *command)
     assert code == 0
     assert "were there from an earlier run" in stdout
     assert digests(out) == undisturbed["plain"]
-    shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("scales", ["reuse", "fresh"])
