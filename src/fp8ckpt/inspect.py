@@ -196,7 +196,8 @@ def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterato
     wanted = re.compile(pattern)
     names = [name for name in checkpoint.tensors if wanted.search(name)]
     if not names and checkpoint.tensors:
-        raise UnknownTensorError(f"no tensor has a name like {shown(repr(pattern))}", file=str(checkpoint.path))
+        found = f"no tensor has a name like {shown(repr(pattern))}"
+        raise UnknownTensorError(found, file=str(checkpoint.path), remedy="--tensor . lists them all")
     for name in names:
         yield _row(checkpoint.tensors[name], blocks)
 
