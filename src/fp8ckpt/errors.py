@@ -1,4 +1,4 @@
-"""Every refusal has a name.
+"""Every refusal has a name::
 
     Fp8CheckpointError
     ├── CheckpointNotFoundError   (FileNotFoundError)  no such directory, file or cached hub id
@@ -94,6 +94,12 @@ class Fp8CheckpointError(Exception):
     """Base of all errors raised by fp8ckpt.
 
     Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None).
+
+    >>> try:
+    ...     fp8ckpt.open_checkpoint("nowhere/at/all")
+    ... except fp8ckpt.Fp8CheckpointError as error:
+    ...     print(type(error).__name__, error.remedy)
+    CheckpointNotFoundError check the path
     """
 
     def __init__(

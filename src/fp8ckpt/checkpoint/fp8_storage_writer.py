@@ -77,6 +77,13 @@ class FP8StorageWriter(DirectoryWriter):
     `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
     finite, `RangeError` for values that no stored dtype can hold. Through ``dcp.save`` they come inside torch's
     ``CheckpointException``.
+
+    >>> import torch.distributed.checkpoint as dcp
+    >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
+    >>> state_dict = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    >>> _ = dcp.save(state_dict, storage_writer=fp8ckpt.FP8StorageWriter("saved", like="sample-fp8"))
+    >>> fp8ckpt.verify("sample-fp8", "saved").ok
+    True
     """
 
     def __init__(

@@ -60,6 +60,11 @@ class Checkpoint:
     ``notes``: what a user should know; ``slips``: what is wrong and harms no reader. ``defects`` is empty in what
     `open_checkpoint` returns. ``markers``: stored tensors that only say how the others are stored. ``beside``:
     safetensors files of the directory that are no part of the model, and go where its side files go.
+
+    >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
+    >>> name = "model.language_model.layers.0.mlp.up_proj.weight"
+    >>> checkpoint.read(name, offsets=(8, 0), sizes=(2, 128)).dtype
+    torch.bfloat16
     """
 
     store: Store

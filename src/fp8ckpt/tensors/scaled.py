@@ -26,6 +26,10 @@ class QuantizedTensor(NamedTuple):
 
     ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``). A
     `fp8ckpt.tensors.tensor.Tensor` of bfloat16, or of whichever target is asked for.
+
+    >>> tensor = fp8ckpt.open_checkpoint("sample-fp8").quantized[0]
+    >>> tensor.weight.dtype, tensor.scale.dtype, tensor.grid.per_tensor
+    ('F8_E4M3', 'BF16', True)
     """
 
     name: str
