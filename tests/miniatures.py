@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.oracle import Stored, dequantize, write_safetensors
+
+
+class Packed(NamedTuple):
+    """What a weight of four bits is besides its scale: its own shape, and the factor of its second level."""
+
+    shape: tuple[int, ...]
+    factor: str | None = None
+    divides: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Family:
     names: dict[str, str] = field(default_factory=dict)  # of logical tensors that are stored under another name
     markers: tuple[str, ...] = ()  # stored tensors that are neither tensor nor scale
     metadata: dict[str, str] = field(default_factory=dict)  # of every header, besides the format
+    packed: dict[str, Packed] = field(default_factory=dict)  # of the weights, those of four bits
 
     def name(self, stored: str) -> str:
         """The logical name of what is stored under a name."""
@@ -53,12 +62,17 @@ class Family:
 
     def expected(self, dtype: str = "BF16") -> dict[str, Stored]:
         """What a conversion to ``dtype`` must hold."""
-        of_blocks = {scale for scale, _ in self.blocks.values()}
+        of_blocks = {scale for scale, _ in self.blocks.values()} | {packed.factor for packed in self.packed.values()}
         result = {}
         for name, tensor in self.tensors.items():
             if name in self.blocks:
                 scale, block = self.blocks[name]
-                values = dequantize(tensor, self.tensors[scale], block, dtype)
+                more: dict[str, Any] = {}
+                if (packed := self.packed.get(name)) is not None:
+                    tensor = Stored("F4", packed.shape, tensor.data)
+                    factor = None if packed.factor is None else self.tensors[packed.factor]
+                    more = {"factor": factor, "divides": packed.divides}
+                values = dequantize(tensor, self.tensors[scale], block, dtype, **more)
                 result[self.name(name)] = Stored(dtype, tensor.shape, values)
             elif name not in of_blocks and name not in self.dropped and name not in self.markers:
                 result[name] = tensor
@@ -182,6 +196,96 @@ def families() -> dict[str, Family]:
     found.update(_of_attention(rng))
     found.update(_of_other_names(rng))
     found.update(_of_groups(rng))
+    return found
+
+
+GROUPED = {"num_bits": 4, "type": "float", "symmetric": True}
+MXFP4 = {**GROUPED, "strategy": "group", "group_size": 32}
+NVFP4 = {**GROUPED, "strategy": "tensor_group", "group_size": 16}
+
+
+def _compressed(form: str, weights: dict[str, Any]) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    stated = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
+    return {"quantization_config": stated}
+
+
+def four_bits() -> dict[str, Family]:
+    """The families whose weights, or some of them, have codes of four bits; the same at every call."""
+    rng = np.random.default_rng(4)
+    found: dict[str, Family] = {}
+
+    def packed(dtype: str, *shape: int) -> Stored:
+        return Stored.codes(rng.integers(0, 256, shape, np.uint8), dtype)
+
+    def grouped(dtype: str, *shape: int) -> Stored:
+        low, high = (40, 127) if dtype == "F8_E4M3" else (118, 130)
+        return Stored.codes(rng.integers(low, high, shape, np.uint8), dtype)
+
+    def factor(value: float, *shape: int) -> Stored:
+        return Stored.of(np.full(shape, value, np.float32), "F32")
+
+    def around(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        return {"model.norm.weight": plain(rng, 8), **tensors, "lm_head.weight": plain(rng, 16, 8)}
+
+    e = "model.layers.0.mlp.experts."
+    tensors, blocks, of = {}, {}, {}
+    names = {}
+    for leaf, rows, groups in (("gate_up_proj", 24, 3), ("down_proj", 96, 1)):
+        b, s = f"{e}{leaf}_blocks", f"{e}{leaf}_scales"
+        tensors |= {
+            b: packed("U8", 2, rows, groups, 16),
+            s: grouped("U8", 2, rows, groups),
+            f"{e}{leaf}_bias": plain(rng, 2, rows),
+        }
+        blocks[b], of[b], names[b] = (s, (1, 1, 32)), Packed((2, rows, 32 * groups)), e + leaf
+    stated = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    found["gpt-oss"] = Family(around(tensors), {"quantization_config": stated}, blocks, names=names, packed=of)
+
+    fp8, fp4 = "layers.0.attn.wq_a", "layers.0.ffn.experts.0.w1"
+    tensors = {fp8 + ".weight": codes(rng, 130, 260), fp8 + ".scale": scales(rng, "F8_E8M0", 2, 3)}
+    tensors |= {fp4 + ".weight": packed("I8", 20, 48), fp4 + ".scale": grouped("F8_E8M0", 20, 3)}
+    stated = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    found["DeepSeek V4 in four bits"] = Family(
+        around(tensors), {"expert_dtype": "fp4", "quantization_config": {**stated, "activation_scheme": "dynamic"}},
+        {fp8 + ".weight": (fp8 + ".scale", (128, 128)), fp4 + ".weight": (fp4 + ".scale", (1, 32))},
+        packed={fp4 + ".weight": Packed((20, 96))},
+    )  # fmt: skip
+
+    q, s, f, a = "m.q.weight", "m.q.weight_scale", "m.q.weight_scale_2", "m.q.input_scale"
+    tensors = {q: packed("U8", 24, 40), s: grouped("F8_E4M3", 24, 5), f: factor(0.37 / 2688), a: factor(0.02)}
+    modelopt = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
+    found["ModelOpt NVFP4"] = Family(
+        around(tensors), {"quantization_config": {"quant_method": "modelopt", **modelopt}}, {q: (s, (1, 16))}, (a,),
+        {"hf_quant_config.json": {"quantization": modelopt}}, packed={q: Packed((24, 80), f)},
+    )  # fmt: skip
+
+    o = "m.o.weight"
+    mixed = {"m.q": {"quant_algo": "NVFP4", "group_size": 16}, "m.o": {"quant_algo": "FP8"}}
+    algorithm = {"quant_algo": "MIXED_PRECISION", "quantized_layers": mixed}
+    beside = {o: codes(rng, 24, 16), "m.o.weight_scale": scales(rng, "F32"), "m.o.input_scale": factor(0.02)}
+    found["ModelOpt mixed with NVFP4"] = Family(
+        around({**tensors, **beside}), {"quantization_config": {"quant_method": "modelopt", **algorithm}},
+        {q: (s, (1, 16)), o: ("m.o.weight_scale", (24, 16))}, (a, "m.o.input_scale"),
+        {"hf_quant_config.json": {"quantization": algorithm}}, packed={q: Packed((24, 80), f)},
+    )  # fmt: skip
+
+    p, f, a = "m.q.weight_packed", "m.q.weight_global_scale", "m.q.input_global_scale"
+    found["compressed-tensors NVFP4"] = Family(
+        around({p: packed("U8", 24, 36), s: grouped("F8_E4M3", 24, 5), f: factor(2688 / 0.37, 1), a: factor(55, 1)}),
+        _compressed("nvfp4-pack-quantized", NVFP4), {p: (s, (1, 16))}, (a,), names={p: q},
+        packed={p: Packed((24, 72), f, divides=True)},
+    )  # fmt: skip
+    found["compressed-tensors MXFP4"] = Family(
+        around({p: packed("U8", 24, 48), s: grouped("U8", 24, 3)}), _compressed("mxfp4-pack-quantized", MXFP4),
+        {p: (s, (1, 32))}, names={p: q}, packed={p: Packed((24, 96))},
+    )  # fmt: skip
+    weights = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "ch_axis": -1}
+    found["Quark MXFP4"] = Family(
+        around({q: packed("U8", 24, 48), s: grouped("U8", 24, 3)}),
+        {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": weights}}},
+        {q: (s, (1, 32))}, packed={q: Packed((24, 96))},
+    )  # fmt: skip
     return found
 
 

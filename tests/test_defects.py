@@ -603,17 +603,17 @@ add(
     ),
 )
 
-# FP4 and other packed weights.
-packed = "one byte an element"
+# Codes of four bits, and packed weights that are none.
+packed = "FP8, MXFP4 or NVFP4"
 add(
-    "FP4",
+    "four bits without a scale",
     Case(
         change(ONE, m__z__weight=Stored("F4", (4, 32), bytes(64))),
-        "UnsupportedFormatError",
+        "MissingScaleError",
         "m.z.weight",
         ONE,
-        "FP4",
-        packed,
+        "without a scale",
+        "m.z.weight_scale",
     ),
 )
 add(
@@ -628,59 +628,58 @@ add(
     ),
 )
 add(
-    "NVFP4",
+    "NVFP4 without its factor",
     Case(
-        change(
-            ONE,
-            m__z__weight=Stored("U8", (4, 16), bytes(64)),
-            m__z__weight_scale=codes(4, 2),
-            m__z__weight_scale_2=floats(1),
-        ),
-        "UnsupportedFormatError",
+        change(ONE, m__z__weight=Stored("U8", (4, 16), bytes(64)), m__z__weight_scale=codes(4, 2)),
+        "MissingScaleError",
         "m.z.weight",
         ONE,
-        "packed",
-        packed,
+        "without a scale",
+        "m.z.weight_scale_2",
     ),
 )
 add(
-    "NVFP4 of compressed-tensors",
+    "NVFP4 with a factor that is none",
     Case(
         change(
             ONE,
             m__z__weight_packed=Stored("U8", (4, 16), bytes(64)),
-            m__z__weight_scale=codes(4, 2),
-            m__z__weight_global_scale=floats(1, 1),
+            m__z__weight_scale=Stored("F8_E4M3", (4, 2), b"\x38" * 8),
+            m__z__weight_global_scale=floats(0, 1),
         ),
-        "UnsupportedFormatError",
-        "m.z.weight_packed",
+        "ScaleValueError",
+        "m.z.weight_global_scale",
         ONE,
-        "packed",
-        packed,
+        "the first 0.0",
+        "finite and positive",
     ),
 )
 add(
-    "MXFP4 of gpt-oss",
+    "MXFP4 in other groups",
     Case(
         change(
-            ONE, m__up_blocks=Stored("U8", (2, 4, 1, 16), bytes(128)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)
+            ONE, m__up_blocks=Stored("U8", (2, 4, 1, 8), bytes(64)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)
         ),
-        "UnsupportedFormatError",
+        "ScaleShapeError",
         "m.up_blocks",
         ONE,
-        "packed",
-        packed,
+        "block size (32,)",
+        "",
     ),
 )
 add(
-    "FP4 experts of DeepSeek V4",
+    "MXFP4 with a scale that is NaN",
     Case(
-        change(ONE, m__z__weight=Stored("I8", (4, 16), bytes(64)), m__z__scale=Stored("F8_E8M0", (4, 1), b"\x7f" * 4)),
-        "UnsupportedFormatError",
-        "m.z.weight",
+        change(
+            ONE,
+            m__z__weight=Stored("I8", (4, 16), bytes(64)),
+            m__z__scale=Stored("F8_E8M0", (4, 1), b"\x7f\x7f\xff\x7f"),
+        ),
+        "ScaleValueError",
+        "m.z.scale",
         ONE,
-        "packed",
-        packed,
+        "the first nan at (2, 0)",
+        "finite and positive",
     ),
 )
 add(
@@ -844,7 +843,7 @@ def test_inspect_lists_every_defect_and_convert_counts_them(tmp_path: Path, cli:
         TWO,
         m__r__weight=codes(4, 4),
         m__r__weight_scale=floats(float("nan")),
-        m__s__weight=Stored("F4", (4, 32), bytes(64)),
+        m__s__weight=Stored("F6_E2M3", (4, 32), bytes(96)),
     )(source)
     index(lambda value: value["weight_map"].update({"ghost": ONE}))(source)
     shown = cli("inspect", source)

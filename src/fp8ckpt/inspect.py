@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scheme:
-    """FP8 tensors scaled in the same way. ``block`` names the block size, ``scale_shape`` a shape or "various"."""
+    """Quantized tensors scaled in the same way. ``dtype``: of the codes, F4 of those of four bits. ``block`` names the
+    block size, ``scale_shape`` a shape or "various".
+    """
 
     dtype: str
     block: str
@@ -88,10 +90,6 @@ class KindOfScales:
 class Inspection:
     """What `inspect` found. Sizes are in bytes; ``bf16_bytes`` is what the tensors will take once converted. ``listed``
     and ``scales`` are empty where they were not asked for.
-
-    >>> found = fp8ckpt.inspect("sample-fp8")
-    >>> found.stored_bytes < found.bf16_bytes
-    True
     """
 
     path: Path
@@ -118,12 +116,6 @@ def inspect(
 
     ``tensor``: a regular expression; the tensors in whose names it is found are listed one by one, and it is an
     `UnknownTensorError` if there is none. ``scales``: look at the scales of each kind of module.
-
-    >>> found = fp8ckpt.inspect("sample-fp8", tensor="layers.0.mlp")
-    >>> found.schemes[0].block, len(found.defects)
-    ('per tensor', 0)
-    >>> [(row.dtype, row.shape) for row in found.listed if "up_proj" in row.name]
-    [('F8_E4M3', (256, 128))]
     """
     with collector_paused():
         return _inspect(path, follow_index, tensor, scales)
@@ -161,7 +153,7 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
 def _schemes(quantized: list[QuantizedTensor], blocks: BlockSizes) -> tuple[Scheme, ...]:
     groups: dict[tuple[str, str, str], list[QuantizedTensor]] = {}
     for tensor in quantized:
-        key = (tensor.weight.dtype, _block_of(tensor, blocks), tensor.scale.dtype)
+        key = (tensor.code_dtype, _block_of(tensor, blocks), tensor.scale.dtype)
         groups.setdefault(key, []).append(tensor)
     schemes = []
     for (dtype, block, scale_dtype), tensors in groups.items():
@@ -176,13 +168,15 @@ def _schemes(quantized: list[QuantizedTensor], blocks: BlockSizes) -> tuple[Sche
                 shape,
                 len(tensors),
                 elements,
-                elements + sum(tensor.scale.nbytes for tensor in tensors),
+                sum(span.nbytes for tensor in tensors for span in (tensor.weight, *tensor.scales)),
             )
         )
     return tuple(sorted(schemes, key=lambda scheme: -scheme.elements))
 
 
 def _block_of(tensor: QuantizedTensor, blocks: BlockSizes) -> str:
+    if tensor.per_byte > 1:  # of groups, though one may span a row
+        return _block_name(tensor.grid, tensor.grid.block_size)
     one_for_all = len(tensor.scale.shape) < len(tensor.shape)  # [] or [1]: no block of any size has that
     return _block_name(tensor.grid, None if one_for_all else blocks.of(module_of(tensor.name)))
 
@@ -206,18 +200,20 @@ def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterato
     wanted = re.compile(pattern)
     names = [name for name in checkpoint.tensors if wanted.search(name)]
     if not names and checkpoint.tensors:
-        found = f"no tensor has a name like {shown(repr(pattern))}"
-        raise UnknownTensorError(found, file=str(checkpoint.path), remedy="--tensor . lists them all")
+        raise UnknownTensorError(f"no tensor has a name like {shown(repr(pattern))}", file=str(checkpoint.path))
     for name in names:
         yield _row(checkpoint.tensors[name], blocks)
 
 
 def _row(tensor: Tensor, blocks: BlockSizes) -> TensorRow:
-    stored = (tensor.name, tensor.span.dtype, tensor.shape, tensor.span.file.name)
+    shape, file = tensor.shape, tensor.span.file.name
     if (scaled := tensor.scaled) is None:
-        return TensorRow(*stored)
+        return TensorRow(tensor.name, tensor.dtype, shape, file)
     return TensorRow(
-        *stored,
+        tensor.name,
+        scaled.code_dtype,
+        shape,
+        file,
         _block_of(scaled, blocks),
         scaled.scale.dtype,
         scaled.scale.shape,

@@ -24,13 +24,14 @@ from fp8ckpt.families.kinds import Place, places
 from fp8ckpt.numerics.codes import CODE_FORMATS, F32, SCALE_DTYPES, TARGET_BYTES, code_values, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.kernels import count_codes
+from fp8ckpt.numerics.quantize import unpack
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.output.forecast import room_for
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, raise_first
-from fp8ckpt.tensors.reading import load_dequantizer, load_scales, scale_defects
+from fp8ckpt.tensors.reading import load_dequantizer, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS
@@ -99,10 +100,6 @@ class Report:
     """What a page shows. ``weights`` and ``codes`` (by FP8 dtype, how often each of the 256 occurs) are of the first
     checkpoint that has any. ``changes`` is None for one checkpoint alone; ``apart``: names of tensors that only one of
     two has, or that are of another shape or kind of dtype.
-
-    >>> found = fp8ckpt.report("sample-fp8", output="page.html")
-    >>> max(found.weights, key=lambda weight: weight.scales.greatest).kind
-    'mlp.up_proj'
     """
 
     paths: tuple[Path, ...]
@@ -130,10 +127,6 @@ def report(
     ``progress`` is called with (bytes read so far, in all, what is being done). Raises `MissingPackageError` without
     the extra ``report``, `OutputExistsError` where the page exists, and what `open_checkpoint` raises for a defective
     checkpoint.
-
-    >>> found = fp8ckpt.report("sample-fp8", output="page.html")
-    >>> found.bytes_read, found.changes
-    (294912, None)
     """
     from fp8ckpt.figures import page_of
 
@@ -240,7 +233,7 @@ class _Job:
             for side, part in zip(sides, parts, strict=True):
                 if side is self._coded and part.tensor.scaled is not None:
                     counts[:] = 0
-                    count_codes(part.stored, counts)
+                    count_codes(part.codes, counts)
                     self._add_codes(part.tensor.scaled, counts.sum(axis=0))
             if len(parts) == 2:
                 self._compare(name, start, *parts)
@@ -256,12 +249,11 @@ class _Job:
                 self._progress(self._bytes_read, self._total, f"reading {span.file.name}")
 
     def _add_codes(self, tensor: QuantizedTensor, counts: npt.NDArray[np.int64]) -> None:
-        dtype = tensor.weight.dtype
+        classes = _code_classes(tensor.code_dtype)
+        counts = counts[: classes["zeros"].size]
         with self._lock:
-            self._codes.setdefault(dtype, np.zeros(256, np.int64))[:] += counts
-            self._tallies[tensor.name].use.update(
-                {what: int(counts[codes].sum()) for what, codes in _code_classes(dtype).items()}
-            )
+            self._codes.setdefault(tensor.code_dtype, np.zeros(counts.size, np.int64))[:] += counts
+            self._tallies[tensor.name].use.update({what: int(counts[codes].sum()) for what, codes in classes.items()})
 
     def _compare(self, name: str, start: int, a: _Part, b: _Part) -> None:
         coded = a.tensor.scaled is not None and b.tensor.scaled is not None
@@ -274,8 +266,8 @@ class _Job:
             return
         dtype = _compared(a.tensor, b.tensor)
         left, right = (part.values(dtype, self._dequantizer) for part in (a, b))
-        if coded and a.span.dtype == b.span.dtype:
-            moved = 0 if same else int(np.count_nonzero(a.stored != b.stored))
+        if coded and _code_dtype(a.tensor) == _code_dtype(b.tensor):
+            moved = 0 if same else int(np.count_nonzero(a.codes != b.codes))
         else:
             moved = int(np.count_nonzero((left != right) & ~(np.isnan(left) & np.isnan(right))))
         magnitude = np.abs(left)
@@ -314,7 +306,7 @@ class _Job:
         return WeightFacts(
             tensor.name,
             *place,
-            tensor.weight.dtype,
+            tensor.code_dtype,
             scale_range(tensor.scale),
             max(activations, default=None),
             CodeUse(tensor.numel, use["zeros"], use["subnormals"], use["saturated"], use["nonfinite"]),
@@ -344,10 +336,16 @@ class _Part:
         self.start = start
         self.count = min(_CHUNK, tensor.numel - start)
         self._room = room
-        self.span = tensor.span
-        bits = DTYPE_BITS[self.span.dtype]
+        self.span = tensor.span if tensor.scaled is None else tensor.scaled.packed
+        bits = DTYPE_BITS[_code_dtype(tensor)]
         self.offset = start * bits // 8
         self.stored = (room if tensor.scaled is None else codes)[: self.count * bits // 8]
+
+    @property
+    def codes(self) -> Bytes:
+        """Its codes, one a byte."""
+        packed = self.tensor.scaled is not None and self.tensor.scaled.per_byte > 1
+        return unpack(self.stored) if packed else self.stored
 
     def values(self, dtype: str, dequantizer: Callable[[QuantizedTensor, str], Dequantizer]) -> F32:
         """The values [n] as float32, rounded to ``dtype`` where they are FP8."""
@@ -356,6 +354,11 @@ class _Part:
             dequantizer(scaled, dtype).flat(self.stored, self.start, bits)
             return scale_values(bits.view(SCALE_DTYPES[dtype]), dtype)
         return scale_values(self.stored.view(SCALE_DTYPES[self.tensor.dtype]), self.tensor.dtype)
+
+
+def _code_dtype(tensor: Tensor) -> str:
+    """Of its codes, or of its values where it has none."""
+    return tensor.dtype if tensor.scaled is None else tensor.scaled.code_dtype
 
 
 def _floating(tensor: Tensor) -> str | None:
@@ -384,7 +387,7 @@ def _fresh_scales(a: Tensor, b: Tensor) -> tuple[int | None, int | None]:
     """(scales of the second that are not the first's, scales), or Nones where not both are FP8 on one grid."""
     if a.scaled is None or b.scaled is None or a.scaled.grid != b.scaled.grid:
         return None, None
-    left, right = (scale_values(load_scales(scaled), scaled.scale.dtype) for scaled in (a.scaled, b.scaled))
+    left, right = (load_dequantizer(scaled, "F32").scales for scaled in (a.scaled, b.scaled))
     return int(np.count_nonzero(left != right)), left.size
 
 
@@ -392,7 +395,7 @@ def _sizes(side: Checkpoint, at: dict[str, Place]) -> Iterator[SizeRow]:
     """Largest first."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, tensor in side.tensors.items():
-        row = rows.setdefault((at[name].kind, tensor.span.dtype), [0, 0])
+        row = rows.setdefault((at[name].kind, _code_dtype(tensor)), [0, 0])
         row[0] += 1
         row[1] += sum(span.nbytes for span in tensor.spans)
     for (kind, dtype), (tensors, nbytes) in sorted(rows.items(), key=lambda item: -item[1][1]):
@@ -401,11 +404,11 @@ def _sizes(side: Checkpoint, at: dict[str, Place]) -> Iterator[SizeRow]:
 
 @lru_cache
 def _code_classes(dtype: str) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which of the 256 codes are of which class; a code may be of none."""
+    """Which of the codes are of which class; a code may be of none."""
     values = np.abs(code_values(dtype))
     finite = np.isfinite(values)
     form = CODE_FORMATS[dtype]
-    subnormal = (np.arange(256) >> form.mantissa_bits) % (1 << form.exponent_bits) == 0
+    subnormal = (np.arange(values.size) >> form.mantissa_bits) % (1 << form.exponent_bits) == 0
     return {
         "zeros": values == 0,
         "subnormals": subnormal & finite & (values > 0),

@@ -24,7 +24,7 @@ def shards_of(grid: BlockGrid, cuts: list[list[int]], joined: bool = False) -> l
     """A weight cut at these places in each dimension."""
     shape = grid.weight_shape
     span = TensorSpan("w", File(PLANNED, "f"), "F8_E4M3", shape, 0, prod(shape))
-    weight = QuantizedTensor("w", span, span._replace(name="s"), grid, ())
+    weight = QuantizedTensor("w", span, span._replace(name="s"), grid, (), "F8_E4M3")
     found = []
     for bounds in product(*(pairwise([0, *at, dim]) for at, dim in zip(cuts, shape, strict=True))):
         chunk = SimpleNamespace(offsets=[low for low, _ in bounds], sizes=[high - low for low, high in bounds])

@@ -498,7 +498,7 @@ def test_survey_lists_every_defect(tmp_path: Path) -> None:
         "missing.weight": codes, "orphan.weight_scale_inv": one, "two.weight": codes, "two.weight_scale": one,
         "two.weight_scale_inv": one, "shape.weight": codes, "shape.weight_scale": Stored.of(np.ones((2, 3)), "F32"),
         "good.weight": codes, "good.weight_scale": one,
-        "packed.weight_packed": Stored.codes(np.zeros((4, 2), np.uint8), "U8")})  # fmt: skip
+        "packed.weight_packed": Stored.of(np.zeros((4, 2)), "I32")})  # fmt: skip
     write_safetensors(directory / "b.safetensors", {"good.weight_scale": one, "unlisted": one})
     weight_map = dict.fromkeys(("missing.weight", "orphan.weight_scale_inv", "two.weight", "two.weight_scale",
         "two.weight_scale_inv", "shape.weight", "shape.weight_scale", "good.weight",

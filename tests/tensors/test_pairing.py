@@ -97,7 +97,7 @@ def test_every_family_pairs(tmp_path: Path, name: str, files: int) -> None:
 
 @pytest.mark.parametrize("code_dtype", FP8_DTYPES)
 @pytest.mark.parametrize("scale_dtype", FP8_SCALES)
-@pytest.mark.parametrize("row", SCALES, ids=str)
+@pytest.mark.parametrize("row", [row for row in SCALES if not row.bits], ids=str)
 def test_every_row_with_every_dtype(row: ScaleRow, scale_dtype: str, code_dtype: str) -> None:
     """The table of scales, with all code and scale dtypes."""
     stem = f"m.{row.leaf}weight" if row.leaf else "m.q" if row.weight else "m.experts.up_proj"
@@ -467,7 +467,7 @@ def test_all_defects_are_listed() -> None:
         "good.weight": W, "good.weight_scale_inv": S, "missing.weight": W, "orphan.weight_scale_inv": S,
         "two.weight": W, "two.weight_scale_inv": S, "two.weight_scale": S, "shape.weight": W,
         "shape.weight_scale_inv": ("F32", (7, 7)), "dtype.weight": W, "dtype.weight_scale_inv": ("I64", ()),
-        "packed.weight": ("F4", (4, 4)), "packed.weight_scale": ("F8_E4M3", (4, 1)), "norm.weight": ("BF16", (8,)),
+        "packed.weight": ("F6_E2M3", (4, 4)), "packed.weight_scale": ("F8_E8M0", (4, 1)), "norm.weight": ("BF16", (8,)),
     }  # fmt: skip
     result = paired(tensors)
     assert sorted(type(defect).__name__ for defect in result.defects) == [
@@ -493,28 +493,114 @@ def test_an_incomplete_checkpoint_is_not_blamed_for_what_was_not_read() -> None:
     assert not paired(tensors, complete=False).tensors
 
 
+# Codes of four bits.
+
+# A weight's own name; its shape, its group, whether a second level divides; what is stored.
+FOUR_BITS: dict[str, tuple[str, tuple[int, ...], int, bool | None, dict[str, Spec]]] = {
+    "MXFP4 in the header": ("m.q.weight", (64, 66), 32, None, {
+        "m.q.weight": ("F4", (64, 66)), "m.q.weight_scale": ("F8_E8M0", (64, 3))}),
+    "gpt-oss": ("m.experts.gate_up_proj", (2, 64, 96), 32, None, {
+        "m.experts.gate_up_proj_blocks": ("U8", (2, 64, 3, 16)), "m.experts.gate_up_proj_scales": ("U8", (2, 64, 3)),
+        "m.experts.gate_up_proj_bias": ("BF16", (2, 64))}),
+    "DeepSeek V4 experts": ("m.experts.0.w1.weight", (64, 96), 32, None, {
+        "m.experts.0.w1.weight": ("I8", (64, 48)), "m.experts.0.w1.scale": ("F8_E8M0", (64, 3))}),
+    "Quark MXFP4": ("m.q.weight", (64, 64), 32, None, {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 2))}),
+    "compressed-tensors MXFP4": ("m.q.weight", (64, 64), 32, None, {
+        "m.q.weight_packed": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 2))}),
+    "compressed-tensors NVFP4": ("m.q.weight", (64, 72), 16, True, {
+        "m.q.weight_packed": ("U8", (64, 36)), "m.q.weight_scale": ("F8_E4M3", (64, 5)),
+        "m.q.weight_global_scale": ("F32", (1,)), "m.q.input_global_scale": ("F32", (1,))}),
+    "ModelOpt NVFP4": ("m.q.weight", (64, 64), 16, False, {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4)), "m.q.weight_scale_2": ("F32", ()),
+        "m.q.input_scale": ("F32", ())}),
+    "ModelOpt NVFP4 experts": ("m.experts.up_proj", (3, 64, 64), 16, False, {
+        "m.experts.up_proj": ("U8", (3, 64, 32)), "m.experts.up_proj_weight_scale": ("F8_E4M3", (3, 64, 4)),
+        "m.experts.up_proj_weight_scale_2": ("F32", ())}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUR_BITS)
+@pytest.mark.parametrize("other", [{}, {"good.weight": W, "good.weight_scale_inv": S}], ids=["alone", "beside FP8"])
+def test_codes_of_four_bits(name: str, other: dict[str, Spec]) -> None:
+    """The weight's own name, and its own shape: twice as many columns as bytes; nothing beside it becomes a tensor."""
+    weight, shape, group, divides, stored = FOUR_BITS[name]
+    result = paired({**stored, **other})
+    assert not result.defects
+    plain = {key for key in stored if key.endswith("_bias")}
+    assert set(result.tensors) == {weight, *plain, *({"good.weight"} if other else set())}
+    tensor = result.tensors[weight].scaled
+    assert tensor is not None
+    assert (tensor.shape, tensor.grid.block_size[-1], tensor.code_dtype) == (shape, group, "F4")
+    assert set(tensor.grid.block_size[:-1]) == {1}
+    assert (None if tensor.second is None else tensor.second.divides) == divides
+    assert {span.name for span in tensor.spans} == stored.keys() - plain
+    assert tensor.packed.nbytes == tensor.weight.nbytes
+
+
+DEFECTS_OF_FOUR_BITS: dict[str, tuple[type[Fp8CheckpointError], str, dict[str, Spec]]] = {
+    "groups of 16 under exponents": (ScaleShapeError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 4))}),
+    "one scale a row": (ScaleShapeError, "m.q.weight_packed", {
+        "m.q.weight_packed": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 1)),
+        "m.q.weight_global_scale": ("F32", (1,))}),
+    "groups of 8 bytes": (ScaleShapeError, "m.up_blocks", {
+        "m.up_blocks": ("U8", (2, 64, 2, 8)), "m.up_scales": ("U8", (2, 64, 2))}),
+    "no scale of gpt-oss": (MissingScaleError, "m.up_blocks", {"m.up_blocks": ("U8", (2, 64, 2, 16))}),
+    "no weight of gpt-oss": (OrphanScaleError, "m.up_scales", {
+        "m.up_scales": ("U8", (2, 64, 2)), "good.weight": W, "good.weight_scale": S}),
+    "no scale in the header's": (MissingScaleError, "m.q.weight", {"m.q.weight": ("F4", (64, 64))}),
+    "no scale of compressed-tensors": (MissingScaleError, "m.q.weight_packed", {
+        "m.q.weight_packed": ("U8", (64, 32))}),
+    "no factor": (MissingScaleError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4))}),
+    "a factor of rows": (ScaleShapeError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4)),
+        "m.q.weight_scale_2": ("F32", (64,))}),
+    "a factor of another dtype": (ScaleDtypeError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4)), "m.q.weight_scale_2": ("BF16", ())}),
+    "a factor of exponents": (UnsupportedFormatError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 2)), "m.q.weight_scale_2": ("F32", ())}),
+    "scales of another dtype": (ScaleDtypeError, "m.q.weight_packed", {
+        "m.q.weight_packed": ("U8", (64, 32)), "m.q.weight_scale": ("BF16", (64, 2))}),
+    "a zero point": (UnsupportedFormatError, "m.q.weight_packed", {
+        "m.q.weight_packed": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 2)),
+        "m.q.weight_zero_point": ("U8", (64, 2))}),
+    "a scale of inputs": (UnsupportedFormatError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4)), "m.q.weight_scale_2": ("F32", ()),
+        "m.q.pre_quant_scale": ("F32", (64,))}),
+    "rows of an odd number": (HeaderError, "m.q.weight", {
+        "m.q.weight": ("F4", (4, 3)), "m.q.weight_scale": ("U8", (4, 1))}),
+    "the order of a kernel": (UnsupportedFormatError, "m.q.weight", {
+        "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4)), "m.q.weight_scale_2": ("F32", ()),
+        "m.q.comfy_quant": ("U8", (20,))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFECTS_OF_FOUR_BITS)
+def test_defects_of_codes_of_four_bits(name: str) -> None:
+    """One defect, on the weight or on the scale that has none; and the codes never become a tensor."""
+    kind, tensor, stored = DEFECTS_OF_FOUR_BITS[name]
+    defect = only_defect(stored, kind)
+    assert defect.tensor == tensor
+    assert set(paired(stored).tensors) <= {"good.weight"}
+
+
+def test_names_that_only_end_like_those_of_packed_weights() -> None:
+    """A parameter called blocks, or a plain matrix of bytes, is what it is, under its own name."""
+    stored: dict[str, Spec] = {
+        "m.conv_blocks": ("BF16", (4, 4)), "m.mask_blocks": ("U8", (4, 4)), "m.norm_scales": ("BF16", (4,)),
+        "m.ids_packed": ("U8", (4, 4)), "m.q.weight": W, "m.q.weight_scale": S,
+    }  # fmt: skip
+    result = paired(stored)
+    assert not result.defects
+    assert set(result.tensors) == set(stored) - {"m.q.weight_scale"}
+
+
 # Packed formats.
 
 PACKED: dict[str, tuple[str, dict[str, Spec]]] = {
-    "F4 in the header": ("m.q.weight", {"m.q.weight": ("F4", (64, 64)), "m.q.weight_scale": ("F8_E4M3", (64, 4))}),
     "F6 in the header": ("m.q.weight", {"m.q.weight": ("F6_E2M3", (64, 64)), "m.q.weight_scale": ("F8_E8M0", (64, 2))}),
-    "gpt-oss": (
-        "m.experts.gate_up_proj_blocks",
-        {"m.experts.gate_up_proj_blocks": ("U8", (2, 64, 2, 16)), "m.experts.gate_up_proj_scales": ("U8", (2, 64, 2))},
-    ),
-    "compressed-tensors NVFP4": (
-        "m.q.weight_packed",
-        {
-            "m.q.weight_packed": ("U8", (64, 32)),
-            "m.q.weight_scale": ("F8_E4M3", (64, 4)),
-            "m.q.weight_global_scale": ("F32", (1,)),
-            "m.q.input_global_scale": ("F32", (1,)),
-        },
-    ),
-    "compressed-tensors MXFP4": (
-        "m.q.weight_packed",
-        {"m.q.weight_packed": ("U8", (64, 32)), "m.q.weight_scale": ("U8", (64, 2))},
-    ),
     "compressed-tensors INT4": (
         "m.q.weight_packed",
         {
@@ -523,20 +609,11 @@ PACKED: dict[str, tuple[str, dict[str, Spec]]] = {
             "m.q.weight_shape": ("I64", (2,)),
         },
     ),
-    "ModelOpt NVFP4": (
-        "m.q.weight",
-        {
-            "m.q.weight": ("U8", (64, 32)),
-            "m.q.weight_scale": ("F8_E4M3", (64, 4)),
-            "m.q.weight_scale_2": ("F32", ()),
-            "m.q.input_scale": ("F32", ()),
-        },
-    ),
-    "DeepSeek V4 experts": (
-        "m.experts.0.w1.weight",
-        {"m.experts.0.w1.weight": ("I8", (64, 32)), "m.experts.0.w1.scale": ("F8_E8M0", (64, 2))},
-    ),
     "INT8": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.weight_scale": ("F32", (64, 1))}),
+    "bitsandbytes in four bits": (
+        "m.q.weight",
+        {"m.q.weight": ("U8", (2048, 1)), "m.q.weight.absmax": ("U8", (64,)), "m.q.weight.quant_map": ("F32", (16,))},
+    ),
     "bitsandbytes": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.SCB": ("F32", (64,))}),
     "GPTQ": (
         "m.q.qweight",

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.numerics.dequantize import Dequantizer
+from fp8ckpt.numerics.dequantize import Dequantizer, wider_codes
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import BEYOND
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.reading import (
     bits_of,
     load_dequantizer,
     stored_dtype,
     torch_dtype,
 )
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
 _LARGEST_BUFFER = 4 << 20  # bytes; more makes nothing faster
@@ -63,7 +65,7 @@ class RegionLoader:
         does.
         """
         dtype = stored_dtype(target.dtype)
-        if tensor.scaled is not None and dtype == tensor.span.dtype:
+        if tensor.scaled is not None and dtype == tensor.scaled.code_dtype:
             tensor = tensor.span
         buffer = self._scratch(target.device)
         if target.device.type == "cpu" and dtype in tensor.dtypes():
@@ -77,13 +79,14 @@ class RegionLoader:
                 target[within(piece, region)].copy_(part)  # the buffer is used again: this waits
         elif dtype in tensor.dtypes():
             dequantizer = self._reader.dequantizer(tensor.scaled, dtype)
-            for piece, _ in tensor.scaled.codes(region, self._reader):
-                codes = buffer[: prod(piece[1])].view(torch_dtype(tensor.span.dtype)).reshape(piece[1])
+            for piece, packed in tensor.scaled.codes(region, self._reader):
+                codes = _codes_of(tensor.scaled, piece, packed, buffer)
                 dequantize_on_device(codes.to(target.device), dequantizer, piece[0], target[within(piece, region)])
         else:
-            found = f"a target of dtype {target.dtype} for an FP8 tensor"
-            targets = ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())
-            expected = f"one of {targets}, or {torch_dtype(tensor.span.dtype)} for the codes"
+            found = f"a target of dtype {target.dtype} for a quantized tensor"
+            expected = "one of " + ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())
+            if tensor.scaled.per_byte == 1:
+                expected += f", or {torch_dtype(tensor.span.dtype)} for the codes"
             remedy = "change the model's dtype"
             raise UnsupportedFormatError(
                 found, tensor=tensor.name, file=tensor.span.file, expected=expected, remedy=remedy
@@ -98,6 +101,15 @@ class RegionLoader:
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
             self._reader.room = self._buffer.numpy()
         return self._buffer
+
+
+def _codes_of(tensor: QuantizedTensor, piece: Region, stored: Bytes, buffer: torch.Tensor) -> torch.Tensor:
+    """The codes of a piece as torch has them, one an element, in the ``buffer`` that they were read into; those of four
+    bits as codes of eight with the same values.
+    """
+    if tensor.per_byte == 1:
+        return buffer[: stored.size].view(torch_dtype(tensor.code_dtype)).reshape(piece[1])
+    return torch.from_numpy(wider_codes(stored, *piece)).view(torch.float8_e4m3fn)
 
 
 def dequantize_on_device(

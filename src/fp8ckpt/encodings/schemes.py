@@ -211,7 +211,9 @@ def plan_scheme(
         for name, grid in grids.items()
     }
     planned: dict[str, Tensor] = {
-        name: QuantizedTensor(name, spans[name], weights[name].scale, grids[name], ()) if name in weights else span
+        name: QuantizedTensor(name, spans[name], weights[name].scale, grids[name], (), spans[name].dtype)
+        if name in weights
+        else span
         for name, span in tensors.items()
     }
     texts: dict[str, bytes] = {}

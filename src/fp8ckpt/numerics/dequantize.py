@@ -23,6 +23,7 @@ import numpy.typing as npt
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.codes import (
     CODE_FORMATS,
+    F4,
     F32,
     SCALE_DTYPES,
     TARGET_BYTES,
@@ -71,6 +72,17 @@ def count_nonfinite(codes: U8, code_dtype: str) -> int:
     form = CODE_FORMATS[code_dtype]
     test = np.array([form.nonfinite_mask, form.nonfinite_first, form.nonfinite_count], np.uint8)
     return int(kernels.count_nonfinite(codes.reshape(-1), test[0], test[1], test[2]))
+
+
+def wider_codes(packed: U8, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> U8:
+    """The codes of four bits of a region, which lie in the bytes ``packed``, as codes e4m3 of the same values, one a
+    byte: for where nothing is known of four bits.
+    """
+    wide = code_values("F8_E4M3").view(np.uint32).tolist()
+    same = np.array([wide.index(bits) for bits in code_values(F4).view(np.uint32).tolist()], np.uint8)
+    odd = offsets[-1] % 2
+    both = np.stack((same[packed & 15], same[packed >> 4]), -1).reshape(*packed.shape[:-1], -1)
+    return np.ascontiguousarray(both[..., odd : odd + sizes[-1]])
 
 
 class Dequantizer:

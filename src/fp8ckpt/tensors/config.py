@@ -22,6 +22,7 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second 
 # What a header's own metadata says of quantization: ComfyUI under one key; torchao of each tensor, by its name, and a
 # list of these names.
 _COMFY_METADATA, _TORCHAO_NAMES = "_quantization_metadata", "tensor_names"
+_OF_EXPERTS = "expert_dtype"  # of DeepSeek V4, where it may stand beside the others as well as inside
 _LONGEST_JSON = 256 << 20  # bytes; the index of a model of 92,000 tensors takes 9 MB
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -34,8 +35,8 @@ def load_json(store: Store, name: str) -> Json | None:
     if stat is None:
         return None
     if stat.size > _LONGEST_JSON:
-        found, remedy = "the file is longer than any configuration", "compare it with that of the release"
-        raise ConfigError(found, file=file, expected=f"at most {_LONGEST_JSON} bytes", remedy=remedy)
+        found = "the file is longer than any configuration"
+        raise ConfigError(found, file=file, expected=f"at most {_LONGEST_JSON} bytes")
     return parse_json(b"".join(piece.tobytes() for piece in file.pieces()), file, ConfigError)
 
 
@@ -142,7 +143,7 @@ def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
         return {key: value for key, value in config.items() if key != "quantization"}
     result: Json = {}
     for key, value in config.items():
-        if key in QUANTIZATION_KEYS:
+        if key in (*QUANTIZATION_KEYS, _OF_EXPERTS):
             continue
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             value = value if dtype is None else _DTYPE_NAMES[dtype]

@@ -1,8 +1,8 @@
 """Which scale belongs to which weight, by the table of formats.
 
-Weights are found by dtype, in the headers; scales by name, beside the weight (`fp8ckpt.tensors.formats`). What cannot
-be paired is a defect with a name: a missing, orphan or ambiguous scale, one that does not tile its weight, or one of a
-foreign dtype. FP4 and other packed weights are recognised and refused.
+Weights are found by dtype, in the headers, or by the table; scales by name, beside the weight
+(`fp8ckpt.tensors.formats`). What cannot be paired is a defect with a name: a missing, orphan or ambiguous scale, one
+that does not tile its weight, or one of a foreign dtype. Integers and other packed weights are recognised and refused.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fp8ckpt.errors import (
     ScaleShapeError,
     UnsupportedFormatError,
 )
-from fp8ckpt.numerics.codes import FP8_DTYPES, FP8_SCALES
+from fp8ckpt.numerics.codes import F4, FP8_DTYPES, FP8_SCALES
 from fp8ckpt.numerics.geometry import infer_grid, tiled
 from fp8ckpt.tensors import formats
 from fp8ckpt.tensors.blocks import BlockSizes
-from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.scaled import QuantizedTensor, SecondLevel
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor
 
@@ -45,43 +45,60 @@ class Pairing(NamedTuple):
 def pair(
     spans: Mapping[str, TensorSpan], blocks: BlockSizes, *, quantized: bool = False, complete: bool = True
 ) -> Pairing:
-    """Pair every FP8 weight of a checkpoint with its scale.
+    """Pair every weight of codes of a checkpoint with its scale.
 
     ``spans`` are all stored tensors by name; ``blocks`` and ``quantized`` are the configuration's: the block size of
     each module, and whether it speaks of quantization at all (of the cache alone, for example). With ``complete`` false
     some files could not be read, and what is missing or left over is not held against the rest.
     """
-    claimed, defects = _packed(spans)
+    codes = {name: dtype for name, span in spans.items() if (dtype := formats.code_dtype(span, spans)) is not None}
+    claimed, defects = _packed(spans, codes)
     markers = tuple(span for span in spans.values() if formats.is_marker(span.name, span.dtype, span.shape))
     claimed.update(span.name for span in markers)
-    weights = [span for name, span in spans.items() if span.dtype in FP8_DTYPES and name not in claimed]
+    weights = [spans[name] for name in codes if name not in claimed]
+    weights.sort(key=lambda span: codes[span.name] != F4)  # scales in FP8 are theirs, and no weights then
     has_activation_scales = any(name.endswith(_ACTIVATION_ENDINGS) for name in spans)
     paired: dict[str, Tensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
     for span in weights:
         name = span.name
+        if name in claimed:
+            continue
         claimed.add(name)
-        scales = [
-            key for key in formats.keys(name, formats.SCALES) if key in spans and spans[key].dtype not in FP8_DTYPES
-        ]
+        packed = codes[name] == F4
+        found = [(row, key) for row, key in formats.beside(name, formats.SCALES) if key in spans]
+        found = [(row, key) for row, key in found if packed or spans[key].dtype not in FP8_DTYPES]
         activations = (
-            [key for key in formats.keys(name, formats.ACTIVATIONS) if key in spans] if has_activation_scales else []
+            [key for _, key in formats.beside(name, formats.ACTIVATIONS) if key in spans]
+            if has_activation_scales
+            else []
         )
-        claimed.update(scales, activations)
-        if (second := _second_factor(name, spans)) is not None:
+        claimed.update(activations, (key for _, key in found))
+        factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
+        if factor is not None:
+            claimed.add(factor)
+        if (second := _second_factor(name, spans, factor)) is not None:
+            claimed.add(second)
             defects.append(UnsupportedFormatError.of_factor(span, second))
-        elif len(scales) == 1 and formats.in_kernel_order(name, spans[scales[0]].dtype, spans[scales[0]].shape, spans):
-            defects.append(UnsupportedFormatError.of_order(span, spans[scales[0]]))
-        elif len(scales) == 1:
-            result = _checked(span, spans[scales[0]], tuple(spans[key] for key in activations), blocks)
+        elif len(found) == 1:
+            row, scale = found[0][0], spans[found[0][1]]
+            beside = tuple(spans[key] for key in activations)
+            result: QuantizedTensor | Fp8CheckpointError
+            if formats.in_kernel_order(name, scale.dtype, scale.shape, spans):
+                result = UnsupportedFormatError.of_order(span, scale)
+            elif packed:
+                result = _of_four_bits(span, row, scale, beside, spans)
+            else:
+                result = _of_eight_bits(span, scale, beside, blocks)
             if isinstance(result, Fp8CheckpointError):
-                defects.append(result)
+                if complete or not isinstance(result, MissingScaleError):
+                    defects.append(result)
             elif result.name != name and result.name in spans:
                 defects.append(HeaderError.of_two(spans[result.name], name))
             else:
                 paired[name] = result
-        elif scales:
-            defects.append(AmbiguousScaleError.of(span, scales))
+        elif found:
+            defects.append(AmbiguousScaleError.of(span, [key for _, key in found]))
         elif complete:
             if near_scales is None:
                 near_scales = _names_like_scales(spans)
@@ -97,7 +114,7 @@ def pair(
             continue
         elif quantized and formats.is_attention_scale(name, span.shape, spans):
             cache_scales.append(span)
-        elif (meant := _meant_weights(name, spans, activations=bool(weights))) is not None:
+        elif (meant := _meant_weights(span, spans, activations=bool(weights))) is not None:
             if complete:
                 defects.append(
                     OrphanScaleError.of(span, meant[0], next((spans[key] for key in meant if key in spans), None))
@@ -110,34 +127,36 @@ def pair(
 _ACTIVATION_ENDINGS = tuple(row.scale for row in formats.ACTIVATIONS)
 
 
-def _second_factor(codes: str, spans: Mapping[str, TensorSpan]) -> str | None:
-    """The key of what the codes are scaled by besides their scale."""
+def _second_factor(codes: str, spans: Mapping[str, TensorSpan], own: str | None) -> str | None:
+    """The key of what the codes are scaled by besides their scale, and ``own``, the factor that their format has."""
     keys = (codes.removesuffix(end) + factor for end, factor in formats.FACTORS if codes.endswith(end))
-    return next((key for key in keys if key in spans), None)
+    return next((key for key in keys if key in spans and key != own), None)
 
 
-def _meant_weights(name: str, spans: Mapping[str, TensorSpan], *, activations: bool) -> list[str] | None:
-    """The weights that a key which no weight claims may be the scale of; None for what is no scale.
+def _meant_weights(span: TensorSpan, spans: Mapping[str, TensorSpan], *, activations: bool) -> list[str] | None:
+    """The weights that a tensor which no weight claims may be the scale of; None for what is no scale.
 
     The scale of an activation is one only in a checkpoint of FP8 (``activations``).
     """
+    name = span.name
     rows = (*formats.SCALES, *formats.ACTIVATIONS) if "scale" in name or "qscale" in name else ()
     ends = sorted((row for row in rows if name.endswith(row.scale)), key=lambda row: -len(row.scale))
     weights = [name.removesuffix(row.scale) + row.weight for row in ends]  # the longest ending says most
     if name.endswith(formats.ONLY_SCALES) or (activations and name.endswith(formats.ONLY_ACTIVATION_SCALES)):
         return weights
     beside = [name.removesuffix(row.scale) + row.weight for row in ends if row.meant == formats.BESIDE]
-    return weights if any(weight in spans for weight in beside) else None
+    of_bytes = [row for row in ends if row.meant == formats.BYTES and span.dtype == "U8" and len(span.shape) > 1]
+    return weights if of_bytes or any(weight in spans for weight in beside) else None
 
 
-def _packed(spans: Mapping[str, TensorSpan]) -> tuple[set[str], list[Fp8CheckpointError]]:
+def _packed(spans: Mapping[str, TensorSpan], codes: Mapping[str, str]) -> tuple[set[str], list[Fp8CheckpointError]]:
     """What is packed or integer: the names of these weights and of all that stands beside them, and a defect each."""
     claimed: set[str] = set()
     defects: list[Fp8CheckpointError] = []
     for name, span in spans.items():
-        if _is_packed(span, spans):
+        if name not in codes and _is_packed(span, spans):
             stem = name
-            for ending in (".weight", *formats.PACKED_WEIGHTS, formats.PACKED_BLOCKS[0], "_qdata"):
+            for ending in (".weight", *formats.PACKED_WEIGHTS, "_blocks", "_qdata"):
                 stem = stem.removesuffix(ending)
             claimed.add(name)
             claimed.update(stem + ending for ending in formats.COMPANIONS)
@@ -151,9 +170,6 @@ def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
         return True
     if span.dtype not in formats.INTEGERS or len(span.shape) < 2:
         return False
-    blocks, scales = formats.PACKED_BLOCKS
-    if name.endswith(blocks) and name.removesuffix(blocks) + scales in spans:
-        return True
     # A matrix of integers with a scale of its own; but the scale of an FP8 weight may be one of bytes, and is no
     # weight.
     stems = (name, name.removesuffix(".weight"), name.removesuffix("_qdata"))
@@ -163,7 +179,7 @@ def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
 _grid = lru_cache(maxsize=4096)(infer_grid)  # a model has many tensors of few shapes
 
 
-def _checked(
+def _of_eight_bits(
     weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], blocks: BlockSizes
 ) -> QuantizedTensor | Fp8CheckpointError:
     if scale.dtype not in FP8_SCALES:
@@ -172,9 +188,41 @@ def _checked(
     block_size = blocks.of(formats.module_of(name)) or formats.even_block(weight.name, weight.shape, scale.shape)
     grid = _grid(weight.shape, scale.shape, block_size)
     if grid is not None:
-        return QuantizedTensor(name, weight, scale, grid, activations)
+        return QuantizedTensor(name, weight, scale, grid, activations, weight.dtype)
     fit = tiled(weight.shape, block_size) if block_size else None
     return ScaleShapeError.of(weight, scale, block_size, fit.shape if fit else None)
+
+
+def _of_four_bits(
+    weight: TensorSpan,
+    row: formats.ScaleRow,
+    scale: TensorSpan,
+    activations: tuple[TensorSpan, ...],
+    spans: Mapping[str, TensorSpan],
+) -> QuantizedTensor | Fp8CheckpointError:
+    """The dtype of the scales says how large their groups are, and whether there is a second level."""
+    if scale.dtype not in formats.GROUPS:
+        return ScaleDtypeError.of(weight, scale, formats.GROUPS)
+    shape, group = formats.weight_shape(row, weight, F4), (formats.GROUPS[scale.dtype],)
+    grid = tiled(shape, group)
+    if grid is None or shape[-1] % 2:
+        return HeaderError.of_halves(weight)
+    if grid.shape != scale.shape or (row.groups and 2 * weight.shape[-1] != group[0]):
+        return ScaleShapeError.of(weight, scale, group, grid.shape)
+    key = formats.factor_key(weight.name, row)
+    second = None if key is None else spans.get(key)
+    name = formats.logical_name(weight.name)
+    if scale.dtype != formats.TWO_LEVELS:
+        if second is not None:
+            return UnsupportedFormatError.of_factor(weight, second.name)
+        return QuantizedTensor(name, weight, scale, grid, activations, F4)
+    if second is None:
+        return MissingScaleError.of(weight, key or scale.name, None)
+    if second.dtype != "F32":
+        return ScaleDtypeError.of(weight, second, ("F32",))
+    if second.numel != 1:
+        return ScaleShapeError.of(weight, second, None, None)
+    return QuantizedTensor(name, weight, scale, grid, activations, F4, SecondLevel(second, row.divides))
 
 
 def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
@@ -194,5 +242,5 @@ def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> Missin
     near = [name for name in names[first : first + 1] if leaf == "weight" or name.startswith(weight.name)]
     expected = weight.name + "_scale_inv"
     if formats.logical_name(weight.name) != weight.name:
-        expected = formats.keys(weight.name, formats.SCALES)[-1]
+        expected = formats.beside(weight.name, formats.SCALES)[-1][1]
     return MissingScaleError.of(weight, expected, near[0] if near else None)

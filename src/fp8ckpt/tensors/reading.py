@@ -18,7 +18,7 @@ from fp8ckpt.errors import (
     StorageError,
     TruncatedFileError,
 )
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, Factor, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
@@ -53,26 +53,44 @@ def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
     """Read a tensor's scales and make them ready. Raises `ScaleValueError` where one is NaN, infinite, zero or
     negative.
     """
-    return Dequantizer(tensor.grid, load_scales(tensor), tensor.scale.dtype, tensor.weight.dtype, dtype)
+    scales, factor = load_scales(tensor), load_factor(tensor)
+    return Dequantizer(tensor.grid, scales, tensor.scale.dtype, tensor.code_dtype, dtype, factor)
 
 
 def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
-    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` if one is NaN, infinite, zero or negative."""
-    stored = np.empty(tensor.scale.nbytes, np.uint8)
-    tensor.scale.read(stored)
-    scales: npt.NDArray[Any] = stored.view(SCALE_DTYPES[tensor.scale.dtype])
-    if count_bad_scales(scale_values(scales, tensor.scale.dtype)):
-        raise _bad_scale(tensor.scale, scale_values(scales, tensor.scale.dtype))
+    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` if one is NaN, infinite, zero or negative,
+    alone or with its factor.
+    """
+    scales = _stored(tensor.scale)
+    factor = load_factor(tensor)
+    for values in (scale_values(scales, tensor.scale.dtype), scale_values(scales, tensor.scale.dtype, factor)):
+        if count_bad_scales(values):
+            raise _bad_scale(tensor.scale, values)
     return scales
+
+
+def load_factor(tensor: QuantizedTensor) -> Factor | None:
+    """The second level of a tensor's scales, None where there is one level. Raises `ScaleValueError`."""
+    if tensor.second is None:
+        return None
+    value = scale_values(_stored(tensor.second.span), tensor.second.span.dtype)
+    if count_bad_scales(value):
+        raise _bad_scale(tensor.second.span, value)
+    return Factor(value[0], tensor.second.divides)
+
+
+def _stored(span: TensorSpan) -> npt.NDArray[Any]:
+    """Scales [n] as they are stored, whatever they are."""
+    stored = np.empty(span.nbytes, np.uint8)
+    span.read(stored)
+    return stored.view(SCALE_DTYPES[span.dtype])
 
 
 def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
     """What the scales of weights are, by the weight's name: equal bytes are equal scales. For weights of few scales."""
     found: dict[str, bytes] = {}
     for tensor in tensors:
-        stored = np.empty(tensor.scale.nbytes, np.uint8)
-        tensor.scale.read(stored)
-        found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + stored.tobytes()
+        found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + _stored(tensor.scale).tobytes()
     return found
 
 
@@ -83,8 +101,7 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
     """
     spans = [*others]
     for tensor in tensors:
-        spans.append(tensor.scale)
-        spans.extend(tensor.activation_scales)
+        spans += (*tensor.scales, *tensor.activation_scales)
     spans = [span for span in spans if span.dtype in SCALE_DTYPES and span.nbytes]
     spans.sort(key=lambda span: (span.file.name, span.start))
     buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
@@ -115,9 +132,7 @@ def _adjacent(spans: list[TensorSpan]) -> Iterator[list[TensorSpan]]:
 
 def _bad_scales(group: list[TensorSpan]) -> Iterator[Fp8CheckpointError]:
     for span in group:
-        stored = np.empty(span.nbytes, np.uint8)
-        span.read(stored)
-        values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
+        values = scale_values(_stored(span), span.dtype)
         if count_bad_scales(values):
             yield _bad_scale(span, values)
 

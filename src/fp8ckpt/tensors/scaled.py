@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fp8ckpt.numerics.codes import TARGET_BYTES
-from fp8ckpt.numerics.geometry import BlockGrid, Region, pieces, within
+from fp8ckpt.numerics.codes import CODE_FORMATS, TARGET_BYTES
+from fp8ckpt.numerics.geometry import BlockGrid, Region, bytes_of_region, bytes_of_run, pieces, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.stored import TensorSpan
 
@@ -21,15 +21,20 @@ _LOGICAL = "BF16"
 _FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
 
 
+class SecondLevel(NamedTuple):
+    """What all scales of a tensor are multiplied by, or divided: one value."""
+
+    span: TensorSpan
+    divides: bool
+
+
 class QuantizedTensor(NamedTuple):
-    """One FP8 tensor of the logical checkpoint: codes, scales, and the grid by which the scales tile the codes.
+    """One quantized tensor of the logical checkpoint: codes, scales, and the grid by which the scales tile the codes.
 
-    ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``). A
-    `fp8ckpt.tensors.tensor.Tensor` of bfloat16, or of whichever target is asked for.
-
-    >>> tensor = fp8ckpt.open_checkpoint("sample-fp8").quantized[0]
-    >>> tensor.weight.dtype, tensor.scale.dtype, tensor.grid.per_tensor
-    ('F8_E4M3', 'BF16', True)
+    ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``). ``code_dtype``: of the
+    codes, several of which lie in a byte where they have fewer bits; then ``weight`` is of bytes, and of another shape.
+    ``second``: the second level of scales. A `fp8ckpt.tensors.tensor.Tensor` of bfloat16, or of whichever target is
+    asked for.
     """
 
     name: str
@@ -37,6 +42,8 @@ class QuantizedTensor(NamedTuple):
     scale: TensorSpan
     grid: BlockGrid
     activation_scales: tuple[TensorSpan, ...]
+    code_dtype: str
+    second: SecondLevel | None = None
 
     @property
     def dtype(self) -> str:
@@ -61,7 +68,24 @@ class QuantizedTensor(NamedTuple):
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
         """Codes, scales, scales of activations."""
-        return (self.weight, self.scale, *self.activation_scales)
+        return (self.weight, *self.scales, *self.activation_scales)
+
+    @property
+    def scales(self) -> tuple[TensorSpan, ...]:
+        """Scales of one level, or of two."""
+        return (self.scale,) if self.second is None else (self.scale, self.second.span)
+
+    @property
+    def per_byte(self) -> int:
+        """Codes that a byte holds."""
+        return CODE_FORMATS[self.code_dtype].per_byte
+
+    @property
+    def packed(self) -> TensorSpan:
+        """The codes as bytes, one dimension for each of the weight's."""
+        if self.per_byte == 1:
+            return self.weight
+        return self.weight._replace(dtype="U8", shape=(*self.shape[:-1], self.shape[-1] // self.per_byte))
 
     @property
     def scaled(self) -> QuantizedTensor:
@@ -74,43 +98,52 @@ class QuantizedTensor(NamedTuple):
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
         """As `fp8ckpt.tensors.tensor.Tensor.reads`."""
-        return self.weight.reads(region)
+        return self.packed.reads(bytes_of_region(region, self.per_byte))
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
         """As `fp8ckpt.tensors.tensor.Tensor.values`: one multiplication in float32, one rounding."""
         dequantizer = reader.dequantizer(self, dtype)
         for piece, codes in self.codes(region, reader):
             at: tuple[Any, ...] = (*within(piece, region), ...)  # a view, of no dimensions too
-            dequantizer.region(codes.reshape(piece[1]), piece[0], out[at])
+            dequantizer.region(codes, piece[0], out[at])
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
         """As `fp8ckpt.tensors.tensor.Tensor.elements`."""
         bits = out.view(f"u{TARGET_BYTES[dtype]}")
         dequantizer = reader.dequantizer(self, dtype)
-        for first, codes in self.run(start, bits.size, reader):
-            dequantizer.flat(codes, first, bits[first - start :][: codes.size])
+        for first, count, codes in self.run(start, bits.size, reader):
+            dequantizer.flat(codes, first, bits[first - start :][:count])
 
-    def run(self, start: int, count: int, reader: Reader) -> Iterator[tuple[int, Bytes]]:
-        """The codes of a run of elements in row-major order, piece by piece: (first element, codes)."""
+    def run(self, start: int, count: int, reader: Reader) -> Iterator[tuple[int, int, Bytes]]:
+        """The bytes of the codes of a run of elements in row-major order, piece by piece: (first element, elements,
+        bytes).
+        """
+        packed = self.packed
         for first in range(start, start + count, reader.room.size):
-            codes = reader.room[: start + count - first]
-            self.weight.read(codes, first)
+            size = min(reader.room.size, start + count - first)
+            at, nbytes = bytes_of_run(first, size, self.per_byte)
+            codes = reader.room[:nbytes]
+            packed.read(codes, at)
             self._met(codes, reader)
-            yield first, codes
+            yield first, size, codes
 
     def codes(self, region: Region, reader: Reader) -> Iterator[tuple[Region, Bytes]]:
-        """The codes of a region, piece by piece, each good until the next."""
+        """The bytes of the codes of a region, piece by piece, each good until the next, in an array of their own sizes:
+        see `fp8ckpt.numerics.geometry.bytes_of_region`.
+        """
+        packed = self.packed
         for piece in pieces(region, reader.room.size):
-            codes = reader.room[: prod(piece[1])]
-            self.weight.read_region(piece, codes)
+            of_bytes = bytes_of_region(piece, self.per_byte)
+            codes = reader.room[: prod(of_bytes[1])]
+            packed.read_region(of_bytes, codes)
             self._met(codes, reader)
-            yield piece, codes
+            yield piece, codes.reshape(of_bytes[1])
 
     def _met(self, codes: Bytes, reader: Reader) -> None:
         from fp8ckpt.numerics.dequantize import count_nonfinite
 
         reader.bytes_read += codes.nbytes
-        if reader.counting and (count := count_nonfinite(codes, self.weight.dtype)):
+        if reader.counting and (count := count_nonfinite(codes, self.code_dtype)):
             reader.nonfinite[self.name] += count
 
     def count_overflown(self, reader: Reader) -> int:
@@ -118,14 +151,16 @@ class QuantizedTensor(NamedTuple):
         from fp8ckpt.numerics.codes import code_values
 
         dequantizer = reader.dequantizer(self, "F16")
-        values = code_values(self.weight.dtype)
-        finite = np.isfinite(values)
-        if float(dequantizer.scales.max(initial=0)) * float(values[finite].max()) < _FP16_OVERFLOW:
+        values = code_values(self.code_dtype)
+        infinite = np.isinf(values)
+        if float(dequantizer.scales.max(initial=0)) * float(values[np.isfinite(values)].max()) < _FP16_OVERFLOW:
             return 0
         halves = np.empty(reader.room.size, np.uint16)
         count = 0
         for piece, codes in self.codes(((0,) * len(self.shape), self.shape), reader):
-            bits = halves[: codes.size]
-            dequantizer.region(codes.reshape(piece[1]), piece[0], bits.reshape(piece[1]))
-            count += int(np.count_nonzero(np.isinf(bits.view(np.float16)) & finite[codes]))
+            bits = halves[: prod(piece[1])].reshape(piece[1])
+            dequantizer.region(codes, piece[0], bits)
+            count += int(np.count_nonzero(np.isinf(bits.view(np.float16))))
+            if infinite.any():  # of a code that is a byte
+                count -= int(np.count_nonzero(infinite[codes]))
         return count
