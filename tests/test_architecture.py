@@ -45,7 +45,7 @@ ARROWS = {
     "serving": {"families", "tensors", "stores", "numerics", "output"},
     "encodings": {"engine", "families", "output", "tensors", "stores", "numerics", "ranks"},
     "engine": {"output", "tensors", "stores", "numerics", "workers", "ranks"},
-    "output": {"tensors", "stores", "numerics", "system"},
+    "output": {"tensors", "stores", "numerics", "system", "version"},
     "families": {"tensors"},
     "tensors": {"stores", "numerics"},
     "stores": {"numerics", "system"},

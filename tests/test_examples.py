@@ -14,17 +14,14 @@ import fp8ckpt
 
 def _examples() -> dict[str, doctest.DocTest]:
     parser = doctest.DocTestParser()
-    found = {}
-    for name in fp8ckpt.__all__:
-        text = getattr(getattr(fp8ckpt, name), "__doc__", None) or ""
-        if ">>>" in text:
-            found[name] = parser.get_doctest(text, {"fp8ckpt": fp8ckpt, "torch": torch}, name, None, 0)
-    return found
+    public = {name: getattr(fp8ckpt, name) for name in fp8ckpt.__all__ if name != "__version__"}
+    names = {"fp8ckpt": fp8ckpt, "torch": torch}
+    return {name: parser.get_doctest(value.__doc__ or "", {**names}, name, None, 0) for name, value in public.items()}
 
 
 @pytest.mark.parametrize("name", _examples())
 def test_examples_of_docstrings(name: str, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each prints what it says, in a folder where ``sample-fp8`` is a copy of the sample."""
+    """Every public name has one; each prints what it says, in a folder where ``sample-fp8`` is a copy of the sample."""
     shutil.copytree(sample_fp8, tmp_path / "sample-fp8")
     monkeypatch.chdir(tmp_path)
     said: list[str] = []

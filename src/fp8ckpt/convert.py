@@ -43,6 +43,10 @@ class ConvertResult:
 
     ``bytes_read``: of the source. ``bytes_written``: of all files of weights, ``bytes_resumed`` of which an earlier run
     wrote. ``notes``: what a user should know.
+
+    >>> result = fp8ckpt.convert("sample-fp8", "sample-bf16")
+    >>> result.tensors, result.bytes_resumed
+    (45, 0)
     """
 
     destination: Path
@@ -58,7 +62,11 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class PlainResult(ConvertResult):
-    """What a conversion to BF16, FP16 or FP32 did. ``nan_codes`` counts, by tensor, those that were carried over."""
+    """What a conversion to BF16, FP16 or FP32 did. ``nan_codes`` counts, by tensor, those that were carried over.
+
+    >>> fp8ckpt.convert("sample-fp8", "sample-fp32", to="fp32").nan_codes
+    {}
+    """
 
     dequantized: int
     dropped_scales: int
@@ -72,6 +80,10 @@ class Fp8Result(ConvertResult):
     ``base_bytes_read``: codes of the base, which are read for the report alone. ``bytes_rewritten``: written a second
     time, for weights whose one scale turned out not to fit. ``report``: what quantizing did, weight by weight; None
     where none was asked for.
+
+    >>> _ = fp8ckpt.convert("sample-fp8", "sample-bf16")
+    >>> fp8ckpt.convert("sample-bf16", "sample-block", to="fp8", scheme="block").quantized
+    8
     """
 
     quantized: int
@@ -124,6 +136,13 @@ def convert(
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
     exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was
     written kept for the next run; `SourceChangedError` where a file that is read changes meanwhile.
+
+    >>> result = fp8ckpt.convert("sample-fp8", "sample-bf16", to="bf16")
+    >>> result.dequantized, result.dropped_scales
+    (14, 28)
+    >>> back = fp8ckpt.convert("sample-bf16", "sample-back", to="fp8", like="sample-fp8")
+    >>> back.report.total.moved
+    0
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 

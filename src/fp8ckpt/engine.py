@@ -17,10 +17,20 @@ from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import ALIGNMENT, OutputFile, aligned_buffer
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.output.plan import OutputPlan, refuse_unlike
+from fp8ckpt.ranks import Ranks
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.workers import share
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+
+
+def begin(plan: OutputPlan, output: PartialOutput, ranks: Ranks) -> dict[int, Facts]:
+    """Begin an output together: all ranks plan the same one, and the first makes it. Returns what was done before, as
+    the first rank saw it: others may be writing by the time that the last one looks.
+    """
+    refuse_unlike(ranks.gather(lambda: plan.said(output)))
+    return ranks.first(lambda: plan.begin(output))
 
 
 class Filled(NamedTuple):

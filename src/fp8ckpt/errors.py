@@ -1,4 +1,4 @@
-"""Every refusal has a name.
+"""Every refusal has a name::
 
     Fp8CheckpointError
     ├── CheckpointNotFoundError   (FileNotFoundError)  no such directory, file or cached hub id
@@ -21,6 +21,7 @@
     ├── ServingError              (ValueError)  a serving engine would refuse the directory, or serve something else
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
+    ├── RanksDifferError          (ValueError)  ranks that write one output together were not asked for the same
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
     ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
     ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
@@ -43,9 +44,20 @@ _MOST_NAMES = 10  # in one message
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
 
 
-# What helps, by what the operating system says; none of it can lose anything.
-_REMEDIES = {
-    errno.ENOSPC: "free some space",
+# What helps, by what the operating system says: anywhere, where something is read, and where it is written. None of it
+# can lose anything.
+_UNREACHABLE = "see that the file server answers, and run it again"
+_ANYWHERE = {
+    errno.EIO: "check the disk",
+    errno.ESTALE: "the file server has something else there by now: run it again",
+    **dict.fromkeys((errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN), _UNREACHABLE),
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the limit on open files",
+    errno.ELOOP: "mend the links",
+}
+_READING = dict.fromkeys((errno.EACCES, errno.EPERM), "get the permission to read it")
+_WRITING = {
+    errno.ENOSPC: "free some space (or inodes, if there is space)",
     errno.EDQUOT: "free some space, or have the quota raised",
     errno.EACCES: "get the permission, or choose another place",
     errno.EPERM: "get the permission, or choose another place",
@@ -54,15 +66,12 @@ _REMEDIES = {
     errno.ENOTDIR: "choose a place below a directory",
     errno.ELOOP: "mend the links, or choose another place",
     errno.EFBIG: "raise the limit on the size of files, or choose a file system that takes larger ones",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "raise the limit on open files",
-    errno.EIO: "check the disk",
 }
 
 
-def remedy_for(error: OSError, otherwise: str) -> str:
+def remedy_for(error: OSError, otherwise: str, *, writing: bool) -> str:
     """What to do about an error of the operating system."""
-    return _REMEDIES.get(error.errno or 0, otherwise)
+    return {**_ANYWHERE, **(_WRITING if writing else _READING)}.get(error.errno or 0, otherwise)
 
 
 def shown(text: object) -> str:
@@ -85,6 +94,12 @@ class Fp8CheckpointError(Exception):
     """Base of all errors raised by fp8ckpt.
 
     Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None).
+
+    >>> try:
+    ...     fp8ckpt.open_checkpoint("nowhere/at/all")
+    ... except fp8ckpt.Fp8CheckpointError as error:
+    ...     print(type(error).__name__, error.remedy)
+    CheckpointNotFoundError check the path
     """
 
     def __init__(
@@ -352,6 +367,17 @@ class OutputBusyError(Fp8CheckpointError, RuntimeError):
     """Another process is writing the same destination."""
 
 
+class RanksDifferError(Fp8CheckpointError, ValueError):
+    """Ranks that write one output together were not asked for the same output, or not by the same version."""
+
+    @classmethod
+    def of(cls, what: str, rank: int, other: object, first: object) -> RanksDifferError:
+        """``what`` differs: it is ``other`` on a ``rank`` and ``first`` on rank 0."""
+        found = f"{what} is {shown(other)} on rank {rank}, and {shown(first)} on rank 0"
+        remedy = "call it with the same arguments and files on all ranks, by one version of fp8ckpt"
+        return cls(found, expected="the same on all ranks", remedy=remedy)
+
+
 class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
     """A partial output is there, and belongs to another conversion."""
 
@@ -389,6 +415,12 @@ class StorageError(Fp8CheckpointError, OSError):
     """The disk refused a read or a write, and the message has the operating system's reason; or there is a FIFO, a
     device, a folder, or a link that leads away, where a file should be.
     """
+
+    @classmethod
+    def of_reading(cls, error: OSError, file: object, failed: str = "cannot be opened") -> StorageError:
+        """``failed``: what the operating system refused."""
+        remedy = remedy_for(error, "restore the file", writing=False)
+        return cls(f"{failed}: {error.strerror}", file=file, remedy=remedy)
 
 
 class NoRoomError(StorageError):

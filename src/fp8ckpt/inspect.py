@@ -90,6 +90,10 @@ class KindOfScales:
 class Inspection:
     """What `inspect` found. Sizes are in bytes; ``bf16_bytes`` is what the tensors will take once converted. ``listed``
     and ``scales`` are empty where they were not asked for.
+
+    >>> found = fp8ckpt.inspect("sample-fp8")
+    >>> found.stored_bytes < found.bf16_bytes
+    True
     """
 
     path: Path
@@ -116,6 +120,12 @@ def inspect(
 
     ``tensor``: a regular expression; the tensors in whose names it is found are listed one by one, and it is an
     `UnknownTensorError` if there is none. ``scales``: look at the scales of each kind of module.
+
+    >>> found = fp8ckpt.inspect("sample-fp8", tensor="layers.0.mlp")
+    >>> found.schemes[0].block, len(found.defects)
+    ('per tensor', 0)
+    >>> [(row.dtype, row.shape) for row in found.listed if "up_proj" in row.name]
+    [('F8_E4M3', (256, 128))]
     """
     with collector_paused():
         return _inspect(path, follow_index, tensor, scales)
@@ -200,7 +210,8 @@ def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterato
     wanted = re.compile(pattern)
     names = [name for name in checkpoint.tensors if wanted.search(name)]
     if not names and checkpoint.tensors:
-        raise UnknownTensorError(f"no tensor has a name like {shown(repr(pattern))}", file=str(checkpoint.path))
+        found = f"no tensor has a name like {shown(repr(pattern))}"
+        raise UnknownTensorError(found, file=str(checkpoint.path), remedy="--tensor . lists them all")
     for name in names:
         yield _row(checkpoint.tensors[name], blocks)
 

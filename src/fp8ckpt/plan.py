@@ -58,6 +58,10 @@ class Plan:
     ``stored``: of all tensors in the files. ``left_out``: names of those that models have no place for, and ``left``
     their size. ``again``: what is read more than once because it is whole on several ranks. All ranks together read
     ``stored - left + again``.
+
+    >>> found = fp8ckpt.plan("sample-fp8", ranks=8, tp=2)
+    >>> found.dp, max(rank.read for rank in found.ranks) < found.stored / 4
+    (4, True)
     """
 
     path: Path

@@ -100,6 +100,10 @@ class Report:
     """What a page shows. ``weights`` and ``codes`` (by FP8 dtype, how often each of the 256 occurs) are of the first
     checkpoint that has any. ``changes`` is None for one checkpoint alone; ``apart``: names of tensors that only one of
     two has, or that are of another shape or kind of dtype.
+
+    >>> found = fp8ckpt.report("sample-fp8", output="page.html")
+    >>> max(found.weights, key=lambda weight: weight.scales.greatest).kind
+    'mlp.up_proj'
     """
 
     paths: tuple[Path, ...]
@@ -127,6 +131,10 @@ def report(
     ``progress`` is called with (bytes read so far, in all, what is being done). Raises `MissingPackageError` without
     the extra ``report``, `OutputExistsError` where the page exists, and what `open_checkpoint` raises for a defective
     checkpoint.
+
+    >>> found = fp8ckpt.report("sample-fp8", output="page.html")
+    >>> found.bytes_read, found.changes
+    (294912, None)
     """
     from fp8ckpt.figures import page_of
 

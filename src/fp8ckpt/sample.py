@@ -108,6 +108,11 @@ def sample(
     "nested", as Ministral 3 and Devstral have them. ``files``: how many safetensors files. ``sparse``: true headers,
     scales and side files, and holes where weights would be. Raises `fp8ckpt.errors.OutputExistsError` where the
     destination exists, and `fp8ckpt.errors.NoRoomError` where there is no room for it.
+
+    >>> from fp8ckpt.sample import Mistral3Sizes
+    >>> path = fp8ckpt.sample("small", Mistral3Sizes(layers=1), files=2)
+    >>> len(fp8ckpt.open_checkpoint(path).quantized)
+    7
     """
     planned = _plan(sizes or Mistral3Sizes(), layout, files, sparse, seed)
     output = PartialOutput(destination)

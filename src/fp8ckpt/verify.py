@@ -53,6 +53,10 @@ class VerifyResult:
     over.
 
     ``nan_codes`` counts NaN codes by side and tensor; ``serving`` is None where it was not asked for.
+
+    >>> result = fp8ckpt.verify("sample-fp8")
+    >>> result.tensors, result.defects
+    (45, ())
     """
 
     paths: tuple[Path, ...]
@@ -89,6 +93,12 @@ def verify(
     `fp8ckpt.serving.examine`; on one GPU, or shared out among ``tensor_parallel`` of them. ``follow_index``: what an
     index does not list is no part of a checkpoint. ``progress`` is called with (bytes read so far, in all, what is
     being done). Raises only where there is nothing to look at.
+
+    >>> fp8ckpt.verify("sample-fp8").ok
+    True
+    >>> _ = fp8ckpt.convert("sample-fp8", "sample-bf16")
+    >>> fp8ckpt.verify("sample-fp8", "sample-bf16").ok
+    True
     """
     if tensor_parallel is not None and (not serving or tensor_parallel < 1):
         raise ValueError(f"tensor_parallel={tensor_parallel}; expected at least 1, with serving")

@@ -78,7 +78,45 @@ def only_last_rank_is_wrong(path: Path, out: Path) -> None:
     save_model(Held(tensors(good(path))), out, to="fp9" if dist.get_rank() else "bf16")
 
 
+def last(other: Any, first: Any) -> Any:
+    """What the last rank is asked for, and what the first is."""
+    return other if dist.get_rank() else first
+
+
+def bf16(path: Path) -> Path:
+    """The same checkpoint in bf16."""
+    return path.with_name("bf16")
+
+
+DIFFER: dict[str, Job] = {
+    "convert, another dtype": lambda path, out: convert(good(path), out, to=last("fp16", "bf16")),
+    "convert, another destination": lambda path, out: convert(good(path), last(out.with_name("other"), out)),
+    "convert, another source": lambda path, out: convert(last(bf16(path), good(path)), out),
+    "convert, the other way": lambda path, out: (
+        convert(bf16(path), out, to="fp8", like=good(path)) if dist.get_rank() else convert(good(path), out)
+    ),
+    "convert, other scales": lambda path, out: convert(
+        bf16(path), out, to="fp8", like=good(path), scales=last("fresh", "reuse")
+    ),
+    "convert, another scheme": lambda path, out: convert(
+        bf16(path), out, to="fp8", scheme=last("channel", "per-tensor")
+    ),
+    "save_model, another dtype": lambda path, out: save_model(Held(tensors(good(path))), out, to=last("fp32", "bf16")),
+    "save_model, another kind": lambda path, out: save_model(
+        Held(tensors(good(path))), out, to=last("fp8", "bf16"), like=good(path)
+    ),
+    "save_model, other scales": lambda path, out: save_model(
+        Held(tensors(good(path))), out, to="fp8", like=good(path), scales=last("fresh", "reuse")
+    ),
+    "FP8StorageWriter, another destination": lambda path, out: plain(
+        lambda: save(
+            tensors(good(path)), storage_writer=FP8StorageWriter(last(out.with_name("other"), out), like=good(path))
+        )
+    ),
+}
+
 JOBS: dict[str, Job] = {
+    **DIFFER,
     "load_model": lambda path, out: load_model(Held(tensors(good(path))), path),
     "load_pretrained": lambda path, out: load_pretrained(path),
     "parallelize": lambda path, out: only_last_rank_refuses(path),
@@ -114,7 +152,9 @@ def _attempt(names: list[str], folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_all_ranks_raise_the_same_error(sample_fp8: Path, tmp_path: Path) -> None:
-    """Opening, arguments, what the caller gave: every public function, on a rank that fails alone."""
+    """Opening, arguments, what the caller gave: every public function, on a rank that fails alone, or that is asked for
+    something else than the others.
+    """
     convert(sample_fp8, tmp_path / "bf16")
     shutil.copytree(sample_fp8, tmp_path / "fp8")
     damaged = Path(shutil.copytree(sample_fp8, tmp_path / "damaged"))
@@ -124,12 +164,14 @@ def test_all_ranks_raise_the_same_error(sample_fp8: Path, tmp_path: Path) -> Non
     assert one == other
     assert list(one) == list(JOBS)
     expected = {
+        **dict.fromkeys(DIFFER, "RanksDifferError"),
         "parallelize": "ValueError",
         "save_model, an argument": "ValueError",
         "convert, an argument": "ValueError",
     }
     for name, (kind, message) in one.items():
         assert kind == expected.get(name, "TruncatedFileError"), (name, kind, message)
+        assert name not in DIFFER or "on rank 1, and" in message
     assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 

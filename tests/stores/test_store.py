@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +189,49 @@ def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.Mo
     store = LocalStore(".")
     monkeypatch.chdir("/")
     assert read(store, [("a", 0, 3)]) == [b"abc"]
+
+
+REASONS = {
+    errno.EIO: "check the disk",
+    errno.EACCES: "get the permission to read it",
+    errno.ESTALE: "the file server has something else there by now: run it again",
+    errno.ETIMEDOUT: "see that the file server answers, and run it again",
+    errno.EMFILE: "raise the limit on open files",
+    errno.ENODEV: "restore the file",
+}
+
+
+@pytest.mark.parametrize("code", REASONS)
+@pytest.mark.parametrize("call", ["open", "lstat", "scandir", "preadv"])
+def test_what_to_do_about_a_read_that_failed(
+    code: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the operating system refuses, on whichever call: its reason, the file, and what helps."""
+    (tmp_path / "a").write_bytes(b"abc")
+    store = LocalStore(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, refuse)
+    steps: dict[str, Callable[[], object]] = {
+        "scandir": lambda: list(store.files()),
+        "lstat": lambda: store.files()["a"],
+    }
+    read = partial(store.read, [ByteRange("a", 0, 3)], [np.empty(3, np.uint8)])
+    with pytest.raises(StorageError) as caught:
+        steps.get(call, read)()
+    assert f"{os.strerror(code)}; {REASONS[code]}" in str(caught.value)
+    assert caught.value.file == (str(tmp_path) if call == "scandir" else "a")
+
+
+def test_a_path_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path below what may not be entered, or on a disk that fails, is not called missing."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "lstat", refuse)
+    with pytest.raises(StorageError, match="Permission denied; get the permission to read it"):
+        open_checkpoint(tmp_path / "model")

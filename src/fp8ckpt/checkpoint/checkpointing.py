@@ -40,6 +40,10 @@ class Checkpointer:
     """Loads and saves models through torch's distributed checkpoint.
 
     ``process_group``: the ranks that hold the model together; by default all. All of them must make each call.
+
+    >>> checkpointer = fp8ckpt.Checkpointer()
+    >>> model = fp8ckpt.load_pretrained("sample-fp8")
+    >>> checkpointer.load_model(model, "sample-fp8")
     """
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
@@ -178,7 +182,14 @@ def load_model(
     narrow: bool = False,
     follow_index: bool = False,
 ) -> None:
-    """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`."""
+    """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`.
+
+    >>> model = fp8ckpt.load_pretrained("sample-fp8")
+    >>> _ = model.lm_head.weight.data.zero_()
+    >>> fp8ckpt.load_model(model, "sample-fp8")
+    >>> bool(model.lm_head.weight.any())
+    True
+    """
     Checkpointer().load_model(model, path, partial=partial, narrow=narrow, follow_index=follow_index)
 
 
@@ -195,6 +206,11 @@ def save_model(
 ) -> None:
     """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see
     `Checkpointer.save_model`.
+
+    >>> model = fp8ckpt.load_pretrained("sample-fp8")
+    >>> _ = fp8ckpt.save_model(model, "saved-fp8", to="fp8", like="sample-fp8")
+    >>> fp8ckpt.verify("sample-fp8", "saved-fp8").ok
+    True
     """
     like = given_like(like, base)
     Checkpointer().save_model(model, path, to=to, like=like, scales=scales, carry=carry, max_file_bytes=max_file_bytes)

@@ -9,15 +9,16 @@ Its life, as DCP calls it:
 
 1. ``reset(path)``                      a new save begins
 2. ``set_up_storage_writer(...)``       on every rank
-3. ``prepare_local_plan(plan)``         nothing to add
-4. ``prepare_global_plan(plans)``       coordinator: check that the plans cover each tensor once, lay out, create the
-files
+3. ``prepare_local_plan(plan)``         what this rank was asked for
+4. ``prepare_global_plan(plans)``       coordinator: check that all were asked for the same, and that the plans cover
+                                        each tensor once; lay out, create the files
 5. ``write_data(plan, planner)``        this rank's regions, flushed to disk
 6. ``finish(metadata, results)``        coordinator: the headers; then the name
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -48,7 +49,7 @@ from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.matching import refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_shared
+from fp8ckpt.output.plan import OutputPlan, contents_of, refuse_shared, refuse_unlike, said_of
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
@@ -86,17 +87,18 @@ class DirectoryWriter(StorageWriter):
             refuse_shared(self._output, base, "base")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is; only tensors can be stored."""
+        """The plan with what this rank says of the output; only tensors can be stored."""
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 remedy = "keep it out of the state dict"
                 raise UnsupportedFormatError(
                     "it is no tensor", tensor=item.index.fqn, expected="tensors only", remedy=remedy
                 )
-        return plan
+        return dataclasses.replace(plan, storage_data=self._said())
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files, create them empty, and tell every rank what it must know."""
+        self._refuse_unlike([plan.storage_data for plan in plans])
         self._plan = self._planned(_tensors_of(plans))
         try:
             self._plan.begin(self._output)
@@ -153,6 +155,16 @@ class DirectoryWriter(StorageWriter):
     def release(self) -> None:
         """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
         self._output.release()
+
+    def _said(self) -> dict[str, Any]:
+        """What this rank says of the output, and the others must say as well."""
+        base = self._base_of_output()
+        read = None if base is None else contents_of(base)
+        return {**said_of(self._output), "the writer": type(self).__name__, "what is read": read}
+
+    def _refuse_unlike(self, said: list[dict[str, Any]]) -> None:
+        """Coordinator: raise where the ranks were not asked for the same output."""
+        refuse_unlike(said)
 
     # ---------------------------------------------------------------- what a writer decides
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
@@ -36,7 +37,7 @@ from fp8ckpt.checkpoint.directory_writer import (
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
 from fp8ckpt.checkpoint.storage_writer import cast
-from fp8ckpt.errors import WeightValueError
+from fp8ckpt.errors import RanksDifferError, WeightValueError
 from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import SCALES
@@ -76,6 +77,13 @@ class FP8StorageWriter(DirectoryWriter):
     `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
     finite, `RangeError` for values that no stored dtype can hold. Through ``dcp.save`` they come inside torch's
     ``CheckpointException``.
+
+    >>> import torch.distributed.checkpoint as dcp
+    >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
+    >>> state_dict = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    >>> _ = dcp.save(state_dict, storage_writer=fp8ckpt.FP8StorageWriter("saved", like="sample-fp8"))
+    >>> fp8ckpt.verify("sample-fp8", "saved").ok
+    True
     """
 
     def __init__(
@@ -110,6 +118,21 @@ class FP8StorageWriter(DirectoryWriter):
         self._base = base = open_checkpoint(self._base)
         return base
 
+    def _said(self) -> dict[str, Any]:
+        own = {"fresh": self._fresh, "carry": sorted(self._carry)}
+        if dist.is_available() and dist.is_initialized():
+            own["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+        return {**super()._said(), **own}
+
+    def _refuse_unlike(self, said: list[dict[str, Any]]) -> None:
+        """Also where the ranks of the save are not those of the group: in it they exchange what decides scales."""
+        super()._refuse_unlike(said)
+        group = said[0].get("the process_group", [])
+        if len(said) > 1 and len(group) != len(said):
+            found = f"{len(group)} ranks are in the writer's process group, and {len(said)} save"
+            remedy = "give FP8StorageWriter the process_group that dcp.save is given"
+            raise RanksDifferError(found, expected="the same ranks", remedy=remedy)
+
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()
         remedy = "give the FP8 checkpoint that the model came from"
@@ -134,12 +157,11 @@ class FP8StorageWriter(DirectoryWriter):
             dataclasses.replace(
                 plan,
                 storage_data=_Task(
-                    rank,
                     len(plans),
                     {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader},
                 ),
             )
-            for rank, plan in enumerate(plans)
+            for plan in plans
         ]
 
     def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
@@ -149,14 +171,7 @@ class FP8StorageWriter(DirectoryWriter):
     def _ranks(self, task: _Task) -> Ranks:
         if task.size == 1:
             return Ranks()
-        ranks = GroupRanks(self._group)
-        if (ranks.rank, ranks.size) != (task.rank, task.size):
-            found = (
-                f"rank {ranks.rank} of {ranks.size} in the writer's process group "
-                f"is rank {task.rank} of {task.size} in the save's"
-            )
-            raise ValueError(f"{found}; give FP8StorageWriter the process_group that dcp.save is given")
-        return ranks
+        return GroupRanks(self._group)
 
     def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
         """Copy what no shard holds: what is carried, the base's activation scales and scales of a cache. A weight
@@ -180,11 +195,10 @@ class FP8StorageWriter(DirectoryWriter):
 
 
 class _Task(NamedTuple):
-    """What a rank must know: which it is of how many, and of which weight each of its weights shares the scale (units
-    of two or more).
+    """What a rank must know: of how many it is one, and of which weight each of its weights shares the scale (units of
+    two or more).
     """
 
-    rank: int
     size: int
     leader: Mapping[str, str]
 

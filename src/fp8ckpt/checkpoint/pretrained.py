@@ -34,6 +34,10 @@ def load_pretrained(
     ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
     ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index does not list
     is no part of the checkpoint. Needs transformers.
+
+    >>> model = fp8ckpt.load_pretrained("sample-fp8")
+    >>> type(model).__name__, model.lm_head.weight.dtype
+    ('Mistral3ForConditionalGeneration', torch.bfloat16)
     """
     ranks = ranks_of_group()
     checkpoint, model = ranks.together(lambda: _built(path, dtype, follow_index))

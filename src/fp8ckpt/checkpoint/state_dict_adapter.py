@@ -17,6 +17,24 @@ class StateDictAdapter(ABC):
     ``hf_assets_path``: the directory of the checkpoint that it was made for, from which torchtitan loads where it is
     given no path. ``fqn_to_index_mapping``: the number of the file that each tensor lies in there, from 1 on, by its
     name on disk; torchtitan writes as many files. None where there is no checkpoint, and where it is one file.
+
+    >>> class Prefixed(fp8ckpt.StateDictAdapter):
+    ...     def to_hf(self, state_dict, **_):
+    ...         return {f"model.{name}": tensor for name, tensor in state_dict.items()}
+    ...
+    ...     def from_hf(self, hf_state_dict, device_mesh=None, **_):
+    ...         return {name.removeprefix("model."): tensor for name, tensor in hf_state_dict.items()}
+    ...
+    ...     def convert_single_tensor_to_hf(self, fqn, tensor, **_):
+    ...         return [(f"model.{fqn}", tensor)]
+    >>> model = torch.nn.Module()
+    >>> model.language_model = torch.nn.Module()
+    >>> model.language_model.norm = torch.nn.RMSNorm(128, dtype=torch.bfloat16)
+    >>> model.state_dict_adapter = Prefixed()
+    >>> fp8ckpt.load_model(model, "sample-fp8", partial=True)
+    >>> expected = fp8ckpt.open_checkpoint("sample-fp8").read("model.language_model.norm.weight")
+    >>> model.language_model.norm.weight.equal(expected)
+    True
     """
 
     hf_assets_path: str | None = None

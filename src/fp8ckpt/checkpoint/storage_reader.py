@@ -63,6 +63,13 @@ class FP8StorageReader(StorageReader):
     A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders
     made by an adapter's ``to_hf(quantization=True)`` are filled, too. Any other tensor is cast to its target's dtype,
     as DCP does; a warning names those that this rounds.
+
+    >>> import torch.distributed.checkpoint as dcp
+    >>> name = "model.language_model.layers.0.mlp.up_proj.weight"
+    >>> state_dict = {name: torch.empty(256, 128, dtype=torch.bfloat16)}
+    >>> dcp.load(state_dict, storage_reader=fp8ckpt.FP8StorageReader("sample-fp8"))
+    >>> state_dict[name].equal(fp8ckpt.open_checkpoint("sample-fp8").read(name))
+    True
     """
 
     def __init__(self, path: CheckpointLike, *, workers: int | None = None, threads: int | None = None) -> None:

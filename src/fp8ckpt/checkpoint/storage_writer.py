@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,10 @@ class SafetensorsStorageWriter(DirectoryWriter):
         if self._like is not None:
             self._like = open_checkpoint(self._like)
         return self._like
+
+    def _said(self) -> dict[str, Any]:
+        own = {"dtype": self._dtype, "carry": sorted(self._carry), "max_file_bytes": self._max_file_bytes}
+        return {**super()._said(), **own}
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()

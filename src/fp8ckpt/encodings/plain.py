@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from fp8ckpt.engine import ExtentWriter, Filled, Progress
+from fp8ckpt.engine import ExtentWriter, Filled, Progress, begin
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output import extents as cutting
@@ -53,8 +53,7 @@ def run(
     from fp8ckpt.tensors.reading import load_dequantizer
 
     checkpoint, plan = ranks.together(lambda: plan_plain(source, output, dtype, follow_index))
-    # What is done is what the first rank saw: others may be writing by the time that the last one looks.
-    done = ranks.first(lambda: plan.begin(output))
+    done = begin(plan, output, ranks)
     extents = extents_of_all(plan)
     mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.

@@ -18,7 +18,7 @@ import numpy as np
 
 from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, checked_scales, combine, scales_before
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
-from fp8ckpt.engine import ExtentWriter, Progress
+from fp8ckpt.engine import ExtentWriter, Progress, begin
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, scale_values
 from fp8ckpt.output.extents import Extent
@@ -84,7 +84,7 @@ def run(
 ) -> Quantized:
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
-    done = ranks.first(lambda: plan.output.begin(output))
+    done = begin(plan.output, output, ranks)
     first = dict(enumerate(plan.extents()))
     numbers = count(len(first))
     second = {name: {next(numbers): extent for extent in extents} for name, extents in plan.second_pass().items()}

@@ -76,6 +76,9 @@ class Forecast:
     the directory whose file system must have ``bytes_needed``; ``bytes_free`` there is None where that cannot tell.
     ``bytes_per_second``: what the disk just took, and ``seconds``: what writing takes at that rate; None where it was
     not measured. ``notes``: what a user should know.
+
+    >>> fp8ckpt.plan_convert("sample-fp8", "planned").bytes_resumed
+    0
     """
 
     destination: Path

@@ -12,6 +12,7 @@ which nothing can be lost: that is what a run leaves that ended before its first
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -217,17 +218,17 @@ class PartialOutput:
         done: dict[int, Facts] = {}
         for file in sorted(self._state.glob(_RECORDS + "*")):
             for line in read_whole(file).split(b"\n"):
-                try:
-                    record = json.loads(line)
-                    done[record["extent"]] = record["facts"]
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    continue  # cut off while it was written: the extent is written again
+                check, _, text = line.partition(b" ")
+                if check == _check(text):  # otherwise cut off while it was written, or damaged: it is written again
+                    extent, facts = json.loads(text)
+                    done[extent] = facts
         return dict(sorted(done.items()))
 
     def record(self, writer: int, extent: int, facts: Facts) -> None:
         """Record that an extent is on disk; call it after the flush. ``writer`` tells processes apart."""
         # The first newline ends a line that was cut off.
-        line = memoryview(("\n" + json.dumps({"extent": extent, "facts": facts}) + "\n").encode())
+        text = json.dumps([extent, facts]).encode()
+        line = memoryview(b"\n" + _check(text) + b" " + text + b"\n")
         try:
             fd = open_to_write(self._state / f"{_RECORDS}{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
@@ -273,6 +274,11 @@ class PartialOutput:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _check(text: bytes) -> bytes:
+    """What stands before a record, so that none is believed that is not as it was written."""
+    return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
 def _is_state(entry: str) -> bool:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fp8ckpt.errors import OutputExistsError
+from fp8ckpt.errors import OutputExistsError, RanksDifferError
 from fp8ckpt.output import extents
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import copy_whole, create, write_whole
@@ -21,6 +21,7 @@ from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
+from fp8ckpt.version import __version__
 
 
 @dataclass(frozen=True)
@@ -127,25 +128,34 @@ class OutputPlan:
         self.refuse_changes()
         output.publish()
 
+    def said(self, output: PartialOutput) -> dict[str, Any]:
+        """What every rank that writes this output must say of it, see `refuse_unlike`."""
+        read = [contents_of(checkpoint) for checkpoint in self.inputs]
+        return {**said_of(output), **self.arguments, "what is read": read, "what is planned": self._digest()}
+
     def _fingerprint(self) -> dict[str, Any]:
         """What must be equal for a partial output to be taken up: the files that are read, and every byte that is
         planned.
         """
+        sources = [_versions(checkpoint) for checkpoint in self.inputs]
+        sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
+        return {
+            "format": 5,
+            **self.arguments,
+            "chunk": extents.CHUNK,
+            "extent": extents.EXTENT,
+            "sources": sources,
+            "planned": self._digest(),
+        }
+
+    def _digest(self) -> str:
+        """Of every byte that is known before the first is written."""
         digest = hashlib.sha256()
         for layout in self.layouts:
             digest.update(layout.head)
         for name, text in sorted(self.texts.items()):
             digest.update(name.encode() + b"\0" + text)
-        sources = [_versions(checkpoint) for checkpoint in self.inputs]
-        sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
-        return {
-            "format": 4,
-            **self.arguments,
-            "chunk": extents.CHUNK,
-            "extent": extents.EXTENT,
-            "sources": sources,
-            "planned": digest.hexdigest(),
-        }
+        return digest.hexdigest()
 
 
 def _versions(checkpoint: Checkpoint) -> dict[str, list[Any]]:
@@ -155,6 +165,27 @@ def _versions(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     texts = {header.file.name: hashlib.sha256(header.text).hexdigest() for header in checkpoint.files}
     names = sorted([*texts, *(name for name in others if name and name in files)])
     return {name: [*files[name], texts.get(name)] for name in names}
+
+
+def contents_of(checkpoint: Checkpoint) -> str:
+    """A digest of the headers: what ranks can compare that read copies of a checkpoint, each on its own disk."""
+    digest = hashlib.sha256()
+    for header in checkpoint.files:
+        digest.update(f"{header.file.name}\0{header.size}\0".encode() + header.text)
+    return digest.hexdigest()
+
+
+def said_of(output: PartialOutput) -> dict[str, Any]:
+    """What ranks that write together say of any output."""
+    return {"the version of fp8ckpt": __version__, "the destination": str(output.destination)}
+
+
+def refuse_unlike(said: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `RanksDifferError` unless all ranks, in their order, say the same of the output that they write."""
+    for rank, other in enumerate(said):
+        for what in {**said[0], **other}:
+            if other.get(what) != said[0].get(what):
+                raise RanksDifferError.of(what, rank, other.get(what), said[0].get(what))
 
 
 def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> None:

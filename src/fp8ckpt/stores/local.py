@@ -28,7 +28,7 @@ _TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 _FOREIGN_FOLDERS = (".git", ".cache")  # of the tools that fetched a checkpoint; not part of it
 _MOST_OPEN = 16  # files
 _MOST_BUFFERS = 1000  # of one system call; the system's own limit is 1024
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _KINDS = {
     modes.S_IFIFO: "a FIFO", modes.S_IFSOCK: "a socket", modes.S_IFCHR: "a device", modes.S_IFBLK: "a device",
     modes.S_IFDIR: "a folder", modes.S_IFLNK: "a link",
@@ -114,9 +114,9 @@ class LocalStore:
         try:
             os.lstat(self._path(name))
         except OSError as error:
-            if error.errno in _ABSENT:
+            if error.errno in ABSENT:
                 return False
-            raise StorageError(f"cannot be opened: {error.strerror}", file=name, remedy="restore the file") from error
+            raise StorageError.of_reading(error, name) from error
         except ValueError:  # a name that no file can have
             return False
         return True
@@ -127,9 +127,7 @@ class LocalStore:
             with os.scandir(self._path(folder)) as entries:
                 found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
         except OSError as error:
-            remedy = "make it readable, or move it away"
-            where = folder or self.where
-            raise StorageError(f"cannot be listed: {error.strerror}", file=where, remedy=remedy) from error
+            raise StorageError.of_reading(error, folder or self.where, "cannot be listed") from error
         for name, is_folder in found:
             if not is_folder:
                 yield folder + name
@@ -170,11 +168,12 @@ class LocalStore:
         except StorageError:
             raise
         except OSError as error:
-            if error.errno in _ABSENT and name in self._seen:
+            if error.errno in ABSENT and name in self._seen:
                 raise SourceChangedError.of(name) from error
             nowhere = error.errno == errno.ENOENT and self._has(name)
-            found = "it is a link to nowhere" if nowhere else f"cannot be opened: {error.strerror}"
-            raise StorageError(found, file=name, remedy="restore the file") from error
+            raise StorageError.of_reading(
+                error, name, "it is a link to nowhere" if nowhere else "cannot be opened"
+            ) from error
 
     def _first_seen(self, name: str, stat: os.stat_result) -> _Identity:
         """The file's identity, which is the same as when it was first seen."""
@@ -307,9 +306,9 @@ def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
         try:
             count = read_at(fd, [view[done : done + MOST_AT_ONCE]], at)
         except OSError as error:
-            found = f"reading at byte {at} failed: {error.strerror}"
-            raise StorageError(found, file=part.file, remedy="check the disk") from error
+            raise StorageError.of_reading(error, part.file, f"reading at byte {at} failed") from error
         if count == 0:
             found, expected = f"the file ends at byte {at}", f"at least {part.stop} bytes"
-            raise TruncatedFileError(found, file=part.file, expected=expected, remedy="it changed while it was read")
+            remedy = "restore the file, or run it again once nothing writes to it"
+            raise TruncatedFileError(found, file=part.file, expected=expected, remedy=remedy)
         done += count

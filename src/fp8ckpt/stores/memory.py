@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +31,7 @@ class MemoryStore:
         for part, buffer in zip(wanted, out, strict=True):
             self.reads.append(part)
             if part.file not in self.contents and part.file not in self._seen:
-                raise StorageError("cannot be opened: there is no such file", file=part.file)
+                raise StorageError.of_reading(FileNotFoundError(errno.ENOENT, "there is no such file"), part.file)
             self._refuse_change(part.file)
             data = self.contents[part.file][part.start : part.stop]
             if len(data) < buffer.nbytes:
@@ -38,6 +39,7 @@ class MemoryStore:
                     f"the file ends at byte {part.start + len(data)}",
                     file=part.file,
                     expected=f"at least {part.stop} bytes",
+                    remedy="restore the file",
                 )
             buffer[:] = np.frombuffer(data, np.uint8)
 

@@ -29,7 +29,7 @@ from fp8ckpt.errors import (
     shown,
 )
 from fp8ckpt.stores.address import address_of
-from fp8ckpt.stores.local import LocalStore, kept_open
+from fp8ckpt.stores.local import ABSENT, LocalStore, kept_open
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
@@ -60,6 +60,11 @@ class Checkpoint:
     ``notes``: what a user should know; ``slips``: what is wrong and harms no reader. ``defects`` is empty in what
     `open_checkpoint` returns. ``markers``: stored tensors that only say how the others are stored. ``beside``:
     safetensors files of the directory that are no part of the model, and go where its side files go.
+
+    >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
+    >>> name = "model.language_model.layers.0.mlp.up_proj.weight"
+    >>> checkpoint.read(name, offsets=(8, 0), sizes=(2, 128)).dtype
+    torch.bfloat16
     """
 
     store: Store
@@ -94,10 +99,9 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            found = "the checkpoint has no such tensor"
-            raise UnknownTensorError(
-                found, tensor=name, file=self.path, expected=f"one of its {len(self.tensors)} logical tensors"
-            ) from None
+            found, expected = "the checkpoint has no such tensor", f"one of its {len(self.tensors)} logical tensors"
+            remedy = "fp8ckpt inspect --tensor REGEX lists them"
+            raise UnknownTensorError(found, tensor=name, file=self.path, expected=expected, remedy=remedy) from None
 
     def read(
         self, name: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None
@@ -269,6 +273,7 @@ def _resolve(path: str | Path) -> tuple[Path, str | None]:
         return local, None
     if os.path.lexists(local):
         return local.parent, local.name
+    _refuse_hidden(local)
     if not _is_hub_id(str(path)):
         raise CheckpointNotFoundError("there is no such directory or file", file=str(path), remedy="check the path")
     from huggingface_hub import snapshot_download
@@ -282,6 +287,17 @@ def _resolve(path: str | Path) -> tuple[Path, str | None]:
         raise CheckpointNotFoundError(
             "neither a path nor a model in huggingface_hub's local cache", file=str(path), remedy=remedy
         ) from None
+
+
+def _refuse_hidden(path: Path) -> None:
+    """Raise where the operating system does not say whether there is anything."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise StorageError.of_reading(error, str(path)) from error
+    except ValueError:  # a name that no file can have
+        pass
 
 
 def _is_hub_id(path: str) -> bool:

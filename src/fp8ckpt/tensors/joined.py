@@ -41,6 +41,10 @@ class Piece(NamedTuple):
     ``source_offsets``: where it begins there, one an axis of the source; ``offsets`` and ``sizes``: the box in the
     joined tensor; ``axes``: for each axis of the joined tensor the source's, or `NEW`. An axis of the source that is
     not among them has length 1 in the box.
+
+    >>> piece = fp8ckpt.Piece("experts.1.w1.weight", (0, 0), (1, 0, 0), (1, 4, 8), (-1, 0, 1))
+    >>> piece.region, piece.source_region
+    (((1, 0, 0), (1, 4, 8)), ((0, 0), (4, 8)))
     """
 
     source: str
@@ -97,7 +101,13 @@ class Piece(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """What a tensor of ``shape`` is made of. Pieces do not overlap, and cover it."""
+    """What a tensor of ``shape`` is made of. Pieces do not overlap, and cover it.
+
+    >>> experts = [fp8ckpt.Assembly.whole(f"experts.{i}.w1.weight", (4, 8)) for i in range(2)]
+    >>> stack = fp8ckpt.Assembly.stack(experts)
+    >>> stack.shape, [piece.source for piece in stack.pieces]
+    ((2, 4, 8), ['experts.0.w1.weight', 'experts.1.w1.weight'])
+    """
 
     shape: Shape
     pieces: tuple[Piece, ...]

@@ -35,6 +35,10 @@ class QuantizedTensor(NamedTuple):
     codes, several of which lie in a byte where they have fewer bits; then ``weight`` is of bytes, and of another shape.
     ``second``: the second level of scales. A `fp8ckpt.tensors.tensor.Tensor` of bfloat16, or of whichever target is
     asked for.
+
+    >>> tensor = fp8ckpt.open_checkpoint("sample-fp8").quantized[0]
+    >>> tensor.weight.dtype, tensor.scale.dtype, tensor.grid.per_tensor
+    ('F8_E4M3', 'BF16', True)
     """
 
     name: str

@@ -28,6 +28,10 @@ class TensorSpan(NamedTuple):
     """Where one tensor's bytes lie: ``[start, stop)`` in ``file``, in bytes from the beginning of the file.
 
     A `fp8ckpt.tensors.tensor.Tensor` whose values are those bytes.
+
+    >>> span = fp8ckpt.open_checkpoint("sample-fp8")["lm_head.weight"]
+    >>> span.file.name, span.dtype, span.shape, span.nbytes
+    ('model-00002-of-00003.safetensors', 'BF16', (512, 128), 131072)
     """
 
     name: str
