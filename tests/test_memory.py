@@ -92,7 +92,7 @@ def stored(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("job", ["convert", "verify", "verify one"])
+@pytest.mark.parametrize("job", ["convert", "verify", "verify one", "report"])
 def test_peak_memory_is_bounded_and_does_not_grow(
     job: str, checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
@@ -100,9 +100,11 @@ def test_peak_memory_is_bounded_and_does_not_grow(
     assert stored(checkpoints[1]) > 5 * stored(checkpoints[0]) > 300 << 20
     peaks = []
     for source in checkpoints:
+        page = str(tmp_path / f"{source.name}.html")
         run = {
             "convert": f"import fp8ckpt; fp8ckpt.convert({str(source)!r}, {str(tmp_path / source.name)!r}, workers=2)",
             "verify": f"import fp8ckpt; assert fp8ckpt.verify({str(source)!r}, {str(source)!r}, workers=2).ok",
+            "report": f"import fp8ckpt; fp8ckpt.report(*[{str(source)!r}] * 2, output={page!r}, workers=2)",
             "verify one": f"import fp8ckpt; assert fp8ckpt.verify({str(source)!r}, workers=2).ok",
         }[job]
         peaks.append(peak(run))

@@ -319,3 +319,13 @@ def test_command_line_options(tmp_path: Path, cli: Run) -> None:
         assert done.returncode == 2, wrong
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    """Of all weights, up to the last byte, and of the files one after the other."""
+    told: list[tuple[int, int, str]] = []
+    sample(tmp_path / "sample", progress=lambda *report: told.append(report))
+    done, total, doing = zip(*told, strict=True)
+    assert list(done) == sorted(done)
+    assert {done[-1]} == set(total)
+    assert list(dict.fromkeys(doing)) == [f"writing model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.output.files import OutputFiles
@@ -24,6 +24,9 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import INDEX
 from fp8ckpt.tensors.config import CONFIG, dump_json
 from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
+
+if TYPE_CHECKING:
+    from fp8ckpt.engine import Progress
 
 LAYOUTS = ("identity", "nested")
 _BLOCK = (128, 128)
@@ -101,13 +104,15 @@ def sample(
     files: int = 3,
     sparse: bool = False,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint of ``sizes`` to the new directory ``destination``, and return it.
 
     ``layout`` (Mistral3 only): "identity", the names of the model's own state dict, as Mistral Medium 3.5 has them; or
     "nested", as Ministral 3 and Devstral have them. ``files``: how many safetensors files. ``sparse``: true headers,
-    scales and side files, and holes where weights would be. Raises `fp8ckpt.errors.OutputExistsError` where the
-    destination exists, and `fp8ckpt.errors.NoRoomError` where there is no room for it.
+    scales and side files, and holes where weights would be. ``progress`` is called with (bytes of weights written, in
+    all, what is being done). Raises `fp8ckpt.errors.OutputExistsError` where the destination exists, and
+    `fp8ckpt.errors.NoRoomError` where there is no room for it.
 
     >>> from fp8ckpt.sample import Mistral3Sizes
     >>> path = fp8ckpt.sample("small", Mistral3Sizes(layers=1), files=2)
@@ -123,9 +128,13 @@ def sample(
         for file in planned.output.layouts:
             opened.of(file.name).write(_array(file.head), 0)
             spans.update((span.name, span) for span in file.spans)
+        done, total = 0, sum(map(_nbytes, planned.weights))
         for weight in planned.weights:
             for name, offset, data in _bytes_of(weight, planned.block, sparse, seed):
                 opened.of(spans[name].file.name).write(data, spans[name].start + offset)
+            done += _nbytes(weight)
+            if progress is not None:
+                progress(done, total, f"writing {spans[weight.name].file.name}")
         opened.flush()
         planned.output.publish(output)
     finally:

@@ -46,8 +46,22 @@ def on_a_terminal(*arguments: object, **env: str) -> tuple[int, str]:
 
 def test_version(cli: Run) -> None:
     """The version is one and the same everywhere."""
-    done = cli("--version")
-    assert (done.returncode, done.stdout) == (0, f"fp8ckpt {__version__}\n")
+    for option in ("--version", "-V"):
+        done = cli(option)
+        assert (done.returncode, done.stdout) == (0, f"fp8ckpt {__version__}\n")
+
+
+def test_case_does_not_matter(sample_fp8: Path, cli: Run) -> None:
+    """Of commands and options, as of the values of options; what is given as a path or a pattern is left alone."""
+    done = cli("Inspect", "--TENSOR", "LAYERS.0", sample_fp8)
+    assert (done.returncode, "no tensor has a name like 'LAYERS.0'" in done.stderr) == (1, True)
+
+
+def test_help_says_each_command_in_a_line(cli: Run) -> None:
+    """None is cut off."""
+    lines = cli("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert len(lines) >= len(COMMANDS)
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

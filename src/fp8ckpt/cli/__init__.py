@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -29,20 +30,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": str.lower},
     help="Take an FP8-released model into BF16 training, and back, losslessly.",
 )
 
-_EXAMPLES = {  # a test runs them in this order, in one directory
-    sample: "fp8ckpt sample sample-fp8 --layers 2",
-    inspect: "fp8ckpt inspect sample-fp8",
-    convert: "fp8ckpt convert sample-fp8 sample-bf16 --to bf16",
-    verify: "fp8ckpt verify sample-fp8 sample-bf16",
-    plan: "fp8ckpt plan sample-fp8 --ranks 4 --tp 2 --pp 2",
-    report: "fp8ckpt report sample-fp8 --output sample.html",
+_COMMANDS: dict[
+    Callable[..., None], tuple[str, str]
+] = {  # in the order of help: a line, and an example that a test runs
+    inspect: ("What is FP8, with which scales; what is not; every defect.", "fp8ckpt inspect sample-fp8"),
+    convert: ("FP8 to BF16, exactly; and back to FP8.", "fp8ckpt convert sample-fp8 sample-bf16 --to bf16"),
+    verify: ("Prove one sound, or two the same, bit for bit.", "fp8ckpt verify sample-fp8 sample-bf16"),
+    plan: ("What each rank of a cluster will hold, read and take.", "fp8ckpt plan sample-fp8 --ranks 4 --tp 2 --pp 2"),
+    report: ("Draw scales, codes, and what moved: one HTML page.", "fp8ckpt report sample-fp8 --output sample.html"),
+    sample: ("Write a miniature FP8 checkpoint to try things on.", "fp8ckpt sample sample-fp8 --layers 2"),
 }
-for _command in (inspect, convert, verify, plan, report, sample):
-    app.command(epilog=f"Example: {_EXAMPLES[_command]}")(_command)
+for _command, (_line, _example) in _COMMANDS.items():
+    app.command(short_help=_line, epilog=f"Example: {_example}")(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,7 +57,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None: ...
 

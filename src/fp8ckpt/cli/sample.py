@@ -8,6 +8,7 @@ import typer
 
 from fp8ckpt.cli.options import Json, Plan, Quiet, usage, word
 from fp8ckpt.cli.printing import answer, answer_forecast
+from fp8ckpt.cli.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,5 +62,6 @@ def sample(
             forecast = plan_sample(destination, sizes, layout=layout, files=files, sparse=sparse)
             answer_forecast(forecast, as_json=as_json, quiet=quiet)
             return
-        made = run(destination, sizes, layout=layout, files=files, sparse=sparse, seed=seed)
+        with progress("making", quiet=quiet) as reported:
+            made = run(destination, sizes, layout=layout, files=files, sparse=sparse, seed=seed, progress=reported)
     answer(_Sampled(made), lambda sampled: print(sampled.destination), as_json=as_json, quiet=quiet)
