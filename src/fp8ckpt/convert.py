@@ -24,7 +24,6 @@ from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.side_files import notes_on_plain
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 from fp8ckpt.tensors.config import Json
@@ -98,6 +97,7 @@ def convert(
     destination: str | Path,
     *,
     to: str = "bf16",
+    layout: str = "file",
     like: CheckpointLike | None = None,
     scheme: str | None = None,
     scales: str = "reuse",
@@ -115,7 +115,8 @@ def convert(
     ``to`` "bf16", "fp16" or "fp32": every FP8 weight is dequantized to it. The same files hold the same tensors, less
     the scales; unquantized tensors keep their bytes. The configuration loses its ``quantization_config``, the index is
     made anew, and every other file is copied, but for Mistral's own copy of the weights (``consolidated*.safetensors``)
-    and ``hf_quant_config.json``.
+    and ``hf_quant_config.json``. ``layout`` "model" writes tensors under the names and in the stackings of their model
+    in transformers instead, in files of at most 5 GB: what transformers reads where it has no rule for the file's own.
 
     ``to`` "fp8", with ``like``, the FP8 checkpoint that the source came from: its layout is written, with the source's
     values. It decides names, files, grids, scale dtypes, activation scales, configuration and side files. ``scales``
@@ -147,13 +148,13 @@ def convert(
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
     output = PartialOutput(destination)
-    how = _How(to, like, scheme, scales, carry, report, serving, only, skip, follow_index)
+    how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
     try:
         with ranks_of_this_job() as ranks:
             ranks.together(lambda: _refuse_arguments(how, workers))
             threads = workers or threads_of_this_rank()
             if to != FP8:
-                return _dequantize(source, output, to, threads, progress, ranks, follow_index=follow_index)
+                return _dequantize(source, output, how, threads, progress, ranks)
             return _quantize(source, output, how, threads, progress, ranks)
     except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
         output.discard()
@@ -175,6 +176,7 @@ def plan_convert(
     destination: str | Path,
     *,
     to: str = "bf16",
+    layout: str = "file",
     like: CheckpointLike | None = None,
     scheme: str | None = None,
     scales: str = "reuse",
@@ -195,7 +197,7 @@ def plan_convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job
 
-    how = _How(to, like, scheme, scales, carry, report, serving, only, skip, follow_index)
+    how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
     with ranks_of_this_job() as ranks:
         return ranks.first(lambda: _forecast(source, PartialOutput(destination), how))
 
@@ -205,9 +207,8 @@ def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forec
     if how.to == FP8:
         recipe = _plan_fp8(source, output, how)
         return recipe.output.forecast(output, dict(enumerate(recipe.extents())), recipe.made_of(), recipe.notes)
-    checkpoint, plan = dequantizing.plan_plain(source, output, TARGETS[how.to], how.follow_index)
-    extents, made_of = dequantizing.extents_of_all(plan), dequantizing.made_of(checkpoint)
-    return plan.forecast(output, extents, made_of, notes_on_plain(checkpoint))
+    plan = dequantizing.plan_plain(source, output, TARGETS[how.to], how.layout, how.follow_index)
+    return plan.output.forecast(output, plan.extents(), plan.made_of(), plan.notes)
 
 
 def _refuse_arguments(how: _How, workers: int | None) -> None:
@@ -215,6 +216,10 @@ def _refuse_arguments(how: _How, workers: int | None) -> None:
     selected = how.only is not None or how.skip is not None
     if to not in (*TARGETS, FP8):
         raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
+    if how.layout not in dequantizing.LAYOUTS:
+        raise ValueError(f"layout={how.layout!r}; expected one of {', '.join(dequantizing.LAYOUTS)}")
+    if to == FP8 and how.layout != dequantizing.FILE:
+        raise ValueError(f"layout={how.layout!r} goes with bf16, fp16 and fp32: for fp8, like or scheme decides it")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}; expected at least 1")
     if scales not in SCALES:
@@ -238,6 +243,7 @@ def _refuse_arguments(how: _How, workers: int | None) -> None:
 @dataclass(frozen=True)
 class _How:
     to: str
+    layout: str
     like: CheckpointLike | None
     scheme: str | None
     scales: str
@@ -252,30 +258,38 @@ class _How:
 def _dequantize(
     source: CheckpointLike,
     output: PartialOutput,
-    to: str,
+    how: _How,
     workers: int,
     progress: Progress | None,
     ranks: Ranks,
-    *,
-    follow_index: bool,
 ) -> PlainResult:
     begun = time.monotonic()
-    done = dequantizing.run(source, output, TARGETS[to], workers, progress, ranks, follow_index=follow_index)
-    quantized = done.source.quantized
+    done = dequantizing.run(
+        source,
+        output,
+        TARGETS[how.to],
+        workers,
+        progress,
+        ranks,
+        layout=how.layout,
+        follow_index=how.follow_index,
+    )
+    source, written = done.plan.source, done.plan.output
+    quantized = source.quantized
     return PlainResult(
         destination=output.destination,
-        to=to,
-        files=len(done.plan.names),
-        tensors=len(done.source.tensors),
+        to=how.to,
+        files=len(written.names),
+        tensors=len(done.plan.tensors),
         dequantized=len(quantized),
         dropped_scales=sum(1 + len(tensor.activation_scales) for tensor in quantized)
-        + len(done.source.cache_scales)
-        + len(done.source.markers),
+        + len(source.cache_scales)
+        + len(source.markers),
         bytes_read=done.bytes_read,
-        bytes_written=done.plan.nbytes,
+        bytes_written=written.nbytes,
         bytes_resumed=done.bytes_resumed,
         nan_codes=done.nan_codes,
-        notes=notes_on_plain(done.source),
+        notes=done.plan.notes,
         seconds=time.monotonic() - begun,
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fp8ckpt.engine import Progress
 from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.families.between import translated
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.serving.examine import Servability, examine
@@ -52,7 +53,8 @@ class VerifyResult:
     """What `verify` found: ``ok`` if there is no defect, no difference and nothing that a serving engine would trip
     over.
 
-    ``nan_codes`` counts NaN codes by side and tensor; ``serving`` is None where it was not asked for.
+    ``nan_codes`` counts NaN codes by side and tensor; ``serving`` is None where it was not asked for. ``notes``: how
+    the two were compared, where that is not tensor by tensor.
 
     >>> result = fp8ckpt.verify("sample-fp8")
     >>> result.tensors, result.defects
@@ -67,6 +69,7 @@ class VerifyResult:
     tensor_differences: tuple[TensorDifference, ...]
     file_differences: tuple[str, ...]
     serving: Servability | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -105,6 +108,9 @@ def verify(
     sides = [survey(path, follow_index=follow_index) for path in (a, b) if path is not None]
     defects = [defect for side in sides for defect in _defects(side)]
     servability = examine(sides[-1], tensor_parallel=tensor_parallel) if serving else None
+    notes: tuple[str, ...] = ()
+    if len(sides) == 2 and not defects:
+        sides[1], notes = _as_in(*sides)
     job = _Job(sides, progress)
     if defects:  # the values of a defective checkpoint mean nothing
         return VerifyResult(
@@ -122,7 +128,21 @@ def verify(
         tensor_differences=tuple(job.differences()),
         file_differences=tuple(_file_differences(*sides)) if len(sides) == 2 else (),
         serving=servability,
+        notes=notes,
     )
+
+
+def _as_in(a: Checkpoint, b: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
+    """``b`` with its tensors under the names and in the stackings of ``a``, and a note where that is another way."""
+    try:
+        found = translated(b, a)
+    except Fp8CheckpointError as error:
+        return b, (f"tensors are compared by their names alone: {error}",)
+    if found is None:
+        return b, ()
+    how = "are stacked, cut or named in another way"
+    note = f"{found.made} tensors {how} in {b.path}, and are compared as they are in {a.path}"
+    return replace(b, tensors=found.tensors), (note,)
 
 
 def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
-from fp8ckpt.families.transformers_tables import keep_in_float32
+from fp8ckpt.families.transformers_tables import configured_model, keep_in_float32
 from fp8ckpt.ranks import ranks_of_group
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.config import CONFIG, QUANTIZATION_KEYS
+from fp8ckpt.tensors.config import CONFIG
 
 
 def load_pretrained(
@@ -54,33 +54,16 @@ def load_pretrained(
 
 def _built(path: CheckpointLike, dtype: torch.dtype, follow_index: bool) -> tuple[Checkpoint, Any]:
     """The checkpoint, and the model that its configuration names, on the meta device."""
-    import transformers
-
     checkpoint = open_checkpoint(path, follow_index=follow_index)
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
-    for section in (
-        config,
-        *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)),
-    ):
-        for key in QUANTIZATION_KEYS:
-            if hasattr(section, key):
-                delattr(section, key)  # the model is a plain one
-    names = config.architectures or []
-    if not names or not hasattr(transformers, names[0]):
-        remedy = "build the model yourself, and call load_model"
+    model = configured_model(checkpoint.config, dtype)
+    if model is None:
         raise ConfigError(
-            f"architectures is {names!r}",
+            f"architectures is {checkpoint.config.get('architectures') or []!r}",
             file=checkpoint.path / CONFIG,
             expected="a class of transformers",
-            remedy=remedy,
+            remedy="build the model yourself, and call load_model",
         )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model: Any = getattr(transformers, names[0])(config)
-    finally:
-        torch.set_default_dtype(before)
+    model.config.name_or_path = str(checkpoint.path)
     keep_in_float32(model, dtype)
     return checkpoint, model
 

@@ -31,7 +31,7 @@ from fp8ckpt.numerics.codes import TARGET_BYTES, TARGETS
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
-from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
+from fp8ckpt.output.layout import DEFAULT_FILE_BYTES, FileLayout, TensorSpec, index_text, lay_out_in_files
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.matching import FLOATS, refuse_other_kinds
 from fp8ckpt.output.plan import OutputPlan
@@ -40,12 +40,10 @@ from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype
-from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
+from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.workers import share
 
 _PIECE = 4 << 20  # elements that are cast and written at once
-
-DEFAULT_FILE_BYTES = 5_000_000_000  # the size at which Hugging Face begins another file, too
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
             self._carried = carried_from(base, tensors, self._carry, "give the base that the model came from")
             refuse_other_kinds(tensors, base)
             return OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
-        layouts = self._partition([spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()])
+        specs = [spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()]
+        layouts = lay_out_in_files(specs, self._max_file_bytes)
         texts = dict(self._side_files.texts)
         if len(layouts) > 1:
             texts[INDEX] = index_text(layouts)
@@ -163,24 +162,6 @@ class SafetensorsStorageWriter(DirectoryWriter):
 
     def _stored_dtype(self, spec: TensorSpec) -> str:
         return self._dtype if spec.dtype in FLOATS else spec.dtype
-
-    def _partition(self, specs: list[TensorSpec]) -> list[FileLayout]:
-        metadata = {"format": "pt"}
-        contents: list[list[TensorSpec]] = [[]]
-        filled = 0
-        for spec in specs:
-            size = tensor_nbytes(spec.dtype, spec.shape)
-            if filled + size > self._max_file_bytes and contents[-1]:
-                contents.append([])
-                filled = 0
-            contents[-1].append(spec)
-            filled += size
-        if len(contents) == 1:
-            return [lay_out("model.safetensors", contents[0], metadata)]
-        return [
-            lay_out(f"model-{i:05d}-of-{len(contents):05d}.safetensors", part, metadata)
-            for i, part in enumerate(contents, 1)
-        ]
 
 
 def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:

@@ -36,6 +36,10 @@ def convert(
         str,
         word("bf16", "fp16", "fp32", "fp8", also=_DTYPES, help="What FP8 weights become; or fp8, the way back."),
     ] = "bf16",
+    layout: Annotated[
+        str,
+        word("file", "model", help="Not for fp8: names and stackings of the file, or of its model in transformers."),
+    ] = "file",
     like: Annotated[
         str | None, typer.Option(metavar="BASE", help="With --to fp8: the FP8 checkpoint that SRC came from.")
     ] = None,
@@ -90,6 +94,7 @@ def convert(
     page = None if report_html is None else _page(report_html)
     arguments: dict[str, Any] = {
         "to": to,
+        "layout": layout,
         "like": like,
         "scheme": scheme,
         "scales": scales,

@@ -52,6 +52,7 @@ def _print(result: "VerifyResult") -> None:
     print_first(("other differences", f"  {shown(text)}") for text in result.file_differences)
     for path, nan_codes in zip(result.paths, result.nan_codes, strict=False):
         print_nan_codes(nan_codes, f" in {path}")
+    print_notes(result.notes)
     print(f"{' and '.join(str(path) for path in result.paths)}: {_verdict(result)}")
     if result.serving is not None:
         print_defects(result.serving.failures, "failures in serving")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
+from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.carried import carriable
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, find_layout, name_pattern, ties_embeddings
 from fp8ckpt.families.siblings import equal_units
@@ -46,11 +47,12 @@ def plan_like(
     refuse_shared(output, given, "source")
     refuse_shared(output, like, "base")
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
-    naming = find_layout(given.tensors, like.tensors)
-    tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
-    tensors, notes = _with_tied_head(tensors, like)
+    tensors, notes = _as_in(like, given)
     allowed = carriable(tensors, like.tensors, like.config, name_pattern("carry", carry))
-    carried = refuse_other_tensors(tensors, like, "source", f"give the base that {given.path} came from", allowed)
+    remedy = f"give the base that {given.path} came from"
+    if not (tensors.keys() <= like.tensors.keys() or has_transformers()):
+        remedy += ", or install transformers, whose tables say how models stack experts: pip install 'fp8ckpt[hf]'"
+    carried = refuse_other_tensors(tensors, like, "source", remedy, allowed)
     if carried:
         notes += (f"{len(carried)} tensors that the source lacks are carried from the base: {listed(carried)}",)
     refuse_other_dtypes(tensors, like)
@@ -83,6 +85,19 @@ def plan_like(
         carried=tuple(sorted(carried)),
         notes=(*given.notes, *like.notes, *_cache_notes(like), *notes, *_side_file_notes(given, like)),
     )
+
+
+def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The source's tensors under the names and in the stackings of the base, as far as it has them, and notes."""
+    naming = find_layout(given.tensors, base.tensors)
+    tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
+    tensors, notes = _with_tied_head(tensors, base)
+    if tensors.keys() <= base.tensors.keys() or base.tensors.keys() <= tensors.keys():
+        return tensors, notes
+    if (found := translated(given, base)) is None:
+        return tensors, notes
+    tensors, notes = _with_tied_head(found.tensors, base)
+    return tensors, (f"{found.made} tensors are stacked, cut or named in another way in the source", *notes)
 
 
 def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:

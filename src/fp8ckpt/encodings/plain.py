@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from fp8ckpt.engine import ExtentWriter, Filled, Progress, begin
 from fp8ckpt.errors import RangeError
+from fp8ckpt.families.between import as_in_model
+from fp8ckpt.families.loaders import leaves_experts_random
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output import extents as cutting
 from fp8ckpt.output.extents import Chunk, Extent, extents_of, page_chunks
@@ -18,22 +20,48 @@ from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
+from fp8ckpt.output.side_files import notes_on_plain
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS
-from fp8ckpt.tensors.tensor import DequantizerOf, Reader, bytes_of_values
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor, bytes_of_values
 
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
+
+
+FILE, MODEL = "file", "model"
+#: Under which names and in which stackings tensors are written: the file's own, or those of its model in transformers.
+LAYOUTS = (FILE, MODEL)
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    """An output, and the ``tensors`` that are written, by name, as they are read of the source; what a user should
+    know.
+    """
+
+    source: Checkpoint
+    tensors: Mapping[str, Tensor]
+    output: OutputPlan
+    notes: tuple[str, ...]
+
+    def extents(self) -> dict[int, Extent]:
+        """All that is written, by numbers."""
+        layouts = self.output.layouts
+        return dict(enumerate(extent for layout in layouts for extent in extents_of(layout, page_chunks(layout))))
+
+    def made_of(self) -> dict[str, int]:
+        """Of how many bytes each tensor of the output is made."""
+        return {name: bytes_of_values(tensor) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True)
 class Dequantized:
     """What a run did. Sizes are in bytes."""
 
-    source: Checkpoint
-    plan: OutputPlan
+    plan: PlainPlan
     bytes_read: int
     bytes_resumed: int
     nan_codes: dict[str, int]
@@ -47,18 +75,20 @@ def run(
     progress: Progress | None,
     ranks: Ranks,
     *,
+    layout: str = FILE,
     follow_index: bool = False,
 ) -> Dequantized:
-    """Plan, write and publish, together with the other ranks."""
+    """Plan, write and publish, together with the other ranks. ``layout``: see `LAYOUTS`."""
     from fp8ckpt.tensors.reading import load_dequantizer
 
-    checkpoint, plan = ranks.together(lambda: plan_plain(source, output, dtype, follow_index))
+    planned = ranks.together(lambda: plan_plain(source, output, dtype, layout, follow_index))
+    plan = planned.output
     done = begin(plan, output, ranks)
-    extents = extents_of_all(plan)
+    extents = planned.extents()
     mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
-    fillers = [_Filler(checkpoint, dtype, dequantizer) for _ in range(workers)]
+    fillers = [_Filler(planned.tensors, dtype, dequantizer) for _ in range(workers)]
 
     def write() -> int:
         ExtentWriter(output, ranks.rank, {i: extents[i] for i in mine}, _sum, progress).run(fillers)
@@ -67,22 +97,10 @@ def run(
 
     bytes_read = sum(ranks.gather(write))
     nan_codes = ranks.first(lambda: _publish(plan, output))
-    return Dequantized(checkpoint, plan, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
+    return Dequantized(planned, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
 
 
-def extents_of_all(plan: OutputPlan) -> dict[int, Extent]:
-    """All that is written, by numbers."""
-    return dict(enumerate(extent for layout in plan.layouts for extent in extents_of(layout, page_chunks(layout))))
-
-
-def made_of(source: Checkpoint) -> dict[str, int]:
-    """Of how many bytes each tensor of the output is made."""
-    return {name: bytes_of_values(tensor) for name, tensor in source.tensors.items()}
-
-
-def plan_plain(
-    source: CheckpointLike, output: PartialOutput, dtype: str, follow_index: bool
-) -> tuple[Checkpoint, OutputPlan]:
+def plan_plain(source: CheckpointLike, output: PartialOutput, dtype: str, layout: str, follow_index: bool) -> PlainPlan:
     """Everything that can be known or refused before the first byte is written."""
     from fp8ckpt.tensors.reading import scale_defects
 
@@ -94,8 +112,16 @@ def plan_plain(
         for tensor in checkpoint.quantized:
             if tensor.numel:
                 _refuse_overflow(tensor)
-    plain = PlainLayout.of(checkpoint, dtype)
-    return checkpoint, OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, *plain)
+    tensors, notes = checkpoint.tensors, notes_on_plain(checkpoint)
+    if layout == MODEL:
+        tensors = as_in_model(checkpoint)
+        plain = PlainLayout.of_tensors(checkpoint, tensors, dtype)
+    else:
+        plain = PlainLayout.of(checkpoint, dtype)
+        if leaves_experts_random(checkpoint.config, tensors):
+            notes += ("transformers leaves experts random that are a tensor each of this model: say --layout model",)
+    written = OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, *plain)
+    return PlainPlan(checkpoint, tensors, written, notes)
 
 
 def _refuse_overflow(tensor: QuantizedTensor) -> None:
@@ -124,8 +150,8 @@ def _publish(plan: OutputPlan, output: PartialOutput) -> Facts:
 class _Filler:
     """One worker's reading and dequantizing: fills pieces of the output from the source, with buffers of its own."""
 
-    def __init__(self, source: Checkpoint, dtype: str, dequantizer: DequantizerOf) -> None:
-        self._tensors = source.tensors
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: str, dequantizer: DequantizerOf) -> None:
+        self._tensors = tensors
         self._reader = Reader(cutting.CHUNK // TARGET_BYTES[dtype], dequantizer, counting=True)
 
     @property

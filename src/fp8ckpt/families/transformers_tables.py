@@ -8,14 +8,15 @@ without values that remember of which pieces they are made. So every family that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.errors import ConfigError, UnsupportedFormatError, shown
+from fp8ckpt.tensors.config import CONFIG, without_quantization
 from fp8ckpt.tensors.joined import Assembly
 
 Shapes = dict[str, tuple[int, ...]]
@@ -41,6 +42,29 @@ class Assembled(NamedTuple):
 def is_pretrained(module: Any) -> bool:
     """Whether it is one of transformers' models, which have a configuration; it need not be imported for that."""
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and hasattr(module, "config")
+
+
+def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model that a configuration (of ``config.json``) names, unquantized, on the meta device; None where
+    transformers has no such class. Raises `ConfigError` where it makes no model of the configuration.
+    """
+    import transformers
+
+    names = config.get("architectures") or [None]
+    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    if cls is None or not isinstance(config.get("model_type"), str):
+        return None
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return cls(transformers.AutoConfig.for_model(**without_quantization(CONFIG, dict(config), None)))
+    except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
+        found = f"{names[0]} cannot be made of it: {shown(str(error))}"
+        remedy = "take the configuration of the release"
+        raise ConfigError(found, file=CONFIG, expected="one that transformers reads", remedy=remedy) from error
+    finally:
+        torch.set_default_dtype(before)
 
 
 def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:

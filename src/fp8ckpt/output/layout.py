@@ -25,6 +25,9 @@ _DTYPE_ORDER = (
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
 
 
+DEFAULT_FILE_BYTES = 5_000_000_000  # the size at which Hugging Face begins another file, too
+
+
 class TensorSpec(NamedTuple):
     """What a tensor to be written is."""
 
@@ -63,6 +66,26 @@ def lay_out(name: str, tensors: Iterable[TensorSpec], metadata: Mapping[str, str
         for tensor, (start, stop) in zip(ordered, offsets, strict=True)
     )
     return FileLayout(name, head, spans, len(head) + end)
+
+
+def lay_out_in_files(tensors: Iterable[TensorSpec], most: int) -> list[FileLayout]:
+    """Lay out tensors, in this order, in as many files of at most ``most`` bytes of data as they need, one tensor at
+    least in each, under the names that Hugging Face gives them.
+    """
+    metadata = {"format": "pt"}
+    contents: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = tensor_nbytes(tensor.dtype, tensor.shape)
+        if filled + size > most and contents[-1]:
+            contents.append([])
+            filled = 0
+        contents[-1].append(tensor)
+        filled += size
+    if len(contents) == 1:
+        return [lay_out("model.safetensors", contents[0], metadata)]
+    names = (f"model-{i:05d}-of-{len(contents):05d}.safetensors" for i in range(1, len(contents) + 1))
+    return [lay_out(name, part, metadata) for name, part in zip(names, contents, strict=True)]
 
 
 def lay_out_again(header: Header, tensors: Iterable[TensorSpec]) -> FileLayout:

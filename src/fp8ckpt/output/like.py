@@ -4,9 +4,19 @@ own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
+from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.numerics.codes import CODE_FORMATS
+from fp8ckpt.output.layout import (
+    DEFAULT_FILE_BYTES,
+    FileLayout,
+    TensorSpec,
+    index_text,
+    lay_out_again,
+    lay_out_in_files,
+)
 from fp8ckpt.output.side_files import plain_side_files, side_files
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
@@ -15,6 +25,7 @@ from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json, metadata_without_quantization
 from fp8ckpt.tensors.header import Header
 from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.tensor import Tensor
 
 
 def has_activation_scales(base: Checkpoint) -> bool:
@@ -54,6 +65,21 @@ class PlainLayout(NamedTuple):
         texts, copies = plain_side_files(base, dtype)
         if base.index is not None or len(layouts) > 1:
             texts[base.index_name or INDEX] = index_text(layouts, base.index)
+        return cls(tuple(layouts), texts, copies)
+
+    @classmethod
+    def of_tensors(cls, base: Checkpoint, tensors: Mapping[str, Tensor], dtype: str) -> PlainLayout:
+        """The same of ``tensors`` that are made of the base's, in files of their own."""
+        specs = []
+        for name, tensor in tensors.items():
+            if dtype not in tensor.dtypes() and any(span.dtype in CODE_FORMATS for span in tensor.spans):
+                found = f"some of its pieces are FP8, and others {tensor.dtype}"
+                raise UnsupportedFormatError(found, tensor=name, expected="one dtype", remedy="convert to bf16")
+            specs.append(TensorSpec(name, dtype if dtype in tensor.dtypes() else tensor.dtype, tensor.shape))
+        layouts = lay_out_in_files(specs, DEFAULT_FILE_BYTES)
+        texts, copies = plain_side_files(base, dtype)
+        if len(layouts) > 1:
+            texts[INDEX] = index_text(layouts)
         return cls(tuple(layouts), texts, copies)
 
 

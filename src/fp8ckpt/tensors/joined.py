@@ -24,6 +24,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import Region, Shape, boxes, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
@@ -306,7 +307,7 @@ class Assembly(NamedTuple):
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself alone, and can be a key
 class JoinedTensor:
     """A `fp8ckpt.tensors.tensor.Tensor` whose values are those of its pieces' ``sources``, by name. It is itself not
     scaled, whatever its sources are; they give their values in a common dtype.
@@ -393,6 +394,24 @@ class JoinedTensor:
         for piece in pieces[bisect_right(starts, low - most) : bisect_left(starts, high)]:
             if (part := piece.cut(region)) is not None:
                 yield part
+
+
+def joined_tensors(parts: Mapping[str, Assembly], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors ``parts`` are the assemblies of; one that is a source as it is, is that source.
+
+    Raises `UnsupportedFormatError` for one whose pieces have no dtype in common.
+    """
+    found: dict[str, Tensor] = {}
+    for name, assembly in parts.items():
+        first = sources[assembly.pieces[0].source] if assembly.pieces else None
+        if first is not None and assembly == Assembly.whole(assembly.pieces[0].source, first.shape):
+            found[name] = first
+            continue
+        tensor = found[name] = JoinedTensor(name, assembly, sources)
+        if not tensor.dtypes():
+            dtypes = " and ".join(sorted({sources[piece.source].dtype for piece in assembly.pieces}))
+            raise UnsupportedFormatError(f"its pieces are of {dtypes}", tensor=name, expected="one dtype")
+    return found
 
 
 def reversed_assemblies(parts: Mapping[str, Assembly], shapes: Mapping[str, Shape]) -> dict[str, Assembly]:

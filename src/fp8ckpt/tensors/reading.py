@@ -23,7 +23,7 @@ from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.scaled import QuantizedTensor
-from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import Reader, Tensor
 
 if TYPE_CHECKING:
@@ -167,11 +167,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, bit for bit, and neither is FP8; memory is two pieces."""
     if a.scaled is not None or b.scaled is not None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    buffers = np.empty((2, CODES_BUFFER), np.uint8)
-    for start in range(0, a.span.nbytes, CODES_BUFFER):
-        left, right = buffers[:, : min(CODES_BUFFER, a.span.nbytes - start)]
-        a.span.read(left, start)
-        b.span.read(right, start)
+    reader, buffers = Reader(CODES_BUFFER, load_dequantizer), np.empty((2, CODES_BUFFER), np.uint8)
+    step = CODES_BUFFER * 8 // DTYPE_BITS[a.dtype]
+    for start in range(0, a.numel, step):
+        left, right = buffers[:, : min(step, a.numel - start) * DTYPE_BITS[a.dtype] // 8]
+        a.elements(start, a.dtype, left, reader)
+        b.elements(start, a.dtype, right, reader)
         if not np.array_equal(left, right):
             return False
     return True

@@ -1,0 +1,128 @@
+"""Two files that hold one model under other names, or its experts stacked in the one and not in the other: how the
+tensors of the one are made of those of the other.
+
+The way is by the model itself, which transformers builds of the configuration without any values: its tables say how
+each file's tensors make the model's. One of these assemblies is turned round, and the two are made one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.config import CONFIG
+from fp8ckpt.tensors.joined import Assembly, composed, joined_tensors, reversed_assemblies
+from fp8ckpt.tensors.tensor import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Translated(NamedTuple):
+    """``tensors``: of one file under the names and in the stackings of another, as far as they can be made of its own;
+    and those that are in none of these, under their own names. ``made``: how many are not simply its own.
+    """
+
+    tensors: dict[str, Tensor]
+    made: int
+
+
+def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
+    """The tensors of ``given`` as in ``wanted``. None where it needs no translation, or where there is no knowing how:
+    transformers is not installed, or does not know the model.
+
+    Raises `ModelMismatchError` for tensors of other shapes, and `UnsupportedFormatError` where some experts lack.
+    """
+    if given.tensors.keys() <= wanted.tensors.keys() or wanted.tensors.keys() <= given.tensors.keys():
+        return None
+    named = [config for config in (wanted.config, given.config) if config.get("architectures")]
+    if not named or named[0]["architectures"] != named[-1]["architectures"]:
+        return None
+    parts = between(_shapes(wanted), _shapes(given), named[0])
+    if parts is None:
+        return None
+    used = {piece.source for assembly in parts.values() for piece in assembly.pieces}
+    left = {name: tensor for name, tensor in given.tensors.items() if name not in used}
+    if twice := sorted(left.keys() & parts.keys()):
+        raise ModelMismatchError(
+            f"another of its tensors is this one in {wanted.path}",
+            tensor=twice[0],
+            file=left[twice[0]].span.file,
+            remedy="remove one of the two",
+        )
+    tensors = joined_tensors(parts, given.tensors)
+    made = sum(tensor is not given.tensors.get(name) for name, tensor in tensors.items())
+    return Translated({**tensors, **left}, made)
+
+
+def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names and in the stackings of its model, and those for which the model has
+    no place under their own.
+
+    Raises `UnsupportedFormatError` where transformers is not installed or does not know the model, and
+    `ModelMismatchError` for tensors of other shapes than the model's.
+    """
+    if not has_transformers():
+        raise UnsupportedFormatError(
+            "the model's own layout is asked for, and transformers, which knows it, is not installed",
+            file=str(given.path),
+            remedy="pip install 'fp8ckpt[hf]'",
+        )
+    from fp8ckpt.families.transformers_tables import assemble, configured_model
+
+    if (model := configured_model(given.config)) is None:
+        found = f"its configuration names {given.config.get('architectures') or 'no model'}"
+        raise UnsupportedFormatError(found, file=str(given.path / CONFIG), expected="a model that transformers knows")
+    own, stored = _shapes_of(model), _shapes(given)
+    made = assemble(model, own, stored)
+    for name, assembly in made.parts.items():
+        if assembly.shape != own[name]:
+            raise ModelMismatchError(
+                f"shape {assembly.shape}", tensor=name, file=given.path, expected=f"{own[name]}, as in the model"
+            )
+        if (defect := assembly.defect(stored)) is not None:
+            raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name, file=given.path)
+    return {**joined_tensors(made.parts, given.tensors), **{name: given.tensors[name] for name in made.unused}}
+
+
+def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[str, Assembly] | None:
+    """Of the tensors ``wanted``, those that can be made of the ones ``given``, and how; None where transformers does
+    not know a model of this configuration.
+    """
+    if not has_transformers():
+        return None
+    from fp8ckpt.families.transformers_tables import assemble, configured_model
+
+    model = None
+    with suppress(ConfigError):
+        model = configured_model(config)
+    if model is None:
+        return None
+    own = _shapes_of(model)
+    there, here = assemble(model, own, wanted), assemble(model, own, given)
+    for name, assembly in there.parts.items():
+        if name in here.parts and here.parts[name].shape != assembly.shape:
+            raise ModelMismatchError(f"shape {here.parts[name].shape}", tensor=name, expected=f"{assembly.shape}")
+    parts = {name: Assembly.whole(name, given[name]) for name in there.unused & here.unused}
+    for name, assembly in reversed_assemblies(there.parts, wanted).items():
+        if all(piece.source in here.parts for piece in assembly.pieces):
+            parts[name] = composed(assembly, here.parts)
+            if (defect := parts[name].defect(given)) is not None:
+                raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name)
+    return parts
+
+
+def has_transformers() -> bool:
+    """Whether transformers is installed, whose tables are gone by."""
+    return find_spec("transformers") is not None
+
+
+def _shapes_of(model: Any) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _shapes(checkpoint: Checkpoint) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
