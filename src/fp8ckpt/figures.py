@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def require_library() -> None:
 
 def page_of(found: Report) -> str:
     """The whole page."""
-    title = " and ".join(shown(path.name or path) for path in found.paths)
+    title = " and ".join(shown(PurePath(path).name or path) for path in found.paths)
     sections = [_overview(found), _sizes(found)]
     if found.changes is not None:
         sections += _moved(found.changes, found.apart)

@@ -96,7 +96,7 @@ class Inspection:
     True
     """
 
-    path: Path
+    path: Path | str
     files: int
     tensors: int
     elements: int

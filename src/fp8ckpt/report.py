@@ -11,6 +11,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +107,7 @@ class Report:
     'mlp.up_proj'
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | str, ...]
     tensors: int
     elements: int
     sizes: tuple[SizeRow, ...]
@@ -217,7 +218,11 @@ class _Job:
             for name in self._tallies
             for start in range(0, self._sides_with(name)[0].tensors[name].numel, _CHUNK)
         )
-        share(chunks, [self._counter() for _ in range(workers)])
+        with ExitStack() as announced:
+            for side in self._sides:
+                spans = (side.tensors[name].span for name in self._tallies if side in self._sides_with(name))
+                announced.enter_context(side.store.ahead([span.whole] for span in spans))
+            share(chunks, [self._counter() for _ in range(workers)])
         return self._found()
 
     def _sides_with(self, name: str) -> list[Checkpoint]:

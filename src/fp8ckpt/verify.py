@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +62,7 @@ class VerifyResult:
     (45, ())
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Path | str, ...]
     tensors: int
     bytes_read: int
     nan_codes: tuple[dict[str, int], ...]
@@ -206,7 +207,11 @@ class _Job:
         reads = (read for tensor in tensors for read in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
         self._total = sum(stop - start for _, start, stop in reads)
         chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
-        share(chunks, [self._comparer() for _ in range(workers)])
+        with ExitStack() as announced:
+            for side in self.sides:
+                spans = (side.tensors[name].span for name in self._todo)
+                announced.enter_context(side.store.ahead([span.whole] for span in spans))
+            share(chunks, [self._comparer() for _ in range(workers)])
 
     def _comparer(self) -> Callable[[tuple[str, int]], None]:
         """One worker, with buffers of its own."""

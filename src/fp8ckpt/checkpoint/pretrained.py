@@ -13,8 +13,12 @@ from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
 from fp8ckpt.families.transformers_tables import configured_model, keep_in_float32
 from fp8ckpt.ranks import ranks_of_group
+from fp8ckpt.stores.local import local_copy
+from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG
+
+_GENERATION = "generation_config.json"
 
 
 def load_pretrained(
@@ -59,7 +63,7 @@ def _built(path: CheckpointLike, dtype: torch.dtype, follow_index: bool) -> tupl
     if model is None:
         raise ConfigError(
             f"architectures is {checkpoint.config.get('architectures') or []!r}",
-            file=checkpoint.path / CONFIG,
+            file=File(checkpoint.store, CONFIG),
             expected="a class of transformers",
             remedy="build the model yourself, and call load_model",
         )
@@ -71,7 +75,7 @@ def _built(path: CheckpointLike, dtype: torch.dtype, follow_index: bool) -> tupl
 def _finish(model: Any, checkpoint: Checkpoint) -> None:
     import transformers
 
-    if "generation_config.json" in checkpoint.store.files():  # without it, the default stays; a FIFO is refused here
-        with suppress(OSError):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.path)
+    if _GENERATION in checkpoint.store.files():  # without it, the default stays; a FIFO is refused here
+        with local_copy(checkpoint.store, [_GENERATION]) as directory, suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.eval()

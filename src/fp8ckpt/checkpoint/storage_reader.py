@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
+from fp8ckpt.stores.store import ByteRange
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.tensors.reading import stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor
 from fp8ckpt.workers import share
@@ -130,8 +131,10 @@ class FP8StorageReader(StorageReader):
         self._warn_of_rounding(targets)
         dequantizer = dequantizers(threads)
         loaders = [RegionLoader(dequantizer, threads) for _ in range(threads)]
+        work = list(self._work(targets))
         try:
-            share(self._work(targets), [partial(_load, loader) for loader in loaders])
+            with self.checkpoint.store.ahead(_reads(work)):
+                share(work, [partial(_load, loader) for loader in loaders])
         finally:
             for loader in loaders:
                 self.bytes_read += loader.bytes_read
@@ -204,6 +207,16 @@ class _Refused(Metadata):
 
 def _load(loader: RegionLoader, part: tuple[Tensor, Region, torch.Tensor]) -> None:
     loader.load(*part)
+
+
+def _reads(work: Iterable[tuple[Tensor, Region, torch.Tensor]]) -> Iterator[list[ByteRange]]:
+    """What the work will read, in order: scales, once a tensor, and values."""
+    last = None
+    for tensor, region, target in work:
+        if tensor.scaled is not None and tensor is not last and stored_dtype(target.dtype) != tensor.span.dtype:
+            yield [tensor.scaled.scale.whole]
+        last = tensor
+        yield list(tensor.reads(region))
 
 
 def _metadata(tensor: Tensor) -> TensorStorageMetadata:

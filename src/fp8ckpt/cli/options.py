@@ -9,7 +9,7 @@ import typer
 
 from fp8ckpt.errors import Fp8CheckpointError
 
-SOURCE_HELP = "A directory, a safetensors file, or a hub id in the local cache."
+SOURCE_HELP = "A directory, a safetensors file, a hub id in the local cache, or the URL of a store (s3://, hf://, ...)."
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[

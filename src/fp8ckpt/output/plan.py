@@ -100,7 +100,8 @@ class OutputPlan:
 
     def _look(self, output: PartialOutput) -> Room:
         """Refuse what `begin` would refuse; the room that there is. Nothing is made or changed."""
-        refuse_written(output, map(_path_of, self.copies.values()))
+        paths = [(file.store.path, file.name) for file in self.copies.values()]
+        refuse_written(output, [path / name for path, name in paths if path is not None])
         output.look(self._fingerprint(), self.names)
         return room_for({output.directory / name: size for name, size in self._sizes().items()}, self.holes)
 
@@ -192,11 +193,13 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
     """Raise where the output would be written into a checkpoint that is read (``what`` it is), or that lies in the
     output's own place; by whatever names the two are given.
     """
-    refuse_written(output, [checkpoint.path, *(_path_of(header.file) for header in checkpoint.files)])
-    read = _identity(checkpoint.path)
+    if (path := checkpoint.store.path) is None:
+        return
+    refuse_written(output, [path, *(path / header.file.name for header in checkpoint.files)])
+    read = _identity(path)
     for place in (output.destination, output.partial):
         if read in map(_identity, _with_parents(place)):
-            found = f"the destination lies inside the {what} {checkpoint.path}"
+            found = f"the destination lies inside the {what} {path}"
             raise OutputExistsError(
                 found, file=str(output.destination), expected="a path outside it", remedy="choose another destination"
             )
@@ -212,10 +215,6 @@ def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
             found = f"{path}, which is read, stands where the output is written until it is whole"
             remedy = "choose another destination"
             raise OutputExistsError(found, file=str(output.partial), expected="a path that is free", remedy=remedy)
-
-
-def _path_of(file: File) -> Path:
-    return Path(file.store.where, file.name)
 
 
 def _with_parents(path: Path) -> tuple[Path, ...]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import stat as modes
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from fp8ckpt.errors import SourceChangedError, StorageError, TruncatedFileError
 from fp8ckpt.stores.address import local_path
-from fp8ckpt.stores.store import ByteRange, Bytes, File, Files, Stat
+from fp8ckpt.stores.store import ByteRange, Bytes, File, Files, Stat, Store
 from fp8ckpt.system import MOST_AT_ONCE, read_at
 
 _TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -48,10 +49,17 @@ class LocalStore:
         self._blobs = _blobs_beside(self._root)
         self._seen: dict[str, _Identity] = {}
 
+    at_once = 1
+
     @property
     def where(self) -> str:
         """The directory, as it was given."""
         return str(self.directory)
+
+    @property
+    def path(self) -> Path:
+        """The same."""
+        return self.directory
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LocalStore) and self._root == other._root
@@ -88,6 +96,10 @@ class LocalStore:
                 for part, buffer in zip(wanted[i:k], out[i:k], strict=True):
                     _read_slowly(descriptor.fd, part, buffer)
             i = k
+
+    def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
+        """As `fp8ckpt.stores.store.Store.ahead`: the operating system sees for itself."""
+        return nullcontext()
 
     def refuse_changes(self) -> None:
         """As `fp8ckpt.stores.store.Store.refuse_changes`."""
@@ -187,6 +199,20 @@ def local_file(path: Path) -> File:
     """A file that the user named. Raises `UnsupportedStoreError` for the URL of a store."""
     path = local_path(path)
     return File(LocalStore(path.parent, path.name), path.name)
+
+
+@contextmanager
+def local_copy(store: Store, names: Sequence[str]) -> Iterator[Path]:
+    """A directory with those of the files ``names`` that there are: the store's own, or one for as long as the context
+    lasts.
+    """
+    if store.path is not None:
+        yield store.path
+        return
+    with tempfile.TemporaryDirectory(prefix="fp8ckpt-") as folder:
+        for name in store.files().keys() & set(names):
+            Path(folder, name).write_bytes(b"".join(piece.tobytes() for piece in File(store, name).pieces()))
+        yield Path(folder)
 
 
 def open_to_read(file: str | Path, name: str) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -16,6 +17,8 @@ class MemoryStore:
     """Files by name in ``contents``, which a test may change; ``reads`` has every range that was asked for."""
 
     where = "memory"
+    path = None
+    at_once = 1
 
     def __init__(self, contents: Mapping[str, bytes] | None = None) -> None:
         self.contents = dict(contents or {})
@@ -42,6 +45,10 @@ class MemoryStore:
                     remedy="restore the file",
                 )
             buffer[:] = np.frombuffer(data, np.uint8)
+
+    def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
+        """As `fp8ckpt.stores.store.Store.ahead`."""
+        return nullcontext()
 
     def refuse_changes(self) -> None:
         """As `fp8ckpt.stores.store.Store.refuse_changes`."""

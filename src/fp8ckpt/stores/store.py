@@ -11,15 +11,16 @@ A store promises:
   else is a `SourceChangedError`; ``refuse_changes`` looks again at all that was seen, before something is published;
 - *nothing but files*: a FIFO, a device, a link that leads away are refused by name, and nothing blocks.
 
-A remote store fits behind the same three methods: ``files`` is one listing, with the ETag (or the Hub's blob id) as the
-version; ``read`` joins the ranges that are near each other into requests of some MiB, sends them in parallel with that
-version as a condition, and copies each part where it belongs; ``refuse_changes`` lists again. Callers help it by asking
-for all that they need at once: a slice of columns is one ``read`` of many ranges.
+A store that is far away (`fp8ckpt.stores.remote`) stands behind the same methods. Callers help it by asking for all
+that they need at once (a slice of columns is one ``read`` of many ranges), from as many threads as it says
+(``at_once``), and by saying in advance what they will read (``ahead``). A near one has nothing to do with any of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,7 +30,7 @@ from fp8ckpt.errors import StorageError
 
 Bytes = npt.NDArray[np.uint8]  # flat and contiguous
 
-_PIECE = 1 << 20  # bytes
+_PIECE = 8 << 20  # bytes
 
 
 class Stat(NamedTuple):
@@ -54,6 +55,14 @@ class Store(Protocol):
     def where(self) -> str:
         """The place, as messages show it."""
 
+    @property
+    def path(self) -> Path | None:
+        """The directory, where the files are those of one on this machine."""
+
+    @property
+    def at_once(self) -> int:
+        """How many reads at once are done sooner than one after the other."""
+
     def files(self) -> Mapping[str, Stat]:
         """Every file by its name. Looking one up takes its version, and raises `StorageError` for what is no file."""
 
@@ -61,6 +70,12 @@ class Store(Protocol):
         """Fill each buffer with its range, which is as long.
 
         Raises `StorageError`, `TruncatedFileError` or `SourceChangedError`; the buffers then hold anything.
+        """
+
+    def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
+        """While the context lasts, these will be read, about in this order: a store that is far away fetches some of
+        them before they are asked for. Each is what one region needs; ``reads`` is taken from as it goes, by any
+        thread.
         """
 
     def refuse_changes(self) -> None:

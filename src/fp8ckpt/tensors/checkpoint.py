@@ -11,6 +11,7 @@ import gc
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,11 +26,11 @@ from fp8ckpt.errors import (
     IndexMismatchError,
     StorageError,
     UnknownTensorError,
-    UnsupportedStoreError,
     shown,
 )
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import ABSENT, LocalStore, kept_open
+from fp8ckpt.stores.opening import open_store
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
@@ -86,9 +87,9 @@ class Checkpoint:
         return [tensor for span, tensor in found if tensor is not None and tensor.span == span]
 
     @property
-    def path(self) -> Path:
-        """The directory."""
-        return Path(self.store.where)
+    def path(self) -> Path | str:
+        """The directory, or the URL of a store that is no directory of this machine."""
+        return self.store.path or self.store.where
 
     @property
     def quantized(self) -> list[QuantizedTensor]:
@@ -117,13 +118,14 @@ class Checkpoint:
         return read_tensor(self[name], offsets, sizes)
 
 
-#: A directory, a single safetensors file, a hub id in the local cache, a store, or an open `Checkpoint`.
+#: A directory, a single safetensors file, a hub id in the local cache, the URL of a store (docs/stores.md), a store, or
+#: an open `Checkpoint`.
 CheckpointLike: TypeAlias = str | Path | Store | Checkpoint
 
 
 def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
-    """Open a directory, a single safetensors file, a hub id that is in huggingface_hub's local cache, or a store. An
-    open checkpoint is itself.
+    """Open a directory, a single safetensors file, a hub id that is in huggingface_hub's local cache, the URL of a
+    store (``s3://bucket/prefix``, ``hf://org/name@revision``), or a store. An open checkpoint is itself.
 
     Reads headers only. ``follow_index``: what the index does not list is no part of the checkpoint, as loaders have it;
     without it, that is a defect. Raises the first defect found, as a named `Fp8CheckpointError`, and says how many more
@@ -163,11 +165,10 @@ def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
 
 
 def store_of(path: str | Path | Store) -> tuple[Store, str | None]:
-    """What keeps the files of a directory or of a hub id in the local cache, and the file where one was named."""
-    if not isinstance(path, str | Path):
-        return path, None
-    directory, single = _resolve(path)
-    return LocalStore(directory, single), single
+    """What keeps the files of a directory, of a hub id in the local cache, or of a URL; and the file where one was
+    named.
+    """
+    return _resolve(path) if isinstance(path, str | Path) else (path, None)
 
 
 @contextmanager
@@ -212,8 +213,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
                 defects.append(IndexMismatchError.of_unnamed(name, index_name))
     headers: list[Header] = []
     complete = not defects
-    for name in names:
-        header, found = read_header(File(store, name))
+    for header, found in _headers(store, names):
         defects += found
         complete = complete and not found
         if header is not None:
@@ -241,6 +241,15 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     )
 
 
+def _headers(store: Store, names: list[str]) -> Iterator[tuple[Header | None, list[Fp8CheckpointError]]]:
+    files = [File(store, name) for name in names]
+    if store.at_once == 1:
+        yield from map(read_header, files)
+    else:
+        with ThreadPoolExecutor(store.at_once, "fp8ckpt") as pool:
+            yield from pool.map(read_header, files)
+
+
 def _spans_by_name(
     headers: Iterable[Header], listed: Mapping[str, str] | None, defects: list[Fp8CheckpointError], notes: list[str]
 ) -> dict[str, TensorSpan]:
@@ -261,18 +270,15 @@ def _spans_by_name(
     return spans
 
 
-def _resolve(path: str | Path) -> tuple[Path, str | None]:
-    """The directory, and the file where one file was named."""
+def _resolve(path: str | Path) -> tuple[Store, str | None]:
+    """The store, and the file where one file was named."""
     if (address := address_of(path)) is not None:
-        remedy = "fetch it first, with the store's own client"
-        raise UnsupportedStoreError(
-            f"fp8ckpt does not read {address.scheme}://", file=str(address), expected="a local path", remedy=remedy
-        )
+        return open_store(address)
     local = Path(path)
     if os.path.isdir(local):  # noqa: PTH112 - Path.is_dir() raises for a name that is too long
-        return local, None
+        return LocalStore(local), None
     if os.path.lexists(local):
-        return local.parent, local.name
+        return LocalStore(local.parent, local.name), local.name
     _refuse_hidden(local)
     if not _is_hub_id(str(path)):
         raise CheckpointNotFoundError("there is no such directory or file", file=str(path), remedy="check the path")
@@ -280,10 +286,10 @@ def _resolve(path: str | Path) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), local_files_only=True)), None
+        return LocalStore(snapshot_download(str(path), local_files_only=True)), None
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-        fetch = f"; or, for a model of the hub, fetch it first: hf download {path}" if "/" in str(path) else ""
-        remedy = f"check the path{fetch}"
+        hub = f"; or, for a model of the hub, fetch it first: hf download {path}; or read it there: hf://{path}"
+        remedy = f"check the path{hub if '/' in str(path) else ''}"
         raise CheckpointNotFoundError(
             "neither a path nor a model in huggingface_hub's local cache", file=str(path), remedy=remedy
         ) from None

@@ -6,6 +6,7 @@ The only part of this room that touches tensor values. Memory is one small buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, Factor, count_bad_scales, 
 from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
+from fp8ckpt.stores.store import ByteRange
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import Reader, Tensor
@@ -97,41 +99,46 @@ def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
     """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
 
-    Scales that lie side by side are read together; memory is 8 MiB.
+    The scales of a file are asked for together; memory is 8 MiB.
     """
     spans = [*others]
     for tensor in tensors:
         spans += (*tensor.scales, *tensor.activation_scales)
     spans = [span for span in spans if span.dtype in SCALE_DTYPES and span.nbytes]
-    spans.sort(key=lambda span: (span.file.name, span.start))
+    spans.sort(key=lambda span: (span.file.name, span.dtype, span.start))
     buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
     defects: list[Fp8CheckpointError] = []
-    for group in _adjacent(spans):
+    for (file, dtype), group in groupby(spans, key=lambda span: (span.file, span.dtype)):
         try:
-            for start in range(group[0].start, group[-1].stop, _SCALES_AT_ONCE):
-                part = buffer[: min(_SCALES_AT_ONCE, group[-1].stop - start)]
-                group[0].file.read(start, part)
-                if count_bad_scales(scale_values(part.view(SCALE_DTYPES[group[0].dtype]), group[0].dtype)):
-                    defects += _bad_scales(group)
-                    break
+            for batch in _batches(group):
+                parts = np.split(buffer, np.cumsum([part.stop - part.start for _, part in batch]))
+                file.store.read([part for _, part in batch], parts[:-1])
+                read = buffer[: buffer.size - parts[-1].size].view(SCALE_DTYPES[dtype])
+                if count_bad_scales(scale_values(read, dtype)):
+                    defects += _bad_scales(dict.fromkeys(span for span, _ in batch))
         except (StorageError, TruncatedFileError) as error:
             defects.append(error)
     return defects
 
 
-def _adjacent(spans: list[TensorSpan]) -> Iterator[list[TensorSpan]]:
-    group: list[TensorSpan] = []
+def _batches(spans: Iterable[TensorSpan]) -> Iterator[list[tuple[TensorSpan, ByteRange]]]:
+    """Scales by `_SCALES_AT_ONCE` bytes; one that is longer is in parts."""
+    batch: list[tuple[TensorSpan, ByteRange]] = []
+    size = 0
     for span in spans:
-        if group and (span.file != group[-1].file or span.start != group[-1].stop or span.dtype != group[-1].dtype):
-            yield group
-            group = []
-        group.append(span)
-    if group:
-        yield group
+        for start in range(span.start, span.stop, _SCALES_AT_ONCE):
+            part = ByteRange(span.file.name, start, min(start + _SCALES_AT_ONCE, span.stop))
+            if size + part.stop - part.start > _SCALES_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+            batch.append((span, part))
+            size += part.stop - part.start
+    if batch:
+        yield batch
 
 
-def _bad_scales(group: list[TensorSpan]) -> Iterator[Fp8CheckpointError]:
-    for span in group:
+def _bad_scales(spans: Iterable[TensorSpan]) -> Iterator[Fp8CheckpointError]:
+    for span in spans:
         values = scale_values(_stored(span), span.dtype)
         if count_bad_scales(values):
             yield _bad_scale(span, values)

@@ -66,6 +66,11 @@ class TensorSpan(NamedTuple):
         """Its values are not scaled."""
         return
 
+    @property
+    def whole(self) -> ByteRange:
+        """All of its bytes."""
+        return ByteRange(self.file.name, self.start, self.stop)
+
     def dtypes(self) -> tuple[str, ...]:
         """Its own."""
         return (self.dtype,)

@@ -1,0 +1,246 @@
+"""What a job announces that it will read, fetched before it is asked for.
+
+A job says in which order it will read (`fp8ckpt.stores.store.Store.ahead`). What lies near each other of the next 48
+MiB is joined into requests of at most 16 MiB, over a gap of at most a sixteenth of what comes before it (a scale
+between two weights), so that what one rank fetches and another one needs stays small: with rows shared out, each byte
+is fetched once. Strips of one read are joined by the rule of `fp8ckpt.stores.remote`.
+
+At most `AHEAD` bytes are held, in flight or waiting to be taken; a request is given back when all of it was taken, or
+nearly all and the room is needed. A thread that runs ahead of all that is held asks for itself, and what it asked for
+is not fetched again: nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fp8ckpt.stores.store import ByteRange, Bytes
+
+if TYPE_CHECKING:
+    from fp8ckpt.stores.remote import RemoteStore
+
+AHEAD = 192 << 20  # bytes; with what threads read beside it, all stays below 256 MiB
+REQUEST = 16 << 20  # bytes; at most of one request
+GAP = 1 << 20  # bytes that are read over rather than asking twice, within one read
+_BETWEEN_READS = 16  # what is read over between two reads is at most one part in so many of what comes before it
+_BATCH = 3 * REQUEST  # bytes that are looked at together
+_MOST_RANGES = 1 << 14
+_REST = 16  # one part in so many of a request that nobody takes (a scale that was announced for nothing) is given up
+
+
+class Request(NamedTuple):
+    """One range of an object, and which parts of it go where; ``parts`` are in order and do not overlap."""
+
+    file: str
+    start: int
+    stop: int
+    parts: Sequence[tuple[int, Bytes]]  # (first byte in the object, buffer)
+
+
+class Wanted(NamedTuple):
+    """A part of an object that one of the reads asks for."""
+
+    file: str
+    start: int
+    stop: int
+    read: int
+
+
+def joined(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """The requests for what is wanted, in its order: see the rules above."""
+    group: list[Wanted] = []
+    held = 0
+    for file, start, stop, read in wanted:
+        for at in range(start, stop, REQUEST):
+            part = Wanted(file, at, min(at + REQUEST, stop), read)
+            if group:
+                last, gap = group[-1], part.start - group[-1].stop
+                most = GAP if last.read == read else min(GAP, held // _BETWEEN_READS)
+                if file != last.file or not 0 <= gap <= most or part.stop - group[0].start > REQUEST:
+                    yield group
+                    group, held = [], 0
+            group.append(part)
+            held += part.stop - part.start
+    if group:
+        yield group
+
+
+@dataclass(eq=False)
+class _Fetched:
+    """A request that was begun: its bytes, and how many of them nobody has taken yet."""
+
+    size: int
+    left: int
+    future: Future[None] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Part:
+    """Bytes of an object that are held, or will be; ``left`` of them were not taken yet."""
+
+    start: int
+    stop: int
+    buffer: Bytes
+    fetched: _Fetched
+    left: int
+
+
+class Window:
+    """What is held of the announced ``reads``, while the context lasts."""
+
+    def __init__(self, store: RemoteStore, windows: list[Window], reads: Iterable[Sequence[ByteRange]]) -> None:
+        self._store = store
+        self._windows = windows
+        self._lock = threading.Lock()
+        self._groups = self._planned(iter(reads))
+        self._next: list[Wanted] | None = None
+        self._held = 0
+        self._parts: dict[str, list[_Part]] = {}
+        self._passed: dict[str, list[tuple[int, int]]] = {}
+
+    def __enter__(self) -> None:
+        self._windows.append(self)
+        self._fill()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._windows.remove(self)
+        with self._lock:
+            self._groups = iter(())
+            fetched = {part.fetched for parts in self._parts.values() for part in parts}
+            self._parts.clear()
+        for one in fetched:
+            one.future.cancel()
+
+    def take(self, reads: Iterable[tuple[ByteRange, Bytes]]) -> list[tuple[ByteRange, Bytes]]:
+        """Fill what is held of the buffers; returns the rest."""
+        rest: list[tuple[ByteRange, Bytes]] = []
+        found: list[tuple[_Part, Bytes, Bytes]] = []
+        with self._lock:
+            for wanted, out in reads:
+                self._look_up(wanted, out, found, rest)
+        for part, held, out in found:
+            part.fetched.future.result()
+            out[:] = held
+        with self._lock:
+            for part, _, out in found:
+                self._taken(part, out.nbytes)
+        if found:
+            self._fill()
+        return rest
+
+    def _look_up(
+        self,
+        wanted: ByteRange,
+        out: Bytes,
+        found: list[tuple[_Part, Bytes, Bytes]],
+        rest: list[tuple[ByteRange, Bytes]],
+    ) -> None:
+        file, at, stop = wanted
+        parts = self._parts.get(file, [])
+        i = max(0, bisect_right(parts, at, key=_start) - 1)
+        while at < stop:
+            while i < len(parts) and parts[i].stop <= at:
+                i += 1
+            part = parts[i] if i < len(parts) else None
+            if part is not None and part.start <= at:
+                end = min(stop, part.stop)
+                held = part.buffer[at - part.start : end - part.start]
+                found.append((part, held, out[at - wanted.start : end - wanted.start]))
+            else:
+                end = stop if part is None else min(stop, part.start)
+                rest.append((ByteRange(file, at, end), out[at - wanted.start : end - wanted.start]))
+                insort(self._passed.setdefault(file, []), (at, end))
+            at = end
+
+    def _taken(self, part: _Part, count: int) -> None:
+        count = min(count, part.left)  # two threads may have read the same scale
+        part.left -= count
+        part.fetched.left -= count
+        if count and not part.fetched.left:
+            self._give_back(lambda fetched: fetched is part.fetched)
+
+    def _give_back(self, given: Callable[[_Fetched], bool]) -> None:
+        for file, parts in self._parts.items():
+            self._held -= sum(part.buffer.nbytes for part in parts if given(part.fetched))
+            self._parts[file] = [part for part in parts if not given(part.fetched)]
+
+    def _fill(self) -> None:
+        """Begin as many requests as may be held."""
+        with self._lock:
+            while True:
+                group = self._next or next(self._groups, None)
+                if group is not None:
+                    group = [part for wanted in group for part in self._not_passed(wanted)]
+                    if not group:
+                        self._next = None
+                        continue
+                size = sum(part.stop - part.start for part in group or ())
+                if group is not None and self._held + size > AHEAD:
+                    self._give_back(lambda fetched: fetched.left * _REST < fetched.size)
+                if group is None or (self._held and self._held + size > AHEAD):
+                    self._next = group
+                    return
+                self._next = None
+                self._begin(group, size)
+
+    def _begin(self, group: list[Wanted], size: int) -> None:
+        buffer, fetched, done = np.empty(size, np.uint8), _Fetched(size, size), 0
+        parts: list[tuple[int, Bytes]] = []
+        held = self._parts.setdefault(group[0].file, [])
+        for _, start, stop, _ in group:
+            piece = buffer[done : done + stop - start]
+            parts.append((start, piece))
+            insort(held, _Part(start, stop, piece, fetched, piece.size), key=_start)
+            done += piece.size
+        self._held += size
+        request = Request(group[0].file, group[0].start, group[-1].stop, parts)
+        fetched.future = self._store.submit(self._store.fetch, request)
+
+    def _planned(self, reads: Iterator[Sequence[ByteRange]]) -> Iterator[list[Wanted]]:
+        """The requests of all reads, looked at in batches, and in a batch in the order of the files."""
+        batch: list[Wanted] = []
+        size = 0
+        for i, read in enumerate(reads):
+            for wanted in read:
+                batch.append(Wanted(*wanted, i))
+                size += wanted.stop - wanted.start
+            if size >= _BATCH or len(batch) > _MOST_RANGES:
+                yield from joined(_apart(sorted(batch)))
+                batch, size = [], 0
+        yield from joined(_apart(sorted(batch)))
+
+    def _not_passed(self, wanted: Wanted) -> Iterator[Wanted]:
+        """What nobody has asked for yet of a range."""
+        at, read = wanted.start, wanted.read
+        passed = self._passed.get(wanted.file, [])
+        for start, stop in passed[max(0, bisect_right(passed, at, key=min) - 1) :]:
+            if start >= wanted.stop:
+                break
+            if stop > at:
+                if start > at:
+                    yield Wanted(wanted.file, at, start, read)
+                at = stop
+        if at < wanted.stop:
+            yield Wanted(wanted.file, at, wanted.stop, read)
+
+
+def _start(part: _Part) -> int:
+    return part.start
+
+
+def _apart(wanted: Iterable[Wanted]) -> Iterator[Wanted]:
+    """The same without what was there before: two reads may ask for the same bytes."""
+    end: tuple[str, int] = ("", 0)
+    for file, start, stop, read in wanted:
+        start = max(start, end[1]) if file == end[0] else start
+        if start < stop:
+            yield Wanted(file, start, stop, read)
+            end = file, stop

@@ -1,0 +1,198 @@
+"""Files of a web server: a directory whose index page lists them (``https://host/directory/``).
+
+The client is huggingface_hub's session, so proxies and certificates are set up as for the Hub. Each range is asked for
+with ``If-Match`` where the server gives strong ETags; the version in every answer is compared, whatever it is. A user
+and a password in the URL go to that host alone: a redirect to any other is followed without them, and never from
+https to http. Where a file was found is kept for as long as it holds, so that a range is one request.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from typing import Any
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
+from fp8ckpt.stores.address import Address
+from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken
+from fp8ckpt.stores.store import Stat
+
+_PIECE = 1 << 18  # bytes
+_MOST_REDIRECTS = 5
+_DEEPEST = 8  # folders
+_LONGEST_PAGE = 16 << 20  # bytes
+_ENCODED = {"Accept-Encoding": "identity"}  # a range is of the bytes themselves
+
+
+class HttpObjects:
+    """The files below a URL."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._leads: dict[str, str] = {}  # where servers led to, by file
+        self.where = str(address).rstrip("/")
+        self._base = f"{address.scheme}://{address.rest.rstrip('/')}/"
+        if not urlsplit(self._base).hostname or "?" in address.rest or "#" in address.rest:
+            raise UnsupportedStoreError(
+                "it is no directory", file=self.where, expected=f"{address.scheme}://host/directory"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._address,)
+
+    def url(self, name: str) -> str:
+        """Where a file is."""
+        return self._base + quote(name)
+
+    def headers(self) -> dict[str, str]:
+        """What goes to the named host, and to no other."""
+        return {}
+
+    def list(self) -> Mapping[str, Stat]:
+        """As `fp8ckpt.stores.remote.Objects.list`: the index pages, and what the server says of each file."""
+        names = list(dict.fromkeys(self._names("", 0)))
+        if not names:
+            remedy = "give a directory whose index page lists its files; for a model of the Hub, hf://org/name"
+            raise CheckpointNotFoundError("its page lists no files", file=self.where, remedy=remedy)
+        with ThreadPoolExecutor(AT_ONCE, "fp8ckpt-store") as pool:
+            return dict(zip(names, pool.map(self._stat, names), strict=True))
+
+    def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
+        """As `fp8ckpt.stores.remote.Objects.get`."""
+        condition = {"If-Match": stat.version} if stat.version.startswith('"') else {}
+        asked = {"Range": f"bytes={start}-{stop - 1}", **condition}
+        with self.answer("GET", name, asked, listed=True) as response:
+            if response.status_code != 206:
+                remedy = "fetch the files, or serve them with ranges"
+                raise StorageError(f"{self.where} serves no ranges", file=name, remedy=remedy)
+            if not response.headers.get("Content-Range", "").endswith(f"/{stat.size}"):
+                raise SourceChangedError.of(name)
+            self.refuse_other(name, stat, response.headers)
+            yield from response.iter_raw(_PIECE)
+
+    def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
+        """Raise `SourceChangedError` where an answer is of another version."""
+        if _version(headers) != stat.version:
+            raise SourceChangedError.of(name)
+
+    @contextmanager
+    def answer(self, method: str, name: str, asked: Mapping[str, str], *, listed: bool) -> Iterator[Any]:
+        """The server's answer, or that of the one it leads to, its body not yet read; errors in our own words.
+
+        ``listed``: whether the listing had the file, so that its absence is a change.
+        """
+        from huggingface_hub import get_session
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        url, named = self._leads.get(name) or self.url(name), _origin(self.url(name))
+        try:
+            for _ in range(_MOST_REDIRECTS):
+                own = self.headers() if _origin(url) == named else {}
+                headers = {**own, **_ENCODED, **asked}
+                session = get_session()
+                with session.stream(method, url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as response:
+                    if response.is_redirect:
+                        url = self._led_to(url, response.headers["Location"], name)
+                        continue
+                    self._refuse(response, name, listed)
+                    if listed and _origin(url) != named:
+                        self._leads[name] = url
+                    yield response
+                    return
+        except OfflineModeIsEnabled:
+            found = "huggingface_hub is told to stay offline"
+            raise StorageError(found, file=self.where, remedy="unset HF_HUB_OFFLINE, or give a local copy") from None
+        except Exception as error:
+            if not is_of_client(error):
+                raise
+            raise Broken(f"no whole answer ({type(error).__name__})") from None
+        raise StorageError(f"more than {_MOST_REDIRECTS} redirects", file=name or self.where, remedy="check the URL")
+
+    def _led_to(self, url: str, location: str, name: str) -> str:
+        target = urlsplit(urljoin(url, location))
+        if target.scheme not in ("http", "https") or (url.startswith("https:") and target.scheme == "http"):
+            found = f"{self.where} leads from https to {target.scheme}"
+            raise StorageError(
+                found, file=name or None, expected="a redirect to https", remedy="ask who runs the server"
+            )
+        if _origin(url) == _origin(target.geturl()):  # a user that the URL named stays with the host
+            return target._replace(netloc=urlsplit(url).netloc).geturl()
+        return target.geturl()
+
+    def _refuse(self, response: Any, name: str, listed: bool) -> None:
+        status = response.status_code
+        if status >= 400 and self._leads.pop(name, None) is not None:
+            raise Broken(f"the server answered {status}, where it had led to before")
+        if status in (408, 429) or status >= 500:
+            raise Broken(f"the server answered {status}")
+        if listed and status in (404, 410, 412, 416):
+            raise SourceChangedError.of(name)
+        if status in (404, 410):
+            raise CheckpointNotFoundError(f"the server answered {status}", file=self.where, remedy="check the URL")
+        if status >= 400:
+            remedy = "check the URL and what it asks for (a token: hf auth login; a user and a password)"
+            raise StorageError(f"{self.where} answered {status}", file=name or None, remedy=remedy)
+
+    def _stat(self, name: str) -> Stat:
+        with self.answer("HEAD", name, {}, listed=False) as response:
+            version = _version(response.headers)
+            size = response.headers.get("Content-Length", "")
+            if not version or not size.isdigit():
+                found = f"{self.where} gives neither a size nor a version (ETag, Last-Modified)"
+                remedy = "fetch the files: what changes under way could not be seen"
+                raise StorageError(found, file=name, remedy=remedy)
+            return Stat(int(size), version)
+
+    def _names(self, folder: str, depth: int) -> Iterator[str]:
+        """The files that an index page links to, and those of the folders below."""
+        page = _Links()
+        with self.answer("GET", folder, {}, listed=False) as response:
+            if "html" not in response.headers.get("Content-Type", ""):
+                return
+            held = b""
+            for piece in response.iter_raw(_PIECE):
+                held += piece
+                if len(held) > _LONGEST_PAGE:
+                    raise StorageError("its index page is longer than any", file=self.where, remedy="check the URL")
+        page.feed(held.decode(errors="replace"))
+        here = urlsplit(self.url(folder))
+        for link in page.found:
+            target = urlsplit(urljoin(here.geturl(), link))
+            below = unquote(target.path.removeprefix(here.path))
+            if _origin(target.geturl()) != _origin(here.geturl()) or not target.path.startswith(here.path) or not below:
+                continue
+            if not re.fullmatch(r"[^/\\\0]+/?", below) or target.query or below.startswith("."):
+                continue
+            if not below.endswith("/"):
+                yield folder + below
+            elif depth < _DEEPEST:
+                yield from self._names(folder + below, depth + 1)
+
+
+def is_of_client(error: Exception) -> bool:
+    """Whether an error is of the HTTP client, or of the connection below it: it may be another one the next time."""
+    module = type(error).__module__.partition(".")[0]
+    closed = isinstance(error, RuntimeError) and "closed" in str(error)  # by another user of the same session
+    return module in ("httpx", "httpx2", "httpcore", "httpcore2", "h11", "ssl") or closed
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _version(headers: Mapping[str, str]) -> str:
+    return headers.get("ETag") or headers.get("Last-Modified") or ""
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for key, value in attrs if tag == "a" and key == "href" and value]

@@ -1,0 +1,110 @@
+"""Files of a model on the Hub, read where they lie: ``hf://org/name[@revision][/folder]``, through huggingface_hub.
+
+A revision is resolved to its commit when the store is listed, and every range is asked of that commit: what it holds
+never changes. A file's version is its blob id. The token is huggingface_hub's own (``hf auth login``, ``HF_TOKEN``),
+and goes to the Hub alone: the servers that it leads to, for large files, get none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import unquote
+
+from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
+from fp8ckpt.stores.address import Address
+from fp8ckpt.stores.http import HttpObjects, is_of_client
+from fp8ckpt.stores.remote import Broken
+from fp8ckpt.stores.store import Stat
+
+_PLACE = re.compile(r"([^/@]+(?:/[^/@]+)?)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/([^@]*))?")
+
+
+class HubObjects(HttpObjects):
+    """The files of a model of the Hub, or of a folder of it."""
+
+    def __init__(self, address: Address, commit: str | None = None) -> None:
+        self._address = address
+        self.where = str(address).rstrip("/")
+        match = _PLACE.fullmatch(address.rest.strip("/"))
+        if match is None:
+            raise UnsupportedStoreError(
+                "it is no model of the Hub", file=self.where, expected="hf://org/name or hf://org/name@revision"
+            )
+        self.model, revision, folder = match.groups()
+        self.revision = unquote(revision) if revision else None
+        self._folder = f"{folder}/" if folder else ""
+        self._commit = commit
+        self._leads = {}
+        self._etags: dict[str, str] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HubObjects, (self._address, self._commit)
+
+    def url(self, name: str) -> str:
+        """Where a file of the commit is."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.model, self._folder + name, revision=self._commit)
+
+    def headers(self) -> dict[str, str]:
+        """The token."""
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there
+
+        headers: dict[str, str] = build_hf_headers(library_name="fp8ckpt")
+        return headers
+
+    def list(self) -> Mapping[str, Stat]:
+        """As `fp8ckpt.stores.remote.Objects.list`."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        with self._errors():
+            api = HfApi(library_name="fp8ckpt")
+            if self._commit is None:
+                self._commit = api.model_info(self.model, revision=self.revision).sha
+            tree = api.list_repo_tree(
+                self.model, self._folder.rstrip("/") or None, recursive=True, revision=self._commit
+            )
+            return {
+                entry.path.removeprefix(self._folder): Stat(
+                    entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id
+                )
+                for entry in tree
+                if isinstance(entry, RepoFile)
+            }
+
+    def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
+        """The commit decides what a file is; and whoever serves it gives it one ETag."""
+        etag = headers.get("ETag", "").removeprefix("W/")
+        if headers.get("X-Repo-Commit", self._commit) != self._commit or self._etags.setdefault(name, etag) != etag:
+            raise SourceChangedError.of(name)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+        try:
+            yield
+        except OfflineModeIsEnabled:
+            found = "huggingface_hub is told to stay offline"
+            raise StorageError(found, file=self.where, remedy="unset HF_HUB_OFFLINE, or give a local copy") from None
+        except HFValidationError:
+            raise UnsupportedStoreError(
+                "it is no model of the Hub", file=self.where, expected="hf://org/name or hf://org/name@revision"
+            ) from None
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status >= 500 or status in (408, 429):
+                raise Broken(f"the Hub answered {status}") from None
+            kind = re.sub(r"Error$", "", type(error).__name__)
+            remedy = "check name and revision; for what is private or gated, hf auth login"
+            raise CheckpointNotFoundError(
+                f"the Hub answered {status} ({kind})", file=self.where, remedy=remedy
+            ) from None
+        except Exception as error:
+            if not is_of_client(error):
+                raise
+            raise Broken(f"no whole answer ({type(error).__name__})") from None

@@ -1,0 +1,87 @@
+"""Objects of any other store that fsspec knows: ``gs://``, ``az://``, ``sftp://`` and so on, through its client there.
+
+fsspec has no way to ask for one version: a change under way is found when the store is listed again, before anything is
+published or given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from fp8ckpt.errors import CheckpointNotFoundError, MissingPackageError, StorageError, UnsupportedStoreError
+from fp8ckpt.stores.address import Address
+from fp8ckpt.stores.remote import Broken
+from fp8ckpt.stores.store import Stat
+
+# What clients call the version of an object, the surest first.
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "md5", "LastModified", "last_modified", "updated",
+             "mtime", "modified", "created")  # fmt: skip
+
+
+class OtherObjects:
+    """The objects below a URL of any scheme."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self.where = str(address).rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OtherObjects, (self._address,)
+
+    @cached_property
+    def _place(self) -> tuple[Any, str]:
+        """fsspec's client, and the path that it knows the place by."""
+        from fsspec.core import url_to_fs
+        from fsspec.registry import known_implementations
+
+        scheme = self._address.scheme
+        if scheme not in known_implementations:
+            remedy = "for a folder of that name, give its absolute path"
+            raise UnsupportedStoreError(f"no store is known as {scheme}://", file=self.where, remedy=remedy)
+        try:
+            client, path = url_to_fs(f"{scheme}://{self._address.rest}", use_listings_cache=False)
+        except ImportError as error:
+            package = known_implementations[scheme]["class"].partition(".")[0]
+            raise MissingPackageError(
+                f"reading {scheme}:// needs {package}", file=self.where, remedy=f"pip install {package}"
+            ) from error
+        except Exception as error:  # whatever a client says, it may say it with a secret
+            found = f"its client refuses ({type(error).__name__})"
+            raise StorageError(found, file=self.where, remedy="see how it is set up here") from None
+        return client, path.rstrip("/")
+
+    def list(self) -> Mapping[str, Stat]:
+        """As `fp8ckpt.stores.remote.Objects.list`."""
+        client, path = self._place
+        try:
+            client.invalidate_cache()
+            entries: dict[str, dict[str, Any]] = client.find(path, detail=True)
+        except Exception as error:
+            raise _worded(error) from None
+        found = {name[len(path) :].lstrip("/"): self._stat(name, info) for name, info in entries.items()}
+        if not found:
+            raise CheckpointNotFoundError("there is no object below it", file=self.where, remedy="check the URL")
+        return found
+
+    def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
+        """As `fp8ckpt.stores.remote.Objects.get`."""
+        client, path = self._place
+        try:
+            yield client.cat_file(f"{path}/{name}", start=start, end=stop)
+        except Exception as error:
+            raise _worded(error) from None
+
+    def _stat(self, name: str, info: Mapping[str, Any]) -> Stat:
+        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+        if not version or info.get("size") is None:
+            found = f"{self.where} gives neither a size nor a version"
+            remedy = "fetch the files: what changes under way could not be seen"
+            raise StorageError(found, file=name, remedy=remedy)
+        return Stat(int(info["size"]), version)
+
+
+def _worded(error: Exception) -> Broken:
+    """In our own words: a client's may hold a secret."""
+    return Broken(f"its client met {type(error).__name__}")

@@ -1,0 +1,226 @@
+"""A store that is far away: an object store, the Hub, a web server. Its client makes one request at a time
+(`Objects`); everything else is here.
+
+- *One version.* The listing gives each object's size and ETag (or blob id), and every request is for that version:
+  whatever else is there by then is a `SourceChangedError`, and never a mix.
+- *Few requests, many at once.* Ranges of one read that follow each other are joined into requests of at most 16 MiB. A
+  gap is read, and thrown away, where that is cheaper than another request: up to 1 MiB, which takes about as long to
+  come as a request takes to begin. So a slice of columns reads at most what its strips span; ranges that are asked for
+  by different reads are joined by another rule (`fp8ckpt.stores.ahead`).
+- *Whole, or a named error.* What breaks on the way (5xx, a reset, a short body, a stall) is asked for again, from the
+  byte at which it broke, after growing pauses; after `ATTEMPTS` the error names store, object, range and attempt.
+- *No secrets.* Messages show the URL without user, password and query, and say in our own words what a client met.
+
+Bytes go straight into the caller's buffers: what is thrown away takes no memory.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from fp8ckpt.errors import SourceChangedError, StorageError
+from fp8ckpt.stores.ahead import REQUEST, Request, Wanted, Window, joined
+from fp8ckpt.stores.store import ByteRange, Bytes, Stat
+
+T = TypeVar("T")
+
+AT_ONCE = 32  # requests
+ATTEMPTS = 8
+ATTEMPTS_TO_LIST = 4  # whoever mistyped a host waits for it
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 16.0  # seconds
+TIMEOUT = 30.0  # seconds without a byte are a stall
+_FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoint; not part of it
+
+
+class Broken(Exception):
+    """A request came to nothing, or to a part; it may do better the next time. In words without secrets."""
+
+
+class Objects(Protocol):
+    """The client of one kind of store. For any number of threads; each call is one attempt."""
+
+    @property
+    def where(self) -> str:
+        """The place as messages show it: no user, no password, no query."""
+
+    def list(self) -> Mapping[str, Stat]:
+        """Every object below the place. Raises `Broken`, `CheckpointNotFoundError` or `StorageError`."""
+
+    def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
+        """The bytes ``[start, stop)`` of that version, piece by piece.
+
+        Raises `Broken`, `SourceChangedError` where it is another version by now, and `StorageError`. May end early.
+        """
+
+
+class RemoteStore:
+    """The objects below one place; ``pause`` waits for some seconds before a request is made again."""
+
+    at_once = AT_ONCE
+    path = None
+
+    def __init__(self, objects: Objects, pause: Callable[[float], None] = time.sleep) -> None:
+        self._objects = objects
+        self._pause = pause
+        self._lock = threading.Lock()
+        self._listing: dict[str, Stat] | None = None
+        self._windows: list[Window] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def where(self) -> str:
+        """The URL, without secrets."""
+        return self._objects.where
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemoteStore) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self.where)
+
+    def _key(self) -> tuple[type, str]:
+        return type(self._objects), self.where
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process makes its own connections, to the same versions
+        return _restored, (self._objects, self._listing)
+
+    def files(self) -> Mapping[str, Stat]:
+        """As `fp8ckpt.stores.store.Store.files`; the store is listed once, and versions are those of that time."""
+        with self._lock:
+            if self._listing is None:
+                self._listing = self._list()
+            return self._listing
+
+    def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
+        """As `fp8ckpt.stores.store.Store.read`; what was announced by `ahead` is taken from there."""
+        left: Iterable[tuple[ByteRange, Bytes]] = zip(wanted, out, strict=True)
+        for window in tuple(self._windows):
+            left = window.take(left)
+        requests = list(_requests(left))
+        if len(requests) == 1:
+            self.fetch(requests[0])
+        elif requests:
+            futures = [self.submit(self.fetch, request) for request in requests]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                for future in futures:  # nobody writes into a buffer that was given back
+                    future.cancel()
+                    if not future.cancelled():
+                        future.exception()
+
+    def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
+        """As `fp8ckpt.stores.store.Store.ahead`."""
+        return Window(self, self._windows, reads)
+
+    def refuse_changes(self) -> None:
+        """As `fp8ckpt.stores.store.Store.refuse_changes`: the store is listed again."""
+        now, seen = self._list(), self.files()
+        for name in seen:
+            if now.get(name) != seen[name]:
+                raise SourceChangedError.of(name)
+
+    def submit(self, step: Callable[[T], None], item: T) -> Future[None]:
+        """Have a step done by one of the threads that wait for requests."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(AT_ONCE, "fp8ckpt-store")
+            return self._pool.submit(step, item)
+
+    def fetch(self, request: Request) -> None:
+        """Fill the buffers of a request, in as many attempts as it takes."""
+        stat = self.files().get(request.file)
+        if stat is None:
+            raise StorageError("there is no such object", file=request.file, expected=f"one below {self.where}")
+        filling = _Filling(request)
+
+        def attempt() -> None:
+            for data in self._objects.get(request.file, filling.at, request.stop, stat):
+                filling.take(data)
+            if filling.at < request.stop:
+                raise Broken(f"the body ended at byte {filling.at}")
+
+        if request.stop > stat.size:
+            from fp8ckpt.errors import TruncatedFileError
+
+            found, expected = f"the object ends at byte {stat.size}", f"at least {request.stop} bytes"
+            raise TruncatedFileError(found, file=request.file, expected=expected, remedy="look for a whole copy")
+        what = f"bytes {request.start}-{request.stop - 1} of {self.where}"
+        self._attempts(attempt, ATTEMPTS, what, request.file)
+
+    def _list(self) -> dict[str, Stat]:
+        listing: dict[str, Stat] = {}
+
+        def attempt() -> None:
+            listing.update(self._objects.list())
+
+        self._attempts(attempt, ATTEMPTS_TO_LIST, f"the list of {self.where}", None)
+        return {name: listing[name] for name in sorted(listing) if not name.startswith(_FOREIGN_FOLDERS)}
+
+    def _attempts(self, attempt: Callable[[], None], most: int, what: str, file: str | None) -> None:
+        for count in range(1, most + 1):
+            try:
+                attempt()
+                return
+            except Broken as error:
+                if count == most:
+                    found = f"reading {what} failed at attempt {count}: {error}"
+                    remedy = "see whether the store answers, and run it again"
+                    raise StorageError(found, file=file, remedy=remedy) from None
+            longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
+            self._pause(longest * random.uniform(0.5, 1))  # or all requests of all ranks come again at once
+
+
+def _restored(objects: Objects, listing: dict[str, Stat] | None) -> RemoteStore:
+    store = RemoteStore(objects)
+    store._listing = listing
+    return store
+
+
+class _Filling:
+    """Where the bytes of a request go, as they come."""
+
+    def __init__(self, request: Request) -> None:
+        self.at = request.start
+        self._request = request
+        self._starts = [start for start, _ in request.parts]
+
+    def take(self, data: bytes) -> None:
+        """Put the next bytes where they belong."""
+        begin, end = self.at, self.at + len(data)
+        if end > self._request.stop:
+            raise Broken("the body is longer than what was asked for")
+        bytes_ = np.frombuffer(data, np.uint8)
+        for start, buffer in self._request.parts[max(0, bisect_right(self._starts, begin) - 1) :]:
+            if start >= end:
+                break
+            low, high = max(start, begin), min(start + buffer.size, end)
+            if low < high:
+                buffer[low - start : high - start] = bytes_[low - begin : high - begin]
+        self.at = end
+
+
+def _requests(reads: Iterable[tuple[ByteRange, Bytes]]) -> Iterator[Request]:
+    """The requests of one read."""
+    buffers: list[Bytes] = []
+
+    def wanted() -> Iterator[Wanted]:
+        for (file, start, stop), buffer in reads:
+            buffers.extend(buffer[at : at + REQUEST] for at in range(0, stop - start, REQUEST))
+            yield Wanted(file, start, stop, 0)
+
+    done = 0
+    for group in joined(wanted()):
+        parts = [(part.start, buffers[done + i]) for i, part in enumerate(group)]
+        done += len(group)
+        yield Request(group[0].file, group[0].start, group[-1].stop, parts)

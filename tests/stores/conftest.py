@@ -1,0 +1,131 @@
+"""Stores with the same checkpoint in each, on loopback; nothing leaves the machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from huggingface_hub import constants
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+from fp8ckpt.stores.address import address_of
+from fp8ckpt.stores.opening import objects_of
+from fp8ckpt.stores.remote import RemoteStore
+from tests.stores.servers import Hub, Server, forwarding, web
+
+BUCKET = "bucket"
+NAMED = {
+    "s3": "s3://bucket/models/x",
+    "hub": "hf://org/name@v1",
+    "web": "http://user:secret@HOST/dir",
+    "other": "memory://x",
+}
+
+
+@dataclass
+class Far:
+    """One kind of store, with the files of a checkpoint. ``server`` is where data comes from, if it is a server's."""
+
+    kind: str
+    url: str
+    server: Server
+    pauses: list[float] = field(default_factory=list)
+    hub: Hub | None = None
+    s3: Any = None
+
+    def store(self) -> RemoteStore:
+        """Opened anew; its pauses take no time."""
+        address = address_of(self.url)
+        assert address is not None
+        return RemoteStore(objects_of(address), self.pauses.append)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files by name."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """An S3 server's URL."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """The way to an S3 server with an empty bucket; boto3 finds it, and credentials, in its environment."""
+    import boto3
+
+    server = Server(forwarding(moto))
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIAUSER", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": server.url, "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=moto)
+    client.create_bucket(Bucket=BUCKET)
+    yield server
+    for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):
+        client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    client.delete_bucket(Bucket=BUCKET)
+    server.close()
+
+
+@pytest.fixture
+def far(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
+    """``(kind, files)`` as a store of that kind."""
+    kind, directory = request.param if isinstance(request.param, tuple) else (request.param, None)
+    files = contents(directory or request.getfixturevalue("sample_fp8"))
+    yield from _far(kind, files, request, monkeypatch)
+
+
+def _far(
+    kind: str, files: Mapping[str, bytes], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Far]:
+    if kind == "s3":
+        import boto3
+
+        server, client = request.getfixturevalue("s3"), boto3.client("s3")
+        for name, data in files.items():
+            client.put_object(Bucket=BUCKET, Key=f"models/x/{name}", Body=data)
+        server.forget()
+        yield Far(kind, NAMED[kind], server, s3=client)
+    elif kind == "hub":
+        hub = Hub(files)
+        point_at(hub, monkeypatch)
+        yield Far(kind, NAMED[kind], hub.cdn, hub=hub)
+        hub.close()
+    elif kind == "web":
+        server = Server(web({f"dir/{name}": data for name, data in files.items()}))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield Far(kind, NAMED[kind].replace("HOST", server.url.removeprefix("http://")), server)
+        server.close()
+    else:
+        memory = fsspec.filesystem("memory")
+        for name, data in files.items():
+            memory.pipe(f"/x/{name}", data)
+        yield Far(kind, NAMED[kind], Server(web({})))
+        memory.rm("/x", recursive=True)
+
+
+def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT and HF_TOKEN do before huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.hub.url)
+    template = hub.hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", Hub.TOKEN)

@@ -1,0 +1,560 @@
+"""Checkpoints that are far away: every way in gives what a local copy gives, in few requests, whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from fp8ckpt import FP8StorageReader, convert, inspect, load_model, load_pretrained, open_checkpoint, report, verify
+from fp8ckpt.errors import (
+    CheckpointNotFoundError,
+    Fp8CheckpointError,
+    MissingPackageError,
+    SourceChangedError,
+    StorageError,
+    UnsupportedStoreError,
+)
+from fp8ckpt.numerics.geometry import Region
+from fp8ckpt.stores import ahead, http, remote
+from fp8ckpt.stores import s3 as s3_module
+from fp8ckpt.stores.store import ByteRange
+from tests.distributed import bits
+from tests.stores.conftest import BUCKET, Far, contents
+from tests.stores.servers import Answer, Asked, Hub, Server, serving
+
+ALL = pytest.mark.parametrize("far", ["s3", "hub", "web", "other"], indirect=True)
+SERVED = pytest.mark.parametrize("far", ["s3", "hub", "web"], indirect=True)
+S3 = pytest.mark.parametrize("far", ["s3"], indirect=True)
+HUB = pytest.mark.parametrize("far", ["hub"], indirect=True)
+WEB = pytest.mark.parametrize("far", ["web"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def converted(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample in BF16."""
+    output = tmp_path_factory.mktemp("bf16") / "out"
+    convert(sample_fp8, output)
+    return output
+
+
+# ---------------------------------------------------------------- every way in
+
+
+@ALL
+def test_every_command(far: Far, sample_fp8: Path, converted: Path, tmp_path: Path) -> None:
+    """inspect, convert, convert --like, verify: by the URL, and the same as of the directory."""
+    found = inspect(far.url, scales=True)
+    assert (found.defects, found.tensors, found.scales) == ((), *_of(inspect(sample_fp8, scales=True)))
+    assert "secret" not in str(found.path)
+    convert(far.url, tmp_path / "bf16")
+    assert contents(tmp_path / "bf16") == contents(converted)
+    convert(converted, tmp_path / "fp8", to="fp8", like=far.url)
+    assert contents(tmp_path / "fp8") == contents(sample_fp8)
+    assert verify(far.url, sample_fp8).ok
+    assert verify(converted, far.url).ok
+
+
+@S3
+def test_a_report(far: Far, sample_fp8: Path, tmp_path: Path) -> None:
+    """Of two sides, one of them far away."""
+    found = report(far.url, sample_fp8, output=tmp_path / "page.html")
+    assert {row.moved for row in found.changes or ()} == {0}
+
+
+def _of(found: Any) -> tuple[int, Any]:
+    return found.tensors, found.scales
+
+
+@ALL
+def test_every_reader(far: Far, sample_fp8: Path) -> None:
+    """Checkpoint.read, FP8StorageReader and load_model; a checkpoint that is open may go to another process."""
+    near, checkpoint = open_checkpoint(sample_fp8), open_checkpoint(far.url)
+    name = near.quantized[0].name
+    assert checkpoint.read(name, (3, 5), (7, 11)).equal(near.read(name, (3, 5), (7, 11)))
+    assert pickle.loads(pickle.dumps(checkpoint)).read(name).equal(near.read(name))
+    state = {key: torch.zeros(tensor.shape, dtype=near.read(key).dtype) for key, tensor in near.tensors.items()}
+    dcp.load(state, storage_reader=FP8StorageReader(far.url), no_dist=True)
+    assert all(bits(value) == bits(near.read(key)) for key, value in state.items())
+    model = torch.nn.Module()
+    model.register_parameter("lm_head_weight", torch.nn.Parameter(torch.zeros(512, 128, dtype=torch.bfloat16)))
+    model._parameters["lm_head.weight"] = model._parameters.pop("lm_head_weight")
+    load_model(model, far.url, partial=True)
+    assert model._parameters["lm_head.weight"].equal(near.read("lm_head.weight"))
+
+
+@HUB
+def test_load_pretrained(far: Far, sample_fp8: Path) -> None:
+    """A transformers model is built from the configuration there."""
+    loaded, expected = (load_pretrained(path).state_dict() for path in (far.url, sample_fp8))
+    assert all(value.equal(expected[name]) for name, value in loaded.items())
+
+
+@SERVED
+def test_a_single_file(far: Far, sample_fp8: Path) -> None:
+    """A URL may name one file."""
+    name = next(iter(open_checkpoint(sample_fp8).files)).file.name
+    with pytest.raises(CheckpointNotFoundError, match="1 of 3 files"):
+        open_checkpoint(f"{far.url}/{name}")
+
+
+# ---------------------------------------------------------------- few requests
+
+
+def _data(far: Far) -> list[Asked]:
+    """The ranges of files of weights."""
+    weights = [asked for asked in far.server.asked if urlsplit(asked.path).path.endswith(".safetensors")]
+    return [asked for asked in weights if asked.ranged]
+
+
+@SERVED
+def test_requests_of_opening(far: Far) -> None:
+    """Two ranges a file, many files at once, and one for each configuration."""
+    checkpoint = open_checkpoint(far.store())
+    assert len(_data(far)) == 2 * len(checkpoint.files)
+    assert sum(asked.ranged for asked in _data(far)) == sum(8 + len(header.text) for header in checkpoint.files)
+    assert far.pauses == []
+
+
+def test_headers_are_read_at_once() -> None:
+    """As many as the store takes: as many are on the way at the same time."""
+    barrier = threading.Barrier(remote.AT_ONCE, timeout=10)
+    head = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+
+    class Waiting:
+        where = "test://"
+
+        def list(self) -> dict[str, remote.Stat]:
+            names = [f"model-{i + 1:05d}-of-{remote.AT_ONCE:05d}.safetensors" for i in range(remote.AT_ONCE)]
+            return {name: remote.Stat(8 + len(head), "1") for name in names}
+
+        def get(self, name: str, start: int, stop: int, stat: remote.Stat) -> Any:
+            barrier.wait()
+            yield (len(head).to_bytes(8, "little") + head)[start:stop]
+
+    with pytest.raises(Fp8CheckpointError, match=r"in model-00001-of-00032\.safetensors as well"):
+        open_checkpoint(remote.RemoteStore(Waiting()))  # all hold one name: it is only opened
+
+
+@SERVED
+def test_each_byte_is_fetched_once(far: Far, tmp_path: Path) -> None:
+    """A conversion fetches the data once, in requests that join what lies together; what is
+    read over is little."""
+    store = far.store()
+    checkpoint = open_checkpoint(store)
+    size = sum(header.size - 8 - len(header.text) for header in checkpoint.files)
+    far.server.asked.clear()
+    convert(checkpoint, tmp_path / "out", workers=2)
+    fetched = sum(asked.ranged for asked in _data(far))
+    assert fetched <= (1 + 1 / 16) * size
+    assert len(_data(far)) < len(checkpoint.tensors)
+
+
+@S3
+@pytest.mark.parametrize(("axis", "ranks"), [(0, 2), (0, 4), (1, 2)])
+def test_shards_over_ranks(far: Far, sample_fp8: Path, axis: int, ranks: int) -> None:
+    """Rows shared out: each byte once over all ranks. Columns: at most what the strips span."""
+    fetched, read, near = 0, 0, open_checkpoint(sample_fp8)
+    for rank in range(ranks):
+        checkpoint = open_checkpoint(far.store())
+        matrices = [tensor for tensor in checkpoint.quantized if len(tensor.shape) == 2]
+        far.server.asked.clear()
+        items = [(tensor, _shard(tensor.shape, axis, rank, ranks)) for tensor in matrices]
+        with checkpoint.store.ahead(list(tensor.reads(region)) for tensor, region in items):
+            for tensor, region in items:
+                out = np.empty(region[1][0] * region[1][1], np.uint8)
+                tensor.weight.read_region(region, out)
+                assert bytes(out) == _codes(near[tensor.name], region)
+        fetched += far.server.fetched
+        read += sum(region[1][0] * region[1][1] for _, region in items)
+    assert read == sum(tensor.numel for tensor in matrices)
+    if axis == 0:
+        assert fetched == read
+    else:
+        assert read < fetched <= ranks * read
+
+
+def _shard(shape: tuple[int, ...], axis: int, rank: int, ranks: int) -> Region:
+    size = shape[axis] // ranks
+    offsets, sizes = [0, 0], list(shape)
+    offsets[axis], sizes[axis] = rank * size, size
+    return tuple(offsets), tuple(sizes)
+
+
+def _codes(tensor: Any, region: Region) -> Any:
+    whole = np.empty(tensor.numel, np.uint8)
+    tensor.weight.read(whole)
+    (top, left), (rows, columns) = region
+    return whole.reshape(tensor.shape)[top : top + rows, left : left + columns].tobytes()
+
+
+# ---------------------------------------------------------------- the window
+
+
+class _Counting:
+    """Objects in memory."""
+
+    where = "test://"
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.ranges: list[tuple[int, int]] = []
+
+    def list(self) -> dict[str, remote.Stat]:
+        return {name: remote.Stat(len(data), "1") for name, data in self.files.items()}
+
+    def get(self, name: str, start: int, stop: int, stat: remote.Stat) -> Any:
+        self.ranges.append((start, stop))
+        for at in range(start, stop, 7):
+            yield self.files[name][at : min(at + 7, stop)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_announced_and_what_is_read(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is announced, and whatever is read then, in any order, by any number of threads: the right bytes; and
+    what is announced and read once in order is fetched once, in bounded memory.
+    """
+    draw = random.Random(seed)
+    monkeypatch.setattr(ahead, "REQUEST", 64)
+    monkeypatch.setattr(ahead, "AHEAD", 256)
+    monkeypatch.setattr(ahead, "GAP", draw.choice([0, 8]))
+    monkeypatch.setattr(ahead, "_BATCH", draw.choice([1, 100, 1000]))
+    monkeypatch.setattr(remote, "REQUEST", 64)
+    objects = _Counting({name: draw.randbytes(3000) for name in "ab"})
+    store = remote.RemoteStore(objects)
+    cuts = [sorted(draw.sample(range(3001), 60)) for _ in "ab"]
+    reads = [[ByteRange(name, *cut[i : i + 2])] for name, cut in zip("ab", cuts, strict=True) for i in range(59)]
+    in_order = draw.random() < 0.5
+    todo = [wanted for [wanted] in reads] * (1 if in_order else 2)
+    if not in_order:
+        draw.shuffle(todo)
+    with store.ahead([read for read in reads if in_order or draw.random() < 0.7]):
+        [window] = store._windows
+
+        def work(part: list[ByteRange]) -> None:
+            for wanted in part:
+                out = np.zeros(wanted.stop - wanted.start, np.uint8)
+                store.read([wanted], [out])
+                assert bytes(out) == objects.files[wanted.file][wanted.start : wanted.stop]
+                assert window._held <= 256
+
+        threads = 1 if in_order else 3
+        apart = [threading.Thread(target=work, args=(todo[i::threads],)) for i in range(1, threads)]
+        for thread in apart:
+            thread.start()
+        work(todo[::threads])
+        for thread in apart:
+            thread.join()
+        if in_order:
+            assert window._held == 0
+    if in_order:
+        assert sum(stop - start for start, stop in objects.ranges) <= (1 + 1 / 16) * sum(
+            w.stop - w.start for [w] in reads
+        )
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stall is one soon."""
+    monkeypatch.setattr(http, "TIMEOUT", 0.3)
+    monkeypatch.setattr(s3_module, "TIMEOUT", 0.3)
+
+
+@SERVED
+@pytest.mark.parametrize("fault", Server.FAULTS)
+@pytest.mark.usefixtures("impatient")
+def test_each_fault_is_retried(far: Far, fault: str, sample_fp8: Path) -> None:
+    """The first requests of each file break: the bytes are right."""
+    most = 1 if fault == "stall" else 3
+    seen: dict[str, int] = {}
+
+    def break_it(asked: Asked) -> str | None:
+        seen[asked.path] = seen.get(asked.path, 0) + bool(asked.ranged)
+        return fault if asked.ranged and seen[asked.path] <= most else None
+
+    far.server.fault = break_it
+    name = open_checkpoint(sample_fp8).quantized[0].name
+    assert open_checkpoint(far.store()).read(name).equal(open_checkpoint(sample_fp8).read(name))
+    assert far.pauses
+
+
+@SERVED
+@pytest.mark.parametrize("fault", ["503", "reset", "short"])
+def test_what_never_comes_is_named(far: Far, fault: str) -> None:
+    """After the last attempt: store, object, range and attempt; and no secret. The pauses before it grow."""
+    checkpoint = open_checkpoint(far.store())
+    tensor = next(t for t in checkpoint.quantized if t.numel > 1000)
+    end = str(tensor.weight.stop - 1)
+    far.server.fault = lambda asked: fault if asked.headers.get("range", "").endswith(end) else None
+    with pytest.raises(StorageError) as caught:
+        checkpoint.read(tensor.name)
+    assert caught.value.file == tensor.weight.file.name
+    message = str(caught.value)
+    assert f"bytes {tensor.weight.start}-{tensor.weight.stop - 1} of {checkpoint.path} failed at attempt 8" in message
+    assert "secret" not in message
+    assert len(far.pauses) == 7
+    assert all(2 * far.pauses[i + 2] > 3 * far.pauses[i] for i in range(4))
+
+
+@pytest.mark.parametrize("far", ["s3", "web"], indirect=True)  # huggingface_hub asks again by itself
+def test_faults_of_the_listing(far: Far) -> None:
+    """The list, too, is asked for again; and in the end it is a named error."""
+    far.server.fault = lambda asked: "503"
+    with pytest.raises(StorageError, match=r"the list of .* failed at attempt 4"):
+        far.store().files()
+
+
+@SERVED
+def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 faults in one conversion: the same bytes, and nothing of it is lost."""
+    monkeypatch.setattr(ahead, "REQUEST", 8192)
+    draw, count = random.Random(1), [0]
+    streak: dict[tuple[str, str], int] = {}
+
+    def break_it(asked: Asked) -> str | None:
+        key = asked.path, asked.headers.get("range", "").partition("-")[2]
+        if not asked.ranged or count[0] == 200 or streak.get(key, 0) >= 5 or draw.random() < 0.1:
+            return None
+        count[0] += 1
+        streak[key] = streak.get(key, 0) + 1
+        return draw.choice(["503", "reset", "short"])
+
+    store = far.store()
+    store.files()
+    far.server.fault = break_it
+    convert(store, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(converted)
+    assert count[0] == 200
+
+
+def _overwrite(far: Far, name: str) -> None:
+    if far.kind == "s3":
+        body = far.s3.get_object(Bucket=BUCKET, Key=f"models/x/{name}")["Body"].read()
+        far.s3.put_object(Bucket=BUCKET, Key=f"models/x/{name}", Body=body[:-1] + bytes([body[-1] ^ 1]))
+    elif far.hub is not None:
+        data = far.hub.files[name]
+        far.hub.files[name] = data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize("far", ["s3", "hub"], indirect=True)
+def test_an_object_that_changes(far: Far, tmp_path: Path) -> None:
+    """Of the same size, after it was opened: an error, and no output, whole or partial."""
+    store = far.store()
+    checkpoint = open_checkpoint(store)
+    checkpoint.read(checkpoint.quantized[0].name)
+    _overwrite(far, checkpoint.files[-1].file.name)
+    with pytest.raises(SourceChangedError, match="changed after it was opened"):
+        convert(checkpoint, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["gone", "shorter", "other"])
+def test_a_file_of_a_web_server_that_changes(what: str, sample_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the server knows no conditions, and only says what it gives."""
+    from huggingface_hub import constants
+
+    from tests.stores.servers import ranged, web
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
+    changed = False
+
+    def answer(asked: Asked) -> Answer:
+        if changed and asked.ranged:
+            name = asked.path.lstrip("/")
+            data = {"gone": b"", "shorter": files[name][:-1], "other": files[name]}[what]
+            return (
+                Answer(404, {}, b"")
+                if what == "gone"
+                else ranged(data, "W/new", asked._replace(headers={"range": asked.headers["range"]}))
+            )
+        return web(files)(asked)
+
+    with serving(answer) as server:
+        checkpoint = open_checkpoint(f"{server.url}/dir")
+        changed = True
+        with pytest.raises(SourceChangedError):
+            checkpoint.read("lm_head.weight")
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@S3
+def test_a_kill_and_a_second_run(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle, by the request that it makes then: the second run ends with the same bytes."""
+    code = "from fp8ckpt.output import extents; extents.CHUNK = 4096; extents.EXTENT = 16384\n"
+    code += f"from fp8ckpt import convert; convert({far.url!r}, {str(tmp_path / 'out')!r}, workers=1)"
+    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ})
+    records = tmp_path / "out.partial" / ".fp8ckpt"
+    far.server.fault = lambda asked: os.kill(child.pid, signal.SIGKILL) if list(records.glob("done-*")) else None
+    assert child.wait(60) == -signal.SIGKILL
+    far.server.forget()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert contents(tmp_path / "out") == contents(converted)
+
+
+@SERVED
+def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path) -> None:
+    """ETags or blob ids: the same objects are taken up again, by whoever opens them; the state holds no secret."""
+    far.server.fault = lambda asked: "503" if asked.ranged > 20_000 else None
+    with pytest.raises(StorageError, match="the same command goes on from there"):
+        convert(far.store(), tmp_path / "out")
+    state = (tmp_path / "out.partial" / ".fp8ckpt" / "plan.json").read_text()
+    assert "secret" not in state
+    assert "hf_" not in state
+    far.server.forget()
+    convert(far.url, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(converted)
+
+
+# ---------------------------------------------------------------- secrets, and who gets them
+
+
+@HUB
+def test_the_token_goes_to_the_hub_alone(far: Far, sample_fp8: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Large files lie elsewhere, and whoever keeps them is not told the token; nor are the logs."""
+    assert far.hub is not None
+    far.hub.private = True
+    with caplog.at_level(logging.DEBUG, "fp8ckpt"):
+        assert verify(far.url, sample_fp8).ok
+    assert all("authorization" not in asked.headers for asked in far.hub.cdn.asked)
+    assert all(
+        asked.headers["authorization"] == f"Bearer {Hub.TOKEN}" for asked in far.hub.hub.asked if "name" in asked.path
+    )
+    assert Hub.TOKEN not in caplog.text
+    assert "Signature" not in caplog.text
+
+
+@HUB
+def test_a_signed_place_that_holds_no_more(far: Far, sample_fp8: Path) -> None:
+    """Where the Hub led to is used until it is refused, and asked for again then."""
+    assert far.hub is not None
+    checkpoint, near = open_checkpoint(far.store()), open_checkpoint(sample_fp8)
+    before = len(far.hub.hub.asked)
+    name = checkpoint.quantized[0].name
+    assert checkpoint.read(name).equal(near.read(name))
+    assert len(far.hub.hub.asked) == before
+    far.hub.signature = "2"
+    assert checkpoint.read(name).equal(near.read(name))
+
+
+@WEB
+def test_a_redirect_to_another_host(far: Far, monkeypatch: pytest.MonkeyPatch, sample_fp8: Path) -> None:
+    """It is followed without the user and the password that the URL has."""
+
+    def elsewhere(asked: Asked) -> Answer:
+        return Answer(302, {"Location": far.server.url + asked.path}, b"")
+
+    with serving(elsewhere) as first:
+        url = f"http://user:secret@{first.url.removeprefix('http://')}/dir/model.safetensors.index.json"
+        objects = remote.RemoteStore(http.HttpObjects(_address(url.rpartition("/")[0])))
+        objects._listing = {"config.json": far.store().files()["config.json"]}
+        out = np.zeros(10, np.uint8)
+        far.server.asked.clear()
+        objects.read([ByteRange("config.json", 0, 10)], [out])
+        assert bytes(out) == (sample_fp8 / "config.json").read_bytes()[:10]
+        assert "authorization" in first.asked[0].headers
+    assert all("authorization" not in asked.headers for asked in far.server.asked)
+
+
+def _address(url: str) -> Any:
+    from fp8ckpt.stores.address import address_of
+
+    return address_of(url)
+
+
+@S3
+@pytest.mark.parametrize("status", ["AccessDenied", "ExpiredToken"])
+def test_a_refusal_holds_no_secret(far: Far, status: str) -> None:
+    """What the store answers is named by its code alone."""
+    store = far.store()
+    checkpoint = open_checkpoint(store)
+    answer = far.server._answer
+    body = f"<Error><Code>{status}</Code><Message>AKIAUSER secret</Message></Error>".encode()
+    far.server._answer = lambda asked: Answer(403, {}, body) if asked.ranged else answer(asked)
+    with pytest.raises(StorageError, match=status) as caught:
+        checkpoint.read("lm_head.weight")
+    assert "secret" not in str(caught.value)
+    assert "AKIA" not in str(caught.value)
+    assert far.pauses == []
+
+
+# ---------------------------------------------------------------- what cannot be served
+
+REFUSED: dict[str, tuple[type[Fp8CheckpointError], str]] = {
+    "gs://bucket/x": (MissingPackageError, "pip install gcsfs"),
+    "az://bucket/x": (MissingPackageError, "pip install adlfs"),
+    "nowhere://x": (UnsupportedStoreError, "no store is known as nowhere://"),
+    "s3://": (UnsupportedStoreError, "expected s3://bucket/prefix"),
+    "s3://AKIA:secret@bucket/x": (UnsupportedStoreError, "AWS_PROFILE"),
+    "hf://a/b@c@d": (UnsupportedStoreError, "hf://org/name@revision"),
+    "https://": (UnsupportedStoreError, "https://host/directory"),
+    "file:///tmp/x": (UnsupportedStoreError, "give the path itself: /tmp/x"),
+    "hf://org/name": (StorageError, "unset HF_HUB_OFFLINE"),
+    "memory://nothing": (CheckpointNotFoundError, "no object below it"),
+}
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_refusals(url: str) -> None:
+    """By name, with what to do; and never with a secret."""
+    kind, text = REFUSED[url]
+    with pytest.raises(kind) as caught:
+        open_checkpoint(url)
+    assert text in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_boto3_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, the error says what to install."""
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'fp8ckpt\[s3\]'"):
+        open_checkpoint("s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("far", "url"), [("s3", "s3://bucket/none"), ("s3", "s3://none/x"), ("hub", "hf://org/none")], indirect=["far"]
+)
+def test_nothing_there(far: Far, url: str) -> None:
+    """No bucket, no prefix, no model."""
+    with pytest.raises(CheckpointNotFoundError, match=url):
+        open_checkpoint(url)
+
+
+def test_a_hub_id_says_how_to_stream() -> None:
+    """A plain id is the local cache's; what is not there can be fetched, or read there."""
+    with pytest.raises(CheckpointNotFoundError, match=r"hf download org/none; or read it there: hf://org/none"):
+        open_checkpoint("org/none")
+
+
+def test_a_server_without_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused by name: the whole file for each tensor would be read."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def answer(asked: Asked) -> Answer:
+        if asked.path.endswith("/"):
+            return Answer(200, {"Content-Type": "text/html"}, b'<a href="model.safetensors">x</a>')
+        return Answer(200, {"ETag": '"x"', "Content-Length": "100"}, b"x" * 100)
+
+    with serving(answer) as server, pytest.raises(StorageError, match="serves no ranges"):
+        open_checkpoint(f"{server.url}/dir")
