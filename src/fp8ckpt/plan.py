@@ -64,7 +64,7 @@ class Plan:
     (4, True)
     """
 
-    path: Path
+    path: Path | str
     pp: int
     dp: int
     tp: int
