@@ -75,7 +75,7 @@ def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
 
     if (model := configured_model(given.config)) is None:
         found = f"its configuration names {given.config.get('architectures') or 'no model'}"
-        raise UnsupportedFormatError(found, file=str(given.path / CONFIG), expected="a model that transformers knows")
+        raise UnsupportedFormatError(found, file=f"{given.path}/{CONFIG}", expected="a model that transformers knows")
     own, stored = _shapes_of(model), _shapes(given)
     made = assemble(model, own, stored)
     for name, assembly in made.parts.items():
