@@ -34,7 +34,7 @@ _BELOW_CHECKPOINT = {
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
 ARROWS = {
-    "__init__": {*JOBS, "checkpoint", "output", "tensors", "version"},
+    "__init__": {*JOBS, "checkpoint", "encodings", "output", "tensors", "version"},
     "__main__": {"cli"},
     "cli": {*JOBS, "encodings", "output", "version"},
     **{job: {"serving", "checkpoint", "figures", *_BELOW_CHECKPOINT} for job in JOBS},

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
     from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
     from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter
-    from fp8ckpt.convert import ConvertResult, Fp8Result, PlainResult, convert, plan_convert
+    from fp8ckpt.convert import convert, plan_convert
+    from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
     from fp8ckpt.output.forecast import Forecast
@@ -34,15 +35,15 @@ _HOMES = {
     "Assembly": "tensors.joined",
     "Checkpoint": "tensors.checkpoint",
     "Checkpointer": "checkpoint.checkpointing",
-    "ConvertResult": "convert",
+    "ConvertResult": "encodings.results",
     "FP8StorageReader": "checkpoint.storage_reader",
     "FP8StorageWriter": "checkpoint.fp8_storage_writer",
     "Forecast": "output.forecast",
     "Fp8CheckpointError": "errors",
-    "Fp8Result": "convert",
+    "Fp8Result": "encodings.results",
     "Inspection": "inspect",
     "Piece": "tensors.joined",
-    "PlainResult": "convert",
+    "PlainResult": "encodings.results",
     "Plan": "plan",
     "QuantizedTensor": "tensors.pairing",
     "Report": "report",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8ckpt.encodings import plain as dequantizing
+from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
 from fp8ckpt.engine import Progress
 from fp8ckpt.errors import RangeError, SourceChangedError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
@@ -30,65 +31,9 @@ from fp8ckpt.tensors.config import Json
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.recipes import QuantizingPlan
-    from fp8ckpt.encodings.run_fp8 import QuantizationReport
     from fp8ckpt.ranks import Ranks
 
 SCHEMES = ("per-tensor", "block", "channel")
-
-
-@dataclass(frozen=True)
-class ConvertResult:
-    """What a conversion did: a `PlainResult` or an `Fp8Result`. Sizes are in bytes.
-
-    ``bytes_read``: of the source. ``bytes_written``: of all files of weights, ``bytes_resumed`` of which an earlier run
-    wrote. ``notes``: what a user should know.
-
-    >>> result = fp8ckpt.convert("sample-fp8", "sample-bf16")
-    >>> result.tensors, result.bytes_resumed
-    (45, 0)
-    """
-
-    destination: Path
-    to: str
-    files: int
-    tensors: int
-    bytes_read: int
-    bytes_written: int
-    bytes_resumed: int
-    notes: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PlainResult(ConvertResult):
-    """What a conversion to BF16, FP16 or FP32 did. ``nan_codes`` counts, by tensor, those that were carried over.
-
-    >>> fp8ckpt.convert("sample-fp8", "sample-fp32", to="fp32").nan_codes
-    {}
-    """
-
-    dequantized: int
-    dropped_scales: int
-    nan_codes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Fp8Result(ConvertResult):
-    """What a conversion to FP8 did.
-
-    ``base_bytes_read``: codes of the base, which are read for the report alone. ``bytes_rewritten``: written a second
-    time, for weights whose one scale turned out not to fit. ``report``: what quantizing did, weight by weight; None
-    where none was asked for.
-
-    >>> _ = fp8ckpt.convert("sample-fp8", "sample-bf16")
-    >>> fp8ckpt.convert("sample-bf16", "sample-block", to="fp8", scheme="block").quantized
-    8
-    """
-
-    quantized: int
-    base_bytes_read: int
-    bytes_rewritten: int
-    report: QuantizationReport | None
 
 
 @kept_open()

@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ from fp8ckpt import (
     save_model,
     verify,
 )
-from fp8ckpt.checkpoint import checkpointing, fp8_storage_writer, shard_quantizing
+from fp8ckpt.checkpoint import checkpointing, fp8_part, fp8_storage_writer, shard_quantizing
+from fp8ckpt.encodings.results import Fp8Result, QuantizationReport
 from fp8ckpt.errors import (
     Fp8CheckpointError,
     ModelMismatchError,
@@ -85,17 +87,36 @@ def stored_bytes(directory: Path) -> int:
     return sum(len(tensor.data) for tensor in read_directory(directory).values())
 
 
-def plain_save(state: dict[str, Any], path: Path, base: Path, **how: Any) -> int:
-    """Through plain ``dcp.save``; returns the bytes that this rank wrote."""
+class Saved(NamedTuple):
+    """``bytes_written`` by this rank, and the report of all."""
+
+    bytes_written: int
+    report: QuantizationReport | None
+
+
+def plain_save(state: dict[str, Any], path: Path, base: Path, **how: Any) -> Saved:
+    """Through plain ``dcp.save``."""
     writer = FP8StorageWriter(path, like=base, **how)
     dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
-    return writer.bytes_written
+    assert writer.base_bytes_read == sum(tensor.numel for tensor in open_checkpoint(base).quantized)
+    return Saved(writer.bytes_written, writer.report)
+
+
+def assert_same_report(found: QuantizationReport | None, expected: QuantizationReport | None) -> None:
+    """Every count, maximum and name; mean errors but for the order in which they are added up."""
+    assert found is not None
+    assert expected is not None
+    assert found.carried == expected.carried
+    assert len(found.weights) == len(expected.weights) > 0
+    for row, other in zip((found.total, *found.weights), (expected.total, *expected.weights), strict=True):
+        assert replace(row, mean_error=0.0) == replace(other, mean_error=0.0)
+        assert row.mean_error == pytest.approx(other.mean_error, rel=1e-6)
 
 
 def small_steps(patch: pytest.MonkeyPatch, elements: int) -> None:
     """Make what is worked on at once small, so that more blocks wait, and what the ranks exchange at once."""
-    patch.setattr(fp8_storage_writer, "_LARGEST_STEP", elements)
-    patch.setattr(fp8_storage_writer, "_LEAST_STEP", elements)
+    patch.setattr(fp8_part, "_LARGEST_STEP", elements)
+    patch.setattr(fp8_part, "_LEAST_STEP", elements)
     patch.setattr(shard_quantizing, "_EXCHANGED", max(1, elements // 16))
 
 
@@ -105,11 +126,14 @@ class Case:
     def __init__(self, root: Path, base: Path) -> None:
         self.root, self.base = root, base
         self.sources: dict[str, Path] = {}
+        self.reports: dict[tuple[str, str], QuantizationReport | None] = {}
 
     def add(self, name: str, source: Path) -> None:
         self.sources[name] = source
         for mode in MODES:
-            convert(source, self.root / f"{name} {mode}", to="fp8", like=self.base, scales=mode, report=False)
+            done = convert(source, self.root / f"{name} {mode}", to="fp8", like=self.base, scales=mode)
+            assert isinstance(done, Fp8Result)
+            self.reports[name, mode] = done.report
 
     def expected(self, name: str, mode: str) -> Path:
         return self.root / f"{name} {mode}"
@@ -197,8 +221,10 @@ def test_every_family_in_one_process(
     for source, directory in case.sources.items():
         for mode in MODES:
             out = tmp_path / f"out {source} {mode}"
-            assert plain_save(tensors_of(directory), out, case.base, scales=mode) == stored_bytes(case.base)
+            saved = plain_save(tensors_of(directory), out, case.base, scales=mode)
+            assert saved.bytes_written == stored_bytes(case.base)
             assert_same_tree(out, case.expected(source, mode))
+            assert_same_report(saved.report, case.reports[source, mode])
     assert_same_tree(tmp_path / "out untouched reuse", case.base)
 
 
@@ -220,13 +246,26 @@ def test_a_model_in_one_process(name: str, models: dict[str, Case], tmp_path: Pa
     """``save_model``: an untouched model is its base again; a trained one what converting its bf16 directory writes."""
     case = models[name]
     model = load_pretrained(case.base)
-    save_model(model, tmp_path / "out", to="fp8", like=case.base)
+    done = save_model(model, tmp_path / "out", to="fp8", like=case.base)
     assert_same_tree(tmp_path / "out", case.base)
+    assert isinstance(done, Fp8Result)
+    assert_same_report(done.report, case.reports["untouched", "reuse"])
+    again = convert(case.sources["untouched"], tmp_path / "again", to="fp8", like=case.base)
+    different = {"bytes_read", "seconds", "report", "destination", "notes"}
+    facts = {name: value for name, value in vars(done).items() if name not in different}
+    assert facts == {name: value for name, value in vars(again).items() if name not in different}
+    assert done.destination == (tmp_path / "out").absolute()
+    assert (done.bytes_read, done.notes) == (0, ())
+    done = save_model(model, tmp_path / "uncounted", to="fp8", like=case.base, report=False)
+    assert isinstance(done, Fp8Result)
+    assert (done.report, done.base_bytes_read, done.quantized) == (None, 0, len(open_checkpoint(case.base).quantized))
     assert verify(case.base, tmp_path / "out").ok
     load_model(model, case.sources["trained"])
     for mode in MODES:
-        save_model(model, tmp_path / mode, to="fp8", like=open_checkpoint(case.base), scales=mode)
+        done = save_model(model, tmp_path / mode, to="fp8", like=open_checkpoint(case.base), scales=mode)
         assert_same_tree(tmp_path / mode, case.expected("trained", mode))
+        assert isinstance(done, Fp8Result)
+        assert_same_report(done.report, case.reports["trained", mode])
     assert (tmp_path / "reuse").joinpath("config.json").read_bytes() == (case.base / "config.json").read_bytes()
 
 
@@ -303,9 +342,11 @@ def test_empty_weights_and_strides_of_values(tmp_path: Path) -> None:
     state["v.weight"] = state["v.weight"].repeat_interleave(2)[::2]
     state["n"] = nn.Parameter(state["n"], requires_grad=False)
     for mode in MODES:
-        convert(tmp_path / "plain", tmp_path / f"expected {mode}", to="fp8", like=base, scales=mode)
-        plain_save(state, tmp_path / mode, base, scales=mode)
+        expected = convert(tmp_path / "plain", tmp_path / f"expected {mode}", to="fp8", like=base, scales=mode)
+        saved = plain_save(state, tmp_path / mode, base, scales=mode)
         assert_same_tree(tmp_path / mode, tmp_path / f"expected {mode}")
+        assert isinstance(expected, Fp8Result)
+        assert_same_report(saved.report, expected.report)
 
 
 def test_plain_tensors_are_cast_as_a_conversion_casts_them(tmp_path: Path) -> None:
@@ -352,8 +393,8 @@ def sharded(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor
     return found
 
 
-def _plain_on_ranks(cases: dict[str, Case], kinds: tuple[str, ...], root: Path, step: int | None) -> dict[str, int]:
-    """Save each case from each sharding; returns the bytes that this rank wrote."""
+def _plain_on_ranks(cases: dict[str, Case], kinds: tuple[str, ...], root: Path, step: int | None) -> dict[str, Saved]:
+    """Save each case from each sharding."""
     written = {}
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:
@@ -377,7 +418,9 @@ def check_plain(
         name, source, mode, _ = out.split(", ")
         case = cases[name]
         assert_same_tree(root / out, case.expected(source, mode))
-        assert sum(counts[out] for counts in written) == stored_bytes(case.base), out
+        assert sum(saved[out].bytes_written for saved in written) == stored_bytes(case.base), out
+        for saved in written:
+            assert_same_report(saved[out].report, case.reports[source, mode])
 
 
 @pytest.fixture(scope="module")
@@ -449,8 +492,8 @@ class Counting(FP8StorageWriter):
         self.made.append(self)
 
 
-def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
-    """Save every model from every sharding; returns the bytes that this rank wrote."""
+def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, Saved]:
+    """Save every model from every sharding."""
     checkpointing.FP8StorageWriter = Counting  # type: ignore[misc]
     size, rank, flat, written = dist.get_world_size(), dist.get_rank(), mesh(), {}
     shardings: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -475,8 +518,9 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, int]:
             for source, mode in (("untouched", "reuse"), ("trained", "reuse"), ("trained", "fresh")):
                 load_model(model, case.sources[source], partial="pp" in kind)
                 out = f"{name}, {source}, {mode}, {kind}"
-                save_model(model, root / out, to="fp8", like=case.base, scales=mode)
-                written[out] = Counting.made.pop().bytes_written
+                done = save_model(model, root / out, to="fp8", like=case.base, scales=mode)
+                assert isinstance(done, Fp8Result)
+                written[out] = Saved(Counting.made.pop().bytes_written, done.report)
     return written
 
 
@@ -492,8 +536,10 @@ def test_every_sharding(ranks: int, models: dict[str, Case], tmp_path: Path) -> 
         assert_same_tree(
             tmp_path / out, models[name].expected(source, mode) if source == "trained" else models[name].base
         )
-        assert sum(counts[out] for counts in written) == stored_bytes(models[name].base), out
-    assert all(counts[out] for counts in written for out in counts if "fsdp" in out)
+        assert sum(saved[out].bytes_written for saved in written) == stored_bytes(models[name].base), out
+        for saved in written:
+            assert_same_report(saved[out].report, models[name].reports[source, mode])
+    assert all(saved[out].bytes_written for saved in written for out in saved if "fsdp" in out)
 
 
 def _from_a_subgroup(case: Case, root: Path) -> str:

@@ -85,8 +85,12 @@ class _Counting(SafetensorsStorageWriter):
 def test_load_then_save_equals_convert(name: str, to: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """With the base, in one process: every file of the directory is the one that `convert` writes, byte for byte."""
     model = load_pretrained(paths[name], dtype=torch.float32)  # rounded once, when it is saved
-    save_model(model, tmp_path / "out", to=to, like=paths[name])
+    done = save_model(model, tmp_path / "out", to=to, like=paths[name])
     _assert_same_directory(tmp_path / "out", paths[f"{name} {to}"])
+    weights = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert (done.to, done.destination) == (to, tmp_path / "out")
+    assert (done.files, done.bytes_written) == (len(_files(tmp_path / "out")), sum(weights))
+    assert done.tensors == len(model.state_dict())
     assert verify(paths[name], tmp_path / "out").ok
     assert not (tmp_path / "out.partial").exists()
 

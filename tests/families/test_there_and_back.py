@@ -108,7 +108,11 @@ def test_save_model_gives_the_release_back(
     model = load_pretrained(path)
     caplog.clear()
     with caplog.at_level(logging.INFO, "fp8ckpt"):
-        save_model(model, tmp_path / "fp8", to="fp8", like=path)
+        done = save_model(model, tmp_path / "fp8", to="fp8", like=path)
+    assert isinstance(done, Fp8Result)
+    assert done.report is not None
+    assert any("eh_proj" in key for key in done.report.carried) == (release.mtp is not None)
+    assert any("carried" in note for note in done.notes) == bool(done.report.carried)
     said = [record.getMessage() for record in caplog.records]
     assert any("are carried from" in line and "eh_proj" in line for line in said) == (release.mtp is not None)
     assert any("fewer bits" in line for line in said) == bool(release.rounded)

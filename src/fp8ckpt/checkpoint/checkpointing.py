@@ -8,6 +8,7 @@ tensor that is missing on either side is an error that names it.
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part
 from fp8ckpt.checkpoint.save_plan import SavePlan, plan_save
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFiles
+from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.ranks import Ranks, ranks_of_group
@@ -97,10 +99,11 @@ class Checkpointer:
         to: str = "bf16",
         like: CheckpointLike | None = None,
         scales: str = "reuse",
+        report: bool = True,
         carry: str | None = None,
         max_file_bytes: int | None = None,
         base: CheckpointLike | None = None,
-    ) -> None:
+    ) -> ConvertResult:
         """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
 
         Every rank writes its own shards into the same files. Names and stackings are translated as for `load_model`.
@@ -116,7 +119,10 @@ class Checkpointer:
         ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same
         values, on any mesh; each shard is quantized as it is written. ``like`` must be given. ``scales`` "reuse" keeps
         the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule), "fresh" makes all
-        anew.
+        anew. ``report``: say what training did; without it the base's codes are not read.
+
+        Returns what the save did, the same on every rank: for "fp8" an `Fp8Result`, with the report that ``convert``
+        makes.
 
         Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
         tensors, `RangeError` for finite values that the stored dtype cannot hold, and `StorageError` where the disk
@@ -133,7 +139,12 @@ class Checkpointer:
             if to == FP8:
                 assert checkpoint is not None  # _refuse_arguments() saw to it
                 writer = FP8StorageWriter(
-                    path, like=checkpoint, scales=scales, carry=plan.carry, process_group=self._group
+                    path,
+                    like=checkpoint,
+                    scales=scales,
+                    report=report,
+                    carry=plan.carry,
+                    process_group=self._group,
                 )
             else:
                 side_files = None if checkpoint is not None else SideFiles(_configuration_of(model, TARGETS[to]))
@@ -147,7 +158,8 @@ class Checkpointer:
                 )
             return writer, plan
 
-        writer, plan = self._ranks().together(prepare)
+        begun, ranks = time.monotonic(), self._ranks()
+        writer, plan = ranks.together(prepare)
         try:
             with _named_errors():
                 dcp_save(
@@ -159,6 +171,8 @@ class Checkpointer:
                 )
         finally:
             writer.release()
+        done = ranks.gather(lambda: writer.result(to, time.monotonic() - begun))
+        return writer.reported(next(result for result in done if result is not None))
 
     def _load(self, tensors: dict[str, torch.Tensor], parts: list[Part], reader: FP8StorageReader) -> None:
         with _named_errors():
@@ -200,10 +214,11 @@ def save_model(
     to: str = "bf16",
     like: CheckpointLike | None = None,
     scales: str = "reuse",
+    report: bool = True,
     carry: str | None = None,
     max_file_bytes: int | None = None,
     base: CheckpointLike | None = None,
-) -> None:
+) -> ConvertResult:
     """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see
     `Checkpointer.save_model`.
 
@@ -213,7 +228,9 @@ def save_model(
     True
     """
     like = given_like(like, base)
-    Checkpointer().save_model(model, path, to=to, like=like, scales=scales, carry=carry, max_file_bytes=max_file_bytes)
+    return Checkpointer().save_model(
+        model, path, to=to, like=like, scales=scales, report=report, carry=carry, max_file_bytes=max_file_bytes
+    )
 
 
 def _refuse_arguments(

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import (
     ModelMismatchError,
     RangeError,
@@ -66,6 +67,8 @@ class DirectoryWriter(StorageWriter):
     def __init__(self, path: str | Path) -> None:
         self._output = PartialOutput(path)
         self._plan: OutputPlan | None = None  # the coordinator's
+        self._tensors = 0
+        self._carried: Collection[str] = ()  # from the base
         self.bytes_written = 0
 
     @classmethod
@@ -99,7 +102,8 @@ class DirectoryWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files, create them empty, and tell every rank what it must know."""
         self._refuse_unlike([plan.storage_data for plan in plans])
-        self._plan = self._planned(_tensors_of(plans))
+        tensors = _tensors_of(plans)
+        self._plan, self._tensors = self._planned(tensors), len(tensors)
         try:
             self._plan.begin(self._output)
             return self._shared_out(plans, self._plan)
@@ -155,6 +159,29 @@ class DirectoryWriter(StorageWriter):
     def release(self) -> None:
         """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
         self._output.release()
+
+    def result(self, to: str, seconds: float) -> ConvertResult | None:
+        """What all ranks did, once it is done; None on every rank but the coordinator."""
+        if self._plan is None:
+            return None
+        notes: tuple[str, ...] = ()
+        if self._carried:
+            notes = (f"{len(self._carried)} tensors of the base are carried from it: {listed(self._carried)}",)
+        return ConvertResult(
+            destination=self._output.destination,
+            to=to,
+            files=len(self._plan.names),
+            tensors=self._tensors,
+            bytes_read=0,
+            bytes_written=self._plan.nbytes,
+            bytes_resumed=0,
+            notes=notes,
+            seconds=seconds,
+        )
+
+    def reported(self, done: ConvertResult) -> ConvertResult:
+        """The coordinator's result, with what a rank can add to it; the same on every rank."""
+        return done
 
     def _said(self) -> dict[str, Any]:
         """What this rank says of the output, and the others must say as well."""

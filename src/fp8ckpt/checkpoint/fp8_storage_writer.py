@@ -7,60 +7,39 @@ activation scales and the scales of a cache; a scale is kept or made by the rule
 elements of its block. No rank holds a copy of its shard, in any dtype. Values stay on their device until a piece of
 them is worked on.
 
-Its life is that of `fp8ckpt.checkpoint.directory_writer`. ``write_data`` takes three steps, after each of which all
-ranks meet: look at the blocks that are cut by the edges of shards; exchange what decides their scales, where there are
-any; write.
+Its life is that of `fp8ckpt.checkpoint.directory_writer`; `fp8ckpt.checkpoint.fp8_part` is what one rank does in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from fp8ckpt.checkpoint.directory_writer import (
-    DirectoryWriter,
-    carried_from,
-    given_like,
-    region_of,
-    resolved,
-    write_region,
-)
-from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
-from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
-from fp8ckpt.checkpoint.storage_writer import cast
-from fp8ckpt.errors import RanksDifferError, WeightValueError
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, carried_from, given_like
+from fp8ckpt.checkpoint.fp8_part import Part, Task
+from fp8ckpt.encodings.results import ConvertResult, Fp8Result, QuantizationReport
+from fp8ckpt.errors import RanksDifferError
 from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
 from fp8ckpt.output.plan import OutputPlan
-from fp8ckpt.ranks import BEYOND, GroupRanks, Ranks, threads_of_this_rank
+from fp8ckpt.ranks import GroupRanks, Ranks
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.tensors.reading import stored_scales
-from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.workers import share
-
-_LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
-_LEAST_STEP = 1 << 16  # of a machine with a thousand cores
 
 _COPIED = 4 << 20  # bytes of the base at once
-
-T = TypeVar("T")
 
 
 class FP8StorageWriter(DirectoryWriter):
@@ -72,6 +51,10 @@ class FP8StorageWriter(DirectoryWriter):
     it, "fresh" makes all anew. ``carry``: names of tensors that are taken from the base where the state dict lacks
     them; those of MTP layers always are. ``process_group``: the one that ``dcp.save`` is given. ``bytes_written``
     counts this rank's tensor bytes.
+
+    ``report``: say what quantizing did; for that the base's codes are read, once over all ranks
+    (``base_bytes_read``, over all). Once ``dcp.save`` has returned, the attribute ``report`` is the one that
+    ``convert(..., like=base)`` gives, on every rank; None without it, and where the save ran in another process.
 
     Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
     `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
@@ -92,6 +75,7 @@ class FP8StorageWriter(DirectoryWriter):
         *,
         like: CheckpointLike | None = None,
         scales: str = "reuse",
+        report: bool = True,
         carry: Collection[str] = (),
         process_group: ProcessGroup | None = None,
         base: CheckpointLike | None = None,
@@ -105,6 +89,9 @@ class FP8StorageWriter(DirectoryWriter):
         self._base = given
         self._fresh = scales == "fresh"
         self._carry = carry
+        self._counting = report
+        self.report: QuantizationReport | None = None
+        self.base_bytes_read = 0
         self._group = process_group
         self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
         self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
@@ -119,7 +106,7 @@ class FP8StorageWriter(DirectoryWriter):
         return base
 
     def _said(self) -> dict[str, Any]:
-        own = {"fresh": self._fresh, "carry": sorted(self._carry)}
+        own = {"fresh": self._fresh, "report": self._counting, "carry": sorted(self._carry)}
         if dist.is_available() and dist.is_initialized():
             own["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)
         return {**super()._said(), **own}
@@ -137,7 +124,7 @@ class FP8StorageWriter(DirectoryWriter):
         base = self._base_of_output()
         remedy = "give the FP8 checkpoint that the model came from"
         refuse_base(base, remedy)
-        carried = carried_from(base, tensors, self._carry, remedy)
+        carried = self._carried = carried_from(base, tensors, self._carry, remedy)
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
         held = [tensor for name, tensor in base.tensors.items() if name not in carried]
@@ -156,22 +143,37 @@ class FP8StorageWriter(DirectoryWriter):
         return [
             dataclasses.replace(
                 plan,
-                storage_data=_Task(
+                storage_data=Task(
                     len(plans),
                     {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader},
+                    self._carried,
                 ),
             )
             for plan in plans
         ]
 
     def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
-        task: _Task = plan.storage_data
-        return _Writing(self._base_of_output(), task, plan, planner, files, self._fresh).run(self._ranks(task))
+        task: Task = plan.storage_data
+        part = Part(self._base_of_output(), task, plan, planner, files, fresh=self._fresh, report=self._counting)
+        done = part.run(self._ranks(task))
+        self._carried = task.carried
+        self.report, self.base_bytes_read = done.report, done.base_bytes_read
+        return done.bytes_written
 
-    def _ranks(self, task: _Task) -> Ranks:
+    def _ranks(self, task: Task) -> Ranks:
         if task.size == 1:
             return Ranks()
         return GroupRanks(self._group)
+
+    def reported(self, done: ConvertResult) -> Fp8Result:
+        """As its base says, with the report, which this rank has."""
+        return Fp8Result(
+            **vars(done),
+            quantized=sum(tensor.name not in self._carried for tensor in self._base_of_output().quantized),
+            base_bytes_read=self.base_bytes_read,
+            bytes_rewritten=0,
+            report=self.report,
+        )
 
     def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
         """Copy what no shard holds: what is carried, the base's activation scales and scales of a cache. A weight
@@ -192,118 +194,3 @@ class FP8StorageWriter(DirectoryWriter):
                     files.of(layout.name).write(stored, start)
             done += span.nbytes
         return done
-
-
-class _Task(NamedTuple):
-    """What a rank must know: of how many it is one, and of which weight each of its weights shares the scale (units of
-    two or more).
-    """
-
-    size: int
-    leader: Mapping[str, str]
-
-
-class _Plain(NamedTuple):
-    """A piece of a tensor that is not quantized."""
-
-    span: TensorSpan
-    region: Region
-    values: torch.Tensor
-
-
-class _Writing:
-    """One rank's part of one save."""
-
-    def __init__(
-        self, base: Checkpoint, task: _Task, plan: SavePlan, planner: SavePlanner, files: OutputFiles, fresh: bool
-    ) -> None:
-        self._base = base
-        self._task = task
-        self._plan = plan
-        self._planner = planner
-        self._files = files
-        self._fresh = fresh
-        self._threads = threads_of_this_rank()
-        self._step = min(_LARGEST_STEP, max(_LEAST_STEP, BEYOND // self._threads // BYTES_OF_STEP))
-        self._shards: list[Shard] = []
-        self._plain: list[tuple[WriteItem, TensorSpan]] = []
-        self._waiting = WaitingBlocks((), self._step)
-
-    def run(self, ranks: Ranks) -> int:
-        """Look, exchange, write; returns how many bytes. All ranks meet at each step, whatever each has to do."""
-        looked = ranks.gather(self._look)
-        self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in looked])
-        self._waiting.exchange(ranks, max(shared for _, shared in looked))
-        wrote = ranks.gather(self._write)
-        self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in wrote])
-        return wrote[ranks.rank][1]
-
-    def _look(self) -> tuple[set[str], int]:
-        numbers = number_blocks(self._base)
-        for item in self._plan.items:
-            name = item.index.fqn
-            tensor = self._base.tensors[name]
-            if tensor.scaled is not None:
-                self._shards.append(
-                    Shard(item, tensor.scaled, numbers[self._task.leader.get(name, name)], name in self._task.leader)
-                )
-            else:
-                self._plain.append((item, tensor.span))
-        self._waiting = WaitingBlocks(self._shards, self._step)
-        quantizers = self._quantizers()
-        share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers])
-        return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
-
-    def _write(self) -> tuple[set[str], int]:
-        quantizers = self._quantizers()
-        written: list[int] = []
-
-        def write(quantizer: ShardQuantizer, piece: Cut | _Plain) -> None:
-            if isinstance(piece, Cut):
-                quantizer.write(piece)
-            else:
-                written.append(write_region(self._files, piece.span, piece.region, cast(piece.values, piece.span)))
-
-        share(self._all_pieces(), [partial(write, quantizer) for quantizer in quantizers])
-        self._files.flush()
-        nonfinite = set().union(*(quantizer.nonfinite for quantizer in quantizers))
-        return nonfinite, sum(written) + sum(quantizer.bytes_written for quantizer in quantizers)
-
-    def _refuse_nonfinite(self, ranks: Ranks, met: list[set[str]]) -> None:
-        """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and
-        refuse it.
-        """
-        names = set().union(*met)
-        if names:
-            tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
-            counts = ranks.gather(lambda: self._count_nonfinite(tensor.name))
-            found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
-            remedy = "find out where the training diverged"
-            raise WeightValueError(found, tensor=tensor.name, expected="finite weights", remedy=remedy)
-
-    def _count_nonfinite(self, name: str) -> int:
-        shards = [shard for shard in self._shards if shard.weight.name == name]
-        return sum(count_nonfinite(shard, resolved(self._planner, shard.item), self._step) for shard in shards)
-
-    def _quantizers(self) -> list[ShardQuantizer]:
-        return [
-            ShardQuantizer(
-                self._files,
-                self._waiting,
-                fresh=self._fresh,
-                powers_of_two=states_powers_of_two(self._base.config),
-                step=self._step,
-            )
-            for _ in range(self._threads)
-        ]
-
-    def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
-        for shard in self._shards:
-            yield from cut(shard, resolved(self._planner, shard.item), self._step)
-
-    def _all_pieces(self) -> Iterator[Cut | _Plain]:
-        yield from self._cuts(cut_all)
-        for item, span in self._plain:
-            region, values = region_of(item), resolved(self._planner, item)
-            for piece in pieces(region, self._step):
-                yield _Plain(span, piece, values[within(piece, region)])

@@ -12,16 +12,17 @@ import threading
 from collections.abc import Iterable
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fp8ckpt.checkpoint.directory_writer import write_region
+from fp8ckpt.checkpoint.save_report import Tallies
 from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, U8, scale_values
 from fp8ckpt.numerics.geometry import (
     BlockGrid,
     Region,
@@ -40,9 +41,9 @@ from fp8ckpt.ranks import Ranks
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
-# What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, and a piece of
-# eight steps.
-BYTES_OF_STEP = 17
+# What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, those of the
+# base, and a piece of eight steps.
+BYTES_OF_STEP = 18
 _EXCHANGED = 1 << 20  # blocks that the ranks exchange at once, over all of them: 13 bytes each
 
 
@@ -56,11 +57,11 @@ class WaitingBlocks:
             grid = shard.weight.grid
             for part in shard.waiting(step):
                 around = surroundings(grid, *part)
-                waiting.append(shard.numbers(around.first, around.grid.shape))
+                waiting.append(shard.numbers(*around.region))
             whole = whole_blocks(grid, *shard.region)
             if not shard.joined and elements_of_block(grid) > step and 0 not in whole[1]:
                 around = surroundings(grid, *whole)
-                own.append(shard.numbers(around.first, around.grid.shape))
+                own.append(shard.numbers(*around.region))
         self._numbers: Numbers = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]))
         self._maxima: F32 = np.zeros(self._numbers.size, np.float32)
         self._inexact: Mask = np.zeros(self._numbers.size, np.bool_)
@@ -102,22 +103,33 @@ class WaitingBlocks:
 class ShardQuantizer:
     """One worker's means of looking at pieces and of writing them, with buffers of its own.
 
-    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``nonfinite``: weights with elements that have no
-    code; with one of them the output is never whole.
+    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``tallies``: where what was done is counted, if it
+    is; the base's codes are read for that alone. ``nonfinite``: weights with elements that have no code; with one of
+    them the output is never whole.
     """
 
     def __init__(
-        self, files: OutputFiles, waiting: WaitingBlocks, *, fresh: bool, powers_of_two: bool, step: int
+        self,
+        files: OutputFiles,
+        waiting: WaitingBlocks,
+        tallies: Tallies | None,
+        *,
+        fresh: bool,
+        powers_of_two: bool,
+        step: int,
     ) -> None:
         self._files = files
         self._waiting = waiting
+        self._tallies = tallies
         self._fresh = fresh
         self._powers_of_two = powers_of_two
         self._step = step
         self._codes = aligned_buffer(PIECE * step + ALIGNMENT)  # takes no memory before it is used
         self._scratch = np.empty(step, np.uint8)
+        self._base_codes = np.empty(0 if tallies is None else step, np.uint8)
         self.nonfinite: set[str] = set()
         self.bytes_written = 0
+        self.base_bytes_read = 0
 
     def look(self, cut: Cut) -> None:
         """Find what decides the scales of a piece's waiting blocks."""
@@ -127,9 +139,10 @@ class ShardQuantizer:
             if maxima is None:
                 continue
             weight = cut.shard.weight
-            exact = self._exact(weight, parts, values, maxima, self._kept(weight, around, maxima.shape))
+            kept = None if self._fresh else _scales_before(weight, around, maxima.shape)
+            exact = self._exact(weight, parts, values, maxima, kept)
             inexact = np.zeros(maxima.shape, np.bool_) if exact is None else ~exact
-            numbers = cut.shard.numbers(around.first, around.grid.shape)
+            numbers = cut.shard.numbers(*around.region)
             self._waiting.raise_to(numbers, maxima.reshape(-1), inexact.reshape(-1))
 
     def write(self, cut: Cut) -> None:
@@ -141,30 +154,40 @@ class ShardQuantizer:
         codes = flat.reshape(cut.region[1])
         for region in cut.steps(self._step):
             values, around, parts = _taken(cut, region)
-            if (stored := self._scales(cut, values, around, parts)) is None:
+            if (decided := self._decide(cut, values, around, parts)) is None:
                 continue
             target = _part_of(codes, within(region, cut.region))
             out = target if target.flags.c_contiguous else self._scratch[: target.size].reshape(target.shape)
-            quantize.encode(parts, values, _checked(weight, stored), out)
+            scales = _checked(weight, decided.stored)
+            quantize.encode(parts, values, scales, out)
             if out is not target:
                 target[...] = out
-            self._write_scales(weight, region, around, stored)
+            owned = first_elements(weight.grid, *region)
+            if self._tallies is not None:
+                found = quantize.tally(parts, values, out, scales, scale_values(decided.before, weight.scale.dtype))
+                found.moved = self._moved(weight, region, out)
+                keep = _part_of(decided.keep.reshape(around.grid.shape), within(owned, around.region))
+                kept = int(np.count_nonzero(keep)) if prod(owned[1]) else 0
+                self._tallies.add(weight.name, found, kept, prod(owned[1]) - kept)
+            self._write_scales(weight, owned, around, decided.stored)
         self.bytes_written += write_region(self._files, weight.weight, cut.region, flat)
 
-    def _scales(self, cut: Cut, values: Values, around: Surroundings, parts: list[quantize.Part]) -> Scales | None:
-        """The scales of a step's blocks, as they are stored; None where values are not finite."""
+    def _decide(self, cut: Cut, values: Values, around: Surroundings, parts: list[quantize.Part]) -> _Decided | None:
+        """The scales of a step's blocks; None where values are not finite."""
         weight = cut.shard.weight
         shape = quantize.block_array(around.grid, np.bool_).shape
-        kept = self._kept(weight, around, shape)
+        before = _scales_before(weight, around, shape)
+        kept = None if self._fresh else before
         if cut.whole:
             if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
                 return None
             exact = self._exact(weight, parts, values, maxima, kept)
         else:
-            largest, exact = self._waiting.of(cut.shard.numbers(around.first, around.grid.shape))
+            largest, exact = self._waiting.of(cut.shard.numbers(*around.region))
             maxima, exact = largest.reshape(shape), exact.reshape(shape)
         dtype = weight.scale.dtype
-        return quantize.choose_scales(maxima, kept, dtype, exact, powers_of_two=self._powers_of_two)[0]
+        stored, keep = quantize.choose_scales(maxima, kept, dtype, exact, powers_of_two=self._powers_of_two)
+        return _Decided(stored, keep, before)
 
     def _maxima(self, shard: Shard, values: Values, grid: BlockGrid, parts: list[quantize.Part]) -> F32 | None:
         """The largest magnitudes; None where a value is not finite, and the name is noted."""
@@ -189,22 +212,34 @@ class ShardQuantizer:
         exact: Mask = quantize.count_inexact(parts, values, codes, before) == 0
         return exact
 
-    def _kept(self, weight: QuantizedTensor, around: Surroundings, shape: tuple[int, ...]) -> Scales | None:
-        """The scales of the base, as they are stored; None where none is kept."""
-        if self._fresh:
-            return None
-        dtype = np.dtype(SCALE_DTYPES[weight.scale.dtype])
-        stored = np.empty(prod(shape) * dtype.itemsize, np.uint8)
-        span = weight.scale._replace(shape=weight.grid.shape)
-        span.read_region((around.first, around.grid.shape), stored)
-        return stored.view(dtype).reshape(shape)
+    def _moved(self, weight: QuantizedTensor, region: Region, codes: U8) -> int:
+        """How many codes of a region are not the base's."""
+        old = self._base_codes[: codes.size]
+        weight.weight.read_region(region, old)
+        self.base_bytes_read += old.nbytes
+        return int(np.count_nonzero(old != codes.reshape(-1)))
 
-    def _write_scales(self, weight: QuantizedTensor, region: Region, around: Surroundings, stored: Scales) -> None:
-        owned = first_elements(weight.grid, *region)
+    def _write_scales(self, weight: QuantizedTensor, owned: Region, around: Surroundings, stored: Scales) -> None:
         if prod(owned[1]):
-            found = _part_of(stored.reshape(around.grid.shape), within(owned, (around.first, around.grid.shape)))
+            found = _part_of(stored.reshape(around.grid.shape), within(owned, around.region))
             data = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
             self.bytes_written += write_region(self._files, weight.scale._replace(shape=weight.grid.shape), owned, data)
+
+
+class _Decided(NamedTuple):
+    """The scales of some blocks as they are stored, which of them are kept, and those of the base."""
+
+    stored: Scales
+    keep: Mask
+    before: Scales
+
+
+def _scales_before(weight: QuantizedTensor, around: Surroundings, shape: tuple[int, ...]) -> Scales:
+    """The scales that some blocks have in the base, as they are stored."""
+    dtype = np.dtype(SCALE_DTYPES[weight.scale.dtype])
+    stored = np.empty(prod(shape) * dtype.itemsize, np.uint8)
+    weight.scale._replace(shape=weight.grid.shape).read_region(around.region, stored)
+    return stored.view(dtype).reshape(shape)
 
 
 def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:

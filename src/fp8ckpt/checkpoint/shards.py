@@ -112,7 +112,7 @@ def _pieces_of_blocks(grid: BlockGrid, region: Region, most: int) -> Iterator[Re
         return
     around = surroundings(grid, *region)
     ends = [start + size for start, size in zip(*region, strict=True)]
-    for first, count in pieces((around.first, around.grid.shape), max(1, most // elements_of_block(grid))):
+    for first, count in pieces(around.region, max(1, most // elements_of_block(grid))):
         offsets = tuple(at * block for at, block in zip(first, grid.block_size, strict=True))
         stops = [
             min((at + n) * block, end) for at, n, block, end in zip(first, count, grid.block_size, ends, strict=True)

@@ -94,7 +94,6 @@ class SafetensorsStorageWriter(DirectoryWriter):
         if self._like is not None and (max_file_bytes is not None or side_files is not None):
             raise ValueError("max_file_bytes and side_files go without like, which decides the files")
         self._carry = carry
-        self._carried: set[str] = set()  # the coordinator's
         self._side_files = side_files or SideFiles()
         self._max_file_bytes = DEFAULT_FILE_BYTES if max_file_bytes is None else max_file_bytes
 

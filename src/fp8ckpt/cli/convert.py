@@ -12,8 +12,7 @@ from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
 
 if TYPE_CHECKING:
-    from fp8ckpt.convert import ConvertResult
-    from fp8ckpt.encodings.run_fp8 import QuantizationReport
+    from fp8ckpt.encodings.results import ConvertResult, QuantizationReport
 
 _MOST_MOVED = 10  # rows of the table
 _DTYPES = {
@@ -132,7 +131,7 @@ def _page(path: Path) -> Path:
 
 
 def _print(result: "ConvertResult", page: Path | None) -> None:
-    from fp8ckpt.convert import Fp8Result, PlainResult
+    from fp8ckpt.encodings.results import Fp8Result, PlainResult
 
     did = ""
     if isinstance(result, PlainResult):

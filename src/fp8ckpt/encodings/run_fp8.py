@@ -18,6 +18,7 @@ import numpy as np
 
 from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, checked_scales, combine, scales_before
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.engine import ExtentWriter, Progress, begin
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, scale_values
@@ -28,36 +29,6 @@ from fp8ckpt.tensors.reading import load_scales
 
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class WeightReport:
-    """What quantizing did to one weight, or to all.
-
-    ``moved``: elements whose code is not the base's (None without a base). ``clipped``: magnitudes beyond the written
-    scale; ``outgrown``: beyond the base's. ``scales`` in all, of which ``fresh`` are new. Errors are those of the
-    written values against the source: ``mean_error`` is relative to the mean magnitude, ``largest_error`` to the
-    largest.
-    """
-
-    name: str
-    elements: int
-    moved: int | None
-    clipped: int
-    outgrown: int
-    scales: int
-    fresh: int
-    mean_error: float
-    largest_error: float
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """All weights together, and each. ``carried``: tensors that were taken from the base, byte for byte."""
-
-    total: WeightReport
-    weights: tuple[WeightReport, ...]
-    carried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,7 +179,7 @@ def _wide_facts(plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Ma
     weight = plan.weights[name]
     scales = quantize.block_array(weight.grid, np.float32).size
     if name not in decided:
-        facts.kept = scales
+        facts.kept = 0 if plan.fresh else scales  # fresh: a weight without elements
     elif weight.before is not None and not plan.fresh:
         facts.kept = int(np.count_nonzero(decided[name] == load_scales(weight.before)))
     facts.made = scales - facts.kept
@@ -222,20 +193,9 @@ def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> Quantiz
         part = facts.get(name, WeightFacts())
         total.add(part)
         before = plan.weights[name].before
-        weights.append(_row(before.name if before else name, part, plan.base is not None))
-    return QuantizationReport(_row("", total, plan.base is not None), tuple(weights), plan.carried)
+        weights.append(_report_of(before.name if before else name, part, has_base=plan.base is not None))
+    return QuantizationReport(_report_of("", total, has_base=plan.base is not None), tuple(weights), plan.carried)
 
 
-def _row(name: str, facts: WeightFacts, has_base: bool) -> WeightReport:
-    tally = facts.tally
-    return WeightReport(
-        name=name,
-        elements=tally.elements,
-        moved=tally.moved if has_base else None,
-        clipped=tally.clipped,
-        outgrown=tally.outgrown if has_base else 0,
-        scales=facts.kept + facts.made,
-        fresh=facts.made,
-        mean_error=tally.error / tally.magnitude if tally.magnitude else 0.0,
-        largest_error=tally.largest_error / tally.largest if tally.largest else 0.0,
-    )
+def _report_of(name: str, facts: WeightFacts, *, has_base: bool) -> WeightReport:
+    return WeightReport.of(name, facts.tally, kept=facts.kept, made=facts.made, has_base=has_base)

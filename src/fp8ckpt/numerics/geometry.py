@@ -176,6 +176,11 @@ class Surroundings(NamedTuple):
     offsets: Shape
     first: Shape
 
+    @property
+    def region(self) -> Region:
+        """The blocks, as a region of the whole grid."""
+        return self.first, self.grid.shape
+
 
 def surroundings(grid: BlockGrid, offsets: Shape, sizes: Shape) -> Surroundings:
     """The blocks that meet the region at ``offsets`` of ``sizes``, which is not empty."""

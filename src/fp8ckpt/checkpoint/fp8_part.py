@@ -1,0 +1,175 @@
+"""One rank's part of a save to FP8: look at the blocks that are cut by the edges of shards; exchange what decides their
+scales, where there are any; write. All ranks meet after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from fp8ckpt.checkpoint.directory_writer import region_of, resolved, write_region
+from fp8ckpt.checkpoint.save_report import Tallies
+from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
+from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
+from fp8ckpt.checkpoint.storage_writer import cast
+from fp8ckpt.encodings.results import QuantizationReport
+from fp8ckpt.errors import WeightValueError
+from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.output.files import OutputFiles
+from fp8ckpt.ranks import BEYOND, Ranks, threads_of_this_rank
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.config import states_powers_of_two
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.workers import share
+
+_LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
+_LEAST_STEP = 1 << 16  # of a machine with a thousand cores
+
+
+class Task(NamedTuple):
+    """What a rank must know: of how many it is one, of which weight each of its weights shares the scale (units of two
+    or more), and what is carried from the base.
+    """
+
+    size: int
+    leader: Mapping[str, str]
+    carried: Collection[str]
+
+
+class PartDone(NamedTuple):
+    """``bytes_written`` by this rank; ``base_bytes_read``, codes, and the report, of all ranks together."""
+
+    bytes_written: int
+    base_bytes_read: int
+    report: QuantizationReport | None
+
+
+class _Wrote(NamedTuple):
+    nonfinite: set[str]
+    bytes_written: int
+    base_bytes_read: int
+
+
+class _Plain(NamedTuple):
+    """A piece of a tensor that is not quantized."""
+
+    span: TensorSpan
+    region: Region
+    values: torch.Tensor
+
+
+class Part:
+    """What one rank does in one save. ``fresh``: no scale is kept. ``report``: count what quantizing does."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        task: Task,
+        plan: SavePlan,
+        planner: SavePlanner,
+        files: OutputFiles,
+        *,
+        fresh: bool,
+        report: bool,
+    ) -> None:
+        self._base = base
+        self._task = task
+        self._plan = plan
+        self._planner = planner
+        self._files = files
+        self._fresh = fresh
+        self._threads = threads_of_this_rank()
+        self._step = min(_LARGEST_STEP, max(_LEAST_STEP, BEYOND // self._threads // BYTES_OF_STEP))
+        self._shards: list[Shard] = []
+        self._plain: list[tuple[WriteItem, TensorSpan]] = []
+        self._waiting = WaitingBlocks((), self._step)
+        self._tallies = Tallies(base, fresh=fresh) if report else None
+
+    def run(self, ranks: Ranks) -> PartDone:
+        """Look, exchange, write. All ranks meet at each step, whatever each has to do."""
+        looked = ranks.gather(self._look)
+        self._refuse_nonfinite(ranks, [nonfinite for nonfinite, _ in looked])
+        self._waiting.exchange(ranks, max(shared for _, shared in looked))
+        wrote = ranks.gather(self._write)
+        self._refuse_nonfinite(ranks, [one.nonfinite for one in wrote])
+        report = None if self._tallies is None else self._tallies.report(ranks, self._task.carried)
+        return PartDone(wrote[ranks.rank].bytes_written, sum(one.base_bytes_read for one in wrote), report)
+
+    def _look(self) -> tuple[set[str], int]:
+        numbers = number_blocks(self._base)
+        for item in self._plan.items:
+            name = item.index.fqn
+            tensor = self._base.tensors[name]
+            if tensor.scaled is not None:
+                self._shards.append(
+                    Shard(item, tensor.scaled, numbers[self._task.leader.get(name, name)], name in self._task.leader)
+                )
+            else:
+                self._plain.append((item, tensor.span))
+        self._waiting = WaitingBlocks(self._shards, self._step)
+        quantizers = self._quantizers()
+        share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers])
+        return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
+
+    def _write(self) -> _Wrote:
+        quantizers = self._quantizers()
+        written: list[int] = []
+
+        def write(quantizer: ShardQuantizer, piece: Cut | _Plain) -> None:
+            if isinstance(piece, Cut):
+                quantizer.write(piece)
+            else:
+                written.append(write_region(self._files, piece.span, piece.region, cast(piece.values, piece.span)))
+
+        share(self._all_pieces(), [partial(write, quantizer) for quantizer in quantizers])
+        self._files.flush()
+        nonfinite = set().union(*(quantizer.nonfinite for quantizer in quantizers))
+        return _Wrote(
+            nonfinite,
+            sum(written) + sum(quantizer.bytes_written for quantizer in quantizers),
+            sum(quantizer.base_bytes_read for quantizer in quantizers),
+        )
+
+    def _refuse_nonfinite(self, ranks: Ranks, met: list[set[str]]) -> None:
+        """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and
+        refuse it.
+        """
+        names = set().union(*met)
+        if names:
+            tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
+            counts = ranks.gather(lambda: self._count_nonfinite(tensor.name))
+            found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
+            remedy = "find out where the training diverged"
+            raise WeightValueError(found, tensor=tensor.name, expected="finite weights", remedy=remedy)
+
+    def _count_nonfinite(self, name: str) -> int:
+        shards = [shard for shard in self._shards if shard.weight.name == name]
+        return sum(count_nonfinite(shard, resolved(self._planner, shard.item), self._step) for shard in shards)
+
+    def _quantizers(self) -> list[ShardQuantizer]:
+        return [
+            ShardQuantizer(
+                self._files,
+                self._waiting,
+                self._tallies,
+                fresh=self._fresh,
+                powers_of_two=states_powers_of_two(self._base.config),
+                step=self._step,
+            )
+            for _ in range(self._threads)
+        ]
+
+    def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
+        for shard in self._shards:
+            yield from cut(shard, resolved(self._planner, shard.item), self._step)
+
+    def _all_pieces(self) -> Iterator[Cut | _Plain]:
+        yield from self._cuts(cut_all)
+        for item, span in self._plain:
+            region, values = region_of(item), resolved(self._planner, item)
+            for piece in pieces(region, self._step):
+                yield _Plain(span, piece, values[within(piece, region)])
