@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,3 +73,24 @@ def test_every_schema_is_listed() -> None:
     """On their page."""
     linked = {file for file, _ in links_of("docs/schemas/README.md")}
     assert linked == {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/schemas").glob("*.json")}
+
+
+def test_the_worked_example_of_contributing(tmp_path: Path) -> None:
+    """A format is a row: without it the example is refused, and with it read."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    [example], [row] = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "text"))
+    source = shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    table = source / "fp8ckpt/tensors/formats.py"
+    head = "\nSCALES = (\n"
+    assert table.read_text().count(head) == 1
+    for said in re.findall(r"prints? `([^`]+)`", text):
+        done = subprocess.run(
+            [sys.executable, "-c", example],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(source)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout == f"{said}\n", done.stderr
+        table.write_text(table.read_text().replace(head, head + row))
