@@ -1,15 +1,19 @@
 """Fill planned files in parallel, in pieces at known offsets.
 
-A worker thread has a chunk (`fp8ckpt.output.extents`) filled into its own reused buffer and writes it at its offset;
-once all chunks of an extent are on disk, it is recorded. What fills a chunk is the job's own business (`Filler`).
+A worker thread has a chunk (`fp8ckpt.output.extents`) filled into one of its own reused buffers, and fills the next one
+while a thread beside it writes that at its offset: cores and disk work at once. Once all chunks of an extent are on disk,
+it is recorded. What fills a chunk is the job's own business (`Filler`).
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple, Protocol
 
 from fp8ckpt.output import extents as cutting
@@ -21,6 +25,8 @@ from fp8ckpt.output.plan import OutputPlan, refuse_unlike
 from fp8ckpt.ranks import Ranks
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.workers import share
+
+_BUFFERS = 2  # of a worker: one is filled while the other is written
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -48,6 +54,9 @@ class Filler(Protocol):
 
     def close(self) -> None:
         """Release what the filler holds."""
+
+
+_Place = tuple[int, int]  # (number of the extent, number of the chunk in it)
 
 
 @dataclass
@@ -83,28 +92,36 @@ class ExtentWriter:
     def run(self, fillers: Sequence[Filler]) -> None:
         """Write them all, with a worker thread a filler; the first error stops every worker, and is raised."""
         try:
-            buffers = [aligned_buffer(cutting.CHUNK + ALIGNMENT) for _ in fillers]
-            workers = [partial(self._write, *held) for held in zip(fillers, buffers, strict=True)]
-            share(self._chunks(), workers)
+            with ThreadPoolExecutor(len(fillers), "fp8ckpt-writing") as writing:
+                workers = [_Worker(self, filler, writing) for filler in fillers]
+                share(self._chunks(), [worker.fill for worker in workers])
+                for worker in workers:
+                    worker.wait()
         finally:
             for filler in fillers:
                 filler.close()
             for extent in self._open.values():
                 extent.file.close()
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
+    def _chunks(self) -> Iterator[_Place]:
         for i, extent in self._extents.items():
             self._open[i] = _OpenExtent(OutputFile(self._output.directory / extent.layout.name))
             for k in range(len(extent.chunks)):
                 yield i, k
 
-    def _write(self, filler: Filler, buffer: Bytes, place: tuple[int, int]) -> None:
+    def filled(self, filler: Filler, buffer: Bytes, place: _Place) -> Callable[[], None]:
+        """Fill a chunk; what is returned writes it, and is to be called before the buffer is used again."""
         i, k = place
-        extent, opened = self._extents[i], self._open[i]
+        extent = self._extents[i]
         chunk = extent.chunks[k]
         # As it lies on disk, so that it can be written directly.
         out = buffer[chunk.start % ALIGNMENT :][: chunk.nbytes]
-        filled = filler.fill(extent.layout, chunk, out)
+        return partial(self._write, place, out, filler.fill(extent.layout, chunk, out))
+
+    def _write(self, place: _Place, out: Bytes, filled: Filled) -> None:
+        i, k = place
+        extent, opened = self._extents[i], self._open[i]
+        chunk = extent.chunks[k]
         if filled.write:
             opened.file.write(out, chunk.start)
         with self._lock:
@@ -122,6 +139,29 @@ class ExtentWriter:
             flush(self._output, name)
         self._output.record(self._writer, i, self._combine(opened.facts[k] for k in sorted(opened.facts)))
         self._open.pop(i).file.close()
+
+
+class _Worker:
+    """One thread that fills, with its buffers; what is in them is written by the threads of ``writing``."""
+
+    def __init__(self, writer: ExtentWriter, filler: Filler, writing: Executor) -> None:
+        self._writer = writer
+        self._filler = filler
+        self._writing = writing
+        self._buffers = cycle([aligned_buffer(cutting.CHUNK + ALIGNMENT) for _ in range(_BUFFERS)])
+        self._under_way: deque[Future[None]] = deque()
+
+    def fill(self, place: _Place) -> None:
+        """Fill a chunk, and leave it to be written. Raises what an earlier one met."""
+        if len(self._under_way) == _BUFFERS:
+            self._under_way.popleft().result()
+        write = self._writer.filled(self._filler, next(self._buffers), place)
+        self._under_way.append(self._writing.submit(write))
+
+    def wait(self) -> None:
+        """Return when all is written; raises what that met."""
+        while self._under_way:
+            self._under_way.popleft().result()
 
 
 def flush(output: PartialOutput, name: str) -> None:
