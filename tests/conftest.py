@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from fp8ckpt.cli import main
 from fp8ckpt.sample import DeepseekSizes, sample
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,14 +35,36 @@ def sample_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cli() -> Run:
-    """Run the command line in a process of its own: ``cli("inspect", path)``."""
+    """Run the command line: ``cli("inspect", path)``. In this process, which has imported all that it needs; in one of
+    its own where an environment or a folder is given.
+    """
 
     def run(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fp8ckpt", *map(str, arguments)]
+        if env is None and cwd is None:
+            return run_here(command)
         return subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=120
         )
 
     return run
+
+
+def run_here(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What ``python -m fp8ckpt ...`` would print and end with; an exception that would be a traceback is raised."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    code: int | str | None = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["fp8ckpt", *command[3:]])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        stream.seek(0)
+        texts.append(stream.read())
+    return subprocess.CompletedProcess(command, int(code or 0), *texts)
