@@ -1,8 +1,8 @@
 """Fill planned files in parallel, in pieces at known offsets.
 
-A worker thread has a chunk (`fp8ckpt.output.extents`) filled into one of its own reused buffers, and fills the next one
-while a thread beside it writes that at its offset: cores and disk work at once. Once all chunks of an extent are on disk,
-it is recorded. What fills a chunk is the job's own business (`Filler`).
+A worker thread has a chunk (`fp8ckpt.output.extents`) filled into one of its own reused buffers, and fills the next
+one while a thread beside it writes that at its offset: cores and disk work at once. Once all chunks of an extent are on
+disk, it is recorded. What fills a chunk is the job's own business (`Filler`).
 """
 
 from __future__ import annotations
