@@ -42,5 +42,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 
+# How much, and of what: `make campaign SIZES="--kills 100 --only kills,disks"`; --help lists all.
+campaign: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[campaign]'
+	$(BIN)/python -m tests.campaign $(SIZES)
+
 clean:
 	rm -rf $(VENV) $(HOSTS) demo docs/_site

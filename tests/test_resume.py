@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +31,11 @@ from fp8ckpt.errors import (
 from fp8ckpt.output.forecast import Room
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan
+from tests.campaign.trial import digests
 from tests.conftest import Run
 from tests.stopping import run_until
 
 GOES_ON = "the same command goes on from there"
-
-
-def digests(directory: Path) -> dict[str, str]:
-    """Every file below a directory, by its SHA-256, hidden ones included."""
-    found = {}
-    for file in sorted(directory.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as stream:
-                found[file.relative_to(directory).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, chunk: int = 4096, chunks: int = 4) -> None:
@@ -62,23 +50,6 @@ def expected(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     out = tmp_path_factory.mktemp("expected") / "out"
     convert(sample_fp8, out)
     return digests(out)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_sigkill_at_random_points(seed: int, sample_fp8: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    """Killed again and again at random points, a conversion ends with the bytes of an undisturbed one."""
-    rng = random.Random(seed)
-    out = tmp_path / "out"
-    kills = 0
-    while not out.exists():
-        # The first is certain to be cut off; later ones get further, so that the loop ends.
-        name, count = rng.choice(["pwrite", "record"]), rng.randint(1, 8 + 60 * kills)
-        done = run_until(name, count, signal.SIGKILL, "convert", sample_fp8, out, "--workers", rng.choice("12"))
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        kills += done.returncode != 0
-    assert kills
-    assert digests(out) == expected
-    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_resumed_run_writes_only_what_is_missing(
@@ -125,54 +96,6 @@ def test_resumed_command_says_so(
         main()
     assert "were there from an earlier run" in capsys.readouterr().out
     assert digests(out) == expected
-
-
-class Died(BaseException):
-    """The process is gone; no handler of ours may stop it."""
-
-
-STEPS = ("mkdir", "unlink", "rmdir", "rename", "ftruncate", "pwrite", "fdatasync", "fsync", "write")
-
-
-def test_death_at_every_step(
-    sample_fp8: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Dying before any one change to the disk, or halfway through a write, then running again: the same directory."""
-    cut(monkeypatch, 64 << 10, 2)
-    step, ended = 0, False
-    left = 0
-
-    def before(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left >= 0:
-            return real(*arguments, **more)
-        if left == -1 and real.__name__ in ("pwrite", "write"):
-            real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], *arguments[2:])
-        raise Died
-
-    while not ended:
-        out = tmp_path / f"out{step}"
-        left = step
-        with monkeypatch.context() as patch:
-            for name in STEPS:
-                patch.setattr(os, name, partial(before, getattr(os, name)))
-            try:
-                convert(sample_fp8, out, workers=1)
-                ended = True
-            except Died:
-                pass
-        if not ended:
-            if out.exists():  # after the rename it is whole, and the next run, which is refused, tidies up
-                with pytest.raises(OutputExistsError):
-                    convert(sample_fp8, out, workers=2)
-            else:
-                convert(sample_fp8, out, workers=2)
-        assert digests(out) == expected, f"step {step}"
-        shutil.rmtree(out)
-        step += 1
-    assert step > 40
-    assert os.listdir(tmp_path) == []
 
 
 def test_nan_codes_of_an_earlier_run_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
@@ -28,12 +27,17 @@ from fp8ckpt.errors import ResumeMismatchError, StorageError
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
+from tests.campaign.trial import STEPS, digests
 from tests.miniatures import Family, families
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.stopping import CHUNK, CHUNKS, run_until
-from tests.test_resume import GOES_ON, STEPS, Died, digests, fail_after
+from tests.test_resume import GOES_ON, fail_after
 from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
 from tests.test_torchrun import ended, torchrun
+
+
+class Died(BaseException):
+    """The process is gone; no handler of ours may stop it."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,27 +97,6 @@ def undisturbed(small: Path) -> dict[str, dict[str, str]]:
 
 
 # ---------------------------------------------------------------- cut off, and resumed
-
-
-@pytest.mark.parametrize(("source", "seed"), [("plain", 0), ("trained", 1), ("trained", 2)])
-def test_sigkill_at_random_points(
-    source: str, seed: int, small: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path
-) -> None:
-    """Killed again and again at random points, in either pass, and run with other workers, it ends with the bytes of
-    one run.
-    """
-    rng = random.Random(seed)
-    out = tmp_path / "out"
-    command = ("convert", small / source, out, "--to", "fp8", "--like", small / "fp8", "--workers")
-    kills = 0
-    while not out.exists():
-        name, count = rng.choice(["pwrite", "record"]), rng.randint(1, 8 + 60 * kills)
-        done = run_until(name, count, signal.SIGKILL, *command, rng.choice("123"))
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        kills += done.returncode != 0
-    assert kills
-    assert digests(out) == undisturbed[source]
-    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_ctrl_c_and_the_same_command_again(

@@ -21,6 +21,7 @@
     ├── ServingError              (ValueError)  a serving engine would refuse the directory, or serve something else
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
+    ├── RankLostError             (RuntimeError)  another rank ended, or did not answer
     ├── RanksDifferError          (ValueError)  ranks that write one output together were not asked for the same
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
     ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
@@ -76,10 +77,10 @@ def remedy_for(error: OSError, otherwise: str, *, writing: bool) -> str:
 
 def shown(text: object) -> str:
     """``text`` as it may appear inside a one-line message."""
-    clean = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in str(text)[: _LONGEST_NAME + 1]
-    )
+    clean = str(text)[: _LONGEST_NAME + 1]
+    if not clean.isprintable():
+        escaped = (c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in clean)
+        clean = "".join(escaped)
     return clean if len(clean) <= _LONGEST_NAME else clean[:_LONGEST_NAME] + "..."
 
 
@@ -116,14 +117,16 @@ class Fp8CheckpointError(Exception):
         self.found = found
         self.expected = expected
         self.remedy = remedy
+        super().__init__(found)
+
+    @property
+    def message(self) -> str:
+        """The one line that says it all. Composed when it is asked for: a hostile file has 200,000 defects."""
         subject = " in ".join(shown(part) for part in (self.tensor, self.file) if part is not None)
-        message = f"{subject}: {found}" if subject else found
-        if expected is not None:
-            message += f"; expected {expected}"
-        if remedy is not None:
-            message += f"; {remedy}"
-        self.message = message
-        super().__init__(message)
+        message = f"{subject}: {self.found}" if subject else self.found
+        if self.expected is not None:
+            message += f"; expected {self.expected}"
+        return message if self.remedy is None else f"{message}; {self.remedy}"
 
     def __str__(self) -> str:  # KeyError would print the repr, OSError its errno
         return self.message
@@ -365,6 +368,17 @@ class OutputExistsError(Fp8CheckpointError, FileExistsError):
 
 class OutputBusyError(Fp8CheckpointError, RuntimeError):
     """Another process is writing the same destination."""
+
+
+class RankLostError(Fp8CheckpointError, RuntimeError):
+    """Another rank ended, or did not answer."""
+
+    @classmethod
+    def of(cls, error: RuntimeError) -> RankLostError:
+        """``error``: what the process group says."""
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "what is on disk is kept: look why it ended, and run the same again"
+        return cls(f"another rank ended, or did not answer ({shown(said)})", remedy=remedy)
 
 
 class RanksDifferError(Fp8CheckpointError, ValueError):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fp8ckpt.errors import RankLostError
 from fp8ckpt.system import cores
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ class GroupRanks(Ranks):
         except Exception as caught:  # whatever it is, the other ranks must hear of it, or they wait for ever
             error = caught
         met: list[Any] = [None] * self.size
-        dist.all_gather_object(met, (_portable(error), result), group=self._group)
+        try:
+            dist.all_gather_object(met, (_portable(error), result), group=self._group)
+        except RuntimeError as lost:
+            raise RankLostError.of(lost) from (error or lost)
         for rank, (other, _) in enumerate(met):
             if other is not None:
                 raise error if rank == self.rank and error is not None else other  # one's own has its traceback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -463,3 +464,15 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
         begun(tmp_path / "file" / "out")
+
+
+def test_a_parent_that_cannot_be_flushed(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that may be written and not read is refused before the first byte, not after the last."""
+
+    def refuse(directory: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(module, "flush_directory", refuse)
+    with pytest.raises(StorageError, match="Permission denied; get the permission"):
+        begun(destination)
+    assert os.listdir(destination.parent) == []

@@ -73,6 +73,8 @@ class PartialOutput:
 
     def _begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         self.look(fingerprint, names)
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        flush_directory(self.destination.parent)  # as after the rename: what may not be read cannot be flushed
         self._state.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         if self._lock is None:

@@ -58,6 +58,7 @@ def pair(
     weights = [spans[name] for name in codes if name not in claimed]
     weights.sort(key=lambda span: codes[span.name] != F4)  # scales in FP8 are theirs, and no weights then
     has_activation_scales = any(name.endswith(_ACTIVATION_ENDINGS) for name in spans)
+    has_factors = any(name.endswith(_FACTOR_ENDINGS) for name in spans)  # as a rule there are none
     paired: dict[str, Tensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
     for span in weights:
@@ -77,7 +78,7 @@ def pair(
         factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
         if factor is not None:
             claimed.add(factor)
-        if (second := _second_factor(name, spans, factor)) is not None:
+        if has_factors and (second := _second_factor(name, spans, factor)) is not None:
             claimed.add(second)
             defects.append(UnsupportedFormatError.of_factor(span, second))
         elif len(found) == 1:
@@ -125,6 +126,7 @@ def pair(
 
 
 _ACTIVATION_ENDINGS = tuple(row.scale for row in formats.ACTIVATIONS)
+_FACTOR_ENDINGS = tuple(factor for _, factor in formats.FACTORS)
 
 
 def _second_factor(codes: str, spans: Mapping[str, TensorSpan], own: str | None) -> str | None:

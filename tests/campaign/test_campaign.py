@@ -1,0 +1,35 @@
+"""The small version of the campaign: a few trials of every kind of fault."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from fp8ckpt import convert
+from tests.campaign.__main__ import parts
+
+SIZES = {
+    "kills": 12, "rank_kills": 1, "disks": 4, "flips": 2, "stride": 211, "scale_bytes": 1, "headers": 2000,
+    "directories": 5, "changes": 8, "modes": 6, "seed": 1,
+}  # fmt: skip
+KINDS = ("kills", "ranks", "disks", "state", "scales", "headers", "hostile", "changes", "permissions")
+
+
+@pytest.fixture(scope="module")
+def plain(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature in bf16."""
+    out = tmp_path_factory.mktemp("plain") / "bf16"
+    convert(sample_fp8, out)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_lost_silent_or_hung(kind: str, sample_fp8: Path, plain: Path, tmp_path: Path) -> None:
+    """And every error has a name."""
+    found = dict(parts(sample_fp8, plain, Namespace(**SIZES)))
+    assert tuple(found) == KINDS
+    count = found[kind](tmp_path)
+    assert count.trials or "cannot be mounted" in count.what or "only root" in count.what
+    assert count.wrong == []
