@@ -17,7 +17,7 @@ import fp8ckpt
 
 ROOT = Path(fp8ckpt.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
-JOBS = ("convert", "inspect", "plan", "report", "sample", "verify")
+JOBS = ("convert", "inspect", "merge", "plan", "report", "sample", "verify")
 
 _BELOW_CHECKPOINT = {
     "engine",
@@ -69,6 +69,7 @@ PUBLIC = [
     "Fp8CheckpointError",
     "Fp8Result",
     "Inspection",
+    "MergeResult",
     "Piece",
     "PlainResult",
     "Plan",
@@ -83,6 +84,7 @@ PUBLIC = [
     "inspect",
     "load_model",
     "load_pretrained",
+    "merge",
     "open_checkpoint",
     "plan",
     "plan_convert",
@@ -304,6 +306,7 @@ def test_importing_the_package_is_cheap() -> None:
         ["convert", "--help"],
         ["verify", "--help"],
         ["report", "--help"],
+        ["merge", "--help"],
         ["plan", "--help"],
         ["sample", "--help"],
         [],

@@ -12,13 +12,14 @@ import pytest
 from typer.main import get_command
 
 from fp8ckpt.cli import app
+from tests.adapters import PREFIX, factors, write_adapter
 from tests.conftest import Run
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]  # a group, since the app has several commands
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/fine-tuning.md", "docs/coming-from.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/fine-tuning.md", "docs/merging.md", "docs/coming-from.md"])
 def test_blocks_run(page: str, tmp_path: Path) -> None:
     """Every bash and python block of the page runs, in order, in one directory."""
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
@@ -56,10 +57,12 @@ def test_readme_names_every_command() -> None:
 
 def test_help_examples_run(tmp_path: Path, cli: Run) -> None:
     """Each command's help ends in an example, and the examples work one after the other."""
-    for name in ("sample", "inspect", "convert", "verify", "plan", "report"):
+    module, shape = "model.language_model.layers.0.self_attn.q_proj", (128, 128)
+    write_adapter(tmp_path / "sample-lora", factors(PREFIX + module, cols=shape[1], rows=shape[0]))
+    for name in ("sample", "inspect", "convert", "verify", "plan", "merge", "report"):
         text = cli(name, "--help").stdout.strip().splitlines()[-1]
         program, *arguments = shlex.split(text.strip().removeprefix("Example: "))
         assert program == "fp8ckpt"
         done = cli(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert set(COMMANDS) == {"sample", "inspect", "convert", "verify", "plan", "report"}
+    assert set(COMMANDS) == {"sample", "inspect", "convert", "verify", "plan", "merge", "report"}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
+    from fp8ckpt.merge import MergeResult, merge
     from fp8ckpt.output.forecast import Forecast
     from fp8ckpt.plan import Plan, plan
     from fp8ckpt.report import Report, report
@@ -43,6 +44,7 @@ _HOMES = {
     "Fp8Result": "encodings.results",
     "Inspection": "inspect",
     "Piece": "tensors.joined",
+    "MergeResult": "merge",
     "PlainResult": "encodings.results",
     "Plan": "plan",
     "QuantizedTensor": "tensors.pairing",
@@ -55,6 +57,7 @@ _HOMES = {
     "inspect": "inspect",
     "load_model": "checkpoint.checkpointing",
     "load_pretrained": "checkpoint.pretrained",
+    "merge": "merge",
     "open_checkpoint": "tensors.checkpoint",
     "plan": "plan",
     "plan_convert": "convert",
@@ -76,6 +79,7 @@ __all__ = [
     "Fp8CheckpointError",
     "Fp8Result",
     "Inspection",
+    "MergeResult",
     "Piece",
     "PlainResult",
     "Plan",
@@ -90,6 +94,7 @@ __all__ = [
     "inspect",
     "load_model",
     "load_pretrained",
+    "merge",
     "open_checkpoint",
     "plan",
     "plan_convert",

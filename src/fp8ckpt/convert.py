@@ -11,7 +11,6 @@ ends with the same bytes. Under torchrun the ranks share the work: call `convert
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,11 @@ from typing import TYPE_CHECKING
 from fp8ckpt.encodings import plain as dequantizing
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
 from fp8ckpt.engine import Progress
-from fp8ckpt.errors import RangeError, SourceChangedError, StorageError, WeightValueError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.forecast import Forecast
-from fp8ckpt.output.like import has_activation_scales
-from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
-from fp8ckpt.tensors.config import Json
+from fp8ckpt.tensors.checkpoint import CheckpointLike
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.recipes import QuantizingPlan
@@ -92,27 +88,13 @@ def convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
-    output = PartialOutput(destination)
     how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
-    try:
-        with ranks_of_this_job() as ranks:
-            ranks.together(lambda: _refuse_arguments(how, workers))
-            threads = workers or threads_of_this_rank()
-            if to != FP8:
-                return _dequantize(source, output, how, threads, progress, ranks)
-            return _quantize(source, output, how, threads, progress, ranks)
-    except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
-        output.discard()
-        raise
-    except StorageError as error:
-        if not os.path.exists(output.directory):  # noqa: PTH110 - Path.exists() raises for a name that is too long
-            raise
-        remedy = f"{error.remedy}; what was written is in {output.partial}, and the same command goes on from there"
-        raise type(error)(
-            error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy
-        ) from error
-    finally:
-        output.release()
+    with writing(destination) as output, ranks_of_this_job() as ranks:
+        ranks.together(lambda: _refuse_arguments(how, workers))
+        threads = workers or threads_of_this_rank()
+        if to != FP8:
+            return _dequantize(source, output, how, threads, progress, ranks)
+        return _quantize(source, output, how, threads, progress, ranks)
 
 
 @kept_open()
@@ -271,6 +253,7 @@ def _quantize(
 def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> QuantizingPlan:
     from fp8ckpt.encodings.like import plan_like
     from fp8ckpt.encodings.schemes import plan_scheme
+    from fp8ckpt.serving.listing import served_config
 
     if how.like is not None:
         return plan_like(
@@ -280,7 +263,7 @@ def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> Quant
             fresh=how.scales == "fresh",
             report=how.report,
             carry=how.carry,
-            served=_serving_config if how.serving else None,
+            served=served_config if how.serving else None,
             follow_index=how.follow_index,
         )
     assert how.scheme is not None  # one of the two was given
@@ -288,16 +271,9 @@ def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> Quant
         source,
         how.scheme,
         output,
-        served=_serving_config,
+        served=served_config,
         report=how.report,
         only=how.only,
         skip=how.skip,
         follow_index=how.follow_index,
     )
-
-
-def _serving_config(checkpoint: Checkpoint) -> Json:
-    """The configuration with which engines serve a checkpoint."""
-    from fp8ckpt.serving.listing import serving_config
-
-    return serving_config(checkpoint, static=bool(checkpoint.quantized) and has_activation_scales(checkpoint))

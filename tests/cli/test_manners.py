@@ -17,7 +17,7 @@ from tests.oracle import read_directory
 from fp8ckpt import __version__, inspect
 from fp8ckpt.errors import CheckpointNotFoundError
 
-COMMANDS = ("inspect", "convert", "verify", "plan", "report", "sample")
+COMMANDS = ("inspect", "convert", "merge", "verify", "plan", "report", "sample")
 
 
 def on_a_terminal(*arguments: object, **env: str) -> tuple[int, str]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from tests.adapters import PREFIX, factors, write_adapter
 from tests.conftest import Run
 from typer.main import get_command
 
+from fp8ckpt import open_checkpoint
 from fp8ckpt.cli import app
 
 SCHEMAS = Path(__file__).parent.parent.parent / "docs" / "schemas"
@@ -58,6 +60,9 @@ def test_what_is_printed_is_what_the_schema_says(
     broken = Path(shutil.copytree(sample_fp8, tmp_path / "broken"))
     (broken / "model-00003-of-00003.safetensors").unlink()
     bf16, back = tmp_path / "bf16", tmp_path / "back"
+    module = "model.language_model.layers.0.self_attn.q_proj"
+    rows, cols = open_checkpoint(sample_fp8)[f"{module}.weight"].shape
+    adapter = write_adapter(tmp_path / "adapter", factors(PREFIX + module, cols=cols, rows=rows))
     runs: list[tuple[Any, ...]] = [
         ("sample", tmp_path / "sample", "--plan"),
         ("sample", tmp_path / "sample"),
@@ -68,6 +73,8 @@ def test_what_is_printed_is_what_the_schema_says(
         ("convert", sample_fp8, bf16, "--report-html", tmp_path / "page.html"),
         ("convert", bf16, back, "--to", "fp8", "--like", sample_fp8),
         ("convert", bf16, tmp_path / "scheme", "--to", "fp8", "--scheme", "block"),
+        ("merge", sample_fp8, adapter, tmp_path / "merged"),
+        ("merge", sample_fp8, f"{adapter}=0.5", tmp_path / "plain", "--to", "bf16", "--adapter", f"{adapter}=-1"),
         ("verify", sample_fp8, "--serving"),
         ("verify", sample_fp8, bf16),
         ("verify", sample_fp8, sample_block),

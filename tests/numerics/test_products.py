@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8ckpt.numerics.products import add_product, count_arrived, sum_squares
-
-F32 = npt.NDArray[np.float32]
-
-
-def in_order(left: F32, right: F32, scaling: float, value: F32) -> F32:
-    """The contract, an operation at a time."""
-    total = np.zeros_like(value)
-    for k in range(left.shape[1]):
-        total = total + left[:, k : k + 1] * right[k]
-    return value + np.float32(scaling) * total
+from tests.adapters import F32, in_order
 
 
 def drawn(seed: int, rows: int, rank: int, cols: int) -> tuple[F32, F32, F32]:

@@ -22,33 +22,22 @@ from fp8ckpt.errors import (
     WeightValueError,
 )
 from fp8ckpt.tensors.adapters import open_adapter, read_floats, refuse_nonfinite
+from tests.adapters import factors as factors_of
+from tests.adapters import values, write_adapter
 from tests.oracle import Stored, write_safetensors
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def values(*shape: int, dtype: str = "F32") -> Stored:
-    return Stored.of(np.random.default_rng(1).standard_normal(shape).astype(np.float32), dtype)
-
-
-def factors(module: str = Q, rank: int = 4, cols: int = 16, rows: int = 8, dtype: str = "F32") -> dict[str, Stored]:
-    return {f"{module}.lora_A.weight": values(rank, cols, dtype=dtype),
-            f"{module}.lora_B.weight": values(rows, rank, dtype=dtype)}  # fmt: skip
-
-
-def written(directory: Path, tensors: dict[str, Stored], **config: Any) -> Path:
-    """A PEFT directory."""
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | config))
-    write_safetensors(directory / "adapter_model.safetensors", tensors)
-    return directory
+def factors(module: str = Q, dtype: str = "F32") -> dict[str, Stored]:
+    return factors_of(module, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 def test_a_pair(dtype: str, tmp_path: Path) -> None:
     """A module's two factors, of any float dtype, without a byte lost."""
     tensors = factors(dtype=dtype)
-    adapter = open_adapter(written(tmp_path / "a", tensors))
+    adapter = open_adapter(write_adapter(tmp_path / "a", tensors))
     [pair] = adapter.pairs
     assert (pair.module, pair.depth, pair.embedding) == ("model.layers.0.self_attn.q_proj", 0, False)
     assert np.array_equal(read_floats(pair.a), tensors[f"{Q}.lora_A.weight"].array.astype(np.float32))
@@ -72,12 +61,12 @@ SCALINGS: list[tuple[dict[str, Any], float, float]] = [
 @pytest.mark.parametrize(("config", "weight", "expected"), SCALINGS)
 def test_scaling(config: dict[str, Any], weight: float, expected: float, tmp_path: Path) -> None:
     """Ranks and alphas are found by PEFT's patterns; rank-stabilized adapters divide by the root."""
-    adapter = open_adapter(written(tmp_path / "a", factors(), **config), weight)
+    adapter = open_adapter(write_adapter(tmp_path / "a", factors(), **config), weight)
     assert adapter.scaling("model.layers.0.self_attn.q_proj") == expected
 
 
 def test_all_kinds_of_keys(tmp_path: Path) -> None:
-    """Embeddings, nested wrappers, magnitudes, biases and whole tensors, with PEFT's prefix or without."""
+    """Embeddings, nested wrappers, magnitudes and whole tensors, with PEFT's prefix or without."""
     e, x = "base_model.model.model.embed_tokens", "model.layers.0.mlp.experts"
     tensors = {
         f"{e}.lora_embedding_A": values(4, 32),
@@ -85,22 +74,19 @@ def test_all_kinds_of_keys(tmp_path: Path) -> None:
         f"{e}.base_layer.weight": values(32, 16),
         **factors(x),
         **factors(f"{x}.base_layer"),
-        f"{x}.lora_B.bias": values(8),
         "base_model.model.lm_head.weight": values(3, 3),
     }
-    adapter = open_adapter(written(tmp_path / "a", tensors))
+    adapter = open_adapter(write_adapter(tmp_path / "a", tensors))
     found = {(pair.module, pair.depth): pair for pair in adapter.pairs}
     assert found.keys() == {("model.embed_tokens", 0), (x, 0), (x, 1)}
     assert found["model.embed_tokens", 0].embedding
-    assert found[x, 0].bias is not None
-    assert found[x, 1].bias is None
     assert adapter.tensors.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("index", [True, False])
 def test_sharded(index: bool, tmp_path: Path) -> None:
     """Parts are read by their index, or by their names."""
-    directory = written(tmp_path / "a", {})
+    directory = write_adapter(tmp_path / "a", {})
     (directory / "adapter_model.safetensors").unlink()
     files = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     names = list(factors())
@@ -123,6 +109,7 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], type[Fp8CheckpointError], str]] = [
     ({"alora_invocation_tokens": [1]}, UnsupportedFormatError, "aLoRA"),
     ({"layer_replication": [[0, 2]]}, UnsupportedFormatError, "layer_replication"),
     ({"trainable_token_indices": [1]}, UnsupportedFormatError, "trainable_token_indices"),
+    ({"lora_bias": True}, UnsupportedFormatError, "lora_bias"),
     ({"arrow_config": {"top_k": 1}}, UnsupportedFormatError, "Arrow"),
     ({"use_qalora": True}, UnsupportedFormatError, "use_qalora"),
     ({"kasa_config": {"beta": 1}}, UnsupportedFormatError, "kasa_config"),
@@ -149,7 +136,7 @@ def test_a_configuration_that_cannot_be_merged(
 ) -> None:
     """It is refused by the name of what it says."""
     with pytest.raises(error, match=text):
-        open_adapter(written(tmp_path / "a", factors(), **config))
+        open_adapter(write_adapter(tmp_path / "a", factors(), **config))
 
 
 HARMLESS = [{"init_lora_weights": how} for how in (True, False, "gaussian", "eva", "orthogonal")]
@@ -158,7 +145,7 @@ HARMLESS = [{"init_lora_weights": how} for how in (True, False, "gaussian", "eva
 @pytest.mark.parametrize("config", [*HARMLESS, {"a_thing_of_next_year": None}, {"use_bdlora": False}, {"bias": "all"}])
 def test_a_configuration_that_changes_nothing(config: dict[str, Any], tmp_path: Path) -> None:
     """How the factors began, and what is not set, is none of merging's business."""
-    assert open_adapter(written(tmp_path / "a", factors(), **config)).pairs
+    assert open_adapter(write_adapter(tmp_path / "a", factors(), **config)).pairs
 
 
 def without(name: str) -> dict[str, Stored]:
@@ -172,6 +159,7 @@ REFUSED_TENSORS: list[tuple[dict[str, Stored], dict[str, Any], str]] = [
     (factors() | {f"{Q}.lora_A.weight": values(3, 16)}, {}, r"\(3, 16\) and \(8, 4\)"),
     (factors() | {f"{Q}.lora_A.weight": values(4, 2, 3, 3)}, {}, "convolution"),
     (factors() | {f"{Q}.lora_B.weight": values(8)}, {}, r"\(8,\)"),
+    (factors() | {f"{Q}.lora_B.bias": values(8)}, {}, "lora_B.bias"),
     (factors() | {f"{Q}.lora_velora_embed": values(8)}, {}, "lora_velora_embed"),
     (factors() | {f"{Q}.lora_embedding_A": values(8)}, {}, "lora_embedding_B"),
     (factors() | {f"{Q}.lora_A.weight": Stored.codes(np.zeros((4, 16), np.uint8), "F8_E4M3")}, {}, "F8_E4M3"),
@@ -186,7 +174,7 @@ def test_tensors_that_make_no_adapter(
 ) -> None:
     """A factor without the other, of another shape or of another kind is named."""
     with pytest.raises((UnsupportedFormatError, ModelMismatchError), match=text):
-        open_adapter(written(tmp_path / "a", tensors, **config))
+        open_adapter(write_adapter(tmp_path / "a", tensors, **config))
 
 
 def test_files_that_make_no_adapter(tmp_path: Path) -> None:
@@ -195,7 +183,7 @@ def test_files_that_make_no_adapter(tmp_path: Path) -> None:
         open_adapter(tmp_path / "none/of/it")
     with pytest.raises(CheckpointNotFoundError, match="adapter_config"):
         open_adapter(tmp_path)
-    directory = written(tmp_path / "a", factors())
+    directory = write_adapter(tmp_path / "a", factors())
     weights = directory / "adapter_model.safetensors"
     with pytest.raises(CheckpointNotFoundError, match="directory of an adapter"):
         open_adapter(weights)
@@ -217,10 +205,10 @@ def test_values_that_are_not_finite(bad: float, tmp_path: Path) -> None:
     array[1, 2] = bad
     tensors = factors() | {f"{Q}.lora_B.weight": Stored.of(array, "BF16")}
     with pytest.raises(WeightValueError, match=r"lora_B.*1 of 32"):
-        refuse_nonfinite(open_adapter(written(tmp_path / "a", tensors)))
+        refuse_nonfinite(open_adapter(write_adapter(tmp_path / "a", tensors)))
 
 
 def test_a_weight_is_a_number(tmp_path: Path) -> None:
     """Of several adapters each has one."""
     with pytest.raises(ValueError, match="weight"):
-        open_adapter(written(tmp_path / "a", factors()), math.nan)
+        open_adapter(write_adapter(tmp_path / "a", factors()), math.nan)

@@ -18,6 +18,7 @@ import typer
 
 from fp8ckpt.cli.convert import convert
 from fp8ckpt.cli.inspect import inspect
+from fp8ckpt.cli.merge import merge
 from fp8ckpt.cli.plan import plan
 from fp8ckpt.cli.printing import fail
 from fp8ckpt.cli.report import report
@@ -39,6 +40,7 @@ _COMMANDS: dict[
 ] = {  # in the order of help: a line, and an example that a test runs
     inspect: ("What is FP8, with which scales; what is not; every defect.", "fp8ckpt inspect sample-fp8"),
     convert: ("FP8 to BF16, exactly; and back to FP8.", "fp8ckpt convert sample-fp8 sample-bf16 --to bf16"),
+    merge: ("LoRA adapters into a release, in its own layout.", "fp8ckpt merge sample-fp8 sample-lora merged-fp8"),
     verify: ("Prove one sound, or two the same, bit for bit.", "fp8ckpt verify sample-fp8 sample-bf16"),
     plan: ("What each rank of a cluster will hold, read and take.", "fp8ckpt plan sample-fp8 --ranks 4 --tp 2 --pp 2"),
     report: ("Draw scales, codes, and what moved: one HTML page.", "fp8ckpt report sample-fp8 --output sample.html"),

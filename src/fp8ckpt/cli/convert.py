@@ -1,15 +1,23 @@
 """``fp8ckpt convert``."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, share, size, speaks, table
+from fp8ckpt.cli.printing import (
+    answer,
+    answer_forecast,
+    print_nan_codes,
+    print_notes,
+    resumable,
+    share,
+    size,
+    speaks,
+    table,
+)
 from fp8ckpt.cli.progress import progress
-from fp8ckpt.errors import shown
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.results import ConvertResult, QuantizationReport
@@ -109,13 +117,8 @@ def convert(
             forecast = plan_convert(source, destination, **arguments)
         answer_forecast(forecast, as_json=as_json, quiet=quiet)
         return
-    try:
-        with usage(), progress("converting", quiet=quiet) as reported:
-            result = run(source, destination, **arguments, workers=workers, progress=reported)
-    except KeyboardInterrupt:
-        kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
-        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial/output').exists() else ''}", file=sys.stderr)
-        sys.exit(130)
+    with resumable(destination), usage(), progress("converting", quiet=quiet) as reported:
+        result = run(source, destination, **arguments, workers=workers, progress=reported)
     if page is not None and speaks():
         from fp8ckpt.report import report as draw
 

@@ -6,7 +6,9 @@ import dataclasses
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from fp8ckpt.errors import Fp8CheckpointError, shown
@@ -30,6 +32,17 @@ def fail(message: str) -> NoReturn:
     if speaks():  # under torchrun every rank meets the same error
         print(f"{styled('fp8ckpt:', 'red', sys.stderr)} {message}", file=sys.stderr)
     sys.exit(1)
+
+
+@contextmanager
+def resumable(destination: Path) -> Iterator[None]:
+    """A job that Ctrl-C ends says what it leaves, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
+        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial/output').exists() else ''}", file=sys.stderr)
+        sys.exit(130)
 
 
 def answer(result: T, print_text: Callable[[T], None], *, as_json: bool, quiet: bool, **more: object) -> None:

@@ -26,6 +26,7 @@ from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, scale_values
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
+from fp8ckpt.numerics.products import Arrival
 from fp8ckpt.numerics.quantize import Tally, Values, values_of
 from fp8ckpt.output.extents import Chunk
 from fp8ckpt.output.files import OutputFile
@@ -33,9 +34,9 @@ from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.reading import load_dequantizer, load_scales
+from fp8ckpt.tensors.reading import load_scales
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
-from fp8ckpt.tensors.tensor import Reader, Tensor
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
 STEP = (
     1 << 19
@@ -51,10 +52,13 @@ class WeightFacts:
     """What is recorded of a weight, or of a part of it.
 
     ``maxima`` (by block, of wide weights in the first pass) decide whether a scale fits; ``inexact`` are blocks of
-    which some part is small for their scale, and is not given back by it exactly.
+    which some part is small for their scale, and is not given back by it exactly. ``arrival``: of adapters that were
+    merged; ``nan_codes``: that were carried over as NaN.
     """
 
     tally: Tally = field(default_factory=Tally)
+    arrival: Arrival = field(default_factory=Arrival)
+    nan_codes: int = 0
     kept: int = 0
     made: int = 0
     maxima: dict[str, float] = field(default_factory=dict)
@@ -63,11 +67,14 @@ class WeightFacts:
     @classmethod
     def of(cls, recorded: Mapping[str, Any]) -> WeightFacts:
         """From what was recorded."""
-        return cls(**{**recorded, "tally": Tally(**recorded["tally"])})
+        parts = {"tally": Tally(**recorded["tally"]), "arrival": Arrival(**recorded["arrival"])}
+        return cls(**{**recorded, **parts})
 
     def add(self, other: WeightFacts) -> None:
         """Take in the facts of another part."""
         self.tally.add(other.tally)
+        self.arrival.add(other.arrival)
+        self.nan_codes += other.nan_codes
         self.kept += other.kept
         self.made += other.made
         for block, largest in other.maxima.items():
@@ -97,6 +104,7 @@ class QuantizingFiller:
         directory: Path,
         scales_before: Callable[[Quantization], F32],
         outgrown: set[tuple[str, ...]],
+        dequantizer: DequantizerOf,
         decided: Mapping[str, F32] | None = None,
     ) -> None:
         self._plan = plan
@@ -104,11 +112,11 @@ class QuantizingFiller:
         self._scales_before = scales_before
         self._outgrown = outgrown
         self._decided = decided
-        self._reader = Reader(READ_AT_ONCE, load_dequantizer)
         # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
         self._scale_file: OutputFile | None = None
+        self._reader = Reader(READ_AT_ONCE, dequantizer, counting=True)
         self.base_bytes_read = 0
         self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
 
@@ -119,14 +127,13 @@ class QuantizingFiller:
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         """Fill ``out`` with the bytes of a chunk of an output file; the facts are those of the weight, if it is
-        of one.
+        of one, or of what was merged.
         """
         weight = None
         if chunk.start >= len(layout.head) and chunk.first < len(layout.spans):
             weight = self._plan.weights.get(layout.spans[chunk.first].name)
         if weight is None:
-            self._copy(layout, chunk, out)
-            return Filled({})
+            return Filled({name: asdict(facts) for name, facts in self._copy(layout, chunk, out).items()})
         begin, count = chunk.start - weight.weight.start, chunk.nbytes
         if self._decided is not None:
             return self._encode_decided(weight, begin, count, out)
@@ -134,29 +141,42 @@ class QuantizingFiller:
 
     # ---------------------------------------------------------------- what is not quantized
 
-    def _copy(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> None:
+    def _copy(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> dict[str, WeightFacts]:
         start, stop, first = chunk
         if start < len(layout.head):
             head = layout.head[start:stop]
             out[: len(head)] = memoryview(head)
+        met: dict[str, WeightFacts] = {}
         for span in islice(layout.spans, first, None):
             if span.start >= stop:
-                return
+                break
             low, high = max(span.start, start), min(span.stop, stop)
             if low >= high:
                 continue
             given, target = self._plan.plain[span.name], out[low - start : high - start]
-            if given.dtype == span.dtype:
-                given.elements((low - span.start) * 8 // DTYPE_BITS[span.dtype], span.dtype, target, self._reader)
-            else:
-                self._cast(given, span, low - span.start, target)
+            if (facts := self._stored(given, span, low - span.start, target)) != WeightFacts():
+                met[span.name] = facts
+        return met
 
-    def _cast(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes) -> None:
+    def _stored(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes) -> WeightFacts:
+        """Values as they are written: as they are stored, dequantized, merged or cast."""
+        facts, first = WeightFacts(), offset * 8 // DTYPE_BITS[span.dtype]
+        self._reader.merge = None
+        self._reader.nonfinite.clear()
+        if span.dtype == given.dtype:
+            given.elements(first, span.dtype, out, self._reader)
+        else:
+            self._cast(given, first, span, out)
+        if (merge := self._reader.merge) is not None:
+            facts.arrival.add(Arrival.of(*merge, values_of(out, span.dtype).floats))
+        facts.nan_codes = self._reader.nonfinite.total()
+        return facts
+
+    def _cast(self, given: Tensor, first: int, span: TensorSpan, out: Bytes) -> None:
         itemsize = TARGET_BYTES[span.dtype]
-        for begin in range(offset // itemsize, (offset + out.nbytes) // itemsize, STEP):
-            count = min(STEP, (offset + out.nbytes) // itemsize - begin)
-            values = self._values(given, begin, count)
-            part = out[begin * itemsize - offset :][: count * itemsize]
+        for begin in range(0, out.size // itemsize, STEP):
+            part = out[begin * itemsize :][: STEP * itemsize]
+            values = self._values(given, first + begin, part.size // itemsize)
             if overflown := quantize.round_to(values.floats, span.dtype, part.view(bits_dtype(span.dtype))):
                 found = f"{overflown} finite values of {given.dtype} do not fit {span.dtype}"
                 raise RangeError(
@@ -174,7 +194,7 @@ class QuantizingFiller:
             maxima = quantize.block_array(sub, np.float32)
             quantize.raise_maxima(parts, values, maxima)
             if not np.isfinite(maxima).all():
-                refuse_nonfinite(weight.name, weight.source)
+                refuse_nonfinite(weight.name, weight.source, self._reader)
             before, kept = np.full(maxima.shape, np.inf, np.float32), None
             exact = None
             if weight.before is not None:
@@ -209,7 +229,7 @@ class QuantizingFiller:
             here = quantize.block_array(grid, np.float32)
             quantize.raise_maxima(parts, values, here)
             if not np.isfinite(here).all():
-                refuse_nonfinite(weight.name, weight.source)
+                refuse_nonfinite(weight.name, weight.source, self._reader)
             for block in np.flatnonzero(here):
                 at = blocks.start + int(block)
                 maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
@@ -261,7 +281,9 @@ class QuantizingFiller:
         if not self._plan.report:
             return
         tally = quantize.tally(parts, values, codes, scales, before)
-        if weight.before is not None:
+        if (merge := self._reader.merge) is not None:
+            facts.arrival.add(Arrival.of(*merge, quantize.decode(parts, codes, scales)))
+        elif weight.before is not None:
             if self._base_codes.size < codes.size:
                 self._base_codes = np.empty(codes.size, np.uint8)
             old = self._base_codes[: codes.size]
@@ -277,6 +299,7 @@ class QuantizingFiller:
         if self._raw.size < nbytes:
             self._raw = np.empty(nbytes, np.uint8)
         raw = self._raw[:nbytes]
+        self._reader.merge = None
         tensor.elements(first, tensor.dtype, raw, self._reader)
         return values_of(raw, tensor.dtype)
 
@@ -347,9 +370,9 @@ def checked_scales(weight: Quantization, stored: Stored) -> F32:
     )
 
 
-def refuse_nonfinite(name: str, tensor: Tensor) -> NoReturn:
+def refuse_nonfinite(name: str, tensor: Tensor, reader: Reader) -> NoReturn:
     """Count what is not finite in all of a tensor, and raise `WeightValueError`."""
-    reader, count = Reader(READ_AT_ONCE, load_dequantizer), 0
+    count = 0
     raw = np.empty(STEP * TARGET_BYTES[tensor.dtype], np.uint8)
     for start in range(0, tensor.numel, STEP):
         part = raw[: min(STEP, tensor.numel - start) * TARGET_BYTES[tensor.dtype]]

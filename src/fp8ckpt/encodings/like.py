@@ -78,7 +78,7 @@ def plan_like(
         base=like,
         weights=weights,
         plain=plain,
-        units=tuple(_units([weight for weight in weights.values() if weight.wide and weight.scale.nbytes])),
+        units=tuple(units_of([weight for weight in weights.values() if weight.wide and weight.scale.nbytes])),
         fresh=fresh,
         report=report,
         powers_of_two=powers_of_two,
@@ -127,7 +127,7 @@ def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[
     return {name: tensor for name, tensor in tensors.items() if name != head}, (note,)
 
 
-def _units(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
+def units_of(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
     """Wide weights, those of one scale with the siblings that share it. Grids are joined by engines as they are: each
     is alone.
     """

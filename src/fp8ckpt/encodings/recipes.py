@@ -61,7 +61,7 @@ class QuantizingPlan:
     ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
     ``units``: the wide weights, those together that must have one scale. ``fresh``: no scale is kept.
     ``powers_of_two``: of new scales. ``report``: count what training did. ``carried``: what is the base's, byte for
-    byte.
+    byte; ``merged``: what adapters change.
     """
 
     output: OutputPlan
@@ -74,6 +74,7 @@ class QuantizingPlan:
     report: bool
     powers_of_two: bool = False
     carried: tuple[str, ...] = ()
+    merged: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     @cached_property

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from fp8ckpt.numerics.codes import F32, scale_values
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
@@ -44,6 +44,7 @@ class Quantized:
     bytes_rewritten: int
     bytes_resumed: int
     report: QuantizationReport | None
+    facts: Mapping[str, WeightFacts]
 
 
 def run(
@@ -64,12 +65,14 @@ def run(
     ):  # records may be lost in a power cut, and then the first pass writes over the second
         done = {i: facts for i, facts in done.items() if i in first}
     before = lru_cache(maxsize=4 * workers)(scales_before)
+    dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
     outgrown: set[tuple[str, ...]] = set()
     steps = _Steps(progress)
 
     def write(extents: Mapping[int, Extent], decided: Mapping[str, F32] | None) -> tuple[int, int, Counter[str]]:
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
-        fillers = [QuantizingFiller(plan, output.directory, before, outgrown, decided) for _ in range(workers)]
+        filler = partial(QuantizingFiller, plan, output.directory, before, outgrown, dequantizer, decided)
+        fillers = [filler() for _ in range(workers)]
         ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
         plan.output.refuse_changes()
         wrote = sum((filler.looked_and_wrote for filler in fillers), Counter())
@@ -82,9 +85,10 @@ def run(
     counts = looked + ranks.gather(lambda: write(again, scales))
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
-    report = ranks.first(lambda: _publish(plan, output, first, decided, second))
+    facts = ranks.first(lambda: _publish(plan, output, first, decided, second))
     read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
-    return Quantized(plan, read, base_read, rewritten, resumed, report)
+    report = _reported(plan, facts) if plan.report else None
+    return Quantized(plan, read, base_read, rewritten, resumed, report, facts)
 
 
 class _Steps:
@@ -160,19 +164,18 @@ def _publish(
     first: Mapping[int, Extent],
     decided: Mapping[str, Stored],
     second: Mapping[str, Mapping[int, Extent]],
-) -> QuantizationReport | None:
-    """The last step: the report, of the records before they go, and the name."""
-    report = None
+) -> dict[str, WeightFacts]:
+    """The last step: the facts of a report, of the records before they go, and the name."""
+    facts: dict[str, WeightFacts] = {}
     if plan.report:
         facts = _facts(output, first)
         for name in plan.unit_of:
             facts[name] = _wide_facts(plan, name, facts.get(name, WeightFacts()), decided)
         written_again = {i: extent for name in decided for i, extent in second[name].items()}
         for name, again in _facts(output, written_again).items():
-            facts[name].tally = again.tally
-        report = _reported(plan, facts)
+            facts[name].tally, facts[name].arrival = again.tally, again.arrival
     plan.output.publish(output)
-    return report
+    return facts
 
 
 def _wide_facts(plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Stored]) -> WeightFacts:

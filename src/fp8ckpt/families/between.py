@@ -115,6 +115,20 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
     return parts
 
 
+def parts_of_model(given: Checkpoint) -> dict[str, Assembly]:
+    """How the tensors of a checkpoint's model are made of its own; none where transformers is not installed, or does
+    not know the model.
+    """
+    if not has_transformers():
+        return {}
+    from fp8ckpt.families.transformers_tables import assemble, configured_model
+
+    with suppress(ConfigError):
+        if (model := configured_model(given.config)) is not None:
+            return assemble(model, _shapes_of(model), _shapes(given)).parts
+    return {}
+
+
 def has_transformers() -> bool:
     """Whether transformers is installed, whose tables are gone by."""
     return find_spec("transformers") is not None

@@ -7,11 +7,13 @@ depend on that row and that column alone: not on the shape of what is worked on 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fp8ckpt.numerics.codes import F32
 from fp8ckpt.numerics.compiled import compiled
 
 Array = npt.NDArray[Any]
@@ -114,3 +116,36 @@ def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array) -> i
         for lane in range(_LANES):
             sums[k] += lanes[k, lane]
     return changed
+
+
+@dataclass
+class Arrival:
+    """What became of what was to be added to ``elements`` values, ``changed`` of which are others now. Sums of squares
+    and products: of the values ``before``, of the ``delta`` that was to be added, of that with what was ``added``.
+    """
+
+    elements: int = 0
+    changed: int = 0
+    before: float = 0.0
+    delta: float = 0.0
+    product: float = 0.0
+    added: float = 0.0
+
+    @classmethod
+    def of(cls, before: F32, wanted: F32, stored: F32) -> Arrival:
+        """Of values [n] before, as they were to be, and as they are stored. Those that are not finite are left out."""
+        finite = np.isfinite(before) & np.isfinite(wanted)
+        if not finite.all():
+            before, wanted, stored = before[finite], wanted[finite], stored[finite]
+        sums = np.zeros(4)
+        changed = count_arrived(before, wanted, stored, sums)
+        return cls(before.size, int(changed), *map(float, sums))
+
+    def add(self, other: Arrival) -> None:
+        """Take in other elements."""
+        self.elements += other.elements
+        self.changed += other.changed
+        self.before += other.before
+        self.delta += other.delta
+        self.product += other.product
+        self.added += other.added

@@ -171,6 +171,17 @@ def unpack(packed: U8) -> U8:
     return codes
 
 
+def decode(parts: Iterable[Part], codes: U8, scales: F32, coding: Coding = E4M3) -> F32:
+    """The values [n] of codes as float32: ``code * scale``."""
+    bits = np.empty(codes.size, np.uint32)
+    for part in parts:
+        given = np.ascontiguousarray(scales[part.window.blocks])
+        kernels.multiply_blocks(
+            part.of(codes), code_values(coding.dtype), given, kernels.F32, *part.window.phase, part.of(bits)
+        )
+    return bits.view(np.float32)
+
+
 def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32, coding: Coding = E4M3) -> Counts:
     """How many elements of each block that the parts meet are not given back by their codes."""
     counts = np.zeros(scales.shape, np.int64)

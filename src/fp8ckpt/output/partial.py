@@ -22,7 +22,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fp8ckpt.errors import Fp8CheckpointError, OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
+from fp8ckpt.errors import (
+    Fp8CheckpointError,
+    OutputBusyError,
+    OutputExistsError,
+    RangeError,
+    ResumeMismatchError,
+    SourceChangedError,
+    StorageError,
+    WeightValueError,
+)
 from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.local import read_whole
@@ -286,6 +295,28 @@ def _check(text: bytes) -> bytes:
 def _is_state(entry: str) -> bool:
     """Whether a path in ``DST.partial`` is that of a file of our state."""
     return entry.startswith(f"{_STATE}/{_RECORDS}") or entry in {f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK)}
+
+
+@contextmanager
+def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
+    """The output of a job: what it wrote goes where it can never become whole, and is kept for the next run where the
+    disk refuses; its `StorageError` says so.
+    """
+    output = PartialOutput(destination)
+    try:
+        yield output
+    except (WeightValueError, RangeError, SourceChangedError):
+        output.discard()
+        raise
+    except StorageError as error:
+        if not os.path.exists(output.directory):  # noqa: PTH110 - Path.exists() raises for a name that is too long
+            raise
+        remedy = f"{error.remedy}; what was written is in {output.partial}, and the same command goes on from there"
+        raise type(error)(
+            error.found, tensor=error.tensor, file=error.file, expected=error.expected, remedy=remedy
+        ) from error
+    finally:
+        output.release()
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:

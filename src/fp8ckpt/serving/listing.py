@@ -8,6 +8,7 @@ from typing import Any
 
 from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.roles import is_built_plain, module_of
+from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.serving.skip_list import (
     Missing,
     SkipList,
@@ -89,6 +90,11 @@ def _missing(subject: Subject, row: Method, entries: Sequence[str]) -> Missing:
         return missing_in_both_forms(entries, linears, unquantized_parts(linears, quantized), subject.native)
     # ModelOpt may state its list in a file of its own, too.
     return missing_in_patterns([*configuration.skip_patterns(checkpoint.store, checkpoint.config), *entries], linears)
+
+
+def served_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`serving_config` of a checkpoint that has all of its activation scales, or is served without any."""
+    return serving_config(checkpoint, static=bool(checkpoint.quantized) and has_activation_scales(checkpoint))
 
 
 def serving_config(checkpoint: Checkpoint, *, static: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ _AT_ONCE = 4 << 20  # bytes; whole elements of any dtype
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora",
     "use_rslora",
@@ -53,15 +53,15 @@ _KNOWN = {
 _REFUSED = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only: no weights are equal to it",
     "arrow_config": "Arrow chooses an adapter for each token: no weights are equal to it",
+    "lora_bias": "a bias was trained inside the adapter",
     "layer_replication": "the adapter is of a model with layers that the base does not have",
     "trainable_token_indices": "rows of an embedding were trained beside the adapter",
 }
+_MERGED_THERE = ("lora_bias", "trainable_token_indices")
 #: Initializations that train on another base than the one that is given: what they took out of it is in the factors.
 _OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_FACTOR = re.compile(
-    r"(.+?)((?:\.base_layer)*)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(weight|bias))?"
-)
+_FACTOR = re.compile(r"(.+?)((?:\.base_layer)*)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 
 
 class Pair(NamedTuple):
@@ -69,7 +69,6 @@ class Pair(NamedTuple):
 
     ``module``: as the model that was trained has it; ``depth``: of how many wrappers it is inside (PEFT wraps the
     parameters of one module one after the other). ``embedding``: the product is transposed. ``magnitude``: DoRA's.
-    ``bias``: of ``b``, to be added to the module's own.
     """
 
     module: str
@@ -78,7 +77,6 @@ class Pair(NamedTuple):
     b: TensorSpan
     embedding: bool = False
     magnitude: TensorSpan | None = None
-    bias: TensorSpan | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def _check(config: Json, file: File) -> None:
         refuse(f"peft_type is {shown(kind)}", "LORA", merge_there)
     for key, why in _REFUSED.items():
         if config.get(key):
-            refuse(f"{key} is set: {why}", f"{key} null", None if key != "trainable_token_indices" else merge_there)
+            refuse(f"{key} is set: {why}", f"{key} null", merge_there if key in _MERGED_THERE else None)
     for key in sorted(config.keys() - _KNOWN - _REFUSED.keys()):
         if config[key]:
             refuse(
@@ -274,9 +272,8 @@ def _sorted_out(stored: Mapping[str, TensorSpan], *, dora: bool) -> tuple[list[P
     for key, span in stored.items():
         name = key.removeprefix(_PREFIX)
         if match := _FACTOR.fullmatch(name):
-            module, wrappers, what, leaf = match.groups()
-            part = "bias" if leaf == "bias" else what
-            found.setdefault((module, len(wrappers) // len(_BASE_LAYER)), {})[part] = span
+            module, wrappers, what = match.groups()
+            found.setdefault((module, len(wrappers) // len(_BASE_LAYER)), {})[what] = span
         elif ".lora_" in name or tensors.setdefault(name.replace(_BASE_LAYER, ""), span) is not span:
             raise _unknown(span)
     return [_pair(module, depth, parts, dora=dora) for (module, depth), parts in found.items()], tensors
@@ -289,7 +286,7 @@ def _pair(module: str, depth: int, parts: dict[str, TensorSpan], *, dora: bool) 
     if a is None or b is None:
         found = f"{module} has no lora_{kinds[0] if a is None else kinds[1]}"
         raise ModelMismatchError(found, tensor=first.name, file=first.file, expected="both factors")
-    if extra := parts.keys() - {*kinds, "magnitude_vector", "bias"}:
+    if extra := parts.keys() - {*kinds, "magnitude_vector"}:
         raise _unknown(parts[min(extra)])
     if dora != ("magnitude_vector" in parts):
         found = f"{module} has {'no' if dora else 'a'} magnitude vector, and use_dora is {dora}"
@@ -300,7 +297,7 @@ def _pair(module: str, depth: int, parts: dict[str, TensorSpan], *, dora: bool) 
         if len(a.shape) > 2:
             raise UnsupportedFormatError(f"{found}: a convolution", tensor=a.name, file=a.file, expected=expected)
         raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected, remedy="save the whole adapter")
-    return Pair(module, depth, a, b, kinds[0] != "A", parts.get("magnitude_vector"), parts.get("bias"))
+    return Pair(module, depth, a, b, kinds[0] != "A", parts.get("magnitude_vector"))
 
 
 def _unknown(span: TensorSpan) -> UnsupportedFormatError:

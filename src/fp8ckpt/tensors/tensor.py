@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from fp8ckpt.numerics.codes import F32
 from fp8ckpt.numerics.geometry import Region, Shape
 from fp8ckpt.stores.store import ByteRange, Bytes
 
@@ -72,12 +73,19 @@ def bytes_of_values(tensor: Tensor) -> int:
     return sum(stop - start for _, start, stop in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
 
 
+class Merge(NamedTuple):
+    """Values of a merged tensor as float32: what its base has, and what it is to have."""
+
+    before: F32
+    after: F32
+
+
 class Reader:
     """One thread's means of reading values: room for codes, the scales in use, and what it met so far.
 
     ``room``: bytes, the most codes that are read at once. ``dequantizer``: see
     `fp8ckpt.tensors.scaled.load_dequantizer`; a cache of them is shared among threads. ``counting``: whether codes that
-    are not finite are counted, by tensor, in ``nonfinite``.
+    are not finite are counted, by tensor, in ``nonfinite``. ``merge``: the last run of a merged tensor that was read.
     """
 
     def __init__(self, room: int | Bytes, dequantizer: DequantizerOf, *, counting: bool = False) -> None:
@@ -86,3 +94,4 @@ class Reader:
         self.counting = counting
         self.nonfinite: Counter[str] = Counter()
         self.bytes_read = 0
+        self.merge: Merge | None = None

@@ -1,0 +1,123 @@
+"""``fp8ckpt merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage, word
+from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, resumable, share, size, table
+from fp8ckpt.cli.progress import progress
+
+if TYPE_CHECKING:
+    from fp8ckpt.merge import MergeReport, MergeResult
+
+_LEAST_ARRIVED = 10  # rows of the table
+_TO = {**dict.fromkeys(("bfloat16", "torch.bfloat16"), "bf16"), **dict.fromkeys(("float8", "f8", "e4m3"), "fp8")}
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=SOURCE_HELP)],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="The directory that PEFT wrote, or PATH=WEIGHT.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make; it must not exist.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="PATH=WEIGHT", help="Another adapter, added too, WEIGHT times; repeatable."),
+    ] = None,
+    to: Annotated[
+        str | None,
+        word("fp8", "bf16", also=_TO, help="BASE's own layout (where it is FP8), or its weights dequantized."),
+    ] = None,
+    scales: Annotated[
+        str,
+        word(
+            "reuse", "fresh", help="Keep BASE's scale where merged values fit it, or make those of merged weights new."
+        ),
+    ] = "reuse",
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Put right what engines trip over in BASE's own files.")
+    ] = False,
+    follow_index: FollowIndex = False,
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a LoRA into a release, and write it in the release's own layout; the model is never held in BF16.
+
+    What ADAPTER does not touch comes out as it was, byte for byte. The report says how much of ADAPTER arrived.
+
+    What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
+    Under torchrun, the ranks share the work.
+    """
+    from fp8ckpt.merge import merge as run
+
+    with resumable(destination), usage(), progress("merging", quiet=quiet) as reported:
+        result = run(
+            base,
+            [_weighted(one) for one in (adapter, *(more or ()))],
+            destination,
+            to=to,
+            scales=scales,
+            serving=serving,
+            follow_index=follow_index,
+            workers=workers,
+            progress=reported,
+        )
+    answer(result, _print, as_json=as_json, quiet=quiet)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A path with its weight, which is 1 where none is given."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def _print(result: MergeResult) -> None:
+    written = f"{result.tensors} tensors in {size(result.bytes_written)}"
+    print(f"{result.destination}: {written}, {result.merged} merged, to {result.to}, {result.seconds:.1f} s")
+    if result.bytes_resumed:
+        print(f"{size(result.bytes_resumed)} were there from an earlier run")
+    print_notes(result.notes)
+    if result.nan_codes:
+        print_nan_codes(result.nan_codes)
+    _print_report(result.report)
+
+
+def _print_report(report: MergeReport) -> None:
+    total = report.total
+    print(f"{share(total.changed, total.elements)} elements changed, by {_percent(total.delta)} of the weights' norm")
+    if total.arrived is not None:
+        print(f"{_percent(total.arrived)} of what was to be added arrived, and {_percent(total.error)} beside it")
+    if total.scales:
+        kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
+        print(f"{total.clipped:,} elements clipped, {kept}")
+    rows = sorted((row for row in report.weights if row.arrived is not None), key=lambda row: row.arrived or 0.0)
+    if rows:
+        print("least arrived:")
+        table(
+            ("weight", "arrived", "beside", "to be added", "changed", "clipped", "new scales", "of"),
+            [
+                (
+                    row.name,
+                    _percent(row.arrived or 0.0),
+                    _percent(row.error),
+                    _percent(row.delta),
+                    row.changed,
+                    row.clipped,
+                    row.fresh,
+                    row.scales,
+                )
+                for row in rows[:_LEAST_ARRIVED]
+            ],
+        )
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.3g} %"

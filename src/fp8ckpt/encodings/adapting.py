@@ -1,0 +1,255 @@
+"""Adapters brought to a base: which of its tensors each pair of factors changes, and in which box.
+
+An adapter speaks of the model that was trained; where the base holds other names or other stackings, its products go
+through the assemblies between the two. A key that nothing in the base answers to is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
+from fp8ckpt.families.between import parts_of_model
+from fp8ckpt.families.stacks import Shapes, answers
+from fp8ckpt.numerics.codes import TARGET_BYTES
+from fp8ckpt.tensors.adapters import Adapter, Pair
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.joined import NEW, Assembly, Piece, reversed_assemblies
+from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Product
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
+
+#: The order in which models register the parameters of stacked experts, and PEFT wraps them.
+_REGISTERED = ("gate_up_proj", "down_proj")
+_ROOM = 64 << 20  # bytes of factors that are kept, beyond the largest pair
+_STRAIGHT_SINCE = (0, 19)  # PEFT takes stacked experts for [E, out, in]; before, for [E, in, out]
+
+
+class _Use(NamedTuple):
+    """A pair of an adapter, of which the tensor ``target`` of the trained model is the base; ``key``: as PEFT's
+    patterns call it.
+    """
+
+    adapter: Adapter
+    pair: Pair
+    target: str
+    key: str
+
+
+class _Changes:
+    """What is to become of one tensor of the base."""
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+        self.replacement: TensorSpan | None = None
+        self.magnitude: TensorSpan | None = None
+
+
+def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTensor]:
+    """The tensors of the base that adapters change, by name.
+
+    Raises `ModelMismatchError` for a key without an answer in the base, or of other shapes; `UnsupportedFormatError`
+    for what cannot be merged.
+    """
+    uses = [use for adapter in adapters for use in _uses(adapter)]
+    spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}
+    keys = {use.target: use.pair.a for use in uses} | spans
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    parts = _answered(keys, shapes, base)
+    changes: dict[str, _Changes] = {}
+    by_target: dict[str, list[_Use]] = {}
+    for use in uses:
+        by_target.setdefault(use.target, []).append(use)
+    for name, assembly in reversed_assemblies(parts, shapes).items():
+        change = changes.setdefault(name, _Changes())
+        for piece in assembly.pieces:
+            whole = Assembly.whole(piece.source, shapes[name]).pieces == (piece,)
+            for adapter in adapters:
+                if (span := adapter.tensors.get(piece.source)) is not None:
+                    _replace(change, adapter, span, shapes[name], whole=whole)
+            for use in by_target.get(piece.source, ()):
+                change.products += _products(use, parts[use.target].shape, piece, len(shapes[name]))
+                _scale_rows(change, use, shapes[name], whole=whole)
+    largest = max((_nbytes(use.pair.a) + _nbytes(use.pair.b) for use in uses), default=0)
+    floats = KeptFloats(largest + _ROOM)
+    found = {}
+    for name, change in changes.items():
+        tensor = base.tensors[name]
+        _refuse_base(tensor)
+        found[name] = MergedTensor(
+            tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude
+        )
+    return found
+
+
+def _nbytes(span: TensorSpan) -> int:
+    return 4 * span.numel  # as float32
+
+
+# ---------------------------------------------------------------- names
+
+
+def _uses(adapter: Adapter) -> Iterator[_Use]:
+    """Each pair with the tensor that it is of."""
+    levels = Counter(pair.module for pair in adapter.pairs)
+    for pair in adapter.pairs:
+        leaves = _parameters(adapter, pair.module)
+        if not leaves and levels[pair.module] == 1 and pair.depth == 0:
+            yield _Use(adapter, pair, f"{pair.module}.weight", pair.module)
+            continue
+        if len(leaves) != levels[pair.module]:
+            found = f"{pair.module} has {levels[pair.module]} pairs of factors"
+            expected = f"one for each of target_parameters, of which {len(leaves)} are of it"
+            raise ModelMismatchError(found, tensor=pair.a.name, file=pair.a.file, expected=expected)
+        target = f"{pair.module}.{leaves[-1 - pair.depth]}"  # the last that was wrapped is outside
+        yield _Use(adapter, pair, target, target)
+
+
+def _parameters(adapter: Adapter, module: str) -> list[str]:
+    """The parameters of a module that were targeted by name, in the order in which they were wrapped."""
+    found = {
+        target.rpartition(".")[2]
+        for target in adapter.config.get("target_parameters") or ()
+        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+    }
+    if len(found) > 1 and not found <= {*_REGISTERED}:
+        names = ", ".join(sorted(shown(name) for name in found))
+        expected = f"at most one of a module, or {' and '.join(_REGISTERED)}"
+        raise UnsupportedFormatError(
+            f"target_parameters {names}: which was wrapped first is not known", tensor=module, expected=expected
+        )
+    return sorted(found, key=lambda leaf: _REGISTERED.index(leaf) if leaf in _REGISTERED else 0)
+
+
+def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) -> dict[str, Assembly]:
+    """How what was trained is made of the base's tensors: by names, or else by the model that the base is of."""
+    parts = answers(keys, shapes)
+    if len(parts) < len(keys):
+        made = parts_of_model(base)
+        parts = max(parts, {name: made[name] for name in keys if name in made}, key=len)
+    missing = sorted(keys.keys() - parts.keys())
+    if missing:
+        span = keys[missing[0]]
+        found = f"nothing in the base answers to {shown(missing[0])}"
+        if len(missing) > 1:
+            found += f", and to {len(missing) - 1} more"
+        remedy = f"give the base that it was trained on: {base.path} is another, or ties or lacks this"
+        raise ModelMismatchError(
+            found, tensor=span.name, file=span.file, expected="a tensor of the base", remedy=remedy
+        )
+    return parts
+
+
+# ---------------------------------------------------------------- products
+
+
+def _products(use: _Use, shape: tuple[int, ...], piece: Piece, rank: int) -> Iterator[Product]:
+    """The products of a pair on one piece of a tensor of the base, which has ``rank`` dimensions; ``shape``: of the
+    whole that was trained.
+    """
+    left, right = _factors(use, shape, matrices=rank == 2 and piece.axes[-1] == len(shape) - 1)
+    row, col = len(shape) - 2, len(shape) - 1
+    if rank < 2 or {piece.axes[-2], piece.axes[-1]} != {row, col}:
+        found = f"it is of {shape}, of which the base holds other parts than rows and columns"
+        raise UnsupportedFormatError(found, tensor=use.pair.a.name, file=use.pair.a.file)
+    if piece.axes[-2] == col:
+        left, right, row, col = right, left, col, row
+    starts = piece.source_offsets
+    scaling = use.adapter.scaling(use.key)
+    lead = len(piece.axes) - 2
+    for index in np.ndindex(piece.sizes[:lead]):
+        expert = starts[0] if len(shape) == 3 else 0
+        for axis, at in zip(piece.axes[:lead], index, strict=True):
+            expert += at if axis != NEW else 0
+        offsets = tuple(start + at for start, at in zip(piece.offsets, index, strict=False)) + piece.offsets[lead:]
+        sizes = (1,) * lead + piece.sizes[lead:]
+        sides = (left._replace(start=starts[row], expert=expert), right._replace(start=starts[col], expert=expert))
+        yield Product(offsets, sizes, *sides, scaling)
+
+
+def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Factor, Factor]:
+    """The sides of a pair's product as it is added to a tensor of ``shape``, [out, in] or [E, out, in]. ``matrices``:
+    the base holds an [out, in] for each expert.
+    """
+    a, b = use.pair.a, use.pair.b
+    experts = shape[0] if len(shape) == 3 else 1
+    rank = use.adapter.rank(use.key)
+    if len(shape) not in (2, 3):
+        raise UnsupportedFormatError(
+            f"it is of a tensor of shape {shape}", tensor=a.name, file=a.file, expected="2-D or 3-D"
+        )
+    if a.shape[0] != rank * experts:
+        found, expected = (
+            f"{a.shape[0]} rows",
+            f"rank {rank}, by {(len(shape) == 3 and f'{experts} experts, ') or ''}the configuration",
+        )
+        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected)
+    straight = (a.shape[1], b.shape[0]) == (shape[-1], shape[-2])
+    across = (a.shape[1], b.shape[0]) == (shape[-2], shape[-1])
+    if len(shape) == 2:
+        turned = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
+        straight, across = straight and not turned, across and turned
+    elif straight and across:
+        straight, across = _of_square_experts(use, matrices=matrices)
+    if not straight and not across:
+        found, expected = f"factors {a.shape} and {b.shape}", f"those of {shown(use.target)}, {shape} in the base"
+        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected, remedy="give its own base")
+    inner, outer = Factor(a, True, experts=experts), Factor(b, False, experts=experts)
+    return (outer, inner) if straight else (inner, outer)
+
+
+def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
+    """(straight, across) of stacked experts of as many rows as columns. Shapes do not say it; PEFT's version
+    does, where the model is known not to transpose its stacks.
+    """
+    version = str(use.adapter.config.get("peft_version") or "").split(".")
+    numbers = tuple(int(part) for part in version[:2] if part.isdigit())
+    if matrices and len(numbers) == 2 and numbers >= _STRAIGHT_SINCE:
+        return True, False
+    a = use.pair.a
+    found = "stacked experts of as many rows as columns: which are the rows of the factors is not recorded"
+    expected = "a base with a matrix an expert, and peft_version 0.19 or newer"
+    raise UnsupportedFormatError(found, tensor=a.name, file=a.file, expected=expected)
+
+
+# ---------------------------------------------------------------- whole tensors, and DoRA
+
+
+def _replace(change: _Changes, adapter: Adapter, span: TensorSpan, shape: tuple[int, ...], *, whole: bool) -> None:
+    def refuse(found: str, expected: str) -> None:
+        raise ModelMismatchError(found, tensor=span.name, file=span.file, expected=expected)
+
+    if not whole or span.shape != shape:
+        refuse(f"shape {span.shape}", f"{shape}, as in the base")
+    if adapter.weight != 1:
+        refuse(f"a whole tensor of an adapter of weight {adapter.weight:g}", "weight 1: it replaces the base's")
+    if change.replacement is not None:
+        refuse("two adapters replace it", "one that does")
+    change.replacement = span
+
+
+def _scale_rows(change: _Changes, use: _Use, shape: tuple[int, ...], *, whole: bool) -> None:
+    if (change.magnitude is not None or use.pair.magnitude is not None) and len(change.products) > 1:
+        found = "several adapters on a tensor, of which one is DoRA: norms are of one"
+        raise UnsupportedFormatError(found, tensor=use.pair.a.name, file=use.pair.a.file, expected="one adapter")
+    if (magnitude := use.pair.magnitude) is None:
+        return
+    rows = not use.pair.embedding and not use.adapter.config.get("fan_in_fan_out")
+    if not whole or not rows or len(shape) != 2 or use.adapter.weight != 1:
+        expected = "a Linear that is one tensor of the base, and weight 1"
+        raise UnsupportedFormatError("DoRA of this", tensor=magnitude.name, file=magnitude.file, expected=expected)
+    if magnitude.numel != shape[0]:
+        found = f"shape {magnitude.shape}"
+        raise ModelMismatchError(found, tensor=magnitude.name, file=magnitude.file, expected=f"{shape[0]} elements")
+    change.magnitude = magnitude
+
+
+def _refuse_base(tensor: Tensor) -> None:
+    if tensor.scaled is None and tensor.dtype not in TARGET_BYTES:
+        found = f"an adapter of a tensor of dtype {tensor.dtype}"
+        expected = f"FP8, or one of {', '.join(TARGET_BYTES)}"
+        raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.span.file, expected=expected)

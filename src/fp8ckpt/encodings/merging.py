@@ -1,0 +1,136 @@
+"""A base with adapters merged: planned like a conversion whose source is the base itself.
+
+To FP8, the layout is the base's own; what no adapter changes is its codes and scales, byte for byte. To BF16, it is the
+one that a conversion of the base has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from fp8ckpt.encodings.adapting import adapted
+from fp8ckpt.encodings.like import units_of
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
+from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.numerics.codes import FP8, TARGETS
+from fp8ckpt.output.layout import TensorSpec
+from fp8ckpt.output.like import BaseLayout, PlainLayout
+from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.plan import OutputPlan, refuse_shared
+from fp8ckpt.output.side_files import notes_on_plain, side_files
+from fp8ckpt.stores.store import same_bytes
+from fp8ckpt.tensors.adapters import Adapter, read_floats, refuse_nonfinite
+from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
+from fp8ckpt.tensors.config import Json, states_powers_of_two
+from fp8ckpt.tensors.merged import MergedTensor
+from fp8ckpt.tensors.reading import scale_defects
+from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
+
+
+def plan_merging(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    output: PartialOutput,
+    to: str,
+    *,
+    fresh: bool,
+    served: Callable[[Checkpoint], Json] | None = None,
+) -> QuantizingPlan:
+    """Everything that can be known or refused before the first byte is written.
+
+    ``served``: makes the configuration with which engines serve the
+    base, whose layout is put right, too.
+    """
+    output.refuse_existing()
+    refuse_shared(output, base, "base")
+    for adapter in adapters:
+        refuse_shared(output, adapter.checkpoint, "adapter")
+    changed = adapted(base, adapters)
+    if to == FP8:
+        refuse_base(base, "merge --to bf16, and quantize that: convert --to fp8 --scheme SCHEME")
+        specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in changed.items()}
+        refuse_other_dtypes(specs, base)
+    raise_first(scale_defects(base.quantized, base.cache_scales))
+    for adapter in adapters:
+        refuse_nonfinite(adapter)
+    inputs = (base, *(adapter.checkpoint for adapter in adapters))
+    arguments = {"job": "merge", "to": to, "fresh": fresh, "adapters": [adapter.fingerprint for adapter in adapters]}
+    notes = (*_tied_notes(base, changed), *_side_file_notes(base, adapters))
+    if to != FP8:
+        layouts, texts, copies = PlainLayout.of(base, TARGETS[to])
+        tensors: dict[str, Tensor] = {**base.tensors, **changed}
+        plain = {span.name: tensors[span.name] for layout in layouts for span in layout.spans}
+        planned = OutputPlan(inputs, arguments, layouts, texts, copies)
+        notes = (*notes_on_plain(base), *notes)
+        merged = frozenset(changed)
+        return QuantizingPlan(planned, base, None, {}, plain, (), fresh, report=True, merged=merged, notes=notes)
+    changes = BaseLayout(base, served=None if served is None else served(base))
+    spans = {span.name: span for layout in changes.layouts for span in layout.spans}
+    weights, units = _weights(base, changed, spans)
+    of_weights = {weight.scale.name for weight in weights.values()}
+    stored = {span.name: span for header in base.files for span in header.spans}
+    powers_of_two = states_powers_of_two(base.config)
+    return QuantizingPlan(
+        output=OutputPlan(inputs, arguments, changes.layouts, changes.texts, changes.copies),
+        source=base,
+        base=base,
+        weights=weights,
+        plain={
+            name: changed.get(name, stored[name]) for name in spans if name not in weights and name not in of_weights
+        },
+        units=units,
+        fresh=fresh,
+        report=True,
+        powers_of_two=powers_of_two,
+        merged=frozenset(base.tensors[name].span.name for name in changed),
+        notes=(*base.notes, *notes),
+    )
+
+
+def _weights(
+    base: Checkpoint, changed: Mapping[str, MergedTensor], spans: Mapping[str, TensorSpan]
+) -> tuple[dict[str, Quantization], tuple[tuple[str, ...], ...]]:
+    """The weights that are quantized again, by the names that codes are stored under, and the units of the wide ones.
+
+    They are those that adapters change, and the siblings that must keep one scale with them.
+    """
+
+    def quantization(tensor: QuantizedTensor) -> Quantization:
+        merged = changed.get(tensor.name) or MergedTensor(tensor, tensor.dtype, (), read_floats)
+        source = replace(merged, dtype="F32")
+        return Quantization(source, spans[tensor.weight.name], spans[tensor.scale.name], tensor.grid, tensor)
+
+    siblings = sibling_units(tensor.name for tensor in base.quantized)
+    near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}
+    weights = {tensor.weight.name: quantization(tensor) for tensor in base.quantized if tensor.name in near}
+    touched = {name for name, weight in weights.items() if weight.source.name in changed}
+    wide = [weight for weight in weights.values() if weight.wide and weight.scale.nbytes]
+    units = tuple(unit for unit in units_of(wide) if not touched.isdisjoint(unit))
+    together = touched.union(*units)
+    return {name: weight for name, weight in weights.items() if name in together}, units
+
+
+def _tied_notes(base: Checkpoint, changed: Mapping[str, MergedTensor]) -> Iterator[str]:
+    """An adapter of embeddings that are the head as well, or that the head is a copy of."""
+    tensor = next((name for name in EMBEDDINGS if name in changed), None)
+    if tensor is None or not ties_embeddings(base.config):
+        return
+    head = next((name for name in HEADS if name in base.tensors), None)
+    if head is None:
+        yield f"{tensor} is the model's head as well, which changes with it, as where PEFT merges"
+    elif head not in changed:
+        yield f"{head} is stored beside {tensor}, which it is said to be tied to: only the latter was merged"
+
+
+def _side_file_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Files beside an adapter, a tokenizer's, that differ from those that go out."""
+    theirs = side_files(base)
+    for adapter in adapters:
+        for name, file in side_files(adapter.checkpoint).items():
+            if name in theirs and name != "README.md" and not same_bytes(file, theirs[name]):
+                yield f"{name} differs beside the adapter; the base's is written"

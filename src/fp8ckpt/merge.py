@@ -1,0 +1,247 @@
+"""Merge LoRA adapters into a base, in the base's own layout: codes and factors in, codes out.
+
+The model never exists in BF16. Each weight that an adapter changes is read once, merged in float32, and quantized with
+the base's scale where it still fits; everything else is the base's bytes. Memory is that of a conversion, and the
+largest pair of factors. The report says how much of what the adapter adds arrived: codes of eight bits are coarse, and
+an adapter's additions are small.
+
+Like a conversion, a merge is seen at its name when it is whole, and resumed by the same call; under torchrun the ranks
+share the work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8ckpt.engine import Progress
+from fp8ckpt.numerics.codes import FP8, SCALES
+from fp8ckpt.output.partial import PartialOutput, writing
+from fp8ckpt.stores.local import kept_open
+from fp8ckpt.stores.store import Store
+from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
+
+if TYPE_CHECKING:
+    from fp8ckpt.encodings.fp8 import WeightFacts
+    from fp8ckpt.encodings.recipes import QuantizingPlan
+    from fp8ckpt.encodings.run_fp8 import Quantized
+    from fp8ckpt.ranks import Ranks
+
+TO = (FP8, "bf16")
+_LITTLE = 0.5  # of what is to be added
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """What became of an adapter in one tensor, or in all.
+
+    ``changed``: elements whose value is not the base's. ``delta``: the norm of what was to be added, relative to the
+    base's. ``arrived``: how much of it is in what is stored: 1 is all of it (None where nothing was to be added).
+    ``error``: the norm of what is stored beside it, relative to that of what was to be added. ``clipped``: magnitudes
+    beyond their scale; ``fresh``: new scales, of ``scales``.
+    """
+
+    name: str
+    elements: int
+    changed: int
+    delta: float
+    arrived: float | None
+    error: float
+    clipped: int
+    scales: int
+    fresh: int
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """All tensors together that an adapter changes, and each."""
+
+    total: MergedWeight
+    weights: tuple[MergedWeight, ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did. Sizes are in bytes.
+
+    ``tensors`` in all, ``merged`` of which adapters change. ``bytes_read``: of the base. ``bytes_written``: of all
+    files of weights, ``bytes_resumed`` of which an earlier run wrote, and ``bytes_rewritten`` a second time, for
+    weights whose one scale turned out not to fit. ``nan_codes``: by tensor, those that were carried over. ``notes``:
+    what a user should know.
+
+    >>> result = fp8ckpt.merge("sample-fp8", "sample-lora", "merged-bf16", to="bf16")
+    >>> result.merged, result.tensors, result.nan_codes
+    (1, 45, {})
+    """
+
+    destination: Path
+    to: str
+    files: int
+    tensors: int
+    merged: int
+    bytes_read: int
+    bytes_written: int
+    bytes_rewritten: int
+    bytes_resumed: int
+    nan_codes: dict[str, int]
+    report: MergeReport
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@kept_open()
+def merge(
+    base: CheckpointLike,
+    adapter: str | Path | Store | Sequence[tuple[str | Path | Store, float]],
+    destination: str | Path,
+    *,
+    to: str | None = None,
+    scales: str = "reuse",
+    serving: bool = False,
+    follow_index: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge ``adapter`` into ``base``, and write ``destination``.
+
+    ``adapter``: the directory that PEFT wrote, or several, each with a weight that its additions are multiplied by.
+    ``to`` "fp8" (where the base is FP8) writes the base's own layout, as `fp8ckpt.convert` with ``like`` does; "bf16"
+    dequantizes. Values are ``code * scale + scaling * (B @ A)`` in float32, rounded once. What no adapter changes is
+    the base's, byte for byte. ``scales`` "reuse" keeps the scale of a block whose merged values fit it, and makes a new
+    one elsewhere, for a weight together with the siblings that share its scale; "fresh" makes those of all merged
+    weights new. ``serving``, ``follow_index``, ``workers`` and ``progress``: as for `fp8ckpt.convert`.
+
+    Raises `UnsupportedFormatError` for adapters that are no LoRA, or a LoRA that no weights are equal to;
+    `ModelMismatchError` for one of another model; `WeightValueError` for one that is not finite; and what
+    `fp8ckpt.convert` raises. All but the disk's refusals come before the first byte, and those of values that do not
+    fit.
+
+    >>> result = fp8ckpt.merge("sample-fp8", "sample-lora", "merged-fp8")
+    >>> result.merged, result.report.total.arrived > 0.99
+    (1, True)
+    """
+    from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
+
+    adapters = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [(adapter, 1.0)]
+    with writing(destination) as output, ranks_of_this_job() as ranks:
+        ranks.together(lambda: _refuse_arguments(to, scales, serving, workers, len(adapters)))
+        threads = workers or threads_of_this_rank()
+        how = _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
+        return _merge(how, output, threads, progress, ranks)
+
+
+def _refuse_arguments(to: str | None, scales: str, serving: bool, workers: int | None, adapters: int) -> None:
+    if to is not None and to not in TO:
+        raise ValueError(f"to={to!r}; expected one of {', '.join(TO)}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}; expected at least 1")
+    if scales not in SCALES:
+        raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+    if to == "bf16" and (scales != "reuse" or serving):
+        raise ValueError("scales and serving go with to='fp8', and not with to='bf16'")
+    if not adapters:
+        raise ValueError("adapter=[]; expected at least one")
+
+
+@dataclass(frozen=True)
+class _Merging:
+    base: CheckpointLike
+    adapters: Sequence[tuple[str | Path | Store, float]]
+    to: str | None
+    fresh: bool
+    serving: bool
+    follow_index: bool
+
+
+def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progress | None, ranks: Ranks) -> MergeResult:
+    from fp8ckpt.encodings.merging import plan_merging
+    from fp8ckpt.encodings.run_fp8 import run
+    from fp8ckpt.serving.listing import served_config
+    from fp8ckpt.tensors.adapters import open_adapter
+
+    begun = time.monotonic()
+    base = ranks.together(lambda: open_checkpoint(how.base, follow_index=how.follow_index))
+    to = how.to or (FP8 if base.quantized else "bf16")
+
+    def plan() -> QuantizingPlan:
+        return plan_merging(
+            base,
+            [open_adapter(path, weight) for path, weight in how.adapters],
+            output,
+            to,
+            fresh=how.fresh,
+            served=served_config if how.serving else None,
+        )
+
+    done = run(plan, output, workers, progress, ranks)
+    report = _report(done)
+    return MergeResult(
+        destination=output.destination,
+        to=to,
+        files=len(done.plan.output.names),
+        tensors=len(base.tensors),
+        merged=len(report.weights),
+        bytes_read=done.bytes_read,
+        bytes_written=done.plan.output.nbytes,
+        bytes_rewritten=done.bytes_rewritten,
+        bytes_resumed=done.bytes_resumed,
+        nan_codes={name: facts.nan_codes for name, facts in done.facts.items() if facts.nan_codes},
+        report=report,
+        notes=(*done.plan.notes, *_notes(report, to, fresh=how.fresh)),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _report(done: Quantized) -> MergeReport:
+    from fp8ckpt.encodings.fp8 import WeightFacts
+
+    total, rows = WeightFacts(), []
+    for name, facts in sorted(done.facts.items()):
+        weight = done.plan.weights.get(name)
+        before = weight.before if weight is not None else None
+        if name in done.plan.merged and facts.arrival.elements:
+            total.add(facts)
+            rows.append(_row(before.name if before else name, facts))
+    return MergeReport(_row("", total), tuple(rows))
+
+
+def _row(name: str, facts: WeightFacts) -> MergedWeight:
+    arrival = facts.arrival
+    arrived = arrival.product / arrival.delta if arrival.delta else None
+    beside = max(0.0, arrival.added - (arrival.product * arrived if arrived is not None else 0.0))
+    return MergedWeight(
+        name=name,
+        elements=arrival.elements,
+        changed=arrival.changed,
+        delta=math.sqrt(arrival.delta / arrival.before) if arrival.before else 0.0,
+        arrived=arrived,
+        error=math.sqrt(beside / arrival.delta) if arrival.delta else 0.0,
+        clipped=facts.tally.clipped,
+        scales=facts.kept + facts.made,
+        fresh=facts.made,
+    )
+
+
+def _notes(report: MergeReport, to: str, *, fresh: bool) -> list[str]:
+    """Where little arrived, and what can be done."""
+    little = [row for row in report.weights if row.arrived is not None and row.arrived < _LITTLE]
+    notes = []
+    if to == FP8 and little:
+        least = min(little, key=lambda row: row.arrived or 0.0)
+        share = 100 * (least.arrived or 0.0)
+        ways = [
+            "ship BF16 (--to bf16)",
+            *([] if fresh else ["try --scales fresh"]),
+            "merge into a base in smaller blocks",
+        ]
+        found = (
+            f"of {len(little)} of {len(report.weights)} merged tensors less than half of what was to be added arrived"
+        )
+        notes.append(f"{found}, of {least.name} {share:.2g} %: it is lost in the rounding to FP8; {', or '.join(ways)}")
+    if report.weights and report.total.arrived is None:
+        notes.append("the adapters add nothing: their factors B are zero, as before training")
+    return notes

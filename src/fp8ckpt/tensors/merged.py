@@ -1,0 +1,243 @@
+"""A tensor whose values are a base's with adapters added: in float32 throughout, and rounded once.
+
+    value = base + scaling * (left @ right) + ...       base = float32(code) * float32(scale), or what is stored
+    value = magnitude / norm of the row * value         with DoRA
+
+Where a base tensor is a part of what was trained (one expert of a stack), or the reverse, a `Product` is of one box of
+it. An element's bits follow from its base, its row of ``left`` and its column of ``right``, whatever is read at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fp8ckpt.errors import RangeError, WeightValueError
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
+from fp8ckpt.numerics.geometry import Region, boxes, within
+from fp8ckpt.stores.store import ByteRange, Bytes
+from fp8ckpt.tensors.adapters import read_floats
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Merge, Reader, Tensor
+
+if TYPE_CHECKING:
+    from fp8ckpt.numerics.dequantize import Bits
+
+FloatsOf = Callable[[TensorSpan], F32]
+
+
+class Factor(NamedTuple):
+    """One side of a product: vectors of ``rank`` elements, which begin at ``start`` of what ``span`` holds.
+
+    ``across``: they are its columns (a lora_A, [rank, in]), else its rows (a lora_B, [out, rank]). Of stacked
+    ``experts``, those of one ``expert``: PEFT stacks ranks, expert by expert in A, and interleaved in B.
+    """
+
+    span: TensorSpan
+    across: bool
+    start: int = 0
+    experts: int = 1
+    expert: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Elements of a vector."""
+        return self.span.shape[0 if self.across else 1] // self.experts
+
+    def vectors(self, first: int, count: int, floats: FloatsOf) -> F32:
+        """Some of them [count, rank], of any strides."""
+        whole, part = floats(self.span), slice(self.start + first, self.start + first + count)
+        if self.across:
+            return whole[self.expert * self.rank : (self.expert + 1) * self.rank, part].T
+        return whole[part, self.expert :: self.experts]
+
+
+class Product(NamedTuple):
+    """``scaling * (left @ right)``, and the box of one matrix that it is added to, of a tensor of at least two
+    dimensions.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    left: Factor
+    right: Factor
+    scaling: float
+
+    def add_to(self, region: Region, out: F32, floats: FloatsOf) -> None:
+        """Add what lies in a region, whose values are ``out``."""
+        lows = tuple(map(max, self.offsets, region[0]))
+        highs = tuple(map(min, _ends(self.offsets, self.sizes), _ends(*region)))
+        sizes = tuple(high - low for low, high in zip(lows, highs, strict=True))
+        if min(sizes) <= 0:
+            return
+        view = out[within((lows, sizes), region)].reshape(sizes[-2:])
+        part = np.ascontiguousarray(view)
+        row, col = (low - at for low, at in zip(lows[-2:], self.offsets[-2:], strict=True))
+        left = np.ascontiguousarray(self.left.vectors(row, sizes[-2], floats))
+        right = np.ascontiguousarray(self.right.vectors(col, sizes[-1], floats).T)
+        _add_product(left, right, np.float32(self.scaling), part)
+        if part is not view:
+            view[...] = part
+
+
+def _add_product(left: F32, right: F32, scaling: np.float32, out: F32) -> None:
+    from fp8ckpt.numerics.products import add_product
+
+    add_product(left, right, scaling, out)
+
+
+def _ends(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(start + size for start, size in zip(offsets, sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """``base`` with ``products`` added; a `fp8ckpt.tensors.tensor.Tensor` of ``dtype``, or of any target.
+
+    ``replacement``: what stands in place of the base's values, of an adapter that trained all of it. ``magnitude``:
+    DoRA's, of as many elements as there are rows. ``floats``: reads factors, and keeps some.
+    """
+
+    base: Tensor
+    dtype: str
+    products: tuple[Product, ...]
+    floats: FloatsOf
+    replacement: TensorSpan | None = None
+    magnitude: TensorSpan | None = None
+
+    @property
+    def name(self) -> str:
+        """The base's."""
+        return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.shape
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.base.numel
+
+    @property
+    def span(self) -> TensorSpan:
+        """Where the base lies."""
+        return self.base.span
+
+    @property
+    def spans(self) -> tuple[TensorSpan, ...]:
+        """All that is stored of the base."""
+        return self.base.spans
+
+    @property
+    def scaled(self) -> None:
+        """Its values are in no file."""
+        return
+
+    def dtypes(self) -> tuple[str, ...]:
+        """The targets of rounding."""
+        return tuple(TARGET_BYTES)
+
+    def reads(self, region: Region) -> Iterator[ByteRange]:
+        """As `fp8ckpt.tensors.tensor.Tensor.reads`: of the base, the factors aside."""
+        return self.base.reads(region)
+
+    def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
+        """As `fp8ckpt.tensors.tensor.Tensor.values`. Raises `RangeError` for finite values that do not fit."""
+        bits = np.empty(prod(region[1]), out.dtype)
+        self._round(self._merge(region, reader).after, dtype, bits)
+        out[...] = bits.reshape(region[1])
+
+    def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
+        """As `fp8ckpt.tensors.tensor.Tensor.elements`. What was merged is ``reader.merge``, until the next."""
+        bits = out.view(f"u{TARGET_BYTES[dtype]}")
+        found = [self._merge(region, reader) for region in boxes(self.shape, start, bits.size)]
+        reader.merge = Merge(*(_one([part.reshape(-1) for part in parts]) for parts in zip(*found, strict=True)))
+        self._round(reader.merge.after, dtype, bits)
+
+    def _merge(self, region: Region, reader: Reader) -> Merge:
+        """The values of a region, before and after, of its sizes."""
+        whole = region
+        if self.magnitude is not None:  # norms are those of whole rows
+            whole = (*region[0][:-1], 0), (*region[1][:-1], self.shape[-1])
+        before = _read(self.base, whole, reader)
+        after = before.copy() if self.replacement is None else _read(self.replacement, whole, reader)
+        matrices = _as_matrices(whole)
+        for product in self.products:
+            product.add_to(matrices, after.reshape(matrices[1]), self.floats)
+        if self.magnitude is not None:
+            after *= self._factors(whole, after)[:, None]
+        part = within(region, whole)
+        return Merge(before[part], after[part])
+
+    def _factors(self, rows: Region, values: F32) -> F32:
+        """What DoRA multiplies rows by: magnitude / norm, in float64, rounded once."""
+        from fp8ckpt.numerics.products import sum_squares
+
+        assert self.magnitude is not None
+        sums = np.empty(rows[1][0])
+        sum_squares(values, sums)
+        if not sums.all():
+            row = rows[0][0] + int(np.flatnonzero(sums == 0)[0])
+            found = f"row {row} is zero, and DoRA's magnitude has no direction to be of"
+            raise WeightValueError(found, tensor=self.name, file=self.span.file, expected="rows that are not zero")
+        magnitude = self.floats(self.magnitude).reshape(-1)[rows[0][0] :][: sums.size]
+        factors: F32 = (magnitude.astype(np.float64) / np.sqrt(sums)).astype(np.float32)
+        return factors
+
+    def _round(self, values: F32, dtype: str, out: npt.NDArray[np.unsignedinteger]) -> None:
+        from fp8ckpt.numerics.quantize import round_to
+
+        if overflown := round_to(np.ascontiguousarray(values).reshape(-1), dtype, out):
+            found = f"{overflown} merged values do not fit {dtype}"
+            raise RangeError(found, tensor=self.name, file=self.span.file, expected="an adapter of this base")
+
+
+def _read(tensor: Tensor, region: Region, reader: Reader) -> F32:
+    """The values of a region as float32, of its sizes: of codes in float32, of what is stored exactly."""
+    dtype = "F32" if "F32" in tensor.dtypes() else tensor.dtype
+    bits: npt.NDArray[np.generic] = np.empty(region[1], SCALE_DTYPES[dtype])
+    tensor.values(region, dtype, bits, reader)
+    return scale_values(bits, dtype)
+
+
+def _one(parts: list[F32]) -> F32:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _as_matrices(region: Region) -> Region:
+    """A region of at least two dimensions: of fewer, it is of one row."""
+    lift = max(0, 2 - len(region[0]))
+    return (0,) * lift + region[0], (1,) * lift + region[1]
+
+
+class KeptFloats:
+    """Reads tensors of adapters, and keeps those that were asked for last: ``room`` bytes, or a single one. For any
+    number of threads.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._kept: OrderedDict[TensorSpan, F32] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, span: TensorSpan) -> F32:
+        """As `fp8ckpt.tensors.adapters.read_floats`."""
+        with self._lock:
+            if (found := self._kept.get(span)) is not None:
+                self._kept.move_to_end(span)
+                return found
+        floats = read_floats(span)
+        with self._lock:
+            self._kept[span] = floats
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._room:
+                self._kept.popitem(last=False)
+        return floats
