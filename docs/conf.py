@@ -31,6 +31,7 @@ html_extra_path = ["index.html"]  # leads from the top of the site to its first 
 myst_heading_anchors = 4  # as where the files are browsed
 nitpicky = True  # with -W, a name in a docstring that leads nowhere is an error
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 100
 default_role = "any"
