@@ -39,9 +39,9 @@ from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
 
 
 class Checkpointer:
-    """Loads and saves models through torch's distributed checkpoint.
+    """`fp8ckpt.load_model` and `fp8ckpt.save_model` for the ranks of a ``process_group``, which hold a model together.
 
-    ``process_group``: the ranks that hold the model together; by default all. All of them must make each call.
+    By default, and as the two functions, for all ranks. All of them must make each call.
 
     >>> checkpointer = fp8ckpt.Checkpointer()
     >>> model = fp8ckpt.load_pretrained("sample-fp8")
@@ -79,6 +79,12 @@ class Checkpointer:
 
         Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the
         checkpoint's own `Fp8CheckpointError`.
+
+        >>> model = fp8ckpt.load_pretrained("sample-fp8")
+        >>> _ = model.lm_head.weight.data.zero_()
+        >>> fp8ckpt.load_model(model, "sample-fp8")
+        >>> bool(model.lm_head.weight.any())
+        True
         """
         ranks = self._ranks()
         plan = ranks.together(lambda: LoadPlan(model, path, partial, narrow, follow_index))
@@ -128,6 +134,11 @@ class Checkpointer:
         tensors, `RangeError` for finite values that the stored dtype cannot hold, and `StorageError` where the disk
         refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on every rank. The directory is not seen until
         it is whole and on disk.
+
+        >>> model = fp8ckpt.load_pretrained("sample-fp8")
+        >>> result = fp8ckpt.save_model(model, "saved-fp8", to="fp8", like="sample-fp8")
+        >>> result.report.total.moved, fp8ckpt.verify("sample-fp8", "saved-fp8").ok
+        (0, True)
         """
         like = given_like(like, base)
 
@@ -188,49 +199,9 @@ class Checkpointer:
         return ranks_of_group(self._group)
 
 
-def load_model(
-    model: nn.Module,
-    path: CheckpointLike,
-    *,
-    partial: bool = False,
-    narrow: bool = False,
-    follow_index: bool = False,
-) -> None:
-    """Fill ``model`` in place from an FP8 (or any other) checkpoint: see `Checkpointer.load_model`.
-
-    >>> model = fp8ckpt.load_pretrained("sample-fp8")
-    >>> _ = model.lm_head.weight.data.zero_()
-    >>> fp8ckpt.load_model(model, "sample-fp8")
-    >>> bool(model.lm_head.weight.any())
-    True
-    """
-    Checkpointer().load_model(model, path, partial=partial, narrow=narrow, follow_index=follow_index)
-
-
-def save_model(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    to: str = "bf16",
-    like: CheckpointLike | None = None,
-    scales: str = "reuse",
-    report: bool = True,
-    carry: str | None = None,
-    max_file_bytes: int | None = None,
-    base: CheckpointLike | None = None,
-) -> ConvertResult:
-    """Write ``model`` as final Hugging Face files, in bf16, fp16, fp32, or as FP8 in its base's layout: see
-    `Checkpointer.save_model`.
-
-    >>> model = fp8ckpt.load_pretrained("sample-fp8")
-    >>> _ = fp8ckpt.save_model(model, "saved-fp8", to="fp8", like="sample-fp8")
-    >>> fp8ckpt.verify("sample-fp8", "saved-fp8").ok
-    True
-    """
-    like = given_like(like, base)
-    return Checkpointer().save_model(
-        model, path, to=to, like=like, scales=scales, report=report, carry=carry, max_file_bytes=max_file_bytes
-    )
+#: Those of all ranks, or of a process alone.
+load_model = Checkpointer().load_model
+save_model = Checkpointer().save_model
 
 
 def _refuse_arguments(

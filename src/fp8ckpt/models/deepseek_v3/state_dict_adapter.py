@@ -13,6 +13,7 @@ import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
+from fp8ckpt.families.unquantized import DEEPSEEK_V3
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
@@ -22,21 +23,10 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = (128, 128)
 
-# Weights of the release that are not FP8: embeddings, heads, norms, routers, and the projection of multi-token
-# prediction.
-_NON_QUANTIZED_SUFFIXES = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "norm.weight",
-    "mlp.gate.weight",
-    "eh_proj.weight",
-    "shared_head.head.weight",
-)
-
 
 def _is_fp8_weight_key(model_key: str) -> bool:
     """Return True iff ``model_key`` names an FP8 Linear weight of the release."""
-    return model_key.endswith(".weight") and not model_key.endswith(_NON_QUANTIZED_SUFFIXES)
+    return model_key.endswith(".weight") and not model_key.endswith(DEEPSEEK_V3)
 
 
 def _identity(k: str) -> str:

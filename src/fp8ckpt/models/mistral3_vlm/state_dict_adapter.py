@@ -16,22 +16,15 @@ import torch
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
+from fp8ckpt.families.unquantized import MISTRAL3, MISTRAL3_TOWERS
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)
 
-# Endings, not modules: the last must also catch "model.language_model.norm.weight".
-_NON_QUANTIZED_SUFFIXES = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-    "model.norm.weight",
-)
+_NON_QUANTIZED_SUFFIXES = MISTRAL3  # as the reference documentation names them
 _VLM_TEXT, _NESTED_TEXT = NESTED.prefixes[0]
-_VLM_PREFIXES = ("model.vision_tower", "model.multi_modal_projector")
 
 
 def _is_fp8_weight_key(model_key: str, not_fp8_prefixes: tuple[str, ...] = ()) -> bool:
@@ -125,7 +118,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
             native_to_hf=layout.native_to_hf,
             hf_to_native=layout.hf_to_native,
             layout_name=layout.name if is_vlm else "text_only",
-            not_fp8_prefixes=_VLM_PREFIXES if is_vlm else (),
+            not_fp8_prefixes=MISTRAL3_TOWERS if is_vlm else (),
         )
 
     def is_fp8_weight(self, fqn: str) -> bool:
