@@ -48,7 +48,7 @@ ARROWS = {
     "output": {"tensors", "stores", "numerics", "system", "version"},
     "families": {"tensors"},
     "tensors": {"stores", "numerics"},
-    "stores": {"numerics", "system"},
+    "stores": {"numerics", "system", "workers"},
     "ranks": {"system"},
     "system": set(),
     "workers": set(),

@@ -51,7 +51,8 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Convert ``source`` to ``destination``.
+    """Convert ``source`` to ``destination``: a directory to be made, or ``s3://bucket/prefix``, which is uploaded once
+    it is whole and takes its size in the working directory until then.
 
     ``to`` "bf16", "fp16" or "fp32": every FP8 weight is dequantized to it. The same files hold the same tensors, less
     the scales; unquantized tensors keep their bytes. The configuration loses its ``quantization_config``, the index is
@@ -95,6 +96,12 @@ def convert(
         if to != FP8:
             return _dequantize(source, output, how, threads, progress, ranks)
         return _quantize(source, output, how, threads, progress, ranks)
+
+
+def kept_of(destination: str | Path) -> Path | None:
+    """Where a run that was cut off left what it wrote, if it did."""
+    partial = PartialOutput(destination)
+    return partial.partial if partial.directory.exists() else None
 
 
 @kept_open()

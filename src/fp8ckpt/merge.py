@@ -78,7 +78,7 @@ class MergeResult:
     (1, 45, {})
     """
 
-    destination: Path
+    destination: Path | str
     to: str
     files: int
     tensors: int

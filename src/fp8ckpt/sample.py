@@ -21,6 +21,7 @@ from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan
+from fp8ckpt.stores.address import local_path
 from fp8ckpt.tensors.checkpoint import INDEX
 from fp8ckpt.tensors.config import CONFIG, dump_json
 from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
@@ -120,7 +121,7 @@ def sample(
     7
     """
     planned = _plan(sizes or Mistral3Sizes(), layout, files, sparse, seed)
-    output = PartialOutput(destination)
+    output = PartialOutput(local_path(destination))
     planned.output.begin(output)
     opened = OutputFiles(output.directory)
     try:
@@ -140,7 +141,7 @@ def sample(
     finally:
         opened.close()
         output.release()
-    return output.destination
+    return Path(output.destination)
 
 
 def plan_sample(
@@ -157,7 +158,7 @@ def plan_sample(
     10
     """
     planned = _plan(sizes or Mistral3Sizes(), layout, files, sparse, 0)
-    return planned.output.forecast(PartialOutput(destination), {}, {})
+    return planned.output.forecast(PartialOutput(local_path(destination)), {}, {})
 
 
 class _Planned(NamedTuple):

@@ -40,7 +40,9 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """Answers requests in threads. ``asked``: all of them; ``fault``: what goes wrong with one, if anything does."""
+    """Answers requests in threads. ``asked``: all of them; ``fault``: what goes wrong with one, if anything does;
+    "lost": it is done, and the answer does not say so.
+    """
 
     FAULTS = ("503", "reset", "short", "stall")
 
@@ -61,14 +63,14 @@ class Server:
                 server.asked.append(asked)
                 if server.latency:
                     server.delay.wait(server.latency)
+                fault = server.fault(asked)
+                answer = Answer(503, {}, b"") if fault == "503" else server._answer(asked)
                 with suppress(ConnectionError):
-                    self._send(server._answer(asked), server.fault(asked))
+                    self._send(Answer(503, {}, b"") if fault == "lost" else answer, fault)
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815 - the base class's names
 
             def _send(self, answer: Answer, fault: str | None) -> None:
-                if fault == "503":
-                    answer = Answer(503, {}, b"")
                 if fault == "reset":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.close_connection = True

@@ -51,7 +51,7 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.matching import refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, contents_of, refuse_shared, refuse_unlike, said_of
-from fp8ckpt.stores.address import local_path
+from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
@@ -73,8 +73,8 @@ class DirectoryWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether nothing stands there yet. Raises `UnsupportedStoreError` for the URL of a store."""
-        return not os.path.lexists(local_path(checkpoint_id))
+        """Whether nothing stands there yet; what stands in a store is seen when the save begins."""
+        return address_of(checkpoint_id) is not None or not os.path.lexists(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, at another path where one is named. What a failed save held is given up."""

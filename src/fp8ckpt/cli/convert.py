@@ -38,7 +38,9 @@ _SCHEMES = {
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make; it must not exist.")],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="The directory to make, which must not exist; or s3://bucket/prefix.")
+    ],
     to: Annotated[
         str,
         word("bf16", "fp16", "fp32", "fp8", also=_DTYPES, help="What FP8 weights become; or fp8, the way back."),

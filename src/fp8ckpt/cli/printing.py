@@ -40,8 +40,11 @@ def resumable(destination: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"; what was written is in {shown(destination)}.partial, and the same command goes on from there"
-        print(f"fp8ckpt: interrupted{kept if Path(f'{destination}.partial/output').exists() else ''}", file=sys.stderr)
+        from fp8ckpt.convert import kept_of
+
+        kept = kept_of(destination)
+        where = f"; what was written is in {shown(kept)}, and the same command goes on from there" if kept else ""
+        print(f"fp8ckpt: interrupted{where}", file=sys.stderr)
         sys.exit(130)
 
 

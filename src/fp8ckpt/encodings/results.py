@@ -68,7 +68,7 @@ class ConvertResult:
     (45, 0)
     """
 
-    destination: Path
+    destination: Path | str
     to: str
     files: int
     tensors: int

@@ -81,7 +81,7 @@ class Forecast:
     0
     """
 
-    destination: Path
+    destination: Path | str
     files: int
     bytes_to_read: int
     bytes_to_write: int

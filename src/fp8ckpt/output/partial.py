@@ -8,6 +8,9 @@ makes the same plan - are on disk. It goes only after the rename, so whatever a 
 A run that was cut off is resumed by a run with the same fingerprint; any other is refused, and nothing is touched. What
 stands at ``DST.partial`` without our state is somebody else's, and refused as well, unless it is an empty folder, in
 which nothing can be lost: that is what a run leaves that ended before its first file.
+
+Where ``DST`` is the URL of a store, ``s3://bucket/models/name``, the output is made in ``name.partial/`` in the working
+directory, by the same rules, and uploading it (`fp8ckpt.stores.upload`) stands for the rename.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ from fp8ckpt.errors import (
     StorageError,
     WeightValueError,
 )
+from fp8ckpt.output import extents
 from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
-from fp8ckpt.stores.address import local_path
+from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import read_whole
+from fp8ckpt.stores.upload import Destination, destination_of
 from fp8ckpt.system import lock
 
 _OUTPUT = "output"
@@ -45,23 +50,29 @@ _PLAN = "plan.json"
 _DRAFT = "plan.json.draft"
 _LOCK = "lock"
 _RECORDS = "done-"
+_SEEN = "seen"  # the destination, from before the first of its objects is seen until the last is
 
 
-def partial_of(destination: Path) -> Path:
-    """Where ``destination`` is written until it is whole."""
-    return destination.parent / (destination.name + ".partial")
+def partial_of(destination: str | os.PathLike[str]) -> Path:
+    """Where ``destination`` is written until it is whole; for the URL of a store, in the working directory."""
+    address = address_of(destination)
+    place = Path(destination if address is None else PurePosixPath(address.rest).name)
+    return place.parent / (place.name + ".partial")
 
 
 class PartialOutput:
     """The life of one output: `begin` (one process), `record` (any process, any thread), `publish` (one process).
 
-    ``partial`` is ``DST.partial``, and ``directory`` the folder in it that becomes ``DST``.
+    ``destination`` is ``DST``, a path or the URL of a store, ``partial`` is ``DST.partial``, and ``directory`` the
+    folder in it that becomes ``DST``.
     """
 
     def __init__(self, destination: str | os.PathLike[str]) -> None:
         self._lock: int | None = None
-        self.destination = local_path(destination).absolute()
-        self.partial = partial_of(self.destination)
+        address = address_of(destination)
+        self._far = None if address is None else destination_of(address)
+        self.destination = Path(destination).absolute() if self._far is None else self._far.where
+        self.partial = partial_of(destination).absolute()
         self.directory = self.partial / _OUTPUT
         self._state = self.partial / _STATE
 
@@ -82,8 +93,8 @@ class PartialOutput:
 
     def _begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         self.look(fingerprint, names)
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        flush_directory(self.destination.parent)  # as after the rename: what may not be read cannot be flushed
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        flush_directory(self.partial.parent)  # as after the rename: what may not be read cannot be flushed
         self._state.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         if self._lock is None:
@@ -198,8 +209,13 @@ class PartialOutput:
         return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
 
     def refuse_existing(self) -> None:
-        """Raise `OutputExistsError` where anything stands at the destination, a broken link included."""
-        if os.path.lexists(self.destination) or self.destination.name == "..":
+        """Raise `OutputExistsError` where anything stands at the destination, a broken link included; in a store, but
+        for what a run of ours was cut off in completing.
+        """
+        if self._far is not None:
+            if not self._is_being_seen():
+                self._far.refuse_existing()
+        elif os.path.lexists(self.destination) or Path(self.destination).name == "..":
             self._tidy()
             remedy = "choose another one, or move it away"
             raise OutputExistsError(
@@ -258,18 +274,45 @@ class PartialOutput:
             file.unlink()
 
     def publish(self) -> None:
-        """Rename the directory to its final name, and remove the state. All its files must have been flushed."""
+        """Rename the directory to its final name, or upload it, and remove the state. All its files must have been
+        flushed.
+        """
+        if self._far is not None:
+            self._upload(self._far)
+        else:
+            self._rename(Path(self.destination))
+        shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more, or all is elsewhere
+
+    def _upload(self, far: Destination) -> None:
+        again = self._is_being_seen()
+        if not again:
+            far.refuse_existing()
+        found = [path for path in self.directory.rglob("*") if path.is_file()]
+        names = sorted((path.relative_to(self.directory).as_posix() for path in found), key=_last)
+        far.upload(
+            self.directory,
+            names,
+            extents.EXTENT,
+            lambda: write_whole(self._state / _SEEN, far.where.encode()),
+            again=again,
+        )
+
+    def _is_being_seen(self) -> bool:
+        """Whether objects at the destination may be ours: a run was cut off between the first and the last of them."""
+        place = self._state / _SEEN
+        return place.is_file() and read_whole(place).decode() == str(self.destination)
+
+    def _rename(self, destination: Path) -> None:
         try:
             for directory, _, _ in os.walk(self.directory):
                 flush_directory(Path(directory))
             self.refuse_existing()  # rename() would replace an empty directory
-            self.directory.rename(self.destination)
-            flush_directory(self.destination.parent)
+            self.directory.rename(destination)
+            flush_directory(destination.parent)
         except OSError as error:
             if isinstance(error, OutputExistsError):
                 raise
             raise write_error(error, self.directory) from error
-        shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more
 
     def discard(self) -> None:
         """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""
@@ -294,7 +337,14 @@ def _check(text: bytes) -> bytes:
 
 def _is_state(entry: str) -> bool:
     """Whether a path in ``DST.partial`` is that of a file of our state."""
-    return entry.startswith(f"{_STATE}/{_RECORDS}") or entry in {f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK)}
+    return entry.startswith(f"{_STATE}/{_RECORDS}") or entry in {
+        f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK, _SEEN)
+    }
+
+
+def _last(name: str) -> tuple[bool, bool, str]:
+    """Sorts what makes a checkpoint of files behind all else: the index, then the configuration."""
+    return name == "config.json", name.endswith(".index.json"), name
 
 
 @contextmanager

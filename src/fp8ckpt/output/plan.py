@@ -197,7 +197,7 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
         return
     refuse_written(output, [path, *(path / header.file.name for header in checkpoint.files)])
     read = _identity(path)
-    for place in (output.destination, output.partial):
+    for place in (Path(output.destination), output.partial):
         if read in map(_identity, _with_parents(place)):
             found = f"the destination lies inside the {what} {path}"
             raise OutputExistsError(

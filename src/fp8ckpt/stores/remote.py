@@ -32,6 +32,7 @@ from fp8ckpt.stores.ahead import REQUEST, Request, Wanted, Window, joined
 from fp8ckpt.stores.store import ByteRange, Bytes, Stat
 
 T = TypeVar("T")
+wait = time.sleep
 
 AT_ONCE = 32  # requests
 ATTEMPTS = 8
@@ -68,7 +69,7 @@ class RemoteStore:
     at_once = AT_ONCE
     path = None
 
-    def __init__(self, objects: Objects, pause: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, objects: Objects, pause: Callable[[float], None] | None = None) -> None:
         self._objects = objects
         self._pause = pause
         self._lock = threading.Lock()
@@ -156,29 +157,27 @@ class RemoteStore:
             found, expected = f"the object ends at byte {stat.size}", f"at least {request.stop} bytes"
             raise TruncatedFileError(found, file=request.file, expected=expected, remedy="look for a whole copy")
         what = f"bytes {request.start}-{request.stop - 1} of {self.where}"
-        self._attempts(attempt, ATTEMPTS, what, request.file)
+        attempted(attempt, ATTEMPTS, f"reading {what}", request.file, self._pause)
 
     def _list(self) -> dict[str, Stat]:
-        listing: dict[str, Stat] = {}
-
-        def attempt() -> None:
-            listing.update(self._objects.list())
-
-        self._attempts(attempt, ATTEMPTS_TO_LIST, f"the list of {self.where}", None)
+        listing = attempted(self._objects.list, ATTEMPTS_TO_LIST, f"listing {self.where}", None, self._pause)
         return {name: listing[name] for name in sorted(listing) if not name.startswith(_FOREIGN_FOLDERS)}
 
-    def _attempts(self, attempt: Callable[[], None], most: int, what: str, file: str | None) -> None:
-        for count in range(1, most + 1):
-            try:
-                attempt()
-                return
-            except Broken as error:
-                if count == most:
-                    found = f"reading {what} failed at attempt {count}: {error}"
-                    remedy = "see whether the store answers, and run it again"
-                    raise StorageError(found, file=file, remedy=remedy) from None
-            longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
-            self._pause(longest * random.uniform(0.5, 1))  # or all requests of all ranks come again at once
+
+def attempted(
+    step: Callable[[], T], most: int, doing: str, file: str | None, pause: Callable[[float], None] | None = None
+) -> T:
+    """What a step gives, in at most so many attempts. Raises `StorageError` after the last; ``doing`` says what."""
+    for count in range(1, most + 1):
+        try:
+            return step()
+        except Broken as error:
+            if count == most:
+                remedy = "see whether the store answers, and run it again"
+                raise StorageError(f"{doing} failed at attempt {count}: {error}", file=file, remedy=remedy) from None
+        longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
+        (pause or wait)(longest * random.uniform(0.5, 1))  # or all requests of all ranks come again at once
+    raise AssertionError("at least one attempt")
 
 
 def _restored(objects: Objects, listing: dict[str, Stat] | None) -> RemoteStore:

@@ -6,9 +6,11 @@ requests are not signed, as public buckets want it. Every range is asked for wit
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +27,15 @@ from fp8ckpt.stores.store import Stat
 
 _PIECE = 1 << 20  # bytes
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
-_LATER = ("RequestTimeout", "SlowDown", "Throttling", "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable")
+_LATER = (
+    "BadDigest",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "RequestTimeTooSkewed",
+    "InternalError",
+    "ServiceUnavailable",
+)
 _making = threading.Lock()  # boto3's sessions are not for several threads
 
 
@@ -67,6 +77,7 @@ class S3Objects:
                 connect_timeout=TIMEOUT,
                 read_timeout=TIMEOUT,
                 retries={"total_max_attempts": 1, "mode": "standard"},
+                request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 **unsigned,
             )
@@ -99,15 +110,89 @@ class S3Objects:
             finally:
                 answer["Body"].close()
 
-    def errors(self, name: str | None) -> _Errors:
+    # ---------------------------------------------------------------- as fp8ckpt.stores.upload.Uploads
+
+    def is_empty(self) -> bool:
+        """Whether there is no object below the prefix, nor one of its name."""
+        with self.errors(None):
+            found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=100)
+        return not any(
+            entry["Key"] == self.prefix or entry["Key"].startswith(self.key("")) for entry in found.get("Contents", ())
+        )
+
+    def etag(self, name: str) -> str | None:
+        """Of an object that is there."""
+        with self.errors(None):
+            found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.key(name), MaxKeys=1)
+            return next((str(e["ETag"]) for e in found.get("Contents", ()) if e["Key"] == self.key(name)), None)
+
+    def begun(self) -> Mapping[str, str]:
+        """Uploads that were not finished."""
+        with self.errors(None):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self.key("")
+            )
+            entries = [entry for page in pages for entry in page.get("Uploads", ())]
+        return {entry["Key"].removeprefix(self.key("")): entry["UploadId"] for entry in entries}
+
+    def begin(self, name: str) -> str:
+        """Begin an upload."""
+        with self.errors(name, writing=True):
+            return str(self.client.create_multipart_upload(Bucket=self.bucket, Key=self.key(name))["UploadId"])
+
+    def parts(self, name: str, upload: str) -> Mapping[int, str]:
+        """The parts that are there."""
+        with self.errors(name, writing=True):
+            pages = self.client.get_paginator("list_parts").paginate(
+                Bucket=self.bucket, Key=self.key(name), UploadId=upload
+            )
+            return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", ())}
+
+    def put_part(self, name: str, upload: str, number: int, data: bytes) -> str:
+        """Send a part; the store compares its MD5."""
+        with self.errors(name, writing=True):
+            answer = self.client.upload_part(
+                Bucket=self.bucket, Key=self.key(name), UploadId=upload, PartNumber=number, Body=data,
+                ContentMD5=_md5(data),
+            )  # fmt: skip
+            return str(answer["ETag"])
+
+    def finish(self, name: str, upload: str, etags: Sequence[str]) -> None:
+        """Make an object of all parts."""
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        with self.errors(name, writing=True):
+            try:
+                self.client.complete_multipart_upload(
+                    Bucket=self.bucket, Key=self.key(name), UploadId=upload, MultipartUpload={"Parts": parts}
+                )
+            except self.client.exceptions.NoSuchUpload:  # an attempt before may have done it, and its answer was lost
+                if self.etag(name) != self.etag_of_parts(etags):
+                    raise
+
+    def etag_of_parts(self, etags: Sequence[str]) -> str:
+        """The ETag of an object of these parts."""
+        digests = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
+        return f'"{hashlib.md5(digests).hexdigest()}-{len(etags)}"'
+
+    def put(self, name: str, data: bytes) -> None:
+        """Make an object at once."""
+        with self.errors(name, writing=True):
+            self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=data, ContentMD5=_md5(data))
+
+    def errors(self, name: str | None, *, writing: bool = False) -> _Errors:
         """Turns what boto3 raises into our own words: its texts may hold URLs with credentials."""
-        return _Errors(self.where, name)
+        return _Errors(self.where, name, writing)
+
+
+def _md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data).digest()).decode()
 
 
 class _Errors:
-    def __init__(self, where: str, name: str | None) -> None:
+    def __init__(self, where: str, name: str | None, writing: bool) -> None:
         self._where = where
         self._name = name
+        self._writing = writing
 
     def __enter__(self) -> None: ...
 
@@ -125,11 +210,11 @@ class _Errors:
             ) from None
         code = str(response.get("Error", {}).get("Code", ""))
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if status >= 500 or status in (408, 429) or code in _LATER:
+        if (status >= 500 and status != 501) or status in (408, 429) or code in _LATER:
             raise Broken(f"the store answered {status} {code}") from None
-        if self._name is not None and status in (404, 412, 416):
+        if self._name is not None and not self._writing and status in (404, 412, 416):
             raise SourceChangedError.of(self._name) from None
-        if status == 404:
+        if status == 404 and not self._writing:
             raise CheckpointNotFoundError(
                 f"the store answered {status} {code}", file=self._where, remedy="check the URL"
             ) from None

@@ -1,0 +1,144 @@
+"""A bucket on loopback: converting where it lies, against downloading first, and against what the server can give.
+
+``python -m benchmarks.stores [GB]``. The server is moto's, in a process of its own, so it takes its share of the cores:
+what counts is the ratio to the server's own maximum, ranges that are thrown away. Opening is measured against a server
+that takes 20 ms for each request.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.stores.servers import Server, web
+
+from benchmarks.measuring import interleaved, keep, show
+from fp8ckpt import convert, open_checkpoint, sample
+from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
+from fp8ckpt.stores.ahead import REQUEST
+
+BUCKET, PREFIX = "benchmark", "fp8"
+ROUNDS = 3
+AT_ONCE = 12
+LATENCY = 0.02  # seconds
+FILES = 163
+_SERVER = """
+import logging, threading
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), flush=True)
+threading.Event().wait()
+"""
+
+
+def _sizes(gigabytes: float) -> Mistral3Sizes:
+    """About so many GB of FP8, in layers of 0.1 GB."""
+    return Mistral3Sizes(
+        layers=max(1, round(gigabytes * 10)), hidden=4096, intermediate=6144, heads=32, kv_heads=8, head_dim=128,
+        vocabulary=4096, vision_layers=1,
+    )  # fmt: skip
+
+
+def _ranges(client: Any, source: Path) -> Callable[[], None]:
+    """The server's own maximum: every byte in parallel ranges, thrown away."""
+    wanted = [
+        (f"{PREFIX}/{file.name}", f"bytes={start}-{min(start + REQUEST, file.stat().st_size) - 1}")
+        for file in source.iterdir()
+        for start in range(0, file.stat().st_size, REQUEST)
+    ]
+
+    def fetch(part: tuple[str, str]) -> None:
+        body = client.get_object(Bucket=BUCKET, Key=part[0], Range=part[1])["Body"]
+        while body.read(1 << 20):
+            pass
+
+    def run() -> None:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(fetch, wanted))
+
+    return run
+
+
+def _converting(work: Path, gigabytes: float) -> dict[str, Any]:
+    import boto3
+
+    source = sample(work / "fp8", _sizes(gigabytes), files=4)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=BUCKET)
+    for file in source.iterdir():
+        client.upload_file(str(file), BUCKET, f"{PREFIX}/{file.name}")
+    size = sum(file.stat().st_size for file in source.iterdir())
+    number = iter(range(1000))
+
+    def there() -> None:
+        convert(f"s3://{BUCKET}/{PREFIX}", work / f"out{next(number)}")
+
+    def download_first() -> None:
+        near = work / f"near{next(number)}"
+        near.mkdir()
+        for file in source.iterdir():
+            client.download_file(BUCKET, f"{PREFIX}/{file.name}", str(near / file.name))
+        convert(near, work / f"out{next(number)}")
+
+    def near() -> None:
+        convert(source, work / f"out{next(number)}")
+
+    rows = interleaved(
+        {
+            "convert s3://": there,
+            "download, then convert": download_first,
+            "the server's own maximum": _ranges(client, source),
+            "convert, of a local copy": near,
+        },
+        ROUNDS,
+    )
+    show(f"converting {size / 1e9:.2f} GB from a bucket on loopback", rows, "convert s3://")
+    return {"source_bytes": size, "rows": rows}
+
+
+def _opening(work: Path) -> dict[str, Any]:
+    """163 files with 20 ms a request."""
+    source = sample(work / "many", DeepseekSizes(layers=20, experts=16), files=FILES)
+    server = Server(web({f"x/{file.name}": file.read_bytes() for file in source.iterdir()}))
+    server.latency = LATENCY
+    seconds = []
+    for _ in range(ROUNDS):
+        server.asked.clear()
+        begun = time.perf_counter()
+        open_checkpoint(f"{server.url}/x")
+        seconds.append(time.perf_counter() - begun)
+    listed = sum(asked.method == "HEAD" for asked in server.asked)
+    print(f"\nopening {FILES} files, {1000 * LATENCY:.0f} ms a request: {min(seconds):.2f} s (budget: 2 s)")
+    print(f"  {len(server.asked)} requests, {listed} of them to list what a web server has")
+    server.close()
+    return {"seconds": seconds, "requests": len(server.asked)}
+
+
+def main(gigabytes: float = 2.0) -> None:
+    server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    host, port = server.stdout.readline().split()[-2:]
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_DEFAULT_REGION="us-east-1", HF_HUB_OFFLINE="0",
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+    )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
+            opening = _opening(Path(work))
+            keep("stores", {"opening": opening, "converting": _converting(Path(work), gigabytes)})
+    finally:
+        server.kill()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main(*map(float, sys.argv[1:]))
