@@ -344,3 +344,19 @@ def test_a_browser_shows_it(scheme: str, paper: tuple[int, ...], trained: dict[s
     assert not drawn[:, -8:].any()  # nothing runs over the edge
     contrast = np.abs(pixels.astype(int) - np.array(paper)).sum(axis=2)
     assert contrast.max() > 500  # text is legible on it
+
+
+def test_what_stands_where_the_page_is_written(sample_fp8: Path, tmp_path: Path) -> None:
+    """A file of somebody's at the page's name with ".partial" is refused before anything is read, and stays."""
+    (tmp_path / "page.html.partial").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"page\.html\.partial: there is something already"):
+        report(sample_fp8, output=tmp_path / "page.html")
+    assert (tmp_path / "page.html.partial").read_text() == "mine"
+
+
+def test_a_page_that_appears_meanwhile(sample_fp8: Path, tmp_path: Path) -> None:
+    """It is not replaced."""
+    page = tmp_path / "page.html"
+    with pytest.raises(OutputExistsError):
+        report(sample_fp8, output=page, progress=lambda *_: page.write_text("mine"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

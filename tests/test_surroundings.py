@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from fp8ckpt.cli import main
+from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.workers import share
 from tests.conftest import Run
 
 COMMAND = f"{sys.executable} -m fp8ckpt"
@@ -88,3 +92,36 @@ def test_mistyped_path(path: str, remedy: str, cli: Run, tmp_path: Path) -> None
     done = cli("inspect", path, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.endswith(remedy)
+
+
+def test_more_workers_than_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions are as many as make sense; and where the system gives no more threads, those that there are do it."""
+    assert threads_of_this_rank(10**9) < 1000
+    begin, left = threading.Thread.start, 0
+
+    def start(thread: threading.Thread) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    for threads in (0, 1):
+        left, done = threads, []
+        share(range(5), [done.append] * 3)
+        assert sorted(done) == [0, 1, 2, 3, 4]
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and no traceback."""
+
+    def none_left(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fp8ckpt.cli.app", none_left)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err == (
+        "fp8ckpt: there is not enough memory; --workers 1 takes the least, where there is that option\n"
+    )

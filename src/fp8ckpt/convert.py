@@ -92,7 +92,7 @@ def convert(
     how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
     with writing(destination) as output, ranks_of_this_job() as ranks:
         ranks.together(lambda: _refuse_arguments(how, workers))
-        threads = workers or threads_of_this_rank()
+        threads = threads_of_this_rank(workers)
         if to != FP8:
             return _dequantize(source, output, how, threads, progress, ranks)
         return _quantize(source, output, how, threads, progress, ranks)

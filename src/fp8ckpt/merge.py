@@ -129,7 +129,7 @@ def merge(
     adapters = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [(adapter, 1.0)]
     with writing(destination) as output, ranks_of_this_job() as ranks:
         ranks.together(lambda: _refuse_arguments(to, scales, serving, workers, len(adapters)))
-        threads = workers or threads_of_this_rank()
+        threads = threads_of_this_rank(workers)
         how = _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
         return _merge(how, output, threads, progress, ranks)
 

@@ -96,11 +96,17 @@ def _portable(error: Exception | None) -> Exception | None:
     return error
 
 
-def threads_of_this_rank() -> int:
-    """The cores of this machine that are this rank's: an equal share of them with the other ranks here.
+_MOST_THREADS = 256  # each has some MiB of buffers; no disk is faster with more
+
+
+def threads_of_this_rank(asked: int | None = None) -> int:
+    """As many threads as were asked for, within reason; by default the cores of this machine that are this rank's: an
+    equal share of them with the other ranks here.
 
     torchrun says how many those are; without it, all ranks of the process group are taken to be on this machine.
     """
+    if asked:
+        return min(asked, _MOST_THREADS)
     here = os.environ.get("LOCAL_WORLD_SIZE")
     if here is None and "torch" in sys.modules:
         import torch.distributed as dist

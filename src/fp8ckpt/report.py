@@ -28,6 +28,7 @@ from fp8ckpt.numerics.kernels import count_codes
 from fp8ckpt.numerics.quantize import unpack
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.output.forecast import room_for
+from fp8ckpt.output.partial import partial_of
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
@@ -143,7 +144,7 @@ def report(
     sides = [open_checkpoint(path) for path in (a, b) if path is not None]
     for side in sides:
         raise_first(scale_defects(side.quantized, side.cache_scales))
-    found = _Job(sides, progress).run(workers or threads_of_this_rank())
+    found = _Job(sides, progress).run(threads_of_this_rank(workers))
     _publish(page, page_of(found))
     return found
 
@@ -154,21 +155,22 @@ def refuse_page(output: str | Path) -> Path:
 
     require_library()
     page = local_path(output).absolute()
-    if os.path.lexists(page):
-        raise OutputExistsError(
-            "there is a file already", file=str(page), remedy="move it away, or choose another name"
-        )
+    for path in (page, partial_of(page)):  # it is written to the second one first
+        if os.path.lexists(path):
+            remedy = "move it away, or choose another name"
+            raise OutputExistsError("there is something already", file=str(path), remedy=remedy)
     return page
 
 
 def _publish(page: Path, text: str) -> None:
-    """Nothing is seen at the page's name until it is whole."""
-    partial = page.with_name(f"{page.name}.partial")
+    """Nothing is seen at the page's name until it is whole, and nothing that is there is replaced."""
+    refuse_page(page)
+    partial = partial_of(page)
+    room_for({partial: len(text.encode())}).refuse_too_little()
     try:
-        room_for({partial: len(text.encode())}).refuse_too_little()
         page.parent.mkdir(parents=True, exist_ok=True)
         write_whole(partial, text.encode())
-        partial.replace(page)
+        partial.rename(page)
     except OSError as error:  # a named error of writing is one, too
         partial.unlink(missing_ok=True)
         raise error if isinstance(error, StorageError) else write_error(error, page) from error

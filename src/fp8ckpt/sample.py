@@ -169,6 +169,8 @@ class _Planned(NamedTuple):
 
 def _plan(sizes: Mistral3Sizes | DeepseekSizes, layout: str, files: int, sparse: bool, seed: int) -> _Planned:
     """Everything that can be known or refused before the first byte is written."""
+    if files < 1:
+        raise ValueError(f"files={files}; expected at least 1")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
     if isinstance(sizes, Mistral3Sizes):

@@ -20,10 +20,10 @@ from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.families.between import translated
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
+from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.serving.examine import Servability, examine
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import File, same_bytes
-from fp8ckpt.system import cores
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.stored import DTYPE_BITS
@@ -117,7 +117,7 @@ def verify(
         return VerifyResult(
             tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability
         )
-    job.run(workers or cores())
+    job.run(threads_of_this_rank(workers))
     for side in sides:
         side.store.refuse_changes()
     return VerifyResult(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -34,7 +35,12 @@ def share(items: Iterable[T], workers: Sequence[Callable[[T], None]]) -> None:
             raise
 
     with ThreadPoolExecutor(len(workers), "fp8ckpt") as pool:
-        futures = [pool.submit(take_turns, work) for work in workers]
+        futures = []
+        with suppress(RuntimeError):  # where the system gives no more threads, those that there are do it all
+            for work in workers:
+                futures.append(pool.submit(take_turns, work))
+        if not futures:
+            take_turns(workers[0])
         try:
             for future in futures:
                 future.result()

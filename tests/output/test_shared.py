@@ -179,3 +179,12 @@ def test_links_that_go_round(sample_fp8: Path, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="symbolic links"):
         convert(sample_fp8, tmp_path / "loop" / "out")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "", ".", "model.safetensors"])
+def test_side_files_stay_below_the_directory(name: str, tmp_path: Path) -> None:
+    """And each has a name of its own, which no file of weights has."""
+    writer = SafetensorsStorageWriter(tmp_path / "out", side_files=SideFiles(texts={name: b"evil"}))
+    with pytest.raises(CheckpointException, match="the path of one file below the directory"):
+        save({"x": torch.ones(2)}, storage_writer=writer, no_dist=True)
+    assert os.listdir(tmp_path) == []

@@ -126,7 +126,7 @@ class FP8StorageReader(StorageReader):
     @kept_open()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load every item of this rank's plan into its target. The first error stops all threads, and is raised."""
-        threads = self._threads or threads_of_this_rank()
+        threads = threads_of_this_rank(self._threads)
         targets = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
         self._warn_of_rounding(targets)
         dequantizer = dequantizers(threads)

@@ -79,6 +79,8 @@ def main() -> None:
                 sys.stdout.flush()  # or Python does it when nobody can catch its error
         except Fp8CheckpointError as error:
             fail(error.message)
+        except MemoryError:
+            fail("there is not enough memory; --workers 1 takes the least, where there is that option")
         except OSError as error:
             sys.stdout = nowhere
             if isinstance(error, BrokenPipeError):  # whoever reads has seen enough

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp8ckpt.errors import OutputExistsError, RanksDifferError
@@ -39,6 +40,12 @@ class OutputPlan:
     texts: Mapping[str, bytes] = field(default_factory=dict)
     copies: Mapping[str, File] = field(default_factory=dict)
     holes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, times in Counter([*(layout.name for layout in self.layouts), *self.texts, *self.copies]).items():
+            path = PurePosixPath(name)
+            if times > 1 or path.is_absolute() or ".." in path.parts or not path.parts:
+                raise ValueError(f"{name!r}: expected the path of one file below the directory")
 
     @property
     def names(self) -> Set[str]:
