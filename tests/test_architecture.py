@@ -88,6 +88,7 @@ PUBLIC = [
     "open_checkpoint",
     "plan",
     "plan_convert",
+    "plan_merge",
     "plan_sample",
     "report",
     "sample",

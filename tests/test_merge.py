@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fp8ckpt import convert, merge, open_checkpoint
+from fp8ckpt import convert, merge, open_checkpoint, plan_merge
 from tests.adapters import F32, PREFIX, factors, merged, write_adapter
 from tests.miniatures import Family, families
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
@@ -74,8 +74,13 @@ def test_the_bytes_of_the_way_back(name: str, strength: float, tmp_path: Path) -
         tmp_path / "source/model.safetensors", {family.name(key): tensor for key, tensor in source.items()}
     )
     back = convert(tmp_path / "source", tmp_path / "back", to="fp8", like=base)
+    planned = plan_merge(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged.partial").exists()
     result = merge(base, adapter, tmp_path / "merged")
     assert tree(tmp_path / "merged") == tree(tmp_path / "back")
+    assert planned.bytes_to_write == sum(map(len, tree(tmp_path / "merged").values()))
+    assert (planned.files, planned.fits) == (result.files, True)
+    assert planned.bytes_to_read >= result.bytes_read or result.bytes_rewritten
     assert (result.to, result.merged) == ("fp8", 1)
     [row] = result.report.weights
     [other] = [row for row in back.report.weights if row.name == family.name(weight)]

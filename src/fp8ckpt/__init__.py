@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
     from fp8ckpt.errors import Fp8CheckpointError
     from fp8ckpt.inspect import Inspection, inspect
-    from fp8ckpt.merge import MergeResult, merge
+    from fp8ckpt.merge import MergeResult, merge, plan_merge
     from fp8ckpt.output.forecast import Forecast
     from fp8ckpt.plan import Plan, plan
     from fp8ckpt.report import Report, report
@@ -61,6 +61,7 @@ _HOMES = {
     "open_checkpoint": "tensors.checkpoint",
     "plan": "plan",
     "plan_convert": "convert",
+    "plan_merge": "merge",
     "plan_sample": "sample",
     "report": "report",
     "sample": "sample",
@@ -98,6 +99,7 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "plan_convert",
+    "plan_merge",
     "plan_sample",
     "report",
     "sample",

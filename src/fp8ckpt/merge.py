@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 
 from fp8ckpt.engine import Progress
 from fp8ckpt.numerics.codes import FP8, SCALES
+from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Store
-from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.fp8 import WeightFacts
@@ -157,27 +158,56 @@ class _Merging:
     follow_index: bool
 
 
-def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progress | None, ranks: Ranks) -> MergeResult:
+def plan_merge(
+    base: CheckpointLike,
+    adapter: str | Path | Store | Sequence[tuple[str | Path | Store, float]],
+    destination: str | Path,
+    *,
+    to: str | None = None,
+    scales: str = "reuse",
+    serving: bool = False,
+    follow_index: bool = False,
+) -> Forecast:
+    """What `merge` would do with the same arguments: files, bytes to read and to write, room, time. Writes nothing.
+
+    Raises what `merge` raises before its first byte, but for `NoRoomError`: ``fits`` says whether there is room.
+
+    >>> fp8ckpt.plan_merge("sample-fp8", "sample-lora", "planned").fits
+    True
+    """
+    from fp8ckpt.ranks import ranks_of_this_job
+
+    adapters = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [(adapter, 1.0)]
+    how = _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
+
+    def planned() -> Forecast:
+        _refuse_arguments(to, scales, serving, None, len(adapters))
+        output = PartialOutput(destination)
+        opened = open_checkpoint(base, follow_index=follow_index)
+        recipe = _plan(how, opened, output, to or (FP8 if opened.quantized else "bf16"))
+        return recipe.output.forecast(output, dict(enumerate(recipe.extents())), recipe.made_of(), recipe.notes)
+
+    with ranks_of_this_job() as ranks:
+        return ranks.first(planned)
+
+
+def _plan(how: _Merging, base: Checkpoint, output: PartialOutput, to: str) -> QuantizingPlan:
     from fp8ckpt.encodings.merging import plan_merging
-    from fp8ckpt.encodings.run_fp8 import run
     from fp8ckpt.serving.listing import served_config
     from fp8ckpt.tensors.adapters import open_adapter
+
+    adapters = [open_adapter(path, weight) for path, weight in how.adapters]
+    served = served_config if how.serving else None
+    return plan_merging(base, adapters, output, to, fresh=how.fresh, served=served)
+
+
+def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progress | None, ranks: Ranks) -> MergeResult:
+    from fp8ckpt.encodings.run_fp8 import run
 
     begun = time.monotonic()
     base = ranks.together(lambda: open_checkpoint(how.base, follow_index=how.follow_index))
     to = how.to or (FP8 if base.quantized else "bf16")
-
-    def plan() -> QuantizingPlan:
-        return plan_merging(
-            base,
-            [open_adapter(path, weight) for path, weight in how.adapters],
-            output,
-            to,
-            fresh=how.fresh,
-            served=served_config if how.serving else None,
-        )
-
-    done = run(plan, output, workers, progress, ranks)
+    done = run(lambda: _plan(how, base, output, to), output, workers, progress, ranks)
     report = _report(done)
     return MergeResult(
         destination=output.destination,

@@ -73,6 +73,7 @@ def test_what_is_printed_is_what_the_schema_says(
         ("convert", sample_fp8, bf16, "--report-html", tmp_path / "page.html"),
         ("convert", bf16, back, "--to", "fp8", "--like", sample_fp8),
         ("convert", bf16, tmp_path / "scheme", "--to", "fp8", "--scheme", "block"),
+        ("merge", sample_fp8, adapter, tmp_path / "merged", "--plan"),
         ("merge", sample_fp8, adapter, tmp_path / "merged"),
         ("merge", sample_fp8, f"{adapter}=0.5", tmp_path / "plain", "--to", "bf16", "--adapter", f"{adapter}=-1"),
         ("verify", sample_fp8, "--serving"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import answer, print_nan_codes, print_notes, resumable, share, size, table
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
+from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, resumable, share, size, table
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def merge(
         bool, typer.Option("--serving", help="Put right what engines trip over in BASE's own files.")
     ] = False,
     follow_index: FollowIndex = False,
+    plan: Plan = False,
     workers: Workers = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -52,19 +53,17 @@ def merge(
     Under torchrun, the ranks share the work.
     """
     from fp8ckpt.merge import merge as run
+    from fp8ckpt.merge import plan_merge
 
+    adapters = [_weighted(one) for one in (adapter, *(more or ()))]
+    how: dict[str, Any] = {"to": to, "scales": scales, "serving": serving, "follow_index": follow_index}
+    if plan:
+        with usage():
+            forecast = plan_merge(base, adapters, destination, **how)
+        answer_forecast(forecast, as_json=as_json, quiet=quiet)
+        return
     with resumable(destination), usage(), progress("merging", quiet=quiet) as reported:
-        result = run(
-            base,
-            [_weighted(one) for one in (adapter, *(more or ()))],
-            destination,
-            to=to,
-            scales=scales,
-            serving=serving,
-            follow_index=follow_index,
-            workers=workers,
-            progress=reported,
-        )
+        result = run(base, adapters, destination, **how, workers=workers, progress=reported)
     answer(result, _print, as_json=as_json, quiet=quiet)
 
 
