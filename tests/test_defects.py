@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fp8ckpt
 from fp8ckpt.cli import main
+from fp8ckpt.errors import StorageError
+from fp8ckpt.tensors.checkpoint import survey
 from tests.conftest import Run
 from tests.oracle import Stored, read_safetensors, write_safetensors
 
@@ -829,7 +835,68 @@ def test_message_has_the_form_of_the_design(tmp_path: Path, cli: Run) -> None:
     assert done.stderr == (
         f"fp8ckpt: {K} in {ONE}: scale shape (3, 2) in {TWO} does not fit weight (256, 256) "
         "with block size (128, 128); expected (2, 2); "
-        "compare the file and the configuration with those of the release\n"
+        "see whether the configuration is that of these weights; if it is, the scales are not\n"
+    )
+
+
+#: What a remedy must not say, since the files may be the user's own: it would lose them, or mix them with a release's.
+UNSAFE = re.compile(r"\b(remove|delete|overwrite|fetch|download|of the release|the base that it came from)\b")
+#: What is safe of it: ours, and left to the user; what is nowhere on this machine; a base that is asked for.
+SAFE = (
+    " to begin anew, without what that run had done",
+    "fetch the files",
+    "fetch it first",
+    "hf download",
+    ": --like BASE",
+)
+
+
+def remedies() -> Iterator[str]:
+    """Every text that is part of a remedy, of the whole package."""
+    for file in sorted(Path(fp8ckpt.__path__[0]).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            named = isinstance(node, ast.keyword) and node.arg == "remedy"
+            assigned = (
+                isinstance(node, ast.Assign | ast.AugAssign)
+                and "remed" in ast.dump(node.targets[0] if isinstance(node, ast.Assign) else node.target).lower()
+            )
+            if named or assigned:
+                yield "".join(
+                    part.value
+                    for part in ast.walk(node)
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                )
+
+
+def test_no_remedy_can_lose_anything() -> None:
+    """None advises to remove or to fetch what may be the user's own; there are many, and each is a sentence."""
+    found = [*remedies()]
+    assert len(found) > 60
+    assert [text for text in found if UNSAFE.search(text) and not any(words in text for words in SAFE)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EACCES, "get the permission to read it"),
+        (errno.EMFILE, "raise the limit on open files (ulimit -n)"),
+        (errno.EIO, "check the disk"),
+        (errno.ENOENT, "restore the file"),
+    ],
+)
+def test_what_helps_where_a_file_cannot_be_read(code: int, remedy: str) -> None:
+    """By what the operating system says."""
+    error = StorageError.of_reading(OSError(code, os.strerror(code)), "x")
+    assert (error.found, error.remedy) == (f"cannot be opened: {os.strerror(code)}", remedy)
+
+
+def test_a_file_that_an_index_names_is_not_fetched_from_a_release(tmp_path: Path) -> None:
+    """The index of the base beside weights of one's own: the released file would be old weights among new ones."""
+    source = base(tmp_path / "fp8")
+    (source / TWO).unlink()
+    (first, *_) = survey(source).defects
+    assert str(first.remedy).startswith(
+        "get it from where the other files came from, and from nowhere else; or take the"
     )
 
 

@@ -39,11 +39,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 _MOST_NAMES = 10  # in one message
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
 
+
+# What to do about a file that is not what it should be. It may be of a release or the user's own: nothing is fetched
+# into a directory of other weights, nothing is removed, and nothing is stated that the weights were not made with.
+_COPY = "compare it with what it was copied from, or have it written anew"
+_INDEX = "take the index that was written with these files; without any, all files are read"
+SAME_PLACE = "get it from where the other files came from, and from nowhere else"
 
 # What helps, by what the operating system says: anywhere, where something is read, and where it is written. None of it
 # can lose anything.
@@ -178,8 +184,75 @@ class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     """There is no checkpoint at the given path, nor a cached one of that hub id."""
 
 
-class HeaderError(Fp8CheckpointError, ValueError):
+class _JsonError(Fp8CheckpointError, ValueError):
+    """JSON that is none, or is more than it may be: the part that headers and configurations have in common."""
+
+    @classmethod
+    def of_text(cls, file: Named, found: str, expected: str) -> Self:
+        """Of a whole text."""
+        return cls(found, file=file, expected=expected, remedy=_COPY)
+
+    @classmethod
+    def of_key(cls, file: Named, key: str) -> Self:
+        """A key that an object has twice."""
+        remedy = "have it written anew: it does not say which of the two is meant"
+        return cls("the name occurs twice", tensor=key, file=file, expected="each name once", remedy=remedy)
+
+
+class HeaderError(_JsonError):
     """A safetensors header is malformed, or claims what cannot be."""
+
+    @classmethod
+    def of_length(cls, file: Named, length: int, most: int) -> HeaderError:
+        """A header longer than any."""
+        found = f"the header claims {length} bytes"
+        remedy = f"if it is meant to be a safetensors file, {_COPY}"
+        return cls(found, file=file, expected=f"at most {most}", remedy=remedy)
+
+    @classmethod
+    def of_metadata(cls, file: Named) -> HeaderError:
+        """``__metadata__`` of another kind."""
+        found = "__metadata__ is something else"
+        return cls(found, file=file, expected="a map of text to text", remedy="have it written anew")
+
+    @classmethod
+    def of_entry(cls, file: Named, tensor: str, entry: str) -> HeaderError:
+        """``entry``: what stands for the tensor, as JSON."""
+        found = f"the entry {shown(entry)} is malformed"
+        expected = "a dtype, a shape of whole numbers and two data offsets"
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy="have it written anew")
+
+    @classmethod
+    def of_dtype(cls, file: Named, tensor: str, dtype: str, known: Iterable[str]) -> HeaderError:
+        """``known``: the dtypes that files have."""
+        found, expected = f"unknown dtype {shown(dtype)}", f"one of {', '.join(known)}"
+        remedy = "use the tool that wrote it, or a newer version of fp8ckpt"
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_offsets(cls, file: Named, tensor: str, offsets: tuple[int, int], needed: str) -> HeaderError:
+        """``offsets`` of the data; ``needed``: what they should hold."""
+        begin, end = offsets
+        found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
+        return cls(found, tensor=tensor, file=file, expected=needed, remedy=_COPY)
+
+    @classmethod
+    def of_place(cls, stored: Stored, start: int, end: int, previous: str) -> HeaderError:
+        """``start``: where the tensor's data begins; ``end``: where it should, after ``previous``."""
+        what = "overlaps" if start < end else f"leaves a hole of {start - end} bytes after"
+        found = f"its data begins at byte {start} and {what} {shown(previous)}"
+        return cls(found, tensor=stored.name, file=stored.file, expected=f"byte {end}", remedy=_COPY)
+
+    @classmethod
+    def of_rest(cls, file: Named, rest: int, end: int) -> HeaderError:
+        """Bytes that belong to no tensor; the data ends at ``end``."""
+        found = f"{rest} bytes follow the last tensor"
+        return cls(found, file=file, expected=f"a file of {end} bytes", remedy=_COPY)
+
+    @classmethod
+    def of_many(cls, file: Named, most: int) -> HeaderError:
+        """So many defects that the rest is left."""
+        return cls(f"more than {most} defects; the rest was not looked at", file=file, remedy=_COPY)
 
     @classmethod
     def of_two(cls, stored: Stored, other: str) -> HeaderError:
@@ -201,12 +274,17 @@ class HeaderError(Fp8CheckpointError, ValueError):
             tensor=stored.name,
             file=stored.file,
             expected="rows of an even number of elements",
-            remedy="compare the file with that of the release",
+            remedy=_COPY,
         )
 
 
 class TruncatedFileError(HeaderError):
     """A file holds fewer bytes than its header describes."""
+
+    @classmethod
+    def of(cls, file: Named, found: str, least: str) -> TruncatedFileError:
+        """``least``: the bytes that there should be."""
+        return cls(found, file=file, expected=least, remedy=_COPY)
 
 
 class IndexMismatchError(Fp8CheckpointError, ValueError):
@@ -222,8 +300,7 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
     @classmethod
     def of_place(cls, tensor: str, index: str, listed: str | None, actual: str | None) -> IndexMismatchError:
         """A tensor that is ``listed`` for another file than the ``actual`` one; either may be none."""
-        expected = "the index and the headers to agree"
-        remedy = "take the index and the files from one release"
+        expected, remedy = "the index and the headers to agree", _INDEX
         if listed is None:
             found = f"{shown(actual)} holds a tensor that the index {index} does not list"
             remedy = "--follow-index (follow_index=True) reads what the index lists, and leaves this tensor out"
@@ -233,9 +310,50 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
             found = f"the index {index} says {shown(listed)}, and it is in {shown(actual)}"
         return cls(found, tensor=tensor, file=index, expected=expected, remedy=remedy)
 
+    @classmethod
+    def of_json(cls, index: str, error: Fp8CheckpointError) -> IndexMismatchError:
+        """An index that is no JSON, or too much of it."""
+        return cls(error.found, tensor=error.tensor, file=index, expected=error.expected, remedy=error.remedy)
 
-class ConfigError(Fp8CheckpointError, ValueError):
+    @classmethod
+    def of_kind(cls, index: str) -> IndexMismatchError:
+        """An index that is none."""
+        expected = '{"weight_map": {tensor: file}}'
+        return cls("it has no weight_map of names to files", file=index, expected=expected, remedy=_INDEX)
+
+    @classmethod
+    def of_path(cls, index: str, name: str) -> IndexMismatchError:
+        """It names a file that is not of the directory."""
+        remedy = "do not use this checkpoint unless you know who wrote it"
+        expected = "the name of a file in the directory"
+        return cls(f"it names the file {shown(name)}", file=index, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_absent(cls, index: str, tensor: str, name: str, where: str) -> IndexMismatchError:
+        """It names a file that is not there, for the tensor among others."""
+        found, expected = f"the file {shown(name)} is not there", f"{shown(name)} in {where}"
+        return cls(found, tensor=tensor, file=index, expected=expected, remedy=f"{SAME_PLACE}; or {_INDEX}")
+
+    @classmethod
+    def of_part(cls, file: str, part: str, count: int) -> IndexMismatchError:
+        """One of ``count`` parts is not there, by the name of another."""
+        found, expected = f"the part {shown(part)} is not there", f"all of the {count} parts"
+        return cls(found, file=file, expected=expected, remedy=SAME_PLACE)
+
+    @classmethod
+    def of_size(cls, index: str, stated: object, actual: int) -> IndexMismatchError:
+        """A ``total_size`` that is not the tensors' own, in bytes."""
+        found = f"metadata.total_size is {shown(stated)}; the tensors take {actual} bytes"
+        return cls(found, file=index, remedy="nothing reads it wrong; convert writes the index anew")
+
+
+class ConfigError(_JsonError):
     """``config.json`` (or ``hf_quant_config.json``, ``params.json``) cannot be understood."""
+
+    @classmethod
+    def of_block_size(cls, file: str, found: str, expected: str) -> ConfigError:
+        """A block size that is none, or one of several for the same modules."""
+        return cls(found, file=file, expected=expected, remedy="state the one that the scales were made with")
 
 
 class MissingScaleError(Fp8CheckpointError, ValueError):
@@ -247,7 +365,8 @@ class MissingScaleError(Fp8CheckpointError, ValueError):
         found = f"{weight.dtype} weight without a scale"
         if near is not None:
             found += f" (is {shown(near)} its scale, misnamed?)"
-        remedy = "without it codes are no values: look for it in the release's other files, or under another name"
+        remedy = "look for it in the other files that belong to this one, or under another name"
+        remedy += "; if the weights were only cast to FP8, without any, use the tool that did: fp8ckpt cannot know"
         return cls(found, tensor=weight.name, file=weight.file, expected=shown(expected), remedy=remedy)
 
 
@@ -260,7 +379,7 @@ class OrphanScaleError(Fp8CheckpointError, ValueError):
         found = "a scale without a weight"
         if stored is not None:
             found = f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
-        remedy = "look for the weight in the release's other files, or ask who wrote this one whether it was replaced"
+        remedy = "look for the weight in the other files that belong to this one, or ask who wrote it what became of it"
         return cls(found, tensor=scale.name, file=scale.file, expected=f"an FP8 tensor {shown(weight)}", remedy=remedy)
 
 
@@ -286,13 +405,13 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
         found = f"scale shape {scale.shape} in {shown(scale.file.name)} does not fit weight {weight.shape}"
         if fit is None:
             expected = "one element, or one a row"
-            remedy = "for scales of blocks, state the block size (weight_block_size) in the configuration"
+            remedy = "if they are of blocks, state the size that they were made with (weight_block_size in config.json)"
             if scale.dtype in ("U8", "F8_E8M0"):
                 remedy += "; ComfyUI's exponents are in another order, and not read"
         else:
             found += f" with block size {block_size}"
             expected = str(fit)
-            remedy = "compare the file and the configuration with those of the release"
+            remedy = "see whether the configuration is that of these weights; if it is, the scales are not"
         return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
 
 
@@ -310,9 +429,22 @@ class ScaleDtypeError(Fp8CheckpointError, ValueError):
 class ScaleValueError(Fp8CheckpointError, ValueError):
     """A scale is NaN, infinite, zero or negative."""
 
+    @classmethod
+    def of(cls, scale: Stored, found: str) -> ScaleValueError:
+        """``found``: how many cannot be scales, and the first of them."""
+        return cls(found, tensor=scale.name, file=scale.file, expected="finite and positive", remedy=_COPY)
+
 
 class WeightValueError(Fp8CheckpointError, ValueError):
     """A weight holds NaN or infinity, and has no FP8 code."""
+
+    @classmethod
+    def of(cls, tensor: str, file: object, found: str) -> WeightValueError:
+        """``found``: how many elements are no numbers; ``file``: where they are read, None for those of a model."""
+        remedy = (
+            "find out where they come from: training that diverged, or NaN codes of an FP8 source (verify counts them)"
+        )
+        return cls(found, tensor=tensor, file=file, expected="finite weights", remedy=remedy)
 
 
 class UnsupportedFormatError(Fp8CheckpointError, ValueError):
@@ -342,6 +474,12 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):
     """The checkpoint has no tensor of that name."""
+
+    @classmethod
+    def of(cls, name: str, where: object, count: int) -> UnknownTensorError:
+        """``where``: the checkpoint, of ``count`` tensors."""
+        expected, remedy = f"one of its {count} logical tensors", "fp8ckpt inspect --tensor REGEX lists them"
+        return cls("the checkpoint has no such tensor", tensor=name, file=where, expected=expected, remedy=remedy)
 
 
 class RegionError(Fp8CheckpointError, IndexError):

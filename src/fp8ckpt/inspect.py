@@ -5,7 +5,6 @@ Headers and scales are read, no weights. Every defect is listed, not only the fi
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fp8ckpt.errors import Fp8CheckpointError, UnknownTensorError, shown
 from fp8ckpt.families.kinds import places, starred
+from fp8ckpt.families.names import name_pattern
 from fp8ckpt.numerics.codes import SCALE_DTYPES
 from fp8ckpt.numerics.geometry import BlockGrid, tiled
 from fp8ckpt.stores.local import kept_open
@@ -207,8 +207,8 @@ def _block_name(grid: BlockGrid, stated: tuple[int, ...] | None) -> str:
 
 
 def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterator[TensorRow]:
-    wanted = re.compile(pattern)
-    names = [name for name in checkpoint.tensors if wanted.search(name)]
+    wanted = name_pattern("tensor", pattern)
+    names = [name for name in checkpoint.tensors if wanted is None or wanted.search(name)]
     if not names and checkpoint.tensors:
         found = f"no tensor has a name like {shown(repr(pattern))}"
         raise UnknownTensorError(found, file=str(checkpoint.path), remedy="--tensor . lists them all")

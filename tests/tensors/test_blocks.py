@@ -49,6 +49,7 @@ def stated(tmp_path: Path, *groups: dict[str, Any], **more: Any) -> BlockSizes:
         ([group(["Linear"], [128, 128]), group(["re:.*self_attn"], None)], [None, (128, 128), (128, 128)]),
         ([group(["re:["], 16), group(["Linear"], 32)], [(1, 32)] * 3),
         ([group(["Embedding"], 16), group(["Linear"], 32)], [(1, 32)] * 3),
+        ([group([f"model.language_{UP}"], 16), group(["Linear"], 32)], [(1, 32), (1, 16), (1, 32)]),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.errors import Fp8CheckpointError, HeaderError, StorageError, TruncatedFileError
+from fp8ckpt.errors import ConfigError, Fp8CheckpointError, HeaderError, StorageError, TruncatedFileError
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
@@ -367,9 +367,9 @@ def test_a_claimed_length_allocates_nothing(tmp_path: Path) -> None:
 
 def test_parse_json_raises_the_kind_asked_for(tmp_path: Path) -> None:
     """The same parser serves other files, with their own error."""
-    with pytest.raises(StorageError, match="not valid JSON"):
-        parse_json(b"{", tmp_path / "x.json", StorageError)
-    assert parse_json(b'{"a": [1, {"b": null}]}', tmp_path / "x.json", StorageError) == {"a": [1, {"b": None}]}
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        parse_json(b"{", tmp_path / "x.json", ConfigError)
+    assert parse_json(b'{"a": [1, {"b": null}]}', tmp_path / "x.json", ConfigError) == {"a": [1, {"b": None}]}
 
 
 # What the safetensors library refuses, we refuse too: a file that we call sound must load elsewhere.

@@ -143,8 +143,7 @@ class Part:
             tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
             counts = ranks.gather(lambda: self._count_nonfinite(tensor.name))
             found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
-            remedy = "find out where the training diverged"
-            raise WeightValueError(found, tensor=tensor.name, expected="finite weights", remedy=remedy)
+            raise WeightValueError.of(tensor.name, None, found)
 
     def _count_nonfinite(self, name: str) -> int:
         shards = [shard for shard in self._shards if shard.weight.name == name]

@@ -41,7 +41,7 @@ class LoadPlan:
         if on_meta:
             raise ModelMismatchError(
                 f"{len(on_meta)} tensors are on the meta device: {listed(on_meta)}",
-                remedy="materialize the model first: model.to_empty(device=...)",
+                remedy="materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds",
             )
         stored = {name: tuple(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
         self.named = self._native
@@ -156,7 +156,7 @@ class LoadPlan:
                     found,
                     tensor=name,
                     file=self.checkpoint.path,
-                    remedy="set tie_word_embeddings to false in the configuration",
+                    remedy="if it is its own, build the model with tie_word_embeddings false",
                 )
 
     def finish(self) -> None:

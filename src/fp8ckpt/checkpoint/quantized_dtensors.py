@@ -64,7 +64,9 @@ def dequantize(
     scales = bytes_of(whole).view(SCALE_DTYPES[scale_dtype])
     if bad := count_bad_scales(scale_values(scales, scale_dtype)):
         raise ScaleValueError(
-            f"{bad} of {scales.size} scales are not finite and positive", tensor=name, remedy="was the scale loaded?"
+            f"{bad} of {scales.size} scales are not finite and positive",
+            tensor=name,
+            remedy="load the scale before the weight is used",
         )
     target = stored_dtype(dtype) if stored_dtype(dtype) in TARGET_BYTES else "F32"
     dequantizer = Dequantizer(grid, scales, scale_dtype, stored_dtype(weight.dtype) or "", target or "F32")
@@ -123,9 +125,7 @@ def quantize(
     if not np.isfinite(maxima).all():
         count = int((~local.isfinite()).sum())
         found = f"{count} elements are not finite" if count else "elements of another rank's part are not finite"
-        raise WeightValueError(
-            found, tensor=name, expected="finite weights", remedy="find out where the training diverged"
-        )
+        raise WeightValueError.of(name, None, found)
     kept, exact = before.stored, None
     if kept is not None:
         kept = kept.reshape(maxima.shape)

@@ -1,13 +1,12 @@
 """``fp8ckpt inspect``."""
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, usage
 from fp8ckpt.cli.printing import answer, print_defects, print_notes, size, styled, table
 from fp8ckpt.errors import shown
 
@@ -36,10 +35,8 @@ def inspect(
     from fp8ckpt.inspect import inspect as run
 
     listed = "" if as_json and tensor is None else tensor  # a machine reads what it needs
-    try:
+    with usage():
         found = run(path, follow_index=follow_index, tensor=listed, scales=scales or as_json)
-    except re.error as error:
-        raise typer.BadParameter(f"{tensor!r} is no regular expression: {error}", param_hint="--tensor") from error
     answer(found, _print if tensor is None else _print_listed, as_json=as_json, quiet=quiet)
     if found.defects:
         sys.exit(1)

@@ -379,13 +379,7 @@ def refuse_nonfinite(name: str, tensor: Tensor, reader: Reader) -> NoReturn:
         tensor.elements(start, tensor.dtype, part, reader)
         count += quantize.count_nonfinite(values_of(part, tensor.dtype))
     found = f"{count} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
-    raise WeightValueError(
-        found,
-        tensor=name,
-        file=tensor.span.file,
-        expected="finite weights",
-        remedy="find out where the training diverged",
-    )
+    raise WeightValueError.of(name, tensor.span.file, found)
 
 
 def scales_before(weight: Quantization) -> F32:

@@ -51,7 +51,7 @@ def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
             f"another of its tensors is this one in {wanted.path}",
             tensor=twice[0],
             file=left[twice[0]].span.file,
-            remedy="remove one of the two",
+            remedy="ask who wrote it which of the two is meant, and have it written without the other",
         )
     tensors = joined_tensors(parts, given.tensors)
     made = sum(tensor is not given.tensors.get(name) for name, tensor in tensors.items())

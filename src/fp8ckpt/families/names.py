@@ -90,7 +90,7 @@ def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
     """
     try:
         return None if text is None else re.compile(text)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{option}={text!r} is no regular expression: {error}") from error
 
 

@@ -61,7 +61,9 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
             return cls(transformers.AutoConfig.for_model(**without_quantization(CONFIG, dict(config), None)))
     except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
         found = f"{names[0]} cannot be made of it: {shown(str(error))}"
-        remedy = "take the configuration of the release"
+        remedy = (
+            "take the configuration that was written with these weights, or the transformers that it was written for"
+        )
         raise ConfigError(found, file=CONFIG, expected="one that transformers reads", remedy=remedy) from error
     finally:
         torch.set_default_dtype(before)

@@ -117,7 +117,9 @@ def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
         fd = os.open(file, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StorageError("it is a link", file=file, expected="a file", remedy="remove it") from error
+            raise StorageError(
+                "it is a link", file=file, expected="a file", remedy="move it away, and run it again"
+            ) from error
         raise write_error(error, file) from error
     try:
         refuse_irregular(os.fstat(fd), file.name)

@@ -81,7 +81,7 @@ def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], 
                     tensor=name,
                     file=tensor.span.file,
                     expected=f"{_CODES}, the one FP8 dtype that releases use and fp8ckpt writes",
-                    remedy="choose a --scheme instead of the base",
+                    remedy="write bf16, and give that a --scheme",
                 )
             refuse_dtype(given)
     refuse_other_kinds(found, base, TARGET_BYTES.keys())
@@ -96,9 +96,9 @@ def refuse_other_kinds(
     for name, given in found.items():
         stored = base.tensors[name].dtype
         if given.dtype != stored and not {given.dtype, stored} <= set(floats):
-            raise ModelMismatchError(
-                f"dtype {given.dtype}", tensor=name, file=_file_of(given), expected=f"{stored}, as in the base"
-            )
+            found_in, expected = f"dtype {given.dtype}", f"{stored}, as in the base"
+            remedy = f"give its own base, or cast it to {stored} if its values are meant to be that"
+            raise ModelMismatchError(found_in, tensor=name, file=_file_of(given), expected=expected, remedy=remedy)
 
 
 def in_fewer_bits(found: Mapping[str, Tensor], base: Checkpoint) -> list[str]:
@@ -115,7 +115,7 @@ def refuse_dtype(given: Tensor | TensorSpec) -> None:
             tensor=given.name,
             file=_file_of(given),
             expected=f"one of {', '.join(TARGET_BYTES)}",
-            remedy="cast it first",
+            remedy="cast it first, if its values are numbers and not packed codes",
         )
 
 

@@ -205,7 +205,7 @@ class PartialOutput:
         return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
 
     def _mismatch(self, found: str) -> ResumeMismatchError:
-        remedy = f"delete {self.partial} to begin anew, or choose another destination"
+        remedy = f"choose another destination, or delete {self.partial} to begin anew, without what that run had done"
         return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
 
     def refuse_existing(self) -> None:

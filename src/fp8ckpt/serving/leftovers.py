@@ -45,10 +45,10 @@ def index_and_metadata(subject: Subject) -> Iterator[Finding]:
     files = [header.file for header in checkpoint.files]
     if len(files) > 1 and checkpoint.index_name is None and not subject.is_native_only:
         found = f"{len(files)} safetensors files without an index"
-        remedy = "fetch the index, or write the directory anew with convert, which makes one"
+        remedy = "take the index that was written with them, or write the directory anew with convert, which makes one"
         yield ServingError(found, file=files[0], expected="model.safetensors.index.json", remedy=remedy)
     unmarked = [header for header in checkpoint.files if header.metadata.get("format") != "pt"]
     if unmarked:
         found = f"the metadata does not say what wrote it, in {len(unmarked)} of {len(files)} files"
-        remedy = "write the file anew: loaders that serve several frameworks refuse it, or guess"
+        remedy = "have it written anew with that: loaders that serve several frameworks refuse the file, or guess"
         yield ServingError(found, file=unmarked[0].file, expected='{"format": "pt"}', remedy=remedy)

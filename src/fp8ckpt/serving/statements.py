@@ -24,7 +24,12 @@ def method(subject: Subject) -> Iterator[Finding]:
         expected = '"quantization_config" with quant_method, activation_scheme and the skip list'
         if subject.file == MISTRAL_CONFIG:
             expected = '"quantization"'
-        yield ServingError(found, file=subject.file, expected=expected, remedy="take the configuration of the release")
+        remedy = "take the configuration that was written with them; convert --like and --serving writes one"
+        if subject.checkpoint.markers:
+            remedy = (
+                "serve it with ComfyUI, whose markers say so; for engines, convert it to bf16 and that with a --scheme"
+            )
+        yield ServingError(found, file=subject.file, expected=expected, remedy=remedy)
     elif stated.method is None:
         found, guess = "quant_method is missing", guessed_method(stated.quantization)
         remedy = f"add it; what else is stated is that of {guess}"

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.errors import (
+    SAME_PLACE,
     CheckpointNotFoundError,
     ConfigError,
     HeaderError,
@@ -247,7 +248,7 @@ def _file_names(store: Store) -> list[str]:
         missing = sorted(str(name) for name in named if not isinstance(name, str) or name not in present)
         if not named or missing:
             found = f"it names {shown(missing[0])}, which is not there" if missing else "it names no file"
-            raise HeaderError(found, file=File(store, _INDEX), remedy="fetch the file")
+            raise HeaderError(found, file=File(store, _INDEX), remedy=SAME_PLACE)
         return sorted(named)
     if _WEIGHTS in present:
         return [_WEIGHTS]
@@ -255,7 +256,7 @@ def _file_names(store: Store) -> list[str]:
     if parts:
         count = int(_PART.fullmatch(parts[0])[1])  # type: ignore[index]  # it matched above
         if len(parts) != count:
-            raise HeaderError(f"{len(parts)} of {count} parts are there", file=store.where, remedy="fetch the others")
+            raise HeaderError(f"{len(parts)} of {count} parts are there", file=store.where, remedy=SAME_PLACE)
         return parts
     remedy = "save it once more with a newer PEFT: save_pretrained(..., safe_serialization=True)"
     found = f"there is no {_WEIGHTS} in it" + (f", only {_PICKLED}" if _PICKLED in present else "")

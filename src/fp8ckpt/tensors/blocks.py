@@ -72,7 +72,7 @@ def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: str) -> 
         sizes[target] = size
     elif size not in (None, before):
         found = f"the configuration states several block sizes for {shown(target)}: {before} and {size}"
-        raise ConfigError(found, file=file, expected="one", remedy="take the configuration of the release")
+        raise ConfigError.of_block_size(file, found, "one")
 
 
 def _checked(stated: Any, file: str) -> Size | None:
@@ -80,8 +80,7 @@ def _checked(stated: Any, file: str) -> Size | None:
         return None
     if not isinstance(stated, list | tuple) or not stated or not all(type(dim) is int and dim > 0 for dim in stated):
         expected = "positive whole numbers, such as [128, 128]"
-        remedy = "take the configuration of the release"
-        raise ConfigError(f"the block size is {shown(repr(stated))}", file=file, expected=expected, remedy=remedy)
+        raise ConfigError.of_block_size(file, f"the block size is {shown(repr(stated))}", expected)
     return tuple(stated)
 
 

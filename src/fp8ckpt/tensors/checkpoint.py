@@ -100,9 +100,7 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            found, expected = "the checkpoint has no such tensor", f"one of its {len(self.tensors)} logical tensors"
-            remedy = "fp8ckpt inspect --tensor REGEX lists them"
-            raise UnknownTensorError(found, tensor=name, file=self.path, expected=expected, remedy=remedy) from None
+            raise UnknownTensorError.of(name, self.path, len(self.tensors)) from None
 
     def read(
         self, name: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None
@@ -322,25 +320,13 @@ def _read_index(
             defects.append(error)
             return name, None
         except ConfigError as error:
-            defects.append(
-                IndexMismatchError(
-                    error.found, tensor=error.tensor, file=name, expected=error.expected, remedy=error.remedy
-                )
-            )
+            defects.append(IndexMismatchError.of_json(name, error))
             return name, None
         if index is None:
             continue
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            found = "it has no weight_map of names to files"
-            defects.append(
-                IndexMismatchError(
-                    found,
-                    file=name,
-                    expected='{"weight_map": {tensor: file}}',
-                    remedy="take the index of the release",
-                )
-            )
+            defects.append(IndexMismatchError.of_kind(name))
             return name, None
         return name, index
     return None, None
@@ -394,25 +380,10 @@ def _file_names(
     named: list[str] = []
     for name in sorted(set(index["weight_map"].values())):
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-            remedy = "do not use this checkpoint unless you know who wrote it"
-            found = f"it names the file {shown(name)}"
-            defects.append(
-                IndexMismatchError(
-                    found, file=index_name, expected="the name of a file in the directory", remedy=remedy
-                )
-            )
+            defects.append(IndexMismatchError.of_path(index_name or INDEX, name))
         elif not _is_there(store, name):
             tensor = next(tensor for tensor, file in index["weight_map"].items() if file == name)
-            found = f"the file {shown(name)} is not there"
-            defects.append(
-                IndexMismatchError(
-                    found,
-                    tensor=tensor,
-                    file=index_name,
-                    expected=f"{shown(name)} in {store.where}",
-                    remedy="fetch the file",
-                )
-            )
+            defects.append(IndexMismatchError.of_absent(index_name or INDEX, tensor, name, store.where))
         else:
             named.append(name)
     return named
@@ -444,12 +415,7 @@ def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -
             for part in range(1, min(int(count), 10_000) + 1):
                 expected = f"{stem}-{part:05d}-of-{count}.safetensors"
                 if expected not in on_disk:
-                    found = f"the part {shown(expected)} is not there"
-                    defects.append(
-                        IndexMismatchError(
-                            found, file=name, expected=f"all of the {int(count)} parts", remedy="fetch the file"
-                        )
-                    )
+                    defects.append(IndexMismatchError.of_part(name, expected, int(count)))
             return
 
 
@@ -473,5 +439,4 @@ def _compare_index(
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     actual_total = sum(span.nbytes for span in spans.values())
     if complete and total is not None and total != actual_total:
-        found = f"metadata.total_size is {shown(total)}; the tensors take {actual_total} bytes"
-        slips.append(IndexMismatchError(found, file=file, remedy="write the index anew"))
+        slips.append(IndexMismatchError.of_size(file, total, actual_total))

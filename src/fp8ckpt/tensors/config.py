@@ -35,8 +35,8 @@ def load_json(store: Store, name: str) -> Json | None:
     if stat is None:
         return None
     if stat.size > _LONGEST_JSON:
-        found, remedy = "the file is longer than any configuration", "compare it with that of the release"
-        raise ConfigError(found, file=file, expected=f"at most {_LONGEST_JSON} bytes", remedy=remedy)
+        found = "the file is longer than any configuration"
+        raise ConfigError.of_text(file, found, f"at most {_LONGEST_JSON} bytes")
     return parse_json(b"".join(piece.tobytes() for piece in file.pieces()), file, ConfigError)
 
 

@@ -9,6 +9,8 @@ names its class, as compressed-tensors and vLLM have it; of patterns, the first 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import dropwhile
 from typing import Generic, TypeVar
 
 from fp8ckpt.tensors.config import Json, ModuleList, ancestors, skips
@@ -51,7 +53,20 @@ class ByModule(Generic[T]):
         for parent in ancestors(module):  # of fused experts, ModelOpt names the module that holds them
             if parent in self.named:
                 return self.named[parent]
+        if (layer := _in_its_model(module)) in self._by_layer:
+            return self._by_layer[layer]
         return next((value for kind, value in self.classes.items() if _is_of_class(module, kind)), None)
+
+    @cached_property
+    def _by_layer(self) -> dict[str, T]:
+        """The statements by name, whatever the text model is called: a file may have other names than the model."""
+        return {_in_its_model(module): value for module, value in self.named.items()}
+
+
+def _in_its_model(module: str) -> str:
+    """The name below the text model: ``layers.0.mlp`` of "model.layers.0.mlp", "language_model.model.layers.0.mlp"."""
+    parts = module.split(".")
+    return ".".join(dropwhile(lambda part: part in ("model", "language_model"), parts))
 
 
 def _is_of_class(module: str, kind: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp8ckpt.errors import Fp8CheckpointError, HeaderError, TruncatedFileError, shown
+from fp8ckpt.errors import ConfigError, Fp8CheckpointError, HeaderError, TruncatedFileError, shown
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
@@ -61,26 +61,17 @@ def read_header(file: File) -> tuple[Header | None, list[Fp8CheckpointError]]:
 
 
 def _length_defect(file: File, size: int, length: int) -> Fp8CheckpointError | None:
-    again = "compare the file with that of the release"
     if size < 8:
-        return TruncatedFileError(
-            f"the file holds {size} bytes",
-            file=file,
-            expected="at least the 8 bytes of a header's length",
-            remedy=again,
-        )
+        return TruncatedFileError.of(file, f"the file holds {size} bytes", "at least the 8 bytes of a header's length")
     if length > _LONGEST_HEADER:
-        remedy = "it is not a safetensors file, or it is damaged"
-        return HeaderError(
-            f"the header claims {length} bytes", file=file, expected=f"at most {_LONGEST_HEADER}", remedy=remedy
-        )
+        return HeaderError.of_length(file, length, _LONGEST_HEADER)
     if length > size - 8:
         found = f"the header claims {length} bytes and the file holds {size}"
-        return TruncatedFileError(found, file=file, expected=f"at least {length + 8} bytes", remedy=again)
+        return TruncatedFileError.of(file, found, f"at least {length + 8} bytes")
     return None
 
 
-def parse_json(text: bytes, file: File, kind: type[Fp8CheckpointError]) -> dict[str, Any]:
+def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigError]) -> dict[str, Any]:
     """A JSON object, in which no object has the same key twice and no constant is outside JSON; otherwise raises
     ``kind``.
     """
@@ -91,9 +82,7 @@ def parse_json(text: bytes, file: File, kind: type[Fp8CheckpointError]) -> dict[
             seen: set[str] = set()
             # add() is None
             name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise kind(
-                "the name occurs twice", tensor=name, file=file, expected="each name once", remedy="write the file anew"
-            )
+            raise kind.of_key(file, name)
         return mapping
 
     def whole(text: str) -> int:
@@ -106,36 +95,21 @@ def parse_json(text: bytes, file: File, kind: type[Fp8CheckpointError]) -> dict[
 
     values = text.count(b",") + text.count(b"[") + text.count(b"{")
     if values > _MOST_VALUES or (len(text) > _LONGEST_WIDE and not text.isascii()):
-        raise kind(
-            f"it holds {len(text)} bytes with {values} commas and brackets",
-            file=file,
-            expected=f"at most {_MOST_VALUES} of them, and {_LONGEST_WIDE} bytes where not all are ASCII",
-            remedy="compare the file with that of the release",
-        )
+        found = f"it holds {len(text)} bytes with {values} commas and brackets"
+        most = f"at most {_MOST_VALUES} of them, and {_LONGEST_WIDE} bytes where not all are ASCII"
+        raise kind.of_text(file, found, most)
     try:
         value = json.loads(
             text.decode(), object_pairs_hook=unique, parse_constant=constant, parse_int=whole if b"-0" in text else None
         )
-        if b"\\u" in text:
-            json.dumps(
-                value, ensure_ascii=False
-            ).encode()  # an escaped lone surrogate is no text, and cannot be printed
+        if b"\\u" in text:  # an escaped lone surrogate is no text, and cannot be printed
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         if isinstance(error, Fp8CheckpointError):
             raise
-        raise kind(
-            f"not valid JSON ({shown(error)})",
-            file=file,
-            expected="a JSON object",
-            remedy="compare the file with that of the release",
-        ) from None
+        raise kind.of_text(file, f"not valid JSON ({shown(error)})", "a JSON object") from None
     if not isinstance(value, dict):
-        raise kind(
-            f"the JSON is a {type(value).__name__}",
-            file=file,
-            expected="an object",
-            remedy="compare the file with that of the release",
-        )
+        raise kind.of_text(file, f"the JSON is a {type(value).__name__}", "an object")
     return value
 
 
@@ -146,16 +120,14 @@ def _validated(
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # the reference implementation reads null as absent
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        defects.append(
-            HeaderError("__metadata__ is not a map of text to text", file=file, remedy="write the file anew")
-        )
+        defects.append(HeaderError.of_metadata(file))
         metadata = {}
     data_start = 8 + len(text)
     spans: list[TensorSpan] = []
     complete = True
     for name, entry in entries.items():
         if len(defects) >= _MOST_DEFECTS:
-            return None, [*defects, _many(file)]
+            return None, [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             # Exact types: JSON booleans and floats are not sizes.
@@ -167,19 +139,12 @@ def _validated(
                 if type(dim) is not int or not 0 <= dim <= _LARGEST_DIMENSION:
                     raise TypeError
         except (KeyError, TypeError, ValueError):
-            found = f"the entry {shown(json.dumps(entry))} is malformed"
-            expected = "a dtype, a shape of whole numbers and two data offsets"
-            defects.append(HeaderError(found, tensor=name, file=file, expected=expected, remedy="write the file anew"))
+            defects.append(HeaderError.of_entry(file, name, json.dumps(entry)))
             complete = False
             continue
         bits = DTYPE_BITS.get(dtype)
         if bits is None:
-            found = f"unknown dtype {shown(dtype)}"
-            defects.append(
-                HeaderError(
-                    found, tensor=name, file=file, expected=f"one of {', '.join(DTYPE_BITS)}", remedy="convert it first"
-                )
-            )
+            defects.append(HeaderError.of_dtype(file, name, dtype, DTYPE_BITS))
             complete = False
             continue
         if (
@@ -188,14 +153,9 @@ def _validated(
             or end < begin
             or prod(shape) * bits != (end - begin) * 8
         ):
-            found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
             needed: object = prod(shape) * bits / 8 if prod(shape) < 2**200 else "an impossible number of"
             expected = f"{shown(needed)} bytes for {dtype} {shown(shape)}"
-            defects.append(
-                HeaderError(
-                    found, tensor=name, file=file, expected=expected, remedy="compare the file with that of the release"
-                )
-            )
+            defects.append(HeaderError.of_offsets(file, name, (begin, end), expected))
             complete = False
             continue
         spans.append(TensorSpan(name, file, dtype, tuple(shape), data_start + begin, data_start + end))
@@ -205,11 +165,6 @@ def _validated(
     return Header(file, size, metadata, tuple(spans), text), defects
 
 
-def _many(file: File) -> HeaderError:
-    remedy = "compare the file with that of the release"
-    return HeaderError(f"more than {_MOST_DEFECTS} defects; the rest was not looked at", file=file, remedy=remedy)
-
-
 def _coverage_defects(file: File, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
     """The data must be covered exactly; anything else means that the header or the file is not what was written."""
     defects: list[Fp8CheckpointError] = []
@@ -217,36 +172,13 @@ def _coverage_defects(file: File, size: int, data_start: int, spans: list[Tensor
     previous = "the header"
     for span in spans:
         if len(defects) >= _MOST_DEFECTS:
-            return [*defects, _many(file)]
+            return [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
         if span.start != end:
-            what = "overlaps" if span.start < end else f"leaves a hole of {span.start - end} bytes after"
-            found = f"its data begins at byte {span.start} and {what} {shown(previous)}"
-            defects.append(
-                HeaderError(
-                    found,
-                    tensor=span.name,
-                    file=file,
-                    expected=f"byte {end}",
-                    remedy="compare the file with that of the release",
-                )
-            )
+            defects.append(HeaderError.of_place(span, span.start, end, previous))
         end = max(end, span.stop)
         previous = span.name
     if size < end:
-        found = f"the file holds {size} bytes"
-        defects.append(
-            TruncatedFileError(
-                found,
-                file=file,
-                expected=f"{end} bytes, as the header says",
-                remedy="compare the file with that of the release",
-            )
-        )
+        defects.append(TruncatedFileError.of(file, f"the file holds {size} bytes", f"{end} bytes, as the header says"))
     elif size > end:
-        found = f"{size - end} bytes follow the last tensor"
-        defects.append(
-            HeaderError(
-                found, file=file, expected=f"a file of {end} bytes", remedy="compare the file with that of the release"
-            )
-        )
+        defects.append(HeaderError.of_rest(file, size - end, end))
     return defects

@@ -148,13 +148,7 @@ def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
     bad = np.flatnonzero(~((values > 0) & (values < np.inf)))
     where = f" at {tuple(int(i) for i in np.unravel_index(bad[0], span.shape))}" if span.shape else ""
     found = f"{bad.size} of {values.size} scales cannot be a scale, the first {values[bad[0]]}{where}"
-    return ScaleValueError(
-        found,
-        tensor=span.name,
-        file=span.file,
-        expected="finite and positive",
-        remedy="compare the file with that of the release",
-    )
+    return ScaleValueError.of(span, found)
 
 
 @kept_open()
