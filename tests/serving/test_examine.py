@@ -26,7 +26,7 @@ from fp8ckpt.serving.joining import TensorParallel
 from fp8ckpt.serving.listing import serving_config
 from fp8ckpt.serving.skip_list import SkipList, unquantized_parts
 from fp8ckpt.tensors.checkpoint import survey
-from tests.catalogue import Row, catalogue
+from tests.catalogue import Row, catalogue, in_four_bits
 from tests.conftest import Run
 from tests.miniatures import families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
@@ -180,7 +180,10 @@ def test_every_family_can_be_examined(name: str, files: int, tmp_path: Path) -> 
     assert serving_config(survey(directory), static=static) == read_config(directory)
 
 
-@pytest.mark.parametrize(("name", "row"), catalogue().items(), ids=[*catalogue()])
+ROWS = {**catalogue(), **in_four_bits()}
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS.items(), ids=[*ROWS])
 def test_every_row_of_the_catalogue(name: str, row: Row, tmp_path: Path) -> None:
     """What engines say to each release, as pinned: each failure and each note, and no other; what is not read is
     refused by name. docs/formats.md speaks of each.

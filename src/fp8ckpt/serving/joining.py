@@ -11,6 +11,7 @@ from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.parallel import Block, Ragged, ragged
 from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.blocks import block_sizes
 
@@ -80,7 +81,8 @@ def _ragged(subject: Subject, size: int) -> list[Ragged]:
 def _blocks(subject: Subject) -> dict[str, Block]:
     """The blocks of the matrices that are tiled; one smaller than a block has the size that is stated."""
     stated = block_sizes(subject.checkpoint.store, subject.checkpoint.config)
-    sizes = {tensor.name: stated.of(module_of(tensor.name)) for tensor in subject.quantized if len(tensor.shape) >= 2}
+    of_eight_bits = [tensor for tensor in subject.quantized if tensor.weight.dtype in FP8_DTYPES]
+    sizes = {tensor.name: stated.of(module_of(tensor.name)) for tensor in of_eight_bits if len(tensor.shape) >= 2}
     return {name: (size[0], size[1]) for name, size in sizes.items() if size is not None and len(size) == 2}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.loaders import engines_that_rename_scales
 from fp8ckpt.families.roles import is_built_plain
+from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.serving.skip_list import SkipList, unquantized_linears
 from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_method, some, strings
@@ -57,7 +58,8 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
     others = [
         tensor
         for tensor in quantized
-        if (
+        if tensor.weight.dtype in FP8_DTYPES
+        and (
             any(n > 1 for n in tensor.grid.shape[-2:])
             if size is None
             else (fit := tiled(tensor.shape, size)) is None or fit.shape != tensor.grid.shape

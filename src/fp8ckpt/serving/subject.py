@@ -40,7 +40,8 @@ def _static_of_groups(quantization: Json) -> Static:
     stated: ByModule[frozenset[bool]] = ByModule(quantization)
     for targets, group in groups(quantization):
         inputs = group.get("input_activations")
-        static = frozenset((isinstance(inputs, dict) and inputs.get("dynamic") is False,))
+        dynamic = inputs.get("dynamic") if isinstance(inputs, dict) else True
+        static = _NOT_STATED if dynamic == "local" else frozenset((dynamic is False,))  # NVFP4 has a factor for all
         for target in targets:
             same = stated.of_kind(target)
             same[target] = same.get(target, _NOT_STATED) | static
@@ -54,14 +55,17 @@ def _static_of_quark(quantization: Json) -> Static:
 
 
 def _static_of_modelopt(quantization: Json) -> Static:
-    """Its "FP8" has a scale for the activations of each weight, its other algorithms none."""
+    """Its "FP8" has a scale for the activations of each weight, its other algorithms of eight bits none."""
     stated: ByModule[frozenset[bool]] = ByModule({})
     for module, layer in layers(quantization):
-        stated.named[module] = frozenset((layer.get("quant_algo") == "FP8",))
-    algorithm = quantization.get("quant_algo")
-    one = isinstance(algorithm, str) and algorithm != "MIXED_PRECISION"
-    common = frozenset((algorithm == "FP8",)) if one else _NOT_STATED
+        stated.named[module] = _static_of_algorithm(layer.get("quant_algo"))
+    common = _static_of_algorithm(quantization.get("quant_algo"))
     return lambda module: stated.of(module) or common
+
+
+def _static_of_algorithm(name: object) -> frozenset[bool]:
+    eight_bits = isinstance(name, str) and name.startswith(("FP8", "MXFP8"))
+    return frozenset((name == "FP8",)) if eight_bits else _NOT_STATED
 
 
 def _static_of_mistral(quantization: Json) -> Static:
