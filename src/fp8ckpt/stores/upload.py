@@ -83,7 +83,7 @@ class Destination:
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` where any object is there."""
         if not self._do("looking at", self._client.is_empty):
-            remedy = "choose another one, or remove them"
+            remedy = "choose another one, or move them away"
             raise OutputExistsError("there are objects below it", file=self.where, expected="none", remedy=remedy)
 
     def upload(
@@ -126,7 +126,7 @@ class Destination:
         if found is None:
             return False
         if found != self._client.etag_of_parts([_md5(_read(directory, piece)) for piece in parts]):
-            remedy = "choose another destination, or remove what is there"
+            remedy = "choose another destination, or move away what is there"
             other = f"there is another object of this name below {self.where}"
             raise OutputExistsError(other, file=name, expected="what the run before made", remedy=remedy)
         return True
