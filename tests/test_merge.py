@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from fp8ckpt import convert, merge, open_checkpoint, plan_merge
-from tests.adapters import F32, PREFIX, factors, merged, write_adapter
+import fp8ckpt.output.extents as writing
+from fp8ckpt import MergeResult, convert, merge, open_checkpoint, plan_merge, verify
+from fp8ckpt.errors import (
+    Fp8CheckpointError,
+    ModelMismatchError,
+    OutputExistsError,
+    ResumeMismatchError,
+    StorageError,
+    UnsupportedFormatError,
+    WeightValueError,
+)
+from fp8ckpt.output.files import OutputFile
+from tests.adapters import F32, PREFIX, factors, merged, values, write_adapter
+from tests.conftest import Run
 from tests.miniatures import Family, families
-from tests.oracle import Stored, dequantize, read_directory, write_safetensors
+from tests.oracle import NUMPY, Stored, dequantize, read_directory, write_safetensors
 
 E4M3 = {
     name: family
@@ -106,3 +124,424 @@ def test_to_bf16(name: str, tmp_path: Path) -> None:
     assert one == two
     assert tree(tmp_path / "merged").keys() == tree(tmp_path / "plain").keys()
     assert result.merged == 1
+
+
+# ---------------------------------------------------------------- the sample: several weights, siblings, plain tensors
+
+LAYER = "model.language_model.layers.0."
+Q, K, GATE, DOWN = (LAYER + leaf for leaf in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"))
+EMBED = "model.language_model.embed_tokens"
+
+
+@pytest.fixture(scope="module")
+def plain(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stored]:
+    """The sample dequantized to float32."""
+    directory = tmp_path_factory.mktemp("plain") / "f32"
+    convert(sample_fp8, directory, to="fp32")
+    return read_directory(directory)
+
+
+def pair(
+    plain: dict[str, Stored], module: str, strength: float = 0.01, seed: int = 3, rank: int = 4
+) -> dict[str, Stored]:
+    """Factors of a module of the sample."""
+    value = plain[module + ".weight"].array
+    made = factors(PREFIX + module, rank, value.shape[1], value.shape[0], seed=seed)
+    key = f"{PREFIX}{module}.lora_B.weight"
+    made[key] = Stored.of(made[key].array * np.float32(strength * float(np.abs(value).max())), "F32")
+    return made
+
+
+def in_bf16(directory: Path) -> dict[str, F32]:
+    return {name: tensor.array.astype(np.float32) for name, tensor in read_directory(directory).items()}
+
+
+def rounded(values: F32) -> F32:
+    return values.astype(NUMPY["BF16"]).astype(np.float32)
+
+
+def test_all_that_lora_says_at_once(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path) -> None:
+    """Ranks and alphas by pattern, rank-stabilized scaling, an embedding, whole tensors, in one adapter."""
+    embed, norm = plain[EMBED + ".weight"].array.astype(np.float32), LAYER + "input_layernorm.weight"
+    tensors = pair(plain, Q) | pair(plain, DOWN, rank=2)
+    e = {
+        f"{PREFIX}{EMBED}.lora_embedding_A": values(4, embed.shape[0]),
+        f"{PREFIX}{EMBED}.lora_embedding_B": values(embed.shape[1], 4),
+    }
+    new_norm = Stored.of(plain[norm].array.astype(np.float32) * np.float32(1.25), "BF16")
+    config = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"layers\.0\..*q_proj": 3}, "use_rslora": True}
+    adapter = write_adapter(tmp_path / "a", {**tensors, **e, PREFIX + norm: new_norm}, **config)
+    result = merge(sample_fp8, adapter, tmp_path / "out", to="bf16")
+    found = in_bf16(tmp_path / "out")
+    expected = {
+        Q: expected_of(Q, plain[Q + ".weight"].array, pair(plain, Q), 3 / math.sqrt(4)),
+        DOWN: expected_of(DOWN, plain[DOWN + ".weight"].array, pair(plain, DOWN, rank=2), 8 / math.sqrt(2)),
+    }
+    for module, value in expected.items():
+        assert np.array_equal(found[module + ".weight"], rounded(value))
+    left, right = (e[key].array.astype(np.float32) for key in e)
+    product = merged(embed, Stored.of(right.T, "F32"), Stored.of(left.T, "F32"), 8 / math.sqrt(4))
+    assert np.array_equal(found[EMBED + ".weight"], rounded(product))
+    assert np.array_equal(found[norm], new_norm.array.astype(np.float32))
+    assert result.merged == 4
+    assert {row.name for row in result.report.weights} == {Q + ".weight", DOWN + ".weight", EMBED + ".weight", norm}
+
+
+def test_dora(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path) -> None:
+    """Rows are scaled to the magnitudes that were trained, by norms of whole rows, whatever the pieces."""
+    value, made = plain[Q + ".weight"].array, pair(plain, Q, 0.3)
+    magnitude = np.random.default_rng(2).uniform(0.5, 2, value.shape[0]).astype(np.float32)
+    made[f"{PREFIX}{Q}.lora_magnitude_vector"] = Stored.of(magnitude, "F32")
+    adapter = write_adapter(tmp_path / "a", made, use_dora=True)
+    merge(sample_fp8, adapter, tmp_path / "out", to="bf16")
+    found = in_bf16(tmp_path / "out")[Q + ".weight"]
+    total = expected_of(Q, value, made)
+    factor = (magnitude.astype(np.float64) / np.sqrt((total.astype(np.float64) ** 2).sum(axis=1))).astype(np.float32)
+    assert np.array_equal(found, rounded(total * factor[:, None]))
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8"])
+def test_several_adapters(to: str, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
+    """Each is added as many times as its weight says, in the order given; the command says it in the same words."""
+    one, two = pair(plain, Q, seed=3), pair(plain, Q, seed=9) | pair(plain, DOWN)
+    paths = [write_adapter(tmp_path / name, made) for name, made in (("one", one), ("two", two))]
+    merge(sample_fp8, [(paths[0], 0.7), (paths[1], -0.25)], tmp_path / "out", to=to)
+    done = cli("merge", sample_fp8, f"{paths[0]}=0.7", tmp_path / "cli", "--adapter", f"{paths[1]}=-0.25", "--to", to)
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "cli") == tree(tmp_path / "out")
+    if to == "bf16":
+        second = {key: tensor for key, tensor in two.items() if "q_proj" in key}
+        value = expected_of(Q, expected_of(Q, plain[Q + ".weight"].array, one, 1.4), second, -0.5)
+        assert np.array_equal(in_bf16(tmp_path / "out")[Q + ".weight"], rounded(value))
+
+
+@pytest.mark.parametrize("scales", ["reuse", "fresh"])
+def test_what_is_not_touched_is_the_bases(
+    scales: str, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path
+) -> None:
+    """Codes, scales and all other tensors, byte for byte; of siblings that shared one scale, all have the new one."""
+    adapter = write_adapter(tmp_path / "a", pair(plain, GATE, 1.0))
+    result = merge(sample_fp8, adapter, tmp_path / "out", scales=scales)
+    old, new = read_directory(sample_fp8), read_directory(tmp_path / "out")
+    up = GATE.replace("gate", "up")
+    shared = old[GATE + ".weight_scale_inv"] == old[up + ".weight_scale_inv"]
+    touched = {GATE, up} if shared else {GATE}
+    changed = {name for name in old if old[name] != new[name]}
+    assert {name.rpartition(".")[0] for name in changed} == touched
+    assert changed >= {GATE + ".weight", GATE + ".weight_scale_inv"}
+    if shared:
+        assert new[GATE + ".weight_scale_inv"] == new[up + ".weight_scale_inv"]
+    assert verify(tmp_path / "out").ok
+    assert [row.name for row in result.report.weights] == [GATE + ".weight"]
+    others = {name for name in tree(sample_fp8) if not name.endswith(".safetensors")}
+    assert {name: tree(tmp_path / "out")[name] for name in others} == {name: tree(sample_fp8)[name] for name in others}
+
+
+def test_an_adapter_that_adds_nothing(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path) -> None:
+    """With factors B of zero, as before training, the output is the base, and a note says so."""
+    made = pair(plain, Q, 0.0)
+    result = merge(sample_fp8, write_adapter(tmp_path / "a", made), tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(sample_fp8)
+    assert result.report.total.arrived is None
+    assert any("add nothing" in note for note in result.notes)
+
+
+# ---------------------------------------------------------------- the report
+
+
+@pytest.mark.parametrize("strength", [3e-4, 0.05])
+def test_what_arrived(strength: float, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path) -> None:
+    """The projection on what was to be added, and the error at right angles to it, against numpy; with a note where
+    little arrived.
+    """
+    made = pair(plain, Q, strength)
+    result = merge(sample_fp8, write_adapter(tmp_path / "a", made), tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "f32", to="fp32")
+    before = plain[Q + ".weight"].array.astype(np.float64)
+    delta = expected_of(Q, plain[Q + ".weight"].array, made).astype(np.float64) - before
+    added = read_directory(tmp_path / "f32")[Q + ".weight"].array.astype(np.float64) - before
+    [row] = result.report.weights
+    arrived = (delta * added).sum() / (delta**2).sum()
+    assert row.arrived == pytest.approx(arrived, rel=1e-6)
+    assert row.error == pytest.approx(np.linalg.norm(added - arrived * delta) / np.linalg.norm(delta), rel=1e-5)
+    assert row.delta == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(before), rel=1e-9)
+    assert (row.changed, row.elements) == (np.count_nonzero(added), added.size)
+    assert any("less than half" in note for note in result.notes) == (arrived < 0.5)
+    assert (arrived < 0.5) == (strength < 0.01)
+
+
+def test_the_report_in_words(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
+    """How much arrived, in all and where least, and what can be done."""
+    adapter = write_adapter(tmp_path / "a", pair(plain, Q, 3e-4) | pair(plain, DOWN, 0.5))
+    printed = cli("merge", sample_fp8, adapter, tmp_path / "out").stdout
+    for part in (
+        "2 merged, to fp8",
+        "% of what was to be added arrived",
+        "least arrived:",
+        "--to bf16",
+        "--scales fresh",
+    ):
+        assert part in printed
+    rows = printed.partition("least arrived:")[2].splitlines()
+    assert [Q in rows[2], DOWN in rows[3]] == [True, True]
+
+
+# ---------------------------------------------------------------- pieces, workers, interruption
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int, step: int) -> None:
+    monkeypatch.setattr(writing, "CHUNK", chunk)
+    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
+    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", step)
+
+
+@pytest.fixture(scope="module")
+def everything(plain: dict[str, Stored], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of most kinds: DoRA aside, which goes alone."""
+    vocabulary, hidden = plain[EMBED + ".weight"].array.shape
+    tensors = pair(plain, Q) | pair(plain, GATE, 0.5) | pair(plain, DOWN)
+    tensors |= {f"{PREFIX}{EMBED}.lora_embedding_A": values(4, vocabulary)}
+    tensors |= {f"{PREFIX}{EMBED}.lora_embedding_B": values(hidden, 4)}
+    return write_adapter(tmp_path_factory.mktemp("everything") / "a", tensors)
+
+
+@pytest.fixture(scope="module")
+def whole(everything: Path, sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What merging it gives, in one go."""
+    root = tmp_path_factory.mktemp("whole")
+    for to in ("fp8", "bf16"):
+        merge(sample_fp8, everything, root / to, to=to, workers=1)
+    return {to: root / to for to in ("fp8", "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "chunks", "step", "workers"), [(4096, 2, 1000, 3), (512, 40, 100, 1), (8192, 1, 7, 2)]
+)
+@pytest.mark.parametrize("to", ["fp8", "bf16"])
+def test_pieces_and_workers_change_nothing(
+    to: str, chunk: int, chunks: int, step: int, workers: int, everything: Path, whole: dict[str, Path],
+    sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Wherever chunks begin and end, inside rows too, and however many work on them."""
+    cut(monkeypatch, chunk, chunks, step)
+    merge(sample_fp8, everything, tmp_path / "out", to=to, workers=workers)
+    assert tree(tmp_path / "out") == tree(whole[to])
+
+
+@pytest.mark.parametrize("writes", [0, 3, 20, 45])
+@pytest.mark.parametrize("to", ["fp8", "bf16"])
+def test_a_run_that_was_cut_off_goes_on(
+    to: str, writes: int, everything: Path, whole: dict[str, Path], sample_fp8: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """At any write: the same call ends with the same bytes, and with the same report."""
+    cut(monkeypatch, 8192, 2, 4000)
+    real, done = OutputFile.write, []
+
+    def write(file: OutputFile, *arguments: Any) -> None:
+        if len(done) == writes:
+            raise StorageError("no space left on device", file="x", remedy="free some space")
+        done.append(0)
+        real(file, *arguments)
+
+    monkeypatch.setattr(OutputFile, "write", write)
+    with pytest.raises(StorageError, match="goes on from there"):
+        merge(sample_fp8, everything, tmp_path / "out", to=to, workers=1)
+    monkeypatch.setattr(OutputFile, "write", real)
+    assert not (tmp_path / "out").exists()
+    result = merge(sample_fp8, everything, tmp_path / "out", to=to)
+    assert (result.bytes_resumed > 0) == (writes > 0)
+    assert tree(tmp_path / "out") == tree(whole[to])
+    undisturbed = merge(sample_fp8, everything, tmp_path / "again", to=to)
+    assert result.report == undisturbed.report
+
+
+def test_another_adapter_does_not_go_on(
+    everything: Path, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun is of its adapter, weight and configuration: any other is refused, and nothing is touched."""
+    monkeypatch.setattr(
+        OutputFile, "flush", lambda file: (_ for _ in ()).throw(StorageError("full", file="x", remedy=""))
+    )
+    with pytest.raises(StorageError):
+        merge(sample_fp8, everything, tmp_path / "out")
+    monkeypatch.undo()
+    other = Path(shutil.copytree(everything, tmp_path / "other"))
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 9}))
+    begun = tree(tmp_path / "out.partial")
+    for adapter, how in (
+        (other, {}),
+        ([(everything, 0.5)], {}),
+        (everything, {"to": "bf16"}),
+        (everything, {"scales": "fresh"}),
+    ):
+        with pytest.raises(ResumeMismatchError):
+            merge(sample_fp8, adapter, tmp_path / "out", **how)
+        assert tree(tmp_path / "out.partial") == begun
+    merge(sample_fp8, everything, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def renamed(tensors: dict[str, Stored], old: str, new: str) -> dict[str, Stored]:
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+Made = tuple[dict[str, Stored], dict[str, Any], Any]
+REFUSED: dict[str, tuple[Callable[[dict[str, Stored]], Made], type[Fp8CheckpointError], str]] = {
+    "a module that is not there": (
+        lambda p: (renamed(pair(p, Q), "q_proj", "qkv_proj"), {}, 1),
+        ModelMismatchError,
+        "answers to .*qkv_proj",
+    ),
+    "one of several": (
+        lambda p: (pair(p, Q) | renamed(pair(p, K), "layers.0", "layers.99"), {}, 1),
+        ModelMismatchError,
+        r"layers\.99",
+    ),
+    "another rank than the configuration's": (
+        lambda p: (pair(p, Q), {"r": 8}, 1),
+        ModelMismatchError,
+        "4 rows.*rank 8",
+    ),
+    "another base": (
+        lambda p: (factors(PREFIX + Q, 4, 96, 128), {}, 1),
+        ModelMismatchError,
+        r"factors \(4, 96\).*give its own base"
+    ),
+    "a Linear the other way round": (
+        lambda p: (pair(p, GATE), {"fan_in_fan_out": True}, 1), ModelMismatchError, "gate_proj"
+    ),
+    "not finite": (
+        lambda p: (pair(p, Q) | {f"{PREFIX}{Q}.lora_A.weight": Stored.of(np.full((4, 128), np.nan), "F32")}, {}, 1),
+        WeightValueError,
+        "512 of 512",
+    ),
+    "a whole tensor of another shape": (
+        lambda p: ({PREFIX + LAYER + "input_layernorm.weight": values(7)}, {}, 1), ModelMismatchError, r"shape \(7,\)"
+    ),
+    "a part of a whole tensor": (
+        lambda p: ({PREFIX + LAYER + "input_layernorm.weight": values(128)}, {}, 0.5), ModelMismatchError, "weight 0.5"
+    ),
+    "DoRA of an embedding": (
+        lambda p: (
+            {
+                f"{PREFIX}{EMBED}.lora_embedding_A": values(4, p[EMBED + ".weight"].shape[0]),
+                f"{PREFIX}{EMBED}.lora_embedding_B": values(p[EMBED + ".weight"].shape[1], 4),
+                f"{PREFIX}{EMBED}.lora_magnitude_vector": values(1, 128),
+            },
+            {"use_dora": True},
+            1,
+        ),
+        UnsupportedFormatError,
+        "DoRA",
+    ),
+    "DoRA with a weight": (
+        lambda p: (pair(p, Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": values(128)}, {"use_dora": True}, 0.5),
+        UnsupportedFormatError,
+        "DoRA",
+    ),
+    "magnitudes of other rows": (
+        lambda p: (pair(p, Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": values(7)}, {"use_dora": True}, 1),
+        ModelMismatchError,
+        "128 elements",
+    ),
+    "another method": (lambda p: (pair(p, Q), {"peft_type": "IA3"}, 1), UnsupportedFormatError, "IA3"),
+    "parameters that are not there": (
+        lambda p: (pair(p, Q), {"target_parameters": ["q_proj.weight", "q_proj.other"]}, 1),
+        UnsupportedFormatError,
+        "wrapped first",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_the_first_byte(
+    name: str, to: str, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path
+) -> None:
+    """By name, and with nothing left behind."""
+    make, error, text = REFUSED[name]
+    tensors, config, weight = make(plain)
+    adapter = write_adapter(tmp_path / "a", tensors, **config)
+    with pytest.raises(error, match=text):
+        merge(sample_fp8, [(adapter, weight)], tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_that_cannot_be_added(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path) -> None:
+    """Two adapters that replace one tensor, and DoRA beside another adapter."""
+    norm = {PREFIX + LAYER + "input_layernorm.weight": values(128)}
+    dora = pair(plain, Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": values(128)}
+    whole, other = write_adapter(tmp_path / "a", norm), write_adapter(tmp_path / "b", norm)
+    first, second = write_adapter(tmp_path / "c", dora, use_dora=True), write_adapter(tmp_path / "d", pair(plain, Q))
+    with pytest.raises(ModelMismatchError, match="two adapters replace it"):
+        merge(sample_fp8, [(whole, 1), (other, 1)], tmp_path / "out")
+    for one, two in ((first, second), (second, first)):
+        with pytest.raises(UnsupportedFormatError, match="several adapters"):
+            merge(sample_fp8, [(one, 1), (two, 1)], tmp_path / "out")
+
+
+def test_arguments(everything: Path, sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
+    """Wrong usage is told from a defect; the destination is never overwritten, nor the base written into."""
+    for how in ({"to": "fp16"}, {"scales": "new"}, {"workers": 0}, {"to": "bf16", "serving": True}):
+        with pytest.raises(ValueError, match=r"expected|go with"):
+            merge(sample_fp8, everything, tmp_path / "out", **how)
+    with pytest.raises(ValueError, match="at least one"):
+        merge(sample_fp8, [], tmp_path / "out")
+    with pytest.raises(OutputExistsError):
+        merge(sample_fp8, everything, tmp_path)
+    with pytest.raises(OutputExistsError, match="inside the adapter"):
+        merge(sample_fp8, everything, everything / "out")
+    assert cli("merge", sample_fp8, everything, tmp_path / "out", "--to", "fp16").returncode == 2
+    done = cli("merge", sample_fp8, tmp_path / "none", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_a_base_in_bf16(plain: dict[str, Stored], everything: Path, sample_fp8: Path, tmp_path: Path) -> None:
+    """It is merged into its own dtype; FP8 cannot be asked of it."""
+    convert(sample_fp8, tmp_path / "base")
+    result = merge(tmp_path / "base", everything, tmp_path / "out")
+    assert result.to == "bf16"
+    value = read_directory(tmp_path / "base")[Q + ".weight"].array.astype(np.float32)
+    expected = rounded(expected_of(Q, value, pair(plain, Q)))
+    assert np.array_equal(in_bf16(tmp_path / "out")[Q + ".weight"], expected)
+    with pytest.raises(UnsupportedFormatError, match="none of its tensors is FP8"):
+        merge(tmp_path / "base", everything, tmp_path / "fp8", to="fp8")
+
+
+def test_serving(everything: Path, sample_fp8: Path, tmp_path: Path) -> None:
+    """What engines trip over in the base's own files is put right."""
+    assert isinstance(merge(sample_fp8, everything, tmp_path / "out", serving=True), MergeResult)
+    assert verify(tmp_path / "out", serving=True).ok
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1 << 30),
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 70),
+    rank=st.integers(1, 9),
+    dtype=st.sampled_from(["F32", "BF16", "F16"]),
+)
+def test_within_the_rounding_of_its_terms(
+    seed: int, rows: int, cols: int, rank: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of any shape, against float64: an error of at most a rounding for each product and each addition."""
+    root = tmp_path_factory.mktemp("shape")
+    base = {"m.q.weight": values(rows, cols, dtype="BF16", seed=seed)}
+    (root / "base").mkdir()
+    write_safetensors(root / "base/model.safetensors", base)
+    made = factors("m.q", rank, cols, rows, dtype=dtype, seed=seed)
+    merge(root / "base", write_adapter(root / "a", made, r=rank), root / "out")
+    a, b = (made[f"m.q.lora_{side}.weight"].array.astype(np.float64) for side in "AB")
+    value, scaling = base["m.q.weight"].array.astype(np.float64), 8 / rank
+    exact = value + scaling * (b @ a)
+    terms = np.abs(value) + scaling * (np.abs(b) @ np.abs(a))
+    found = read_directory(root / "out")["m.q.weight"].array.astype(np.float64)
+    assert (np.abs(found - exact) <= 2.0**-8 * np.abs(exact) + (2 * rank + 3) * 2.0**-24 * terms).all()
