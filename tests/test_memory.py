@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fp8ckpt import sample
+from fp8ckpt import open_checkpoint, sample
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
+from tests.adapters import PREFIX, factors, write_adapter
 
 BUDGET = 256 << 20
 
@@ -133,6 +134,25 @@ def test_peak_memory_to_fp8(
         run = f"import fp8ckpt; done = fp8ckpt.convert({str(source)!r}, {str(out)!r}, to='fp8', {more}, workers=2)"
         peaks.append(peak(f"{run}; assert done.report.total.elements > 0 and done.report.total.fresh > 0"))
         assert stored(out) > 0.9 * stored(base)
+        shutil.rmtree(out)
+    assert all(used > torch_alone for used in peaks)
+    assert max(peaks) - torch_alone <= BUDGET
+    assert peaks[1] - peaks[0] < 32 << 20
+
+
+def test_peak_memory_of_merging(checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path) -> None:
+    """An adapter of every matrix of the multilayer perceptrons takes no more of a larger model."""
+    peaks = []
+    for base in checkpoints:
+        tensors = {}
+        for name, tensor in open_checkpoint(base).tensors.items():
+            if ".mlp." in name and len(tensor.shape) == 2:
+                rows, cols = tensor.shape
+                tensors |= factors(PREFIX + name.removesuffix(".weight"), 4, cols, rows)
+        adapter = write_adapter(tmp_path / f"{base.name}-adapter", tensors)
+        out = tmp_path / base.name
+        run = f"import fp8ckpt; done = fp8ckpt.merge({str(base)!r}, {str(adapter)!r}, {str(out)!r}, workers=2)"
+        peaks.append(peak(f"{run}; assert done.merged == {len(tensors) // 2} > 0 and done.report.total.changed > 0"))
         shutil.rmtree(out)
     assert all(used > torch_alone for used in peaks)
     assert max(peaks) - torch_alone <= BUDGET

@@ -518,6 +518,95 @@ def test_serving(everything: Path, sample_fp8: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "out", serving=True).ok
 
 
+# ---------------------------------------------------------------- other ways round
+
+
+def plain_base(directory: Path, tensors: dict[str, Stored]) -> Path:
+    directory.mkdir()
+    write_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
+def test_weights_stored_the_other_way_round(tmp_path: Path) -> None:
+    """``fan_in_fan_out``: the base holds [in, out]."""
+    base = plain_base(tmp_path / "base", {"h.attn.weight": values(16, 8, dtype="F32", seed=4)})
+    made = factors("h.attn", 4, 16, 8)
+    merge(base, write_adapter(tmp_path / "a", made, fan_in_fan_out=True), tmp_path / "out")
+    value = read_directory(base)["h.attn.weight"].array
+    expected = expected_of("h.attn", np.ascontiguousarray(value.T), made).T
+    assert np.array_equal(read_directory(tmp_path / "out")["h.attn.weight"].array, expected)
+
+
+E, ROWS, COLS, RANK = 3, 12, 10, 2
+STACK = "m.mlp.experts."
+
+
+def experts(kind: str, rows: int = ROWS) -> dict[str, Stored]:
+    """The down projections of some experts: a matrix each, or one stack."""
+    whole = values(E, rows, COLS, dtype="F32", seed=8)
+    if kind == "stack":
+        return {f"{STACK}down_proj": whole}
+    return {f"{STACK}{i}.down_proj.weight": Stored.of(whole.array[i], "F32") for i in range(E)}
+
+
+@pytest.mark.parametrize("of_adapter", ["stack", "matrices", "stack of an older PEFT"])
+@pytest.mark.parametrize("of_base", ["stack", "matrices"])
+def test_stacked_and_not(of_base: str, of_adapter: str, tmp_path: Path) -> None:
+    """Experts are merged whether base and adapter hold them stacked or not, and as either PEFT took a stack."""
+    base = plain_base(tmp_path / "base", experts(of_base))
+    rng = np.random.default_rng(3)
+    a, b = (
+        rng.standard_normal((E, RANK, COLS)).astype(np.float32),
+        rng.standard_normal((E, ROWS, RANK)).astype(np.float32),
+    )
+    config: dict[str, Any] = {"r": RANK}
+    if of_adapter == "matrices":
+        made = {}
+        for i in range(E):
+            made[f"{STACK}{i}.down_proj.lora_A.weight"] = Stored.of(a[i], "F32")
+            made[f"{STACK}{i}.down_proj.lora_B.weight"] = Stored.of(b[i], "F32")
+    else:
+        inner, outer = a.reshape(E * RANK, COLS), b.transpose(1, 2, 0).reshape(ROWS, RANK * E)
+        if of_adapter == "stack of an older PEFT":  # which takes it for [E, in, out]
+            inner, outer = b.transpose(0, 2, 1).reshape(E * RANK, ROWS), a.transpose(2, 1, 0).reshape(COLS, RANK * E)
+        made = {
+            f"{STACK[:-1]}.lora_A.weight": Stored.of(inner, "F32"),
+            f"{STACK[:-1]}.lora_B.weight": Stored.of(outer, "F32"),
+        }
+        config["target_parameters"] = ["experts.down_proj"]
+    merge(base, write_adapter(tmp_path / "a", made, **config), tmp_path / "out")
+    found, old = read_directory(tmp_path / "out"), experts("stack")[f"{STACK}down_proj"].array
+    for i in range(E):
+        pair_of_one = Stored.of(a[i], "F32"), Stored.of(b[i], "F32")
+        one = found[f"{STACK}down_proj"].array[i] if of_base == "stack" else found[f"{STACK}{i}.down_proj.weight"].array
+        assert np.array_equal(one, merged(old[i], *pair_of_one, 8 / RANK))
+
+
+@pytest.mark.parametrize(
+    ("of_base", "version", "sound"),
+    [
+        ("matrices", "0.19.1", True),
+        ("matrices", "0.18.0", False),
+        ("matrices", None, False),
+        ("stack", "0.21.2", False),
+    ],
+)
+def test_square_experts(of_base: str, version: str | None, sound: bool, tmp_path: Path) -> None:
+    """Where shapes do not say which way round a stack was taken, PEFT's version must, or it is refused."""
+    base = plain_base(tmp_path / "base", experts(of_base, COLS))
+    made = factors(STACK[:-1], RANK, COLS, COLS, experts=E)
+    adapter = write_adapter(tmp_path / "a", made, r=RANK, target_parameters=["experts.down_proj"], peft_version=version)
+    if not sound:
+        with pytest.raises(UnsupportedFormatError, match="as many rows as columns"):
+            merge(base, adapter, tmp_path / "out")
+        return
+    merge(base, adapter, tmp_path / "out")
+    old = experts("stack", COLS)[f"{STACK}down_proj"].array
+    expected = expected_of("", old, made, 8 / RANK)
+    found = read_directory(tmp_path / "out")
+    assert all(np.array_equal(found[f"{STACK}{i}.down_proj.weight"].array, expected[i]) for i in range(E))
+
+
 # ---------------------------------------------------------------- the numbers
 
 

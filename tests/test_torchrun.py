@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from fp8ckpt import convert
+from fp8ckpt import convert, merge, open_checkpoint
+from tests.adapters import PREFIX, factors, write_adapter
 
 # The command line with small extents, so that a miniature has work for every rank, and with the faults a test asks for.
 SCRIPT = """
@@ -157,6 +158,22 @@ def test_ranks_write_what_one_process_writes(
         "nan_codes",
     )
     assert {key: result[key] for key in same} == {key: getattr(alone, key) for key in same}
+
+
+def test_ranks_merge_what_one_process_merges(sample_fp8: Path, script: Path, tmp_path: Path) -> None:
+    """An adapter, with the same bytes and the same report."""
+    module = "model.language_model.layers.0.mlp.down_proj"
+    rows, cols = open_checkpoint(sample_fp8)[f"{module}.weight"].shape
+    adapter = write_adapter(tmp_path / "adapter", factors(PREFIX + module, cols=cols, rows=rows))
+    alone = merge(sample_fp8, adapter, tmp_path / "alone")
+    notes = tmp_path / "notes"
+    command = (script, "merge", sample_fp8, adapter, tmp_path / "out", "--json")
+    code, stdout, stderr = ended(torchrun(2, *command, NOTES=str(notes)))
+    assert code == 0, stderr
+    assert notes.read_text() == "done-0 done-1"
+    assert tree(tmp_path / "out") == tree(tmp_path / "alone")
+    [row] = json.loads(stdout)["report"]["weights"]
+    assert (row["name"], row["changed"]) == (f"{module}.weight", alone.report.total.changed)
 
 
 def test_every_rank_takes_part(sample_fp8: Path, expected: dict[str, bytes], script: Path, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""PEFT itself as the client: random adapters of transformers' models, merged into the model by it, into files by us."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from fp8ckpt import convert, load_pretrained, merge, open_checkpoint, verify
+from tests.families.releases import RELEASES
+from tests.oracle import read_directory
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "every Linear": ("Mistral3 nested", {"target_modules": "all-linear", "r": 2}),
+    "a text model": ("Ministral3 text", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+    "DoRA": ("Mistral3 identity", {"target_modules": ["q_proj", "up_proj"], "r": 2, "use_dora": True}),
+    "patterns": (
+        "Qwen3",
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 5},
+            "alpha_pattern": {r".*layers\.0\..*": 3},
+        },
+    ),
+    "embeddings and whole modules": (
+        "Qwen3",
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "modules_to_save": ["input_layernorm", "norm"]},
+    ),
+    "tied embeddings": ("Qwen3 tied", {"target_modules": ["v_proj", "embed_tokens"]}),
+    "experts": ("Qwen3-MoE", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
+    "experts, one of two": ("DeepSeek-V3", {"target_modules": ["kv_b_proj"], "target_parameters": EXPERTS[1:]}),
+    "experts under other names": (
+        "Mixtral", {"target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"], "r": 2}
+    ),
+    "square experts": ("MiniMax-M2", {"target_modules": [], "target_parameters": EXPERTS[:1], "r": 2}),
+    "transposed experts": ("Llama-4", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
+    "experts stacked in the release": ("Mistral4", {"target_modules": [], "target_parameters": EXPERTS, "r": 2}),
+}  # fmt: skip
+
+
+def trained(base: Path, directory: Path, dtype: torch.dtype = torch.float32, std: float = 0.2, **config: Any) -> Any:
+    """A model with an adapter of random values, which is saved."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load_pretrained(base, dtype=dtype), peft.LoraConfig(**config))
+    for name, parameter in model.named_parameters():
+        if re.search(r"lora_(embedding_)?[AB]", name):
+            torch.nn.init.normal_(parameter, std=std)
+        elif "modules_to_save" in name or "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_merged_by_peft_and_by_us(case: str, tmp_path: Path) -> None:
+    """What PEFT merges into the model in float32 is what is merged into the files, rounded once; and to FP8 the same
+    tensors change, and most of it arrives.
+    """
+    name, config = CASES[case]
+    base = RELEASES[name].write(tmp_path / "base")
+    model = trained(base, tmp_path / "adapter", **config)
+    merge(base, tmp_path / "adapter", tmp_path / "bf16", to="bf16")
+    result = merge(base, tmp_path / "adapter", tmp_path / "fp8")
+    expected = model.merge_and_unload().state_dict()
+    found = load_pretrained(tmp_path / "bf16", dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    equal = count = 0
+    for key, value in expected.items():
+        ours, theirs = found[key].bfloat16(), value.bfloat16()
+        assert torch.allclose(ours, theirs, rtol=2**-7, atol=1e-6), key
+        equal, count = equal + int((ours == theirs).sum()), count + ours.numel()
+    assert equal > 0.999 * count  # float32's own order of addition tips a rounding here and there
+    assert result.report.total.arrived == pytest.approx(1, abs=0.01)
+    assert verify(tmp_path / "fp8").ok
+    old, new = read_directory(base), read_directory(tmp_path / "fp8")
+    merged = {row.name for row in result.report.weights}
+    assert {key for key in old if old[key] != new[key]} >= {open_checkpoint(base)[row].span.name for row in merged}
+    assert result.merged == len(merged) > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_client_in_bf16(tmp_path: Path) -> None:
+    """PEFT on the model in BF16 adds to a base that was rounded: it is further from the sum in float64 than we are, who
+    round once.
+    """
+    base = RELEASES["Llama, ModelOpt"].write(tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj"
+    model = trained(base, tmp_path / "adapter", torch.bfloat16, 0.01, target_modules=["q_proj"])
+    layer = model.get_base_model().get_submodule(name)
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    convert(base, tmp_path / "f32", to="fp32")
+    exact = open_checkpoint(tmp_path / "f32").read(f"{name}.weight").double() + layer.scaling["default"] * (b @ a)
+    merge(base, tmp_path / "adapter", tmp_path / "bf16", to="bf16")
+    ours = open_checkpoint(tmp_path / "bf16").read(f"{name}.weight").double()
+    theirs = model.merge_and_unload().get_submodule(name).weight.double()
+    off = (ours - exact).norm(), (theirs - exact).norm()
+    assert 1.1 * off[0] < off[1] < 2 * off[0]
+    assert 0.1 < (ours != theirs).double().mean() < 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "peft_type is IA3"),
+        (peft.LoHaConfig(target_modules=["q_proj"]), "peft_type is LOHA"),
+        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "peft_type is ADALORA"),
+        (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), "init_lora_weights is olora"),
+        (peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable_token_indices"),
+    ],
+)
+def test_what_peft_saves_and_we_refuse(config: Any, text: str, tmp_path: Path) -> None:
+    """By name, and nothing is written."""
+    base = RELEASES["Ministral3 text"].write(tmp_path / "base")
+    peft.get_peft_model(load_pretrained(base, dtype=torch.float32), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(Exception, match=text) as caught:
+        merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert type(caught.value).__name__ == "UnsupportedFormatError"
+    assert not (tmp_path / "out").exists()
