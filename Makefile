@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 HOSTS := .venv-hosts
+LOWEST := .venv-lowest
 
-.PHONY: demo test test-hosts lint docs bench clean
+.PHONY: demo test test-hosts test-lowest lint docs bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,19 @@ $(HOSTS)/.installed: pyproject.toml constraints-hosts.txt
 test-hosts: $(HOSTS)/.installed
 	$(HOSTS)/bin/python -m pytest tests_hosts
 
+# The oldest versions that pyproject.toml claims, torch apart; of the hub's client the oldest that transformers takes, and then the oldest.
+$(LOWEST)/.installed: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py > $(LOWEST)/oldest.txt
+	(grep -v huggingface_hub $(LOWEST)/oldest.txt; grep ^torch== constraints.txt) > $(LOWEST)/together.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/together.txt --editable '.[dev]'
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" $(LOWEST)/bin/python -m pytest -n auto
+	$(LOWEST)/bin/python -m pip install --quiet --target $(LOWEST)/hub --constraint $(LOWEST)/oldest.txt huggingface_hub
+	PYTHONPATH="$(CURDIR)/$(LOWEST)/hub" $(LOWEST)/bin/python -m pytest tests/tensors/test_checkpoint.py -k hub
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +62,4 @@ campaign: $(INSTALLED)
 	$(BIN)/python -m tests.campaign $(SIZES)
 
 clean:
-	rm -rf $(VENV) $(HOSTS) demo docs/_site
+	rm -rf $(VENV) $(HOSTS) $(LOWEST) demo docs/_site

@@ -33,8 +33,8 @@ def conversions() -> dict[str, tuple[list[str], list[str], list[Any], list[tuple
         "interleave": (["w.a"], ["w.x"], [core.Interleave(1)], [(3, 8, 5)]),
         "interleave back": (["w.a"], ["w.x"], [core.Interleave(0, inverse=True)], [(8, 5)]),
         "interleave and chunk": (["w.a"], ["w.x", "w.y"], [core.Interleave(0), core.Chunk(0)], [(8, 5)]),
-        "rope": (["w.a"], ["w.x"], [core.PermuteForRope()], [(16, 5)]),
-        "rope of a vector": (["w.a"], ["w.x"], [core.PermuteForRope()], [(16,)]),
+        "rope": (["w.a"], ["w.x"], [core.PermuteForRope(permute_layer_names=["a"])], [(16, 5)]),
+        "rope of a vector": (["w.a"], ["w.x"], [core.PermuteForRope(permute_layer_names=["a"])], [(16,)]),
         "split modules": (["w.a"], ["w.*.x"], [core.SplitModulelist(0)], [(3, 4, 5)]),
     }  # fmt: skip
 

@@ -218,6 +218,13 @@ def _split(symbol: Any, sizes: int | list[int], dim: int = 0) -> tuple[Assembly,
     return symbol.assembly.split(each, dim)  # type: ignore[no-any-return]  # of a symbol
 
 
+def _squeeze(symbol: Any, dim: int | None = None) -> Assembly:
+    made: Assembly = symbol.assembly
+    for axis in [axis for axis, size in enumerate(made.shape) if size == 1][::-1] if dim is None else [dim]:
+        made = made.squeeze(axis)
+    return made
+
+
 _RULES: dict[str, Callable[..., Assembly | tuple[Assembly, ...]]] = {
     "stack": lambda symbols, dim=0: Assembly.stack(_assemblies(symbols), dim),
     "cat": lambda symbols, dim=0: Assembly.concatenate(_assemblies(symbols), dim),
@@ -227,7 +234,7 @@ _RULES: dict[str, Callable[..., Assembly | tuple[Assembly, ...]]] = {
     "permute": lambda symbol, *dims: symbol.assembly.permute(_sizes(dims)),
     "reshape": lambda symbol, *shape: symbol.assembly.reshape(_sizes(shape)),
     "view": lambda symbol, *shape: symbol.assembly.reshape(_sizes(shape)),
-    "squeeze": lambda symbol, dim: symbol.assembly.squeeze(dim),
+    "squeeze": _squeeze,
     "contiguous": lambda symbol: symbol.assembly,
 }
 
