@@ -1,0 +1,166 @@
+"""A load of DeepSeek-V3 on 64 ranks, rehearsed: true names and shapes in sparse files, and worlds of which one rank is
+there. What each rank reads, that all together read the files once, and what one rank's plan takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+
+from benchmarks.measuring import keep
+from fp8ckpt import Checkpoint, open_checkpoint, sample
+from fp8ckpt.checkpoint.assembling import assemble
+from fp8ckpt.checkpoint.load_plan import LoadPlan, tensors_of
+from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part, parts_of
+from fp8ckpt.families.transformers_tables import configured_model
+from fp8ckpt.sample import DeepseekSizes
+from fp8ckpt.tensors.joined import Assembly, Piece
+from fp8ckpt.tensors.tensor import bytes_of_values
+
+RANKS = 64
+
+Distribute = Callable[[torch.Tensor], DTensor]
+
+
+def ep64() -> Distribute:
+    """Four of 256 experts a rank; everything else cut by rows over all ranks."""
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("ep",))
+    return lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+
+def ep8_fsdp8() -> Distribute:
+    """32 of 256 experts for eight ranks, of whose stack each has an eighth of the rows, gate and up apart; everything
+    else cut by rows over all ranks.
+    """
+    mesh = init_device_mesh("cpu", (8, 8), mesh_dim_names=("ep", "dp"))
+
+    def distribute(tensor: torch.Tensor) -> DTensor:
+        placements: list[Placement] = [Shard(0), Shard(1 if tensor.ndim == 3 else 0)]
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+    return distribute
+
+
+MESHES = {f.__name__: f for f in (ep64, ep8_fsdp8)}
+
+
+class Planned(NamedTuple):
+    """One rank's plan. ``seconds`` of its processor: to open the files, and for the rest; ``grown``: bytes that the
+    process takes for either.
+    """
+
+    read: int
+    items: int
+    seconds: tuple[float, float]
+    grown: tuple[int, int]
+
+
+def plan_rank(name: str, rank: int, path: Path) -> Planned:
+    """All that a rank does before its first byte. The parameters are never touched, and take no memory."""
+    _alone(rank)
+    model: Any = configured_model(open_checkpoint(path).config)
+    distribute = MESHES[name]()
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(distribute(parameter), requires_grad=False))
+    model.to_empty(device="cpu")
+    gc.collect()
+    seconds, grown = [time.process_time()], [_resident()]
+    checkpoint = open_checkpoint(path)
+    seconds, grown = [*seconds, time.process_time()], [*grown, _resident()]
+    plan = LoadPlan(model, checkpoint, partial=False, narrow=True, follow_index=False)
+    items = AssemblyLoadPlanner(plan.parts).finish_plan(None).items  # type: ignore[arg-type]  # the plan is its own
+    seconds, grown = [*seconds, time.process_time()], [*grown, _resident()]
+    read = _bytes_of(plan.parts, checkpoint)
+    return Planned(read, len(items), _steps(seconds), _steps(grown))
+
+
+def _steps(values: list[Any]) -> Any:
+    return tuple(after - before for before, after in pairwise(values))
+
+
+def parts_of_rank(name: str, rank: int, tensors: dict[str, torch.Tensor], made: dict[str, Assembly]) -> list[Part]:
+    """What a rank reads, its tensors on the meta device."""
+    _alone(rank)
+    distribute = MESHES[name]()
+    parts = [part for key, tensor in tensors.items() for part in parts_of(distribute(tensor), made[key])]
+    dist.destroy_process_group()
+    return parts
+
+
+def assert_a_partition(parts: list[Part], checkpoint: Checkpoint) -> None:
+    """Over all ranks each element of the files is read once."""
+    pieces: dict[str, list[Piece]] = {}
+    for part in parts:
+        offsets, sizes = part.region
+        pieces.setdefault(part.source, []).append(Piece(part.source, offsets, offsets, sizes, tuple(range(len(sizes)))))
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    assert pieces.keys() == shapes.keys()
+    for name, of_one in pieces.items():
+        assert Assembly(shapes[name], tuple(of_one)).defect(shapes) is None, name
+
+
+def _bytes_of(parts: list[Part], checkpoint: Checkpoint) -> int:
+    tensors = checkpoint.tensors
+    return sum(bytes_of_values(tensors[p.source]) * p.values.numel() // tensors[p.source].numel for p in parts)
+
+
+def _alone(rank: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", rank=rank, world_size=RANKS)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
+        path = sample(Path(work) / "fp8", DeepseekSizes.true_shape(), files=163, sparse=True)
+        checkpoint = open_checkpoint(path)
+        stored = sum(bytes_of_values(tensor) for tensor in checkpoint.tensors.values())
+        model = configured_model(checkpoint.config)
+        tensors = tensors_of(model)
+        made = assemble(model, tensors, {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()})
+        assert made is not None
+        for name in MESHES:
+            parts = [parts_of_rank(name, rank, tensors, made.parts) for rank in range(RANKS)]
+            assert_a_partition([part for of_one in parts for part in of_one], checkpoint)
+            read = [_bytes_of(of_one, checkpoint) for of_one in parts]
+            assert sum(read) == stored
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                plans = pool.starmap(plan_rank, [(name, rank, path) for rank in (0, RANKS - 1)], chunksize=1)
+            assert [plan.read for plan in plans] == [read[0], read[-1]]
+            plan = max(plans, key=lambda plan: sum(plan.seconds))
+            result[name] = {
+                "tensors": len(checkpoint.tensors),
+                "bytes": stored,
+                "bytes_read_by_all_ranks": sum(read),
+                "bytes_read_by_a_rank": [min(read), max(read)],
+                "items_of_a_rank": plan.items,
+                "processor_seconds": {"open": plan.seconds[0], "plan": plan.seconds[1]},
+                "mib": {"open": plan.grown[0] >> 20, "plan": plan.grown[1] >> 20},
+            }
+            print(f"  {name}: 64 ranks read {sum(read):,} of {stored:,} bytes; {min(read):,} to {max(read):,} each")
+            print(f"    {plan.items:,} items; {plan.seconds} processor s; {[size >> 20 for size in plan.grown]} MiB")
+    keep("planning", result)
+
+
+if __name__ == "__main__":
+    main()
