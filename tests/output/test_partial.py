@@ -476,3 +476,13 @@ def test_a_parent_that_cannot_be_flushed(destination: Path, monkeypatch: pytest.
     with pytest.raises(StorageError, match="Permission denied; get the permission"):
         begun(destination)
     assert os.listdir(destination.parent) == []
+
+
+def test_a_parent_that_is_a_link(tmp_path: Path) -> None:
+    """What the user names is followed: the output is whole where it leads, and no error is raised after the rename."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    output = begun(tmp_path / "link" / "out")
+    output.publish()
+    output.release()
+    assert os.listdir(tmp_path / "real") == ["out"]

@@ -93,8 +93,9 @@ class PartialOutput:
 
     def _begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         self.look(fingerprint, names)
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        flush_directory(self.partial.parent)  # as after the rename: what may not be read cannot be flushed
+        if not os.path.lexists(self.partial.parent):
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+        _flush_parent(self.partial)  # as after the rename: what may not be read cannot be flushed
         self._state.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         if self._lock is None:
@@ -308,7 +309,7 @@ class PartialOutput:
                 flush_directory(Path(directory))
             self.refuse_existing()  # rename() would replace an empty directory
             self.directory.rename(destination)
-            flush_directory(destination.parent)
+            _flush_parent(destination)
         except OSError as error:
             if isinstance(error, OutputExistsError):
                 raise
@@ -328,6 +329,11 @@ class PartialOutput:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _flush_parent(path: Path) -> None:
+    """Return when a name is on disk, in the folder that the user named, which may be a link."""
+    flush_directory(Path(os.path.realpath(path.parent)))
 
 
 def _check(text: bytes) -> bytes:
