@@ -333,7 +333,7 @@ class PartialOutput:
 
 def _flush_parent(path: Path) -> None:
     """Return when a name is on disk, in the folder that the user named, which may be a link."""
-    flush_directory(Path(os.path.realpath(path.parent)))
+    flush_directory(Path(os.path.realpath(path.parent, strict=True)))
 
 
 def _check(text: bytes) -> bytes:
