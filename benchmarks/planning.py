@@ -74,9 +74,13 @@ def plan_rank(name: str, rank: int, path: Path) -> Planned:
     _alone(rank)
     model: Any = configured_model(open_checkpoint(path).config)
     distribute = MESHES[name]()
-    for module in model.modules():
+    held = model.state_dict().keys()
+    for prefix, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(distribute(parameter), requires_grad=False))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if f"{prefix}.{key}" in held:  # the biases of routers
+                setattr(module, key, distribute(buffer))
     model.to_empty(device="cpu")
     gc.collect()
     seconds, grown = [time.process_time()], [_resident()]
