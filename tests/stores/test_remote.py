@@ -87,6 +87,7 @@ def test_every_reader(far: Far, sample_fp8: Path) -> None:
     assert checkpoint.read(name, (3, 5), (7, 11)).equal(near.read(name, (3, 5), (7, 11)))
     assert pickle.loads(pickle.dumps(checkpoint)).read(name).equal(near.read(name))
     state = {key: torch.zeros(tensor.shape, dtype=near.read(key).dtype) for key, tensor in near.tensors.items()}
+    assert FP8StorageReader.validate_checkpoint_id(far.url)
     dcp.load(state, storage_reader=FP8StorageReader(far.url), no_dist=True)
     assert all(bits(value) == bits(near.read(key)) for key, value in state.items())
     model = torch.nn.Module()
@@ -316,7 +317,7 @@ def test_what_never_comes_is_named(far: Far, fault: str) -> None:
 def test_faults_of_the_listing(far: Far) -> None:
     """The list, too, is asked for again; and in the end it is a named error."""
     far.server.fault = lambda asked: "503"
-    with pytest.raises(StorageError, match=r"the list of .* failed at attempt 4"):
+    with pytest.raises(StorageError, match=r"listing .* failed at attempt 4"):
         far.store().files()
 
 

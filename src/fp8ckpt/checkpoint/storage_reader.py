@@ -90,8 +90,8 @@ class FP8StorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether there is a directory or file of that name."""
-        return address_of(checkpoint_id) is None and Path(checkpoint_id).exists()
+        """Whether there is a directory or file of that name, or it is the URL of a store."""
+        return address_of(checkpoint_id) is not None or Path(checkpoint_id).exists()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, with another checkpoint where one is named."""

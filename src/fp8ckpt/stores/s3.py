@@ -210,16 +210,17 @@ class _Errors:
             ) from None
         code = str(response.get("Error", {}).get("Code", ""))
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        if (status >= 500 and status != 501) or status in (408, 429) or code in _LATER:
-            raise Broken(f"the store answered {status} {code}") from None
+        code = "" if code == str(status) else f" {code}"
+        if (status >= 500 and status != 501) or status in (408, 429) or code.strip() in _LATER:
+            raise Broken(f"the store answered {status}{code}") from None
         if self._name is not None and not self._writing and status in (404, 412, 416):
             raise SourceChangedError.of(self._name) from None
         if status == 404 and not self._writing:
             raise CheckpointNotFoundError(
-                f"the store answered {status} {code}", file=self._where, remedy="check the URL"
+                f"the store answered {status}{code}", file=self._where, remedy="check the URL"
             ) from None
         raise StorageError(
-            f"the store answered {status} {code}",
+            f"the store answered {status}{code}",
             file=self._where if self._name is None else f"{self._where}/{self._name}",
             remedy="check the credentials, the region and their permissions",
         ) from None
