@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from fp8ckpt.engine import ExtentWriter, Filled, Progress, begin
@@ -15,16 +14,16 @@ from fp8ckpt.families.between import as_in_model
 from fp8ckpt.families.loaders import leaves_experts_random
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output import extents as cutting
-from fp8ckpt.output.extents import Chunk, Extent, extents_of, page_chunks
+from fp8ckpt.output.extents import Chunk, Extent, extents_of, met, page_chunks, reads_of
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain
-from fp8ckpt.stores.store import ByteRange, Bytes
+from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.scaled import QuantizedTensor
-from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.stored import DTYPE_BITS
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor, bytes_of_values
 
 if TYPE_CHECKING:
@@ -92,7 +91,8 @@ def run(
 
     def write() -> int:
         todo = {i: extents[i] for i in mine}
-        with planned.source.store.ahead(_reads(planned.tensors, todo.values())):
+        store = planned.source.store
+        with store.ahead(reads_of(planned.tensors, todo.values(), store)):
             ExtentWriter(output, ranks.rank, todo, _sum, progress).run(fillers)
         plan.refuse_changes()
         return sum(filler.bytes_read for filler in fillers)
@@ -149,33 +149,6 @@ def _publish(plan: OutputPlan, output: PartialOutput) -> Facts:
     return dict(sorted(nan_codes.items()))
 
 
-def _met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int]]:
-    """The tensors that a chunk of an output file meets, and which of its bytes, of the file, are theirs."""
-    for span in islice(layout.spans, chunk.first, None):
-        if span.start >= chunk.stop:
-            return
-        low, high = max(span.start, chunk.start), min(span.stop, chunk.stop)
-        if low < high:
-            yield span, low, high
-
-
-def _reads(tensors: Mapping[str, Tensor], extents: Iterable[Extent]) -> Iterator[list[ByteRange]]:
-    """What the extents will read of the source, in order: scales, once a tensor, and values. What is made of pieces of
-    others is read as it comes.
-    """
-    last = None
-    for extent in extents:
-        for span, low, high in (met for chunk in extent.chunks for met in _met(extent.layout, chunk)):
-            tensor = tensors[span.name]
-            if tensor.scaled is None and tensor is not tensor.span:
-                continue
-            if tensor.scaled is not None and tensor is not last:
-                yield [tensor.scaled.scale.whole]
-            last, stored = tensor, tensor.span
-            start, stop = (stored.start + (at - span.start) * stored.nbytes // span.nbytes for at in (low, high))
-            yield [ByteRange(stored.file.name, start, stop)]
-
-
 class _Filler:
     """One worker's reading and dequantizing: fills pieces of the output from the source, with buffers of its own."""
 
@@ -195,7 +168,7 @@ class _Filler:
         if start < len(layout.head):
             head = layout.head[start : chunk.stop]
             out[: len(head)] = memoryview(head)
-        for span, low, high in _met(layout, chunk):
+        for span, low, high in met(layout, chunk):
             first = (low - span.start) * 8 // DTYPE_BITS[span.dtype]
             self._tensors[span.name].elements(first, span.dtype, out[low - start : high - start], self._reader)
         return Filled(dict(self._reader.nonfinite))

@@ -9,6 +9,7 @@ siblings'.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.output import extents as cutting
-from fp8ckpt.output.extents import Chunk, Extent, extents_of
+from fp8ckpt.output.extents import Chunk, Extent, extents_of, reads_of
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -81,6 +82,20 @@ class QuantizingPlan:
     def unit_of(self) -> dict[str, tuple[str, ...]]:
         """The unit of each wide weight."""
         return {name: unit for unit in self.units for name in unit}
+
+    @contextmanager
+    def ahead(self, extents: Collection[Extent]) -> Iterator[None]:
+        """Announces what the extents will read: values to the source's store, what is carried or compared to the
+        base's.
+        """
+        sources = {name: weight.source for name, weight in self.weights.items()}
+        codes = {name: weight.before.weight for name, weight in self.weights.items() if weight.before and self.report}
+        with ExitStack() as announced:
+            for checkpoint, tensors in ((self.source, sources), (self.base, codes)):
+                if checkpoint is not None:
+                    reads = reads_of({**self.plain, **tensors}, extents, checkpoint.store)
+                    announced.enter_context(checkpoint.store.ahead(reads))
+            yield
 
     def extents(self) -> list[Extent]:
         """All that is written in the first pass."""

@@ -73,7 +73,8 @@ def run(
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
         filler = partial(QuantizingFiller, plan, output.directory, before, outgrown, dequantizer, decided)
         fillers = [filler() for _ in range(workers)]
-        ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
+        with plan.ahead(mine.values()):
+            ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
         plan.output.refuse_changes()
         wrote = sum((filler.looked_and_wrote for filler in fillers), Counter())
         return sum(filler.bytes_read for filler in fillers), sum(filler.base_bytes_read for filler in fillers), wrote

@@ -6,10 +6,14 @@ Pure data; every process that makes the same plan cuts it in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.stores.store import ByteRange, Store
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import Tensor
 
 #: Bytes, at most. With what it is made of, a chunk stays in a second-level cache, and a disk takes it in one request.
 CHUNK = 4 << 20
@@ -66,3 +70,31 @@ def extents_of(layout: FileLayout, chunks: Iterable[Chunk]) -> Iterator[Extent]:
             taken, size = [], 0
     if taken:
         yield Extent(layout, tuple(taken))
+
+
+def met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int]]:
+    """The tensors that a chunk of an output file meets, and which of its bytes, of the file, are theirs."""
+    for span in islice(layout.spans, chunk.first, None):
+        if span.start >= chunk.stop:
+            return
+        low, high = max(span.start, chunk.start), min(span.stop, chunk.stop)
+        if low < high:
+            yield span, low, high
+
+
+def reads_of(tensors: Mapping[str, Tensor], extents: Iterable[Extent], store: Store) -> Iterator[list[ByteRange]]:
+    """What filling the extents will read of a store, in order: scales, once a tensor, and values. ``tensors``: of which
+    each tensor of the output is made, by its name; what is made of pieces of others is read as it comes.
+    """
+    last = None
+    for extent in extents:
+        for span, low, high in (part for chunk in extent.chunks for part in met(extent.layout, chunk)):
+            tensor = tensors.get(span.name)
+            if tensor is None or tensor.span.file.store is not store:
+                continue
+            if tensor.scaled is not None and tensor is not last:
+                yield [tensor.scaled.scale.whole]
+            if tensor.scaled is not None or tensor is tensor.span:
+                last, stored = tensor, tensor.span
+                start, stop = (stored.start + (at - span.start) * stored.nbytes // span.nbytes for at in (low, high))
+                yield [ByteRange(stored.file.name, start, stop)]
