@@ -7,6 +7,7 @@ that takes 20 ms for each request.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,33 @@ server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print(*server.get_host_and_port(), flush=True)
 threading.Event().wait()
+"""
+
+
+_LOADING = """
+import json, sys, time
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, empty
+from fp8ckpt import FP8StorageReader, open_checkpoint
+from fp8ckpt.stores import s3
+fetched, get = [0], s3.S3Objects.get
+def counted(self, name, start, stop, stat):
+    fetched[0] += stop - start
+    return get(self, name, start, stop, stat)
+s3.S3Objects.get = counted
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+checkpoint = open_checkpoint(sys.argv[1])
+tensors = [t for t in checkpoint.quantized if t.shape[0] % dist.get_world_size() == 0]
+state = {t.name: empty(*t.shape, dtype=torch.bfloat16, device_mesh=mesh, placements=[Shard(0)]) for t in tensors}
+fetched[0], begun = 0, time.perf_counter()
+dcp.load(state, storage_reader=FP8StorageReader(checkpoint))
+row = {"seconds": time.perf_counter() - begun, "fetched": fetched[0], "bytes": sum(t.weight.nbytes for t in tensors)}
+rows = [None] * dist.get_world_size()
+dist.all_gather_object(rows, row)
+if dist.get_rank() == 0:
+    print(json.dumps(rows))
 """
 
 
@@ -105,6 +133,23 @@ def _converting(work: Path, gigabytes: float) -> dict[str, Any]:
     return {"source_bytes": size, "rows": rows}
 
 
+def _loading() -> dict[str, Any]:
+    """Into a model of two ranks, its rows shared out: what they fetched together, against what there is."""
+    code = f"import sys; sys.argv = ['', 's3://{BUCKET}/{PREFIX}']\n{_LOADING}"
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    fetched, size = sum(row["fetched"] for row in rows), rows[0]["bytes"]
+    seconds = max(row["seconds"] for row in rows)
+    print(f"\nloading {size / 1e9:.2f} GB into rows of 2 ranks: {seconds:.2f} s, {fetched / size:.3f} of it fetched")
+    return {"ranks": rows}
+
+
 def _opening(work: Path) -> dict[str, Any]:
     """163 files with 20 ms a request."""
     source = sample(work / "many", DeepseekSizes(layers=20, experts=16), files=FILES)
@@ -134,7 +179,8 @@ def main(gigabytes: float = 2.0) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
             opening = _opening(Path(work))
-            keep("stores", {"opening": opening, "converting": _converting(Path(work), gigabytes)})
+            converting = _converting(Path(work), gigabytes)
+            keep("stores", {"opening": opening, "converting": converting, "loading": _loading()})
     finally:
         server.kill()
         server.wait()
