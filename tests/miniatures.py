@@ -18,6 +18,13 @@ class Packed(NamedTuple):
     shape: tuple[int, ...]
     factor: str | None = None
     divides: bool = False
+    across: bool = False  # then the logical tensor has its last two dimensions in the other order
+
+    def turned(self, values: Stored) -> Stored:
+        """Values [shape] as the logical tensor has them, and back."""
+        if not self.across:
+            return values
+        return Stored.of(values.array.swapaxes(-1, -2), values.dtype)
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ class Family:
                     tensor = Stored("F4", packed.shape, tensor.data)
                     factor = None if packed.factor is None else self.tensors[packed.factor]
                     more = {"factor": factor, "divides": packed.divides}
-                values = dequantize(tensor, self.tensors[scale], block, dtype, **more)
-                result[self.name(name)] = Stored(dtype, tensor.shape, values)
+                values = Stored(dtype, tensor.shape, dequantize(tensor, self.tensors[scale], block, dtype, **more))
+                result[self.name(name)] = values if packed is None else packed.turned(values)
             elif name not in of_blocks and name not in self.dropped and name not in self.markers:
                 result[name] = tensor
         return result
@@ -219,7 +226,7 @@ def four_bits() -> dict[str, Family]:
         return Stored.codes(rng.integers(0, 256, shape, np.uint8), dtype)
 
     def grouped(dtype: str, *shape: int) -> Stored:
-        low, high = (40, 127) if dtype == "F8_E4M3" else (118, 130)
+        low, high = (40, 120) if dtype == "F8_E4M3" else (118, 130)
         return Stored.codes(rng.integers(low, high, shape, np.uint8), dtype)
 
     def factor(value: float, *shape: int) -> Stored:
@@ -238,7 +245,7 @@ def four_bits() -> dict[str, Family]:
             s: grouped("U8", 2, rows, groups),
             f"{e}{leaf}_bias": plain(rng, 2, rows),
         }
-        blocks[b], of[b], names[b] = (s, (1, 1, 32)), Packed((2, rows, 32 * groups)), e + leaf
+        blocks[b], of[b], names[b] = (s, (1, 1, 32)), Packed((2, rows, 32 * groups), across=True), e + leaf
     stated = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     found["gpt-oss"] = Family(around(tensors), {"quantization_config": stated}, blocks, names=names, packed=of)
 

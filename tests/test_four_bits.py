@@ -12,13 +12,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from fp8ckpt import FP8StorageReader, convert, inspect, open_checkpoint, report, verify
-from fp8ckpt.errors import RangeError
+from fp8ckpt import FP8StorageReader, FP8StorageWriter, convert, inspect, open_checkpoint, report, verify
+from fp8ckpt.convert import Fp8Result
+from fp8ckpt.errors import RangeError, UnsupportedFormatError
+from fp8ckpt.numerics.geometry import within
 from fp8ckpt.tensors import reading
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from tests.miniatures import four_bits
-from tests.oracle import Stored, read_directory
+from tests import oracle
+from tests.checkpoint.test_save_fp8 import assert_same_report, plain_save, small_steps, tensors_of
+from tests.distributed import run
+from tests.miniatures import Family, four_bits
+from tests.oracle import Stored, read_directory, write_safetensors
 from tests.test_convert import cut
 
 FAMILIES = four_bits()
@@ -44,11 +52,8 @@ def test_the_weight_has_its_own_name_shape_and_group(name: str, written: dict[st
     for stored, packed in family.packed.items():
         tensor = checkpoint[family.name(stored)].scaled
         assert tensor is not None
-        assert (tensor.weight.name, tensor.shape, tensor.grid.block_size) == (
-            stored,
-            packed.shape,
-            family.blocks[stored][1],
-        )
+        assert (tensor.weight.name, tensor.grid.weight_shape) == (stored, packed.shape)
+        assert tensor.grid.block_size == family.blocks[stored][1]
         assert (None if tensor.second is None else tensor.second.span.name) == packed.factor
 
 
@@ -160,15 +165,14 @@ def test_a_device_multiplies_to_the_same_bits(name: str, written: dict[str, Chec
         tensor = written[name][family.name(stored)].scaled
         assert tensor is not None
         reader = Reader(buffer.numpy(), reading.load_dequantizer)
-        region = tuple(min(3, dim - 1) for dim in tensor.shape), tuple(dim - min(3, dim - 1) for dim in tensor.shape)
+        shape = tensor.grid.weight_shape
+        region = tuple(min(3, dim - 1) for dim in shape), tuple(dim - min(3, dim - 1) for dim in shape)
         target = torch.empty(region[1], dtype=torch.bfloat16)
         for piece, codes in tensor.codes(region, reader):
             given = _codes_of(tensor, piece, codes, buffer)
-            part = target[
-                tuple(slice(at - o, at - o + n) for at, o, n in zip(piece[0], region[0], piece[1], strict=True))
-            ]
-            dequantize_on_device(given, reader.dequantizer(tensor, "BF16"), piece[0], part)
-        assert raw(target) == raw(written[name].read(tensor.name, *region))
+            dequantize_on_device(given, reader.dequantizer(tensor, "BF16"), piece[0], target[within(piece, region)])
+        expected = written[name].read(tensor.name, *tensor.of_codes(region))
+        assert raw(target.mT if tensor.across else target) == raw(expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -188,3 +192,160 @@ def test_verify_and_report(name: str, written: dict[str, Checkpoint], tmp_path: 
     if len(FAMILIES[name].packed) == 1:
         both = np.concatenate([codes & 15, codes >> 4])
         assert found.codes["F4"] == tuple(np.bincount(both, minlength=16))
+
+
+# ---------------------------------------------------------------- the way back
+
+
+def trained(family: Family, rng: np.random.Generator, dtype: str) -> dict[str, Stored]:
+    """Values of every weight, of which some groups are untouched, some have noise, some shrink, grow or become zero."""
+    found = family.expected()
+    for stored in family.blocks:
+        name = family.name(stored)
+        values = found[name].array.astype(np.float32)
+        noise = 1 + 0.05 * rng.standard_normal(values.shape)
+        kind = rng.integers(0, 6, values.shape[:-1])[..., None]
+        changed = np.select(
+            [kind == 0, kind == 1, kind == 2, kind == 3],
+            [values * noise, values * 0.3, values * 1.15, 0 * values],
+            values,
+        )
+        found[name] = Stored.of(changed.astype(np.float32), dtype)
+    return found
+
+
+def four_bits_of(family: Family, stored: str, values: Stored, *, fresh: bool) -> tuple[bytes, bytes]:
+    """The oracle: the codes and the scales, element by element and group by group."""
+    packed, (key, block) = family.packed[stored], family.blocks[stored]
+    scale, old = family.tensors[key], Stored("F4", packed.shape, family.tensors[stored].data)
+    more: dict[str, Any] = {}
+    if packed.factor is not None:
+        more = {"factor": family.tensors[packed.factor], "divides": packed.divides}
+    before, amax = oracle.multipliers(scale, **more), oracle.maxima(values, block)
+    codes = oracle.quantize(values, scale, block, codes="F4", **more)
+    wide = values.array.astype(np.float32)
+    exact = np.zeros(wide.shape, bool)
+    for dtype in (values.dtype, "BF16"):
+        back = oracle.dequantize(Stored("F4", old.shape, codes), scale, block, dtype, **more)
+        exact |= np.frombuffer(back, oracle.NUMPY[dtype]).reshape(wide.shape).astype(np.float32).view(
+            np.uint32
+        ) == wide.view(np.uint32)
+    whole = oracle.maxima(Stored.of(~exact, "F32"), block) == 0
+    ratio = amax / before
+    keep = (amax == 0) | ((ratio >= 4) & (ratio <= np.float32(6 * 450 / 448))) | ((ratio < 4) & whole)
+    new = np.asarray(fresh_of(amax, scale.dtype, more), np.uint8)
+    chosen = new if fresh else np.where(keep, np.frombuffer(scale.data, np.uint8).reshape(new.shape), new)
+    chosen_scale = Stored.codes(chosen, scale.dtype)
+    return oracle.quantize(values, chosen_scale, block, codes="F4", **more), chosen_scale.data
+
+
+def fresh_of(amax: np.ndarray, dtype: str, more: dict[str, Any]) -> np.ndarray:
+    """The OCP's exponents, or the nearest e4m3 under the factor."""
+    if not more:
+        exponents = np.floor(np.log2(np.where(amax == 0, 4, amax).astype(np.float64))) - 2 + 127
+        return np.maximum(exponents, 0)
+    factor = more["factor"].array.reshape(()).astype(np.float32)
+    wanted = amax / np.float32(6) * factor if more["divides"] else amax / (np.float32(6) * factor)
+    wanted = np.where(amax == 0, 0.125 if more["divides"] else 1, wanted).astype(oracle.NUMPY["F8_E4M3"])
+    return wanted.view(np.uint8)
+
+
+def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    return directory
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_not_trained_comes_back_byte_for_byte(name: str, to: str, tmp_path: Path) -> None:
+    """Every file of the release, without a word on what to convert to; the report says that nothing moved."""
+    source = FAMILIES[name].write(tmp_path / "fp4")
+    convert(source, tmp_path / "plain", to=to)
+    result = convert(tmp_path / "plain", tmp_path / "back", like=source)
+    assert files_of(tmp_path / "back") == files_of(source)
+    assert isinstance(result, Fp8Result)
+    assert result.report is not None
+    total = result.report.total
+    assert (total.moved, total.fresh, total.clipped, total.outgrown) == (0, 0, 0, 0)
+    assert total.elements == sum(t.numel for t in open_checkpoint(source).quantized)
+
+
+@pytest.mark.parametrize("scales", ["reuse", "fresh"])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trained_values_go_back_as_the_oracle(
+    name: str, dtype: str, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales are kept or made group by group, and saving writes the same files from whatever is worked on at once."""
+    family = FAMILIES[name]
+    base = family.write(tmp_path / "fp4")
+    tensors = trained(family, np.random.default_rng(sum(name.encode())), dtype)
+    source = write_plain(tmp_path / "source", tensors)
+    result = convert(source, tmp_path / "out", like=base, scales=scales)
+    assert isinstance(result, Fp8Result)
+    written = read_directory(tmp_path / "out")
+    for stored in family.packed:
+        values = family.packed[stored].turned(tensors[family.name(stored)])
+        codes, of_groups = four_bits_of(family, stored, values, fresh=scales == "fresh")
+        assert written[stored].data == codes
+        assert written[family.blocks[stored][0]].data == of_groups
+    cut(monkeypatch, 4096, 1)
+    convert(source, tmp_path / "pages", to="fp8", like=base, scales=scales, workers=2)
+    assert files_of(tmp_path / "pages") == files_of(tmp_path / "out")
+    state = tensors_of(source)
+    for step in (1 << 19, 100):
+        small_steps(monkeypatch, step)
+        saved = plain_save(state, tmp_path / f"saved {step}", base, scales=scales)
+        assert_same_report(saved.report, result.report)
+        assert files_of(tmp_path / f"saved {step}") == files_of(tmp_path / "out")
+
+
+def save_in_shards(source: Path, base: Path, destination: Path, dim: int) -> int:
+    """On one of several ranks: the tensors of a directory in shards along a dimension, wherever that cuts."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = {name: distribute_tensor(t, mesh, [Shard(dim % t.dim())]) for name, t in tensors_of(source).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        small_steps(patch, 100)
+        writer = FP8StorageWriter(destination, like=base)
+        dcp.save(state, storage_writer=writer)
+        return writer.bytes_written
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dim"),
+    [("gpt-oss", 5, -1), ("ModelOpt mixed with NVFP4", 3, -1), ("compressed-tensors NVFP4", 2, 0)],
+)
+def test_shards_that_cut_a_group_or_a_byte_in_two(name: str, size: int, dim: int, tmp_path: Path) -> None:
+    """Shards of odd widths: a byte's halves, and a group's elements, lie on two ranks; the files are a conversion's."""
+    family = FAMILIES[name]
+    base = family.write(tmp_path / "fp4")
+    source = write_plain(tmp_path / "source", trained(family, np.random.default_rng(5), "BF16"))
+    convert(source, tmp_path / "expected", like=base)
+    written = run(size, save_in_shards, source, base, tmp_path / "out", dim)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert sum(written) == sum(len(tensor.data) for tensor in family.tensors.values())
+
+
+def test_a_factor_that_is_too_small_is_refused_by_name(tmp_path: Path) -> None:
+    """A group that 448 times the factor cannot hold: nothing is written."""
+    family = FAMILIES["ModelOpt NVFP4"]
+    base, tensors = family.write(tmp_path / "fp4"), family.expected()
+    values = tensors["m.q.weight"].array.astype(np.float32)
+    values[3, 7] = 1
+    source = write_plain(tmp_path / "source", {**tensors, "m.q.weight": Stored.of(values, "BF16")})
+    with pytest.raises(RangeError, match="scale beyond the range of F8_E4M3 under the base's factor"):
+        convert(source, tmp_path / "out", like=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_four_bits_is_no_source(tmp_path: Path) -> None:
+    """It is converted first."""
+    source = FAMILIES["gpt-oss"].write(tmp_path / "fp4")
+    with pytest.raises(UnsupportedFormatError, match="quantized already"):
+        convert(source, tmp_path / "out", like=source)

@@ -633,8 +633,8 @@ def test_mismatches_are_refused(tmp_path: Path) -> None:
     refused(UnsupportedFormatError, r"m\.q\.weight.*I32", write_plain(tmp_path / "d", whole), base, out)
     norm = {**tensors, "model.norm.weight": Stored.of(np.ones(8), "I64")}
     refused(ModelMismatchError, r"model\.norm\.weight.*I64.*BF16", write_plain(tmp_path / "e", norm), base, out)
-    refused(UnsupportedFormatError, "FP8 already", base, base, out)
-    refused(UnsupportedFormatError, "none of its tensors is FP8", tmp_path / "a", tmp_path / "b", out)
+    refused(UnsupportedFormatError, "quantized already", base, base, out)
+    refused(UnsupportedFormatError, "none of its tensors is quantized", tmp_path / "a", tmp_path / "b", out)
     refused(OutputExistsError, "inside the base", write_plain(tmp_path / "f", tensors), base, base / "out")
     refused(OutputExistsError, "inside the source", tmp_path / "f", base, tmp_path / "f/out")
 

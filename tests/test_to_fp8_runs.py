@@ -914,8 +914,8 @@ def test_combinations_that_make_no_sense(arguments: list[str], small: Path, tmp_
 @pytest.mark.parametrize(
     ("source", "like", "found"),
     [
-        ("fp8", "fp8", "it is FP8 already; expected BF16, F16 or F32; convert it first: --to bf16"),
-        ("plain", "plain", "none of its tensors is FP8"),
+        ("fp8", "fp8", "it is quantized already; expected BF16, F16 or F32; convert it first: --to bf16"),
+        ("plain", "plain", "none of its tensors is quantized"),
         ("plain", "other", "tensors are only in the base"),
         ("plain", "nothing", "nothing"),
         ("nothing", "fp8", "nothing"),

@@ -37,7 +37,7 @@ def convert(
     source: CheckpointLike,
     destination: str | Path,
     *,
-    to: str = "bf16",
+    to: str | None = None,
     layout: str = "file",
     like: CheckpointLike | None = None,
     scheme: str | None = None,
@@ -54,14 +54,16 @@ def convert(
     """Convert ``source`` to ``destination``: a directory to be made, or ``s3://bucket/prefix``, which is uploaded once
     it is whole and takes its size in the working directory until then.
 
-    ``to`` "bf16", "fp16" or "fp32": every FP8 weight is dequantized to it. The same files hold the same tensors, less
-    the scales; unquantized tensors keep their bytes. The configuration loses its ``quantization_config``, the index is
-    made anew, and every other file is copied, but for Mistral's own copy of the weights (``consolidated*.safetensors``)
-    and ``hf_quant_config.json``. ``layout`` "model" writes tensors under the names and in the stackings of their model
-    in transformers instead, in files of at most 5 GB: what transformers reads where it has no rule for the file's own.
+    ``to`` "bf16" (the default), "fp16" or "fp32": every quantized weight is dequantized to it. The same files hold the
+    same tensors, less the scales; unquantized tensors keep their bytes. The configuration loses its
+    ``quantization_config``, the index is made anew, and every other file is copied, but for Mistral's own copy of the
+    weights (``consolidated*.safetensors``) and ``hf_quant_config.json``. ``layout`` "model" writes tensors under the
+    names and in the stackings of their model in transformers instead, in files of at most 5 GB: what transformers reads
+    where it has no rule for the file's own.
 
-    ``to`` "fp8", with ``like``, the FP8 checkpoint that the source came from: its layout is written, with the source's
-    values. It decides names, files, grids, scale dtypes, activation scales, configuration and side files. ``scales``
+    ``like``, the quantized checkpoint that the source came from: its layout is written, with the source's values, in
+    FP8 or four bits, as each weight is there; ``to`` is "fp8" then, and need not be said. It decides names, files,
+    grids, scale dtypes, activation scales, configuration and side files. ``scales``
     "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule) and makes a
     new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. What the source
     lacks is carried from the base, byte for byte, where that is known to be right: layers that predict further tokens
@@ -89,6 +91,7 @@ def convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
+    to = to or (FP8 if like is not None or scheme is not None else "bf16")
     how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
     with writing(destination) as output, ranks_of_this_job() as ranks:
         ranks.together(lambda: _refuse_arguments(how, workers))
@@ -109,7 +112,7 @@ def plan_convert(
     source: CheckpointLike,
     destination: str | Path,
     *,
-    to: str = "bf16",
+    to: str | None = None,
     layout: str = "file",
     like: CheckpointLike | None = None,
     scheme: str | None = None,
@@ -131,6 +134,7 @@ def plan_convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job
 
+    to = to or (FP8 if like is not None or scheme is not None else "bf16")
     how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
     with ranks_of_this_job() as ranks:
         return ranks.first(lambda: _forecast(source, PartialOutput(destination), how))
@@ -216,7 +220,7 @@ def _dequantize(
         files=len(written.names),
         tensors=len(done.plan.tensors),
         dequantized=len(quantized),
-        dropped_scales=sum(1 + len(tensor.activation_scales) for tensor in quantized)
+        dropped_scales=sum(len(tensor.spans) - 1 for tensor in quantized)
         + len(source.cache_scales)
         + len(source.markers),
         bytes_read=done.bytes_read,

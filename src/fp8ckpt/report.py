@@ -37,7 +37,7 @@ from fp8ckpt.tensors.reading import load_dequantizer, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS
-from fp8ckpt.tensors.tensor import Tensor
+from fp8ckpt.tensors.tensor import Reader, Tensor
 from fp8ckpt.workers import share
 
 _CHUNK = 1 << 20  # elements
@@ -366,7 +366,10 @@ class _Part:
         """The values [n] as float32, rounded to ``dtype`` where they are FP8."""
         if (scaled := self.tensor.scaled) is not None:
             bits = self._room[: self.count * TARGET_BYTES[dtype]].view(bits_dtype(dtype))
-            dequantizer(scaled, dtype).flat(self.stored, self.start, bits)
+            if scaled.across:  # in the order of its elements, which is not that of its codes
+                scaled.elements(self.start, dtype, bits.view(np.uint8), Reader(_CHUNK, dequantizer))
+            else:
+                dequantizer(scaled, dtype).flat(self.stored, self.start, bits)
             return scale_values(bits.view(SCALE_DTYPES[dtype]), dtype)
         return scale_values(self.stored.view(SCALE_DTYPES[self.tensor.dtype]), self.tensor.dtype)
 

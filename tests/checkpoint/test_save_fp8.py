@@ -98,7 +98,7 @@ def plain_save(state: dict[str, Any], path: Path, base: Path, **how: Any) -> Sav
     """Through plain ``dcp.save``."""
     writer = FP8StorageWriter(path, like=base, **how)
     dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
-    assert writer.base_bytes_read == sum(tensor.numel for tensor in open_checkpoint(base).quantized)
+    assert writer.base_bytes_read == sum(tensor.weight.nbytes for tensor in open_checkpoint(base).quantized)
     return Saved(writer.bytes_written, writer.report)
 
 
@@ -645,7 +645,9 @@ def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], t
     convert(base, tmp_path / "plain")
     out = tmp_path / "out"
     good = tensors_of(tmp_path / "plain")
-    refused(UnsupportedFormatError, "none of its tensors is FP8", lambda: plain_save(good, out, tmp_path / "plain"))
+    refused(
+        UnsupportedFormatError, "none of its tensors is quantized", lambda: plain_save(good, out, tmp_path / "plain")
+    )
     for name, other in OTHERS.items():
         directory = other.write(tmp_path / f"other {name}")
         convert(directory, tmp_path / f"plain {name}")

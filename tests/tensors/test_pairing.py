@@ -499,7 +499,7 @@ def test_an_incomplete_checkpoint_is_not_blamed_for_what_was_not_read() -> None:
 FOUR_BITS: dict[str, tuple[str, tuple[int, ...], int, bool | None, dict[str, Spec]]] = {
     "MXFP4 in the header": ("m.q.weight", (64, 66), 32, None, {
         "m.q.weight": ("F4", (64, 66)), "m.q.weight_scale": ("F8_E8M0", (64, 3))}),
-    "gpt-oss": ("m.experts.gate_up_proj", (2, 64, 96), 32, None, {
+    "gpt-oss": ("m.experts.gate_up_proj", (2, 96, 64), 32, None, {
         "m.experts.gate_up_proj_blocks": ("U8", (2, 64, 3, 16)), "m.experts.gate_up_proj_scales": ("U8", (2, 64, 3)),
         "m.experts.gate_up_proj_bias": ("BF16", (2, 64))}),
     "DeepSeek V4 experts": ("m.experts.0.w1.weight", (64, 96), 32, None, {

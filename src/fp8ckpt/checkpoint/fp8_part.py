@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from fp8ckpt.checkpoint.directory_writer import region_of, resolved, write_region
 from fp8ckpt.checkpoint.save_report import Tallies
-from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, WaitingBlocks, count_nonfinite
+from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, Halves, ShardQuantizer, WaitingBlocks, count_nonfinite
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
 from fp8ckpt.checkpoint.storage_writer import cast
 from fp8ckpt.encodings.results import QuantizationReport
@@ -88,6 +88,7 @@ class Part:
         self._plain: list[tuple[WriteItem, TensorSpan]] = []
         self._waiting = WaitingBlocks((), self._step)
         self._tallies = Tallies(base, fresh=fresh) if report else None
+        self._halves = Halves(base)
 
     def run(self, ranks: Ranks) -> PartDone:
         """Look, exchange, write. All ranks meet at each step, whatever each has to do."""
@@ -97,7 +98,14 @@ class Part:
         wrote = ranks.gather(self._write)
         self._refuse_nonfinite(ranks, [one.nonfinite for one in wrote])
         report = None if self._tallies is None else self._tallies.report(ranks, self._task.carried)
-        return PartDone(wrote[ranks.rank].bytes_written, sum(one.base_bytes_read for one in wrote), report)
+        written = wrote[ranks.rank].bytes_written + self._settle(ranks)
+        return PartDone(written, sum(one.base_bytes_read for one in wrote), report)
+
+    def _settle(self, ranks: Ranks) -> int:
+        """Write the bytes that lie in two pieces."""
+        if settled := self._halves.settle(ranks, self._files):
+            self._files.flush()
+        return settled
 
     def _look(self) -> tuple[set[str], int]:
         numbers = number_blocks(self._base)
@@ -142,12 +150,13 @@ class Part:
         if names:
             tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
             counts = ranks.gather(lambda: self._count_nonfinite(tensor.name))
-            found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
+            found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no code"
             raise WeightValueError.of(tensor.name, None, found)
 
     def _count_nonfinite(self, name: str) -> int:
         shards = [shard for shard in self._shards if shard.weight.name == name]
-        return sum(count_nonfinite(shard, resolved(self._planner, shard.item), self._step) for shard in shards)
+        values = ((shard, shard.in_order(resolved(self._planner, shard.item))) for shard in shards)
+        return sum(count_nonfinite(shard, of_shard, self._step) for shard, of_shard in values)
 
     def _quantizers(self) -> list[ShardQuantizer]:
         return [
@@ -155,6 +164,7 @@ class Part:
                 self._files,
                 self._waiting,
                 self._tallies,
+                self._halves,
                 fresh=self._fresh,
                 powers_of_two=states_powers_of_two(self._base.config),
                 step=self._step,
@@ -164,7 +174,7 @@ class Part:
 
     def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
         for shard in self._shards:
-            yield from cut(shard, resolved(self._planner, shard.item), self._step)
+            yield from cut(shard, shard.in_order(resolved(self._planner, shard.item)), self._step)
 
     def _all_pieces(self) -> Iterator[Cut | _Plain]:
         yield from self._cuts(cut_all)

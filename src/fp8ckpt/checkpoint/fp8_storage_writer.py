@@ -132,12 +132,14 @@ class FP8StorageWriter(DirectoryWriter):
         filled = [tensor.scaled for tensor in held if tensor.scaled is not None and tensor.numel]
         sharded |= {span.name for tensor in filled for span in (tensor.weight, tensor.scale)}
         self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
-        self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel}
+        self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel and tensor.per_byte == 1}
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
         per_tensor = (
-            tensor for tensor in self._base_of_output().quantized if tensor.grid.per_tensor and tensor.scale.nbytes
+            tensor
+            for tensor in self._base_of_output().quantized
+            if tensor.grid.per_tensor and tensor.scale.nbytes and tensor.per_byte == 1
         )
         leader = {name: unit[0] for unit in equal_units(stored_scales(per_tensor)) if len(unit) > 1 for name in unit}
         return [

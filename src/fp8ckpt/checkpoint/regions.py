@@ -79,9 +79,10 @@ class RegionLoader:
                 target[within(piece, region)].copy_(part)  # the buffer is used again: this waits
         elif dtype in tensor.dtypes():
             dequantizer = self._reader.dequantizer(tensor.scaled, dtype)
+            region, out = tensor.scaled.of_codes(region), target.mT if tensor.scaled.across else target
             for piece, packed in tensor.scaled.codes(region, self._reader):
                 codes = _codes_of(tensor.scaled, piece, packed, buffer)
-                dequantize_on_device(codes.to(target.device), dequantizer, piece[0], target[within(piece, region)])
+                dequantize_on_device(codes.to(target.device), dequantizer, piece[0], out[within(piece, region)])
         else:
             found = f"a target of dtype {target.dtype} for a quantized tensor"
             expected = "one of " + ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())

@@ -20,13 +20,14 @@ import torch
 
 from fp8ckpt.checkpoint.directory_writer import write_region
 from fp8ckpt.checkpoint.save_report import Tallies
-from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block
+from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block, numbers_of
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, U8, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, U8, Factor, scale_values
 from fp8ckpt.numerics.geometry import (
     BlockGrid,
     Region,
     Surroundings,
+    bytes_of_region,
     first_elements,
     pieces,
     runs,
@@ -34,11 +35,12 @@ from fp8ckpt.numerics.geometry import (
     whole_blocks,
     within,
 )
-from fp8ckpt.numerics.quantize import Mask, Scales, Values
+from fp8ckpt.numerics.quantize import CODINGS, Mask, Scales, Values
 from fp8ckpt.output.files import ALIGNMENT, OutputFiles, aligned_buffer
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.ranks import Ranks
-from fp8ckpt.tensors.reading import bytes_of, stored_dtype
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.reading import bytes_of, load_factor, stored_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
 # What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, those of the
@@ -100,6 +102,58 @@ class WaitingBlocks:
         return self._numbers[at], self._maxima[at], self._inexact[at]
 
 
+class Halves:
+    """Codes of four bits whose byte is not all in one piece: the low half may be one thread's or rank's, the high half
+    another's. The rank of the low one writes the byte. For any number of threads.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._weights = [tensor for tensor in base.quantized if tensor.per_byte > 1]
+        ends = np.cumsum([0, *(tensor.packed.numel for tensor in self._weights)])
+        self._starts = dict(zip((tensor.name for tensor in self._weights), ends.tolist(), strict=False))
+        self._ends = ends
+        self._found: dict[bool, list[tuple[Numbers, U8]]] = {False: [], True: []}  # low ones, high ones
+        self._lock = threading.Lock()
+
+    def add(self, weight: QuantizedTensor, region: Region, codes: U8, *, high: bool) -> None:
+        """Take in codes of a region of one column, which are the high halves of their bytes, or the low ones."""
+        offsets, sizes = bytes_of_region(region, weight.per_byte)
+        at = numbers_of(weight.packed.shape, offsets, sizes) + self._starts[weight.name]
+        with self._lock:
+            self._found[high].append((at, codes.reshape(-1).copy()))
+
+    def settle(self, ranks: Ranks, files: OutputFiles) -> int:
+        """Write all bytes whose low half this rank has, together with the other ranks; returns how many."""
+        if not self._weights:
+            return 0
+        lows, highs = (self._sorted(high=high) for high in (False, True))
+        at_once = max(1, _EXCHANGED // ranks.size)
+        written = 0
+        for start in range(0, max(ranks.gather(lambda: highs[0].size)), at_once):
+            for at, codes in ranks.gather(partial(_part, highs, slice(start, start + at_once))):
+                ours = np.isin(at, lows[0])
+                place = np.searchsorted(lows[0], at[ours])
+                written += self._write(at[ours], lows[1][place] | codes[ours] << np.uint8(4), files)
+        return written
+
+    def _sorted(self, *, high: bool) -> tuple[Numbers, U8]:
+        found = self._found[high]
+        at = np.concatenate([np.empty(0, np.int64), *(numbers for numbers, _ in found)])
+        order = np.argsort(at)
+        return at[order], np.concatenate([np.empty(0, np.uint8), *(codes for _, codes in found)])[order]
+
+    def _write(self, at: Numbers, values: U8, files: OutputFiles) -> int:
+        for number, value in zip(at.tolist(), values, strict=True):
+            weight = self._weights[int(np.searchsorted(self._ends, number, side="right")) - 1]
+            place = weight.weight.start + number - self._starts[weight.name]
+            files.of(weight.weight.file.name).write(np.array([value], np.uint8), place)
+        return int(at.size)
+
+
+def _part(found: tuple[Numbers, U8], part: slice) -> tuple[Numbers, U8]:
+    return found[0][part], found[1][part]
+
+
 class ShardQuantizer:
     """One worker's means of looking at pieces and of writing them, with buffers of its own.
 
@@ -113,6 +167,7 @@ class ShardQuantizer:
         files: OutputFiles,
         waiting: WaitingBlocks,
         tallies: Tallies | None,
+        halves: Halves,
         *,
         fresh: bool,
         powers_of_two: bool,
@@ -121,6 +176,8 @@ class ShardQuantizer:
         self._files = files
         self._waiting = waiting
         self._tallies = tallies
+        self._halves = halves
+        self._factors: dict[str, Factor | None] = {}
         self._fresh = fresh
         self._powers_of_two = powers_of_two
         self._step = step
@@ -148,8 +205,8 @@ class ShardQuantizer:
     def write(self, cut: Cut) -> None:
         """Write a piece's codes, and the scales of the blocks that begin in it."""
         weight = cut.shard.weight
-        first = next(runs(weight.shape, *cut.region))[0]
-        # As it lies on disk, so that it can be written directly.
+        first = next(runs(weight.grid.weight_shape, *cut.region))[0]
+        # As it lies on disk, where a byte is a code, so that it can be written directly.
         flat = self._codes[(weight.weight.start + first) % ALIGNMENT :][: prod(cut.region[1])]
         codes = flat.reshape(cut.region[1])
         for region in cut.steps(self._step):
@@ -158,19 +215,44 @@ class ShardQuantizer:
                 continue
             target = _part_of(codes, within(region, cut.region))
             out = target if target.flags.c_contiguous else self._scratch[: target.size].reshape(target.shape)
-            scales = _checked(weight, decided.stored)
-            quantize.encode(parts, values, scales, out)
+            coding, factor = CODINGS[weight.code_dtype], self._factor(weight)
+            scales = _checked(weight, decided.stored, factor)
+            quantize.encode(parts, values, scales, out, coding)
             if out is not target:
                 target[...] = out
             owned = first_elements(weight.grid, *region)
             if self._tallies is not None:
-                found = quantize.tally(parts, values, out, scales, scale_values(decided.before, weight.scale.dtype))
+                before = scale_values(decided.before, weight.scale.dtype, factor)
+                found = quantize.tally(parts, values, out, scales, before, coding)
                 found.moved = self._moved(weight, region, out)
                 keep = _part_of(decided.keep.reshape(around.grid.shape), within(owned, around.region))
                 kept = int(np.count_nonzero(keep)) if prod(owned[1]) else 0
                 self._tallies.add(weight.name, found, kept, prod(owned[1]) - kept)
             self._write_scales(weight, owned, around, decided.stored)
-        self.bytes_written += write_region(self._files, weight.weight, cut.region, flat)
+        if weight.per_byte == 1:
+            self.bytes_written += write_region(self._files, weight.weight, cut.region, flat)
+        else:
+            self._write_packed(weight, cut.region, codes)
+
+    def _write_packed(self, weight: QuantizedTensor, region: Region, codes: U8) -> None:
+        """Write the bytes that lie in a region with both halves, and hand on the halves at its edges."""
+        (*lead, first), (*sizes, count) = region
+        odd = first % 2
+        whole = (count - odd) // 2 * 2
+        if whole:
+            packed = quantize.pack(np.ascontiguousarray(codes[..., odd : odd + whole]).reshape(-1))
+            of_bytes = bytes_of_region(((*lead, first + odd), (*sizes, whole)), weight.per_byte)
+            self.bytes_written += write_region(self._files, weight.packed, of_bytes, packed)
+        if odd:
+            self._halves.add(weight, ((*lead, first), (*sizes, 1)), codes[..., 0], high=True)
+        if odd + whole < count:
+            self._halves.add(weight, ((*lead, first + count - 1), (*sizes, 1)), codes[..., -1], high=False)
+
+    def _factor(self, weight: QuantizedTensor) -> Factor | None:
+        """The base's second level of scales, which is kept."""
+        if weight.name not in self._factors:
+            self._factors[weight.name] = load_factor(weight)
+        return self._factors[weight.name]
 
     def _decide(self, cut: Cut, values: Values, around: Surroundings, parts: list[quantize.Part]) -> _Decided | None:
         """The scales of a step's blocks; None where values are not finite."""
@@ -186,7 +268,10 @@ class ShardQuantizer:
             largest, exact = self._waiting.of(cut.shard.numbers(*around.region))
             maxima, exact = largest.reshape(shape), exact.reshape(shape)
         dtype = weight.scale.dtype
-        stored, keep = quantize.choose_scales(maxima, kept, dtype, exact, powers_of_two=self._powers_of_two)
+        stored, keep = quantize.choose_scales(
+            maxima, kept, dtype, exact,
+            powers_of_two=self._powers_of_two, coding=CODINGS[weight.code_dtype], factor=self._factor(weight),
+        )  # fmt: skip
         return _Decided(stored, keep, before)
 
     def _maxima(self, shard: Shard, values: Values, grid: BlockGrid, parts: list[quantize.Part]) -> F32 | None:
@@ -204,20 +289,24 @@ class ShardQuantizer:
         """Which blocks the scales of before give back; None where none is so small that it matters."""
         if kept is None:
             return None
-        before = scale_values(kept, weight.scale.dtype)
-        if not quantize.may_fit(maxima, before).any():
+        before, coding = scale_values(kept, weight.scale.dtype, self._factor(weight)), CODINGS[weight.code_dtype]
+        if not quantize.may_fit(maxima, before, coding).any():
             return None
         codes = self._scratch[: values.bits.size]
-        quantize.encode(parts, values, before, codes)
-        exact: Mask = quantize.count_inexact(parts, values, codes, before) == 0
+        quantize.encode(parts, values, before, codes, coding)
+        exact: Mask = quantize.count_inexact(parts, values, codes, before, coding) == 0
         return exact
 
     def _moved(self, weight: QuantizedTensor, region: Region, codes: U8) -> int:
         """How many codes of a region are not the base's."""
-        old = self._base_codes[: codes.size]
-        weight.weight.read_region(region, old)
+        of_bytes = bytes_of_region(region, weight.per_byte)
+        old = self._base_codes[: prod(of_bytes[1])]
+        weight.packed.read_region(of_bytes, old)
         self.base_bytes_read += old.nbytes
-        return int(np.count_nonzero(old != codes.reshape(-1)))
+        if weight.per_byte > 1:
+            odd = region[0][-1] % 2
+            old = quantize.unpack(old).reshape(*of_bytes[1][:-1], -1)[..., odd : odd + region[1][-1]]
+        return int(np.count_nonzero(old.reshape(-1) != codes.reshape(-1)))
 
     def _write_scales(self, weight: QuantizedTensor, owned: Region, around: Surroundings, stored: Scales) -> None:
         if prod(owned[1]):
@@ -262,9 +351,11 @@ def _values(part: torch.Tensor) -> Values:
     return quantize.values_of(bytes_of(part), stored_dtype(part.dtype) or "")
 
 
-def _checked(weight: QuantizedTensor, stored: Scales) -> F32:
+def _checked(weight: QuantizedTensor, stored: Scales, factor: Factor | None) -> F32:
     """Stored scales as float32."""
-    return scales_in_range(stored, weight.scale, weight.name, weight.scale.file, "save in bf16, and choose a --scheme")
+    return scales_in_range(
+        stored, weight.scale, factor, weight.name, weight.scale.file, "save in bf16, and choose a --scheme"
+    )
 
 
 def _part_of(array: npt.NDArray[Any], index: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -40,8 +40,12 @@ class Shard(NamedTuple):
 
     @property
     def region(self) -> Region:
-        """Where it lies in the weight."""
-        return region_of(self.item)
+        """Where it lies among the weight's codes."""
+        return self.weight.of_codes(region_of(self.item))
+
+    def in_order(self, values: torch.Tensor) -> torch.Tensor:
+        """Its values, with dimensions as its codes have them."""
+        return values.mT if self.weight.across else values
 
     def inner(self, step: int) -> Region:
         """The blocks of it that need not wait, where ``step`` elements are worked on at once."""
@@ -57,10 +61,15 @@ class Shard(NamedTuple):
 
     def numbers(self, first: tuple[int, ...], count: tuple[int, ...]) -> Numbers:
         """The numbers [n] of the blocks of a region of the grid."""
-        found: Numbers = np.zeros(1, np.int64)
-        for blocks, start, length in zip(self.weight.grid.shape, first, count, strict=True):
-            found = np.add.outer(found * blocks, np.arange(start, start + length)).reshape(-1)
-        return self.number + found
+        return self.number + numbers_of(self.weight.grid.shape, first, count)
+
+
+def numbers_of(shape: tuple[int, ...], first: tuple[int, ...], count: tuple[int, ...]) -> Numbers:
+    """The numbers [n], in row-major order, of the elements of a region."""
+    found: Numbers = np.zeros(1, np.int64)
+    for dim, start, length in zip(shape, first, count, strict=True):
+        found = np.add.outer(found * dim, np.arange(start, start + length)).reshape(-1)
+    return found
 
 
 def number_blocks(base: Checkpoint) -> dict[str, int]:

@@ -42,15 +42,23 @@ def convert(
         Path, typer.Argument(metavar="DST", help="The directory to make, which must not exist; or s3://bucket/prefix.")
     ],
     to: Annotated[
-        str,
-        word("bf16", "fp16", "fp32", "fp8", also=_DTYPES, help="What FP8 weights become; or fp8, the way back."),
-    ] = "bf16",
+        str | None,
+        word(
+            "bf16",
+            "fp16",
+            "fp32",
+            "fp8",
+            also=_DTYPES,
+            help="What quantized weights become, bf16 if not said; or fp8, the way back.",
+        ),
+    ] = None,
     layout: Annotated[
         str,
         word("file", "model", help="Not for fp8: names and stackings of the file, or of its model in transformers."),
     ] = "file",
     like: Annotated[
-        str | None, typer.Option(metavar="BASE", help="With --to fp8: the FP8 checkpoint that SRC came from.")
+        str | None,
+        typer.Option(metavar="BASE", help="The way back: the checkpoint, in FP8 or four bits, that SRC came from."),
     ] = None,
     scheme: Annotated[
         str | None,
@@ -89,10 +97,10 @@ def convert(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Dequantize every FP8 weight, exactly, and write the directory that a trainer loads. Or, --to fp8, quantize again.
+    """Dequantize every weight, exactly, and write the directory that a trainer loads. Or quantize again.
 
-    With --like BASE, what goes out has BASE's layout to the byte, and SRC's values; what was not trained comes back as
-    it was.
+    With --like BASE, what goes out has BASE's layout to the byte, FP8, MXFP4 or NVFP4, and SRC's values; what was not
+    trained comes back as it was.
 
     What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
     Under torchrun, the ranks share the work.

@@ -1,4 +1,4 @@
-"""Making the bytes of an FP8 output: values are read once, their scale is kept or made, and codes and scales are
+"""Making the bytes of a quantized output: values are read once, their scale is kept or made, and codes and scales are
 written.
 
 Where a chunk holds whole blocks all of this is done with the chunk in memory. Of a wide weight a chunk can only say how
@@ -23,7 +23,7 @@ from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor, scale_values
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.products import Arrival
@@ -34,7 +34,7 @@ from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_factor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
@@ -115,6 +115,7 @@ class QuantizingFiller:
         # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
+        self._unpacked = np.empty(0, np.uint8)
         self._scale_file: OutputFile | None = None
         self._reader = Reader(READ_AT_ONCE, dequantizer, counting=True)
         self.base_bytes_read = 0
@@ -134,7 +135,7 @@ class QuantizingFiller:
             weight = self._plan.weights.get(layout.spans[chunk.first].name)
         if weight is None:
             return Filled({name: asdict(facts) for name, facts in self._copy(layout, chunk, out).items()})
-        begin, count = chunk.start - weight.weight.start, chunk.nbytes
+        begin, count = (n * weight.per_byte for n in (chunk.start - weight.weight.start, chunk.nbytes))
         if self._decided is not None:
             return self._encode_decided(weight, begin, count, out)
         return self._look(weight, begin, count, out) if weight.wide else self._quantize(weight, begin, count, out)
@@ -186,11 +187,13 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- weights whose chunks hold whole blocks
 
     def _quantize(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        facts = WeightFacts()
+        facts, coding = WeightFacts(), weight.coding
+        factor = None if weight.before is None else load_factor(weight.before)
         for first, rows, sub, blocks in _bands(weight.grid, begin, count):
-            codes = out[first - begin :][: rows * sub.weight_shape[-1]]
-            values = self._values(weight.source, first, codes.size)
-            parts = quantize.parts_of_run(sub, 0, codes.size)
+            size = rows * sub.weight_shape[-1]
+            codes = self._room_for_codes(weight, first - begin, size, out)
+            values = self._values(weight.source, first, size)
+            parts = quantize.parts_of_run(sub, 0, size)
             maxima = quantize.block_array(sub, np.float32)
             quantize.raise_maxima(parts, values, maxima)
             if not np.isfinite(maxima).all():
@@ -199,18 +202,20 @@ class QuantizingFiller:
             exact = None
             if weight.before is not None:
                 old = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
-                before = scale_values(old, weight.scale.dtype)
+                before = scale_values(old, weight.scale.dtype, factor)
                 kept = None if self._plan.fresh else old
-                if kept is not None and quantize.may_fit(maxima, before).any():
-                    quantize.encode(parts, values, before, codes)
-                    exact = quantize.count_inexact(parts, values, codes, before) == 0
+                if kept is not None and quantize.may_fit(maxima, before, coding).any():
+                    quantize.encode(parts, values, before, codes, coding)
+                    exact = quantize.count_inexact(parts, values, codes, before, coding) == 0
             stored, keep = quantize.choose_scales(
-                maxima, kept, weight.scale.dtype, exact, powers_of_two=self._plan.powers_of_two
-            )
+                maxima, kept, weight.scale.dtype, exact,
+                powers_of_two=self._plan.powers_of_two, coding=coding, factor=factor,
+            )  # fmt: skip
             facts.kept += int(np.count_nonzero(keep))
             facts.made += int(np.count_nonzero(~keep))
-            scales = checked_scales(weight, stored)
-            quantize.encode(parts, values, scales, codes)
+            scales = checked_scales(weight, stored, factor)
+            quantize.encode(parts, values, scales, codes, coding)
+            self._put(weight, codes, first - begin, out)
             self._write_scales(weight.scale, blocks.start, stored)
             self._report(facts, weight, first, parts, values, codes, scales, before)
         return Filled({weight.name: asdict(facts)})
@@ -237,12 +242,14 @@ class QuantizingFiller:
             # back.
             if self._plan.fresh or (unit in self._outgrown and weight.grid.per_tensor):
                 continue
-            codes, before = out[first - begin :][:size], before_all[blocks].reshape(here.shape)
-            quantize.encode(parts, values, before, codes)
-            if quantize.may_fit(here, before).any():
-                inexact = np.flatnonzero(quantize.count_inexact(parts, values, codes, before))
+            codes = self._room_for_codes(weight, first - begin, size, out)
+            before = before_all[blocks].reshape(here.shape)
+            quantize.encode(parts, values, before, codes, weight.coding)
+            self._put(weight, codes, first - begin, out)
+            if quantize.may_fit(here, before, weight.coding).any():
+                inexact = np.flatnonzero(quantize.count_inexact(parts, values, codes, before, weight.coding))
                 facts.inexact = sorted({*facts.inexact, *(blocks.start + int(block) for block in inexact)})
-            if not quantize.within(here, before).all():
+            if not quantize.within(here, before, weight.coding).all():
                 self._outgrown.add(unit)
             elif unit not in self._outgrown:
                 self._report(facts, weight, first, parts, values, codes, before, before)
@@ -257,15 +264,33 @@ class QuantizingFiller:
         facts = WeightFacts()
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
         for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
-            values, codes = self._values(weight.source, first, size), out[first - begin :][:size]
+            values = self._values(weight.source, first, size)
+            codes = self._room_for_codes(weight, first - begin, size, out)
             parts = quantize.parts_of_run(grid, start, size)
             shape = quantize.block_array(grid, np.float32).shape
             before, scales = before_all[blocks].reshape(shape), scales_all[blocks].reshape(shape)
-            quantize.encode(parts, values, scales, codes)
+            quantize.encode(parts, values, scales, codes, weight.coding)
+            self._put(weight, codes, first - begin, out)
             self._report(facts, weight, first, parts, values, codes, scales, before)
         return Filled({weight.name: asdict(facts)})
 
     # ---------------------------------------------------------------- what both share
+
+    def _room_for_codes(self, weight: Quantization, at: int, size: int, out: U8) -> U8:
+        """Where ``size`` codes from element ``at`` of ``out`` on are encoded, one a byte: in place, if a byte is one
+        code.
+        """
+        if weight.per_byte == 1:
+            return out[at : at + size]
+        if self._unpacked.size < size:
+            self._unpacked = np.empty(size, np.uint8)
+        return self._unpacked[:size]
+
+    def _put(self, weight: Quantization, codes: U8, at: int, out: U8) -> None:
+        """Pack codes that were not encoded in place. Rows are whole bytes, and so are runs."""
+        if weight.per_byte > 1:
+            at //= weight.per_byte
+            out[at : at + codes.size // weight.per_byte] = quantize.pack(codes)
 
     def _report(
         self,
@@ -280,17 +305,17 @@ class QuantizingFiller:
     ) -> None:
         if not self._plan.report:
             return
-        tally = quantize.tally(parts, values, codes, scales, before)
+        tally = quantize.tally(parts, values, codes, scales, before, weight.coding)
         if (merge := self._reader.merge) is not None:
-            facts.arrival.add(Arrival.of(*merge, quantize.decode(parts, codes, scales)))
+            facts.arrival.add(Arrival.of(*merge, quantize.decode(parts, codes, scales, weight.coding)))
         elif weight.before is not None:
-            if self._base_codes.size < codes.size:
-                self._base_codes = np.empty(codes.size, np.uint8)
-            old = self._base_codes[: codes.size]
-            span = weight.before.weight
-            span.read(old, first)
-            self.base_bytes_read += old.nbytes
-            tally.moved = int(np.count_nonzero(old != codes))
+            nbytes = codes.size // weight.per_byte
+            if self._base_codes.size < nbytes:
+                self._base_codes = np.empty(nbytes, np.uint8)
+            old = self._base_codes[:nbytes]
+            weight.before.packed.read(old, first // weight.per_byte)
+            self.base_bytes_read += nbytes
+            tally.moved = int(np.count_nonzero((old if weight.per_byte == 1 else quantize.unpack(old)) != codes))
         facts.tally.add(tally)
 
     def _values(self, tensor: Tensor, first: int, count: int) -> Values:
@@ -363,10 +388,10 @@ def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, B
         first += size
 
 
-def checked_scales(weight: Quantization, stored: Stored) -> F32:
+def checked_scales(weight: Quantization, stored: Stored, factor: Factor | None = None) -> F32:
     """Stored scales as float32. Raises `RangeError` where the scales' dtype could not hold one."""
     return scales_in_range(
-        stored, weight.scale, weight.name, weight.source.span.file, "choose a --scheme instead of the base"
+        stored, weight.scale, factor, weight.name, weight.source.span.file, "choose a --scheme instead of the base"
     )
 
 
@@ -378,7 +403,7 @@ def refuse_nonfinite(name: str, tensor: Tensor, reader: Reader) -> NoReturn:
         part = raw[: min(STEP, tensor.numel - start) * TARGET_BYTES[tensor.dtype]]
         tensor.elements(start, tensor.dtype, part, reader)
         count += quantize.count_nonfinite(values_of(part, tensor.dtype))
-    found = f"{count} of {tensor.numel} elements are NaN or infinite, and have no FP8 code"
+    found = f"{count} of {tensor.numel} elements are NaN or infinite, and have no code"
     raise WeightValueError.of(name, tensor.span.file, found)
 
 
@@ -387,4 +412,4 @@ def scales_before(weight: Quantization) -> F32:
     shape = quantize.block_array(weight.grid, np.float32).shape
     if weight.before is None:
         return np.full(shape, np.inf, np.float32)
-    return scale_values(load_scales(weight.before), weight.before.scale.dtype).reshape(shape)
+    return load_dequantizer(weight.before, "F32").scales.reshape(shape)

@@ -22,7 +22,9 @@ from fp8ckpt.output.side_files import side_files
 from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
+from fp8ckpt.tensors.joined import Assembly, JoinedTensor
 from fp8ckpt.tensors.reading import same_bits, stored_scales
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Tensor
 
 
@@ -62,7 +64,11 @@ def plan_like(
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
         tensor.weight.name: Quantization(
-            tensors[tensor.name], spans[tensor.weight.name], spans[tensor.scale.name], tensor.grid, tensor
+            _in_order(tensors[tensor.name], tensor),
+            spans[tensor.weight.name],
+            spans[tensor.scale.name],
+            tensor.grid,
+            tensor,
         )
         for tensor in like.quantized
         if tensor.name not in carried
@@ -98,6 +104,14 @@ def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tupl
         return tensors, notes
     tensors, notes = _with_tied_head(found.tensors, base)
     return tensors, (f"{found.made} tensors are stacked, cut or named in another way in the source", *notes)
+
+
+def _in_order(given: Tensor, base: QuantizedTensor) -> Tensor:
+    """A tensor of the source, with dimensions as the base's codes have them."""
+    if not base.across:
+        return given
+    name, rank = given.name, len(given.shape)
+    return JoinedTensor(name, Assembly.whole(name, given.shape).transpose(rank - 2, rank - 1), {name: given})
 
 
 def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:

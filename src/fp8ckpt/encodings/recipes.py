@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
+from fp8ckpt.numerics.quantize import CODINGS, Coding
 from fp8ckpt.output import extents as cutting
 from fp8ckpt.output.extents import Chunk, Extent, extents_of, reads_of
 from fp8ckpt.output.layout import FileLayout
@@ -42,6 +43,16 @@ class Quantization(NamedTuple):
         return self.weight.name
 
     @property
+    def coding(self) -> Coding:
+        """How its codes are made: as the base's are, or in FP8."""
+        return CODINGS[self.weight.dtype if self.before is None else self.before.code_dtype]
+
+    @property
+    def per_byte(self) -> int:
+        """Codes that a byte holds."""
+        return 1 if self.before is None else self.before.per_byte
+
+    @property
     def band(self) -> int:
         """Elements of the fewest rows that hold whole blocks; 0 where blocks span matrices."""
         matrices = as_matrices(self.grid)
@@ -52,7 +63,8 @@ class Quantization(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether a chunk may be too small for a block."""
-        return self.grid.per_tensor or not 0 < self.band <= cutting.CHUNK
+        of_one_scale = self.grid.per_tensor and self.per_byte == 1  # what is packed has groups, if only one
+        return of_one_scale or not 0 < self.band <= cutting.CHUNK
 
 
 @dataclass(frozen=True)
@@ -179,23 +191,27 @@ def _cut(span: TensorSpan, most: int) -> Iterator[tuple[int, int]]:
 def _cut_bands(quantization: Quantization) -> Iterator[tuple[int, int]]:
     """A weight in pieces that hold whole blocks: some matrices, or some bands of one."""
     span = quantization.weight
-    matrix = prod(as_matrices(quantization.grid).weight_shape[-2:])
+    matrix, per_byte = prod(as_matrices(quantization.grid).weight_shape[-2:]), quantization.per_byte
     if matrix <= cutting.CHUNK:
-        yield from _pieces(span.start, span.stop, cutting.CHUNK // matrix * matrix)
+        yield from _pieces(span.start, span.stop, cutting.CHUNK // matrix * matrix // per_byte)
         return
-    bands = cutting.CHUNK // quantization.band * quantization.band
-    for start in range(span.start, span.stop, matrix):
-        yield from _pieces(start, start + matrix, bands)
+    bands = cutting.CHUNK // quantization.band * quantization.band // per_byte
+    for start in range(span.start, span.stop, matrix // per_byte):
+        yield from _pieces(start, start + matrix // per_byte, bands)
 
 
 def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The source's tensors by the names (``names``: source to output) that they are written under; none is FP8."""
+    """The source's tensors by the names (``names``: source to output) that they are written under; all are plain."""
     found: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         if tensor.scaled is not None:
             remedy = "convert it first: --to bf16"
             raise UnsupportedFormatError(
-                "it is FP8 already", tensor=name, file=tensor.span.file, expected="BF16, F16 or F32", remedy=remedy
+                "it is quantized already",
+                tensor=name,
+                file=tensor.span.file,
+                expected="BF16, F16 or F32",
+                remedy=remedy,
             )
         found[names[name]] = tensor
     return found

@@ -145,8 +145,9 @@ def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: li
     exact[[block for part in facts for block in part.inexact]] = False
     kept = None if weight.before is None or plan.fresh else load_scales(weight.before).reshape(maxima.shape)
     stored, keep = quantize.choose_scales(
-        maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape), powers_of_two=plan.powers_of_two
-    )
+        maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape),
+        powers_of_two=plan.powers_of_two, coding=weight.coding,
+    )  # fmt: skip
     return stored.reshape(-1), bool(keep.all())
 
 

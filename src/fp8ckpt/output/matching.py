@@ -10,7 +10,8 @@ from typing import Any
 import numpy.typing as npt
 
 from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, shown
-from fp8ckpt.numerics.codes import F32, TARGET_BYTES, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import F32, TARGET_BYTES, Factor, count_bad_scales, scale_values
+from fp8ckpt.numerics.quantize import CODINGS
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
@@ -28,7 +29,7 @@ def refuse_base(base: Checkpoint, remedy: str) -> None:
     """
     if not base.quantized and not base.cache_scales:
         raise UnsupportedFormatError(
-            "none of its tensors is FP8", file=str(base.path), expected="an FP8 base", remedy=remedy
+            "none of its tensors is quantized", file=str(base.path), expected="an FP8 base", remedy=remedy
         )
     raise_first(scale_defects(base.quantized, base.cache_scales))
 
@@ -75,9 +76,9 @@ def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], 
     for name, given in found.items():
         tensor = base.tensors[name]
         if tensor.scaled is not None:
-            if tensor.span.dtype != _CODES:
+            if tensor.scaled.code_dtype not in CODINGS:
                 raise UnsupportedFormatError(
-                    f"{tensor.span.dtype} codes in the base",
+                    f"{tensor.scaled.code_dtype} codes in the base",
                     tensor=name,
                     file=tensor.span.file,
                     expected=f"{_CODES}, the one FP8 dtype that releases use and fp8ckpt writes",
@@ -123,13 +124,16 @@ def _file_of(tensor: Tensor | TensorSpec) -> File | None:
     return None if isinstance(tensor, TensorSpec) else tensor.span.file
 
 
-def scales_in_range(stored: npt.NDArray[Any], scale: TensorSpan, name: str, file: File, remedy: str) -> F32:
+def scales_in_range(
+    stored: npt.NDArray[Any], scale: TensorSpan, factor: Factor | None, name: str, file: File, remedy: str
+) -> F32:
     """New scales of the weight ``name`` in ``file`` as float32. Raises `RangeError` where the dtype of ``scale`` could
-    not hold one.
+    not hold one, under the base's ``factor`` if it has one.
     """
-    scales = scale_values(stored, scale.dtype)
+    scales = scale_values(stored, scale.dtype, factor)
     if count_bad_scales(scales):
-        found = f"its values need a scale beyond the range of {scale.dtype}"
+        under = "" if factor is None else " under the base's factor"
+        found = f"its values need a scale beyond the range of {scale.dtype}{under}"
         raise RangeError(
             found, tensor=name, file=file, expected="values that the base's scale dtype can scale", remedy=remedy
         )

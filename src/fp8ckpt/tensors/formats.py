@@ -46,7 +46,7 @@ class ScaleRow(NamedTuple):
     level of scales, which ``divides`` or multiplies. ``leaf``: what the last part of the key of the codes begins with,
     and the weight's own name does not. ``even``: blocks divide the weight, so that the two shapes say their size.
     ``bits``: of a code that lies in bytes; 0 where only the scales tell. ``groups``: whether the codes of a group are a
-    dimension of their own.
+    dimension of their own. ``across``: whether the weight's last two dimensions are the codes' in the other order.
     """
 
     weight: str
@@ -58,6 +58,7 @@ class ScaleRow(NamedTuple):
     divides: bool = False
     bits: int = 0
     groups: bool = False
+    across: bool = False
 
     @property
     def renames(self) -> bool:
@@ -78,7 +79,8 @@ SCALES = (
     ScaleRow(_TORCHAO, "_scale", leaf="_", even=True),  # torchao: "X._weight_qdata", "X._weight_scale" are "X.weight"
     # compressed-tensors in four bits: "X.weight_packed" and "X.weight_scale" are "X.weight"
     ScaleRow("_packed", "_scale", factor="_global_scale", divides=True, bits=4),
-    ScaleRow("_blocks", "_scales", BYTES, bits=4, groups=True),  # gpt-oss: "X_blocks" and "X_scales" are "X"
+    # gpt-oss: "X_blocks" and "X_scales" are "X", [experts, in, out], as its releases in BF16 and engines have it
+    ScaleRow("_blocks", "_scales", BYTES, bits=4, groups=True, across=True),
 )
 # A key of these endings is a scale or a mistake. "_scale" is no such ending, ".weight_scale" is.
 ONLY_SCALES = (

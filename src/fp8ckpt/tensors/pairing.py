@@ -217,14 +217,14 @@ def _of_four_bits(
     if scale.dtype != formats.TWO_LEVELS:
         if second is not None:
             return UnsupportedFormatError.of_factor(weight, second.name)
-        return QuantizedTensor(name, weight, scale, grid, activations, F4)
+        return QuantizedTensor(name, weight, scale, grid, activations, F4, across=row.across)
     if second is None:
         return MissingScaleError.of(weight, key or scale.name, None)
     if second.dtype != "F32":
         return ScaleDtypeError.of(weight, second, ("F32",))
     if second.numel != 1:
         return ScaleShapeError.of(weight, second, None, None)
-    return QuantizedTensor(name, weight, scale, grid, activations, F4, SecondLevel(second, row.divides))
+    return QuantizedTensor(name, weight, scale, grid, activations, F4, SecondLevel(second, row.divides), row.across)
 
 
 def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:

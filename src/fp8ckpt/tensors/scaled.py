@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fp8ckpt.numerics.codes import CODE_FORMATS, TARGET_BYTES
-from fp8ckpt.numerics.geometry import BlockGrid, Region, bytes_of_region, bytes_of_run, pieces, within
+from fp8ckpt.numerics.geometry import BlockGrid, Region, Shape, boxes, bytes_of_region, bytes_of_run, pieces, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.stored import TensorSpan
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 _LOGICAL = "BF16"
 _FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
+
+
+def turned(shape: Shape) -> Shape:
+    """With the last two in the other order."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 class SecondLevel(NamedTuple):
@@ -33,8 +38,9 @@ class QuantizedTensor(NamedTuple):
 
     ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``). ``code_dtype``: of the
     codes, several of which lie in a byte where they have fewer bits; then ``weight`` is of bytes, and of another shape.
-    ``second``: the second level of scales. A `fp8ckpt.tensors.tensor.Tensor` of bfloat16, or of whichever target is
-    asked for.
+    ``second``: the second level of scales. ``across``: the tensor's last two dimensions are the codes' in the other
+    order; what speaks of codes (grid, spans, `codes`, `run`) has theirs. A `fp8ckpt.tensors.tensor.Tensor` of bfloat16,
+    or of whichever target is asked for.
 
     >>> tensor = fp8ckpt.open_checkpoint("sample-fp8").quantized[0]
     >>> tensor.weight.dtype, tensor.scale.dtype, tensor.grid.per_tensor
@@ -48,6 +54,7 @@ class QuantizedTensor(NamedTuple):
     activation_scales: tuple[TensorSpan, ...]
     code_dtype: str
     second: SecondLevel | None = None
+    across: bool = False
 
     @property
     def dtype(self) -> str:
@@ -57,7 +64,7 @@ class QuantizedTensor(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return self.grid.weight_shape
+        return turned(self.grid.weight_shape) if self.across else self.grid.weight_shape
 
     @property
     def numel(self) -> int:
@@ -89,7 +96,8 @@ class QuantizedTensor(NamedTuple):
         """The codes as bytes, one dimension for each of the weight's."""
         if self.per_byte == 1:
             return self.weight
-        return self.weight._replace(dtype="U8", shape=(*self.shape[:-1], self.shape[-1] // self.per_byte))
+        *lead, last = self.grid.weight_shape
+        return self.weight._replace(dtype="U8", shape=(*lead, last // self.per_byte))
 
     @property
     def scaled(self) -> QuantizedTensor:
@@ -102,11 +110,16 @@ class QuantizedTensor(NamedTuple):
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
         """As `fp8ckpt.tensors.tensor.Tensor.reads`."""
-        return self.packed.reads(bytes_of_region(region, self.per_byte))
+        return self.packed.reads(bytes_of_region(self.of_codes(region), self.per_byte))
+
+    def of_codes(self, region: Region) -> Region:
+        """A region of the tensor in the order of its codes' dimensions."""
+        return (turned(region[0]), turned(region[1])) if self.across else region
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
         """As `fp8ckpt.tensors.tensor.Tensor.values`: one multiplication in float32, one rounding."""
         dequantizer = reader.dequantizer(self, dtype)
+        region, out = self.of_codes(region), out.swapaxes(-1, -2) if self.across else out
         for piece, codes in self.codes(region, reader):
             at: tuple[Any, ...] = (*within(piece, region), ...)  # a view, of no dimensions too
             dequantizer.region(codes, piece[0], out[at])
@@ -114,6 +127,11 @@ class QuantizedTensor(NamedTuple):
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
         """As `fp8ckpt.tensors.tensor.Tensor.elements`."""
         bits = out.view(f"u{TARGET_BYTES[dtype]}")
+        if self.across:
+            for region in boxes(self.shape, start, bits.size):
+                part, bits = bits[: prod(region[1])], bits[prod(region[1]) :]
+                self.values(region, dtype, part.reshape(region[1]), reader)
+            return
         dequantizer = reader.dequantizer(self, dtype)
         for first, count, codes in self.run(start, bits.size, reader):
             dequantizer.flat(codes, first, bits[first - start :][:count])
@@ -161,7 +179,8 @@ class QuantizedTensor(NamedTuple):
             return 0
         halves = np.empty(reader.room.size, np.uint16)
         count = 0
-        for piece, codes in self.codes(((0,) * len(self.shape), self.shape), reader):
+        shape = self.grid.weight_shape
+        for piece, codes in self.codes(((0,) * len(shape), shape), reader):
             bits = halves[: prod(piece[1])].reshape(piece[1])
             dequantizer.region(codes, piece[0], bits)
             count += int(np.count_nonzero(np.isinf(bits.view(np.float16))))
