@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("kernel", "opening", "convert", "quantize", "loading", "saving", "planning", "families", "stores")
+NAMES = ("kernel", "four_bits", "opening", "convert", "quantize", "loading", "saving", "planning", "families", "stores")
 
 for name in sys.argv[1:] or NAMES:
     import_module(f"benchmarks.{name}").main()

@@ -352,13 +352,8 @@ def catalogue() -> dict[str, Row]:
     return {**_mistral(), **_blocks(), **_tools(), **named, "a cache in FP8 alone": alone}
 
 
-_OTHERWISE = ("nothing is quantized", "a quantization that is not FP8")
 _OF_FOUR_BITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "gpt-oss": ((), _OTHERWISE),
     "DeepSeek V4 in four bits": ((), (COLUMNS,)),
-    "compressed-tensors NVFP4": (("have an activation scale",), ()),
-    "compressed-tensors MXFP4": ((), _OTHERWISE),
-    "Quark MXFP4": ((), _OTHERWISE),
 }
 
 

@@ -212,7 +212,8 @@ NVFP4 = {**GROUPED, "strategy": "tensor_group", "group_size": 16}
 
 
 def _compressed(form: str, weights: dict[str, Any]) -> dict[str, Any]:
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    inputs = {**weights, "dynamic": "local"} if weights is NVFP4 else None
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
     stated = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
     return {"quantization_config": stated}
 

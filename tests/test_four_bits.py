@@ -10,13 +10,24 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fp8ckpt import FP8StorageReader, FP8StorageWriter, convert, inspect, open_checkpoint, report, verify
+from fp8ckpt import (
+    FP8StorageReader,
+    FP8StorageWriter,
+    convert,
+    inspect,
+    load_pretrained,
+    open_checkpoint,
+    report,
+    save_model,
+    verify,
+)
 from fp8ckpt.convert import Fp8Result
 from fp8ckpt.errors import RangeError, UnsupportedFormatError
 from fp8ckpt.numerics.geometry import within
@@ -349,3 +360,63 @@ def test_a_base_in_four_bits_is_no_source(tmp_path: Path) -> None:
     source = FAMILIES["gpt-oss"].write(tmp_path / "fp4")
     with pytest.raises(UnsupportedFormatError, match="quantized already"):
         convert(source, tmp_path / "out", like=source)
+
+
+# ---------------------------------------------------------------- engines and transformers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_engines_know_the_method(name: str, written: dict[str, Checkpoint]) -> None:
+    """What is stated is what is there: no failure, and no note that a method is not known."""
+    found = verify(written[name].path, serving=True).serving
+    assert found is not None
+    assert found.failures == ()
+    assert not [note for note in found.notes if "not checked" in note or "nothing is quantized" in note]
+
+
+def gpt_oss(directory: Path) -> Path:
+    """A release of random bytes, in which the projections down are square: no shape says how they lie."""
+    config = transformers.GptOssConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=128, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"], dtype="bfloat16", architectures=["GptOssForCausalLM"],
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    with torch.device("meta"):
+        model = transformers.GptOssForCausalLM(config)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, cols, rows = tensor.shape
+            codes = rng.integers(0, 256, (experts, rows, cols // 32, 16), np.uint8)
+            tensors[f"{name}_blocks"] = Stored.codes(codes, "U8")
+            tensors[f"{name}_scales"] = Stored.codes(rng.integers(118, 124, codes.shape[:-1], np.uint8), "U8")
+        else:
+            tensors[name] = Stored.of(0.2 * rng.standard_normal(tuple(tensor.shape)).astype(np.float32), "BF16")
+    stated = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    return Family(tensors, {**config.to_dict(), "quantization_config": stated}, {}).write(directory)
+
+
+def test_gpt_oss_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    """Loaded, or converted and loaded: its parameters and its logits, bit for bit; saved by transformers or by us, it
+    goes back to the release.
+    """
+    release = gpt_oss(tmp_path / "release")
+    ours = load_pretrained(release)
+    how: dict[str, Any] = {"quantization_config": transformers.Mxfp4Config(dequantize=True), "dtype": torch.bfloat16}
+    theirs = transformers.GptOssForCausalLM.from_pretrained(release, **how)
+    expected = {name: raw(tensor) for name, tensor in theirs.state_dict().items()}
+    assert {name: raw(tensor) for name, tensor in ours.state_dict().items()} == expected
+    convert(release, tmp_path / "bf16")
+    converted = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = [model(tokens).logits for model in (theirs.eval(), ours, converted.eval())]
+    assert torch.equal(logits[1], logits[0])
+    assert torch.equal(logits[2], logits[0])
+    save_model(ours, tmp_path / "ours", to="fp8", like=release)
+    ours.save_pretrained(tmp_path / "theirs")
+    for name in ("bf16", "theirs"):
+        convert(tmp_path / name, tmp_path / f"{name} back", like=release)
+        assert read_directory(tmp_path / f"{name} back") == read_directory(release)
+    assert files_of(tmp_path / "ours") == files_of(tmp_path / "bf16 back") == files_of(release)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.like import units_of
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8, TARGETS
@@ -102,6 +103,10 @@ def _weights(
 
     def quantization(tensor: QuantizedTensor) -> Quantization:
         merged = changed.get(tensor.name) or MergedTensor(tensor, tensor.dtype, (), read_floats)
+        if tensor.across and merged.name in changed:
+            found = "an adapter changes it, and its codes lie across its rows"
+            remedy = "convert the base to bf16, merge into that, and go back by convert --like"
+            raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.weight.file, remedy=remedy)
         source = replace(merged, dtype="F32")
         return Quantization(source, spans[tensor.weight.name], spans[tensor.scale.name], tensor.grid, tensor)
 

@@ -99,6 +99,7 @@ METHODS = {
     "compressed-tensors": Method(("ignore",), _static_of_groups),
     "modelopt": Method(("exclude_modules", "ignore"), _static_of_modelopt),
     "fbgemm_fp8": Method(("modules_to_not_convert",), _never_static, True),
+    "mxfp4": Method((), _never_static),  # experts, and nothing else
     "mxfp8": Method(("ignored_layers", "modules_to_not_convert"), _never_static, True),
     "quark": Method(("exclude",), _static_of_quark),
     "w8a8_fp8": Method((), _never_static),
@@ -108,7 +109,7 @@ METHODS = {
     "quanto": Method((), _not_stated),
     "mistral": Method((), _static_of_mistral),  # params.json, which has no quant_method
 }
-METHODS |= dict.fromkeys(("modelopt_fp8", "modelopt_mxfp8", "modelopt_mixed"), METHODS["modelopt"])
+METHODS |= dict.fromkeys(("modelopt_fp8", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"), METHODS["modelopt"])
 UNKNOWN = Method((), _not_stated)
 
 
@@ -146,8 +147,9 @@ class Subject:
 
     @cached_property
     def has_codes(self) -> bool:
-        """Whether any tensor is FP8."""
-        return any(span.dtype in FP8_DTYPES for header in self.checkpoint.files for span in header.spans)
+        """Whether any tensor has codes, be its scale sound or not."""
+        spans = (span for header in self.checkpoint.files for span in header.spans)
+        return bool(self.quantized) or any(span.dtype in FP8_DTYPES for span in spans)
 
     @cached_property
     def is_readable(self) -> bool:
