@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -285,6 +286,26 @@ def test_what_was_not_trained_comes_back_byte_for_byte(name: str, to: str, tmp_p
     total = result.report.total
     assert (total.moved, total.fresh, total.clipped, total.outgrown) == (0, 0, 0, 0)
     assert total.elements == sum(t.numel for t in open_checkpoint(source).quantized)
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 5), pairs=st.integers(1, 60), two_levels=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_weights_of_any_shape_come_back(rows: int, pairs: int, two_levels: bool, seed: int) -> None:
+    """An odd number of groups, a last one of a pair of codes, a single group."""
+    rng, group = np.random.default_rng(seed), 16 if two_levels else 32
+    groups, dtype = -(-2 * pairs // group), "F8_E4M3" if two_levels else "U8"
+    tensors = {
+        "m.q.weight_packed": Stored.codes(rng.integers(0, 256, (rows, pairs), np.uint8), "U8"),
+        "m.q.weight_scale": Stored.codes(rng.integers(60, 120, (rows, groups), np.uint8), dtype),
+    }
+    if two_levels:
+        tensors["m.q.weight_global_scale"] = Stored.of(np.float32([7000]), "F32")
+    with TemporaryDirectory() as folder:
+        release, plain, back = (Path(folder) / name for name in ("release", "plain", "back"))
+        Family(tensors, {}, {}).write(release, files=1)
+        convert(release, plain)
+        convert(plain, back, like=release)
+        assert files_of(back) == files_of(release)
 
 
 @pytest.mark.parametrize("scales", ["reuse", "fresh"])
