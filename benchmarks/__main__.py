@@ -5,7 +5,19 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("kernel", "four_bits", "opening", "convert", "quantize", "loading", "saving", "planning", "families", "stores")
+NAMES = (
+    "kernel",
+    "four_bits",
+    "opening",
+    "convert",
+    "quantize",
+    "merge",
+    "loading",
+    "saving",
+    "planning",
+    "families",
+    "stores",
+)
 
 for name in sys.argv[1:] or NAMES:
     import_module(f"benchmarks.{name}").main()

@@ -16,6 +16,7 @@ from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8, TARGETS
+from fp8ckpt.numerics.quantize import E4M3
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.like import BaseLayout, PlainLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
@@ -56,6 +57,8 @@ def plan_merging(
         refuse_base(base, "merge --to bf16, and quantize that: convert --to fp8 --scheme SCHEME")
         specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in changed.items()}
         refuse_other_dtypes(specs, base)
+        for name in changed:
+            _refuse_other_codes(base.tensors[name])
     raise_first(scale_defects(base.quantized, base.cache_scales))
     for adapter in adapters:
         refuse_nonfinite(adapter)
@@ -91,6 +94,17 @@ def plan_merging(
         merged=frozenset(base.tensors[name].span.name for name in changed),
         notes=(*base.notes, *notes),
     )
+
+
+def _refuse_other_codes(tensor: Tensor) -> None:
+    if tensor.scaled is not None and tensor.scaled.code_dtype != E4M3.dtype:
+        raise UnsupportedFormatError(
+            f"an adapter of {tensor.scaled.code_dtype} codes",
+            tensor=tensor.name,
+            file=tensor.span.file,
+            expected=f"{E4M3.dtype}, into which alone adapters are merged",
+            remedy="merge --to bf16",
+        )
 
 
 def _weights(
