@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.numerics.products import add_product, count_arrived, sum_squares
+from fp8ckpt.numerics.products import Arrival, add_product, count_arrived, sum_squares
 from tests.adapters import F32, in_order
 
 
@@ -75,3 +75,11 @@ def test_what_arrived(seed: int, count: int) -> None:
     assert changed == np.count_nonzero(stored != before)
     expected = [(old**2).sum(), (delta**2).sum(), (delta * added).sum(), (added**2).sum()]
     assert np.allclose(sums - 1, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_finite_did_not_arrive() -> None:
+    """It is left out of the sums, and what is beside it is not."""
+    before, wanted = np.ones(20, np.float32), np.full(20, 2, np.float32)
+    before[3], wanted[5] = np.nan, np.inf
+    found = Arrival.of(before, wanted, wanted)
+    assert (found.elements, found.changed, found.delta, found.product, found.added) == (18, 18, 18.0, 18.0, 18.0)

@@ -134,11 +134,12 @@ class Arrival:
     @classmethod
     def of(cls, before: F32, wanted: F32, stored: F32) -> Arrival:
         """Of values [n] before, as they were to be, and as they are stored. Those that are not finite are left out."""
-        finite = np.isfinite(before) & np.isfinite(wanted)
-        if not finite.all():
-            before, wanted, stored = before[finite], wanted[finite], stored[finite]
         sums = np.zeros(4)
         changed = count_arrived(before, wanted, stored, sums)
+        if not np.isfinite(sums).all():
+            finite = np.isfinite(before) & np.isfinite(wanted) & np.isfinite(stored)
+            before, wanted, stored, sums = before[finite], wanted[finite], stored[finite], np.zeros(4)
+            changed = count_arrived(before, wanted, stored, sums)
         return cls(before.size, int(changed), *map(float, sums))
 
     def add(self, other: Arrival) -> None:
