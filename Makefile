@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 HOSTS := .venv-hosts
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-hosts test-lowest lint docs bench clean
+.PHONY: demo test test-hosts test-lowest lint docs bench campaign clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -367,7 +367,11 @@ def _of_other_names(rng: np.random.Generator) -> dict[str, Family]:
     found = {"torchao": Family(renamed, config, torchao, names=names, metadata=_of_torchao(renamed, names))}
     x = "model.layers.0.mlp.up_proj._weight_"
     own = {x + "qdata": "model.layers.0.mlp.up_proj.weight"}
-    in_blocks = {x + "qdata": codes(rng, 256, 384), x + "scale": scales(rng, "F32", 2, 3)}
+    in_blocks = {
+        x + "qdata": codes(rng, 256, 384),
+        x + "scale": scales(rng, "F32", 2, 3),
+        "model.norm.weight": plain(rng, 16),
+    }
     grid = {x + "qdata": (x + "scale", (128, 128))}
     found["torchao in blocks"] = Family(in_blocks, config, grid, names=own, metadata=_of_torchao(in_blocks, own))
 
