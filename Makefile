@@ -58,7 +58,7 @@ bench: $(INSTALLED)
 
 # How much, and of what: `make campaign SIZES="--kills 100 --only kills,disks"`; --help lists all.
 campaign: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[campaign]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[campaign]'
 	$(BIN)/python -m tests.campaign $(SIZES)
 
 clean:
