@@ -368,7 +368,7 @@ def refused(kind: type[Fp8CheckpointError], match: str, source: Path, destinatio
 def test_refusals(tmp_path: Path) -> None:
     """A source that is FP8, one without a Linear, one that holds Mistral's own layout alone."""
     base = sample(tmp_path / "released", Mistral3Sizes(layers=1, vision_layers=1))
-    refused(UnsupportedFormatError, "FP8 already", base, tmp_path / "out")
+    refused(UnsupportedFormatError, "quantized already", base, tmp_path / "out")
     (tmp_path / "none").mkdir()
     write_safetensors(tmp_path / "none/model.safetensors", {"model.norm.weight": Stored.of(np.ones(3), "BF16")})
     refused(
