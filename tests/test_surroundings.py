@@ -83,7 +83,10 @@ def test_destinations_that_cannot_be(
     [
         ("nowhere", "; check the path\n"),
         ("./nowhere", "; check the path\n"),
-        ("org/nowhere", "; check the path; or, for a model of the hub, fetch it first: hf download org/nowhere\n"),
+        (
+            "org/nowhere",
+            "; check the path; or, for a model of the hub, fetch it first: hf download org/nowhere; or read it there: hf://org/nowhere\n",
+        ),
         ("a/b/c", "; check the path\n"),
     ],
 )

@@ -170,10 +170,13 @@ def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Return when the names in ``directory`` are on disk."""
+    """Return when the names in ``directory`` are on disk, where its file system can say so."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         flush(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # /proc, and some that are far away, flush files alone
+            raise
     finally:
         os.close(fd)
 

@@ -88,9 +88,9 @@ class BaseLayout:
     over put right.
 
     Put right: scales of whole matrices of shape ``[1, 1]`` become ``[1]``; activation scales that are not there for all
-    weights are left out; the configuration is the one given; several files get an index; Mistral's ``params.json`` is
-    left out beside Hugging Face files. ``layouts``: files of weights; ``texts``: others that are written anew;
-    ``copies``: others that are copied.
+    weights are left out, unless modules are stated one by one; the configuration is the one given; several files get an
+    index; Mistral's ``params.json`` is left out beside Hugging Face files. ``layouts``: files of weights; ``texts``:
+    others that are written anew; ``copies``: others that are copied.
     """
 
     def __init__(self, base: Checkpoint, *, served: Json | None = None) -> None:
@@ -99,7 +99,8 @@ class BaseLayout:
         self._left_out: set[str] = set()
         self._flat: set[str] = set()
         if served is not None:
-            if not has_activation_scales(base):
+            one_by_one = block_sizes(base.store, base.config).grouped.values  # some modules have them, and others none
+            if not one_by_one and not has_activation_scales(base):
                 self._left_out = {span.name for tensor in quantized for span in tensor.activation_scales}
             self._flat = {tensor.scale.name for tensor in with_needless_dimensions(base)}
         self.layouts = tuple(self._layout(header) for header in base.files)
