@@ -1,5 +1,5 @@
-"""`convert` of a layer of real width against `cp` of its output; and of a block-scaled checkpoint against
-compressed-tensors.
+"""`convert` of a layer of real width against the disk's floor and `cp` of its output; and of a block-scaled checkpoint
+against compressed-tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.measuring import child, interleaved, keep, show
+from benchmarks.measuring import child, interleaved, keep, show, write_durably
 from fp8ckpt import convert, sample, verify
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 
@@ -83,9 +83,14 @@ def against_cp(work: Path) -> None:
         cp()
         subprocess.run(["sync", *map(str, (work / "copy").iterdir())], check=True)
 
+    def raw() -> None:
+        (work / "raw").unlink(missing_ok=True)
+        write_durably(work / "raw", written)
+
     rows = interleaved(
         {
             "ours (on disk when it returns)": ours,
+            "raw durable write of as many bytes": raw,
             "cp of the output (in the page cache)": cp,
             "cp of the output, sync": cp_and_sync,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -67,6 +69,25 @@ def interleaved(
         name: {"median": statistics.median(times), "least": min(times), "most": max(times)}
         for name, times in seconds.items()
     }
+
+
+def write_durably(file: Path, size: int, threads: int = 2, piece: int = 4 << 20) -> None:
+    """The floor of whatever writes so many bytes and has them on disk: direct writes alone, in pieces of 4 MiB."""
+    fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o644)
+    try:
+        os.ftruncate(fd, -(-size // piece) * piece)
+
+        def write(first: int) -> None:
+            buffer = mmap.mmap(-1, piece)  # direct writes need a buffer that begins at a page
+            buffer.write(os.urandom(piece))
+            for start in range(first * piece, size, threads * piece):
+                os.pwrite(fd, buffer, start)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(write, range(threads)))
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:

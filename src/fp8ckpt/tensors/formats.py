@@ -177,13 +177,16 @@ def weight_shape(row: ScaleRow, span: Stored, codes: str) -> tuple[int, ...]:
     return (*lead, 2 * last)
 
 
+_RENAMING = tuple(row for row in SCALES if row.renames)
+
+
 def logical_name(codes: str) -> str:
     """The name of the weight whose codes are stored under ``codes``: torchao's "X._weight_qdata" is "X.weight".
 
     For keys of codes only: another tensor may have such a name as its own.
     """
-    for row in SCALES:
-        if row.renames and codes.endswith(row.weight):
+    for row in _RENAMING:
+        if codes.endswith(row.weight):
             module, dot, leaf = codes.removesuffix(row.weight).rpartition(".")
             if leaf.startswith(row.leaf):
                 return module + dot + leaf.removeprefix(row.leaf)
