@@ -13,6 +13,7 @@ NAMES = (
     "quantize",
     "merge",
     "loading",
+    "moe",
     "saving",
     "planning",
     "families",

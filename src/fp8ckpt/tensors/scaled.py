@@ -39,8 +39,8 @@ class QuantizedTensor(NamedTuple):
     ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``). ``code_dtype``: of the
     codes, several of which lie in a byte where they have fewer bits; then ``weight`` is of bytes, and of another shape.
     ``second``: the second level of scales. ``across``: the tensor's last two dimensions are the codes' in the other
-    order; what speaks of codes (grid, spans, `codes`, `run`) has theirs. A `fp8ckpt.tensors.tensor.Tensor` of bfloat16,
-    or of whichever target is asked for.
+    order; what speaks of codes (grid, spans, ``codes``, ``run``) has theirs. A `fp8ckpt.tensors.tensor.Tensor` of
+    bfloat16, or of whichever target is asked for.
 
     >>> tensor = fp8ckpt.open_checkpoint("sample-fp8").quantized[0]
     >>> tensor.weight.dtype, tensor.scale.dtype, tensor.grid.per_tensor
