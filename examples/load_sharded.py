@@ -10,6 +10,7 @@ Each rank reads the bytes of its own shards, once, and holds no second copy of a
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 
 import torch
@@ -75,6 +76,8 @@ def main() -> None:
     train(model, arguments.steps, mesh.device_type)
     if arguments.out:
         fp8ckpt.save_model(model, arguments.out, to=arguments.to, like=arguments.checkpoint)
+    del model, logits
+    gc.collect()  # a sharded model holds itself, and its group: where they outlive this function, gloo may abort
     dist.barrier()
     dist.destroy_process_group()
 
