@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import HOSTS_PYTHON, ROOT, keep
+from benchmarks.measuring import HOSTS_PYTHON, ROOT, in_ranks, keep
 from fp8ckpt import sample
 from fp8ckpt.sample import Mistral3Sizes
 
@@ -23,16 +21,7 @@ ROUNDS = 3
 def load_once(kind: str, source: Path, ranks: int) -> dict[str, Any]:
     """One load in fresh processes; rank 0's figures."""
     python = str(HOSTS_PYTHON) if kind.startswith("nemo") else sys.executable
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    launcher = torchrun if ranks > 1 else [python]
-    command = [*launcher, str(ROOT / "benchmarks" / "load_once.py"), kind, str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
-    result: dict[str, Any] = json.loads(
-        next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    )
-    return result
+    return in_ranks(ranks, ROOT / "benchmarks" / "load_once.py", kind, source, python=python)
 
 
 def main() -> None:

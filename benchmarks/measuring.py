@@ -134,6 +134,19 @@ def child(code: str, *arguments: object, python: str = sys.executable) -> dict[s
     return result
 
 
+def in_ranks(ranks: int, script: Path, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
+    """Run a script in fresh processes, under torchrun if there are several; what rank 0 prints in JSON."""
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*(torchrun if ranks > 1 else [python]), str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    result: dict[str, Any] = json.loads(
+        next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    )
+    return result
+
+
 def keep(name: str, result: dict[str, Any]) -> None:
     """Write a dated result, with the machine's facts."""
     RESULTS.mkdir(exist_ok=True)

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measuring import ROOT, keep
+from benchmarks.measuring import in_ranks, keep
 
 # Two layers of Qwen3-30B-A3B: 1.2 GB of codes in 128 x 128 blocks, 768 experts' tensors.
 LAYERS, EXPERTS, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2, 128, 2048, 768, 32, 4, 128, 4096
@@ -117,29 +115,16 @@ def release(directory: Path) -> Path:
     return directory
 
 
-def load_once(kind: str, source: Path, ranks: int) -> dict[str, Any]:
-    script = source.parent / "load_once.py"
-    script.write_text(LOAD_ONCE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*(torchrun if ranks > 1 else [sys.executable]), str(script), kind, str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
-    result: dict[str, Any] = json.loads(
-        next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    )
-    return result
-
-
 def main() -> None:
     figures: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
-        source = release(Path(work) / "fp8")
+        source, script = release(Path(work) / "fp8"), Path(work) / "load_once.py"
+        script.write_text(LOAD_ONCE)
         size = sum(file.stat().st_size for file in source.iterdir())
         for _ in range(ROUNDS):
             for ranks in (1, 2):
                 for kind in ("ours", "transformers"):
-                    figures.setdefault(f"{kind}, {ranks}", []).append(load_once(kind, source, ranks))
+                    figures.setdefault(f"{kind}, {ranks}", []).append(in_ranks(ranks, script, kind, source))
     checksums = {run["checksum"] for runs in figures.values() for run in runs}
     assert len(checksums) == 1, figures  # the same bits in every parameter, or the figures mean nothing
     print(f"\nloading {size / 1e9:.2f} GB of experts into fresh memory (best of {ROUNDS}); ranks of ours are FSDP2's")
