@@ -28,7 +28,7 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
 from tests.campaign.trial import STEPS, digests
-from tests.miniatures import Family, families
+from tests.miniatures import COMPRESSED, Family, codes, families, scales
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.stopping import CHUNK, CHUNKS, run_until
 from tests.test_resume import GOES_ON, fail_after
@@ -1069,6 +1069,28 @@ def test_serving_changes_nothing_that_is_right(name: str, tmp_path: Path) -> Non
     assert {failure.found for failure in after.serving.failures} <= {
         failure.found for failure in before.serving.failures
     }
+
+
+def test_serving_keeps_the_activation_scales_of_one_group_of_several(tmp_path: Path) -> None:
+    """Groups of one block size, of which one states static activations: what it has is there for the engine."""
+    rng = np.random.default_rng(7)
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    group = {"weights": scheme, "input_activations": {**scheme, "dynamic": True, "strategy": "token"}}
+    static = {"targets": ["re:.*o_proj$"], **group, "input_activations": scheme}
+    groups = {"group_0": static, "group_1": {"targets": ["re:.*up_proj$"], **group}}
+    config = {"quantization_config": {**COMPRESSED, "config_groups": groups}}
+    o, up = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    tensors = {
+        o: codes(rng, 24, 16), f"{o}_scale": scales(rng, "F32", 1),
+        o.replace("weight", "input_scale"): scales(rng, "F32", 1),
+        up: codes(rng, 24, 16), f"{up}_scale": scales(rng, "F32", 1),
+    }  # fmt: skip
+    blocks = {name: (f"{name}_scale", (24, 16)) for name in (o, up)}
+    base = Family(tensors, config, blocks, (o.replace("weight", "input_scale"),)).write(tmp_path / "fp8")
+    assert verify(base, serving=True).ok
+    convert(base, tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "out", to="fp8", like=base, serving=True)
+    assert_same_tree(tmp_path / "out", base)
 
 
 def test_progress_goes_on_over_both_passes(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

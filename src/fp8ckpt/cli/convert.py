@@ -62,7 +62,7 @@ def convert(
     ] = None,
     scheme: Annotated[
         str | None,
-        word("per-tensor", "block", "channel", also=_SCHEMES, help="With --to fp8, without a base: how to quantize."),
+        word("per-tensor", "block", "channel", also=_SCHEMES, help="Without a base: to FP8, and how to quantize."),
     ] = None,
     scales: Annotated[
         str,

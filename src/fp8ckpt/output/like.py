@@ -22,7 +22,16 @@ from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
-from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, dump_json, metadata_without_quantization
+from fp8ckpt.tensors.config import (
+    CONFIG,
+    MISTRAL_CONFIG,
+    Json,
+    dump_json,
+    metadata_without_quantization,
+    modelopt_quantization,
+    quantization_config,
+)
+from fp8ckpt.tensors.groups import one_by_one
 from fp8ckpt.tensors.header import Header
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Tensor
@@ -99,8 +108,8 @@ class BaseLayout:
         self._left_out: set[str] = set()
         self._flat: set[str] = set()
         if served is not None:
-            one_by_one = block_sizes(base.store, base.config).grouped.values  # some modules have them, and others none
-            if not one_by_one and not has_activation_scales(base):
+            stated = (quantization_config(base.config), modelopt_quantization(base.store))
+            if not any(map(one_by_one, stated)) and not has_activation_scales(base):
                 self._left_out = {span.name for tensor in quantized for span in tensor.activation_scales}
             self._flat = {tensor.scale.name for tensor in with_needless_dimensions(base)}
         self.layouts = tuple(self._layout(header) for header in base.files)

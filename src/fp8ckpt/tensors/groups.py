@@ -87,6 +87,11 @@ def groups(quantization: Json) -> Iterator[tuple[list[str], Json]]:
             yield targets or [LINEAR], group
 
 
+def one_by_one(quantization: Json) -> bool:
+    """Whether modules are stated apart, so that what holds of one need not hold of another."""
+    return next(layers(quantization), None) is not None or len([*groups(quantization)]) > 1
+
+
 def layers(quantization: Json) -> Iterator[tuple[str, Json]]:
     """The (module, layer) of each of ModelOpt's ``quantized_layers``."""
     stated = quantization.get("quantized_layers")
