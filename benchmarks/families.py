@@ -20,6 +20,7 @@ import transformers
 from tests.distributed import assert_same, run
 from tests.families.releases import RELEASES, Release
 from tests.families.test_there_and_back import SHARDINGS, assert_loaded, assert_released, files_of, logits
+from transformers.distributed import DistributedConfig
 
 from benchmarks.measuring import ROOT
 from fp8ckpt import convert, inspect, load_pretrained, save_model, verify
@@ -133,7 +134,8 @@ def there_and_back(root: Path, sharding: str) -> dict[str, str]:
             continue
         row, found[name] = Row(name, root, {}), ""
         try:
-            model = load_pretrained(row.path, parallelize=SHARDINGS[sharding])
+            how = SHARDINGS[sharding] if sharding in SHARDINGS else DistributedConfig(tp_size=2)
+            model = load_pretrained(row.path, parallelize=how)
             assert_loaded(model, name, row.path)
             save_model(model, row.out(sharding), to="fp8", like=row.path)
             assert_released(row.out(sharding), name, row.path)
@@ -149,6 +151,7 @@ CHECKS: dict[str, Callable[[Row], str]] = {
     "load_pretrained": _load_pretrained,
     "FSDP2 x 2": _sharded("_fsdp"),
     "EP x 2": _sharded("_experts"),
+    "tp_plan x 2": _sharded("tp_plan"),
     "save_model": _save_model,
     "save_pretrained, --like": _by_transformers,
     "stacked, --like; verify": _stacked,
@@ -166,6 +169,7 @@ released, and every check on it. Nothing here is close: files are compared byte 
 | from_pretrained | transformers loads that BF16 without missing or unexpected keys |
 | load_pretrained | straight from the FP8 files: the parameters of that model, and its logits |
 | FSDP2 x 2, EP x 2 | the same on two ranks, sharded, or each with half of the experts; saved: the release's bytes |
+| tp_plan x 2 | the same, sharded by the model's own plan of tensor parallelism, as transformers shards it |
 | save_model | as FP8: the release's bytes; as BF16: what `convert` writes |
 | save_pretrained, --like | what transformers saves, back by `convert --to fp8 --like`: the release's bytes |
 | stacked, --like; verify | the model's own layout, back by the same: the release's bytes; `verify` finds them equal |
@@ -210,7 +214,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
         for name, release in RELEASES.items():
             release.write(Path(work) / name)
-        sharded = {how: run(2, there_and_back, Path(work), how)[0] for how in ("_fsdp", "_experts")}
+        sharded = {how: run(2, there_and_back, Path(work), how)[0] for how in ("_fsdp", "_experts", "tp_plan")}
         for name in RELEASES:
             row = Row(name, Path(work), sharded)
             found.append((name, *cells(row)))

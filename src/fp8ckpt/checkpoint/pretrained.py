@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
-from fp8ckpt.families.transformers_tables import configured_model, keep_in_float32
+from fp8ckpt.families.transformers_tables import configured_model, distributed, keep_in_float32
 from fp8ckpt.ranks import ranks_of_group
 from fp8ckpt.stores.local import local_copy
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG
+
+if TYPE_CHECKING:
+    from transformers.distributed.configuration_utils import DistributedConfig
 
 _GENERATION = "generation_config.json"
 
@@ -24,7 +27,7 @@ _GENERATION = "generation_config.json"
 def load_pretrained(
     path: CheckpointLike,
     *,
-    parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
+    parallelize: Callable[[nn.Module], nn.Module | None] | DistributedConfig | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     partial: bool = False,
@@ -33,7 +36,9 @@ def load_pretrained(
     """Build the transformers model that ``config.json`` names, on the meta device; shard, materialize and load it;
     return it.
 
-    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module.
+    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. Or
+    it is a ``DistributedConfig`` of transformers: the model is sharded by its own plans (TP, EP, FSDP2, PP), as
+    ``from_pretrained(distributed_config=)`` does.
     ``dtype`` is that of the parameters, but for those that transformers itself keeps in float32 (DeepSeek's
     ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
     ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index does not list
@@ -47,7 +52,12 @@ def load_pretrained(
     checkpoint, model = ranks.together(lambda: _built(path, dtype, follow_index))
 
     def shard() -> Any:
-        sharded: Any = model if parallelize is None else parallelize(model) or model
+        if parallelize is None:
+            sharded: Any = model
+        elif callable(parallelize):
+            sharded = parallelize(model) or model
+        else:
+            sharded = distributed(model, parallelize)
         return sharded.to_empty(device=device)
 
     model = ranks.together(shard)

@@ -26,11 +26,15 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 def tie(model: Any) -> None:
     """Make one parameter of what the configuration ties and `to_empty` has taken apart.
 
-    Sharded parameters stay as the caller's parallelization made them: there it decides what is shared.
+    Sharded parameters stay as the caller's parallelization made them: there it decides what is shared; but for those
+    that transformers has sharded, which ties them afterwards.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    theirs = getattr(model, "is_distributed_loading_by_transformers", False)
     for target, source in _tied_by_configuration(model).items():
         a, b = parameters.get(target), parameters.get(source)
-        if a is not None and b is not None and a is not b and not isinstance(a, DTensor) and not isinstance(b, DTensor):
-            model.tie_weights()
+        if a is None or b is None or a is b:
+            continue
+        if theirs or not (isinstance(a, DTensor) or isinstance(b, DTensor)):
+            model.tie_weights(recompute_mapping=not theirs)
             return

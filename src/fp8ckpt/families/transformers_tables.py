@@ -69,6 +69,19 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
         torch.set_default_dtype(before)
 
 
+def distributed(model: Any, how: Any) -> Any:
+    """A model on the meta device, sharded by its own plans as ``from_pretrained(distributed_config=how)`` shards it:
+    what is tied is taken apart before, for plans that name the head, and tied again by whoever fills it.
+    """
+    for target in model.all_tied_weights_keys:
+        owner, _, leaf = target.rpartition(".")
+        parameter = model.get_parameter(target)
+        apart = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(owner), leaf, apart)
+    how, _, meshes = model.prepare_distribute_model(how)
+    return model.maybe_distribute_model(model, how, meshes)
+
+
 def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     """How the tensors ``own`` of a transformers model are made of those ``stored`` in a file, by the rules by which
     ``from_pretrained`` makes them.
