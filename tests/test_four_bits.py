@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
@@ -37,7 +40,7 @@ from fp8ckpt.tensors.checkpoint import Checkpoint
 from tests import oracle
 from tests.checkpoint.test_save_fp8 import assert_same_report, plain_save, small_steps, tensors_of
 from tests.distributed import run
-from tests.miniatures import Family, four_bits
+from tests.miniatures import Family, Packed, four_bits
 from tests.oracle import Stored, read_directory, write_safetensors
 from tests.test_convert import cut
 
@@ -226,13 +229,16 @@ def trained(family: Family, rng: np.random.Generator, dtype: str) -> dict[str, S
     return found
 
 
-def four_bits_of(family: Family, stored: str, values: Stored, *, fresh: bool) -> tuple[bytes, bytes]:
-    """The oracle: the codes and the scales, element by element and group by group."""
+def four_bits_of(
+    family: Family, stored: str, values: Stored, *, fresh: bool, factor: Stored | None = None
+) -> tuple[bytes, bytes]:
+    """The oracle: the codes and the scales, element by element and group by group; under a new ``factor`` all fresh."""
     packed, (key, block) = family.packed[stored], family.blocks[stored]
     scale, old = family.tensors[key], Stored("F4", packed.shape, family.tensors[stored].data)
     more: dict[str, Any] = {}
     if packed.factor is not None:
-        more = {"factor": family.tensors[packed.factor], "divides": packed.divides}
+        more = {"factor": factor or family.tensors[packed.factor], "divides": packed.divides}
+        fresh = fresh or factor is not None
     before, amax = oracle.multipliers(scale, **more), oracle.maxima(values, block)
     codes = oracle.quantize(values, scale, block, codes="F4", **more)
     wide = values.array.astype(np.float32)
@@ -249,6 +255,24 @@ def four_bits_of(family: Family, stored: str, values: Stored, *, fresh: bool) ->
     chosen = new if fresh else np.where(keep, np.frombuffer(scale.data, np.uint8).reshape(new.shape), new)
     chosen_scale = Stored.codes(chosen, scale.dtype)
     return oracle.quantize(values, chosen_scale, block, codes="F4", **more), chosen_scale.data
+
+
+def new_factor(family: Family, unit: dict[str, Stored], *, fresh: bool) -> Stored | None:
+    """The oracle: a new factor of weights that share one, whose values are ``unit``; None where they keep theirs."""
+    largest, exact = np.float32(0), True
+    for stored, values in unit.items():
+        packed = family.packed[stored]
+        if packed.factor is None:
+            return None
+        wide = values.array.astype(np.float32)
+        largest = max(largest, np.abs(wide).max())
+        exact &= wide.tobytes() == family.expected("F32")[family.name(stored)].data
+        before = family.tensors[packed.factor].array.reshape(()).astype(np.float32)
+    wanted = largest / np.float32(6) * before if packed.divides else largest / (np.float32(6) * before)
+    if not fresh and wanted <= 464 and (wanted >= 28 or largest == 0 or exact):
+        return None
+    value = np.float32(2688) / largest if packed.divides else largest / np.float32(2688)
+    return Stored.of(np.full(family.tensors[packed.factor].shape, value, np.float32), "F32")
 
 
 def fresh_of(amax: np.ndarray, dtype: str, more: dict[str, Any]) -> np.ndarray:
@@ -324,7 +348,8 @@ def test_trained_values_go_back_as_the_oracle(
     written = read_directory(tmp_path / "out")
     for stored in family.packed:
         values = family.packed[stored].turned(tensors[family.name(stored)])
-        codes, of_groups = four_bits_of(family, stored, values, fresh=scales == "fresh")
+        factor = new_factor(family, {stored: values}, fresh=scales == "fresh")
+        codes, of_groups = four_bits_of(family, stored, values, fresh=scales == "fresh", factor=factor)
         assert written[stored].data == codes
         assert written[family.blocks[stored][0]].data == of_groups
     cut(monkeypatch, 4096, 1)
@@ -351,29 +376,119 @@ def save_in_shards(source: Path, base: Path, destination: Path, dim: int) -> int
 
 @pytest.mark.parametrize(
     ("name", "size", "dim"),
-    [("gpt-oss", 5, -1), ("ModelOpt mixed with NVFP4", 3, -1), ("compressed-tensors NVFP4", 2, 0)],
+    [("gpt-oss", 5, -1), ("new factors", 3, -1), ("new factors", 2, 0)],
 )
 def test_shards_that_cut_a_group_or_a_byte_in_two(name: str, size: int, dim: int, tmp_path: Path) -> None:
-    """Shards of odd widths: a byte's halves, and a group's elements, lie on two ranks; the files are a conversion's."""
-    family = FAMILIES[name]
-    base = family.write(tmp_path / "fp4")
-    source = write_plain(tmp_path / "source", trained(family, np.random.default_rng(5), "BF16"))
+    """Shards of odd widths: a byte's halves, and a group's elements, lie on two ranks, and a factor is of all of
+    them; the files are a conversion's.
+    """
+    if name == "gpt-oss":
+        family = FAMILIES[name]
+        tensors = trained(family, np.random.default_rng(5), "BF16")
+    else:
+        family, tensors = with_siblings(divides=size == 2)
+    base, source = family.write(tmp_path / "fp4"), write_plain(tmp_path / "source", tensors)
     convert(source, tmp_path / "expected", like=base)
     written = run(size, save_in_shards, source, base, tmp_path / "out", dim)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
     assert sum(written) == sum(len(tensor.data) for tensor in family.tensors.values())
 
 
-def test_a_factor_that_is_too_small_is_refused_by_name(tmp_path: Path) -> None:
-    """A group that 448 times the factor cannot hold: nothing is written."""
-    family = FAMILIES["ModelOpt NVFP4"]
-    base, tensors = family.write(tmp_path / "fp4"), family.expected()
-    values = tensors["m.q.weight"].array.astype(np.float32)
-    values[3, 7] = 1
-    source = write_plain(tmp_path / "source", {**tensors, "m.q.weight": Stored.of(values, "BF16")})
-    with pytest.raises(RangeError, match="scale beyond the range of F8_E4M3 under the base's factor"):
-        convert(source, tmp_path / "out", like=base)
-    assert not (tmp_path / "out").exists()
+def with_siblings(*, divides: bool) -> tuple[Family, dict[str, Stored]]:
+    """An NVFP4 release whose q and k, gate and up, share a factor, and what its training made of it.
+
+    q outgrows its factor, and k does not; gate and up shrink beyond what precision allows; o is all zeros; v and down
+    are so small for their factors that they keep them only because every element is given back.
+    """
+    rng = np.random.default_rng(9)
+    ending, scaling = ("_packed", "_global_scale") if divides else ("", "_scale_2")
+    family = Family({}, {}, {})
+    for leaf, of in {"q": 0.4, "k": 0.4, "v": 40, "o": 0.3, "gate": 0.2, "up": 0.2, "down": 9}.items():
+        name = f"model.layers.0.{leaf}_proj.weight"
+        codes, scale, factor = name + ending, f"{name}_scale", name + scaling
+        low = {"v": 20, "down": 20}.get(leaf, 60)
+        both = rng.choice(np.delete(np.arange(16, dtype=np.uint8), 8), (2, 24, 36))  # the library has no negative zero
+        family.tensors[codes] = Stored.codes(both[0] | both[1] << np.uint8(4), "U8")
+        family.tensors[scale] = Stored.codes(rng.integers(low, 2 * low - 8, (24, 5), np.uint8), "F8_E4M3")
+        value = np.full((1,) if divides else (), 2688 / of if divides else of / 2688, np.float32)
+        family.tensors[factor] = Stored.of(value, "F32")
+        family.blocks[codes] = (scale, (1, 16))
+        family.names[codes] = name
+        family.packed[codes] = Packed((24, 72), factor, divides)
+    tensors = family.expected("F32")
+    for leaf, times in {"q": 30, "k": 1.3, "o": 0, "gate": 0.01, "up": 0.003}.items():
+        name = f"model.layers.0.{leaf}_proj.weight"
+        tensors[name] = Stored.of(tensors[name].array * np.float32(times) + 0, "F32")  # no negative zero
+    return family, tensors
+
+
+UNITS = {"q k": True, "v": False, "o": False, "gate up": True, "down": False}
+
+
+def written_by_compressed_tensors(unit: list[np.ndarray]) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The factor that joins them, and of each the codes and scales, all by the library."""
+    arguments = QuantizationArgs(
+        num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16,
+        scale_dtype=torch.float8_e4m3fn, zp_dtype=torch.float8_e4m3fn,
+    )  # fmt: skip
+    whole = torch.from_numpy(np.stack(unit))
+    factor = generate_gparam(whole.min(), whole.max())
+    made = []
+    for values in whole:
+        padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 16))  # the last group is of eight
+        groups = padded.reshape(len(values), -1, 16)
+        scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments, factor)
+        packed = quantize_and_pack_fp4(padded, scales, global_scale=factor, group_size=16)[:, : values.shape[1] // 2]
+        made.append((raw(packed), raw(scales.to(torch.float8_e4m3fn))))
+    return raw(factor), made
+
+
+@pytest.mark.parametrize("scales", ["reuse", "fresh"])
+@pytest.mark.parametrize("divides", [False, True])
+def test_a_new_factor_is_the_librarys_and_the_siblings(
+    *, divides: bool, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided of all of a weight and its siblings: converted, in pages, saved in steps and in shards, all are the
+    oracle's bytes, and the report says which are new.
+    """
+    family, tensors = with_siblings(divides=divides)
+    base, source = family.write(tmp_path / "fp4"), write_plain(tmp_path / "source", tensors)
+    result = convert(source, tmp_path / "out", like=base, scales=scales)
+    assert isinstance(result, Fp8Result)
+    assert result.report is not None
+    written, keys = read_directory(tmp_path / "out"), {name: stored for stored, name in family.names.items()}
+    reported = {row.name: row for row in result.report.weights}
+    for leaves, made_anew in UNITS.items():
+        unit = {keys[f"model.layers.0.{leaf}_proj.weight"]: tensors[f"model.layers.0.{leaf}_proj.weight"]
+                for leaf in leaves.split()}  # fmt: skip
+        factor = new_factor(family, unit, fresh=scales == "fresh") if leaves != "o" else None
+        if leaves == "o" and scales == "fresh":  # of zeros it is 1
+            factor = Stored.of(np.ones((1,) if divides else (), np.float32), "F32")
+        assert (factor is not None) == (made_anew or scales == "fresh")
+        for stored, values in unit.items():
+            packed, row = family.packed[stored], reported[family.name(stored)]
+            expected = factor or family.tensors[packed.factor or ""]
+            assert written[packed.factor or ""].data == expected.data
+            codes, of_groups = four_bits_of(family, stored, values, fresh=scales == "fresh", factor=factor)
+            assert written[stored].data == codes
+            assert written[family.blocks[stored][0]].data == of_groups
+            assert (row.fresh_factors, row.scales) == (factor is not None, 24 * 5)
+            assert row.fresh == (120 if factor is not None else row.fresh)
+        if divides and factor is not None:
+            theirs, made = written_by_compressed_tensors([values.array for values in unit.values()])
+            assert factor.data == theirs
+            assert [(written[s].data, written[family.blocks[s][0]].data) for s in unit] == made
+    assert result.report.total.fresh_factors == (7 if scales == "fresh" else 4)
+    cut(monkeypatch, 512, 1)
+    again = convert(source, tmp_path / "pages", like=base, scales=scales, workers=2)
+    assert isinstance(again, Fp8Result)
+    assert_same_report(again.report, result.report)
+    assert files_of(tmp_path / "pages") == files_of(tmp_path / "out")
+    for step in (1 << 19, 100):
+        small_steps(monkeypatch, step)
+        saved = plain_save(tensors_of(source), tmp_path / f"saved {step}", base, scales=scales)
+        assert_same_report(saved.report, result.report)
+        assert files_of(tmp_path / f"saved {step}") == files_of(tmp_path / "out")
 
 
 def test_a_base_in_four_bits_is_no_source(tmp_path: Path) -> None:

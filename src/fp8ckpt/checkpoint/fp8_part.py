@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from fp8ckpt.checkpoint.directory_writer import region_of, resolved, write_region
 from fp8ckpt.checkpoint.save_report import Tallies
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, Halves, ShardQuantizer, WaitingBlocks, count_nonfinite
-from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_waiting, number_blocks
+from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_unknown, number_blocks
 from fp8ckpt.checkpoint.storage_writer import cast
 from fp8ckpt.encodings.results import QuantizationReport
 from fp8ckpt.errors import WeightValueError
@@ -23,6 +24,7 @@ from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.ranks import BEYOND, Ranks, threads_of_this_rank
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.workers import share
 
@@ -31,8 +33,8 @@ _LEAST_STEP = 1 << 16  # of a machine with a thousand cores
 
 
 class Task(NamedTuple):
-    """What a rank must know: of how many it is one, of which weight each of its weights shares the scale (units of two
-    or more), and what is carried from the base.
+    """What a rank must know: of how many it is one, of which weight each of its weights shares the one scale or the
+    factor (units of two or more), and what is carried from the base.
     """
 
     size: int
@@ -113,15 +115,22 @@ class Part:
             name = item.index.fqn
             tensor = self._base.tensors[name]
             if tensor.scaled is not None:
-                self._shards.append(
-                    Shard(item, tensor.scaled, numbers[self._task.leader.get(name, name)], name in self._task.leader)
-                )
+                self._shards.append(self._shard(item, tensor.scaled, numbers))
             else:
                 self._plain.append((item, tensor.span))
         self._waiting = WaitingBlocks(self._shards, self._step)
         quantizers = self._quantizers()
-        share(self._cuts(cut_waiting), [quantizer.look for quantizer in quantizers])
+        share(self._cuts(cut_unknown), [quantizer.look for quantizer in quantizers])
         return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
+
+    def _shard(self, item: WriteItem, weight: QuantizedTensor, numbers: Mapping[str, int]) -> Shard:
+        name = weight.name
+        leader = self._task.leader.get(name, name)
+        if weight.second is None:
+            return Shard(item, weight, numbers[leader], name in self._task.leader)
+        of_leader = self._base.tensors[leader].scaled
+        assert of_leader is not None
+        return Shard(item, weight, numbers[name], False, numbers[leader] + prod(of_leader.grid.shape))
 
     def _write(self) -> _Wrote:
         quantizers = self._quantizers()

@@ -130,18 +130,18 @@ class FP8StorageWriter(DirectoryWriter):
         held = [tensor for name, tensor in base.tensors.items() if name not in carried]
         sharded = {tensor.name for tensor in held if tensor.scaled is None}
         filled = [tensor.scaled for tensor in held if tensor.scaled is not None and tensor.numel]
-        sharded |= {span.name for tensor in filled for span in (tensor.weight, tensor.scale)}
+        sharded |= {span.name for tensor in filled for span in (tensor.weight, *tensor.scales)}
         self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
         self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel and tensor.per_byte == 1}
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
-        per_tensor = (
+        joint = (
             tensor
             for tensor in self._base_of_output().quantized
-            if tensor.grid.per_tensor and tensor.scale.nbytes and tensor.per_byte == 1
+            if tensor.scale.nbytes and (tensor.second or (tensor.grid.per_tensor and tensor.per_byte == 1))
         )
-        leader = {name: unit[0] for unit in equal_units(stored_scales(per_tensor)) if len(unit) > 1 for name in unit}
+        leader = {name: unit[0] for unit in equal_units(stored_scales(joint)) if len(unit) > 1 for name in unit}
         return [
             dataclasses.replace(
                 plan,

@@ -32,16 +32,16 @@ class Tallies:
     def __init__(self, base: Checkpoint, *, fresh: bool) -> None:
         self._base = base
         self._rows = {tensor.name: row for row, tensor in enumerate(base.quantized)}
-        self._sums: Rows = np.zeros((len(self._rows), _SUMS + 2))
+        self._sums: Rows = np.zeros((len(self._rows), _SUMS + 3))
         self._maxima: Rows = np.zeros((len(self._rows), 2))
         self._lock = threading.Lock()
         self._fresh = fresh
 
-    def add(self, name: str, tally: Tally, kept: int, made: int) -> None:
-        """Take in what was counted in a part of a weight."""
+    def add(self, name: str, tally: Tally, kept: int, made: int, factors: int) -> None:
+        """Take in what was counted in a part of a weight; ``factors``: 1 with the part that writes a new one."""
         row, counts = self._rows[name], astuple(tally)
         with self._lock:
-            self._sums[row] += (*counts[:_SUMS], kept, made)
+            self._sums[row] += (*counts[:_SUMS], kept, made, factors)
             self._maxima[row] = np.maximum(self._maxima[row], counts[_SUMS:])
 
     def report(self, ranks: Ranks, carried: Collection[str]) -> QuantizationReport:
@@ -67,7 +67,8 @@ class Tallies:
 
 
 def _report_of(name: str, sums: Rows, maxima: Rows) -> WeightReport:
-    elements, moved, clipped, outgrown, magnitude, error, kept, made = sums.tolist()
+    elements, moved, clipped, outgrown, magnitude, error, *scales = sums.tolist()
+    kept, made, factors = map(int, scales)
     counts = int(elements), int(moved), int(clipped), int(outgrown)
     tally = Tally(*counts, magnitude, error, *maxima.tolist())
-    return WeightReport.of(name, tally, kept=int(kept), made=int(made), has_base=True)
+    return WeightReport.of(name, tally, kept=kept, made=made, factors=factors, has_base=True)

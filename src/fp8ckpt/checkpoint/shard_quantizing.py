@@ -3,7 +3,8 @@
 Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one go, with nothing kept of them.
 Waiting blocks are looked at first; what decides their scale - the largest magnitude, and whether the scale of before
 gives back every element - is combined over the pieces, and over the ranks for those that more than one rank may meet.
-Both are maxima, so that it does not matter how a weight was cut.
+Both are maxima, so that it does not matter how a weight was cut. The factor of a weight with two levels of scales is
+one more such block: all of the weight is looked at before any of it is written.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class WaitingBlocks:
             for part in shard.waiting(step):
                 around = surroundings(grid, *part)
                 waiting.append(shard.numbers(*around.region))
+            if shard.factor is not None:
+                waiting.append(np.array([shard.factor]))
             whole = whole_blocks(grid, *shard.region)
             if not shard.joined and elements_of_block(grid) > step and 0 not in whole[1]:
                 around = surroundings(grid, *whole)
@@ -189,7 +192,7 @@ class ShardQuantizer:
         self.base_bytes_read = 0
 
     def look(self, cut: Cut) -> None:
-        """Find what decides the scales of a piece's waiting blocks."""
+        """Find what decides the scales of a piece's waiting blocks, and the factor."""
         for region in cut.steps(self._step):
             values, around, parts = _taken(cut, region)
             maxima = self._maxima(cut.shard, values, around.grid, parts)
@@ -199,8 +202,12 @@ class ShardQuantizer:
             kept = None if self._fresh else _scales_before(weight, around, maxima.shape)
             exact = self._exact(weight, parts, values, maxima, kept)
             inexact = np.zeros(maxima.shape, np.bool_) if exact is None else ~exact
-            numbers = cut.shard.numbers(*around.region)
-            self._waiting.raise_to(numbers, maxima.reshape(-1), inexact.reshape(-1))
+            if not cut.whole:
+                numbers = cut.shard.numbers(*around.region)
+                self._waiting.raise_to(numbers, maxima.reshape(-1), inexact.reshape(-1))
+            if cut.shard.factor is not None:
+                largest = maxima.max(keepdims=True).reshape(1)
+                self._waiting.raise_to(np.array([cut.shard.factor]), largest, inexact.any(keepdims=True).reshape(1))
 
     def write(self, cut: Cut) -> None:
         """Write a piece's codes, and the scales of the blocks that begin in it."""
@@ -216,7 +223,8 @@ class ShardQuantizer:
             target = _part_of(codes, within(region, cut.region))
             out = target if target.flags.c_contiguous else self._scratch[: target.size].reshape(target.shape)
             coding, factor = CODINGS[weight.code_dtype], self._factor(weight)
-            scales = _checked(weight, decided.stored, factor)
+            new = self._new_factor(cut.shard)
+            scales = _checked(weight, decided.stored, new)
             quantize.encode(parts, values, scales, out, coding)
             if out is not target:
                 target[...] = out
@@ -227,8 +235,9 @@ class ShardQuantizer:
                 found.moved = self._moved(weight, region, out)
                 keep = _part_of(decided.keep.reshape(around.grid.shape), within(owned, around.region))
                 kept = int(np.count_nonzero(keep)) if prod(owned[1]) else 0
-                self._tallies.add(weight.name, found, kept, prod(owned[1]) - kept)
-            self._write_scales(weight, owned, around, decided.stored)
+                factors = int(new is not factor and not any(owned[0]) and prod(owned[1]) > 0)
+                self._tallies.add(weight.name, found, kept, prod(owned[1]) - kept, factors)
+            self._write_scales(weight, owned, around, decided.stored, new)
         if weight.per_byte == 1:
             self.bytes_written += write_region(self._files, weight.weight, cut.region, flat)
         else:
@@ -249,17 +258,26 @@ class ShardQuantizer:
             self._halves.add(weight, ((*lead, first + count - 1), (*sizes, 1)), codes[..., -1], high=False)
 
     def _factor(self, weight: QuantizedTensor) -> Factor | None:
-        """The base's second level of scales, which is kept."""
+        """The base's second level of scales."""
         if weight.name not in self._factors:
             self._factors[weight.name] = load_factor(weight)
         return self._factors[weight.name]
+
+    def _new_factor(self, shard: Shard) -> Factor | None:
+        """The second level of scales that is written, once all has been looked at: the base's, if that is kept."""
+        before = self._factor(shard.weight)
+        if before is None or shard.factor is None:
+            return before
+        largest, exact = self._waiting.of(np.array([shard.factor]))
+        return quantize.choose_factor(largest[0], before, exact=bool(exact[0]), fresh=self._fresh)
 
     def _decide(self, cut: Cut, values: Values, around: Surroundings, parts: list[quantize.Part]) -> _Decided | None:
         """The scales of a step's blocks; None where values are not finite."""
         weight = cut.shard.weight
         shape = quantize.block_array(around.grid, np.bool_).shape
         before = _scales_before(weight, around, shape)
-        kept = None if self._fresh else before
+        factor = self._new_factor(cut.shard)
+        kept = None if self._fresh or factor is not self._factor(weight) else before
         if cut.whole:
             if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
                 return None
@@ -270,7 +288,7 @@ class ShardQuantizer:
         dtype = weight.scale.dtype
         stored, keep = quantize.choose_scales(
             maxima, kept, dtype, exact,
-            powers_of_two=self._powers_of_two, coding=CODINGS[weight.code_dtype], factor=self._factor(weight),
+            powers_of_two=self._powers_of_two, coding=CODINGS[weight.code_dtype], factor=factor,
         )  # fmt: skip
         return _Decided(stored, keep, before)
 
@@ -289,8 +307,10 @@ class ShardQuantizer:
         """Which blocks the scales of before give back; None where none is so small that it matters."""
         if kept is None:
             return None
-        before, coding = scale_values(kept, weight.scale.dtype, self._factor(weight)), CODINGS[weight.code_dtype]
-        if not quantize.may_fit(maxima, before, coding).any():
+        factor = self._factor(weight)
+        before, coding = scale_values(kept, weight.scale.dtype, factor), CODINGS[weight.code_dtype]
+        small = factor is not None and quantize.small_for(maxima.max(), factor)
+        if not small and not quantize.may_fit(maxima, before, coding).any():
             return None
         codes = self._scratch[: values.bits.size]
         quantize.encode(parts, values, before, codes, coding)
@@ -308,8 +328,15 @@ class ShardQuantizer:
             old = quantize.unpack(old).reshape(*of_bytes[1][:-1], -1)[..., odd : odd + region[1][-1]]
         return int(np.count_nonzero(old.reshape(-1) != codes.reshape(-1)))
 
-    def _write_scales(self, weight: QuantizedTensor, owned: Region, around: Surroundings, stored: Scales) -> None:
+    def _write_scales(
+        self, weight: QuantizedTensor, owned: Region, around: Surroundings, stored: Scales, factor: Factor | None
+    ) -> None:
+        """Write the scales of the blocks that begin in a step, and the factor with the first."""
         if prod(owned[1]):
+            if factor is not None and weight.second is not None and not any(owned[0]):
+                file = self._files.of(weight.second.span.file.name)
+                file.write(factor.value.reshape(1).view(np.uint8), weight.second.span.start)
+                self.bytes_written += weight.second.span.nbytes
             found = _part_of(stored.reshape(around.grid.shape), within(owned, around.region))
             data = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
             self.bytes_written += write_region(self._files, weight.scale._replace(shape=weight.grid.shape), owned, data)

@@ -30,13 +30,15 @@ class Shard(NamedTuple):
     """A part of an FP8 weight of the base that this rank writes.
 
     ``number``: of the weight's first block, where all blocks of the base are numbered; members of a unit have the same.
-    ``joined``: whether it is one of a unit.
+    ``joined``: whether it is one of a unit. ``factor``: the number of its second level of scales, if it has one, which
+    spans the whole weight as a block would, and which a unit shares.
     """
 
     item: WriteItem
     weight: QuantizedTensor
     number: int
     joined: bool
+    factor: int | None = None
 
     @property
     def region(self) -> Region:
@@ -77,7 +79,7 @@ def number_blocks(base: Checkpoint) -> dict[str, int]:
     numbers, following = {}, 0
     for tensor in base.quantized:
         numbers[tensor.name] = following
-        following += max(prod(tensor.grid.shape), 1)
+        following += max(prod(tensor.grid.shape), 1) + (tensor.second is not None)  # the factor's is the last
     return numbers
 
 
@@ -94,6 +96,11 @@ class Cut(NamedTuple):
         if self.whole:
             return _pieces_of_blocks(self.shard.weight.grid, self.region, most)
         return pieces(self.region, most)
+
+
+def cut_unknown(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
+    """What must be looked at before anything can be written: all of it, where a factor is to be decided."""
+    return (cut_waiting if shard.factor is None else cut_all)(shard, values, step)
 
 
 def cut_waiting(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:

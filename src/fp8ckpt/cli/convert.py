@@ -169,6 +169,8 @@ def _print_report(report: "QuantizationReport") -> None:
     moved = "" if total.moved is None else f"{share(total.moved, total.elements)} codes moved, "
     kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
     print(f"{moved}{total.clipped:,} elements clipped, {kept}")
+    if total.fresh_factors:
+        print(f"{total.fresh_factors:,} weights have a new second level of scales")
     errors = f"{total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest"
     print(f"error against the source: {errors}")
     if total.outgrown:

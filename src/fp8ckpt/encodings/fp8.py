@@ -4,6 +4,7 @@ written.
 Where a chunk holds whole blocks all of this is done with the chunk in memory. Of a wide weight a chunk can only say how
 large its values are: the first pass encodes it with the scale of before, as long as that still fits, and the facts that
 it leaves decide. Where the scale does not fit, the weight is read and written once more (`fp8ckpt.encodings.run_fp8`).
+The factor of a weight with two levels of scales is decided in the same way, as if it were one block.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor, 
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.products import Arrival
-from fp8ckpt.numerics.quantize import Tally, Values, values_of
+from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
 from fp8ckpt.output.extents import Chunk
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
@@ -51,9 +52,10 @@ Stored = npt.NDArray[Any]
 class WeightFacts:
     """What is recorded of a weight, or of a part of it.
 
-    ``maxima`` (by block, of wide weights in the first pass) decide whether a scale fits; ``inexact`` are blocks of
-    which some part is small for their scale, and is not given back by it exactly. ``arrival``: of adapters that were
-    merged; ``nan_codes``: that were carried over as NaN.
+    ``maxima`` (in the first pass: of wide weights by block, of those with a factor one for all) decide whether a scale
+    fits; ``inexact`` are blocks of which some part is small for their scale, and is not given back by it exactly.
+    ``made`` scales are new, and ``factors``, which is 1 or 0 for a weight. ``arrival``: of adapters that were merged;
+    ``nan_codes``: that were carried over as NaN.
     """
 
     tally: Tally = field(default_factory=Tally)
@@ -61,6 +63,7 @@ class WeightFacts:
     nan_codes: int = 0
     kept: int = 0
     made: int = 0
+    factors: int = 0
     maxima: dict[str, float] = field(default_factory=dict)
     inexact: list[int] = field(default_factory=list)
 
@@ -77,6 +80,7 @@ class WeightFacts:
         self.nan_codes += other.nan_codes
         self.kept += other.kept
         self.made += other.made
+        self.factors += other.factors
         for block, largest in other.maxima.items():
             self.maxima[block] = max(largest, self.maxima.get(block, 0.0))
         self.inexact = sorted({*self.inexact, *other.inexact})
@@ -95,7 +99,8 @@ class QuantizingFiller:
     """One worker's reading and quantizing, with buffers of its own.
 
     ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, so that
-    nobody encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each wide weight.
+    nobody encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each wide weight, and the
+    factors of others.
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class QuantizingFiller:
         scales_before: Callable[[Quantization], F32],
         outgrown: set[tuple[str, ...]],
         dequantizer: DequantizerOf,
-        decided: Mapping[str, F32] | None = None,
+        decided: Mapping[str, F32 | Factor] | None = None,
     ) -> None:
         self._plan = plan
         self._directory = directory
@@ -136,9 +141,10 @@ class QuantizingFiller:
         if weight is None:
             return Filled({name: asdict(facts) for name, facts in self._copy(layout, chunk, out).items()})
         begin, count = (n * weight.per_byte for n in (chunk.start - weight.weight.start, chunk.nbytes))
-        if self._decided is not None:
-            return self._encode_decided(weight, begin, count, out)
-        return self._look(weight, begin, count, out) if weight.wide else self._quantize(weight, begin, count, out)
+        if not weight.wide:
+            return self._quantize(weight, begin, count, out)
+        look_or_encode = self._look if self._decided is None else self._encode_decided
+        return look_or_encode(weight, begin, count, out)
 
     # ---------------------------------------------------------------- what is not quantized
 
@@ -188,7 +194,9 @@ class QuantizingFiller:
 
     def _quantize(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         facts, coding = WeightFacts(), weight.coding
-        factor = None if weight.before is None else load_factor(weight.before)
+        old_factor = None if weight.before is None else load_factor(weight.before)
+        factor, anew = self._factor(weight, old_factor)
+        unit = self._plan.unit_of.get(weight.name, ())
         for first, rows, sub, blocks in _bands(weight.grid, begin, count):
             size = rows * sub.weight_shape[-1]
             codes = self._room_for_codes(weight, first - begin, size, out)
@@ -202,11 +210,16 @@ class QuantizingFiller:
             exact = None
             if weight.before is not None:
                 old = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
-                before = scale_values(old, weight.scale.dtype, factor)
-                kept = None if self._plan.fresh else old
-                if kept is not None and quantize.may_fit(maxima, before, coding).any():
+                before = scale_values(old, weight.scale.dtype, old_factor)
+                kept = None if anew else old
+                small = factor is not None and quantize.small_for(maxima.max(initial=0), factor)
+                if kept is not None and (small or quantize.may_fit(maxima, before, coding).any()):
                     quantize.encode(parts, values, before, codes, coding)
                     exact = quantize.count_inexact(parts, values, codes, before, coding) == 0
+            if factor is not None and self._decided is None:
+                self._look_at_factor(facts, unit, maxima, exact, factor)
+                if self._plan.fresh or unit in self._outgrown:
+                    continue
             stored, keep = quantize.choose_scales(
                 maxima, kept, weight.scale.dtype, exact,
                 powers_of_two=self._plan.powers_of_two, coding=coding, factor=factor,
@@ -218,7 +231,28 @@ class QuantizingFiller:
             self._put(weight, codes, first - begin, out)
             self._write_scales(weight.scale, blocks.start, stored)
             self._report(facts, weight, first, parts, values, codes, scales, before)
-        return Filled({weight.name: asdict(facts)})
+        write = factor is None or self._decided is not None or not (self._plan.fresh or unit in self._outgrown)
+        if factor is not None and self._decided is None:
+            self.looked_and_wrote[weight.name] += len(out) if write else 0
+        return Filled({weight.name: asdict(facts)}, write)
+
+    def _factor(self, weight: Quantization, before: Factor | None) -> tuple[Factor | None, bool]:
+        """The second level of a weight's scales, and whether no scale is kept, as none is under a new factor."""
+        found = None if self._decided is None else self._decided[weight.name]
+        if isinstance(found, Factor):
+            return found, True
+        return before, self._plan.fresh
+
+    def _look_at_factor(
+        self, facts: WeightFacts, unit: tuple[str, ...], maxima: F32, exact: Mask | None, factor: Factor
+    ) -> None:
+        """What decides whether the factor of before is kept."""
+        largest = maxima.max(initial=0)
+        facts.maxima["0"] = max(facts.maxima.get("0", 0.0), float(largest))
+        if exact is not None and not exact.all():
+            facts.inexact = [0]
+        if quantize.outgrows(largest, factor):
+            self._outgrown.add(unit)
 
     # ---------------------------------------------------------------- wide weights
 
@@ -263,6 +297,7 @@ class QuantizingFiller:
         assert self._decided is not None
         facts = WeightFacts()
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
+        assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
         for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
             values = self._values(weight.source, first, size)
             codes = self._room_for_codes(weight, first - begin, size, out)

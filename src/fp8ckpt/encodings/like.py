@@ -6,7 +6,7 @@ order, down to the text of every header, configuration and side files. Only valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
@@ -69,6 +69,7 @@ def plan_like(
             spans[tensor.scale.name],
             tensor.grid,
             tensor,
+            None if tensor.second is None else spans[tensor.second.span.name],
         )
         for tensor in like.quantized
         if tensor.name not in carried
@@ -84,7 +85,7 @@ def plan_like(
         base=like,
         weights=weights,
         plain=plain,
-        units=tuple(units_of([weight for weight in weights.values() if weight.wide and weight.scale.nbytes])),
+        units=tuple(units_of(weights.values())),
         fresh=fresh,
         report=report,
         powers_of_two=powers_of_two,
@@ -141,14 +142,20 @@ def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[
     return {name: tensor for name, tensor in tensors.items() if name != head}, (note,)
 
 
-def units_of(wide: Sequence[Quantization]) -> Iterator[tuple[str, ...]]:
-    """Wide weights, those of one scale with the siblings that share it. Grids are joined by engines as they are: each
-    is alone.
+def units_of(weights: Iterable[Quantization]) -> Iterator[tuple[str, ...]]:
+    """Wide weights, and those with a factor: those of one scale, or one factor, with the siblings that share it. Grids
+    are joined by engines as they are: each is alone.
     """
-    alone = {weight.before.name: weight.name for weight in wide if weight.before and weight.grid.per_tensor}
-    units = equal_units(stored_scales(weight.before for weight in wide if weight.before and weight.grid.per_tensor))
-    yield from (tuple(alone[name] for name in unit) for unit in units)
-    yield from ((weight.name,) for weight in wide if not weight.grid.per_tensor)
+    joint = {}
+    for weight in weights:
+        if not weight.scale.nbytes or not (weight.wide or weight.factor):
+            continue
+        if weight.before is not None and (weight.factor or weight.grid.per_tensor):
+            joint[weight.before.name] = weight
+        else:
+            yield (weight.name,)
+    units = equal_units(stored_scales(weight.before for weight in joint.values() if weight.before is not None))
+    yield from (tuple(joint[name].name for name in unit) for unit in units)
 
 
 def _cache_notes(base: Checkpoint) -> list[str]:

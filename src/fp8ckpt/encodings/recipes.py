@@ -29,13 +29,17 @@ from fp8ckpt.tensors.tensor import Tensor, bytes_of_values
 
 
 class Quantization(NamedTuple):
-    """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if known."""
+    """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if known.
+
+    ``factor``: where the second level of its scales goes, if it has one.
+    """
 
     source: Tensor
     weight: TensorSpan
     scale: TensorSpan
     grid: BlockGrid
     before: QuantizedTensor | None
+    factor: TensorSpan | None = None
 
     @property
     def name(self) -> str:
@@ -72,9 +76,9 @@ class QuantizingPlan:
     """An output, and what each of its stored tensors is made of.
 
     ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
-    ``units``: the wide weights, those together that must have one scale. ``fresh``: no scale is kept.
-    ``powers_of_two``: of new scales. ``report``: count what training did. ``carried``: what is the base's, byte for
-    byte; ``merged``: what adapters change.
+    ``units``: the wide weights, and those with a factor; together those that must have one scale, or one factor.
+    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``report``: count what training did. ``carried``:
+    what is the base's, byte for byte; ``merged``: what adapters change.
     """
 
     output: OutputPlan
@@ -92,7 +96,7 @@ class QuantizingPlan:
 
     @cached_property
     def unit_of(self) -> dict[str, tuple[str, ...]]:
-        """The unit of each wide weight."""
+        """The unit of each weight of ``units``."""
         return {name: unit for unit in self.units for name in unit}
 
     @contextmanager
@@ -124,19 +128,21 @@ class QuantizingPlan:
         """
         made = {name: bytes_of_values(tensor) for name, tensor in self.plain.items()}
         for name, weight in self.weights.items():
-            looks = 2 if weight.wide and (self.fresh or weight.before is None) else 1
+            of_whole = weight.wide or weight.factor is not None
+            looks = 2 if of_whole and (self.fresh or weight.before is None) else 1
             compared = weight.before.weight.nbytes if weight.before is not None and self.report else 0
             made[name] = looks * bytes_of_values(weight.source) + compared
         return made
 
     def second_pass(self) -> dict[str, list[Extent]]:
-        """The extents of each wide weight, in which it is written again if its scales turn out to be others."""
+        """The extents of each weight of ``units``, in which it is written again if its scales turn out to be others."""
         found: dict[str, list[Extent]] = {}
         for layout in self.output.layouts:
             for place, span in enumerate(layout.spans):
                 if span.name in self.unit_of:
-                    cut = (Chunk(*piece, place) for piece in _cut(span, cutting.CHUNK))
-                    found[span.name] = list(extents_of(layout, cut))
+                    cut = (Chunk(*piece, place) for piece in _cut_weight(self.weights[span.name]))
+                    extents = extents_of(layout, cut)
+                    found[span.name] = [extent._replace(beside=tuple(self._beside(extent))) for extent in extents]
         return found
 
     def _beside(self, extent: Extent) -> set[str]:
@@ -171,8 +177,7 @@ class QuantizingPlan:
             if stop > start:
                 yield Chunk(start, stop, first)
             start = stop = span.stop
-            cut = _cut(span, cutting.CHUNK) if quantization.wide else _cut_bands(quantization)
-            for low, high in cut:
+            for low, high in _cut_weight(quantization):
                 yield Chunk(low, high, place)
         if stop > start:
             yield Chunk(start, stop, first)
@@ -188,9 +193,12 @@ def _cut(span: TensorSpan, most: int) -> Iterator[tuple[int, int]]:
     return _pieces(span.start, span.stop, max(most // 8 * 8, 8))
 
 
-def _cut_bands(quantization: Quantization) -> Iterator[tuple[int, int]]:
-    """A weight in pieces that hold whole blocks: some matrices, or some bands of one."""
+def _cut_weight(quantization: Quantization) -> Iterator[tuple[int, int]]:
+    """A weight in pieces that hold whole blocks: some matrices, or some bands of one; a wide one anywhere."""
     span = quantization.weight
+    if quantization.wide:
+        yield from _cut(span, cutting.CHUNK)
+        return
     matrix, per_byte = prod(as_matrices(quantization.grid).weight_shape[-2:]), quantization.per_byte
     if matrix <= cutting.CHUNK:
         yield from _pieces(span.start, span.stop, cutting.CHUNK // matrix * matrix // per_byte)

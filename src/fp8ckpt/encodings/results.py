@@ -15,9 +15,9 @@ class WeightReport:
     """What quantizing did to one weight, or to all.
 
     ``moved``: elements whose code is not the base's (None without a base). ``clipped``: magnitudes beyond the written
-    scale; ``outgrown``: beyond the base's. ``scales`` in all, of which ``fresh`` are new. Errors are those of the
-    written values against the source: ``mean_error`` is relative to the mean magnitude, ``largest_error`` to the
-    largest.
+    scale; ``outgrown``: beyond the base's. ``scales`` in all, of which ``fresh`` are new; ``fresh_factors``: of second
+    levels of scales (NVFP4), under which all are new. Errors are those of the written values against the source:
+    ``mean_error`` is relative to the mean magnitude, ``largest_error`` to the largest.
     """
 
     name: str
@@ -29,10 +29,11 @@ class WeightReport:
     fresh: int
     mean_error: float
     largest_error: float
+    fresh_factors: int = 0
 
     @classmethod
-    def of(cls, name: str, tally: Tally, *, kept: int, made: int, has_base: bool) -> WeightReport:
-        """From what was counted; ``kept`` and ``made``: scales."""
+    def of(cls, name: str, tally: Tally, *, kept: int, made: int, has_base: bool, factors: int = 0) -> WeightReport:
+        """From what was counted; ``kept`` and ``made``: scales; new ``factors``."""
         return cls(
             name=name,
             elements=tally.elements,
@@ -43,6 +44,7 @@ class WeightReport:
             fresh=made,
             mean_error=tally.error / tally.magnitude if tally.magnitude else 0.0,
             largest_error=tally.largest_error / tally.largest if tally.largest else 0.0,
+            fresh_factors=factors,
         )
 
 

@@ -1,8 +1,8 @@
 """To FP8: two passes at most, with what is decided between them.
 
-The first pass writes everything; a wide weight whose scale of before does not fit is only looked at. Then, of the facts
-that were recorded, the scales of the wide weights follow, and those weights are written. Both passes are resumed by
-their extents, and shared among ranks.
+The first pass writes everything; a wide weight whose scale of before does not fit is only looked at, and so is one of
+two levels of scales that outgrows its factor. Then, of the facts that were recorded, the scales of the wide weights and
+the factors follow, and those weights are written. Both passes are resumed by their extents, and shared among ranks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.engine import ExtentWriter, Progress, begin
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, scale_values
+from fp8ckpt.numerics.codes import F32, Factor, scale_values
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.tensors.reading import load_dequantizer, load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_factor, load_scales
+from fp8ckpt.tensors.stored import TensorSpan
 
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
@@ -69,7 +70,9 @@ def run(
     outgrown: set[tuple[str, ...]] = set()
     steps = _Steps(progress)
 
-    def write(extents: Mapping[int, Extent], decided: Mapping[str, F32] | None) -> tuple[int, int, Counter[str]]:
+    def write(
+        extents: Mapping[int, Extent], decided: Mapping[str, F32 | Factor] | None
+    ) -> tuple[int, int, Counter[str]]:
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
         filler = partial(QuantizingFiller, plan, output.directory, before, outgrown, dequantizer, decided)
         fillers = [filler() for _ in range(workers)]
@@ -82,7 +85,10 @@ def run(
     looked = ranks.gather(lambda: write(first, None))
     decided = ranks.first(lambda: _decide(plan, output, first))
     again = {i: extent for name in decided for i, extent in second[name].items()}
-    scales = {name: scale_values(stored, plan.weights[name].scale.dtype) for name, stored in decided.items()}
+    scales = {
+        name: found if isinstance(found, Factor) else scale_values(found, plan.weights[name].scale.dtype)
+        for name, found in decided.items()
+    }
     counts = looked + ranks.gather(lambda: write(again, scales))
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
@@ -114,21 +120,43 @@ def _facts(output: PartialOutput, extents: Mapping[int, object]) -> dict[str, We
     return {name: WeightFacts.of(facts) for name, facts in recorded.items()}
 
 
-def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Stored]:
-    """The scales of the wide weights that must be written again; those of the others, which keep theirs, are written
-    here.
+def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Stored | Factor]:
+    """The scales, or the factors, of the weights that must be written again; those of the others, which keep theirs,
+    are written here.
     """
     facts = _facts(output, first)
-    decided: dict[str, Stored] = {}
+    decided: dict[str, Stored | Factor] = {}
     for unit in plan.units:
         members = [plan.weights[name] for name in unit]
-        stored, kept = _scales_of_unit(plan, members, [facts.get(name, WeightFacts()) for name in unit])
+        of_unit = [facts.get(name, WeightFacts()) for name in unit]
+        if members[0].factor is not None:
+            decided |= _factor_of_unit(plan, output, members, of_unit)
+            continue
+        stored, kept = _scales_of_unit(plan, members, of_unit)
         for weight in members:
             checked_scales(weight, stored)
-            _write_scales(output, weight, stored)
+            _write_scales(output, weight.scale, stored)
             if not kept:
                 decided[weight.name] = stored
     return {name: stored for name, stored in decided.items() if plan.weights[name].weight.nbytes}
+
+
+def _factor_of_unit(
+    plan: QuantizingPlan, output: PartialOutput, members: list[Quantization], facts: list[WeightFacts]
+) -> dict[str, Factor]:
+    """The new factor of the members of a unit, which is written here; nothing where they keep theirs."""
+    base = members[0].before
+    before = None if base is None else load_factor(base)
+    assert before is not None
+    largest = np.float32(max(part.maxima.get("0", 0.0) for part in facts))
+    exact = not any(part.inexact for part in facts)
+    factor = quantize.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
+    if factor is before:
+        return {}
+    for weight in members:
+        assert weight.factor is not None
+        _write_scales(output, weight.factor, factor.value.reshape(1))
+    return {weight.name: factor for weight in members}
 
 
 def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: list[WeightFacts]) -> tuple[Stored, bool]:
@@ -151,10 +179,10 @@ def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: li
     return stored.reshape(-1), bool(keep.all())
 
 
-def _write_scales(output: PartialOutput, weight: Quantization, stored: Stored) -> None:
-    file = OutputFile(output.directory / weight.scale.file.name)
+def _write_scales(output: PartialOutput, span: TensorSpan, stored: Stored) -> None:
+    file = OutputFile(output.directory / span.file.name)
     try:
-        file.write(np.ascontiguousarray(stored).view(np.uint8), weight.scale.start)
+        file.write(np.ascontiguousarray(stored).view(np.uint8), span.start)
         file.flush()
     finally:
         file.close()
@@ -164,7 +192,7 @@ def _publish(
     plan: QuantizingPlan,
     output: PartialOutput,
     first: Mapping[int, Extent],
-    decided: Mapping[str, Stored],
+    decided: Mapping[str, Stored | Factor],
     second: Mapping[str, Mapping[int, Extent]],
 ) -> dict[str, WeightFacts]:
     """The last step: the facts of a report, of the records before they go, and the name."""
@@ -180,9 +208,16 @@ def _publish(
     return facts
 
 
-def _wide_facts(plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Stored]) -> WeightFacts:
+def _wide_facts(
+    plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Stored | Factor]
+) -> WeightFacts:
+    """How many scales of a weight of ``plan.units`` were kept, and made."""
     weight = plan.weights[name]
     scales = quantize.block_array(weight.grid, np.float32).size
+    if weight.factor is not None:
+        if name in decided:
+            facts.kept, facts.made, facts.factors = 0, scales, 1
+        return facts
     if name not in decided:
         facts.kept = 0 if plan.fresh else scales  # fresh: a weight without elements
     elif weight.before is not None and not plan.fresh:
@@ -203,4 +238,6 @@ def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> Quantiz
 
 
 def _report_of(name: str, facts: WeightFacts, *, has_base: bool) -> WeightReport:
-    return WeightReport.of(name, facts.tally, kept=facts.kept, made=facts.made, has_base=has_base)
+    return WeightReport.of(
+        name, facts.tally, kept=facts.kept, made=facts.made, factors=facts.factors, has_base=has_base
+    )

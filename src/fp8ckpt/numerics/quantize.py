@@ -19,6 +19,7 @@ Codes of four bits (e2m1) follow the same contract with 6 in the place of 448, a
 magnitude is at least 4 times it. A fresh scale is as whoever defines the format makes it. MXFP4: the OCP's ``2 **
 (floor(log2(amax)) - 2)``, by which values between 6 and 8 times it become 6. NVFP4: ``amax / 6`` less the tensor's
 `Factor`, rounded to the nearest e4m3 value, as compressed-tensors and ModelOpt do it (they differ where that is zero).
+The factor is to these scales what a scale is to codes of e4m3, and is kept by the rule above, of the whole tensor.
 """
 
 from __future__ import annotations
@@ -316,19 +317,43 @@ _NAN_OF_E4M3 = np.uint8(0x7F)
 
 def _of_two_levels(maxima: F32, factor: Factor) -> U8:
     """NVFP4: to the nearest, never zero."""
-    with np.errstate(all="ignore"):
-        if factor.divides:  # compressed-tensors
-            wanted = maxima / E2M1.largest * factor.value
-            wanted = np.where(wanted <= _LEAST_OF_E4M3 / 2, np.float32(0.125), wanted)
-        else:  # ModelOpt
-            wanted = maxima / (E2M1.largest * factor.value)
-            wanted = np.where(maxima == 0, np.float32(1), np.maximum(wanted, _LEAST_OF_E4M3))
+    wanted = _under(maxima, factor)
+    if factor.divides:  # compressed-tensors
+        wanted = np.where(wanted <= _LEAST_OF_E4M3 / 2, np.float32(0.125), wanted)
+    else:  # ModelOpt
+        wanted = np.where(maxima == 0, np.float32(1), np.maximum(wanted, _LEAST_OF_E4M3))
     scales = np.empty(wanted.size, np.uint8)
     grid = BlockGrid(scales.shape, scales.shape)
     ones = np.ones((1, 1), np.float32)
     given = np.where(wanted <= _MOST_OF_E4M3, wanted, np.float32(0)).astype(np.float32).reshape(-1)
     encode(parts_of_run(grid, 0, scales.size), Values(given.view(np.uint32), 0, "F32"), ones, scales)
     return np.where(wanted <= _MOST_OF_E4M3, scales.reshape(wanted.shape), _NAN_OF_E4M3)
+
+
+def _under(maxima: F32, factor: Factor) -> F32:
+    """The scales of groups under a factor, before they are rounded."""
+    with np.errstate(all="ignore"):
+        found: F32 = maxima / E2M1.largest * factor.value if factor.divides else maxima / (E2M1.largest * factor.value)
+    return found
+
+
+def outgrows(largest: np.float32, factor: Factor) -> bool:
+    """Whether a group of this largest magnitude needs a scale that e4m3 does not hold under the factor."""
+    return not _under(np.full(1, largest, np.float32), factor)[0] <= _MOST_OF_E4M3
+
+
+def small_for(largest: np.float32, factor: Factor) -> bool:
+    """Whether a tensor is so small for its factor that it keeps it only if it is given back exactly."""
+    return bool(largest > 0 and _under(np.full(1, largest, np.float32), factor)[0] < E4M3.small)
+
+
+def choose_factor(largest: np.float32, before: Factor, *, exact: bool, fresh: bool) -> Factor:
+    """The factor of before, or a new one, for a tensor of this largest magnitude. ``exact``: whether every element is
+    given back by its scales of before; ``fresh``: none is kept.
+    """
+    if not fresh and not outgrows(largest, before) and (exact or not small_for(largest, before)):
+        return before
+    return fresh_factor(largest, divides=before.divides)
 
 
 def fresh_factor(largest: np.float32, *, divides: bool) -> Factor:

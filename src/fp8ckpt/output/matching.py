@@ -128,11 +128,11 @@ def scales_in_range(
     stored: npt.NDArray[Any], scale: TensorSpan, factor: Factor | None, name: str, file: File, remedy: str
 ) -> F32:
     """New scales of the weight ``name`` in ``file`` as float32. Raises `RangeError` where the dtype of ``scale`` could
-    not hold one, under the base's ``factor`` if it has one.
+    not hold one, under the weight's ``factor`` if it has one.
     """
     scales = scale_values(stored, scale.dtype, factor)
     if count_bad_scales(scales):
-        under = "" if factor is None else " under the base's factor"
+        under = "" if factor is None else " under the weight's factor"
         found = f"its values need a scale beyond the range of {scale.dtype}{under}"
         raise RangeError(
             found, tensor=name, file=file, expected="values that the base's scale dtype can scale", remedy=remedy

@@ -89,10 +89,13 @@ def _stored(span: TensorSpan) -> npt.NDArray[Any]:
 
 
 def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
-    """What the scales of weights are, by the weight's name: equal bytes are equal scales. For weights of few scales."""
+    """What the scales of weights are, of two levels the second, by the weight's name: equal bytes are equal scales. For
+    weights of few scales.
+    """
     found: dict[str, bytes] = {}
     for tensor in tensors:
-        found[tensor.name] = f"{tensor.scale.dtype} {tensor.grid.shape} ".encode() + _stored(tensor.scale).tobytes()
+        span = tensor.scales[-1]
+        found[tensor.name] = f"{span.dtype} {span.numel} ".encode() + _stored(span).tobytes()
     return found
 
 
