@@ -6,22 +6,27 @@ import builtins
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from fp8ckpt import Fp8CheckpointError, convert, open_checkpoint, report
-from fp8ckpt.errors import MissingPackageError, OutputExistsError
+from fp8ckpt.errors import MissingPackageError, OutputExistsError, ResumeMismatchError
 from fp8ckpt.families.kinds import Place, places
 from fp8ckpt.figures import page_of
+from fp8ckpt.output import extents
 from fp8ckpt.report import Change, CodeUse, Report, SizeRow, WeightFacts
 from fp8ckpt.tensors.scale_ranges import ScaleRange, outliers
 from tests.conftest import Run
-from tests.miniatures import families
+from tests.miniatures import families, four_bits
 from tests.oracle import Stored, read_directory, read_safetensors, scale_floats, write_safetensors
+from tests.stopping import CHUNK, CHUNKS, run_until
 
 FAMILIES = families()
 
@@ -37,16 +42,21 @@ def trained(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     folder = tmp_path_factory.mktemp("trained")
     convert(sample_fp8, folder / "bf16")
     shutil.copytree(folder / "bf16", folder / "trained")
+    train(folder / "trained", "0.mlp.up_proj.weight", "1.self_attn.q_proj.weight", "norm.weight")
+    convert(folder / "trained", folder / "fp8", to="fp8", like=sample_fp8)
+    return {"base": sample_fp8, **{name: folder / name for name in ("bf16", "trained", "fp8")}}
+
+
+def train(directory: Path, *endings: str) -> None:
+    """Change the values of BF16 tensors whose names end so; of all, if none is said."""
     rng = np.random.default_rng(3)
-    for file in (folder / "trained").glob("*.safetensors"):
+    for file in directory.glob("*.safetensors"):
         tensors = read_safetensors(file)
         for name in sorted(tensors):
-            if name.endswith(("0.mlp.up_proj.weight", "1.self_attn.q_proj.weight", "norm.weight")):
+            if name.endswith(endings or ("",)) and tensors[name].dtype == "BF16":
                 values = floats(tensors[name]) * (1 + 0.3 * rng.standard_normal(int(np.prod(tensors[name].shape))))
                 tensors[name] = Stored.of(values.astype(np.float32).reshape(tensors[name].shape), "BF16")
         write_safetensors(file, tensors, {"format": "pt"})
-    convert(folder / "trained", folder / "fp8", to="fp8", like=sample_fp8)
-    return {"base": sample_fp8, **{name: folder / name for name in ("bf16", "trained", "fp8")}}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -293,6 +303,96 @@ def test_command_line(trained: dict[str, Path], tmp_path: Path, cli: Run) -> Non
     assert len(found["weights"]) == 14
     assert found["changes"] is None
     assert cli("report", trained["base"], "-o", tmp_path / "page.html").returncode == 1
+
+
+def lacking(source: Path, directory: Path, part: str) -> Path:
+    """A copy in one file, without the tensors that have this in their names."""
+    directory.mkdir()
+    tensors = {name: tensor for name, tensor in read_directory(source).items() if part not in name}
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    shutil.copy(source / "config.json", directory)
+    return directory
+
+
+class InPassing(NamedTuple):
+    """A conversion that draws, of ``trained`` or of a family: its arguments, and which side the page is of first."""
+
+    source: str
+    how: dict[str, Any]
+    first: str
+
+
+IN_PASSING = {
+    **{name: InPassing(name, {"to": "bf16"}, name) for name in {**FAMILIES, **four_bits()}},
+    "base to fp16": InPassing("base", {"to": "fp16"}, "base"),
+    "back, untouched": InPassing("bf16", {"like": "base"}, "base"),
+    "back, trained": InPassing("trained", {"like": "base"}, "base"),
+    "back, without a report": InPassing("trained", {"like": "base", "report": False}, "base"),
+    "back, fresh scales": InPassing("trained", {"like": "base", "scales": "fresh"}, "base"),
+    "back, more carried": InPassing("less", {"like": "base", "carry": "layers.1"}, "base"),
+    "in blocks": InPassing("trained", {"scheme": "block"}, "trained"),
+    "by channel": InPassing("trained", {"scheme": "channel"}, "trained"),
+    "one scale each": InPassing("trained", {"scheme": "per-tensor"}, "trained"),
+    **{
+        f"back to {name}": InPassing("turned", {"like": name}, name)
+        for name in ("block 128 ragged BF16", "per-channel [o]", "experts in blocks", "gpt-oss", "ModelOpt NVFP4")
+    },
+    "back, a fresh factor": InPassing("turned", {"like": "ModelOpt NVFP4", "scales": "fresh"}, "ModelOpt NVFP4"),
+}
+
+
+@pytest.mark.parametrize("case", IN_PASSING)
+def test_a_conversion_draws_in_the_same_pass(
+    case: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it counts as the bytes pass is what `report` finds of both sides; and neither is read for it again."""
+    source, how, first = IN_PASSING[case]
+    pages: list[Report] = []
+    monkeypatch.setattr("fp8ckpt.figures.page_of", lambda found: pages.append(found) or "")
+    monkeypatch.setattr(extents, "CHUNK", 4096)
+    monkeypatch.setattr(extents, "EXTENT", 16384)
+    families = {**FAMILIES, **four_bits()}
+    if first in families:
+        families[first].write(tmp_path / first)
+    paths = {**trained, first: trained.get(first, tmp_path / first), "turned": tmp_path / "turned"}
+    if source == "less":
+        paths["less"] = lacking(trained["trained"], tmp_path / "less", "layers.1.mlp")
+    if source == "turned":
+        convert(paths[first], tmp_path / "turned")
+        train(tmp_path / "turned")
+    if "like" in how:
+        how = {**how, "like": paths[how["like"]]}
+    with monkeypatch.context() as patch:
+        patch.delattr(sys.modules["fp8ckpt.report"]._Job, "run")
+        convert(paths[source], tmp_path / "out", **how, report_html=tmp_path / "drawn.html", workers=2)
+    found = report(paths[first], tmp_path / "out", output=tmp_path / "page.html")
+    drawn, expected = (replace(page, changes=None, bytes_read=0) for page in (pages[0], found))
+    assert drawn == expected
+    assert pages[0].changes is not None
+    assert found.changes is not None
+    for change, other in zip(pages[0].changes, found.changes, strict=True):
+        errors = (other.mean_error, other.largest_error)
+        assert (change.mean_error, change.largest_error) == pytest.approx(errors, rel=1e-6)
+        assert replace(change, mean_error=0, largest_error=0) == replace(other, mean_error=0, largest_error=0)
+    assert source not in ("trained", "turned") or any(change.moved for change in found.changes)
+
+
+def test_a_page_of_a_run_that_was_cut_off(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was counted before is taken up with what was written, and only by a run that draws."""
+    back = ("convert", trained["trained"], tmp_path / "out", "--like", trained["base"], "--workers", "1")
+    drawing = ("--report-html", tmp_path / "page.html")
+    assert run_until("record", 5, signal.SIGKILL, *back, *drawing).returncode < 0
+    monkeypatch.setattr(extents, "CHUNK", CHUNK)
+    monkeypatch.setattr(extents, "EXTENT", CHUNK * CHUNKS)
+    with pytest.raises(ResumeMismatchError):
+        convert(trained["trained"], tmp_path / "out", like=trained["base"])
+    assert convert(
+        trained["trained"], tmp_path / "out", like=trained["base"], report_html=tmp_path / "page.html"
+    ).bytes_resumed
+    report(trained["base"], tmp_path / "out", output=tmp_path / "same.html")
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "same.html").read_text()
 
 
 def test_convert_draws_it_too(trained: dict[str, Path], tmp_path: Path, cli: Run) -> None:

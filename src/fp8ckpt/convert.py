@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 from fp8ckpt.encodings import plain as dequantizing
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
+from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import Progress
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.tensors.checkpoint import CheckpointLike
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
     from fp8ckpt.encodings.recipes import QuantizingPlan
@@ -44,6 +45,7 @@ def convert(
     scales: str = "reuse",
     carry: str | None = None,
     report: bool = True,
+    report_html: str | Path | None = None,
     serving: bool = False,
     only: str | None = None,
     skip: str | None = None,
@@ -72,7 +74,9 @@ def convert(
     byte-identity gives way to it. Or with ``scheme`` "per-tensor", "block" or "channel": Linear weights of the source
     are quantized so, with dynamic activation scaling; of those, the ones in whose names ``only`` is found and ``skip``
     is not (regular expressions, as `re.search` reads them). What is left as it is, and why, is in the notes.
-    ``report``: say what quantizing did; without it the base's codes are not read.
+    ``report``: say what quantizing did; without it the base's codes are not read. ``report_html``: also write the page
+    of `fp8ckpt.report`, of ``source`` (or ``like``) and what became of it, counted in the same pass; implies
+    ``report``.
 
     ``follow_index``: what an index does not list is no part of a checkpoint, see `fp8ckpt.open_checkpoint`.
     ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
@@ -90,15 +94,20 @@ def convert(
     0
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
+    from fp8ckpt.report import draw, refuse_page
 
     to = to or (FP8 if like is not None or scheme is not None else "bf16")
-    how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
+    report, see = report or report_html is not None, report_html is not None
+    how = _How(to, layout, like, scheme, scales, carry, report, see, serving, only, skip, follow_index)
     with writing(destination) as output, ranks_of_this_job() as ranks:
         ranks.together(lambda: _refuse_arguments(how, workers))
+        page = None if report_html is None else ranks.together(lambda: refuse_page(report_html))
         threads = threads_of_this_rank(workers)
-        if to != FP8:
-            return _dequantize(source, output, how, threads, progress, ranks)
-        return _quantize(source, output, how, threads, progress, ranks)
+        job = _dequantize if to != FP8 else _quantize
+        result, before, seen = job(source, output, how, threads, progress, ranks)
+        if page is not None:
+            ranks.first(lambda: draw((before, open_checkpoint(output.destination)), seen, page))
+        return result
 
 
 def kept_of(destination: str | Path) -> Path | None:
@@ -135,7 +144,7 @@ def plan_convert(
     from fp8ckpt.ranks import ranks_of_this_job
 
     to = to or (FP8 if like is not None or scheme is not None else "bf16")
-    how = _How(to, layout, like, scheme, scales, carry, report, serving, only, skip, follow_index)
+    how = _How(to, layout, like, scheme, scales, carry, report, False, serving, only, skip, follow_index)
     with ranks_of_this_job() as ranks:
         return ranks.first(lambda: _forecast(source, PartialOutput(destination), how))
 
@@ -187,6 +196,7 @@ class _How:
     scales: str
     carry: str | None
     report: bool
+    see: bool
     serving: bool
     only: str | None
     skip: str | None
@@ -200,7 +210,7 @@ def _dequantize(
     workers: int,
     progress: Progress | None,
     ranks: Ranks,
-) -> PlainResult:
+) -> tuple[PlainResult, Checkpoint, Seen]:
     begun = time.monotonic()
     done = dequantizing.run(
         source,
@@ -211,18 +221,17 @@ def _dequantize(
         ranks,
         layout=how.layout,
         follow_index=how.follow_index,
+        see=how.see,
     )
-    source, written = done.plan.source, done.plan.output
-    quantized = source.quantized
-    return PlainResult(
+    read, written = done.plan.source, done.plan.output
+    quantized = read.quantized
+    result = PlainResult(
         destination=output.destination,
         to=how.to,
         files=len(written.names),
         tensors=len(done.plan.tensors),
         dequantized=len(quantized),
-        dropped_scales=sum(len(tensor.spans) - 1 for tensor in quantized)
-        + len(source.cache_scales)
-        + len(source.markers),
+        dropped_scales=sum(len(tensor.spans) - 1 for tensor in quantized) + len(read.cache_scales) + len(read.markers),
         bytes_read=done.bytes_read,
         bytes_written=written.nbytes,
         bytes_resumed=done.bytes_resumed,
@@ -230,6 +239,7 @@ def _dequantize(
         notes=done.plan.notes,
         seconds=time.monotonic() - begun,
     )
+    return result, read, done.seen
 
 
 def _quantize(
@@ -239,12 +249,12 @@ def _quantize(
     workers: int,
     progress: Progress | None,
     ranks: Ranks,
-) -> Fp8Result:
+) -> tuple[Fp8Result, Checkpoint, Seen]:
     from fp8ckpt.encodings import run_fp8 as quantized
 
     begun = time.monotonic()
     done = quantized.run(lambda: _plan_fp8(source, output, how), output, workers, progress, ranks)
-    return Fp8Result(
+    result = Fp8Result(
         destination=output.destination,
         to=FP8,
         files=len(done.plan.output.names),
@@ -259,6 +269,7 @@ def _quantize(
         notes=done.plan.notes,
         seconds=time.monotonic() - begun,
     )
+    return result, done.plan.base or done.plan.source, done.seen
 
 
 def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> QuantizingPlan:
@@ -273,6 +284,7 @@ def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> Quant
             output,
             fresh=how.scales == "fresh",
             report=how.report,
+            see=how.see,
             carry=how.carry,
             served=served_config if how.serving else None,
             follow_index=how.follow_index,
@@ -284,6 +296,7 @@ def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> Quant
         output,
         served=served_config,
         report=how.report,
+        see=how.see,
         only=how.only,
         skip=how.skip,
         follow_index=how.follow_index,

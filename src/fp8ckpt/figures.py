@@ -94,7 +94,6 @@ def _overview(found: Report) -> str:
         "tensors": f"{found.tensors:,}",
         "elements": f"{found.elements:,}",
         "FP8 elements": f"{coded:,}",
-        "read for this page": _size(found.bytes_read),
     }
     if found.changes is not None:
         tiles["elements moved"] = _percent(

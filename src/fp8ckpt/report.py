@@ -10,22 +10,21 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Progress
 from fp8ckpt.errors import OutputExistsError, StorageError
 from fp8ckpt.families.kinds import Place, places
-from fp8ckpt.numerics.codes import CODE_FORMATS, F32, SCALE_DTYPES, TARGET_BYTES, code_values, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
-from fp8ckpt.numerics.kernels import count_codes
-from fp8ckpt.numerics.quantize import unpack
+from fp8ckpt.numerics.quantize import Tally
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.output.forecast import room_for
 from fp8ckpt.output.partial import partial_of
@@ -33,7 +32,7 @@ from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, raise_first
-from fp8ckpt.tensors.reading import load_dequantizer, scale_defects
+from fp8ckpt.tensors.reading import load_dequantizer, load_factor, load_scales, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS
@@ -144,9 +143,18 @@ def report(
     sides = [open_checkpoint(path) for path in (a, b) if path is not None]
     for side in sides:
         raise_first(scale_defects(side.quantized, side.cache_scales))
-    found = _Job(sides, progress).run(threads_of_this_rank(workers))
+    job = _Job(sides, progress)
+    job.run(threads_of_this_rank(workers))
+    found = job.found()
     _publish(page, page_of(found))
     return found
+
+
+def draw(sides: Sequence[Checkpoint], seen: Seen, page: Path) -> None:
+    """Write the page of two of which all was counted already; headers and scales are read."""
+    from fp8ckpt.figures import page_of
+
+    _publish(page, page_of(_Job(sides, None, seen).found()))
 
 
 def refuse_page(output: str | Path) -> Path:
@@ -176,58 +184,40 @@ def _publish(page: Path, text: str) -> None:
         raise error if isinstance(error, StorageError) else write_error(error, page) from error
 
 
-@dataclass
-class _Tally:
-    """What is added up of one tensor, over its chunks."""
-
-    use: Counter[str] = field(default_factory=Counter)
-    moved: int = 0
-    error: float = 0.0
-    magnitude: float = 0.0
-    largest_error: float = 0.0
-    largest: float = 0.0
-    fresh: int | None = None
-    scales: int | None = None
-
-
 class _Job:
-    """Reads one side, or two, in chunks of elements, and counts."""
+    """Reads one side, or two, in chunks of elements, and counts; or says what was ``seen`` of them."""
 
-    def __init__(self, sides: list[Checkpoint], progress: Progress | None) -> None:
+    def __init__(self, sides: Sequence[Checkpoint], progress: Progress | None, seen: Seen | None = None) -> None:
         self._sides = sides
         self._coded = next((side for side in sides if side.quantized), sides[0])
         self._progress = progress
         self._bytes_read = 0
-        self._codes: dict[str, npt.NDArray[np.int64]] = {}
         self._lock = threading.Lock()
+        self._seen = seen or Seen()
         self._apart: list[str] = []
-        self._tallies: dict[str, _Tally] = {}
+        self._compared: list[str] = []
         for name in dict.fromkeys(name for side in sides for name in side.tensors):
             found = [side.tensors[name] for side in sides if name in side.tensors]
             if len(found) == 2 and _comparable(*found):
-                self._tallies[name] = _Tally()
+                self._compared.append(name)
             elif len(sides) == 2:
                 self._apart.append(name)
-        for tensor in self._coded.quantized:
-            self._tallies.setdefault(tensor.name, _Tally())
 
-    def run(self, workers: int) -> Report:
-        """Count all, and say what was found."""
+    def run(self, workers: int) -> None:
+        """Count all."""
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-        self._total = sum(side.tensors[name].span.nbytes for name in self._tallies for side in self._sides_with(name))
+        names = list(dict.fromkeys([*self._compared, *(tensor.name for tensor in self._coded.quantized)]))
+        self._total = sum(side.tensors[name].span.nbytes for name in names for side in self._sides_with(name))
         chunks = (
-            (name, start)
-            for name in self._tallies
-            for start in range(0, self._sides_with(name)[0].tensors[name].numel, _CHUNK)
+            (name, start) for name in names for start in range(0, self._sides_with(name)[0].tensors[name].numel, _CHUNK)
         )
         with ExitStack() as announced:
             for side in self._sides:
-                spans = (side.tensors[name].span for name in self._tallies if side in self._sides_with(name))
+                spans = (side.tensors[name].span for name in names if side in self._sides_with(name))
                 announced.enter_context(side.store.ahead([span.whole] for span in spans))
             share(chunks, [self._counter() for _ in range(workers)])
-        return self._found()
 
-    def _sides_with(self, name: str) -> list[Checkpoint]:
+    def _sides_with(self, name: str) -> Sequence[Checkpoint]:
         """The sides of which a tensor is read: both, or the one whose codes are counted."""
         if name in self._apart or len(self._sides) == 1:
             return [self._coded]
@@ -236,7 +226,6 @@ class _Job:
     def _counter(self) -> Callable[[tuple[str, int]], None]:
         """One worker, with buffers of its own."""
         buffers = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self._sides]
-        counts = np.zeros((4, 256), np.int64)
 
         def count(chunk: tuple[str, int]) -> None:
             name, start = chunk
@@ -245,13 +234,14 @@ class _Job:
             parts = [_Part(tensor, start, *buffers[i]) for i, tensor in enumerate(tensors)]
             for part in parts:
                 self._read(part)
+            seen = Seen()
             for side, part in zip(sides, parts, strict=True):
                 if side is self._coded and part.tensor.scaled is not None:
-                    counts[:] = 0
-                    count_codes(part.codes, counts)
-                    self._add_codes(part.tensor.scaled, counts.sum(axis=0))
+                    seen.count(part.tensor.scaled, part.codes)
             if len(parts) == 2:
-                self._compare(name, start, *parts)
+                self._compare(seen, name, *parts)
+            with self._lock:
+                self._seen.add(seen)
 
         return count
 
@@ -263,45 +253,20 @@ class _Job:
             if self._progress is not None:
                 self._progress(self._bytes_read, self._total, f"reading {span.file.name}")
 
-    def _add_codes(self, tensor: QuantizedTensor, counts: npt.NDArray[np.int64]) -> None:
-        classes = _code_classes(tensor.code_dtype)
-        counts = counts[: classes["zeros"].size]
-        with self._lock:
-            self._codes.setdefault(tensor.code_dtype, np.zeros(counts.size, np.int64))[:] += counts
-            self._tallies[tensor.name].use.update({what: int(counts[codes].sum()) for what, codes in classes.items()})
-
-    def _compare(self, name: str, start: int, a: _Part, b: _Part) -> None:
-        coded = a.tensor.scaled is not None and b.tensor.scaled is not None
-        same = np.array_equal(a.stored, b.stored)
+    def _compare(self, seen: Seen, name: str, a: _Part, b: _Part) -> None:
         if _floating(a.tensor) is None:  # integers and the like: bytes that differ say it all
-            itemsize = max(1, a.stored.size // a.count)
-            moved = int((a.stored != b.stored).reshape(-1, itemsize).any(axis=1).sum())
-            with self._lock:
-                self._tallies[name].moved += moved
+            seen.change(name, Tally(moved=moved_bytes(a.stored, b.stored, a.tensor.dtype)))
             return
         dtype = _compared(a.tensor, b.tensor)
         left, right = (part.values(dtype, self._dequantizer) for part in (a, b))
+        coded = a.tensor.scaled is not None and b.tensor.scaled is not None
+        moved = None
         if coded and _code_dtype(a.tensor) == _code_dtype(b.tensor):
-            moved = 0 if same else int(np.count_nonzero(a.codes != b.codes))
-        else:
-            moved = int(np.count_nonzero((left != right) & ~(np.isnan(left) & np.isnan(right))))
-        magnitude = np.abs(left)
-        distance = np.abs(left - right)
-        finite = np.isfinite(magnitude) & np.isfinite(distance)
-        if not finite.all():
-            magnitude, distance = magnitude[finite], distance[finite]
-        fresh, scales = _fresh_scales(a.tensor, b.tensor) if start == 0 else (None, None)
-        with self._lock:
-            tally = self._tallies[name]
-            tally.moved += moved
-            tally.error += float(distance.sum(dtype=np.float64))
-            tally.magnitude += float(magnitude.sum(dtype=np.float64))
-            tally.largest_error = max(tally.largest_error, float(distance.max(initial=0.0)))
-            tally.largest = max(tally.largest, float(magnitude.max(initial=0.0)))
-            if start == 0:
-                tally.fresh, tally.scales = fresh, scales
+            moved = int(np.count_nonzero(a.codes != b.codes))
+        seen.compare(name, left, right, moved)
 
-    def _found(self) -> Report:
+    def found(self) -> Report:
+        """What was counted, and what headers and scales say."""
         at = places(dict.fromkeys(name for side in self._sides for name in side.tensors))
         return Report(
             paths=tuple(side.path for side in self._sides),
@@ -309,7 +274,7 @@ class _Job:
             elements=sum(tensor.numel for tensor in self._sides[0].tensors.values()),
             sizes=tuple(_sizes(self._sides[0], at)),
             weights=tuple(self._weight(tensor, at[tensor.name]) for tensor in self._coded.quantized),
-            codes={dtype: tuple(int(count) for count in counts) for dtype, counts in self._codes.items()},
+            codes={dtype: tuple(counts.tolist()) for dtype, counts in sorted(self._seen.codes.items())},
             changes=tuple(self._changes(at)) if len(self._sides) == 2 else None,
             apart=tuple(self._apart),
             bytes_read=self._bytes_read,
@@ -317,7 +282,7 @@ class _Job:
 
     def _weight(self, tensor: QuantizedTensor, place: Place) -> WeightFacts:
         activations = [scale_range(span).greatest for span in tensor.activation_scales if span.dtype in SCALE_DTYPES]
-        use = self._tallies[tensor.name].use
+        use = self._seen.use.get(tensor.name, Counter())
         return WeightFacts(
             tensor.name,
             *place,
@@ -328,19 +293,18 @@ class _Job:
         )
 
     def _changes(self, at: dict[str, Place]) -> Iterator[Change]:
-        apart = set(self._apart)
-        for name, tally in self._tallies.items():
-            if name not in apart:
-                yield Change(
-                    name,
-                    *at[name],
-                    self._sides[0].tensors[name].numel,
-                    tally.moved,
-                    tally.error / tally.magnitude if tally.magnitude else 0.0,
-                    tally.largest_error / tally.largest if tally.largest else 0.0,
-                    tally.fresh,
-                    tally.scales,
-                )
+        for name in self._compared:
+            tally = self._seen.changes.get(name, Tally())
+            tensors = [side.tensors[name] for side in self._sides]
+            yield Change(
+                name,
+                *at[name],
+                tensors[0].numel,
+                tally.moved,
+                tally.error / tally.magnitude if tally.magnitude else 0.0,
+                tally.largest_error / tally.largest if tally.largest else 0.0,
+                *_fresh_scales(*tensors),
+            )
 
 
 class _Part:
@@ -359,8 +323,7 @@ class _Part:
     @property
     def codes(self) -> Bytes:
         """Its codes, one a byte."""
-        packed = self.tensor.scaled is not None and self.tensor.scaled.per_byte > 1
-        return unpack(self.stored) if packed else self.stored
+        return self.stored if self.tensor.scaled is None else self.tensor.scaled.one_a_byte(self.stored)
 
     def values(self, dtype: str, dequantizer: Callable[[QuantizedTensor, str], Dequantizer]) -> F32:
         """The values [n] as float32, rounded to ``dtype`` where they are FP8."""
@@ -405,7 +368,9 @@ def _fresh_scales(a: Tensor, b: Tensor) -> tuple[int | None, int | None]:
     """(scales of the second that are not the first's, scales), or Nones where not both are FP8 on one grid."""
     if a.scaled is None or b.scaled is None or a.scaled.grid != b.scaled.grid:
         return None, None
-    left, right = (load_dequantizer(scaled, "F32").scales for scaled in (a.scaled, b.scaled))
+    left, right = (
+        scale_values(load_scales(scaled), scaled.scale.dtype, load_factor(scaled)) for scaled in (a.scaled, b.scaled)
+    )
     return int(np.count_nonzero(left != right)), left.size
 
 
@@ -418,18 +383,3 @@ def _sizes(side: Checkpoint, at: dict[str, Place]) -> Iterator[SizeRow]:
         row[1] += sum(span.nbytes for span in tensor.spans)
     for (kind, dtype), (tensors, nbytes) in sorted(rows.items(), key=lambda item: -item[1][1]):
         yield SizeRow(kind, dtype, tensors, nbytes)
-
-
-@lru_cache
-def _code_classes(dtype: str) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which of the codes are of which class; a code may be of none."""
-    values = np.abs(code_values(dtype))
-    finite = np.isfinite(values)
-    form = CODE_FORMATS[dtype]
-    subnormal = (np.arange(values.size) >> form.mantissa_bits) % (1 << form.exponent_bits) == 0
-    return {
-        "zeros": values == 0,
-        "subnormals": subnormal & finite & (values > 0),
-        "saturated": values == values[finite].max(),
-        "nonfinite": ~finite,
-    }

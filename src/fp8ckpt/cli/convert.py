@@ -14,7 +14,6 @@ from fp8ckpt.cli.printing import (
     resumable,
     share,
     size,
-    speaks,
     table,
 )
 from fp8ckpt.cli.progress import progress
@@ -79,7 +78,7 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also draw the page of `fp8ckpt report SRC DST` (or BASE DST). Reads both again, once DST is whole.",
+            help="Also draw the page of `fp8ckpt report SRC DST` (or BASE DST), counted in the same pass.",
         ),
     ] = None,
     serving: Annotated[
@@ -108,7 +107,6 @@ def convert(
     from fp8ckpt.convert import convert as run
     from fp8ckpt.convert import plan_convert
 
-    page = None if report_html is None else _page(report_html)
     arguments: dict[str, Any] = {
         "to": to,
         "layout": layout,
@@ -128,19 +126,9 @@ def convert(
         answer_forecast(forecast, as_json=as_json, quiet=quiet)
         return
     with resumable(destination), usage(), progress("converting", quiet=quiet) as reported:
-        result = run(source, destination, **arguments, workers=workers, progress=reported)
-    if page is not None and speaks():
-        from fp8ckpt.report import report as draw
-
-        with progress("drawing", quiet=quiet) as reported:
-            draw(like or source, destination, output=page, workers=workers, progress=reported)
+        result = run(source, destination, **arguments, report_html=report_html, workers=workers, progress=reported)
+    page = None if report_html is None else report_html.absolute()
     answer(result, lambda found: _print(found, page), as_json=as_json, quiet=quiet, page=page)
-
-
-def _page(path: Path) -> Path:
-    from fp8ckpt.report import refuse_page
-
-    return refuse_page(path)
 
 
 def _print(result: "ConvertResult", page: Path | None) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize
@@ -36,6 +37,7 @@ from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.reading import load_dequantizer, load_factor
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
@@ -87,12 +89,19 @@ class WeightFacts:
 
 
 def combine(facts: Iterable[Facts]) -> Facts:
-    """The facts of all chunks together, by weight."""
+    """The facts of all chunks together: by weight, and what was seen."""
+    every = list(facts)
+    weights = {name: asdict(part) for name, part in weights_of(every).items()}
+    return {"weights": weights, "seen": Seen.of(one["seen"] for one in every).recorded()}
+
+
+def weights_of(facts: Iterable[Facts]) -> dict[str, WeightFacts]:
+    """The facts of each weight, of all that was recorded."""
     total: dict[str, WeightFacts] = {}
     for recorded in facts:
-        for name, part in recorded.items():
+        for name, part in recorded["weights"].items():
             total.setdefault(name, WeightFacts()).add(WeightFacts.of(part))
-    return {name: asdict(part) for name, part in total.items()}
+    return total
 
 
 class QuantizingFiller:
@@ -120,6 +129,8 @@ class QuantizingFiller:
         # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
+        self._base_at: tuple[str, int, int] | None = None  # which they are
+        self._seen = Seen()
         self._unpacked = np.empty(0, np.uint8)
         self._scale_file: OutputFile | None = None
         self._reader = Reader(READ_AT_ONCE, dequantizer, counting=True)
@@ -133,8 +144,13 @@ class QuantizingFiller:
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         """Fill ``out`` with the bytes of a chunk of an output file; the facts are those of the weight, if it is
-        of one, or of what was merged.
+        of one, or of what was merged; and what was seen.
         """
+        self._seen = Seen()
+        facts, write = self._fill(layout, chunk, out)
+        return Filled({"weights": facts, "seen": self._seen.recorded()}, write)
+
+    def _fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         weight = None
         if chunk.start >= len(layout.head) and chunk.first < len(layout.spans):
             weight = self._plan.weights.get(layout.spans[chunk.first].name)
@@ -163,6 +179,8 @@ class QuantizingFiller:
             given, target = self._plan.plain[span.name], out[low - start : high - start]
             if (facts := self._stored(given, span, low - span.start, target)) != WeightFacts():
                 met[span.name] = facts
+            if self._plan.see:
+                self._see_plain(span, low - span.start, target)
         return met
 
     def _stored(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes) -> WeightFacts:
@@ -178,6 +196,19 @@ class QuantizingFiller:
             facts.arrival.add(Arrival.of(*merge, values_of(out, span.dtype).floats))
         facts.nan_codes = self._reader.nonfinite.total()
         return facts
+
+    def _see_plain(self, span: TensorSpan, offset: int, out: Bytes) -> None:
+        """Count the codes of a weight that is the base's, and hold what else was stored against what the base has."""
+        if (tensor := self._plan.by_codes.get(span.name)) is not None:
+            self._seen.count(tensor, tensor.one_a_byte(out))
+        elif (before := self._plan.compared(span)) is not None:
+            old = np.empty_like(out)
+            before.read(old, offset)
+            if span.dtype in TARGET_BYTES:
+                was, now = (values_of(part, span.dtype).floats for part in (old, out))
+                self._seen.compare(span.name, was, now)
+            else:
+                self._seen.change(span.name, Tally(moved=moved_bytes(old, out, span.dtype)))
 
     def _cast(self, given: Tensor, first: int, span: TensorSpan, out: Bytes) -> None:
         itemsize = TARGET_BYTES[span.dtype]
@@ -201,6 +232,7 @@ class QuantizingFiller:
             size = rows * sub.weight_shape[-1]
             codes = self._room_for_codes(weight, first - begin, size, out)
             values = self._values(weight.source, first, size)
+            self._see_base(weight, first, size)
             parts = quantize.parts_of_run(sub, 0, size)
             maxima = quantize.block_array(sub, np.float32)
             quantize.raise_maxima(parts, values, maxima)
@@ -264,6 +296,7 @@ class QuantizingFiller:
         maxima: dict[int, np.float32] = {}
         for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
             values = self._values(weight.source, first, size)
+            self._see_base(weight, first, size)
             parts = quantize.parts_of_run(grid, start, size)
             here = quantize.block_array(grid, np.float32)
             quantize.raise_maxima(parts, values, here)
@@ -344,14 +377,33 @@ class QuantizingFiller:
         if (merge := self._reader.merge) is not None:
             facts.arrival.add(Arrival.of(*merge, quantize.decode(parts, codes, scales, weight.coding)))
         elif weight.before is not None:
-            nbytes = codes.size // weight.per_byte
+            old = self._old(weight, weight.before, first, codes.size)
+            tally.moved = int(np.count_nonzero(old != codes))
+            if self._plan.see:
+                was, now = (quantize.decode(parts, *of, weight.coding) for of in ((old, before), (codes, scales)))
+                self._seen.compare(weight.before.name, was, now, tally.moved)
+        elif self._plan.see:
+            self._seen.count_codes(weight.name, weight.coding.dtype, codes)
+            rounded = np.empty(values.bits.size, bits_dtype(values.dtype))
+            quantize.round_to(quantize.decode(parts, codes, scales), values.dtype, rounded)
+            self._seen.compare(weight.name, values.floats, values_of(rounded.view(np.uint8), values.dtype).floats)
+        facts.tally.add(tally)
+
+    def _see_base(self, weight: Quantization, first: int, count: int) -> None:
+        """Count the codes that a run of elements had, at first sight."""
+        if self._plan.see and self._decided is None and weight.before is not None:
+            self._seen.count(weight.before, self._old(weight, weight.before, first, count))
+
+    def _old(self, weight: Quantization, before: QuantizedTensor, first: int, count: int) -> U8:
+        """The base's codes of a run of elements, one a byte; read once where they are asked for twice in a row."""
+        if self._base_at != (at := (weight.name, first, count)):
+            nbytes = count // weight.per_byte
             if self._base_codes.size < nbytes:
                 self._base_codes = np.empty(nbytes, np.uint8)
-            old = self._base_codes[:nbytes]
-            weight.before.packed.read(old, first // weight.per_byte)
+            before.packed.read(self._base_codes[:nbytes], first // weight.per_byte)
             self.base_bytes_read += nbytes
-            tally.moved = int(np.count_nonzero((old if weight.per_byte == 1 else quantize.unpack(old)) != codes))
-        facts.tally.add(tally)
+            self._base_at = at
+        return before.one_a_byte(self._base_codes[: count // weight.per_byte])
 
     def _values(self, tensor: Tensor, first: int, count: int) -> Values:
         """Elements ``first`` to ``first + count`` of a tensor, good until the next call."""

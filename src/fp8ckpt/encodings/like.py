@@ -35,6 +35,7 @@ def plan_like(
     *,
     fresh: bool,
     report: bool,
+    see: bool = False,
     carry: str | None = None,
     served: Callable[[Checkpoint], Json] | None = None,
     follow_index: bool = False,
@@ -78,7 +79,8 @@ def plan_like(
     stored = {span.name: span for header in like.files for span in header.spans}
     plain = {name: tensors.get(name, stored[name]) for name in spans if name not in weights and name not in scales}
     powers_of_two = states_powers_of_two(like.config)
-    arguments = {"job": "quantize", "fresh": fresh, "report": report, "powers_of_two": powers_of_two}
+    seen = {"see": True} if see else {}
+    arguments = {"job": "quantize", "fresh": fresh, "report": report, "powers_of_two": powers_of_two, **seen}
     return QuantizingPlan(
         output=OutputPlan((given, like), arguments, changes.layouts, changes.texts, changes.copies),
         source=given,
@@ -88,6 +90,7 @@ def plan_like(
         units=tuple(units_of(weights.values())),
         fresh=fresh,
         report=report,
+        see=see,
         powers_of_two=powers_of_two,
         carried=tuple(sorted(carried)),
         notes=(*given.notes, *like.notes, *_cache_notes(like), *notes, *_side_file_notes(given, like)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import ExtentWriter, Filled, Progress, begin
 from fp8ckpt.errors import RangeError
 from fp8ckpt.families.between import as_in_model
@@ -64,6 +65,7 @@ class Dequantized:
     bytes_read: int
     bytes_resumed: int
     nan_codes: dict[str, int]
+    seen: Seen
 
 
 def run(
@@ -76,18 +78,19 @@ def run(
     *,
     layout: str = FILE,
     follow_index: bool = False,
+    see: bool = False,
 ) -> Dequantized:
-    """Plan, write and publish, together with the other ranks. ``layout``: see `LAYOUTS`."""
+    """Plan, write and publish, together with the other ranks. ``layout``: see `LAYOUTS`; ``see``: count codes."""
     from fp8ckpt.tensors.reading import load_dequantizer
 
-    planned = ranks.together(lambda: plan_plain(source, output, dtype, layout, follow_index))
+    planned = ranks.together(lambda: plan_plain(source, output, dtype, layout, follow_index, see=see))
     plan = planned.output
     done = begin(plan, output, ranks)
     extents = planned.extents()
     mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
-    fillers = [_Filler(planned.tensors, dtype, dequantizer) for _ in range(workers)]
+    fillers = [_Filler(planned.tensors, dtype, dequantizer, see=see) for _ in range(workers)]
 
     def write() -> int:
         todo = {i: extents[i] for i in mine}
@@ -98,11 +101,13 @@ def run(
         return sum(filler.bytes_read for filler in fillers)
 
     bytes_read = sum(ranks.gather(write))
-    nan_codes = ranks.first(lambda: _publish(plan, output))
-    return Dequantized(planned, bytes_read, sum(extents[i].nbytes for i in done), nan_codes)
+    nan_codes, seen = ranks.first(lambda: _publish(plan, output))
+    return Dequantized(planned, bytes_read, sum(extents[i].nbytes for i in done), nan_codes, seen)
 
 
-def plan_plain(source: CheckpointLike, output: PartialOutput, dtype: str, layout: str, follow_index: bool) -> PlainPlan:
+def plan_plain(
+    source: CheckpointLike, output: PartialOutput, dtype: str, layout: str, follow_index: bool, *, see: bool = False
+) -> PlainPlan:
     """Everything that can be known or refused before the first byte is written."""
     from fp8ckpt.tensors.reading import scale_defects
 
@@ -122,7 +127,8 @@ def plan_plain(source: CheckpointLike, output: PartialOutput, dtype: str, layout
         plain = PlainLayout.of(checkpoint, dtype)
         if leaves_experts_random(checkpoint.config, tensors):
             notes += ("transformers leaves experts random that are a tensor each of this model: say --layout model",)
-    written = OutputPlan((checkpoint,), {"job": "convert", "dtype": dtype}, *plain)
+    arguments = {"job": "convert", "dtype": dtype, **({"see": True} if see else {})}
+    written = OutputPlan((checkpoint,), arguments, *plain)
     return PlainPlan(checkpoint, tensors, written, notes)
 
 
@@ -136,24 +142,26 @@ def _refuse_overflow(tensor: QuantizedTensor) -> None:
 
 
 def _sum(facts: Iterable[Facts]) -> Facts:
-    total: Counter[str] = Counter()
-    for counts in facts:
-        total.update(counts)
-    return total
+    every = list(facts)
+    nan_codes: Counter[str] = Counter()
+    for one in every:
+        nan_codes.update(one["nan_codes"])
+    return {"nan_codes": nan_codes, "seen": Seen.of(one["seen"] for one in every).recorded()}
 
 
-def _publish(plan: OutputPlan, output: PartialOutput) -> Facts:
-    """The last step: the NaN codes of all extents, added up before their records go."""
-    nan_codes = _sum(output.records().values())
+def _publish(plan: OutputPlan, output: PartialOutput) -> tuple[dict[str, int], Seen]:
+    """The last step: the NaN codes of all extents, and what was seen, added up before their records go."""
+    total = _sum(output.records().values())
     plan.publish(output)
-    return dict(sorted(nan_codes.items()))
+    return dict(sorted(total["nan_codes"].items())), Seen.of([total["seen"]])
 
 
 class _Filler:
     """One worker's reading and dequantizing: fills pieces of the output from the source, with buffers of its own."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: str, dequantizer: DequantizerOf) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: str, dequantizer: DequantizerOf, *, see: bool) -> None:
         self._tensors = tensors
+        self._see = see
         self._reader = Reader(cutting.CHUNK // TARGET_BYTES[dtype], dequantizer, counting=True)
 
     @property
@@ -162,8 +170,12 @@ class _Filler:
         return self._reader.bytes_read
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes of a chunk of an output file; the facts are the NaN codes by tensor."""
+        """Fill ``out`` with the bytes of a chunk of an output file; the facts are the NaN codes by tensor, and what
+        was seen.
+        """
         self._reader.nonfinite.clear()
+        seen = Seen()
+        self._reader.passing = seen.count if self._see else None
         start = chunk.start
         if start < len(layout.head):
             head = layout.head[start : chunk.stop]
@@ -171,7 +183,7 @@ class _Filler:
         for span, low, high in met(layout, chunk):
             first = (low - span.start) * 8 // DTYPE_BITS[span.dtype]
             self._tensors[span.name].elements(first, span.dtype, out[low - start : high - start], self._reader)
-        return Filled(dict(self._reader.nonfinite))
+        return Filled({"nan_codes": dict(self._reader.nonfinite), "seen": seen.recorded()})
 
     def close(self) -> None:
         """Nothing to release."""

@@ -77,8 +77,8 @@ class QuantizingPlan:
 
     ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
     ``units``: the wide weights, and those with a factor; together those that must have one scale, or one factor.
-    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``report``: count what training did. ``carried``:
-    what is the base's, byte for byte; ``merged``: what adapters change.
+    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``report``: count what training did; ``see``: and
+    what a page shows. ``carried``: what is the base's, byte for byte; ``merged``: what adapters change.
     """
 
     output: OutputPlan
@@ -89,6 +89,7 @@ class QuantizingPlan:
     units: tuple[tuple[str, ...], ...]
     fresh: bool
     report: bool
+    see: bool = False
     powers_of_two: bool = False
     carried: tuple[str, ...] = ()
     merged: frozenset[str] = frozenset()
@@ -98,6 +99,17 @@ class QuantizingPlan:
     def unit_of(self) -> dict[str, tuple[str, ...]]:
         """The unit of each weight of ``units``."""
         return {name: unit for unit in self.units for name in unit}
+
+    @cached_property
+    def by_codes(self) -> dict[str, QuantizedTensor]:
+        """The base's weights that are carried, by the names that their codes are stored under."""
+        quantized = () if self.base is None else self.base.quantized
+        return {tensor.weight.name: tensor for tensor in quantized if tensor.weight.name not in self.weights}
+
+    def compared(self, span: TensorSpan) -> TensorSpan | None:
+        """What the base has of a tensor that is not quantized; None where that is written, or no base is known."""
+        tensor = None if self.base is None else self.base.tensors.get(span.name)
+        return None if tensor is None or span.name in self.carried else tensor.span
 
     @contextmanager
     def ahead(self, extents: Collection[Extent]) -> Iterator[None]:

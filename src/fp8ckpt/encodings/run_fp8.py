@@ -16,9 +16,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, checked_scales, combine, scales_before
+from fp8ckpt.encodings.fp8 import (
+    QuantizingFiller,
+    Stored,
+    WeightFacts,
+    checked_scales,
+    combine,
+    scales_before,
+    weights_of,
+)
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.encodings.results import QuantizationReport, WeightReport
+from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import ExtentWriter, Progress, begin
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, Factor, scale_values
@@ -46,6 +55,7 @@ class Quantized:
     bytes_resumed: int
     report: QuantizationReport | None
     facts: Mapping[str, WeightFacts]
+    seen: Seen
 
 
 def run(
@@ -92,10 +102,10 @@ def run(
     counts = looked + ranks.gather(lambda: write(again, scales))
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
-    facts = ranks.first(lambda: _publish(plan, output, first, decided, second))
+    facts, seen = ranks.first(lambda: _publish(plan, output, first, decided, second))
     read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
     report = _reported(plan, facts) if plan.report else None
-    return Quantized(plan, read, base_read, rewritten, resumed, report, facts)
+    return Quantized(plan, read, base_read, rewritten, resumed, report, facts, seen)
 
 
 class _Steps:
@@ -114,17 +124,17 @@ class _Steps:
         return lambda done, total, doing: progress(before + done, before + total, doing)
 
 
-def _facts(output: PartialOutput, extents: Mapping[int, object]) -> dict[str, WeightFacts]:
-    """What was recorded of these extents, by weight."""
-    recorded = combine(facts for i, facts in output.records().items() if i in extents)
-    return {name: WeightFacts.of(facts) for name, facts in recorded.items()}
+def _facts(output: PartialOutput, extents: Mapping[int, object]) -> tuple[dict[str, WeightFacts], Seen]:
+    """What was recorded of these extents: by weight, and what was seen."""
+    recorded = [facts for i, facts in output.records().items() if i in extents]
+    return weights_of(recorded), Seen.of(facts["seen"] for facts in recorded)
 
 
 def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Stored | Factor]:
     """The scales, or the factors, of the weights that must be written again; those of the others, which keep theirs,
     are written here.
     """
-    facts = _facts(output, first)
+    facts, _ = _facts(output, first)
     decided: dict[str, Stored | Factor] = {}
     for unit in plan.units:
         members = [plan.weights[name] for name in unit]
@@ -194,18 +204,22 @@ def _publish(
     first: Mapping[int, Extent],
     decided: Mapping[str, Stored | Factor],
     second: Mapping[str, Mapping[int, Extent]],
-) -> dict[str, WeightFacts]:
-    """The last step: the facts of a report, of the records before they go, and the name."""
+) -> tuple[dict[str, WeightFacts], Seen]:
+    """The last step: the facts of a report, and what was seen, of the records before they go; and the name."""
     facts: dict[str, WeightFacts] = {}
+    seen = Seen()
     if plan.report:
-        facts = _facts(output, first)
+        facts, seen = _facts(output, first)
         for name in plan.unit_of:
             facts[name] = _wide_facts(plan, name, facts.get(name, WeightFacts()), decided)
-        written_again = {i: extent for name in decided for i, extent in second[name].items()}
-        for name, again in _facts(output, written_again).items():
-            facts[name].tally, facts[name].arrival = again.tally, again.arrival
+        again, seen_again = _facts(output, {i: extent for name in decided for i, extent in second[name].items()})
+        for name, part in again.items():
+            facts[name].tally, facts[name].arrival = part.tally, part.arrival
+        for name in seen_again.changes:
+            seen.changes.pop(name, None)
+        seen.add(seen_again)
     plan.output.publish(output)
-    return facts
+    return facts, seen
 
 
 def _wide_facts(

@@ -171,6 +171,7 @@ def plan_scheme(
     *,
     served: Callable[[Checkpoint], Json],
     report: bool,
+    see: bool = False,
     only: str | None = None,
     skip: str | None = None,
     follow_index: bool = False,
@@ -228,10 +229,11 @@ def plan_scheme(
     texts[CONFIG] = dump_json(served(written))
     if given.index is not None or len(layouts) > 1:
         texts[given.index_name or INDEX] = index_text(layouts, given.index)
+    seen = {"see": True} if see else {}
     return QuantizingPlan(
         output=OutputPlan(
             (given,),
-            {"job": "quantize", "scheme": scheme, "report": report, "only": only, "skip": skip},
+            {"job": "quantize", "scheme": scheme, "report": report, "only": only, "skip": skip} | seen,
             tuple(layouts),
             texts,
             copies,
@@ -252,5 +254,6 @@ def plan_scheme(
         ),
         fresh=True,
         report=report,
+        see=see,
         notes=tuple(notes),
     )

@@ -454,6 +454,41 @@ def tally_blocks(
 
 
 @compiled()
+def compare_values(before: Array, after: Array, sums: Array) -> int:
+    """How many of the values f32 [n] differ from those of before; two NaN do not. Adds to ``sums`` f64 [4]: of the
+    magnitudes of before, of the distances; the largest magnitude, the largest distance: of elements that have both.
+    """
+    unequal = 0
+    magnitudes, distances = np.empty(_SCRATCH, np.float32), np.empty(_SCRATCH, np.float32)
+    for start in range(0, before.size, _SCRATCH):
+        size = min(_SCRATCH, before.size - start)
+        one, other = before[start : start + size], after[start : start + size]
+        largest, worst = np.float32(0), np.float32(0)
+        for i in range(size):
+            a, b = one[i], other[i]
+            unequal += (a != b) & ((a == a) | (b == b))
+            magnitude, distance = abs(a), abs(a - b)
+            counted = (magnitude < np.inf) & (distance < np.inf)
+            magnitudes[i] = magnitude if counted else np.float32(0)
+            distances[i] = distance if counted else np.float32(0)
+        for i in range(size):
+            largest, worst = max(largest, magnitudes[i]), max(worst, distances[i])
+        left_over = size
+        while left_over > 16:  # as in `tally_blocks`
+            half = (left_over + 1) // 2
+            for i in range(left_over - half):
+                magnitudes[i] += magnitudes[i + half]
+                distances[i] += distances[i + half]
+            left_over = half
+        for i in range(left_over):
+            sums[0] += np.float64(magnitudes[i])
+            sums[1] += np.float64(distances[i])
+        sums[2] = max(sums[2], np.float64(largest))
+        sums[3] = max(sums[3], np.float64(worst))
+    return unequal
+
+
+@compiled()
 def count_inexact(
     values: Array,
     shift: int,

@@ -148,7 +148,7 @@ class OutputPlan:
         sources = [_versions(checkpoint) for checkpoint in self.inputs]
         sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
         return {
-            "format": 5,
+            "format": 6,
             **self.arguments,
             "chunk": extents.CHUNK,
             "extent": extents.EXTENT,

@@ -104,6 +104,12 @@ class QuantizedTensor(NamedTuple):
         """Itself."""
         return self
 
+    def one_a_byte(self, stored: Bytes) -> Bytes:
+        """The codes that bytes [n] of the weight hold."""
+        from fp8ckpt.numerics.quantize import unpack
+
+        return stored if self.per_byte == 1 else unpack(stored)
+
     def dtypes(self) -> tuple[str, ...]:
         """The targets of dequantizing."""
         return tuple(TARGET_BYTES)
@@ -147,6 +153,8 @@ class QuantizedTensor(NamedTuple):
             codes = reader.room[:nbytes]
             packed.read(codes, at)
             self._met(codes, reader)
+            if reader.passing is not None:
+                reader.passing(self, self.one_a_byte(codes))
             yield first, size, codes
 
     def codes(self, region: Region, reader: Reader) -> Iterator[tuple[Region, Bytes]]:
@@ -159,6 +167,10 @@ class QuantizedTensor(NamedTuple):
             codes = reader.room[: prod(of_bytes[1])]
             packed.read_region(of_bytes, codes)
             self._met(codes, reader)
+            if reader.passing is not None:  # without a byte's other code, where the piece begins or ends within it
+                first = piece[0][-1] % self.per_byte if piece[0] else 0
+                cols = self.one_a_byte(codes).reshape(*of_bytes[1][:-1], -1)
+                reader.passing(self, cols[..., first : first + piece[1][-1]] if piece[1] else cols)
             yield piece, codes.reshape(of_bytes[1])
 
     def _met(self, codes: Bytes, reader: Reader) -> None:

@@ -86,6 +86,7 @@ class Reader:
     ``room``: bytes, the most codes that are read at once. ``dequantizer``: see
     `fp8ckpt.tensors.scaled.load_dequantizer`; a cache of them is shared among threads. ``counting``: whether codes that
     are not finite are counted, by tensor, in ``nonfinite``. ``merge``: the last run of a merged tensor that was read.
+    ``passing``: is called with codes, one a byte, as they are read.
     """
 
     def __init__(self, room: int | Bytes, dequantizer: DequantizerOf, *, counting: bool = False) -> None:
@@ -95,3 +96,4 @@ class Reader:
         self.nonfinite: Counter[str] = Counter()
         self.bytes_read = 0
         self.merge: Merge | None = None
+        self.passing: Callable[[QuantizedTensor, Bytes], None] | None = None
