@@ -38,6 +38,7 @@ ARROWS = {
     "__main__": {"cli"},
     "cli": {*JOBS, "encodings", "output", "version"},
     **{job: {"serving", "checkpoint", "figures", *_BELOW_CHECKPOINT} for job in JOBS},
+    "convert": {"report", "serving", *_BELOW_CHECKPOINT},  # it draws the page of a report
     "figures": {"report", "tensors", "numerics"},  # of the report it knows the types alone
     "hosts": {"models", "checkpoint", *_BELOW_CHECKPOINT},
     "models": {"checkpoint", *_BELOW_CHECKPOINT},
