@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,21 @@ from fp8ckpt.errors import (
     WeightValueError,
 )
 from fp8ckpt.output.files import OutputFile
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.adapters import F32, PREFIX, factors, merged, values, write_adapter
 from tests.conftest import Run
-from tests.miniatures import Family, families
-from tests.oracle import NUMPY, Stored, dequantize, read_directory, write_safetensors
+from tests.miniatures import Family, families, four_bits
+from tests.oracle import NUMPY, Stored, read_directory, write_safetensors
+from tests.stopping import CHUNKS, run_until
+from tests.test_four_bits import with_siblings
 
 E4M3 = {
     name: family
     for name, family in families().items()
     if family.blocks and {family.tensors[w].dtype for w in family.blocks} == {"F8_E4M3"}
 }
+WRITTEN = E4M3 | four_bits()  # the families that merges go back to
 SCALING = 2.0
 
 
@@ -45,9 +51,21 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 def floats(family: Family, weight: str) -> F32:
     """What a weight dequantizes to in float32."""
-    scale, block = family.blocks[weight]
-    data = dequantize(family.tensors[weight], family.tensors[scale], block, "F32")
-    return np.frombuffer(data, np.float32).reshape(family.tensors[weight].shape)
+    found: F32 = family.expected("F32")[family.name(weight)].array
+    return found
+
+
+def watch_codes(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The weights whose codes are read to be decoded, from now on."""
+    found: set[str] = set()
+
+    def watched(real: Callable[..., Any], tensor: QuantizedTensor, *arguments: Any) -> Any:
+        found.add(tensor.name)
+        return real(tensor, *arguments)
+
+    for real in (QuantizedTensor.codes, QuantizedTensor.run):
+        monkeypatch.setattr(QuantizedTensor, real.__name__, lambda *given, real=real: watched(real, *given))
+    return found
 
 
 def adapter_of(name: str, value: F32, strength: float, seed: int = 5) -> tuple[dict[str, Stored], dict[str, Any]]:
@@ -70,12 +88,12 @@ def expected_of(name: str, value: F32, made: dict[str, Stored], scaling: float =
 
 
 @pytest.mark.parametrize("strength", [1e-4, 0.5])
-@pytest.mark.parametrize("name", E4M3)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_the_bytes_of_the_way_back(name: str, strength: float, tmp_path: Path) -> None:
-    """To FP8 a merge is what converting the merged values in float32 with the same base is: the same codes and scales,
-    kept where they fit and for siblings together, and everything else byte for byte.
+    """To FP8 or four bits a merge is what converting the merged values in float32 with the same base is: the same codes
+    and scales, kept where they fit and for siblings together, and everything else byte for byte.
     """
-    family = E4M3[name]
+    family = WRITTEN[name]
     base = family.write(tmp_path / "base", files=2)
     weight = next(iter(family.blocks))
     value = floats(family, weight)
@@ -103,6 +121,32 @@ def test_the_bytes_of_the_way_back(name: str, strength: float, tmp_path: Path) -
     [row] = result.report.weights
     [other] = [row for row in back.report.weights if row.name == family.name(weight)]
     assert (row.clipped, row.fresh, row.scales) == (other.clipped, other.fresh, other.scales)
+    assert row.fresh_factors == other.fresh_factors
+
+
+@pytest.mark.parametrize("divides", [False, True])
+def test_siblings_of_four_bits(*, divides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shares its factor with a merged weight is copied, and not decoded, as long as the factor is kept; a new one
+    is of both, and both are what converting the merged values makes of them.
+    """
+    family, _ = with_siblings(divides=divides)
+    base, plain = family.write(tmp_path / "base"), family.expected("F32")
+    q, k = (f"model.layers.0.{leaf}_proj.weight" for leaf in "qk")
+    for strength, alone in ((0.001, True), (3, False)):
+        made, config = adapter_of(q, plain[q].array, strength)
+        adapter = write_adapter(tmp_path / f"adapter {strength}", made, **config)
+        source = tmp_path / f"source {strength}"
+        source.mkdir()
+        values = {**plain, q: Stored.of(expected_of(q, plain[q].array, made), "F32")}
+        write_safetensors(source / "model.safetensors", values)
+        convert(source, tmp_path / f"back {strength}", like=base)
+        with monkeypatch.context() as patch:
+            decoded = watch_codes(patch)
+            result = merge(base, adapter, tmp_path / f"merged {strength}")
+        assert decoded == ({q} if alone else {q, k})
+        assert tree(tmp_path / f"merged {strength}") == tree(tmp_path / f"back {strength}")
+        assert [(row.name, row.fresh_factors) for row in result.report.weights] == [(q, not alone)]
+        assert (result.bytes_rewritten == 0) == alone
 
 
 @pytest.mark.parametrize("name", families())
@@ -187,6 +231,28 @@ def test_all_that_lora_says_at_once(plain: dict[str, Stored], sample_fp8: Path, 
     assert {row.name for row in result.report.weights} == {Q + ".weight", DOWN + ".weight", EMBED + ".weight", norm}
 
 
+@pytest.mark.parametrize("to", ["fp8", "bf16"])
+def test_dora_of_embeddings(
+    to: str, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns are scaled to the magnitudes that were trained, by norms of whole columns, whatever the pieces."""
+    value = plain[EMBED + ".weight"].array.astype(np.float32)
+    a, b = values(4, value.shape[0]), values(value.shape[1], 4, seed=2)
+    magnitude = np.random.default_rng(2).uniform(0.5, 2, value.shape[1]).astype(np.float32)
+    made = {"embedding_A": a, "embedding_B": b, "magnitude_vector": Stored.of(magnitude, "F32")}
+    named = {f"{PREFIX}{EMBED}.lora_{what}": tensor for what, tensor in made.items()}
+    adapter = write_adapter(tmp_path / "a", named, use_dora=True)
+    merge(sample_fp8, adapter, tmp_path / "out", to=to)
+    total = merged(value, Stored.of(b.array.T, "F32"), Stored.of(a.array.T, "F32"), SCALING)
+    norms = np.sqrt((total.astype(np.float64) ** 2).sum(axis=0))
+    factor = (magnitude.astype(np.float64) / norms).astype(np.float32)
+    assert np.array_equal(in_bf16(tmp_path / "out")[EMBED + ".weight"], rounded(total * factor))
+    cut(monkeypatch, 512, 3, 100)
+    monkeypatch.setattr("fp8ckpt.tensors.merged._AT_ONCE", 1000)
+    merge(sample_fp8, adapter, tmp_path / "pages", to=to, workers=3)
+    assert tree(tmp_path / "pages") == tree(tmp_path / "out")
+
+
 def test_dora(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path) -> None:
     """Rows are scaled to the magnitudes that were trained, by norms of whole rows, whatever the pieces."""
     value, made = plain[Q + ".weight"].array, pair(plain, Q, 0.3)
@@ -220,6 +286,11 @@ def test_what_is_not_touched_is_the_bases(
     scales: str, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path
 ) -> None:
     """Codes, scales and all other tensors, byte for byte; of siblings that shared one scale, all have the new one."""
+    if scales == "reuse":
+        with pytest.MonkeyPatch.context() as patch:
+            decoded = watch_codes(patch)
+            merge(sample_fp8, write_adapter(tmp_path / "little", pair(plain, GATE, 1e-3)), tmp_path / "kept")
+        assert decoded == {GATE + ".weight"}
     adapter = write_adapter(tmp_path / "a", pair(plain, GATE, 1.0))
     result = merge(sample_fp8, adapter, tmp_path / "out", scales=scales)
     old, new = read_directory(sample_fp8), read_directory(tmp_path / "out")
@@ -356,6 +427,31 @@ def test_a_run_that_was_cut_off_goes_on(
     assert result.report == undisturbed.report
 
 
+@pytest.mark.parametrize("before_end", [8, 1])
+def test_killed_and_run_again(before_end: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGKILL, after an extent of the first pass or of the second, in which a weight and its sibling have a new
+    factor: the same command ends with the bytes of a run that was let alone.
+    """
+    family, _ = with_siblings(divides=False)
+    base, q = family.write(tmp_path / "base"), "model.layers.0.q_proj.weight"
+    made, config = adapter_of(q, family.expected("F32")[q].array, 3)
+    adapter = write_adapter(tmp_path / "a", made, **config)
+    with monkeypatch.context() as patch:
+        cut(patch, 256, CHUNKS, 1 << 19)
+        records = []
+        real = PartialOutput.record
+        patch.setattr(PartialOutput, "record", lambda *arguments: records.append(real(*arguments)))
+        merge(base, adapter, tmp_path / "whole", workers=1)
+    killed = "merge", base, adapter, tmp_path / "out", "--workers", "1"
+    stopped = run_until("record", len(records) - before_end, signal.SIGKILL, *killed, chunk=256)
+    assert stopped.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    cut(monkeypatch, 256, CHUNKS, 1 << 19)
+    result = merge(base, adapter, tmp_path / "out")
+    assert result.bytes_resumed > 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_another_adapter_does_not_go_on(
     everything: Path, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,18 +521,18 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Stored]], Made], type[Fp8Checkpoint
     "a part of a whole tensor": (
         lambda p: ({PREFIX + LAYER + "input_layernorm.weight": values(128)}, {}, 0.5), ModelMismatchError, "weight 0.5"
     ),
-    "DoRA of an embedding": (
+    "magnitudes of another count": (
         lambda p: (
             {
                 f"{PREFIX}{EMBED}.lora_embedding_A": values(4, p[EMBED + ".weight"].shape[0]),
                 f"{PREFIX}{EMBED}.lora_embedding_B": values(p[EMBED + ".weight"].shape[1], 4),
-                f"{PREFIX}{EMBED}.lora_magnitude_vector": values(1, 128),
+                f"{PREFIX}{EMBED}.lora_magnitude_vector": values(p[EMBED + ".weight"].shape[0]),
             },
             {"use_dora": True},
             1,
         ),
-        UnsupportedFormatError,
-        "DoRA",
+        ModelMismatchError,
+        "128 elements",
     ),
     "DoRA with a weight": (
         lambda p: (pair(p, Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": values(128)}, {"use_dora": True}, 0.5),

@@ -19,6 +19,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "every Linear": ("Mistral3 nested", {"target_modules": "all-linear", "r": 2}),
     "a text model": ("Ministral3 text", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
     "DoRA": ("Mistral3 identity", {"target_modules": ["q_proj", "up_proj"], "r": 2, "use_dora": True}),
+    "DoRA of embeddings": ("Qwen3", {"target_modules": ["v_proj", "embed_tokens"], "r": 2, "use_dora": True}),
     "patterns": (
         "Qwen3",
         {

@@ -43,7 +43,7 @@ class MergedWeight:
     ``changed``: elements whose value is not the base's. ``delta``: the norm of what was to be added, relative to the
     base's. ``arrived``: how much of it is in what is stored: 1 is all of it (None where nothing was to be added).
     ``error``: the norm of what is stored beside it, relative to that of what was to be added. ``clipped``: magnitudes
-    beyond their scale; ``fresh``: new scales, of ``scales``.
+    beyond their scale; ``fresh``: new scales, of ``scales``, and ``fresh_factors`` of second levels of scales (NVFP4).
     """
 
     name: str
@@ -55,6 +55,7 @@ class MergedWeight:
     clipped: int
     scales: int
     fresh: int
+    fresh_factors: int
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ def _row(name: str, facts: WeightFacts) -> MergedWeight:
         clipped=facts.tally.clipped,
         scales=facts.kept + facts.made,
         fresh=facts.made,
+        fresh_factors=facts.factors,
     )
 
 
@@ -271,7 +273,7 @@ def _notes(report: MergeReport, to: str, *, fresh: bool) -> list[str]:
         found = (
             f"of {len(little)} of {len(report.weights)} merged tensors less than half of what was to be added arrived"
         )
-        notes.append(f"{found}, of {least.name} {share:.2g} %: it is lost in the rounding to FP8; {', or '.join(ways)}")
+        notes.append(f"{found}, of {least.name} {share:.2g} %: it is lost in the rounding; {', or '.join(ways)}")
     if report.weights and report.total.arrived is None:
         notes.append("the adapters add nothing: their factors B are zero, as before training")
     return notes

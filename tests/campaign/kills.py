@@ -13,19 +13,26 @@ from functools import partial
 from pathlib import Path
 
 import fp8ckpt.output.extents as cutting
-from fp8ckpt import convert, sample
+from fp8ckpt import convert, merge, sample
+from tests.adapters import PREFIX, factors, write_adapter
 from tests.campaign.trial import Count, Outcome, Trial, apart, at_step, die, digests
+
+_MODULE = "model.language_model.layers.0.self_attn.q_proj"  # of the sample: a new scale for it, and its siblings
 
 Job = Callable[[Path], object]
 
 
 def jobs(source: Path, plain: Path) -> dict[str, Job]:
     """What is killed, each by its name."""
+    adapter = plain.with_name("adapter")
+    if not adapter.exists():
+        write_adapter(adapter, factors(PREFIX + _MODULE, cols=128, rows=128), lora_alpha=1)
     return {
         "to bf16": lambda out: convert(source, out, workers=2),
         "to fp8 like": lambda out: convert(plain, out, to="fp8", like=source, workers=2),
         "to fp8, fresh": lambda out: convert(plain, out, to="fp8", like=source, scales="fresh", workers=1),
         "to fp8 by a scheme": lambda out: convert(plain, out, to="fp8", scheme="per-tensor", workers=2),
+        "merge": lambda out: merge(source, adapter, out, workers=2),
         "sample": lambda out: sample(out),
     }
 

@@ -97,6 +97,8 @@ def _print_report(report: MergeReport) -> None:
     if total.scales:
         kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
         print(f"{total.clipped:,} elements clipped, {kept}")
+    if total.fresh_factors:
+        print(f"{total.fresh_factors:,} weights have a new second level of scales")
     rows = sorted((row for row in report.weights if row.arrived is not None), key=lambda row: row.arrived or 0.0)
     if rows:
         print("least arrived:")

@@ -19,7 +19,7 @@ from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.tensors.adapters import Adapter, Pair
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.joined import NEW, Assembly, Piece, reversed_assemblies
-from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Product
+from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Norms, Product
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor
 
@@ -47,6 +47,7 @@ class _Changes:
         self.products: list[Product] = []
         self.replacement: TensorSpan | None = None
         self.magnitude: TensorSpan | None = None
+        self.norms: Norms | None = None  # of columns
 
 
 def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTensor]:
@@ -81,7 +82,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
         tensor = base.tensors[name]
         _refuse_base(tensor)
         found[name] = MergedTensor(
-            tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude
+            tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude, change.norms
         )
     return found
 
@@ -238,14 +239,15 @@ def _scale_rows(change: _Changes, use: _Use, shape: tuple[int, ...], *, whole: b
         raise UnsupportedFormatError(found, tensor=use.pair.a.name, file=use.pair.a.file, expected="one adapter")
     if (magnitude := use.pair.magnitude) is None:
         return
-    rows = not use.pair.embedding and not use.adapter.config.get("fan_in_fan_out")
-    if not whole or not rows or len(shape) != 2 or use.adapter.weight != 1:
-        expected = "a Linear that is one tensor of the base, and weight 1"
+    if not whole or len(shape) != 2 or use.adapter.weight != 1:
+        expected = "a matrix that is one tensor of the base, and weight 1"
         raise UnsupportedFormatError("DoRA of this", tensor=magnitude.name, file=magnitude.file, expected=expected)
-    if magnitude.numel != shape[0]:
+    columns = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
+    if magnitude.numel != shape[columns]:
         found = f"shape {magnitude.shape}"
-        raise ModelMismatchError(found, tensor=magnitude.name, file=magnitude.file, expected=f"{shape[0]} elements")
-    change.magnitude = magnitude
+        expected = f"{shape[columns]} elements"
+        raise ModelMismatchError(found, tensor=magnitude.name, file=magnitude.file, expected=expected)
+    change.magnitude, change.norms = magnitude, Norms() if columns else None
 
 
 def _refuse_base(tensor: Tensor) -> None:

@@ -157,6 +157,8 @@ class QuantizingFiller:
         if weight is None:
             return Filled({name: asdict(facts) for name, facts in self._copy(layout, chunk, out).items()})
         begin, count = (n * weight.per_byte for n in (chunk.start - weight.weight.start, chunk.nbytes))
+        if self._decided is None and not self._plan.fresh and self._plan.untouched(weight):
+            return self._carry(weight, begin, count, out)
         if not weight.wide:
             return self._quantize(weight, begin, count, out)
         look_or_encode = self._look if self._decided is None else self._encode_decided
@@ -220,6 +222,36 @@ class QuantizingFiller:
                 raise RangeError(
                     found, tensor=span.name, file=given.span.file, expected=f"{span.dtype}, as in the base"
                 )
+
+    # ---------------------------------------------------------------- siblings of what is merged
+
+    def _carry(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
+        """The first pass over a weight that no adapter changes: its bytes as they are, and how large a scale or a
+        factor that it shares must be for it.
+        """
+        before = weight.before
+        assert before is not None
+        factor, of_one = load_factor(before), self._scales_before(weight) if weight.wide else None
+        largest = np.float32(0)
+        cuts = _runs if of_one is not None else _bands_in_runs
+        for first, size, grid, start, blocks in cuts(weight.grid, begin, count):
+            at = (first - begin) // weight.per_byte
+            part = out[at : at + size // weight.per_byte]
+            before.packed.read(part, first // weight.per_byte)
+            codes = part if weight.per_byte == 1 else quantize.unpack(part)
+            scales = of_one
+            if scales is None:
+                stored = self._read_scales(before.scale, blocks)
+                self._write_scales(weight.scale, blocks.start, stored)
+                scales = scale_values(stored, before.scale.dtype, factor)
+            parts = quantize.parts_of_run(grid, start, size)
+            scales = scales.reshape(quantize.block_array(grid, np.float32).shape)
+            largest = max(largest, quantize.largest_of_codes(parts, codes, scales, weight.coding).max(initial=0))
+        self._reader.bytes_read += out.nbytes
+        self.looked_and_wrote[weight.name] += out.nbytes
+        if not np.isfinite(largest):
+            refuse_nonfinite(weight.name, weight.source, self._reader)
+        return Filled({weight.name: asdict(WeightFacts(maxima={"0": float(largest)}))})
 
     # ---------------------------------------------------------------- weights whose chunks hold whole blocks
 
@@ -473,6 +505,12 @@ def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, B
         size = min(STEP, begin + count - first, matrix - start)
         yield first, size, per_matrix, start, slice(index * blocks, (index + 1) * blocks)
         first += size
+
+
+def _bands_in_runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, int, slice]]:
+    """`_bands` as `_runs` gives its pieces."""
+    for first, rows, sub, blocks in _bands(grid, begin, count):
+        yield first, rows * sub.weight_shape[-1], sub, 0, blocks
 
 
 def checked_scales(weight: Quantization, stored: Stored, factor: Factor | None = None) -> F32:

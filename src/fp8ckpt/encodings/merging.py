@@ -12,11 +12,9 @@ from dataclasses import replace
 from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.like import units_of
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
-from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8, TARGETS
-from fp8ckpt.numerics.quantize import E4M3
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.like import BaseLayout, PlainLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
@@ -57,8 +55,6 @@ def plan_merging(
         refuse_base(base, "merge --to bf16, and quantize that: convert --to fp8 --scheme SCHEME")
         specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in changed.items()}
         refuse_other_dtypes(specs, base)
-        for name in changed:
-            _refuse_other_codes(base.tensors[name])
     raise_first(scale_defects(base.quantized, base.cache_scales))
     for adapter in adapters:
         refuse_nonfinite(adapter)
@@ -96,17 +92,6 @@ def plan_merging(
     )
 
 
-def _refuse_other_codes(tensor: Tensor) -> None:
-    if tensor.scaled is not None and tensor.scaled.code_dtype != E4M3.dtype:
-        raise UnsupportedFormatError(
-            f"an adapter of {tensor.scaled.code_dtype} codes",
-            tensor=tensor.name,
-            file=tensor.span.file,
-            expected=f"{E4M3.dtype}, into which alone adapters are merged",
-            remedy="merge --to bf16",
-        )
-
-
 def _weights(
     base: Checkpoint, changed: Mapping[str, MergedTensor], spans: Mapping[str, TensorSpan]
 ) -> tuple[dict[str, Quantization], tuple[tuple[str, ...], ...]]:
@@ -117,19 +102,15 @@ def _weights(
 
     def quantization(tensor: QuantizedTensor) -> Quantization:
         merged = changed.get(tensor.name) or MergedTensor(tensor, tensor.dtype, (), read_floats)
-        if tensor.across and merged.name in changed:
-            found = "an adapter changes it, and its codes lie across its rows"
-            remedy = "convert the base to bf16, merge into that, and go back by convert --like"
-            raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.weight.file, remedy=remedy)
-        source = replace(merged, dtype="F32")
-        return Quantization(source, spans[tensor.weight.name], spans[tensor.scale.name], tensor.grid, tensor)
+        source = replace(merged.turned() if tensor.across else merged, dtype="F32")
+        weight, *scales = (spans[span.name] for span in (tensor.weight, *tensor.scales))
+        return Quantization(source, weight, scales[0], tensor.grid, tensor, *scales[1:])
 
     siblings = sibling_units(tensor.name for tensor in base.quantized)
     near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}
     weights = {tensor.weight.name: quantization(tensor) for tensor in base.quantized if tensor.name in near}
     touched = {name for name, weight in weights.items() if weight.source.name in changed}
-    wide = [weight for weight in weights.values() if weight.wide and weight.scale.nbytes]
-    units = tuple(unit for unit in units_of(wide) if not touched.isdisjoint(unit))
+    units = tuple(unit for unit in units_of(weights.values()) if not touched.isdisjoint(unit))
     together = touched.union(*units)
     return {name: weight for name, weight in weights.items() if name in together}, units
 

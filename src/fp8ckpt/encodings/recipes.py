@@ -95,6 +95,10 @@ class QuantizingPlan:
     merged: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
+    def untouched(self, weight: Quantization) -> bool:
+        """Whether no adapter changes a weight, which is here for the sake of its siblings alone."""
+        return bool(self.merged) and weight.name not in self.merged
+
     @cached_property
     def unit_of(self) -> dict[str, tuple[str, ...]]:
         """The unit of each weight of ``units``."""

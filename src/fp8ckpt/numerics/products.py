@@ -85,6 +85,18 @@ def sum_squares(values: Array, sums: Array) -> None:
 
 
 @compiled()
+def add_squares(values: Array, sums: Array) -> None:
+    """Add the squares of each row to the sums of its columns, in float64 and row after row: values f32 [R, C], sums f64
+    [C].
+    """
+    rows, cols = values.shape
+    for i in range(rows):
+        for j in range(cols):
+            value = np.float64(values[i, j])
+            sums[j] += value * value
+
+
+@compiled()
 def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array) -> int:
     """How many elements of ``stored`` differ from ``before``; all f32 [n].
 

@@ -197,6 +197,15 @@ def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32,
     return counts
 
 
+def largest_of_codes(parts: Iterable[Part], codes: U8, scales: F32, coding: Coding) -> F32:
+    """The largest magnitude of each block, of codes as they are, one a byte; none of them is decoded."""
+    largest = np.zeros(scales.shape, np.float32)
+    sizes = (codes & np.uint8((1 << coding.form[0] - 1) - 1)).astype(np.uint16)  # in the order of their values
+    raise_maxima(parts, Values(sizes, 16, coding.dtype), largest)
+    found: F32 = code_values(coding.dtype)[largest.view(np.uint32) >> np.uint32(16)] * scales
+    return found
+
+
 def count_nonfinite(values: Values) -> int:
     """How many values are NaN or infinite."""
     return int(np.count_nonzero(~np.isfinite(values.floats)))

@@ -165,7 +165,7 @@ def refuse_nonfinite(adapter: Adapter) -> None:
             count += int(np.count_nonzero(~np.isfinite(_floats(raw, span.dtype))))
         if count:
             found = f"{count} of {span.numel} elements are NaN or infinite"
-            remedy = "find out where the training diverged"
+            remedy = "give a checkpoint of the adapter from before its training diverged"
             raise WeightValueError(found, tensor=span.name, file=span.file, expected="finite values", remedy=remedy)
 
 

@@ -1,7 +1,7 @@
 """A tensor whose values are a base's with adapters added: in float32 throughout, and rounded once.
 
     value = base + scaling * (left @ right) + ...       base = float32(code) * float32(scale), or what is stored
-    value = magnitude / norm of the row * value         with DoRA
+    value = magnitude / norm of the row * value         with DoRA; of the column where the weight lies across
 
 Where a base tensor is a part of what was trained (one expert of a stack), or the reverse, a `Product` is of one box of
 it. An element's bits follow from its base, its row of ``left`` and its column of ``right``, whatever is read at once.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,11 +24,15 @@ from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.numerics.geometry import Region, boxes, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.adapters import read_floats
+from fp8ckpt.tensors.joined import Assembly, JoinedTensor
+from fp8ckpt.tensors.scaled import turned
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Merge, Reader, Tensor
 
 if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits
+
+_AT_ONCE = 1 << 19  # elements, of which norms of columns are found at once
 
 FloatsOf = Callable[[TensorSpan], F32]
 
@@ -70,6 +74,10 @@ class Product(NamedTuple):
     right: Factor
     scaling: float
 
+    def turned(self) -> Product:
+        """As it is added to the tensor with its last two dimensions in the other order."""
+        return Product(turned(self.offsets), turned(self.sizes), self.right, self.left, self.scaling)
+
     def add_to(self, region: Region, out: F32, floats: FloatsOf) -> None:
         """Add what lies in a region, whose values are ``out``."""
         lows = tuple(map(max, self.offsets, region[0]))
@@ -102,15 +110,17 @@ class MergedTensor:
     """``base`` with ``products`` added; a `fp8ckpt.tensors.tensor.Tensor` of ``dtype``, or of any target.
 
     ``replacement``: what stands in place of the base's values, of an adapter that trained all of it. ``magnitude``:
-    DoRA's, of as many elements as there are rows. ``floats``: reads factors, and keeps some.
+    DoRA's, of as many elements as there are rows; or columns, whose ``norms`` are found in a pass of their own over all
+    of it. ``floats``: reads factors, and keeps some.
     """
 
     base: Tensor
     dtype: str
     products: tuple[Product, ...]
     floats: FloatsOf
-    replacement: TensorSpan | None = None
+    replacement: Tensor | None = None
     magnitude: TensorSpan | None = None
+    norms: Norms | None = None
 
     @property
     def name(self) -> str:
@@ -163,33 +173,61 @@ class MergedTensor:
         reader.merge = Merge(*(_one([part.reshape(-1) for part in parts]) for parts in zip(*found, strict=True)))
         self._round(reader.merge.after, dtype, bits)
 
+    def turned(self) -> MergedTensor:
+        """The same with its last two dimensions in the other order; not with DoRA."""
+        assert self.magnitude is None  # which is of matrices
+        return replace(
+            self,
+            base=_turned(self.base),
+            products=tuple(product.turned() for product in self.products),
+            replacement=None if self.replacement is None else _turned(self.replacement),
+        )
+
     def _merge(self, region: Region, reader: Reader) -> Merge:
         """The values of a region, before and after, of its sizes."""
-        whole = region
-        if self.magnitude is not None:  # norms are those of whole rows
-            whole = (*region[0][:-1], 0), (*region[1][:-1], self.shape[-1])
-        before = _read(self.base, whole, reader)
-        after = before.copy() if self.replacement is None else _read(self.replacement, whole, reader)
-        matrices = _as_matrices(whole)
-        for product in self.products:
-            product.add_to(matrices, after.reshape(matrices[1]), self.floats)
-        if self.magnitude is not None:
-            after *= self._factors(whole, after)[:, None]
-        part = within(region, whole)
-        return Merge(before[part], after[part])
-
-    def _factors(self, rows: Region, values: F32) -> F32:
-        """What DoRA multiplies rows by: magnitude / norm, in float64, rounded once."""
+        if self.magnitude is None:
+            return self._add(region, reader)
+        if self.norms is not None:
+            merge = self._add(region, reader)
+            sums = self.norms.of(lambda: self._sums_of_columns(reader))
+            merge.after[...] *= self._factors(sums, "column")[region[0][1] :][: region[1][1]]
+            return merge
         from fp8ckpt.numerics.products import sum_squares
 
+        rows = (region[0][0], 0), (region[1][0], self.shape[1])  # whole ones
+        before, after = self._add(rows, reader)
+        sums = np.empty(region[1][0])
+        sum_squares(after, sums)
+        after *= self._factors(sums, "row", region[0][0])[:, None]
+        part = within(region, rows)
+        return Merge(before[part], after[part])
+
+    def _add(self, region: Region, reader: Reader) -> Merge:
+        before = _read(self.base, region, reader)
+        after = before.copy() if self.replacement is None else _read(self.replacement, region, reader)
+        matrices = _as_matrices(region)
+        for product in self.products:
+            product.add_to(matrices, after.reshape(matrices[1]), self.floats)
+        return Merge(before, after)
+
+    def _sums_of_columns(self, reader: Reader) -> npt.NDArray[np.float64]:
+        """The sum of the squares of each column, of all that is merged, row after row."""
+        from fp8ckpt.numerics.products import add_squares
+
+        rows, cols = self.shape
+        sums, step = np.zeros(cols), max(1, _AT_ONCE // max(1, cols))
+        for start in range(0, rows, step):
+            add_squares(self._add(((start, 0), (min(step, rows - start), cols)), reader).after, sums)
+        return sums
+
+    def _factors(self, sums: npt.NDArray[np.float64], what: str, first: int = 0) -> F32:
+        """What DoRA multiplies rows or columns from the ``first`` on by: magnitude / norm, in float64, rounded once."""
         assert self.magnitude is not None
-        sums = np.empty(rows[1][0])
-        sum_squares(values, sums)
         if not sums.all():
-            row = rows[0][0] + int(np.flatnonzero(sums == 0)[0])
-            found = f"row {row} is zero, and DoRA's magnitude has no direction to be of"
-            raise WeightValueError(found, tensor=self.name, file=self.span.file, expected="rows that are not zero")
-        magnitude = self.floats(self.magnitude).reshape(-1)[rows[0][0] :][: sums.size]
+            zero = first + int(np.flatnonzero(sums == 0)[0])
+            found = f"{what} {zero} is zero, and DoRA's magnitude has no direction to be of"
+            raise WeightValueError(found, tensor=self.name, file=self.span.file, expected=f"{what}s that are not zero")
+        magnitude = self.floats(self.magnitude).reshape(-1)[first:][: sums.size]
         factors: F32 = (magnitude.astype(np.float64) / np.sqrt(sums)).astype(np.float32)
         return factors
 
@@ -199,6 +237,27 @@ class MergedTensor:
         if overflown := round_to(np.ascontiguousarray(values).reshape(-1), dtype, out):
             found = f"{overflown} merged values do not fit {dtype}"
             raise RangeError(found, tensor=self.name, file=self.span.file, expected="an adapter of this base")
+
+
+class Norms:
+    """The sums of squares of a tensor's columns, which are found once; for any number of threads."""
+
+    def __init__(self) -> None:
+        self._sums: npt.NDArray[np.float64] | None = None
+        self._lock = threading.Lock()
+
+    def of(self, find: Callable[[], npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        """What ``find`` found when it was first asked."""
+        with self._lock:
+            if self._sums is None:
+                self._sums = find()
+            return self._sums
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    rank = len(tensor.shape)
+    assembly = Assembly.whole(tensor.name, tensor.shape).transpose(rank - 2, rank - 1)
+    return JoinedTensor(tensor.name, assembly, {tensor.name: tensor})
 
 
 def _read(tensor: Tensor, region: Region, reader: Reader) -> F32:
