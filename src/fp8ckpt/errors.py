@@ -446,6 +446,11 @@ class WeightValueError(Fp8CheckpointError, ValueError):
         )
         return cls(found, tensor=tensor, file=file, expected="finite weights", remedy=remedy)
 
+    @classmethod
+    def of_nonfinite(cls, tensor: str, file: object, count: int, numel: int) -> WeightValueError:
+        """``count`` of a weight's elements have no code."""
+        return cls.of(tensor, file, f"{count} of {numel} elements are NaN or infinite, and have no code")
+
 
 class UnsupportedFormatError(Fp8CheckpointError, ValueError):
     """Packed or integer quantization: recognised, and not handled."""
@@ -488,6 +493,14 @@ class RegionError(Fp8CheckpointError, IndexError):
 
 class RangeError(Fp8CheckpointError, OverflowError):
     """Finite values do not fit the range of the target dtype."""
+
+    @classmethod
+    def of_scale(cls, dtype: str, tensor: str, file: object, remedy: str | None, *, factor: bool) -> RangeError:
+        """A new scale that ``dtype`` cannot hold, under the weight's ``factor`` or alone."""
+        under = " under the weight's factor" if factor else ""
+        found = f"its values need a scale beyond the range of {dtype}{under}"
+        expected = "values that the base's scale dtype can scale"
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
 
 class ModelMismatchError(Fp8CheckpointError, ValueError):

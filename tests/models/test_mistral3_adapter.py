@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import Mistral3Config
 
 from fp8ckpt import FP8StorageReader, StateDictAdapter, open_checkpoint, sample
-from fp8ckpt.checkpoint.quantized_dtensors import ScalesBefore, quantize
-from fp8ckpt.errors import ScaleShapeError, ScaleValueError, UnsupportedFormatError, WeightValueError
+from fp8ckpt.checkpoint.quantized_dtensors import quantize
+from fp8ckpt.encodings.rule import Rule
+from fp8ckpt.errors import RangeError, ScaleShapeError, ScaleValueError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.models.mistral3_vlm import state_dict_adapter as module
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import assert_same, bits, mesh, rewrite, run
@@ -365,8 +366,7 @@ def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fra
     weight = module._dequantize_from_fp8(
         torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, -1), scale, dtype
     )
-    before = ScalesBefore("BF16", np.frombuffer(bits(scale), np.uint16))
-    found, kept = quantize("a.weight", weight, None, before)
+    found, kept = quantize(Rule("a.weight", "BF16"), weight, None, np.frombuffer(bits(scale), np.uint16))
     assert (found.dtype, found.shape) == (torch.float8_e4m3fn, weight.shape)
     assert_same(kept, scale)
     assert bits(found) == bytes(codes)
@@ -411,6 +411,12 @@ def test_what_is_not_finite_is_refused_by_name(bad: float) -> None:
     weight[1, 2] = bad
     with pytest.raises(WeightValueError, match=r"a\.weight: 1 elements .*not finite"):
         Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
+
+
+def test_a_scale_that_its_dtype_cannot_hold_is_refused_by_name() -> None:
+    """An F16 scale ends at 65504: a larger one is `RangeError`, and no weight of zeros."""
+    with pytest.raises(RangeError, match=r"a\.weight: .*beyond the range of F16"):
+        quantize(Rule("a.weight", "F16"), torch.full((2, 2), 1e9), None, None)
 
 
 def test_without_quantization_there_is_one_pair() -> None:

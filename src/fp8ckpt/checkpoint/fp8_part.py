@@ -5,7 +5,7 @@ scales, where there are any; write. All ranks meet after each step.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, Halves, ShardQuan
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_unknown, number_blocks
 from fp8ckpt.checkpoint.storage_writer import cast
 from fp8ckpt.encodings.results import QuantizationReport
+from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.errors import WeightValueError
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.output.files import OutputFiles
@@ -159,8 +160,7 @@ class Part:
         if names:
             tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
             counts = ranks.gather(lambda: self._count_nonfinite(tensor.name))
-            found = f"{sum(counts)} of {tensor.numel} elements are NaN or infinite, and have no code"
-            raise WeightValueError.of(tensor.name, None, found)
+            raise WeightValueError.of_nonfinite(tensor.name, None, sum(counts), tensor.numel)
 
     def _count_nonfinite(self, name: str) -> int:
         shards = [shard for shard in self._shards if shard.weight.name == name]
@@ -174,12 +174,22 @@ class Part:
                 self._waiting,
                 self._tallies,
                 self._halves,
-                fresh=self._fresh,
-                powers_of_two=states_powers_of_two(self._base.config),
+                rule_of=self._rule_of,
                 step=self._step,
             )
             for _ in range(self._threads)
         ]
+
+    @cached_property
+    def _rule_of(self) -> Callable[[QuantizedTensor], Rule]:
+        powers_of_two, remedy = states_powers_of_two(self._base.config), "save in bf16, and choose a --scheme"
+
+        @lru_cache(maxsize=4 * self._threads)
+        def rule_of(weight: QuantizedTensor) -> Rule:
+            file = weight.scale.file
+            return Rule.like(weight, fresh=self._fresh, powers_of_two=powers_of_two, file=file, remedy=remedy)
+
+        return rule_of
 
     def _cuts(self, cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
         for shard in self._shards:

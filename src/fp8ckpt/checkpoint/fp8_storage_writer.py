@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, carried_from, given_like
 from fp8ckpt.checkpoint.fp8_part import Part, Task
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, QuantizationReport
+from fp8ckpt.encodings.rule import units_of
 from fp8ckpt.errors import RanksDifferError
-from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.output.files import OutputFiles
@@ -37,7 +37,6 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import GroupRanks, Ranks
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.reading import stored_scales
 
 _COPIED = 4 << 20  # bytes of the base at once
 
@@ -136,12 +135,8 @@ class FP8StorageWriter(DirectoryWriter):
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
-        joint = (
-            tensor
-            for tensor in self._base_of_output().quantized
-            if tensor.scale.nbytes and (tensor.second or (tensor.grid.per_tensor and tensor.per_byte == 1))
-        )
-        leader = {name: unit[0] for unit in equal_units(stored_scales(joint)) if len(unit) > 1 for name in unit}
+        units = units_of(self._base_of_output().quantized)
+        leader = {name: unit[0] for unit in units if len(unit) > 1 for name in unit}
         return [
             dataclasses.replace(
                 plan,

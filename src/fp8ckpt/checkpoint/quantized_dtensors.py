@@ -6,34 +6,23 @@ Scales are small, and whole on every rank.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-import fp8ckpt.numerics.quantize as rule
 from fp8ckpt.checkpoint.regions import dequantize_on_device
+from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, WeightValueError
-from fp8ckpt.numerics.codes import FP8_SCALES, SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
+from fp8ckpt.numerics.codes import F32, FP8_SCALES, SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, pieces, within
+from fp8ckpt.numerics.quantize import E4M3, Mask, Scales
 from fp8ckpt.tensors.reading import bits_of, bytes_of, stored_dtype, torch_dtype
 
 _ON_DEVICE = 4 << 20  # elements; float32 temporaries take four times as many bytes
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-
-
-class ScalesBefore(NamedTuple):
-    """What the file says of a weight's scales: their dtype, those to be kept where the values fit them, as stored, and
-    whether a new one is to be a power of two.
-    """
-
-    dtype: str
-    stored: rule.Scales | None = None
-    powers_of_two: bool = False
 
 
 def dequantize(
@@ -112,12 +101,12 @@ def _largest_of_all(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(
-    name: str, weight: torch.Tensor, block_size: tuple[int, ...] | None, before: ScalesBefore
+    rule: Rule, weight: torch.Tensor, block_size: tuple[int, ...] | None, before: Scales | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes e4m3fn, scales of the grid) of a weight, the same on every mesh; without a block size one 0-d scale.
 
-    The rule of scales is that of `fp8ckpt.numerics.quantize`: one of ``before`` is kept where its block still fits it.
-    Raises `WeightValueError`, on all ranks, where the weight is not finite on any.
+    ``before``: the scales that were, as stored, if any: one is kept where its block still fits it. Raises
+    `WeightValueError`, on all ranks, where the weight is not finite on any, and `RangeError`.
     """
     blocks = _Blocks(weight, block_size)
     local = blocks.local
@@ -125,21 +114,15 @@ def quantize(
     if not np.isfinite(maxima).all():
         count = int((~local.isfinite()).sum())
         found = f"{count} elements are not finite" if count else "elements of another rank's part are not finite"
-        raise WeightValueError.of(name, None, found)
-    kept, exact = before.stored, None
-    if kept is not None:
-        kept = kept.reshape(maxima.shape)
-        if rule.may_fit(maxima, scale_values(kept, before.dtype)).any():
-            exact = blocks.given_back_by(_on(local, kept, before.dtype))
-    stored, _ = rule.choose_scales(maxima, kept, before.dtype, exact, powers_of_two=before.powers_of_two)
-    codes = _encode(local, blocks.spread(_on(local, stored, before.dtype)))
-    scales = torch.from_numpy(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
-    return like(weight, codes), scales.view(torch_dtype(before.dtype)).reshape(blocks.shape).to(local.device)
-
-
-def _on(local: torch.Tensor, stored: rule.Scales, dtype: str) -> torch.Tensor:
-    """Stored scales as float32 beside the values."""
-    return torch.from_numpy(np.ascontiguousarray(scale_values(stored, dtype))).to(local.device)
+        raise WeightValueError.of(rule.name, None, found)
+    exact = None
+    if before is not None:
+        before = before.reshape(maxima.shape)
+        exact = blocks.given_back_by(kept) if rule.asks(maxima, kept := rule.before(before)) else None
+    decided = rule.decide(maxima, before, exact)
+    codes = _encode(local, blocks.spread(decided.scales))
+    scales = torch.from_numpy(np.ascontiguousarray(decided.stored).reshape(-1).view(np.uint8))
+    return like(weight, codes), scales.view(torch_dtype(rule.dtype)).reshape(blocks.shape).to(local.device)
 
 
 class _Blocks:
@@ -170,18 +153,19 @@ class _Blocks:
             start = torch.maximum(start, values.max())
         return _largest_of_all(start, self.weight)
 
-    def given_back_by(self, scales: torch.Tensor) -> rule.Mask:
+    def given_back_by(self, scales: F32) -> Mask:
         """Which blocks of the whole weight these scales give back, element by element."""
         spread = self.spread(scales)
         values = (_encode(self.local, spread).to(torch.float32) * spread).to(self.local.dtype)
-        exact: rule.Mask = (self.largest(values.ne(self.local).to(torch.float32)) == 0).cpu().numpy()
+        exact: Mask = (self.largest(values.ne(self.local).to(torch.float32)) == 0).cpu().numpy()
         return exact
 
-    def spread(self, scales: torch.Tensor) -> torch.Tensor:
-        """Scales of the grid, so that they meet this rank's elements."""
+    def spread(self, scales: F32) -> torch.Tensor:
+        """Scales of the grid beside the values, so that they meet this rank's elements."""
+        spread = torch.from_numpy(np.ascontiguousarray(scales)).to(self.local.device)
         for axis, block in enumerate(self._index):
-            scales = scales.index_select(axis, block)
-        return scales
+            spread = spread.index_select(axis, block)
+        return spread
 
 
 def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
@@ -190,5 +174,5 @@ def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
 
 
 def _encode(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    most = float(rule.E4M3.largest)
+    most = float(E4M3.largest)
     return (values.to(torch.float32) / scales).clamp(-most, most).to(torch.float8_e4m3fn)

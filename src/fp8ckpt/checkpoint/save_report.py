@@ -10,6 +10,7 @@ import threading
 from collections.abc import Collection
 from dataclasses import astuple
 from functools import partial
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +56,7 @@ class Tallies:
                 maxima[part] = np.maximum(maxima[part], largest)
         for tensor in self._base.quantized:
             if not tensor.numel and tensor.scale.nbytes:  # no shard holds any of it, and it has a scale
-                sums[self._rows[tensor.name], _SUMS + self._fresh] = quantize.block_array(tensor.grid, np.bool_).size
+                sums[self._rows[tensor.name], _SUMS + self._fresh] = prod(quantize.block_shape(tensor.grid))
         written = [tensor.name for tensor in self._base.quantized if tensor.name not in carried]
         held = [self._rows[name] for name in written]
         rows = [_report_of(name, sums[row], maxima[row]) for name, row in zip(written, held, strict=True)]

@@ -10,10 +10,10 @@ one more such block: all of the weight is looked at before any of it is written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,10 @@ import torch
 from fp8ckpt.checkpoint.directory_writer import write_region
 from fp8ckpt.checkpoint.save_report import Tallies
 from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block, numbers_of
+from fp8ckpt.encodings.rule import Decided, Rule, Step
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, U8, Factor, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, U8, Factor
 from fp8ckpt.numerics.geometry import (
-    BlockGrid,
     Region,
     Surroundings,
     bytes_of_region,
@@ -36,12 +36,11 @@ from fp8ckpt.numerics.geometry import (
     whole_blocks,
     within,
 )
-from fp8ckpt.numerics.quantize import CODINGS, Mask, Scales, Values
+from fp8ckpt.numerics.quantize import Mask, Scales, Values
 from fp8ckpt.output.files import ALIGNMENT, OutputFiles, aligned_buffer
-from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.ranks import Ranks
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.reading import bytes_of, load_factor, stored_dtype
+from fp8ckpt.tensors.reading import bytes_of, stored_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
 # What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, those of the
@@ -160,9 +159,9 @@ def _part(found: tuple[Numbers, U8], part: slice) -> tuple[Numbers, U8]:
 class ShardQuantizer:
     """One worker's means of looking at pieces and of writing them, with buffers of its own.
 
-    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``tallies``: where what was done is counted, if it
-    is; the base's codes are read for that alone. ``nonfinite``: weights with elements that have no code; with one of
-    them the output is never whole.
+    ``rule_of``: what decides the scales of a weight. ``tallies``: where what was done is counted, if it is; the base's
+    codes are read for that alone. ``nonfinite``: weights with elements that have no code; with one of them the output
+    is never whole.
     """
 
     def __init__(
@@ -172,17 +171,14 @@ class ShardQuantizer:
         tallies: Tallies | None,
         halves: Halves,
         *,
-        fresh: bool,
-        powers_of_two: bool,
+        rule_of: Callable[[QuantizedTensor], Rule],
         step: int,
     ) -> None:
         self._files = files
         self._waiting = waiting
         self._tallies = tallies
         self._halves = halves
-        self._factors: dict[str, Factor | None] = {}
-        self._fresh = fresh
-        self._powers_of_two = powers_of_two
+        self._rule_of = rule_of
         self._step = step
         self._codes = aligned_buffer(PIECE * step + ALIGNMENT)  # takes no memory before it is used
         self._scratch = np.empty(step, np.uint8)
@@ -193,14 +189,12 @@ class ShardQuantizer:
 
     def look(self, cut: Cut) -> None:
         """Find what decides the scales of a piece's waiting blocks, and the factor."""
+        rule = self._rule_of(cut.shard.weight)
         for region in cut.steps(self._step):
-            values, around, parts = _taken(cut, region)
-            maxima = self._maxima(cut.shard, values, around.grid, parts)
-            if maxima is None:
+            step, around, before = self._taken(cut, region, rule)
+            if (maxima := self._maxima(step)) is None:
                 continue
-            weight = cut.shard.weight
-            kept = None if self._fresh else _scales_before(weight, around, maxima.shape)
-            exact = self._exact(weight, parts, values, maxima, kept)
+            exact = step.look(maxima, before, self._scratch)
             inexact = np.zeros(maxima.shape, np.bool_) if exact is None else ~exact
             if not cut.whole:
                 numbers = cut.shard.numbers(*around.region)
@@ -211,33 +205,29 @@ class ShardQuantizer:
 
     def write(self, cut: Cut) -> None:
         """Write a piece's codes, and the scales of the blocks that begin in it."""
-        weight = cut.shard.weight
+        weight, rule = cut.shard.weight, self._with_factor(cut.shard)
         first = next(runs(weight.grid.weight_shape, *cut.region))[0]
         # As it lies on disk, where a byte is a code, so that it can be written directly.
         flat = self._codes[(weight.weight.start + first) % ALIGNMENT :][: prod(cut.region[1])]
         codes = flat.reshape(cut.region[1])
         for region in cut.steps(self._step):
-            values, around, parts = _taken(cut, region)
-            if (decided := self._decide(cut, values, around, parts)) is None:
+            step, around, before = self._taken(cut, region, rule)
+            if (decided := self._decide(cut, step, around, before)) is None:
                 continue
             target = _part_of(codes, within(region, cut.region))
             out = target if target.flags.c_contiguous else self._scratch[: target.size].reshape(target.shape)
-            coding, factor = CODINGS[weight.code_dtype], self._factor(weight)
-            new = self._new_factor(cut.shard)
-            scales = _checked(weight, decided.stored, new)
-            quantize.encode(parts, values, scales, out, coding)
+            step.encode(decided.scales, out)
             if out is not target:
                 target[...] = out
             owned = first_elements(weight.grid, *region)
             if self._tallies is not None:
-                before = scale_values(decided.before, weight.scale.dtype, factor)
-                found = quantize.tally(parts, values, out, scales, before, coding)
+                found = step.tally(out, decided.scales, decided.before)
                 found.moved = self._moved(weight, region, out)
-                keep = _part_of(decided.keep.reshape(around.grid.shape), within(owned, around.region))
+                keep = _part_of(decided.kept.reshape(around.grid.shape), within(owned, around.region))
                 kept = int(np.count_nonzero(keep)) if prod(owned[1]) else 0
-                factors = int(new is not factor and not any(owned[0]) and prod(owned[1]) > 0)
+                factors = int(rule.factor is not rule.factor_before and not any(owned[0]) and prod(owned[1]) > 0)
                 self._tallies.add(weight.name, found, kept, prod(owned[1]) - kept, factors)
-            self._write_scales(weight, owned, around, decided.stored, new)
+            self._write_scales(weight, owned, around, decided.stored, rule.factor)
         if weight.per_byte == 1:
             self.bytes_written += write_region(self._files, weight.weight, cut.region, flat)
         else:
@@ -257,65 +247,41 @@ class ShardQuantizer:
         if odd + whole < count:
             self._halves.add(weight, ((*lead, first + count - 1), (*sizes, 1)), codes[..., -1], high=False)
 
-    def _factor(self, weight: QuantizedTensor) -> Factor | None:
-        """The base's second level of scales."""
-        if weight.name not in self._factors:
-            self._factors[weight.name] = load_factor(weight)
-        return self._factors[weight.name]
-
-    def _new_factor(self, shard: Shard) -> Factor | None:
-        """The second level of scales that is written, once all has been looked at: the base's, if that is kept."""
-        before = self._factor(shard.weight)
-        if before is None or shard.factor is None:
-            return before
+    def _with_factor(self, shard: Shard) -> Rule:
+        """With the second level of scales that is written, once all has been looked at: the base's, if that is kept."""
+        rule = self._rule_of(shard.weight)
+        if rule.factor is None or shard.factor is None:
+            return rule
         largest, exact = self._waiting.of(np.array([shard.factor]))
-        return quantize.choose_factor(largest[0], before, exact=bool(exact[0]), fresh=self._fresh)
+        return rule.under(quantize.choose_factor(largest[0], rule.factor, exact=bool(exact[0]), fresh=rule.fresh))
 
-    def _decide(self, cut: Cut, values: Values, around: Surroundings, parts: list[quantize.Part]) -> _Decided | None:
-        """The scales of a step's blocks; None where values are not finite."""
+    def _taken(self, cut: Cut, region: Region, rule: Rule) -> tuple[Step, Surroundings, Scales]:
+        """A step's values, where they lie among blocks, and the scales that these have in the base, as stored."""
         weight = cut.shard.weight
-        shape = quantize.block_array(around.grid, np.bool_).shape
-        before = _scales_before(weight, around, shape)
-        factor = self._new_factor(cut.shard)
-        kept = None if self._fresh or factor is not self._factor(weight) else before
-        if cut.whole:
-            if (maxima := self._maxima(cut.shard, values, around.grid, parts)) is None:
-                return None
-            exact = self._exact(weight, parts, values, maxima, kept)
-        else:
-            largest, exact = self._waiting.of(cut.shard.numbers(*around.region))
-            maxima, exact = largest.reshape(shape), exact.reshape(shape)
-        dtype = weight.scale.dtype
-        stored, keep = quantize.choose_scales(
-            maxima, kept, dtype, exact,
-            powers_of_two=self._powers_of_two, coding=CODINGS[weight.code_dtype], factor=factor,
-        )  # fmt: skip
-        return _Decided(stored, keep, before)
+        around = surroundings(weight.grid, *region)
+        parts = quantize.parts_of_region(around.grid, around.offsets, region[1])
+        step = Step(rule, _values(cut.values[within(region, cut.shard.region)]), parts, around.grid)
+        before = np.empty(step.shape, SCALE_DTYPES[rule.dtype])
+        of_grid = weight.scale._replace(shape=weight.grid.shape)
+        of_grid.read_region(around.region, before.reshape(-1).view(np.uint8))
+        return step, around, before
 
-    def _maxima(self, shard: Shard, values: Values, grid: BlockGrid, parts: list[quantize.Part]) -> F32 | None:
+    def _decide(self, cut: Cut, step: Step, around: Surroundings, before: Scales) -> Decided | None:
+        """The scales of a step's blocks; None where values are not finite."""
+        if not cut.whole:
+            largest, exact = self._waiting.of(cut.shard.numbers(*around.region))
+            return step.rule.decide(largest.reshape(step.shape), before, exact.reshape(step.shape))
+        if (maxima := self._maxima(step)) is None:
+            return None
+        return step.rule.decide(maxima, before, step.look(maxima, before, self._scratch))
+
+    def _maxima(self, step: Step) -> F32 | None:
         """The largest magnitudes; None where a value is not finite, and the name is noted."""
-        maxima = quantize.block_array(grid, np.float32)
-        quantize.raise_maxima(parts, values, maxima)
+        maxima = step.maxima()
         if np.isfinite(maxima).all():
             return maxima
-        self.nonfinite.add(shard.weight.name)
+        self.nonfinite.add(step.rule.name)
         return None
-
-    def _exact(
-        self, weight: QuantizedTensor, parts: list[quantize.Part], values: Values, maxima: F32, kept: Scales | None
-    ) -> Mask | None:
-        """Which blocks the scales of before give back; None where none is so small that it matters."""
-        if kept is None:
-            return None
-        factor = self._factor(weight)
-        before, coding = scale_values(kept, weight.scale.dtype, factor), CODINGS[weight.code_dtype]
-        small = factor is not None and quantize.small_for(maxima.max(), factor)
-        if not small and not quantize.may_fit(maxima, before, coding).any():
-            return None
-        codes = self._scratch[: values.bits.size]
-        quantize.encode(parts, values, before, codes, coding)
-        exact: Mask = quantize.count_inexact(parts, values, codes, before, coding) == 0
-        return exact
 
     def _moved(self, weight: QuantizedTensor, region: Region, codes: U8) -> int:
         """How many codes of a region are not the base's."""
@@ -342,22 +308,6 @@ class ShardQuantizer:
             self.bytes_written += write_region(self._files, weight.scale._replace(shape=weight.grid.shape), owned, data)
 
 
-class _Decided(NamedTuple):
-    """The scales of some blocks as they are stored, which of them are kept, and those of the base."""
-
-    stored: Scales
-    keep: Mask
-    before: Scales
-
-
-def _scales_before(weight: QuantizedTensor, around: Surroundings, shape: tuple[int, ...]) -> Scales:
-    """The scales that some blocks have in the base, as they are stored."""
-    dtype = np.dtype(SCALE_DTYPES[weight.scale.dtype])
-    stored = np.empty(prod(shape) * dtype.itemsize, np.uint8)
-    weight.scale._replace(shape=weight.grid.shape).read_region(around.region, stored)
-    return stored.view(dtype).reshape(shape)
-
-
 def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:
     """How many elements of a shard are NaN or infinite."""
     return sum(
@@ -365,24 +315,10 @@ def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:
     )
 
 
-def _taken(cut: Cut, region: Region) -> tuple[Values, Surroundings, list[quantize.Part]]:
-    """A step's values, and where they lie among blocks."""
-    around = surroundings(cut.shard.weight.grid, *region)
-    parts = quantize.parts_of_region(around.grid, around.offsets, region[1])
-    return _values(cut.values[within(region, cut.shard.region)]), around, parts
-
-
 def _values(part: torch.Tensor) -> Values:
     """Contiguous and on the CPU; no more than the part is copied."""
     part = part.to("cpu").contiguous()
     return quantize.values_of(bytes_of(part), stored_dtype(part.dtype) or "")
-
-
-def _checked(weight: QuantizedTensor, stored: Scales, factor: Factor | None) -> F32:
-    """Stored scales as float32."""
-    return scales_in_range(
-        stored, weight.scale, factor, weight.name, weight.scale.file, "save in bf16, and choose a --scheme"
-    )
 
 
 def _part_of(array: npt.NDArray[Any], index: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.encodings.rule import Rule, Step
 from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor, scale_values
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.products import Arrival
@@ -33,10 +34,9 @@ from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
 from fp8ckpt.output.extents import Chunk
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.output.matching import scales_in_range
 from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.reading import load_dequantizer, load_factor
+from fp8ckpt.tensors.reading import load_dequantizer
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
@@ -116,6 +116,7 @@ class QuantizingFiller:
         self,
         plan: QuantizingPlan,
         directory: Path,
+        rule_of: Callable[[str], Rule],
         scales_before: Callable[[Quantization], F32],
         outgrown: set[tuple[str, ...]],
         dequantizer: DequantizerOf,
@@ -123,6 +124,7 @@ class QuantizingFiller:
     ) -> None:
         self._plan = plan
         self._directory = directory
+        self._rule_of = rule_of
         self._scales_before = scales_before
         self._outgrown = outgrown
         self._decided = decided
@@ -231,7 +233,7 @@ class QuantizingFiller:
         """
         before = weight.before
         assert before is not None
-        factor, of_one = load_factor(before), self._scales_before(weight) if weight.wide else None
+        rule, of_one = self._rule_of(weight.name), self._scales_before(weight) if weight.wide else None
         largest = np.float32(0)
         cuts = _runs if of_one is not None else _bands_in_runs
         for first, size, grid, start, blocks in cuts(weight.grid, begin, count):
@@ -243,97 +245,72 @@ class QuantizingFiller:
             if scales is None:
                 stored = self._read_scales(before.scale, blocks)
                 self._write_scales(weight.scale, blocks.start, stored)
-                scales = scale_values(stored, before.scale.dtype, factor)
+                scales = rule.before(stored)
             parts = quantize.parts_of_run(grid, start, size)
-            scales = scales.reshape(quantize.block_array(grid, np.float32).shape)
+            scales = scales.reshape(quantize.block_shape(grid))
             largest = max(largest, quantize.largest_of_codes(parts, codes, scales, weight.coding).max(initial=0))
         self._reader.bytes_read += out.nbytes
         self.looked_and_wrote[weight.name] += out.nbytes
         if not np.isfinite(largest):
-            refuse_nonfinite(weight.name, weight.source, self._reader)
+            self._refuse_nonfinite(weight)
         return Filled({weight.name: asdict(WeightFacts(maxima={"0": float(largest)}))})
 
     # ---------------------------------------------------------------- weights whose chunks hold whole blocks
 
     def _quantize(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        facts, coding = WeightFacts(), weight.coding
-        old_factor = None if weight.before is None else load_factor(weight.before)
-        factor, anew = self._factor(weight, old_factor)
+        facts, rule = WeightFacts(), self._rule_of(weight.name)
+        looking = rule.factor is not None and self._decided is None
+        if self._decided is not None and isinstance(new := self._decided[weight.name], Factor):
+            rule = rule.under(new)
         unit = self._plan.unit_of.get(weight.name, ())
-        for first, rows, sub, blocks in _bands(weight.grid, begin, count):
-            size = rows * sub.weight_shape[-1]
-            codes = self._room_for_codes(weight, first - begin, size, out)
-            values = self._values(weight.source, first, size)
-            self._see_base(weight, first, size)
-            parts = quantize.parts_of_run(sub, 0, size)
-            maxima = quantize.block_array(sub, np.float32)
-            quantize.raise_maxima(parts, values, maxima)
-            if not np.isfinite(maxima).all():
-                refuse_nonfinite(weight.name, weight.source, self._reader)
-            before, kept = np.full(maxima.shape, np.inf, np.float32), None
-            exact = None
+        for first, sub, blocks in _bands(weight.grid, begin, count):
+            step = self._step(rule, weight, first, prod(sub.weight_shape), sub, 0)
+            codes = self._room_for_codes(weight, first - begin, step.values.bits.size, out)
+            self._see_base(weight, first, step.values.bits.size)
+            maxima = self._maxima(weight, step)
+            before = None
             if weight.before is not None:
-                old = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
-                before = scale_values(old, weight.scale.dtype, old_factor)
-                kept = None if anew else old
-                small = factor is not None and quantize.small_for(maxima.max(initial=0), factor)
-                if kept is not None and (small or quantize.may_fit(maxima, before, coding).any()):
-                    quantize.encode(parts, values, before, codes, coding)
-                    exact = quantize.count_inexact(parts, values, codes, before, coding) == 0
-            if factor is not None and self._decided is None:
-                self._look_at_factor(facts, unit, maxima, exact, factor)
+                before = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
+            exact = step.look(maxima, before, codes)
+            if looking:
+                self._look_at_factor(facts, unit, maxima, exact, rule)
                 if self._plan.fresh or unit in self._outgrown:
                     continue
-            stored, keep = quantize.choose_scales(
-                maxima, kept, weight.scale.dtype, exact,
-                powers_of_two=self._plan.powers_of_two, coding=coding, factor=factor,
-            )  # fmt: skip
-            facts.kept += int(np.count_nonzero(keep))
-            facts.made += int(np.count_nonzero(~keep))
-            scales = checked_scales(weight, stored, factor)
-            quantize.encode(parts, values, scales, codes, coding)
+            decided = rule.decide(maxima, before, exact)
+            facts.kept += int(np.count_nonzero(decided.kept))
+            facts.made += int(np.count_nonzero(~decided.kept))
+            step.encode(decided.scales, codes)
             self._put(weight, codes, first - begin, out)
-            self._write_scales(weight.scale, blocks.start, stored)
-            self._report(facts, weight, first, parts, values, codes, scales, before)
-        write = factor is None or self._decided is not None or not (self._plan.fresh or unit in self._outgrown)
-        if factor is not None and self._decided is None:
+            self._write_scales(weight.scale, blocks.start, decided.stored)
+            self._report(facts, weight, first, step, codes, decided.scales, decided.before)
+        write = not looking or not (self._plan.fresh or unit in self._outgrown)
+        if looking:
             self.looked_and_wrote[weight.name] += len(out) if write else 0
         return Filled({weight.name: asdict(facts)}, write)
 
-    def _factor(self, weight: Quantization, before: Factor | None) -> tuple[Factor | None, bool]:
-        """The second level of a weight's scales, and whether no scale is kept, as none is under a new factor."""
-        found = None if self._decided is None else self._decided[weight.name]
-        if isinstance(found, Factor):
-            return found, True
-        return before, self._plan.fresh
-
     def _look_at_factor(
-        self, facts: WeightFacts, unit: tuple[str, ...], maxima: F32, exact: Mask | None, factor: Factor
+        self, facts: WeightFacts, unit: tuple[str, ...], maxima: F32, exact: Mask | None, rule: Rule
     ) -> None:
         """What decides whether the factor of before is kept."""
         largest = maxima.max(initial=0)
         facts.maxima["0"] = max(facts.maxima.get("0", 0.0), float(largest))
         if exact is not None and not exact.all():
             facts.inexact = [0]
-        if quantize.outgrows(largest, factor):
+        if rule.factor is not None and quantize.outgrows(largest, rule.factor):
             self._outgrown.add(unit)
 
     # ---------------------------------------------------------------- wide weights
 
     def _look(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         """The first pass: how large the values are, and the codes that they have if the scales of before are kept."""
-        facts = WeightFacts()
+        facts, rule = WeightFacts(), self._rule_of(weight.name)
         unit = self._plan.unit_of[weight.name]
         before_all = self._scales_before(weight).reshape(-1)
         maxima: dict[int, np.float32] = {}
         for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
-            values = self._values(weight.source, first, size)
+            step = self._step(rule, weight, first, size, grid, start)
             self._see_base(weight, first, size)
-            parts = quantize.parts_of_run(grid, start, size)
-            here = quantize.block_array(grid, np.float32)
-            quantize.raise_maxima(parts, values, here)
-            if not np.isfinite(here).all():
-                refuse_nonfinite(weight.name, weight.source, self._reader)
+            here = self._maxima(weight, step)
             for block in np.flatnonzero(here):
                 at = blocks.start + int(block)
                 maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
@@ -343,15 +320,15 @@ class QuantizingFiller:
                 continue
             codes = self._room_for_codes(weight, first - begin, size, out)
             before = before_all[blocks].reshape(here.shape)
-            quantize.encode(parts, values, before, codes, weight.coding)
+            step.encode(before, codes)
             self._put(weight, codes, first - begin, out)
-            if quantize.may_fit(here, before, weight.coding).any():
-                inexact = np.flatnonzero(quantize.count_inexact(parts, values, codes, before, weight.coding))
+            if rule.asks(here, before):
+                inexact = np.flatnonzero(~step.exact(before, codes))
                 facts.inexact = sorted({*facts.inexact, *(blocks.start + int(block) for block in inexact)})
             if not quantize.within(here, before, weight.coding).all():
                 self._outgrown.add(unit)
             elif unit not in self._outgrown:
-                self._report(facts, weight, first, parts, values, codes, before, before)
+                self._report(facts, weight, first, step, codes, before, before)
         facts.maxima = {str(block): float(largest) for block, largest in maxima.items()}
         write = not self._plan.fresh and unit not in self._outgrown
         self.looked_and_wrote[weight.name] += count if write else 0
@@ -360,18 +337,16 @@ class QuantizingFiller:
     def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         """The second pass: the codes that the values have with scales that were decided on."""
         assert self._decided is not None
-        facts = WeightFacts()
+        facts, rule = WeightFacts(), self._rule_of(weight.name)
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
         assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
         for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
-            values = self._values(weight.source, first, size)
+            step = self._step(rule, weight, first, size, grid, start)
             codes = self._room_for_codes(weight, first - begin, size, out)
-            parts = quantize.parts_of_run(grid, start, size)
-            shape = quantize.block_array(grid, np.float32).shape
-            before, scales = before_all[blocks].reshape(shape), scales_all[blocks].reshape(shape)
-            quantize.encode(parts, values, scales, codes, weight.coding)
+            before, scales = (of_all[blocks].reshape(step.shape) for of_all in (before_all, scales_all))
+            step.encode(scales, codes)
             self._put(weight, codes, first - begin, out)
-            self._report(facts, weight, first, parts, values, codes, scales, before)
+            self._report(facts, weight, first, step, codes, scales, before)
         return Filled({weight.name: asdict(facts)})
 
     # ---------------------------------------------------------------- what both share
@@ -397,27 +372,27 @@ class QuantizingFiller:
         facts: WeightFacts,
         weight: Quantization,
         first: int,
-        parts: list[quantize.Part],
-        values: Values,
+        step: Step,
         codes: U8,
         scales: F32,
         before: F32,
     ) -> None:
         if not self._plan.report:
             return
-        tally = quantize.tally(parts, values, codes, scales, before, weight.coding)
+        tally = step.tally(codes, scales, before)
         if (merge := self._reader.merge) is not None:
-            facts.arrival.add(Arrival.of(*merge, quantize.decode(parts, codes, scales, weight.coding)))
+            facts.arrival.add(Arrival.of(*merge, quantize.decode(step.parts, codes, scales, weight.coding)))
         elif weight.before is not None:
             old = self._old(weight, weight.before, first, codes.size)
             tally.moved = int(np.count_nonzero(old != codes))
             if self._plan.see:
-                was, now = (quantize.decode(parts, *of, weight.coding) for of in ((old, before), (codes, scales)))
+                was, now = (quantize.decode(step.parts, *of, weight.coding) for of in ((old, before), (codes, scales)))
                 self._seen.compare(weight.before.name, was, now, tally.moved)
         elif self._plan.see:
             self._seen.count_codes(weight.name, weight.coding.dtype, codes)
+            values = step.values
             rounded = np.empty(values.bits.size, bits_dtype(values.dtype))
-            quantize.round_to(quantize.decode(parts, codes, scales), values.dtype, rounded)
+            quantize.round_to(quantize.decode(step.parts, codes, scales), values.dtype, rounded)
             self._seen.compare(weight.name, values.floats, values_of(rounded.view(np.uint8), values.dtype).floats)
         facts.tally.add(tally)
 
@@ -436,6 +411,23 @@ class QuantizingFiller:
             self.base_bytes_read += nbytes
             self._base_at = at
         return before.one_a_byte(self._base_codes[: count // weight.per_byte])
+
+    def _step(self, rule: Rule, weight: Quantization, first: int, size: int, grid: BlockGrid, start: int) -> Step:
+        """``size`` elements of a weight from ``first`` on, which lie from ``start`` on in ``grid``."""
+        return Step(rule, self._values(weight.source, first, size), quantize.parts_of_run(grid, start, size), grid)
+
+    def _maxima(self, weight: Quantization, step: Step) -> F32:
+        """The largest magnitudes. Raises `WeightValueError` where a value is not finite, with the count of all."""
+        maxima = step.maxima()
+        if not np.isfinite(maxima).all():
+            self._refuse_nonfinite(weight)
+        return maxima
+
+    def _refuse_nonfinite(self, weight: Quantization) -> NoReturn:
+        tensor, count = weight.source, 0
+        for first in range(0, tensor.numel, STEP):
+            count += quantize.count_nonfinite(self._values(tensor, first, min(STEP, tensor.numel - first)))
+        raise WeightValueError.of_nonfinite(weight.name, tensor.span.file, count, tensor.numel)
 
     def _values(self, tensor: Tensor, first: int, count: int) -> Values:
         """Elements ``first`` to ``first + count`` of a tensor, good until the next call."""
@@ -471,8 +463,8 @@ class QuantizingFiller:
             self._scale_file = None
 
 
-def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, slice]]:
-    """A run of whole blocks in bands of about `STEP` elements: (first element, rows, the band's grid, its blocks)."""
+def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, BlockGrid, slice]]:
+    """A run of whole blocks in bands of about `STEP` elements: (first element, the band's grid, its blocks)."""
     matrices = as_matrices(grid)
     rows_of_one, cols = matrices.weight_shape[-2:]
     block = matrices.block_size[-2:]
@@ -484,7 +476,7 @@ def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, 
         rows = min(per_band, rows_of_one - row, (begin + count - first) // cols)
         sub = BlockGrid((rows, cols), block)
         start = (matrix * block_rows + row // block[0]) * block_cols
-        yield first, rows, sub, slice(start, start + prod(sub.shape))
+        yield first, sub, slice(start, start + prod(sub.shape))
         first += rows * cols
 
 
@@ -509,32 +501,22 @@ def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, B
 
 def _bands_in_runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, int, slice]]:
     """`_bands` as `_runs` gives its pieces."""
-    for first, rows, sub, blocks in _bands(grid, begin, count):
-        yield first, rows * sub.weight_shape[-1], sub, 0, blocks
+    for first, sub, blocks in _bands(grid, begin, count):
+        yield first, prod(sub.weight_shape), sub, 0, blocks
 
 
-def checked_scales(weight: Quantization, stored: Stored, factor: Factor | None = None) -> F32:
-    """Stored scales as float32. Raises `RangeError` where the scales' dtype could not hold one."""
-    return scales_in_range(
-        stored, weight.scale, factor, weight.name, weight.source.span.file, "choose a --scheme instead of the base"
-    )
-
-
-def refuse_nonfinite(name: str, tensor: Tensor, reader: Reader) -> NoReturn:
-    """Count what is not finite in all of a tensor, and raise `WeightValueError`."""
-    count = 0
-    raw = np.empty(STEP * TARGET_BYTES[tensor.dtype], np.uint8)
-    for start in range(0, tensor.numel, STEP):
-        part = raw[: min(STEP, tensor.numel - start) * TARGET_BYTES[tensor.dtype]]
-        tensor.elements(start, tensor.dtype, part, reader)
-        count += quantize.count_nonfinite(values_of(part, tensor.dtype))
-    found = f"{count} of {tensor.numel} elements are NaN or infinite, and have no code"
-    raise WeightValueError.of(name, tensor.span.file, found)
+def rule_of(plan: QuantizingPlan, name: str) -> Rule:
+    """What decides the scales of a weight of a plan."""
+    weight = plan.weights[name]
+    if weight.before is None:
+        return Rule(name, weight.scale.dtype)
+    file, remedy = weight.source.span.file, "choose a --scheme instead of the base"
+    return Rule.like(weight.before, fresh=plan.fresh, powers_of_two=plan.powers_of_two, file=file, remedy=remedy)
 
 
 def scales_before(weight: Quantization) -> F32:
-    """The scales that a wide weight had, of `fp8ckpt.numerics.quantize.block_array`; infinite where it has no base."""
-    shape = quantize.block_array(weight.grid, np.float32).shape
+    """The scales that a wide weight had, of `fp8ckpt.numerics.quantize.block_shape`; infinite where it has no base."""
+    shape = quantize.block_shape(weight.grid)
     if weight.before is None:
         return np.full(shape, np.inf, np.float32)
     return load_dequantizer(weight.before, "F32").scales.reshape(shape)

@@ -6,14 +6,13 @@ order, down to the text of every header, configuration and side files. Only valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.carried import carriable
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, find_layout, name_pattern, ties_embeddings
-from fp8ckpt.families.siblings import equal_units
 from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import in_fewer_bits, refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
@@ -23,7 +22,7 @@ from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
 from fp8ckpt.tensors.joined import Assembly, JoinedTensor
-from fp8ckpt.tensors.reading import same_bits, stored_scales
+from fp8ckpt.tensors.reading import same_bits
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Tensor
 
@@ -87,7 +86,7 @@ def plan_like(
         base=like,
         weights=weights,
         plain=plain,
-        units=tuple(units_of(weights.values())),
+        units=tuple(joint_units(weights.values())),
         fresh=fresh,
         report=report,
         see=see,
@@ -143,22 +142,6 @@ def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[
         )
     note = f"{head} of the source is its embeddings, and is not stored, as in the base"
     return {name: tensor for name, tensor in tensors.items() if name != head}, (note,)
-
-
-def units_of(weights: Iterable[Quantization]) -> Iterator[tuple[str, ...]]:
-    """Wide weights, and those with a factor: those of one scale, or one factor, with the siblings that share it. Grids
-    are joined by engines as they are: each is alone.
-    """
-    joint = {}
-    for weight in weights:
-        if not weight.scale.nbytes or not (weight.wide or weight.factor):
-            continue
-        if weight.before is not None and (weight.factor or weight.grid.per_tensor):
-            joint[weight.before.name] = weight
-        else:
-            yield (weight.name,)
-    units = equal_units(stored_scales(weight.before for weight in joint.values() if weight.before is not None))
-    yield from (tuple(joint[name].name for name in unit) for unit in units)
 
 
 def _cache_notes(base: Checkpoint) -> list[str]:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fp8ckpt.encodings.adapting import adapted
-from fp8ckpt.encodings.like import units_of
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, joint_units
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8, TARGETS
@@ -110,7 +109,7 @@ def _weights(
     near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}
     weights = {tensor.weight.name: quantization(tensor) for tensor in base.quantized if tensor.name in near}
     touched = {name for name, weight in weights.items() if weight.source.name in changed}
-    units = tuple(unit for unit in units_of(weights.values()) if not touched.isdisjoint(unit))
+    units = tuple(unit for unit in joint_units(weights.values()) if not touched.isdisjoint(unit))
     together = touched.union(*units)
     return {name: weight for name, weight in weights.items() if name in together}, units
 

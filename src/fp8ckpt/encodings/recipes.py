@@ -15,6 +15,7 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+from fp8ckpt.encodings.rule import units_of
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.quantize import CODINGS, Coding
@@ -239,3 +240,14 @@ def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Te
             )
         found[names[name]] = tensor
     return found
+
+
+def joint_units(weights: Iterable[Quantization]) -> Iterator[tuple[str, ...]]:
+    """The names of wide weights, and of those with a factor: those of one scale, or one factor, with the siblings that
+    share it; each other is alone.
+    """
+    found = [weight for weight in weights if weight.scale.nbytes and (weight.wide or weight.factor)]
+    names = {weight.before.name: weight.name for weight in found if weight.before}
+    for unit in units_of(weight.before for weight in found if weight.before):
+        yield tuple(names.pop(name) for name in unit)
+    yield from ((name,) for name in names.values())

@@ -12,29 +12,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp8ckpt.encodings.fp8 import (
-    QuantizingFiller,
-    Stored,
-    WeightFacts,
-    checked_scales,
-    combine,
-    scales_before,
-    weights_of,
-)
+from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, combine, rule_of, scales_before, weights_of
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.encodings.results import QuantizationReport, WeightReport
+from fp8ckpt.encodings.rule import Decided
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import ExtentWriter, Progress, begin
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import F32, Factor, scale_values
+from fp8ckpt.numerics.codes import F32, Factor
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.tensors.reading import load_dequantizer, load_factor, load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 from fp8ckpt.tensors.stored import TensorSpan
 
 if TYPE_CHECKING:
@@ -75,6 +69,7 @@ def run(
         not first.keys() <= done.keys()
     ):  # records may be lost in a power cut, and then the first pass writes over the second
         done = {i: facts for i, facts in done.items() if i in first}
+    rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))
     before = lru_cache(maxsize=4 * workers)(scales_before)
     dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
     outgrown: set[tuple[str, ...]] = set()
@@ -84,7 +79,7 @@ def run(
         extents: Mapping[int, Extent], decided: Mapping[str, F32 | Factor] | None
     ) -> tuple[int, int, Counter[str]]:
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
-        filler = partial(QuantizingFiller, plan, output.directory, before, outgrown, dequantizer, decided)
+        filler = partial(QuantizingFiller, plan, output.directory, rules, before, outgrown, dequantizer, decided)
         fillers = [filler() for _ in range(workers)]
         with plan.ahead(mine.values()):
             ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
@@ -95,10 +90,7 @@ def run(
     looked = ranks.gather(lambda: write(first, None))
     decided = ranks.first(lambda: _decide(plan, output, first))
     again = {i: extent for name in decided for i, extent in second[name].items()}
-    scales = {
-        name: found if isinstance(found, Factor) else scale_values(found, plan.weights[name].scale.dtype)
-        for name, found in decided.items()
-    }
+    scales = {name: found if isinstance(found, Factor) else found.scales.reshape(-1) for name, found in decided.items()}
     counts = looked + ranks.gather(lambda: write(again, scales))
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
@@ -130,33 +122,31 @@ def _facts(output: PartialOutput, extents: Mapping[int, object]) -> tuple[dict[s
     return weights_of(recorded), Seen.of(facts["seen"] for facts in recorded)
 
 
-def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Stored | Factor]:
+def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Decided | Factor]:
     """The scales, or the factors, of the weights that must be written again; those of the others, which keep theirs,
     are written here.
     """
     facts, _ = _facts(output, first)
-    decided: dict[str, Stored | Factor] = {}
+    decided: dict[str, Decided | Factor] = {}
     for unit in plan.units:
         members = [plan.weights[name] for name in unit]
         of_unit = [facts.get(name, WeightFacts()) for name in unit]
         if members[0].factor is not None:
             decided |= _factor_of_unit(plan, output, members, of_unit)
             continue
-        stored, kept = _scales_of_unit(plan, members, of_unit)
+        found = _scales_of_unit(plan, members[0], of_unit)
         for weight in members:
-            checked_scales(weight, stored)
-            _write_scales(output, weight.scale, stored)
-            if not kept:
-                decided[weight.name] = stored
-    return {name: stored for name, stored in decided.items() if plan.weights[name].weight.nbytes}
+            _write_scales(output, weight.scale, found.stored)
+            if not found.kept.all():
+                decided[weight.name] = found
+    return {name: found for name, found in decided.items() if plan.weights[name].weight.nbytes}
 
 
 def _factor_of_unit(
     plan: QuantizingPlan, output: PartialOutput, members: list[Quantization], facts: list[WeightFacts]
 ) -> dict[str, Factor]:
     """The new factor of the members of a unit, which is written here; nothing where they keep theirs."""
-    base = members[0].before
-    before = None if base is None else load_factor(base)
+    before = rule_of(plan, members[0].name).factor
     assert before is not None
     largest = np.float32(max(part.maxima.get("0", 0.0) for part in facts))
     exact = not any(part.inexact for part in facts)
@@ -169,11 +159,8 @@ def _factor_of_unit(
     return {weight.name: factor for weight in members}
 
 
-def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: list[WeightFacts]) -> tuple[Stored, bool]:
-    """(the scales of each member, as they are stored; whether all are those of before). Members of one unit have one
-    scale.
-    """
-    weight = members[0]
+def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[WeightFacts]) -> Decided:
+    """The scales of each member of the unit of ``weight``, of the facts of all."""
     maxima: F32 = quantize.block_array(weight.grid, np.float32)
     flat = maxima.reshape(-1)
     for part in facts:
@@ -181,12 +168,8 @@ def _scales_of_unit(plan: QuantizingPlan, members: list[Quantization], facts: li
             flat[int(block)] = max(flat[int(block)], np.float32(largest))
     exact = np.ones(maxima.size, np.bool_)
     exact[[block for part in facts for block in part.inexact]] = False
-    kept = None if weight.before is None or plan.fresh else load_scales(weight.before).reshape(maxima.shape)
-    stored, keep = quantize.choose_scales(
-        maxima, kept, weight.scale.dtype, exact.reshape(maxima.shape),
-        powers_of_two=plan.powers_of_two, coding=weight.coding,
-    )  # fmt: skip
-    return stored.reshape(-1), bool(keep.all())
+    before = None if weight.before is None else load_scales(weight.before).reshape(maxima.shape)
+    return rule_of(plan, weight.name).decide(maxima, before, exact.reshape(maxima.shape))
 
 
 def _write_scales(output: PartialOutput, span: TensorSpan, stored: Stored) -> None:
@@ -202,7 +185,7 @@ def _publish(
     plan: QuantizingPlan,
     output: PartialOutput,
     first: Mapping[int, Extent],
-    decided: Mapping[str, Stored | Factor],
+    decided: Mapping[str, Decided | Factor],
     second: Mapping[str, Mapping[int, Extent]],
 ) -> tuple[dict[str, WeightFacts], Seen]:
     """The last step: the facts of a report, and what was seen, of the records before they go; and the name."""
@@ -223,19 +206,19 @@ def _publish(
 
 
 def _wide_facts(
-    plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Stored | Factor]
+    plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Decided | Factor]
 ) -> WeightFacts:
     """How many scales of a weight of ``plan.units`` were kept, and made."""
-    weight = plan.weights[name]
-    scales = quantize.block_array(weight.grid, np.float32).size
+    weight, found = plan.weights[name], decided.get(name)
+    scales = prod(quantize.block_shape(weight.grid))
     if weight.factor is not None:
-        if name in decided:
+        if found is not None:
             facts.kept, facts.made, facts.factors = 0, scales, 1
         return facts
-    if name not in decided:
+    if isinstance(found, Decided):
+        facts.kept = int(np.count_nonzero(found.kept))
+    else:
         facts.kept = 0 if plan.fresh else scales  # fresh: a weight without elements
-    elif weight.before is not None and not plan.fresh:
-        facts.kept = int(np.count_nonzero(decided[name] == load_scales(weight.before)))
     facts.made = scales - facts.kept
     return facts
 

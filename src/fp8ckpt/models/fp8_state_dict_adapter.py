@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, ScalesBefore, dequantize
+from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, dequantize, quantize
 from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
+from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.families.names import ties_embeddings
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
@@ -88,16 +89,21 @@ class FP8StateDictAdapter(StateDictAdapter):
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, scale) of a weight."""
 
-    def scales_before(self, fqn: str, weight: torch.Tensor, dtype: str) -> ScalesBefore:
-        """What the checkpoint says of a weight's scales; without one, new ones of ``dtype``.
+    def quantized(
+        self, fqn: str, weight: torch.Tensor, block_size: tuple[int, ...] | None, dtype: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales of the grid) of a weight, with the checkpoint's scales where it fits them; without one, new
+        ones of ``dtype``.
 
-        Raises `ScaleValueError` where one on disk is no scale.
+        Raises `ScaleValueError` where one on disk is no scale, `RangeError` where its dtype could not hold a new one.
         """
         tensor = self._on_disk(fqn)
         if self._release is None or tensor is None:
-            return ScalesBefore(dtype)
-        stored = load_scales(tensor) if tuple(weight.shape) == tensor.shape else None
-        return ScalesBefore(tensor.scale.dtype, stored, self._release.powers_of_two)
+            return quantize(Rule(fqn, dtype), weight, block_size, None)
+        before = load_scales(tensor) if tuple(weight.shape) == tensor.shape else None
+        powers_of_two, remedy = self._release.powers_of_two, "save it in bf16"
+        rule = Rule(fqn, tensor.scale.dtype, powers_of_two=powers_of_two, file=tensor.scale.file, remedy=remedy)
+        return quantize(rule, weight, block_size, before)
 
     def _on_disk(self, fqn: str) -> QuantizedTensor | None:
         return None if self._release is None else self._release.quantized.get(fqn)

@@ -132,9 +132,14 @@ def parts_of_region(grid: BlockGrid, offsets: tuple[int, ...], sizes: tuple[int,
     return found
 
 
+def block_shape(grid: BlockGrid) -> tuple[int, ...]:
+    """One a block: the shape that the functions below take scales and maxima in."""
+    return tuple(max(1, size) for size in as_matrices(grid).shape)
+
+
 def block_array(grid: BlockGrid, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    """Zeros, one a block: the shape that the functions below take scales and maxima in."""
-    return np.zeros(tuple(max(1, size) for size in as_matrices(grid).shape), dtype)
+    """Zeros, one a block."""
+    return np.zeros(block_shape(grid), dtype)
 
 
 def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:

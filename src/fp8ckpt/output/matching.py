@@ -5,18 +5,15 @@ tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
-import numpy.typing as npt
-
-from fp8ckpt.errors import ModelMismatchError, RangeError, UnsupportedFormatError, shown
-from fp8ckpt.numerics.codes import F32, TARGET_BYTES, Factor, count_bad_scales, scale_values
+from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
+from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.quantize import CODINGS
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
 from fp8ckpt.tensors.reading import scale_defects
-from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.stored import DTYPE_BITS
 from fp8ckpt.tensors.tensor import Tensor
 
 _CODES = "F8_E4M3"
@@ -122,19 +119,3 @@ def refuse_dtype(given: Tensor | TensorSpec) -> None:
 
 def _file_of(tensor: Tensor | TensorSpec) -> File | None:
     return None if isinstance(tensor, TensorSpec) else tensor.span.file
-
-
-def scales_in_range(
-    stored: npt.NDArray[Any], scale: TensorSpan, factor: Factor | None, name: str, file: File, remedy: str
-) -> F32:
-    """New scales of the weight ``name`` in ``file`` as float32. Raises `RangeError` where the dtype of ``scale`` could
-    not hold one, under the weight's ``factor`` if it has one.
-    """
-    scales = scale_values(stored, scale.dtype, factor)
-    if count_bad_scales(scales):
-        under = "" if factor is None else " under the weight's factor"
-        found = f"its values need a scale beyond the range of {scale.dtype}{under}"
-        raise RangeError(
-            found, tensor=name, file=file, expected="values that the base's scale dtype can scale", remedy=remedy
-        )
-    return scales

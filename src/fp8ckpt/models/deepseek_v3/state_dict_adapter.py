@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-from fp8ckpt.checkpoint.quantized_dtensors import quantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.unquantized import DEEPSEEK_V3
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
@@ -84,4 +83,4 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, scales of the grid): F32, or of the file's dtype."""
         blocks = (1,) * (weight.dim() - 2) + BLOCK_SIZE
-        return quantize(fqn, weight, blocks, self.scales_before(fqn, weight, "F32"))
+        return self.quantized(fqn, weight, blocks, "F32")

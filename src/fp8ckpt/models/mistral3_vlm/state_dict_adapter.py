@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fp8ckpt.checkpoint.quantized_dtensors import dequantize, quantize
+from fp8ckpt.checkpoint.quantized_dtensors import dequantize
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
 from fp8ckpt.families.unquantized import MISTRAL3, MISTRAL3_TOWERS
@@ -135,6 +135,6 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
 
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes, scale), the scale of the shape and dtype that the file has."""
-        codes, scale = quantize(fqn, weight, None, self.scales_before(fqn, weight, "BF16"))
+        codes, scale = self.quantized(fqn, weight, None, "BF16")
         tensor = self._on_disk(fqn)
         return codes, scale if tensor is None else scale.reshape(tensor.scale.shape)

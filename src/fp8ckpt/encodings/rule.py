@@ -1,0 +1,156 @@
+"""The one way back: which scales the blocks of a weight get, and which codes its values have with them.
+
+A conversion, a save from shards and an adapter differ in where values come from, how they are cut up, and where codes
+go. What decides a scale does not differ: the largest magnitude of its block, and whether the scale of before gives back
+every element. Both are maxima, so that parts of a block may be looked at anywhere, and combined in any order. The
+numbers are those of `fp8ckpt.numerics.quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypedDict, Unpack
+
+import numpy as np
+
+from fp8ckpt.errors import RangeError
+from fp8ckpt.families.siblings import equal_units
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import F32, U8, Factor, count_bad_scales, scale_values
+from fp8ckpt.numerics.geometry import BlockGrid
+from fp8ckpt.numerics.quantize import CODINGS, E4M3, Coding, Mask, Part, Scales, Tally, Values
+from fp8ckpt.stores.store import File
+from fp8ckpt.tensors.reading import load_factor, stored_scales
+from fp8ckpt.tensors.scaled import QuantizedTensor
+
+
+class Decided(NamedTuple):
+    """The scales of some blocks, as they are stored and as float32; which of them are ``kept``; and those of
+    ``before``, infinite where there are none.
+    """
+
+    stored: Scales
+    scales: F32
+    kept: Mask
+    before: F32
+
+
+class _Options(TypedDict, total=False):
+    fresh: bool
+    powers_of_two: bool
+    file: File | None
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides the scales of the weight ``name``, which are stored in ``dtype``.
+
+    ``factor``: of all of them, where they have a second level, and ``factor_before``. ``fresh``: none of before is
+    kept. ``powers_of_two``: of new ones. ``file`` and ``remedy``: what is said where the dtype cannot hold a new one.
+    """
+
+    name: str
+    dtype: str
+    coding: Coding = E4M3
+    factor: Factor | None = None
+    factor_before: Factor | None = None
+    fresh: bool = False
+    powers_of_two: bool = False
+    file: File | None = None
+    remedy: str | None = None
+
+    @classmethod
+    def like(cls, base: QuantizedTensor, **options: Unpack[_Options]) -> Rule:
+        """That of a weight which is written as one of a base. Reads the second level of its scales, if it has one."""
+        factor = load_factor(base)
+        return cls(base.name, base.scale.dtype, CODINGS[base.code_dtype], factor, factor, **options)
+
+    def under(self, factor: Factor | None) -> Rule:
+        """The same with another second level, under which no scale is kept."""
+        return self if factor is self.factor else replace(self, factor=factor, fresh=True)
+
+    def decide(self, maxima: F32, stored: Scales | None, exact: Mask | None) -> Decided:
+        """The scales of blocks of these largest magnitudes. ``stored``: those of before, of the same shape, if any;
+        ``exact``: which blocks these give back, as far as that was asked.
+
+        Raises `RangeError` where the dtype could not hold a new one.
+        """
+        chosen, keep = quantize.choose_scales(
+            maxima, None if self.fresh else stored, self.dtype, exact,
+            powers_of_two=self.powers_of_two, coding=self.coding, factor=self.factor,
+        )  # fmt: skip
+        scales = scale_values(chosen, self.dtype, self.factor)
+        if count_bad_scales(scales):
+            raise RangeError.of_scale(self.dtype, self.name, self.file, self.remedy, factor=self.factor is not None)
+        before = np.full(maxima.shape, np.inf, np.float32) if stored is None else self.before(stored)
+        return Decided(chosen, scales, keep, before)
+
+    def before(self, stored: Scales) -> F32:
+        """Stored scales of before as float32."""
+        return scale_values(stored, self.dtype, self.factor_before)
+
+    def asks(self, maxima: F32, before: F32) -> bool:
+        """Whether it matters if the scales of before give back every element: a block, or all, is small for them."""
+        if self.fresh:
+            return False
+        small = self.factor is not None and quantize.small_for(maxima.max(initial=0), self.factor)
+        return small or bool(quantize.may_fit(maxima, before, self.coding).any())
+
+
+class Step(NamedTuple):
+    """Values of a weight that are worked on at once, and where they lie among the blocks of ``grid``. What is said of
+    blocks is as of `fp8ckpt.numerics.quantize.block_shape`.
+    """
+
+    rule: Rule
+    values: Values
+    parts: Sequence[Part]
+    grid: BlockGrid
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is said of blocks."""
+        return quantize.block_shape(self.grid)
+
+    def maxima(self) -> F32:
+        """The largest magnitudes; NaN and infinity are above all."""
+        maxima: F32 = quantize.block_array(self.grid, np.float32)
+        quantize.raise_maxima(self.parts, self.values, maxima)
+        return maxima
+
+    def look(self, maxima: F32, stored: Scales | None, room: U8) -> Mask | None:
+        """Which blocks the ``stored`` scales of before give back, as far as they are here; None where nobody asks.
+        Codes are made in ``room``.
+        """
+        if stored is None or not self.rule.asks(maxima, before := self.rule.before(stored)):
+            return None
+        codes = room[: self.values.bits.size]
+        self.encode(before, codes)
+        return self.exact(before, codes)
+
+    def encode(self, scales: F32, codes: U8) -> None:
+        """Fill ``codes``, one a byte, which lie as the values do."""
+        quantize.encode(self.parts, self.values, scales, codes, self.rule.coding)
+
+    def exact(self, scales: F32, codes: U8) -> Mask:
+        """Which blocks give back all values that are here."""
+        found: Mask = quantize.count_inexact(self.parts, self.values, codes, scales, self.rule.coding) == 0
+        return found
+
+    def tally(self, codes: U8, scales: F32, before: F32) -> Tally:
+        """What the codes lose of the values."""
+        return quantize.tally(self.parts, self.values, codes, scales, before, self.rule.coding)
+
+
+def units_of(weights: Iterable[QuantizedTensor]) -> list[tuple[str, ...]]:
+    """The names of those weights that have one scale, or a factor, each alone or with the siblings whose scale or
+    factor is the same: a new one is one of all. Grids are joined by engines as they are.
+    """
+    of_one = (
+        weight
+        for weight in weights
+        if weight.scale.nbytes and (weight.second or (weight.grid.per_tensor and weight.per_byte == 1))
+    )
+    return equal_units(stored_scales(of_one))
