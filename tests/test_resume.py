@@ -447,9 +447,9 @@ def test_disk_that_fills_up_meanwhile(sample_fp8: Path, expected: dict[str, str]
     out, other = small_disk / "out", small_disk / "other"
     begin = OutputPlan.begin
 
-    def crowded(plan: OutputPlan, output: PartialOutput) -> dict[int, Facts]:
+    def crowded(plan: OutputPlan, output: PartialOutput, *written: object) -> dict[int, Facts]:
         other.write_bytes(bytes(1 << 20))
-        return begin(plan, output)
+        return begin(plan, output, *written)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputPlan, "_look", lambda *_: Room(small_disk, 0, None))

@@ -53,8 +53,8 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Convert ``source`` to ``destination``: a directory to be made, or ``s3://bucket/prefix``, which is uploaded once
-    it is whole and takes its size in the working directory until then.
+    """Convert ``source`` to ``destination``: a directory to be made, or ``s3://bucket/prefix``, where parts go as they
+    are made, and nothing is seen until all are there; the working directory holds the state.
 
     ``to`` "bf16" (the default), "fp16" or "fp32": every quantized weight is dequantized to it. The same files hold the
     same tensors, less the scales; unquantized tensors keep their bytes. The configuration loses its
@@ -153,9 +153,9 @@ def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forec
     _refuse_arguments(how, None)
     if how.to == FP8:
         recipe = _plan_fp8(source, output, how)
-        return recipe.output.forecast(output, dict(enumerate(recipe.extents())), recipe.made_of(), recipe.notes)
+        return recipe.output.forecast(output, recipe.extents(output.extent), recipe.made_of(), recipe.notes)
     plan = dequantizing.plan_plain(source, output, TARGETS[how.to], how.layout, how.follow_index)
-    return plan.output.forecast(output, plan.extents(), plan.made_of(), plan.notes)
+    return plan.output.forecast(output, plan.extents(output.extent), plan.made_of(), plan.notes)
 
 
 def _refuse_arguments(how: _How, workers: int | None) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -21,6 +22,7 @@ from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import ALIGNMENT, OutputFile, aligned_buffer
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.output.places import Place
 from fp8ckpt.output.plan import OutputPlan, refuse_unlike
 from fp8ckpt.ranks import Ranks
 from fp8ckpt.stores.store import Bytes
@@ -31,12 +33,12 @@ _BUFFERS = 2  # of a worker: one is filled while the other is written
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
 
-def begin(plan: OutputPlan, output: PartialOutput, ranks: Ranks) -> dict[int, Facts]:
+def begin(plan: OutputPlan, output: PartialOutput, ranks: Ranks, extents: Mapping[int, Extent]) -> dict[int, Facts]:
     """Begin an output together: all ranks plan the same one, and the first makes it. Returns what was done before, as
     the first rank saw it: others may be writing by the time that the last one looks.
     """
     refuse_unlike(ranks.gather(lambda: plan.said(output)))
-    return ranks.first(lambda: plan.begin(output))
+    return ranks.first(lambda: plan.begin(output, extents.values()))
 
 
 class Filled(NamedTuple):
@@ -56,19 +58,20 @@ class Filler(Protocol):
         """Release what the filler holds."""
 
 
-_Place = tuple[int, int]  # (number of the extent, number of the chunk in it)
+_Chunk = tuple[int, int]  # (number of the extent, number of the chunk in it)
 
 
 @dataclass
 class _OpenExtent:
-    file: OutputFile
+    place: Place
     facts: dict[int, Facts] = field(default_factory=dict)  # by chunk
 
 
 class ExtentWriter:
     """Writes extents of a partial output, by their numbers, and records each with its facts once it is on disk.
 
-    ``combine`` makes the facts of an extent of those of its chunks, which come in order.
+    ``combine`` makes the facts of an extent of those of its chunks, which come in order. Where an output takes the
+    last step of several extents at once, threads beside the work take them.
     """
 
     def __init__(
@@ -88,57 +91,79 @@ class ExtentWriter:
         self._written = 0
         self._open: dict[int, _OpenExtent] = {}
         self._lock = threading.Lock()
+        self._finishing: Executor | None = None
+        self._unfinished: deque[Future[None]] = deque()
 
     def run(self, fillers: Sequence[Filler]) -> None:
         """Write them all, with a worker thread a filler; the first error stops every worker, and is raised."""
         try:
-            with ThreadPoolExecutor(len(fillers), "fp8ckpt-writing") as writing:
+            with ExitStack() as threads:
+                if self._output.at_once:
+                    self._finishing = ThreadPoolExecutor(self._output.at_once, "fp8ckpt-finishing")
+                    threads.callback(self._finishing.shutdown, cancel_futures=True)
+                writing = threads.enter_context(ThreadPoolExecutor(len(fillers), "fp8ckpt-writing"))
                 workers = [_Worker(self, filler, writing) for filler in fillers]
                 share(self._chunks(), [worker.fill for worker in workers])
                 for worker in workers:
                     worker.wait()
+                self._leave_unfinished(0)
         finally:
             for filler in fillers:
                 filler.close()
             for extent in self._open.values():
-                extent.file.close()
+                extent.place.close()
 
-    def _chunks(self) -> Iterator[_Place]:
+    def _chunks(self) -> Iterator[_Chunk]:
         for i, extent in self._extents.items():
-            self._open[i] = _OpenExtent(OutputFile(self._output.directory / extent.layout.name))
+            self._leave_unfinished(self._output.at_once)
+            self._open[i] = _OpenExtent(self._output.place(extent))
             for k in range(len(extent.chunks)):
                 yield i, k
 
-    def filled(self, filler: Filler, buffer: Bytes, place: _Place) -> Callable[[], None]:
+    def _leave_unfinished(self, most: int) -> None:
+        """Wait until so few extents are being finished; raises what that met."""
+        while len(self._unfinished) > most:
+            self._unfinished.popleft().result()
+
+    def filled(self, filler: Filler, buffer: Bytes, of: _Chunk) -> Callable[[], None]:
         """Fill a chunk; what is returned writes it, and is to be called before the buffer is used again."""
-        i, k = place
+        i, k = of
         extent = self._extents[i]
         chunk = extent.chunks[k]
         # As it lies on disk, so that it can be written directly.
         out = buffer[chunk.start % ALIGNMENT :][: chunk.nbytes]
-        return partial(self._write, place, out, filler.fill(extent.layout, chunk, out))
+        return partial(self._write, of, out, filler.fill(extent.layout, chunk, out))
 
-    def _write(self, place: _Place, out: Bytes, filled: Filled) -> None:
-        i, k = place
+    def _write(self, of: _Chunk, out: Bytes, filled: Filled) -> None:
+        i, k = of
         extent, opened = self._extents[i], self._open[i]
         chunk = extent.chunks[k]
         if filled.write:
-            opened.file.write(out, chunk.start)
+            opened.place.write(out, chunk.start)
         with self._lock:
             opened.facts[k] = filled.facts
             last = len(opened.facts) == len(extent.chunks)
-            self._written += chunk.nbytes
+        if self._finishing is None:
+            self._report(extent, chunk.nbytes)
+            if last:
+                self._finish(i, extent, opened)
+        elif last:
+            self._unfinished.append(self._finishing.submit(self._finish, i, extent, opened))
+
+    def _report(self, extent: Extent, nbytes: int) -> None:
+        with self._lock:
+            self._written += nbytes
             if self._progress is not None:
                 self._progress(self._written, self._total, f"writing {extent.layout.name}")
-        if last:
-            self._finish(i, extent, opened)
 
     def _finish(self, i: int, extent: Extent, opened: _OpenExtent) -> None:
-        opened.file.flush()
+        sent = opened.place.flush()
         for name in extent.beside:
             flush(self._output, name)
-        self._output.record(self._writer, i, self._combine(opened.facts[k] for k in sorted(opened.facts)))
-        self._open.pop(i).file.close()
+        self._output.record(self._writer, i, self._combine(opened.facts[k] for k in sorted(opened.facts)), sent)
+        self._open.pop(i).place.close()
+        if self._finishing is not None:
+            self._report(extent, extent.nbytes)
 
 
 class _Worker:
@@ -151,11 +176,11 @@ class _Worker:
         self._buffers = cycle([aligned_buffer(cutting.CHUNK + ALIGNMENT) for _ in range(_BUFFERS)])
         self._under_way: deque[Future[None]] = deque()
 
-    def fill(self, place: _Place) -> None:
+    def fill(self, of: _Chunk) -> None:
         """Fill a chunk, and leave it to be written. Raises what an earlier one met."""
         if len(self._under_way) == _BUFFERS:
             self._under_way.popleft().result()
-        write = self._writer.filled(self._filler, next(self._buffers), place)
+        write = self._writer.filled(self._filler, next(self._buffers), of)
         self._under_way.append(self._writing.submit(write))
 
     def wait(self) -> None:

@@ -186,7 +186,7 @@ def plan_merge(
         output = PartialOutput(destination)
         opened = open_checkpoint(base, follow_index=follow_index)
         recipe = _plan(how, opened, output, to or (FP8 if opened.quantized else "bf16"))
-        return recipe.output.forecast(output, dict(enumerate(recipe.extents())), recipe.made_of(), recipe.notes)
+        return recipe.output.forecast(output, recipe.extents(output.extent), recipe.made_of(), recipe.notes)
 
     with ranks_of_this_job() as ranks:
         return ranks.first(planned)

@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def share(items: Iterable[T], workers: Sequence[Callable[[T], None]]) -> None:
+def share(items: Iterable[T], workers: Sequence[Callable[[T], object]]) -> None:
     """Do all ``items``, with a thread for each of ``workers``; each takes the next item when it is done with one.
 
     ``items`` is advanced by one thread at a time. The first error, or Ctrl-C in the calling thread, ends every worker
@@ -21,7 +21,7 @@ def share(items: Iterable[T], workers: Sequence[Callable[[T], None]]) -> None:
     lock = threading.Lock()
     stop = threading.Event()
 
-    def take_turns(work: Callable[[T], None]) -> None:
+    def take_turns(work: Callable[[T], object]) -> None:
         try:
             while not stop.is_set():
                 with lock:

@@ -14,21 +14,30 @@ from urllib.parse import parse_qs, urlsplit
 import boto3
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fp8ckpt import convert, save_model, verify
+from fp8ckpt import convert, plan_convert, save_model, verify
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
+    OutputBusyError,
     OutputExistsError,
     ResumeMismatchError,
     SourceChangedError,
     StorageError,
+    WeightValueError,
 )
 from fp8ckpt.output import extents
+from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.sample import Mistral3Sizes, sample
+from fp8ckpt.stores import upload
+from fp8ckpt.stores.upload import LOCK
 from tests.stores.conftest import BUCKET, contents
-from tests.stores.servers import Asked, Server
+from tests.stores.servers import Answer, Asked, Server
+from tests.test_to_fp8_runs import grow
+from tests.test_torchrun import ended, torchrun
 
 URL = f"s3://{BUCKET}/models/out"
-PART = 16384  # bytes
+PART = 32768  # bytes
 
 
 @pytest.fixture
@@ -37,17 +46,17 @@ def client(s3: Server, moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from moto.s3 import models
 
     monkeypatch.setattr(models, "S3_UPLOAD_PART_MIN_SIZE", 1)
-    monkeypatch.setattr(extents, "CHUNK", 4096)
-    monkeypatch.setattr(extents, "EXTENT", PART)
+    monkeypatch.setattr(extents, "CHUNK", 8192)
+    monkeypatch.setattr(extents, "PART", PART)
     monkeypatch.setattr("fp8ckpt.stores.remote.wait", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     return boto3.client("s3", endpoint_url=moto)
 
 
-def _there(client: Any) -> dict[str, bytes]:
-    listed = client.list_objects_v2(Bucket=BUCKET).get("Contents", ())
-    keys = [entry["Key"] for entry in listed]
-    return {key.removeprefix("models/out/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+def _there(client: Any, prefix: str = "models/out/") -> dict[str, bytes]:
+    listed = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", ())
+    keys = [entry["Key"] for entry in listed if not entry["Key"].endswith(LOCK)]
+    return {key.removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
 
 def _parts(server: Server) -> Counter[tuple[str, str]]:
@@ -91,7 +100,7 @@ def test_a_model_is_saved(client: Any) -> None:
 def test_the_order_of_what_is_seen(s3: Server, client: Any, sample_fp8: Path) -> None:
     """No file is there before all parts of all files are; the index and the configuration come last."""
     convert(sample_fp8, URL)
-    writes = [asked for asked in s3.asked if asked.method in ("PUT", "POST")]
+    writes = [asked for asked in s3.asked if asked.method in ("PUT", "POST") and not asked.path.endswith(LOCK)]
     seen = [a for a in writes if "partNumber" not in a.path and not urlsplit(a.path).query.startswith("uploads")]
     last_part = max(i for i, asked in enumerate(writes) if "partNumber" in asked.path)
     assert writes.index(seen[0]) > last_part
@@ -100,28 +109,31 @@ def test_the_order_of_what_is_seen(s3: Server, client: Any, sample_fp8: Path) ->
     assert names[-2:] == ["model.safetensors.index.json", "config.json"]
 
 
-@pytest.mark.parametrize("at", [0, 1, 10, 25, 26, 28, 30])
-def test_a_kill_and_a_second_run(s3: Server, client: Any, at: int, sample_fp8: Path, converted: Path) -> None:
-    """Killed at a request of the upload, among the parts, the completions, the small files: the same bytes, and no part
-    is sent twice but those that were on the way.
+PUTS = ("PUT", "partNumber="), ("POST", "uploadId="), ("PUT", ".json")  # parts, completions, small files
+
+
+@pytest.mark.parametrize(("what", "at"), [(0, 0), (0, 30), (1, 1), (2, 0), (2, 3)], ids=lambda value: str(value))
+def test_a_cut_and_a_second_run(s3: Server, client: Any, what: int, at: int, sample_fp8: Path, converted: Path) -> None:
+    """Cut off at a request, among the parts, the completions, the small files: the same bytes, and no part is sent
+    twice but those that were on the way.
     """
+    method, path = PUTS[what]
     count = 0
 
     def kill(asked: Asked) -> None:
         nonlocal count
-        is_write = asked.method == "PUT" or "uploadId" in asked.path
-        if is_write and asked.method in ("PUT", "POST") and count == at:
+        if asked.method == method and path in asked.path and (count := count + 1) > at:
             raise KeyboardInterrupt
-        count += is_write and asked.method in ("PUT", "POST")
 
     _interrupted(s3, kill, lambda: convert(sample_fp8, URL))
     assert "config.json" not in _there(client)
     s3.fault = lambda asked: None
+    before = _parts(s3)
     convert(sample_fp8, URL)
     assert _there(client) == contents(converted)
     assert os.listdir() == []
-    twice = [part for part, times in _parts(s3).items() if times > 1]
-    assert len(twice) <= 4
+    assert client.list_objects_v2(Bucket=BUCKET, Prefix="models/out/.").get("Contents", ()) == ()
+    assert len([part for part in _parts(s3) if _parts(s3)[part] > before[part] > 0]) <= 2 * upload.AT_ONCE
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
 
 
@@ -138,13 +150,13 @@ def _interrupted(server: Server, at: Any, step: Any) -> None:
         return "503" if dead else None
 
     server.fault = fault
-    with pytest.raises(StorageError, match=r"failed at attempt 8.*out\.partial, and the same command goes on"):
+    with pytest.raises(StorageError, match=r"failed at attempt 8.*out.*\.partial, and the same command goes on"):
         step()
 
 
 def test_a_process_that_is_killed(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
     """By the system, in the middle of its parts."""
-    code = "from fp8ckpt.output import extents; extents.CHUNK, extents.EXTENT = 4096, 16384\n"
+    code = "from fp8ckpt.output import extents; extents.CHUNK, extents.PART = 8192, 32768\n"
     code += f"from fp8ckpt import convert; convert({str(sample_fp8)!r}, {URL!r})"
     child = subprocess.Popen([sys.executable, "-c", code])
     s3.fault = lambda asked: os.kill(child.pid, signal.SIGKILL) if "partNumber=12&" in f"{asked.path}&" else None
@@ -152,7 +164,8 @@ def test_a_process_that_is_killed(s3: Server, client: Any, sample_fp8: Path, con
     s3.forget()
     convert(sample_fp8, URL)
     assert _there(client) == contents(converted)
-    assert sum(_parts(s3).values()) < sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
+    everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
+    assert sum(_parts(s3).values()) <= everything - 12 + upload.AT_ONCE
 
 
 def test_answers_that_are_lost(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
@@ -235,3 +248,173 @@ def test_a_bucket_that_is_not_there(client: Any, sample_fp8: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="s3://none/out: the store answered 404 NoSuchBucket"):
         convert(sample_fp8, "s3://none/out")
     assert os.listdir() == []
+
+
+# ---------------------------------------------------------------- what this machine holds, and who else writes there
+
+
+def _on_disk() -> int:
+    """Bytes of the files of weights that the disk holds: holes are none."""
+    return sum(path.stat().st_blocks * 512 for path in Path().glob("*.partial/output/*.safetensors"))
+
+
+def _watched(server: Server) -> list[int]:
+    """What `_on_disk` was at each part that is sent."""
+    seen: list[int] = []
+
+    def watch(asked: Asked) -> None:
+        if "partNumber=" in asked.path:
+            seen.append(_on_disk())
+
+    server.fault = watch
+    return seen
+
+
+def test_no_disk_for_the_data(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+    """Parts go there as they are made: none of the data is on this machine's disk, and none is asked for."""
+    near, far = plan_convert(sample_fp8, "near"), plan_convert(sample_fp8, URL)
+    size = sum(path.stat().st_size for path in converted.glob("*.safetensors"))
+    assert near.bytes_needed - far.bytes_needed == size
+    assert near.bytes_to_write == far.bytes_to_write
+    seen = _watched(s3)
+    convert(sample_fp8, URL)
+    assert set(seen) == {0}
+    assert len(seen) > 30
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``fp8``, ``trained``, whose weights outgrew some scales, and ``back`` of it, in FP8."""
+    folder = tmp_path_factory.mktemp("trained")
+    sample(folder / "fp8", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384))
+    convert(folder / "fp8", folder / "plain")
+    grow(folder / "plain", folder / "trained")
+    convert(folder / "trained", folder / "back", to="fp8", like=folder / "fp8")
+    return folder
+
+
+def test_scales_are_kept_until_they_are_known(s3: Server, client: Any, trained: Path) -> None:
+    """To FP8, only extents with scales wait on this machine's disk; a part goes again where its scale turned out to be
+    another one, and the report is that of a conversion to a directory.
+    """
+    seen = _watched(s3)
+    far = convert(trained / "trained", URL, to="fp8", like=trained / "fp8")
+    near = convert(trained / "trained", "near", to="fp8", like=trained / "fp8")
+    assert far.report == near.report
+    assert _there(client) == contents(trained / "back") == contents(Path("near"))
+    assert max(seen) <= 4 * PART
+    assert sum(path.stat().st_size for path in (trained / "back").glob("*.safetensors")) > 10 * PART
+    assert max(_parts(s3).values()) == 2
+    assert {kept for kept, times in _parts(s3).items() if times == 1}
+
+
+def test_a_cut_among_the_passes(s3: Server, client: Any, trained: Path) -> None:
+    """Cut off in the first pass, or in the second: the same bytes, and what was sent in its last form is not again."""
+
+    def run(url: str) -> None:
+        convert(trained / "trained", url, to="fp8", like=trained / "fp8")
+
+    run(URL + "-clean")
+    everything = sum(_parts(s3).values())
+    for at in (everything // 2, everything - 4):
+        _interrupted(s3, _at_part(at), lambda at=at: run(f"{URL}-{at}"))
+        s3.forget()
+        run(f"{URL}-{at}")
+        assert _there(client, f"models/out-{at}/") == contents(trained / "back")
+        assert max(_parts(s3).values()) <= 2
+        assert sum(_parts(s3).values()) <= everything - at + 2 * upload.AT_ONCE
+
+
+def test_parts_that_were_aborted_meanwhile(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+    """What the state here says was sent, and is not there any more, is made again."""
+    _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
+    s3.forget()
+    for entry in client.list_multipart_uploads(Bucket=BUCKET)["Uploads"][:1]:
+        client.abort_multipart_upload(Bucket=BUCKET, Key=entry["Key"], UploadId=entry["UploadId"])
+    convert(sample_fp8, URL)
+    assert _there(client) == contents(converted)
+
+
+def _at_part(at: int) -> Any:
+    left = at
+
+    def kill(asked: Asked) -> None:
+        nonlocal left
+        left -= "partNumber=" in asked.path
+        if left < 0:
+            raise KeyboardInterrupt
+
+    return kill
+
+
+def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, converted: Path, tmp_path: Path) -> None:
+    """From two machines: the second is refused, and the first one's output is its own. Where the state of a run was
+    lost, its lock is what says so; without it, another run takes up the parts that are there.
+    """
+    _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
+    s3.forget()
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    with pytest.raises(OutputBusyError, match=rf"{URL}/{LOCK}.*another run writes there.*delete that object"):
+        convert(sample_fp8, URL, to="fp32")
+    assert (os.listdir(), _parts(s3)) == ([], Counter())
+    client.delete_object(Bucket=BUCKET, Key=f"models/out/{LOCK}")
+    everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
+    convert(sample_fp8, URL)
+    assert _there(client) == contents(converted)
+    assert 0 < sum(_parts(s3).values()) <= everything - 20 + upload.AT_ONCE
+
+
+@pytest.mark.parametrize("known", ["no", "refused"])
+def test_a_store_without_conditions(
+    known: str, s3: Server, client: Any, sample_fp8: Path, converted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is written to, and a warning says that nothing keeps others away."""
+    answer = s3._answer
+
+    def without(asked: Asked) -> Answer:
+        if "if-none-match" not in asked.headers:
+            return answer(asked)
+        headers = {key: value for key, value in asked.headers.items() if key != "if-none-match"}
+        return Answer(501, {}, b"") if known == "refused" else answer(asked._replace(headers=headers))
+
+    s3._answer = without
+    convert(sample_fp8, URL)
+    assert _there(client) == contents(converted)
+    assert "knows no conditional writes" in caplog.text
+
+
+def test_what_can_never_be_whole_is_taken_away(s3: Server, client: Any, trained: Path) -> None:
+    """A weight that is not finite: the parts that are there are aborted, and others may write there."""
+    tensors = load_file(next((trained / "trained").glob("*.safetensors")))
+    name = max(name for name in tensors if name.endswith("proj.weight"))
+    tensors[name][0, 0] = torch.nan
+    Path("bad").mkdir()
+    save_file(tensors, "bad/model.safetensors")
+    with pytest.raises(WeightValueError):
+        convert("bad", URL, to="fp8", scheme="per-tensor")
+    assert os.listdir() == ["bad"]
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
+    assert "Contents" not in client.list_objects_v2(Bucket=BUCKET)
+
+
+def test_ranks_write_one_output(s3: Server, client: Any, trained: Path) -> None:
+    """Two ranks, each its own parts: the same bytes."""
+    code = "from fp8ckpt.output import extents; extents.CHUNK, extents.PART = 8192, 32768\n"
+    code += f"from fp8ckpt import convert; convert({str(trained / 'trained')!r}, {URL!r}, to='fp8', "
+    code += f"like={str(trained / 'fp8')!r})"
+    Path("job.py").write_text(code)
+    status, _, stderr = ended(torchrun(2, "job.py"))
+    assert status == 0, stderr
+    assert _there(client) == contents(trained / "back")
+
+
+def test_as_many_parts_as_a_store_takes() -> None:
+    """A file of any size has at most 10,000 parts, none but the last below 5 MiB, and none over 5 GiB."""
+    for size in (1, 10 << 30, 5 << 40):
+        layout = FileLayout("model.safetensors", b"", (), size)
+        starts = range(0, size, max(extents.CHUNK, size // 100_000))
+        chunks = [extents.Chunk(start, min(start + starts.step, size), 0) for start in starts]
+        parts = [extent.stop - extent.start for extent in extents.extents_of(layout, chunks, extents.PART)]
+        assert (sum(parts), len(parts) <= 10_000) == (size, True)
+        assert all(5 << 20 <= part <= 5 << 30 for part in parts[:-1])

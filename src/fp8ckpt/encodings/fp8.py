@@ -150,6 +150,8 @@ class QuantizingFiller:
         """
         self._seen = Seen()
         facts, write = self._fill(layout, chunk, out)
+        if self._decided is not None and facts.keys().isdisjoint(self._decided):
+            return Filled({"weights": {}, "seen": {}}, write)  # beside what is written again: it was counted before
         return Filled({"weights": facts, "seen": self._seen.recorded()}, write)
 
     def _fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
@@ -159,12 +161,12 @@ class QuantizingFiller:
         if weight is None:
             return Filled({name: asdict(facts) for name, facts in self._copy(layout, chunk, out).items()})
         begin, count = (n * weight.per_byte for n in (chunk.start - weight.weight.start, chunk.nbytes))
-        if self._decided is None and not self._plan.fresh and self._plan.untouched(weight):
+        decided = self._decided is not None and weight.name in self._decided
+        if not decided and not self._plan.fresh and self._plan.untouched(weight):
             return self._carry(weight, begin, count, out)
         if not weight.wide:
             return self._quantize(weight, begin, count, out)
-        look_or_encode = self._look if self._decided is None else self._encode_decided
-        return look_or_encode(weight, begin, count, out)
+        return self._encode_decided(weight, begin, count, out) if decided else self._look(weight, begin, count, out)
 
     # ---------------------------------------------------------------- what is not quantized
 
@@ -260,7 +262,7 @@ class QuantizingFiller:
     def _quantize(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         looking = rule.factor is not None and self._decided is None
-        if self._decided is not None and isinstance(new := self._decided[weight.name], Factor):
+        if self._decided is not None and isinstance(new := self._decided.get(weight.name), Factor):
             rule = rule.under(new)
         unit = self._plan.unit_of.get(weight.name, ())
         for first, sub, blocks in _bands(weight.grid, begin, count):

@@ -47,10 +47,10 @@ class PlainPlan:
     output: OutputPlan
     notes: tuple[str, ...]
 
-    def extents(self) -> dict[int, Extent]:
-        """All that is written, by numbers."""
+    def extents(self, most: int) -> dict[int, Extent]:
+        """All that is written, by numbers, in extents of ``most`` bytes."""
         layouts = self.output.layouts
-        return dict(enumerate(extent for layout in layouts for extent in extents_of(layout, page_chunks(layout))))
+        return dict(enumerate(extent for layout in layouts for extent in extents_of(layout, page_chunks(layout), most)))
 
     def made_of(self) -> dict[str, int]:
         """Of how many bytes each tensor of the output is made."""
@@ -85,8 +85,8 @@ def run(
 
     planned = ranks.together(lambda: plan_plain(source, output, dtype, layout, follow_index, see=see))
     plan = planned.output
-    done = begin(plan, output, ranks)
-    extents = planned.extents()
+    extents = planned.extents(output.extent)
+    done = begin(plan, output, ranks, extents)
     mine = [i for i in extents if i not in done][ranks.rank :: ranks.size]
     # Neighbouring chunks are of one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)

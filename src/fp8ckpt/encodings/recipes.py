@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from math import prod
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.quantize import CODINGS, Coding
 from fp8ckpt.output import extents as cutting
-from fp8ckpt.output.extents import Chunk, Extent, extents_of, reads_of
+from fp8ckpt.output.extents import Chunk, Extent, extents_of, met, reads_of
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -130,14 +131,15 @@ class QuantizingPlan:
                     announced.enter_context(checkpoint.store.ahead(reads))
             yield
 
-    def extents(self) -> list[Extent]:
-        """All that is written in the first pass."""
+    def extents(self, most: int) -> dict[int, Extent]:
+        """All that is written in the first pass, by numbers, in extents of ``most`` bytes."""
         found: list[Extent] = []
         scales = {quantization.scale.name for quantization in self.weights.values()}
+        scales |= {factor.name for name in self.unit_of if (factor := self.weights[name].factor) is not None}
         for layout in self.output.layouts:
-            for extent in extents_of(layout, self._chunks(layout, scales)):
+            for extent in extents_of(layout, self._chunks(layout, scales), most):
                 found.append(extent._replace(beside=tuple(sorted(self._beside(extent)))))
-        return found
+        return dict(enumerate(found))
 
     def made_of(self) -> dict[str, int]:
         """Of how many bytes each tensor is made: values, which are read twice where it is known that no scale is kept,
@@ -151,15 +153,27 @@ class QuantizingPlan:
             made[name] = looks * bytes_of_values(weight.source) + compared
         return made
 
-    def second_pass(self) -> dict[str, list[Extent]]:
-        """The extents of each weight of ``units``, in which it is written again if its scales turn out to be others."""
-        found: dict[str, list[Extent]] = {}
+    def second_pass(self, first: Mapping[int, Extent], *, in_parts: bool) -> dict[str, dict[int, Extent]]:
+        """The extents of each weight of ``units``, in which it is written again if its scales turn out to be others; by
+        numbers that go on from those of the ``first`` pass. ``in_parts``: an extent is written whole, with all that is
+        in it.
+        """
+        numbers = count(len(first))
+        found: dict[str, dict[int, Extent]] = {name: {} for name in self.unit_of}
+        if in_parts:
+            for extent in first.values():
+                spans = (span for chunk in extent.chunks for span, _, _ in met(extent.layout, chunk))
+                if here := {span.name for span in spans} & found.keys():
+                    number = next(numbers)
+                    for name in here:
+                        found[name][number] = extent._replace(again=True)
+            return found
         for layout in self.output.layouts:
             for place, span in enumerate(layout.spans):
-                if span.name in self.unit_of:
+                if span.name in found:
                     cut = (Chunk(*piece, place) for piece in _cut_weight(self.weights[span.name]))
-                    extents = extents_of(layout, cut)
-                    found[span.name] = [extent._replace(beside=tuple(self._beside(extent))) for extent in extents]
+                    for extent in extents_of(layout, cut, cutting.EXTENT):
+                        found[span.name][next(numbers)] = extent._replace(beside=tuple(self._beside(extent)))
         return found
 
     def _beside(self, extent: Extent) -> set[str]:

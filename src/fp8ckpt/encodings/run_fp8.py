@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import count
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -61,10 +60,9 @@ def run(
 ) -> Quantized:
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
-    done = begin(plan.output, output, ranks)
-    first = dict(enumerate(plan.extents()))
-    numbers = count(len(first))
-    second = {name: {next(numbers): extent for extent in extents} for name, extents in plan.second_pass().items()}
+    first = plan.extents(output.extent)
+    second = plan.second_pass(first, in_parts=output.in_parts)
+    done = begin(plan.output, output, ranks, first)
     if (
         not first.keys() <= done.keys()
     ):  # records may be lost in a power cut, and then the first pass writes over the second
@@ -145,18 +143,19 @@ def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Ext
 def _factor_of_unit(
     plan: QuantizingPlan, output: PartialOutput, members: list[Quantization], facts: list[WeightFacts]
 ) -> dict[str, Factor]:
-    """The new factor of the members of a unit, which is written here; nothing where they keep theirs."""
+    """The new factor of the members of a unit; nothing where they keep theirs. Either is written here."""
     before = rule_of(plan, members[0].name).factor
     assert before is not None
     largest = np.float32(max(part.maxima.get("0", 0.0) for part in facts))
     exact = not any(part.inexact for part in facts)
     factor = quantize.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
-    if factor is before:
-        return {}
+    kept = factor is before
     for weight in members:
+        written = rule_of(plan, weight.name).factor if kept else factor
         assert weight.factor is not None
-        _write_scales(output, weight.factor, factor.value.reshape(1))
-    return {weight.name: factor for weight in members}
+        assert written is not None
+        _write_scales(output, weight.factor, written.value.reshape(1))
+    return {} if kept else {weight.name: factor for weight in members}
 
 
 def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[WeightFacts]) -> Decided:

@@ -19,6 +19,10 @@ from fp8ckpt.tensors.tensor import Tensor
 CHUNK = 4 << 20
 #: Bytes: what a run that was cut off has to write again, at most, per worker.
 EXTENT = 16 * CHUNK
+#: Bytes of an extent that is held in memory until a store has it.
+PART = 4 * CHUNK
+#: As many parts a file may have in a store.
+MOST_PARTS = 10_000
 
 
 class Chunk(NamedTuple):
@@ -35,11 +39,24 @@ class Chunk(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """Some chunks of an output file; ``beside``: the other files that filling them writes to."""
+    """Some chunks of an output file; ``beside``: the other files that filling them writes to.
+
+    ``number``: which of the file it is, from 1 on; bytes ``[start, stop)`` of it are this one's, and no other's.
+    ``again``: it was written before.
+    """
 
     layout: FileLayout
     chunks: tuple[Chunk, ...]
+    number: int
+    start: int
+    stop: int
     beside: tuple[str, ...] = ()
+    again: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether its chunks are all of its bytes: scales that are made beside are in none."""
+        return self.nbytes == self.stop - self.start
 
     @property
     def nbytes(self) -> int:
@@ -56,20 +73,26 @@ def page_chunks(layout: FileLayout) -> Iterator[Chunk]:
         yield Chunk(start, min(start + CHUNK, layout.size), first)
 
 
-def extents_of(layout: FileLayout, chunks: Iterable[Chunk]) -> Iterator[Extent]:
-    """The chunks of a file in extents of `EXTENT` bytes: their order means the same to every process that made the same
-    plan.
+def extents_of(layout: FileLayout, chunks: Iterable[Chunk], most: int) -> Iterator[Extent]:
+    """The chunks of a file in extents of ``most`` bytes, in a longer file of as many as `MOST_PARTS` need: their order
+    means the same to every process that made the same plan.
     """
+    most = max(most, -(-layout.size // (MOST_PARTS - 1)))
     taken: list[Chunk] = []
-    size = 0
+    number, start, size = 1, 0, 0
     for chunk in chunks:
+        if size >= most:
+            yield Extent(layout, tuple(taken), number, start, chunk.start)
+            taken, number, start, size = [], number + 1, chunk.start, 0
         taken.append(chunk)
         size += chunk.nbytes
-        if size >= EXTENT:
-            yield Extent(layout, tuple(taken))
-            taken, size = [], 0
     if taken:
-        yield Extent(layout, tuple(taken))
+        yield Extent(layout, tuple(taken), number, start, layout.size)
+
+
+def part_of(size: int) -> int:
+    """Bytes of the parts of a file for a store."""
+    return max(PART, -(-size // (MOST_PARTS - 1)))
 
 
 def met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int]]:

@@ -9,8 +9,9 @@ A run that was cut off is resumed by a run with the same fingerprint; any other 
 stands at ``DST.partial`` without our state is somebody else's, and refused as well, unless it is an empty folder, in
 which nothing can be lost: that is what a run leaves that ended before its first file.
 
-Where ``DST`` is the URL of a store, ``s3://bucket/models/name``, the output is made in ``name.partial/`` in the working
-directory, by the same rules, and uploading it (`fp8ckpt.stores.upload`) stands for the rename.
+Where ``DST`` is the URL of a store, ``s3://bucket/models/name``, extents go there as they are made
+(`fp8ckpt.output.places`), the state and the small files are in ``name.partial/`` in the working directory, by the same
+rules, and completing the uploads (`fp8ckpt.stores.upload`) stands for the rename.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,10 +38,12 @@ from fp8ckpt.errors import (
     WeightValueError,
 )
 from fp8ckpt.output import extents
-from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
+from fp8ckpt.output.extents import Extent
+from fp8ckpt.output.files import OutputFile, flush_directory, open_to_write, write_error, write_whole
+from fp8ckpt.output.places import Kept, Part, Place, Sent
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import read_whole
-from fp8ckpt.stores.upload import Destination, destination_of
+from fp8ckpt.stores.upload import AT_ONCE, Destination, destination_of
 from fp8ckpt.system import lock
 
 _OUTPUT = "output"
@@ -50,7 +54,8 @@ _PLAN = "plan.json"
 _DRAFT = "plan.json.draft"
 _LOCK = "lock"
 _RECORDS = "done-"
-_SEEN = "seen"  # the destination, from before the first of its objects is seen until the last is
+_RUN = "run"  # what a store is told of who writes there
+_SEEN = "seen"  # the destination and the parts of its files, from before the first is seen until the last is
 
 
 def partial_of(destination: str | os.PathLike[str]) -> Path:
@@ -75,11 +80,38 @@ class PartialOutput:
         self.partial = partial_of(destination).absolute()
         self.directory = self.partial / _OUTPUT
         self._state = self.partial / _STATE
+        self._uploads: Collection[str] = ()
 
-    def begin(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
+    @property
+    def in_parts(self) -> bool:
+        """Whether an extent that was written can only be written again as a whole."""
+        return self._far is not None
+
+    @property
+    def at_once(self) -> int:
+        """How many extents are flushed sooner at once, beside the work, than one after the other in it."""
+        return AT_ONCE if self._far is not None else 0
+
+    @property
+    def extent(self) -> int:
+        """Bytes of an extent."""
+        return extents.EXTENT if self._far is None else extents.PART
+
+    def place(self, extent: Extent) -> Place:
+        """Where the bytes of an extent are written."""
+        if self._far is None:
+            return OutputFile(self.directory / extent.layout.name)
+        return Part(self._far, extent) if extent.whole else Kept(self.directory / extent.layout.name, extent)
+
+    def elsewhere(self, written: Iterable[Extent]) -> int:
+        """Bytes of these extents that no disk of this machine will hold."""
+        return 0 if self._far is None else sum(extent.nbytes for extent in written if extent.whole)
+
+    def begin(self, fingerprint: Mapping[str, Any], names: Collection[str], in_parts: Collection[str] = ()) -> None:
         """Create the partial output, or take up the one that is there; hold its lock until `release`.
 
-        ``names`` are the files that the finished directory will have, by their paths in it. Raises `OutputExistsError`
+        ``names`` are the files that the finished directory will have, by their paths in it; a store gets those of
+        ``in_parts`` extent by extent. Raises `OutputExistsError`
         where the destination is there, or something that is not ours where it would be written; `OutputBusyError` where
         another process writes it, and `ResumeMismatchError` where the partial output is of another fingerprint or holds
         anything else.
@@ -87,6 +119,9 @@ class PartialOutput:
         try:
             with self._named():
                 self._begin(fingerprint, names)
+                if self._far is not None:
+                    self._uploads = in_parts
+                    self._begin_far(self._far)
         except BaseException:
             self.release()
             raise
@@ -108,6 +143,33 @@ class PartialOutput:
             (self._state / _DRAFT).rename(self._state / _PLAN)
             flush_directory(self._state)
             self.directory.mkdir()
+
+    def _begin_far(self, far: Destination) -> None:
+        run = self._state / _RUN
+        if new := not run.is_file():
+            write_whole(run, uuid.uuid4().hex.encode())
+        try:
+            far.hold(read_whole(run).decode())
+        except OutputBusyError:
+            if new:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        if self._seen() is None:
+            far.begin(self._uploads)
+            self._drop_lost(far)
+
+    def _drop_lost(self, far: Destination) -> None:
+        """Drop the records of what the store does not have, or no longer. Of a part that was sent again, the last."""
+        recorded = self._recorded()
+        last = {(sent.name, sent.number): sent.etag for _, sent in recorded.values() if sent is not None}
+        lost = {part for part, etag in last.items() if etag and far.there(part[0]).get(part[1]) != etag}
+        if lost:
+            kept = [(i, *one) for i, one in recorded.items() if one[1] is None or one[1][:2] not in lost]
+            write_whole(self._state / _DRAFT, b"".join(_record(*one) for one in kept))
+            (self._state / _DRAFT).rename(self._state / f"{_RECORDS}0")
+            for file in self._state.glob(_RECORDS + "*"):
+                if file.name != f"{_RECORDS}0":
+                    file.unlink()
 
     def look(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
         """Raise what `begin` would, but for `OutputBusyError`. Nothing is made or changed, but for the state that a run
@@ -214,7 +276,7 @@ class PartialOutput:
         for what a run of ours was cut off in completing.
         """
         if self._far is not None:
-            if not self._is_being_seen():
+            if self._seen() is None:
                 self._far.refuse_existing()
         elif os.path.lexists(self.destination) or Path(self.destination).name == "..":
             self._tidy()
@@ -243,20 +305,23 @@ class PartialOutput:
         """The facts that were recorded of each extent that is on disk, by all processes so far; in the order of the
         extents.
         """
-        done: dict[int, Facts] = {}
+        return {extent: facts for extent, (facts, _) in self._recorded().items()}
+
+    def _recorded(self) -> dict[int, tuple[Facts, Sent | None]]:
+        done: dict[int, tuple[Facts, Sent | None]] = {}
         for file in sorted(self._state.glob(_RECORDS + "*")):
             for line in read_whole(file).split(b"\n"):
                 check, _, text = line.partition(b" ")
                 if check == _check(text):  # otherwise cut off while it was written, or damaged: it is written again
-                    extent, facts = json.loads(text)
-                    done[extent] = facts
+                    extent, facts, sent = json.loads(text)
+                    done[extent] = facts, None if sent is None else Sent(*sent)
         return dict(sorted(done.items()))
 
-    def record(self, writer: int, extent: int, facts: Facts) -> None:
-        """Record that an extent is on disk; call it after the flush. ``writer`` tells processes apart."""
-        # The first newline ends a line that was cut off.
-        text = json.dumps([extent, facts]).encode()
-        line = memoryview(b"\n" + _check(text) + b" " + text + b"\n")
+    def record(self, writer: int, extent: int, facts: Facts, sent: Sent | None = None) -> None:
+        """Record that an extent is on disk, or in the store; call it after the flush. ``writer`` tells processes
+        apart.
+        """
+        line = memoryview(_record(extent, facts, sent))
         try:
             fd = open_to_write(self._state / f"{_RECORDS}{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
@@ -285,23 +350,51 @@ class PartialOutput:
         shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more, or all is elsewhere
 
     def _upload(self, far: Destination) -> None:
-        again = self._is_being_seen()
-        if not again:
-            far.refuse_existing()
         found = [path for path in self.directory.rglob("*") if path.is_file()]
         names = sorted((path.relative_to(self.directory).as_posix() for path in found), key=_last)
-        far.upload(
-            self.directory,
-            names,
-            extents.EXTENT,
-            lambda: write_whole(self._state / _SEEN, far.where.encode()),
-            again=again,
-        )
+        if (etags := self._seen()) is None:
+            far.refuse_existing()
+            etags = self._send_rest(far, [name for name in names if name.endswith(".safetensors")])
+            write_whole(self._state / _SEEN, json.dumps([far.where, etags]).encode())
+        else:
+            far.refuse_others(etags)
+        for name, of_parts in etags.items():
+            far.finish(name, of_parts)
+        for name in names:
+            if name not in etags:
+                far.put(name, (self.directory / name).read_bytes())
+        far.release()
 
-    def _is_being_seen(self) -> bool:
-        """Whether objects at the destination may be ours: a run was cut off between the first and the last of them."""
+    def _send_rest(self, far: Destination, names: Collection[str]) -> dict[str, list[str]]:
+        """Send what is kept here, and return the ETags of all parts of all files."""
+        far.begin(names)
+        parts: dict[str, dict[int, Sent]] = {name: {} for name in names}
+        for _, sent in self._recorded().values():
+            if sent is not None:
+                parts[sent.name][sent.number] = sent
+        for name, of_file in parts.items():
+            if not of_file:  # no extent of it was recorded: it was written here, by whatever hands
+                size = (self.directory / name).stat().st_size
+                starts = range(0, size, extents.part_of(size))
+                of_file |= {k: Sent(name, k, at, min(at + starts.step, size), "") for k, at in enumerate(starts, 1)}
+
+        def send(sent: Sent) -> None:
+            data = _read(self.directory / sent.name, sent.start, sent.stop)
+            parts[sent.name][sent.number] = sent._replace(etag=far.send(sent.name, sent.number, data))
+
+        kept = [sent for of_file in parts.values() for sent in of_file.values() if not sent.etag]
+        far.each(kept, send)
+        return {name: [of_file[k].etag for k in range(1, len(of_file) + 1)] for name, of_file in parts.items()}
+
+    def _seen(self) -> dict[str, list[str]] | None:
+        """The ETags of the parts of each file, where objects at the destination may be ours: a run was cut off between
+        the first and the last of them.
+        """
         place = self._state / _SEEN
-        return place.is_file() and read_whole(place).decode() == str(self.destination)
+        if self._far is None or not place.is_file():
+            return None
+        where, etags = json.loads(read_whole(place))
+        return etags if where == self._far.where else None
 
     def _rename(self, destination: Path) -> None:
         try:
@@ -318,6 +411,10 @@ class PartialOutput:
     def discard(self) -> None:
         """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""
         if self._lock is not None:
+            if self._far is not None:
+                with suppress(StorageError):  # the caller hears of what came before
+                    self._far.give_up(self._uploads)
+                self._far.release()
             shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
 
@@ -336,6 +433,17 @@ def _flush_parent(path: Path) -> None:
     flush_directory(Path(os.path.realpath(path.parent, strict=True)))
 
 
+def _record(extent: int, facts: Facts, sent: Sent | None) -> bytes:
+    text = json.dumps([extent, facts, sent]).encode()
+    return b"\n" + _check(text) + b" " + text + b"\n"  # the first newline ends a line that was cut off
+
+
+def _read(file: Path, start: int, stop: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
+
+
 def _check(text: bytes) -> bytes:
     """What stands before a record, so that none is believed that is not as it was written."""
     return hashlib.sha256(text).hexdigest()[:16].encode()
@@ -344,7 +452,7 @@ def _check(text: bytes) -> bytes:
 def _is_state(entry: str) -> bool:
     """Whether a path in ``DST.partial`` is that of a file of our state."""
     return entry.startswith(f"{_STATE}/{_RECORDS}") or entry in {
-        f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK, _SEEN)
+        f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK, _RUN, _SEEN)
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,12 +57,13 @@ class OutputPlan:
         """Bytes of the files of weights."""
         return sum(layout.size for layout in self.layouts)
 
-    def begin(self, output: PartialOutput) -> dict[int, Facts]:
+    def begin(self, output: PartialOutput, written: Collection[Extent] = ()) -> dict[int, Facts]:
         """What one process does for all: the directory, its empty files, and the small files. Returns what was done
-        before. Nothing is made where something is refused, or where there is no room.
+        before. Nothing is made where something is refused, or where there is no room. ``written``: the extents in which
+        the files of weights are made, where they are made so.
         """
-        self._look(output).refuse_too_little()
-        output.begin(self._fingerprint(), self.names)
+        self._look(output, written).refuse_too_little()
+        output.begin(self._fingerprint(output), self.names, [layout.name for layout in self.layouts])
         if not self._is_laid_out(output):
             output.forget()
         for layout in self.layouts:
@@ -84,7 +85,7 @@ class OutputPlan:
 
         ``extents`` by their numbers; ``made_of``: of how many bytes each tensor of the output is made.
         """
-        room = self._look(output)
+        room = self._look(output, extents.values())
         done = output.records() if self._is_laid_out(output) else {}
         resumed = sum(extent.nbytes for i, extent in extents.items() if i in done)
         read = bytes_read_for((extent for i, extent in extents.items() if i not in done), made_of)
@@ -105,12 +106,13 @@ class OutputPlan:
             notes=notes,
         )
 
-    def _look(self, output: PartialOutput) -> Room:
+    def _look(self, output: PartialOutput, written: Iterable[Extent]) -> Room:
         """Refuse what `begin` would refuse; the room that there is. Nothing is made or changed."""
         paths = [(file.store.path, file.name) for file in self.copies.values()]
         refuse_written(output, [path / name for path, name in paths if path is not None])
-        output.look(self._fingerprint(), self.names)
-        return room_for({output.directory / name: size for name, size in self._sizes().items()}, self.holes)
+        output.look(self._fingerprint(output), self.names)
+        sizes = {output.directory / name: size for name, size in self._sizes().items()}
+        return room_for(sizes, self.holes + output.elsewhere(written))
 
     def _sizes(self) -> dict[str, int]:
         """Every file of the finished directory by its path in it, and how long it will be."""
@@ -141,7 +143,7 @@ class OutputPlan:
         read = [contents_of(checkpoint) for checkpoint in self.inputs]
         return {**said_of(output), **self.arguments, "what is read": read, "what is planned": self._digest()}
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self, output: PartialOutput) -> dict[str, Any]:
         """What must be equal for a partial output to be taken up: the files that are read, and every byte that is
         planned.
         """
@@ -151,7 +153,7 @@ class OutputPlan:
             "format": 6,
             **self.arguments,
             "chunk": extents.CHUNK,
-            "extent": extents.EXTENT,
+            "extent": output.extent,
             "sources": sources,
             "planned": self._digest(),
         }

@@ -11,6 +11,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -112,13 +113,15 @@ class S3Objects:
 
     # ---------------------------------------------------------------- as fp8ckpt.stores.upload.Uploads
 
-    def is_empty(self) -> bool:
+    def is_empty(self, but: str) -> bool:
         """Whether there is no object below the prefix, nor one of its name."""
         with self.errors(None):
-            found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=100)
-        return not any(
-            entry["Key"] == self.prefix or entry["Key"].startswith(self.key("")) for entry in found.get("Contents", ())
-        )
+            below = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.key(""), MaxKeys=2)
+            named = (
+                self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1) if self.prefix else {}
+            )
+        keys = {entry["Key"] for found in (below, named) for entry in found.get("Contents", ())} - {self.key(but)}
+        return not any(key == self.prefix or key.startswith(self.key("")) for key in keys)
 
     def etag(self, name: str) -> str | None:
         """Of an object that is there."""
@@ -148,26 +151,35 @@ class S3Objects:
             )
             return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", ())}
 
-    def put_part(self, name: str, upload: str, number: int, data: bytes) -> str:
+    def put_part(self, name: str, upload: str, number: int, data: bytes | bytearray, md5: bytes) -> str:
         """Send a part; the store compares its MD5."""
         with self.errors(name, writing=True):
             answer = self.client.upload_part(
                 Bucket=self.bucket, Key=self.key(name), UploadId=upload, PartNumber=number, Body=data,
-                ContentMD5=_md5(data),
+                ContentMD5=base64.b64encode(md5).decode(),
             )  # fmt: skip
             return str(answer["ETag"])
 
-    def finish(self, name: str, upload: str, etags: Sequence[str]) -> None:
-        """Make an object of all parts."""
+    def finish(self, name: str, upload: str, etags: Sequence[str], *, new: bool) -> bool:
+        """Make an object of all parts; an attempt before may have done it, and its answer was lost."""
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        condition = {"IfNoneMatch": "*"} if new else {}
         with self.errors(name, writing=True):
             try:
                 self.client.complete_multipart_upload(
-                    Bucket=self.bucket, Key=self.key(name), UploadId=upload, MultipartUpload={"Parts": parts}
-                )
-            except self.client.exceptions.NoSuchUpload:  # an attempt before may have done it, and its answer was lost
-                if self.etag(name) != self.etag_of_parts(etags):
+                    Bucket=self.bucket, Key=self.key(name), UploadId=upload, MultipartUpload={"Parts": parts},
+                    **condition,
+                )  # fmt: skip
+            except self.client.exceptions.ClientError as error:
+                if _status(error) not in (404, 412):
                     raise
+                return False
+        return True
+
+    def abort(self, name: str, upload: str) -> None:
+        """Give up an upload."""
+        with self.errors(name, writing=True), suppress(self.client.exceptions.NoSuchUpload):
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=self.key(name), UploadId=upload)
 
     def etag_of_parts(self, etags: Sequence[str]) -> str:
         """The ETag of an object of these parts."""
@@ -179,9 +191,42 @@ class S3Objects:
         with self.errors(name, writing=True):
             self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=data, ContentMD5=_md5(data))
 
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Make an object if there is none."""
+        with self.errors(name, writing=True):
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=data, IfNoneMatch="*")
+            except self.client.exceptions.ClientError as error:
+                if _status(error) == 412:
+                    return False
+                if _status(error) == 409:
+                    raise Broken("another request makes it at this moment") from None
+                if _status(error) != 501:
+                    raise
+                self.put(name, data)
+        return True
+
+    def text(self, name: str) -> bytes | None:
+        """A small object, if it is there."""
+        with self.errors(name, writing=True):
+            try:
+                return bytes(self.client.get_object(Bucket=self.bucket, Key=self.key(name))["Body"].read())
+            except self.client.exceptions.NoSuchKey:
+                return None
+
+    def delete(self, name: str) -> None:
+        """Remove an object."""
+        with self.errors(name, writing=True):
+            self.client.delete_object(Bucket=self.bucket, Key=self.key(name))
+
     def errors(self, name: str | None, *, writing: bool = False) -> _Errors:
         """Turns what boto3 raises into our own words: its texts may hold URLs with credentials."""
         return _Errors(self.where, name, writing)
+
+
+def _status(error: Any) -> int:
+    """The HTTP status of what boto3 raised."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _md5(data: bytes) -> str:

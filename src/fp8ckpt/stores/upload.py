@@ -1,30 +1,38 @@
-"""A finished directory goes to a store: weights in parts, everything else after them, what makes a checkpoint last.
+"""How an output gets into a store: files of weights part by part while they are made, what makes a checkpoint last.
 
-Each file of weights is one multipart upload, its parts those in which it was written; none of it is seen before all
+Each file of weights is one multipart upload, its parts the extents in which it is made; none of it is seen before all
 parts of all files are there. Then the files are completed, then the small ones are put, and the index and the
 configuration at the end: until then, nothing there looks like a checkpoint.
 
 A run that was cut off is gone on with: a part that is there already, and whose ETag is the MD5 of what is to be there,
 is not sent again. So whatever an upload holds that another run left, the result holds our bytes. The store compares
 the MD5 of each part and of each file with what it got.
+
+Whoever writes holds the object `LOCK`, which is made only where there is none (``If-None-Match``), and names the run.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from fp8ckpt.errors import OutputExistsError, UnsupportedStoreError
+from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import ATTEMPTS, attempted
 from fp8ckpt.workers import share
 
 T = TypeVar("T")
+Data = bytes | bytearray
 
-_AT_ONCE = 3  # parts; each is in memory
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 6  # parts on their way; each is in memory
+LOCK = ".fp8ckpt-lock"
 
 
 class Uploads(Protocol):
@@ -34,14 +42,14 @@ class Uploads(Protocol):
     def where(self) -> str:
         """The place as messages show it."""
 
-    def is_empty(self) -> bool:
-        """Whether there is no object below the place."""
+    def is_empty(self, but: str) -> bool:
+        """Whether there is no object below the place, ``but`` that of this name."""
 
     def etag(self, name: str) -> str | None:
         """Of an object that is there."""
 
     def begun(self) -> Mapping[str, str]:
-        """Uploads that were not finished, by the name of the object."""
+        """Uploads that were not finished, by the name of the object; of several, the last."""
 
     def begin(self, name: str) -> str:
         """Begin an upload."""
@@ -49,11 +57,14 @@ class Uploads(Protocol):
     def parts(self, name: str, upload: str) -> Mapping[int, str]:
         """The ETags of the parts that are there, by their numbers, from 1 on."""
 
-    def put_part(self, name: str, upload: str, number: int, data: bytes) -> str:
+    def put_part(self, name: str, upload: str, number: int, data: Data, md5: bytes) -> str:
         """Send a part, and return its ETag."""
 
-    def finish(self, name: str, upload: str, etags: Sequence[str]) -> None:
-        """Make an object of all parts."""
+    def finish(self, name: str, upload: str, etags: Sequence[str], *, new: bool) -> bool:
+        """Make an object of all parts. False where there is no such upload; or, if it must be ``new``, an object."""
+
+    def abort(self, name: str, upload: str) -> None:
+        """Give up an upload, and its parts."""
 
     def etag_of_parts(self, etags: Sequence[str]) -> str:
         """The ETag of an object of these parts."""
@@ -61,19 +72,25 @@ class Uploads(Protocol):
     def put(self, name: str, data: bytes) -> None:
         """Make an object at once."""
 
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Make an object if there is none; False if there is. A store that knows no conditions makes it anyway."""
 
-class _Part(NamedTuple):
-    name: str
-    number: int
-    start: int
-    stop: int
+    def text(self, name: str) -> bytes | None:
+        """A small object, if it is there."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object."""
 
 
 class Destination:
-    """The place of an output in a store."""
+    """The place of an output in a store. For any number of threads."""
 
     def __init__(self, client: Uploads) -> None:
         self._client = client
+        self._lock = threading.Lock()
+        self._uploads: dict[str, str] = {}
+        self._there: dict[str, Mapping[int, str]] = {}
+        self._knows_conditions = True
 
     @property
     def where(self) -> str:
@@ -81,76 +98,108 @@ class Destination:
         return self._client.where
 
     def refuse_existing(self) -> None:
-        """Raise `OutputExistsError` where any object is there."""
-        if not self._do("looking at", self._client.is_empty):
+        """Raise `OutputExistsError` where any object is there; who holds the place is another question."""
+        if not self._do("looking at", None, self._client.is_empty, LOCK):
             remedy = "choose another one, or move them away"
             raise OutputExistsError("there are objects below it", file=self.where, expected="none", remedy=remedy)
 
-    def upload(
-        self, directory: Path, names: Sequence[str], part: int, before_any_is_seen: Callable[[], None], *, again: bool
-    ) -> None:
-        """Upload files of a directory; those of weights in parts, the others after them in their order.
-
-        ``part``: bytes. ``again``: some may be there already, whole, from a run that was cut off.
+    def hold(self, run: str) -> None:
+        """Keep other runs away, until `release`; a ``run`` that holds the place already holds it on. Raises
+        `OutputBusyError`.
         """
-        weights = {name: _cut(directory, name, part) for name in names if name.endswith(".safetensors")}
-        if again:
-            weights = {name: parts for name, parts in weights.items() if not self._is_there(directory, name, parts)}
-        uploads, there = {}, {}
-        begun = self._do("looking at", self._client.begun)
-        for name in weights:
-            if (upload := begun.get(name)) is not None:
-                there[name] = self._do("looking at", self._client.parts, name, upload)
-            uploads[name] = upload or self._do("writing", self._client.begin, name)
-        etags: dict[str, dict[int, str]] = {name: {} for name in weights}
+        text = run.encode()
+        held = self._do("looking at", LOCK, self._client.text, LOCK)
+        if held is None and self._do("writing", LOCK, self._client.put_new, LOCK, text):
+            if self._do("writing", LOCK, self._client.put_new, LOCK, text):
+                self._knows_conditions = False
+                logger.warning("%s knows no conditional writes: see that no other run writes there now", self.where)
+            held = text
+        elif held is None:
+            held = self._do("looking at", LOCK, self._client.text, LOCK)
+        if held != text:
+            remedy = "wait for it to end; if it never will, delete that object"
+            raise OutputBusyError("another run writes there", file=f"{self.where}/{LOCK}", remedy=remedy)
 
-        def send(piece: _Part) -> None:
-            data = _read(directory, piece)
-            etag = _md5(data)
-            if there.get(piece.name, {}).get(piece.number) != etag:
-                doing = f"writing bytes {piece.start}-{piece.stop - 1} of"
-                etag = self._do(doing, self._client.put_part, piece.name, uploads[piece.name], piece.number, data)
-            etags[piece.name][piece.number] = etag
+    def release(self) -> None:
+        """Let other runs write there."""
+        try:
+            self._do("writing", LOCK, self._client.delete, LOCK)
+        except StorageError as error:  # not everybody who may write may delete; the checkpoint is whole
+            logger.warning("%s/%s stays there: %s", self.where, LOCK, error)
 
-        share((piece for parts in weights.values() for piece in parts), [send] * _AT_ONCE)
-        before_any_is_seen()
-        for name, upload in uploads.items():
-            self._do("writing", self._client.finish, name, upload, [etag for _, etag in sorted(etags[name].items())])
+    def begin(self, names: Collection[str]) -> None:
+        """Begin the uploads that were not begun yet."""
+        begun = self._begun()
+
+        def begin(name: str) -> None:
+            self._uploads[name] = self._do("writing", name, self._client.begin, name)
+
+        self.each((name for name in names if name not in begun), begin)
+
+    def give_up(self, names: Collection[str]) -> None:
+        """Abort the uploads."""
+        begun = self._begun()
         for name in names:
-            if not name.endswith(".safetensors"):
-                self._do("writing", self._client.put, name, (directory / name).read_bytes())
+            if name in begun:
+                self._do("writing", name, self._client.abort, name, begun[name])
 
-    def _is_there(self, directory: Path, name: str, parts: Sequence[_Part]) -> bool:
-        """Whether an object is the one that a run before made. Raises `OutputExistsError` where it is another one."""
-        found = self._do("looking at", self._client.etag, name)
-        if found is None:
-            return False
-        if found != self._client.etag_of_parts([_md5(_read(directory, piece)) for piece in parts]):
+    def there(self, name: str) -> Mapping[int, str]:
+        """The ETags of the parts of a file that another run had sent, by their numbers."""
+        begun = self._begun()
+        with self._lock:
+            if name not in self._there:
+                upload = begun.get(name)
+                parts = {} if upload is None else self._do("looking at", name, self._client.parts, name, upload)
+                self._there[name] = parts
+            return self._there[name]
+
+    def send(self, name: str, number: int, data: Data, *, again: bool = False) -> str:
+        """Send a part, unless another run did; returns its ETag. ``again``: it was sent with other bytes, too."""
+        digest = hashlib.md5(data).digest()
+        etag = f'"{digest.hex()}"'
+        if not again and self.there(name).get(number) == etag:
+            return etag
+        upload = self._begun()[name]
+        return self._do(f"writing part {number} of", name, self._client.put_part, name, upload, number, data, digest)
+
+    def refuse_others(self, etags: Mapping[str, Sequence[str]]) -> None:
+        """Raise `OutputExistsError` where an object is there that is not made of the file's parts."""
+        self.each(etags.items(), lambda file: self._is_made(*file))
+
+    def finish(self, name: str, etags: Sequence[str]) -> None:
+        """Make a file of its parts, unless a run before did. Raises as `refuse_others`."""
+        upload = self._begun().get(name)
+        new = self._knows_conditions
+        if upload is not None and self._do("writing", name, partial(self._client.finish, new=new), name, upload, etags):
+            return
+        if not self._is_made(name, etags):
+            remedy = "begin anew: delete what is below it, and the state in the working directory"
+            raise StorageError(f"its upload to {self.where} was aborted", file=name, remedy=remedy)
+
+    def _is_made(self, name: str, etags: Sequence[str]) -> bool:
+        found = self._do("looking at", name, self._client.etag, name)
+        if found is not None and found != self._client.etag_of_parts(etags):
             remedy = "choose another destination, or move away what is there"
             other = f"there is another object of this name below {self.where}"
             raise OutputExistsError(other, file=name, expected="what the run before made", remedy=remedy)
-        return True
+        return found is not None
 
-    def _do(self, doing: str, step: Callable[..., T], *arguments: Any) -> T:
-        name = arguments[0] if arguments else None
+    def put(self, name: str, data: bytes) -> None:
+        """Make a small file."""
+        self._do("writing", name, self._client.put, name, data)
+
+    def each(self, items: Iterable[T], step: Callable[[T], object]) -> None:
+        """Take a step for each item, as many at once as the store takes sooner so."""
+        share(items, [step] * AT_ONCE)
+
+    def _begun(self) -> Mapping[str, str]:
+        with self._lock:
+            if not self._uploads:
+                self._uploads = dict(self._do("looking at", None, self._client.begun))
+            return self._uploads
+
+    def _do(self, doing: str, name: str | None, step: Callable[..., T], *arguments: Any) -> T:
         return attempted(partial(step, *arguments), ATTEMPTS, f"{doing} {self.where}", name)
-
-
-def _cut(directory: Path, name: str, part: int) -> list[_Part]:
-    size = (directory / name).stat().st_size
-    starts = range(0, size, part)
-    return [_Part(name, number, start, min(start + part, size)) for number, start in enumerate(starts, 1)]
-
-
-def _read(directory: Path, piece: _Part) -> bytes:
-    with (directory / piece.name).open("rb") as stream:
-        stream.seek(piece.start)
-        return stream.read(piece.stop - piece.start)
-
-
-def _md5(data: bytes) -> str:
-    """As the ETag of a part."""
-    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 def destination_of(address: Address) -> Destination:

@@ -1,0 +1,93 @@
+"""Where the extents of an output are written: into a file of this machine, or into memory until a store has them.
+
+A part of a file that a store has is final, but for being sent again whole. So what is filled by several hands - scales,
+which are made with the weights that lie elsewhere - is kept in a file here, and sent in the end.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from fp8ckpt.output.extents import Extent
+from fp8ckpt.output.files import OutputFile
+from fp8ckpt.stores.store import Bytes
+from fp8ckpt.stores.upload import Destination
+
+
+class Sent(NamedTuple):
+    """A part of a file that is for a store: its ``etag`` there, "" while it is kept here."""
+
+    name: str
+    number: int
+    start: int
+    stop: int
+    etag: str
+
+
+class Place(Protocol):
+    """Takes the bytes of an extent, by their offsets in the file."""
+
+    def write(self, data: Bytes, offset: int) -> None:
+        """Take some of the bytes."""
+
+    def flush(self) -> Sent | None:
+        """Return when all bytes that were written are safe; what a store must be told of them in the end."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
+class Kept:
+    """An extent of a file here, to be sent in the end."""
+
+    def __init__(self, file: Path, extent: Extent) -> None:
+        self._file = OutputFile(file)
+        self._sent = Sent(extent.layout.name, extent.number, extent.start, extent.stop, "")
+
+    def write(self, data: Bytes, offset: int) -> None:
+        """As `Place.write`."""
+        self._file.write(data, offset)
+
+    def flush(self) -> Sent:
+        """As `Place.flush`."""
+        self._file.flush()
+        return self._sent
+
+    def close(self) -> None:
+        """As `Place.close`."""
+        self._file.close()
+
+
+class Part:
+    """An extent in memory, sent as a part of its file once it is whole; one that is not is left to a second pass."""
+
+    def __init__(self, far: Destination, extent: Extent) -> None:
+        self._far = far
+        self._extent = extent
+        self._held = bytearray(extent.nbytes)
+        self._bytes = np.frombuffer(self._held, np.uint8)
+        self._lock = threading.Lock()
+        self._left = extent.nbytes
+
+    def write(self, data: Bytes, offset: int) -> None:
+        """As `Place.write`; each byte once."""
+        start = offset - self._extent.start
+        self._bytes[start : start + data.nbytes] = data
+        with self._lock:
+            self._left -= data.nbytes
+
+    def flush(self) -> Sent | None:
+        """As `Place.flush`."""
+        if self._left:
+            return None
+        layout, _, number, start, stop, _, again = self._extent
+        return Sent(layout.name, number, start, stop, self._far.send(layout.name, number, self._held, again=again))
+
+    def close(self) -> None:
+        """As `Place.close`."""
+        del self._bytes
+        self._held = bytearray()
