@@ -12,11 +12,13 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import boto3
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fp8ckpt import convert, plan_convert, save_model, verify
+from fp8ckpt.encodings.results import Fp8Result
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
     OutputBusyError,
@@ -33,6 +35,8 @@ from fp8ckpt.stores import upload
 from fp8ckpt.stores.upload import LOCK
 from tests.stores.conftest import BUCKET, contents
 from tests.stores.servers import Answer, Asked, Server
+from tests.test_four_bits import FAMILIES, write_plain
+from tests.test_four_bits import trained as trained_in_four_bits
 from tests.test_to_fp8_runs import grow
 from tests.test_torchrun import ended, torchrun
 
@@ -418,3 +422,18 @@ def test_as_many_parts_as_a_store_takes() -> None:
         parts = [extent.stop - extent.start for extent in extents.extents_of(layout, chunks, extents.PART)]
         assert (sum(parts), len(parts) <= 10_000) == (size, True)
         assert all(5 << 20 <= part <= 5 << 30 for part in parts[:-1])
+
+
+def test_factors_are_kept_until_they_are_known(s3: Server, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of two levels, weights that outgrow the second one, and others beside them: the bytes of a directory."""
+    monkeypatch.setattr(extents, "CHUNK", 1024)
+    monkeypatch.setattr(extents, "PART", 1024)
+    family = FAMILIES["ModelOpt NVFP4"]
+    base = family.write(Path("fp4"))
+    source = write_plain(Path("source"), trained_in_four_bits(family, np.random.default_rng(1), "BF16"))
+    near, far = (convert(source, to, like=base) for to in ("near", URL))
+    assert isinstance(near, Fp8Result)
+    assert isinstance(far, Fp8Result)
+    assert near.report is not None
+    assert near.report.total.fresh
+    assert (far.report, _there(client)) == (near.report, contents(Path("near")))
