@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _MOST_KINDS = 30  # rows of a figure or a table; what is left out is said
 _MOST_ROWS = 20
+_NARROW = 8
 _MARKS = (2.0**-4, 1.0, 2.0**4, 2.0**8, 2.0**12)  # values that the axis of codes names, besides its ends and zero
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}  # the largest first
 
@@ -152,7 +153,10 @@ def _panels(
     rows = -(-len(names) // columns)
 
     def draw(figure: Figure) -> dict[str, str]:
+        from matplotlib.ticker import MaxNLocator
+
         titles: dict[str, str] = {}
+        spread: set[float] = set()
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).reshape(-1)
         for axes, name in zip(panels, names, strict=False):
             ranges = {layer: joined(map(range_of, group)) for layer, group in kinds[name].items()}
@@ -164,8 +168,11 @@ def _panels(
             )
             axes.plot(layers, [r.median for r in each], color=_SERIES, lw=1.2, marker="o", ms=2.5)
             axes.set_title(_short(name), fontsize=9, color=_INK, loc="left")
-            axes.set_yscale("log", base=2)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            spread.update(end for r in each for end in (r.least, r.greatest))
             _plain(axes, grid="y")
+        if spread and max(spread) > _NARROW * min(spread):  # or powers of two have no line in it
+            panels[0].set_yscale("log", base=2)
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         for axes in panels[: len(names)][-columns:]:  # the last of each column

@@ -89,6 +89,8 @@ def _print_forecast(forecast: Forecast) -> None:
 
 def duration(seconds: float) -> str:
     """A time, in the units that suit it."""
+    if seconds < 1:
+        return "less than a second"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -110,8 +110,10 @@ def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int
 
 
 def measured_rate(directory: Path, most: int) -> float | None:
-    """Bytes a second that the disk takes of a durable write of at most `_MEASURED`; None where that cannot be tried."""
-    size = min(_MEASURED, most) // _PIECE * _PIECE
+    """Bytes a second that the disk takes of a durable write of about ``most``, or `_MEASURED`, and of one piece at least;
+    None where that cannot be tried.
+    """
+    size = max(1, min(_MEASURED, most) // _PIECE) * _PIECE
     unnamed = getattr(os, "O_TMPFILE", None)  # Linux has it, and not every file system there
     if unnamed is None:
         return None
@@ -131,4 +133,4 @@ def measured_rate(directory: Path, most: int) -> float | None:
         return None
     finally:
         os.close(fd)
-    return size / taken if size and taken > 0 else None
+    return size / taken if taken > 0 else None
