@@ -110,8 +110,8 @@ def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int
 
 
 def measured_rate(directory: Path, most: int) -> float | None:
-    """Bytes a second that the disk takes of a durable write of about ``most``, or `_MEASURED`, and of one piece at least;
-    None where that cannot be tried.
+    """Bytes a second that the disk takes of a durable write of about ``most``, at most `_MEASURED`, and at least one
+    piece; None where that cannot be tried.
     """
     size = max(1, min(_MEASURED, most) // _PIECE) * _PIECE
     unnamed = getattr(os, "O_TMPFILE", None)  # Linux has it, and not every file system there
