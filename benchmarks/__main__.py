@@ -6,10 +6,13 @@ import sys
 from importlib import import_module
 
 NAMES = (
+    "floor",
     "kernel",
     "four_bits",
     "opening",
     "convert",
+    "timeline",
+    "verify",
     "quantize",
     "merge",
     "loading",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -42,6 +42,7 @@ def facts() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{model} (family {family}), {len(os.sched_getaffinity(0))} cores",
         "memory_gib": round(memory / 2**20, 1),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: above what was measured itself, others worked here
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -88,6 +89,24 @@ def write_durably(file: Path, size: int, threads: int = 2, piece: int = 4 << 20)
         os.fdatasync(fd)
     finally:
         os.close(fd)
+
+
+def read_all(files: Iterable[Path], threads: int = 2, piece: int = 4 << 20) -> None:
+    """The floor of whatever reads files once: into buffers that are used again, in pieces of 4 MiB."""
+
+    def read(fd: int, first: int, size: int) -> None:
+        buffer = bytearray(piece)
+        for start in range(first * piece, size, threads * piece):
+            os.preadv(fd, [buffer], start)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for file in files:
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                size = os.fstat(fd).st_size
+                list(pool.map(read, [fd] * threads, range(threads), [size] * threads))
+            finally:
+                os.close(fd)
 
 
 def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:
