@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import fp8ckpt.output.extents as writing
 from fp8ckpt import MergeResult, convert, merge, open_checkpoint, plan_merge, verify
+from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.errors import (
     Fp8CheckpointError,
     ModelMismatchError,
@@ -28,7 +30,10 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.tensors.adapters import open_adapter
+from fp8ckpt.tensors.reading import load_dequantizer
 from fp8ckpt.tensors.scaled import QuantizedTensor
+from fp8ckpt.tensors.tensor import Reader
 from tests.adapters import F32, PREFIX, factors, merged, values, write_adapter
 from tests.conftest import Run
 from tests.miniatures import Family, families, four_bits
@@ -476,6 +481,32 @@ def test_another_adapter_does_not_go_on(
             merge(sample_fp8, adapter, tmp_path / "out", **how)
         assert tree(tmp_path / "out.partial") == begun
     merge(sample_fp8, everything, tmp_path / "out")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 1 << 30), st.sampled_from([0.0, 1e-3, 0.1, 2.0]), st.floats(0, 1.2), st.data())
+def test_the_largest_is_found_among_few(
+    sample_fp8: Path, plain: dict[str, Stored], seed: int, strength: float, known: float, data: st.DataObject
+) -> None:
+    """Of any run, by any factors: the largest magnitude of all, or what is known to be larger."""
+    with TemporaryDirectory() as folder:
+        adapters = [
+            open_adapter(write_adapter(Path(folder) / str(n), pair(plain, Q, strength, seed + n))) for n in (0, 1)
+        ]
+        tensor = adapted(open_checkpoint(sample_fp8), adapters)[Q + ".weight"]
+        start = data.draw(st.integers(0, tensor.numel - 1))
+        count = data.draw(st.integers(1, tensor.numel - start))
+        reader, values = Reader(1 << 20, load_dequantizer), np.empty(count, np.float32)
+        tensor.elements(start, "F32", values.view(np.uint8), reader)
+        at_least = np.float32(known * float(np.abs(plain[Q + ".weight"].array).max()))
+        expected = max(np.abs(values).max(), at_least)
+        found = tensor.largest(start, count, at_least, reader)
+        assert found is None or found == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fp8ckpt.numerics.products._FEW", 64)
+            few = tensor.largest(start, count, at_least, reader)
+        assert few is None or few == expected
+        assert few is not None or strength > 1e-3 or at_least < expected
 
 
 # ---------------------------------------------------------------- refusals

@@ -6,7 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8ckpt.numerics.products import Arrival, add_product, count_arrived, sum_squares
+from fp8ckpt.numerics.codes import code_values
+from fp8ckpt.numerics.geometry import BlockGrid
+from fp8ckpt.numerics.products import Arrival, add_product, add_product_at, count_arrived, sum_squares
+from fp8ckpt.numerics.quantize import CODINGS, arrival, block_array, decode, parts_of_run
+from tests import oracle
 from tests.adapters import F32, in_order
 
 
@@ -46,6 +50,40 @@ def test_a_part_has_the_bits_of_the_whole(seed: int, rows: int, rank: int, data:
     part = np.ascontiguousarray(value[low:high, start:stop])
     add_product(left[low:high], np.ascontiguousarray(right[:, start:stop]), np.float32(0.7), part)
     assert np.array_equal(part, whole[low:high, start:stop])
+
+
+def test_places_have_the_bits_of_the_whole() -> None:
+    """One by one, in any order."""
+    left, right, value = drawn(3, 7, 5, 600)
+    places, alone = np.random.default_rng(4).permutation(value.size), value.reshape(-1).copy()
+    row, col = divmod(places, 600)
+    found = alone[places]
+    add_product_at(left, right.T, row, col, np.float32(0.3), found)
+    add_product(left, right, np.float32(0.3), value)
+    assert np.array_equal(found.view(np.uint32), value.reshape(-1)[places].view(np.uint32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["F8_E4M3", "F4"]), st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 70))
+def test_what_arrived_of_codes(dtype: str, seed: int, rows: int, cols: int) -> None:
+    """As of the values that they have, by their blocks; NaN codes left out; and what is beyond a scale is counted."""
+    rng, coding = np.random.default_rng(seed), CODINGS[dtype]
+    grid = BlockGrid((rows, cols), (int(rng.integers(1, 5)), int(rng.integers(1, 40))))
+    codes = rng.integers(0, code_values(dtype).size, rows * cols, np.uint8)
+    if seed % 4:
+        codes[codes & 0x7F == 0x7F] = 0
+    scales = rng.uniform(0.1, 2, block_array(grid, np.float32).shape).astype(np.float32)
+    parts = parts_of_run(grid, 0, codes.size)
+    stored = decode(parts, codes, scales, coding)
+    before = np.where(rng.random(codes.size) < 0.5, stored, rng.standard_normal(codes.size)).astype(np.float32)
+    wanted = (stored * rng.uniform(0.9, 1.1, codes.size)).astype(np.float32)
+    found, clipped = arrival(parts, before, wanted, codes, scales, coding)
+    expected = Arrival.of(before, wanted, stored)
+    assert (found.elements, found.changed) == (expected.elements, expected.changed)
+    for name in ("before", "delta", "product", "added"):
+        assert np.isclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+    limits = oracle.spread(scales, (rows, cols), grid.block_size).reshape(-1) * coding.beyond
+    assert clipped == np.count_nonzero(np.abs(wanted) > limits)
 
 
 @settings(max_examples=40, deadline=None)

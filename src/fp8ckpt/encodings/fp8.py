@@ -107,9 +107,9 @@ def weights_of(facts: Iterable[Facts]) -> dict[str, WeightFacts]:
 class QuantizingFiller:
     """One worker's reading and quantizing, with buffers of its own.
 
-    ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, so that
-    nobody encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each wide weight, and the
-    factors of others.
+    ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, with how
+    large it is, so that nobody encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each
+    wide weight, and the factors of others.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class QuantizingFiller:
         directory: Path,
         rule_of: Callable[[str], Rule],
         scales_before: Callable[[Quantization], F32],
-        outgrown: set[tuple[str, ...]],
+        outgrown: dict[tuple[str, ...], np.float32],
         dequantizer: DequantizerOf,
         decided: Mapping[str, F32 | Factor] | None = None,
     ) -> None:
@@ -135,7 +135,7 @@ class QuantizingFiller:
         self._seen = Seen()
         self._unpacked = np.empty(0, np.uint8)
         self._scale_file: OutputFile | None = None
-        self._reader = Reader(READ_AT_ONCE, dequantizer, counting=True)
+        self._reader = Reader(READ_AT_ONCE, dequantizer)
         self.base_bytes_read = 0
         self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
 
@@ -194,10 +194,12 @@ class QuantizingFiller:
         facts, first = WeightFacts(), offset * 8 // DTYPE_BITS[span.dtype]
         self._reader.merge = None
         self._reader.nonfinite.clear()
+        self._reader.counting = True  # nowhere else are codes that are not finite carried over
         if span.dtype == given.dtype:
             given.elements(first, span.dtype, out, self._reader)
         else:
             self._cast(given, first, span, out)
+        self._reader.counting = False
         if (merge := self._reader.merge) is not None:
             facts.arrival.add(Arrival.of(*merge, values_of(out, span.dtype).floats))
         facts.nan_codes = self._reader.nonfinite.total()
@@ -299,7 +301,7 @@ class QuantizingFiller:
         if exact is not None and not exact.all():
             facts.inexact = [0]
         if rule.factor is not None and quantize.outgrows(largest, rule.factor):
-            self._outgrown.add(unit)
+            self._outgrown[unit] = largest
 
     # ---------------------------------------------------------------- wide weights
 
@@ -307,6 +309,9 @@ class QuantizingFiller:
         """The first pass: how large the values are, and the codes that they have if the scales of before are kept."""
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         unit = self._plan.unit_of[weight.name]
+        if (self._plan.fresh or unit in self._outgrown) and (largest := self._largest(weight, unit, begin, count)):
+            facts.maxima["0"] = largest
+            return Filled({weight.name: asdict(facts)}, write=False)
         before_all = self._scales_before(weight).reshape(-1)
         maxima: dict[int, np.float32] = {}
         for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
@@ -328,13 +333,25 @@ class QuantizingFiller:
                 inexact = np.flatnonzero(~step.exact(before, codes))
                 facts.inexact = sorted({*facts.inexact, *(blocks.start + int(block) for block in inexact)})
             if not quantize.within(here, before, weight.coding).all():
-                self._outgrown.add(unit)
+                self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), here.max())
             elif unit not in self._outgrown:
                 self._report(facts, weight, first, step, codes, before, before)
         facts.maxima = {str(block): float(largest) for block, largest in maxima.items()}
         write = not self._plan.fresh and unit not in self._outgrown
         self.looked_and_wrote[weight.name] += count if write else 0
         return Filled({weight.name: asdict(facts)}, write)
+
+    def _largest(self, weight: Quantization, unit: tuple[str, ...], begin: int, count: int) -> float:
+        """The largest magnitude of some elements, or one that is not above what is known of the unit, by the short way;
+        0 where there is none.
+        """
+        known = self._outgrown.get(unit, np.float32(0))
+        found = None if weight.largest is None else weight.largest(begin, count, known, self._reader)
+        if found is None or not np.isfinite(found):
+            return 0.0
+        if unit in self._outgrown:
+            self._outgrown[unit] = max(known, found)
+        return float(found)
 
     def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         """The second pass: the codes that the values have with scales that were decided on."""
@@ -381,10 +398,13 @@ class QuantizingFiller:
     ) -> None:
         if not self._plan.report:
             return
-        tally = step.tally(codes, scales, before)
         if (merge := self._reader.merge) is not None:
-            facts.arrival.add(Arrival.of(*merge, quantize.decode(step.parts, codes, scales, weight.coding)))
-        elif weight.before is not None:
+            arrival, clipped = quantize.arrival(step.parts, *merge, codes, scales, weight.coding)
+            facts.arrival.add(arrival)
+            facts.tally.add(Tally(elements=codes.size, clipped=clipped))
+            return
+        tally = step.tally(codes, scales, before)
+        if weight.before is not None:
             old = self._old(weight, weight.before, first, codes.size)
             tally.moved = int(np.count_nonzero(old != codes))
             if self._plan.see:

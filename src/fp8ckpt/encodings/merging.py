@@ -103,7 +103,8 @@ def _weights(
         merged = changed.get(tensor.name) or MergedTensor(tensor, tensor.dtype, (), read_floats)
         source = replace(merged.turned() if tensor.across else merged, dtype="F32")
         weight, *scales = (spans[span.name] for span in (tensor.weight, *tensor.scales))
-        return Quantization(source, weight, scales[0], tensor.grid, tensor, *scales[1:])
+        factor = scales[1] if len(scales) > 1 else None
+        return Quantization(source, weight, scales[0], tensor.grid, tensor, factor, source.largest)
 
     siblings = sibling_units(tensor.name for tensor in base.quantized)
     near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}

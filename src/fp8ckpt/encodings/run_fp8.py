@@ -70,7 +70,7 @@ def run(
     rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))
     before = lru_cache(maxsize=4 * workers)(scales_before)
     dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-    outgrown: set[tuple[str, ...]] = set()
+    outgrown: dict[tuple[str, ...], np.float32] = {}
     steps = _Steps(progress)
 
     def write(

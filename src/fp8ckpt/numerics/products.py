@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fp8ckpt.numerics.codes import F32
+from fp8ckpt.numerics.codes import F32, code_values
 from fp8ckpt.numerics.compiled import compiled
+from fp8ckpt.numerics.kernels import _SCRATCH, _spread
 
 Array = npt.NDArray[Any]
 
 _STRIP = 512  # columns; the sums of four rows, and a strip of a right of rank 64, stay close to a core
+_TOO_SMALL = 2.0**-100  # where rounding to float32's subnormals is no longer a matter of the last place
+_FEW = 1 << 14  # places, of a run, that are looked at one by one
 _LANES = 16  # partial sums, so that an addition need not wait for the one before it
 
 
@@ -62,6 +65,76 @@ def add_product(left: Array, right: Array, scaling: Any, out: Array) -> None:
 
 
 @compiled()
+def add_product_at(left: Array, right: Array, rows: Array, cols: Array, scaling: Any, out: Array) -> None:
+    """The bits of `add_product` at some places: left f32 [R, K], right f32 [C, K] of any strides, rows and cols i64
+    [n], out f32 [n].
+    """
+    for i in range(rows.size):
+        total = np.float32(0)
+        for k in range(left.shape[1]):
+            total += left[rows[i], k] * right[cols[i], k]
+        out[i] += scaling * total
+
+
+@compiled()
+def find_codes(codes: Array, phase: int, cols: int, least: Array, places: Array) -> int:
+    """How many codes have a magnitude of at least that of their row, and the places of the first of them: codes u8 [n],
+    which begin ``phase`` into a row of ``cols``, least u8 [R], places i64 [m].
+    """
+    found = 0
+    start, row = 0, 0
+    while start < codes.size:
+        size = min(codes.size - start, cols - (phase if row == 0 else 0))
+        part, bound, here = codes[start : start + size], least[row], 0
+        for i in range(size):
+            here += np.uint8(part[i] & np.uint8(0x7F)) >= bound
+        if here:
+            for i in range(size):
+                if np.uint8(part[i] & np.uint8(0x7F)) >= bound:
+                    if found < places.size:
+                        places[found] = start + i
+                    found += 1
+        start, row = start + size, row + 1
+    return found
+
+
+class FewLargest:
+    """Finds the ``largest`` magnitude among values of codes to each of which at most a bound is added: of those codes
+    alone that could be it, once some are known. ``scale``: of all codes; ``largest``: a magnitude that is there.
+    """
+
+    def __init__(self, scale: float, dtype: str, largest: np.float32) -> None:
+        self.largest = largest
+        self._values = code_values(dtype)[:128].astype(np.float64) * scale
+        self._scale = np.float32(scale)
+        self._codes = code_values(dtype)
+        self._places = np.empty(_FEW, np.int64)
+
+    def candidates(
+        self, codes: npt.NDArray[np.uint8], phase: int, cols: int, bounds: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[np.int64], F32] | None:
+        """The places [n], among these codes, that may hold one that is larger, and their values f32 [n]; None if there
+        are too many. ``bounds`` f64 [R], of the rows of ``cols`` that the codes meet, ``phase`` into the first.
+        """
+        top = int((codes & np.uint8(0x7F)).max(initial=0))
+        # One of the largest code is at least its value less the bound.
+        known = max(float(self.largest), float(self._values[min(top, 126)]) - float(bounds.max(initial=0)))
+        wanted = known * (1 - 2.0**-20) - bounds
+        least = np.searchsorted(self._values[:127], wanted).astype(np.uint8)
+        count = find_codes(codes, phase, cols, least, self._places)
+        if count > _FEW or known < _TOO_SMALL:
+            return None
+        places = self._places[:count].copy()
+        values: F32 = self._codes[codes[places]] * self._scale
+        return places, values
+
+    def raise_to(self, values: F32) -> None:
+        """Take in values that were found; NaN and infinity stay above all."""
+        found = np.abs(values).max(initial=0)
+        self.largest = max(self.largest, found if found == found else np.float32(np.inf))
+
+
+@compiled()
 def sum_squares(values: Array, sums: Array) -> None:
     """The sum of the squares of each row, in float64 and in an order that follows from the length of the row alone:
     values f32 [R, C], sums f64 [R].
@@ -97,15 +170,9 @@ def add_squares(values: Array, sums: Array) -> None:
 
 
 @compiled()
-def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array) -> int:
-    """How many elements of ``stored`` differ from ``before``; all f32 [n].
-
-    Added to ``sums`` f64 [4] are the squares of ``before``, the squares of what was to be added to it (``wanted -
-    before``), its products with what was added, and the squares of that.
-    """
+def _add_arrived(before: Array, wanted: Array, stored: Array, lanes: Array) -> int:
     changed = 0
     whole = before.size // _LANES * _LANES
-    lanes = np.zeros((4, _LANES), np.float64)
     for start in range(0, whole, _LANES):
         for lane in range(_LANES):
             old = np.float64(before[start + lane])
@@ -124,10 +191,87 @@ def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array) -> i
         lanes[2, 0] += delta * added
         lanes[3, 0] += added * added
         changed += added != 0.0
+    return changed
+
+
+@compiled()
+def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array) -> int:
+    """How many elements of ``stored`` differ from ``before``; all f32 [n].
+
+    Added to ``sums`` f64 [4] are the squares of ``before``, the squares of what was to be added to it (``wanted -
+    before``), its products with what was added, and the squares of that.
+    """
+    lanes = np.zeros((4, _LANES), np.float64)
+    changed: int = _add_arrived(before, wanted, stored, lanes)
     for k in range(4):
         for lane in range(_LANES):
             sums[k] += lanes[k, lane]
     return changed
+
+
+@compiled()
+def arrive_blocks(
+    before: Array,
+    wanted: Array,
+    codes: Array,
+    scales: Array,
+    form: tuple[int, int, int],
+    beyond: Any,
+    row_phase: int,
+    col_phase: int,
+    block_rows: int,
+    block_cols: int,
+    sums: Array,
+    counts: Array,
+) -> None:
+    """What `count_arrived` does, of a window of codes times scales: before and wanted f32 [R, C], codes u8 [R, C],
+    scales f32 [R blocks, C blocks]. A code's value is found as `tally_blocks` finds it.
+
+    Added to ``counts`` i64 [2] are the elements that differ from before, and magnitudes of ``wanted`` that are above
+    ``beyond`` f32 times their scale.
+    """
+    rows, cols = before.shape
+    width, mantissa, bias = form
+    dropped, of_size, subnormals = (
+        np.int32(23 - mantissa),
+        np.int32((1 << (width - 1)) - 1),
+        np.int32((1 << mantissa) - 1),
+    )
+    sign_at, below, one_less = np.int32(32 - width), np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
+    least = np.float32(2.0 ** (1 - bias))
+    factors = np.empty(_SCRATCH, np.float32)
+    bits = np.empty(_SCRATCH, np.int32)
+    values = bits.view(np.float32)
+    lanes = np.zeros((4, _LANES), np.float64)
+    for start in range(0, cols, _SCRATCH):
+        size = min(_SCRATCH, cols - start)
+        spread = -1
+        for r in range(rows):
+            block_row = (row_phase + r) // block_rows
+            if block_row != spread:
+                _spread(scales, block_row, start, col_phase, block_cols, factors[:size])
+                spread = block_row
+            old, new = before[r, start : start + size], wanted[r, start : start + size]
+            coded = codes[r, start : start + size]
+            for i in range(size):
+                code = np.int32(np.int32(coded[i]) & of_size)
+                exponent = one_less if code > subnormals else below
+                bits[i] = np.int32(np.int32(code << dropped) + exponent)
+            for i in range(size):
+                code = np.int32(np.int32(coded[i]) & of_size)
+                excess = np.float32(0) if code > subnormals else least
+                values[i] = (values[i] - excess) * factors[i]
+            for i in range(size):
+                sign = np.int32(np.int32(np.int32(coded[i]) & ~of_size) << sign_at)
+                bits[i] = np.int32(bits[i] | sign)
+            over = np.int32(0)
+            for i in range(size):
+                over = np.int32(over + np.int32(abs(new[i]) > factors[i] * beyond))
+            counts[1] += over
+            counts[0] += _add_arrived(old, new, values[:size], lanes)
+    for k in range(4):
+        for lane in range(_LANES):
+            sums[k] += lanes[k, lane]
 
 
 @dataclass

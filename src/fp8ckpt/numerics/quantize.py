@@ -45,6 +45,7 @@ from fp8ckpt.numerics.codes import (
 )
 from fp8ckpt.numerics.dequantize import ROUNDING
 from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
+from fp8ckpt.numerics.products import Arrival, arrive_blocks
 
 
 class Coding(NamedTuple):
@@ -259,6 +260,25 @@ def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before:
             *part.window.phase, sums, counts,
         )  # fmt: skip
     return Tally(codes.size, 0, int(counts[0]), int(counts[1]), *map(float, sums))
+
+
+def arrival(
+    parts: Iterable[Part], before: F32, wanted: F32, codes: U8, scales: F32, coding: Coding = E4M3
+) -> tuple[Arrival, int]:
+    """What became of what was to be added to values [n], and how many of those magnitudes are beyond their scale.
+    ``scales`` as of `block_array`.
+    """
+    parts = list(parts)
+    sums, counts = np.zeros(4), np.zeros(2, np.int64)
+    for part in parts:
+        given = np.ascontiguousarray(scales[part.window.blocks])
+        arrive_blocks(
+            part.of(before), part.of(wanted), part.of(codes), given, coding.form, coding.beyond,
+            *part.window.phase, sums, counts,
+        )  # fmt: skip
+    if not np.isfinite(sums).all():  # then what is not finite is left out
+        return Arrival.of(before, wanted, decode(parts, codes, scales, coding)), int(counts[1])
+    return Arrival(before.size, int(counts[0]), *map(float, sums)), int(counts[1])
 
 
 def within(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:

@@ -9,10 +9,12 @@ it. An element's bits follow from its base, its row of ``left`` and its column o
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 << 19  # elements, of which norms of columns are found at once
 
+_VECTORS = 4096  # whose norms are found at once
+_ORDERED = ("F8_E4M3",)  # the codes whose magnitudes are in the order of their values, NaN last
+
 FloatsOf = Callable[[TensorSpan], F32]
+Places = npt.NDArray[np.int64]
 
 
 class Factor(NamedTuple):
@@ -61,6 +67,14 @@ class Factor(NamedTuple):
         if self.across:
             return whole[self.expert * self.rank : (self.expert + 1) * self.rank, part].T
         return whole[part, self.expert :: self.experts]
+
+    def largest_norm(self, count: int, floats: FloatsOf) -> float:
+        """The largest norm of its first vectors."""
+        squares = 0.0
+        for first in range(0, count, _VECTORS):
+            some = self.vectors(first, min(_VECTORS, count - first), floats).astype(np.float64)
+            squares = max(squares, float((some * some).sum(axis=1).max(initial=0)))
+        return math.sqrt(squares)
 
 
 class Product(NamedTuple):
@@ -93,6 +107,30 @@ class Product(NamedTuple):
         _add_product(left, right, np.float32(self.scaling), part)
         if part is not view:
             view[...] = part
+
+    def add_bound(self, first: int, bounds: npt.NDArray[np.float64], most: float, floats: FloatsOf) -> None:
+        """Add to ``bounds`` [R] of the rows from the ``first`` of a matrix on what no element's product is beyond, with
+        what rounding adds to it. ``most``: the largest norm of the right side's vectors.
+        """
+        low, high = max(self.offsets[-2], first), min(self.offsets[-2] + self.sizes[-2], first + bounds.size)
+        if low >= high:
+            return
+        left = self.left.vectors(low - self.offsets[-2], high - low, floats).astype(np.float64)
+        slack = abs(self.scaling) * (1 + (self.left.rank + 8) * 2.0**-22)
+        bounds[low - first : high - first] += slack * most * np.sqrt((left * left).sum(axis=1))
+
+    def add_at(self, rows: Places, cols: Places, out: F32, floats: FloatsOf) -> None:
+        """Add what lies at places [n] of a matrix, whose values are ``out`` [n]: the bits of `add_to`."""
+        from fp8ckpt.numerics.products import add_product_at
+
+        row, col = rows - self.offsets[-2], cols - self.offsets[-1]
+        inside = np.flatnonzero((row >= 0) & (row < self.sizes[-2]) & (col >= 0) & (col < self.sizes[-1]))
+        if inside.size:
+            left = self.left.vectors(0, self.sizes[-2], floats)
+            right = self.right.vectors(0, self.sizes[-1], floats)
+            part = out[inside]
+            add_product_at(left, right, row[inside], col[inside], np.float32(self.scaling), part)
+            out[inside] = part
 
 
 def _add_product(left: F32, right: F32, scaling: np.float32, out: F32) -> None:
@@ -169,9 +207,68 @@ class MergedTensor:
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
         """As `fp8ckpt.tensors.tensor.Tensor.elements`. What was merged is ``reader.merge``, until the next."""
         bits = out.view(f"u{TARGET_BYTES[dtype]}")
-        found = [self._merge(region, reader) for region in boxes(self.shape, start, bits.size)]
-        reader.merge = Merge(*(_one([part.reshape(-1) for part in parts]) for parts in zip(*found, strict=True)))
-        self._round(reader.merge.after, dtype, bits)
+        before = reader.floats("before", bits.size)
+        after = bits.view(np.float32) if dtype == "F32" else reader.floats("after", bits.size)
+        if self.magnitude is None:
+            self._add_to_run(start, before, after, reader)
+        else:
+            done = 0
+            for region in boxes(self.shape, start, bits.size):
+                part = slice(done, done + prod(region[1]))
+                for flat, values in zip((before, after), self._merge(region, reader), strict=True):
+                    flat[part] = values.reshape(-1)
+                done = part.stop
+        reader.merge = Merge(before, after)
+        if dtype != "F32":
+            self._round(after, dtype, bits)
+
+    def _add_to_run(self, start: int, before: F32, after: F32, reader: Reader) -> None:
+        """Fill in a run of elements, before and after."""
+        _read_run(self.base, start, before, reader)
+        if self.replacement is None:
+            np.copyto(after, before)
+        else:
+            _read_run(self.replacement, start, after, reader)
+        done = 0
+        for region in boxes(self.shape, start, after.size) if self.products else ():
+            matrices = _as_matrices(region)
+            part = after[done : done + prod(region[1])].reshape(matrices[1])
+            for product in self.products:
+                product.add_to(matrices, part, self.floats)
+            done += part.size
+
+    def largest(self, start: int, count: int, at_least: np.float32, reader: Reader) -> np.float32 | None:
+        """The largest magnitude of a run of elements, or one that is not above ``at_least``, from few of them: the
+        others' codes, with the most that their products can add, are below that of those. None where that is not known
+        to hold for enough of them.
+        """
+        base = self.base.scaled
+        if base is None or base.across or not base.grid.per_tensor or base.code_dtype not in _ORDERED:
+            return None
+        if self.magnitude is not None or self.replacement is not None or len(self.shape) != 2:
+            return None
+        from fp8ckpt.numerics.products import FewLargest
+
+        scale = float(reader.dequantizer(base, "F32").scales.reshape(-1)[0])
+        few = FewLargest(scale, base.code_dtype, at_least)
+        cols = self.shape[1]
+        for first, size, codes in base.run(start, count, reader):
+            rows = (first // cols, (first + size - 1) // cols + 1)
+            bounds = np.zeros(rows[1] - rows[0])
+            for product, most in zip(self.products, self._norms_of_right, strict=True):
+                product.add_bound(rows[0], bounds, most, self.floats)
+            if (found := few.candidates(codes, first % cols, cols, bounds)) is None:
+                return None
+            at, values = found
+            row, col = divmod(at + first % cols, cols)
+            for product in self.products:
+                product.add_at(row + rows[0], col, values, self.floats)
+            few.raise_to(values)
+        return few.largest
+
+    @cached_property
+    def _norms_of_right(self) -> list[float]:
+        return [product.right.largest_norm(product.sizes[-1], self.floats) for product in self.products]
 
     def turned(self) -> MergedTensor:
         """The same with its last two dimensions in the other order; not with DoRA."""
@@ -268,14 +365,20 @@ def _read(tensor: Tensor, region: Region, reader: Reader) -> F32:
     return scale_values(bits, dtype)
 
 
-def _one(parts: list[F32]) -> F32:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
 def _as_matrices(region: Region) -> Region:
     """A region of at least two dimensions: of fewer, it is of one row."""
     lift = max(0, 2 - len(region[0]))
     return (0,) * lift + region[0], (1,) * lift + region[1]
+
+
+def _read_run(tensor: Tensor, start: int, out: F32, reader: Reader) -> None:
+    """A run of elements as float32."""
+    if "F32" in tensor.dtypes():
+        tensor.elements(start, "F32", out.view(np.uint8), reader)
+        return
+    stored = np.empty(out.size * TARGET_BYTES[tensor.dtype], np.uint8)
+    tensor.elements(start, tensor.dtype, stored, reader)
+    out[...] = scale_values(stored.view(SCALE_DTYPES[tensor.dtype]), tensor.dtype)
 
 
 class KeptFloats:

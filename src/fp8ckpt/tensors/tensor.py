@@ -97,3 +97,10 @@ class Reader:
         self.bytes_read = 0
         self.merge: Merge | None = None
         self.passing: Callable[[QuantizedTensor, Bytes], None] | None = None
+        self._floats: dict[str, F32] = {}
+
+    def floats(self, what: str, count: int) -> F32:
+        """Room for float32 values [count], which is used again when ``what`` is asked for once more."""
+        if (found := self._floats.get(what)) is None or found.size < count:
+            found = self._floats[what] = np.empty(count, np.float32)
+        return found[:count]
