@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Qwen3MoeForCausalLM  # all that both import
 import fp8ckpt
 fp8ckpt.load_pretrained
 kind, source = sys.argv[1:]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+import fp8ckpt.system
 from fp8ckpt.convert import convert
+from fp8ckpt.system import hint_huge_pages
 
 # As macOS is, to the code that runs there; F_FULLFSYNC is there, and the file system has none.
 LIKE_MACOS = """
@@ -99,3 +106,28 @@ except SystemExit as end:
     lines = run(code).splitlines()
     assert len(lines) == 1
     assert "WSL" in lines[0]
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="not for the asking")
+def test_fresh_memory_takes_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the hint a page every 2 MiB, and what is in memory stays. A virtual machine whose host takes free memory
+    back is given no hint.
+    """
+    size, flags = 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    features = tmp_path / "virtio0" / "features"
+    features.parent.mkdir()
+    monkeypatch.setattr(fp8ckpt.system, "_BALLOONS", tmp_path)
+    counts = []
+    for bits in ("011000", "011001"):
+        features.write_text(bits)
+        fresh, full = np.frombuffer(mmap.mmap(-1, size, flags), np.uint8), np.full(4 << 20, 7, np.uint8)
+        hint_huge_pages({(fresh.ctypes.data, size), (full.ctypes.data + 5, full.size - 5), (0, 3)})
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        fresh[:] = 1
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert (full == 7).all()
+    assert counts[0] < size // mmap.PAGESIZE // 8
+    assert counts[1] >= size // mmap.PAGESIZE

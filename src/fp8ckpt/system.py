@@ -5,9 +5,11 @@ Each function does the same on both, and asks at every call for what the system 
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from fp8ckpt.errors import UnsupportedSystemError
 
@@ -18,6 +20,9 @@ except ImportError:
 
 #: Bytes that one call reads or writes at most: macOS refuses calls of 2 GiB and more, Linux does a part of them.
 MOST_AT_ONCE = 1 << 30
+_HUGE_PAGE = 2 << 20  # bytes
+_BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")
+_REPORTING = 5  # the bit, among a balloon's features
 
 
 def cores() -> int:
@@ -39,6 +44,28 @@ def read_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         if len(found) < len(buffer):
             break
     return done
+
+
+def hint_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
+    """Ask for huge pages in ranges of memory, (address, bytes), as far as nobody has touched them yet; what they hold
+    stays. In pages of 4 KiB, fresh memory for a model takes as long as all else that a load does.
+
+    Nothing happens where the system has none, nor in a virtual machine that reports free memory to its host: large
+    pages are those that the host has taken back, and it takes longer to give them than they save.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE") or any(
+        path.read_text()[_REPORTING] == "1" for path in _BALLOONS.glob("virtio*/features")
+    ):
+        return
+    import ctypes
+
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for start, size in ranges:
+        if size >= _HUGE_PAGE:
+            # Whole pages, outwards: so neighbours stay one mapping, of which a process may have no more than 65,530.
+            low, high = start & -mmap.PAGESIZE, -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
+            madvise(low, high - low, mmap.MADV_HUGEPAGE)
 
 
 def flush(fd: int) -> None:

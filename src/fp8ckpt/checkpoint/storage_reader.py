@@ -43,6 +43,7 @@ from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import ByteRange
+from fp8ckpt.system import hint_huge_pages
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
@@ -129,6 +130,8 @@ class FP8StorageReader(StorageReader):
         threads = threads_of_this_rank(self._threads)
         targets = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
         self._warn_of_rounding(targets)
+        storages = [target.untyped_storage() for _, target in targets if target.device.type == "cpu"]
+        hint_huge_pages({(storage.data_ptr(), storage.nbytes()) for storage in storages})
         dequantizer = dequantizers(threads)
         loaders = [RegionLoader(dequantizer, threads) for _ in range(threads)]
         work = list(self._work(targets))
