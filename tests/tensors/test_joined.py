@@ -118,7 +118,7 @@ def test_the_way_back_is_the_same_boxes(made: tuple[np.ndarray, Assembly, dict[s
     for name, made_back in back.items():
         found = build(made_back, {"joined": array})
         np.testing.assert_array_equal(found, np.where(np.isin(sources[name], array), sources[name], -1))
-    np.testing.assert_array_equal(build(composed(assembly, back), {"joined": array}), array)
+    np.testing.assert_array_equal(build(composed({"it": assembly}, back)["it"], {"joined": array}), array)
 
 
 @given(joined(), st.data())
@@ -186,3 +186,16 @@ def test_what_does_not_fit_together_is_refused() -> None:
         a.reshape((4, 2))
     with pytest.raises(ValueError, match="length 1"):
         a.squeeze(0)
+
+
+def test_composing_stacks_looks_at_each_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at each of them for each of them."""
+    experts = 200
+    stack = Assembly.stack([Assembly.whole(str(i), (4, 8)) for i in range(experts)])
+    wholes = {f"expert {i}": piece for i, piece in enumerate(stack.chunk(experts))}
+    cuts, real = [], Piece.cut
+    monkeypatch.setattr(Piece, "cut", lambda piece, region: (cuts.append(piece), real(piece, region))[1])
+    back = {name: Assembly.whole("stack", (experts, 4, 8)).narrow(0, i, 1) for i, name in enumerate(wholes)}
+    cuts.clear()
+    assert composed(back, {"stack": stack}) == wholes
+    assert len(cuts) <= 4 * experts

@@ -107,11 +107,10 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
         if name in here.parts and here.parts[name].shape != assembly.shape:
             raise ModelMismatchError(f"shape {here.parts[name].shape}", tensor=name, expected=f"{assembly.shape}")
     parts = {name: Assembly.whole(name, given[name]) for name in there.unused & here.unused}
-    for name, assembly in reversed_assemblies(there.parts, wanted).items():
-        if all(piece.source in here.parts for piece in assembly.pieces):
-            parts[name] = composed(assembly, here.parts)
-            if (defect := parts[name].defect(given)) is not None:
-                raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name)
+    for name, assembly in composed(reversed_assemblies(there.parts, wanted), here.parts).items():
+        parts[name] = assembly
+        if (defect := assembly.defect(given)) is not None:
+            raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name)
     return parts
 
 

@@ -307,6 +307,26 @@ class Assembly(NamedTuple):
         return None
 
 
+class _Ordered:
+    """An assembly's pieces in the order of its first axis: a cut looks at those near it, not at each of thousands."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        self._assembly = assembly
+        self._pieces = sorted(assembly.pieces, key=lambda piece: piece.offsets[:1])
+        self._starts = [piece.offsets[0] for piece in self._pieces] if assembly.shape else []
+        self._most = max((piece.sizes[0] for piece in self._pieces), default=0) if assembly.shape else 0
+
+    def cut(self, region: Region) -> Iterator[Piece]:
+        """As `Assembly.cut`."""
+        if not self._assembly.shape:
+            yield from self._assembly.cut(region)
+            return
+        low, high = region[0][0], region[0][0] + region[1][0]
+        for piece in self._pieces[bisect_right(self._starts, low - self._most) : bisect_left(self._starts, high)]:
+            if (part := piece.cut(region)) is not None:
+                yield part
+
+
 @dataclass(frozen=True, eq=False)  # one is itself alone, and can be a key
 class JoinedTensor:
     """A `fp8ckpt.tensors.tensor.Tensor` whose values are those of its pieces' ``sources``, by name. It is itself not
@@ -358,12 +378,12 @@ class JoinedTensor:
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
         """As `fp8ckpt.tensors.tensor.Tensor.reads`, of one piece after the other."""
-        for piece in self._cut(region):
+        for piece in self._pieces.cut(region):
             yield from self.sources[piece.source].reads(piece.source_region)
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
         """As `fp8ckpt.tensors.tensor.Tensor.values`: each piece's source fills a view of ``out``."""
-        for piece in self._cut(region):
+        for piece in self._pieces.cut(region):
             axes = [axis for axis in piece.axes if axis != NEW]
             view = out[within(piece.region, region)][(*(0 if axis == NEW else slice(None) for axis in piece.axes), ...)]
             view = view.transpose(sorted(range(len(axes)), key=axes.__getitem__))
@@ -379,21 +399,8 @@ class JoinedTensor:
             done += size
 
     @cached_property
-    def _in_order(self) -> tuple[list[int], list[Piece], int]:
-        """Where pieces begin along the first axis, in order; the pieces; and the most that one takes of that axis."""
-        pieces = sorted(self.assembly.pieces, key=lambda piece: piece.offsets[0])
-        return [piece.offsets[0] for piece in pieces], pieces, max((piece.sizes[0] for piece in pieces), default=0)
-
-    def _cut(self, region: Region) -> Iterator[Piece]:
-        """`Assembly.cut`, without a look at each of thousands of pieces."""
-        if not self.shape:
-            yield from self.assembly.cut(region)
-            return
-        starts, pieces, most = self._in_order
-        low, high = region[0][0], region[0][0] + region[1][0]
-        for piece in pieces[bisect_right(starts, low - most) : bisect_left(starts, high)]:
-            if (part := piece.cut(region)) is not None:
-                yield part
+    def _pieces(self) -> _Ordered:
+        return _Ordered(self.assembly)
 
 
 def joined_tensors(parts: Mapping[str, Assembly], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -425,15 +432,23 @@ def reversed_assemblies(parts: Mapping[str, Assembly], shapes: Mapping[str, Shap
     return {source: Assembly(tuple(shapes[source]), tuple(pieces)) for source, pieces in found.items()}
 
 
-def composed(assembly: Assembly, inner: Mapping[str, Assembly]) -> Assembly:
-    """An assembly of tensors that are assemblies themselves, as one of what those are made of."""
-    pieces = [
-        made
-        for piece in assembly.pieces
-        for other in inner[piece.source].cut(piece.source_region)
-        if (made := piece.through(other)) is not None
-    ]
-    return Assembly(assembly.shape, tuple(pieces))
+def composed(parts: Mapping[str, Assembly], inner: Mapping[str, Assembly]) -> dict[str, Assembly]:
+    """Those assemblies all of whose sources are assemblies themselves, as assemblies of what those are made of."""
+    ordered: dict[str, _Ordered] = {}
+    found = {}
+    for name, assembly in parts.items():
+        sources = {piece.source for piece in assembly.pieces}
+        if not sources <= inner.keys():
+            continue
+        ordered.update((source, _Ordered(inner[source])) for source in sources - ordered.keys())
+        pieces = [
+            made
+            for piece in assembly.pieces
+            for other in ordered[piece.source].cut(piece.source_region)
+            if (made := piece.through(other)) is not None
+        ]
+        found[name] = Assembly(assembly.shape, tuple(pieces))
+    return found
 
 
 def _with(values: Shape, axis: int, value: int) -> Shape:
