@@ -24,7 +24,8 @@ Part = Callable[[Path], Count]
 def parts(source: Path, plain: Path, sizes: argparse.Namespace) -> Iterator[tuple[str, Part]]:
     """Each part of the campaign, with an empty folder to work in."""
     seed = sizes.seed
-    yield "kills", lambda at: kills.kill(at, source, plain, sizes.kills, seed)
+    yield "kills", lambda at: kills.kill(at, kills.jobs(source, plain), [source, plain], sizes.kills, seed)
+    yield "joined", lambda at: kills.kill_joined(at, sizes.joined_kills, seed)
     yield "ranks", lambda at: kills.kill_ranks(at, source, plain, sizes.rank_kills, seed)
     yield "disks", lambda at: surroundings.fill_disks(at, source, plain, sizes.disks, seed)
     yield "state", lambda at: flips.flip_state(at, source, plain, sizes.flips, seed, sizes.stride)
@@ -39,8 +40,9 @@ def main() -> None:
     """Run it."""
     arguments = argparse.ArgumentParser(description=__doc__)
     for name, size in {
-        "kills": 1000, "rank-kills": 100, "disks": 200, "flips": 200, "stride": 1, "scale-bytes": 64,
-        "headers": 1_000_000, "fuzz": 1_000_000, "directories": 200, "changes": 300, "modes": 200, "seed": 0,
+        "kills": 1000, "joined-kills": 300, "rank-kills": 100, "disks": 200, "flips": 200, "stride": 1,
+        "scale-bytes": 64, "headers": 1_000_000, "fuzz": 1_000_000, "directories": 200, "changes": 300,
+        "modes": 200, "seed": 0,
     }.items():  # fmt: skip
         arguments.add_argument(f"--{name}", type=int, default=size, help=f"default: {size}")
     arguments.add_argument("--only", default="", help="names of parts, with commas between")

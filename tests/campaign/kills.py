@@ -16,6 +16,8 @@ import fp8ckpt.output.extents as cutting
 from fp8ckpt import convert, merge, sample
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.campaign.trial import Count, Outcome, Trial, apart, at_step, die, digests
+from tests.distributed import rewrite
+from tests.families.releases import RELEASES, experts_apart
 
 _MODULE = "model.language_model.layers.0.self_attn.q_proj"  # of the sample: a new scale for it, and its siblings
 
@@ -37,6 +39,22 @@ def jobs(source: Path, plain: Path) -> dict[str, Job]:
     }
 
 
+def joined_jobs(folder: Path) -> dict[str, Job]:
+    """Of sources that are stacked where the output is not, and the reverse; they are made in the folder."""
+    deepseek, mistral = (RELEASES[name].write(folder / name) for name in ("DeepSeek-V3", "Mistral4"))
+    convert(deepseek, folder / "stacked", layout="model")
+    convert(mistral, folder / "plain")
+    unstacked = rewrite(folder / "plain", folder / "unstacked", experts_apart)
+    return {
+        "to the model's layout": lambda out: convert(deepseek, out, layout="model", workers=2),
+        "stacked to fp8": lambda out: convert(folder / "stacked", out, to="fp8", like=deepseek, workers=2),
+        "stacked to fp8, fresh": lambda out: convert(
+            folder / "stacked", out, to="fp8", like=deepseek, scales="fresh", workers=1
+        ),
+        "to stacked fp8": lambda out: convert(unstacked, out, to="fp8", like=mistral, workers=2),
+    }
+
+
 def cut_small() -> None:
     """So that a miniature has many extents."""
     cutting.CHUNK, cutting.EXTENT = 32 << 10, 64 << 10
@@ -54,12 +72,14 @@ def killed(job: Job, out: Path, step: int) -> Outcome:
     return apart(run)
 
 
-def kill(folder: Path, source: Path, plain: Path, kills: int, seed: int) -> Count:
-    """Kill until so many kills were met; each job is finished in between, after one kill or several."""
-    rng, count, given = random.Random(seed), Count("kills"), jobs(source, plain)
+def kill(folder: Path, given: dict[str, Job], read: list[Path], kills: int, seed: int) -> Count:
+    """Kill until so many kills were met; each job is finished in between, after one kill or several. ``read``: what the
+    jobs read.
+    """
+    rng, count = random.Random(seed), Count("kills")
     steps: dict[str, int] = {}
     expected: dict[str, dict[str, str]] = {}
-    before = [digests(path) for path in (source, plain)]
+    before = [digests(path) for path in read]
     for name, job in given.items():
         whole = killed(job, folder / "whole", 0)
         assert whole.kind == "done", whole
@@ -85,8 +105,18 @@ def kill(folder: Path, source: Path, plain: Path, kills: int, seed: int) -> Coun
             count.lost.append(f"{name}: there is {os.listdir(folder)}")
         for path in folder.iterdir():
             shutil.rmtree(path)
-    if [digests(path) for path in (source, plain)] != before:
+    if [digests(path) for path in read] != before:
         count.lost.append("what was read has changed")
+    return count
+
+
+def kill_joined(folder: Path, kills: int, seed: int) -> Count:
+    """As `kill`, where tensors are joined on their way."""
+    sources, work = folder / "sources", folder / "work"
+    sources.mkdir()
+    work.mkdir()
+    count = kill(work, joined_jobs(sources), [sources], kills, seed)
+    count.what = "kills, of joined tensors"
     return count
 
 

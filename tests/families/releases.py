@@ -382,3 +382,17 @@ RELEASES = {
         "Mistral4ForCausalLM", {**_LATENT, "num_local_experts": 4, "n_routed_experts": 4}, EXPERTS, PER_TENSOR
     ),
 }
+
+
+def experts_apart(tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Stacks [E, out, in] of experts as a tensor each, gate apart from up."""
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf, ())
+        for i, one in enumerate(tensor.array if leaves else ()):
+            for part, array in zip(leaves, np.split(one, len(leaves)), strict=True):
+                found[f"{stem}.{i}.{part}.weight"] = Stored.of(array, tensor.dtype)
+        if not leaves:
+            found[name] = tensor
+    return found

@@ -4,6 +4,8 @@ whatever the pieces; or refused by name.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, open_checkpoint, verify
 from fp8ckpt.cli.verify import _print as print_compared
 from fp8ckpt.convert import PlainResult
-from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError, StorageError, UnsupportedFormatError
 from fp8ckpt.families import between
 from fp8ckpt.output import like
 from tests.conftest import Run
 from tests.distributed import rewrite
-from tests.families.releases import RELEASES
+from tests.families.releases import RELEASES, experts_apart
 from tests.oracle import Stored, read_directory
 
 STACKED = [name for name, release in RELEASES.items() if release.experts]
@@ -135,25 +137,52 @@ def test_pieces_of_any_size_give_the_same(
 def test_a_base_may_be_stacked_where_the_source_is_not(made: Path, tmp_path: Path) -> None:
     """The reverse: a release whose stacks are FP8 as they are takes what was saved expert by expert."""
 
-    def apart(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        found = {}
-        for name, tensor in tensors.items():
-            stem, _, leaf = name.rpartition(".")
-            leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf, ())
-            for i, one in enumerate(tensor.array if leaves else ()):
-                for part, array in zip(leaves, np.split(one, len(leaves)), strict=True):
-                    found[f"{stem}.{i}.{part}.weight"] = Stored.of(array, tensor.dtype)
-            if not leaves:
-                found[name] = tensor
-        return found
-
-    source = rewrite(made / "Mistral4, file", tmp_path / "source", apart)
+    source = rewrite(made / "Mistral4, file", tmp_path / "source", experts_apart)
     stacks = [name for name, tensor in read_directory(made / "Mistral4, file").items() if len(tensor.shape) == 3]
     assert not stacks or not read_directory(source).keys() & set(stacks)
     result = convert(source, tmp_path / "back", to="fp8", like=made / "Mistral4")
     assert files_of(tmp_path / "back") == files_of(made / "Mistral4")
     assert f"{len(stacks)} tensors are stacked, cut or named in another way in the source" in result.notes
     assert verify(source, made / "Mistral4").ok
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments"),
+    [
+        ("DeepSeek-V3", {"layout": "model"}),
+        ("DeepSeek-V3, model", {"to": "fp8", "like": "DeepSeek-V3"}),
+        ("DeepSeek-V3, model", {"to": "fp8", "like": "DeepSeek-V3", "scales": "fresh"}),
+        ("Mistral4, apart", {"to": "fp8", "like": "Mistral4"}),
+    ],
+)
+def test_what_is_cut_off_goes_on_from_there(
+    source: str, arguments: dict[str, Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stacked source, or of one that is stacked: what was on disk is not written again, and the bytes are the
+    same.
+    """
+    if source == "Mistral4, apart":
+        rewrite(made / "Mistral4, file", tmp_path / source, experts_apart)
+        source = str(tmp_path / source)
+    if "like" in arguments:
+        arguments = {**arguments, "like": made / arguments["like"]}
+    convert(made / source, tmp_path / "whole", **arguments)
+    monkeypatch.setattr(writing, "CHUNK", 1 << 12)
+    monkeypatch.setattr(writing, "EXTENT", 1 << 13)
+    out, real, written = tmp_path / "out", os.pwrite, []
+
+    def failing(fd: int, data: Any, offset: int) -> int:
+        written.append(len(data))
+        if len(written) == 40:
+            raise OSError(errno.EIO, "a fault")
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        with pytest.raises(StorageError):
+            convert(made / source, out, workers=1, **arguments)
+    assert convert(made / source, out, **arguments).bytes_resumed > 10 << 12
+    assert files_of(out) == files_of(tmp_path / "whole")
 
 
 def test_a_conversion_is_in_several_files_where_it_is_large(
