@@ -15,7 +15,7 @@ from transformers import conversion_mapping
 
 from fp8ckpt import load_pretrained
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
-from fp8ckpt.families.transformers_tables import assemble
+from fp8ckpt.families.transformers_tables import assemble, configured_model
 from fp8ckpt.tensors.joined import Assembly
 from tests.distributed import rewrite
 from tests.families.releases import RELEASES
@@ -146,3 +146,10 @@ def test_two_names_of_one_tensor_are_not_taken_for_one() -> None:
     own = _shapes(model)
     made = assemble(model, own, {**own, "language_model.lm_head.weight": own["lm_head.weight"]})
     assert len(made.unused) == 1
+
+
+def test_infinities_of_a_configuration_are_floats() -> None:
+    """JSON has none, and transformers writes an object for one: Nemotron-H's and Granite's limits of a time step."""
+    config = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "num_hidden_layers": 1}
+    model = configured_model({**config, "time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    assert list(model.config.time_step_limit) == [0.0, float("inf")]

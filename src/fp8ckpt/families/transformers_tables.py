@@ -57,8 +57,10 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
+        # Infinities are written as objects, which only its own reader of files makes floats of.
+        stated = transformers.PreTrainedConfig._decode_special_floats(dict(config))
         with torch.device("meta"):
-            return cls(transformers.AutoConfig.for_model(**without_quantization(CONFIG, dict(config), None)))
+            return cls(transformers.AutoConfig.for_model(**without_quantization(CONFIG, stated, None)))
     except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
         found = f"{names[0]} cannot be made of it: {shown(str(error))}"
         remedy = (
