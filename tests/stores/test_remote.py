@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -14,12 +15,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import boto3
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 
-from fp8ckpt import FP8StorageReader, convert, inspect, load_model, load_pretrained, open_checkpoint, report, verify
+from fp8ckpt import (
+    FP8StorageReader,
+    convert,
+    inspect,
+    load_model,
+    load_pretrained,
+    merge,
+    open_checkpoint,
+    report,
+    sample,
+    verify,
+)
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
     Fp8CheckpointError,
@@ -29,6 +43,7 @@ from fp8ckpt.errors import (
     UnsupportedStoreError,
 )
 from fp8ckpt.numerics.geometry import Region
+from fp8ckpt.sample import DeepseekSizes
 from fp8ckpt.stores import ahead, http, remote
 from fp8ckpt.stores import s3 as s3_module
 from fp8ckpt.stores.store import ByteRange
@@ -162,6 +177,60 @@ def test_each_byte_is_fetched_once(far: Far, tmp_path: Path) -> None:
     fetched = sum(asked.ranged for asked in _data(far))
     assert fetched <= (1 + 1 / 16) * size
     assert len(_data(far)) < len(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("job", ["stacks", "merge"])
+def test_what_is_made_of_others_is_fetched_ahead(
+    job: str, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacked experts, and a base with an adapter merged: all that is read of codes was announced, each byte is
+    fetched once, and the files are those of a directory.
+    """
+    base = sample(tmp_path / "base", DeepseekSizes(layers=2, experts=4))
+    for name, data in contents(base).items():
+        boto3.client("s3").put_object(Bucket=BUCKET, Key=f"base/{name}", Body=data)
+    checkpoint = open_checkpoint(f"s3://{BUCKET}/base")
+    asked: list[ByteRange] = []
+    take = ahead.Window.take
+
+    def watched(window: ahead.Window, reads: Any) -> Any:
+        rest = take(window, reads)
+        asked.extend(wanted for wanted, _ in rest)
+        return rest
+
+    monkeypatch.setattr(ahead.Window, "take", watched)
+    s3.forget()
+    if job == "stacks":
+        convert(checkpoint, tmp_path / "far", layout="model", workers=1)
+        convert(base, tmp_path / "near", layout="model")
+    else:
+        adapter = _adapter(tmp_path / "adapter", base)
+        merge(checkpoint, adapter, tmp_path / "far", workers=1)
+        merge(base, adapter, tmp_path / "near")
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+    codes = [tensor.weight for tensor in checkpoint.quantized]  # scales are read again where they are decided on
+    met = [
+        w for w in asked for span in codes if span.file.name == w.file and w.start < span.stop and span.start < w.stop
+    ]
+    assert met == []
+    size = sum(header.size - 8 - len(header.text) for header in checkpoint.files)
+    assert sum(asked.ranged for asked in s3.asked if ".safetensors" in asked.path) <= (1 + 1 / 16) * size
+
+
+def _adapter(directory: Path, base: Path) -> Path:
+    """A LoRA of all projections of two dimensions."""
+    draw, tensors, names = np.random.default_rng(1), {}, []
+    for tensor in open_checkpoint(base).quantized:
+        module = tensor.name.removesuffix(".weight")
+        names.append(module.rpartition(".")[2])
+        for factor, shape in {"A": (2, tensor.shape[1]), "B": (tensor.shape[0], 2)}.items():
+            values = torch.from_numpy(draw.standard_normal(shape, np.float32))
+            tensors[f"base_model.model.{module}.lora_{factor}.weight"] = values
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": sorted(set(names))}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
 
 
 @S3

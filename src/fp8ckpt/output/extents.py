@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.stores.store import ByteRange, Store
 from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.tensors.tensor import Tensor
+from fp8ckpt.tensors.tensor import Tensor, reads_of_run
 
 #: Bytes, at most. With what it is made of, a chunk stays in a second-level cache, and a disk takes it in one request.
 CHUNK = 4 << 20
@@ -107,7 +107,7 @@ def met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int
 
 def reads_of(tensors: Mapping[str, Tensor], extents: Iterable[Extent], store: Store) -> Iterator[list[ByteRange]]:
     """What filling the extents will read of a store, in order: scales, once a tensor, and values. ``tensors``: of which
-    each tensor of the output is made, by its name; what is made of pieces of others is read as it comes.
+    each tensor of the output is made, by its name.
     """
     last = None
     for extent in extents:
@@ -115,9 +115,8 @@ def reads_of(tensors: Mapping[str, Tensor], extents: Iterable[Extent], store: St
             tensor = tensors.get(span.name)
             if tensor is None or tensor.span.file.store is not store:
                 continue
-            if tensor.scaled is not None and tensor is not last:
-                yield [tensor.scaled.scale.whole]
-            if tensor.scaled is not None or tensor is tensor.span:
-                last, stored = tensor, tensor.span
-                start, stop = (stored.start + (at - span.start) * stored.nbytes // span.nbytes for at in (low, high))
-                yield [ByteRange(stored.file.name, start, stop)]
+            if tensor is not last and tensor.scales:
+                yield [scale.whole for scale in tensor.scales]
+            last = tensor
+            start, stop = ((at - span.start) * tensor.numel // span.nbytes for at in (low, high))
+            yield list(reads_of_run(tensor, start, stop))

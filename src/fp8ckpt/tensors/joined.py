@@ -367,6 +367,11 @@ class JoinedTensor:
         return tuple(span for source in self._made_of for span in source.spans)
 
     @property
+    def scales(self) -> tuple[TensorSpan, ...]:
+        """Those of its sources."""
+        return tuple(scale for source in self._made_of for scale in source.scales)
+
+    @property
     def scaled(self) -> None:
         """Its values are those of its sources."""
         return

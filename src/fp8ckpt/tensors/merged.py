@@ -186,6 +186,11 @@ class MergedTensor:
         return self.base.spans
 
     @property
+    def scales(self) -> tuple[TensorSpan, ...]:
+        """Those of the base."""
+        return self.base.scales
+
+    @property
     def scaled(self) -> None:
         """Its values are in no file."""
         return

@@ -67,6 +67,11 @@ class TensorSpan(NamedTuple):
         return
 
     @property
+    def scales(self) -> tuple[TensorSpan, ...]:
+        """None."""
+        return ()
+
+    @property
     def whole(self) -> ByteRange:
         """All of its bytes."""
         return ByteRange(self.file.name, self.start, self.stop)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from fp8ckpt.numerics.codes import F32
-from fp8ckpt.numerics.geometry import Region, Shape
+from fp8ckpt.numerics.geometry import Region, Shape, boxes
 from fp8ckpt.stores.store import ByteRange, Bytes
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class Tensor(Protocol):
     def scaled(self) -> QuantizedTensor | None:
         """How its codes are scaled; None for what is stored as it is."""
 
+    @property
+    def scales(self) -> tuple[TensorSpan, ...]:
+        """What is read whole, beside codes, for any of its values."""
+
     def dtypes(self) -> tuple[str, ...]:
         """What `values` can give."""
 
@@ -66,6 +70,17 @@ class Tensor(Protocol):
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
         """The same of a run of elements in row-major order, from ``start`` on, as many as the bytes ``out`` hold."""
+
+
+def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
+    """The bytes that its elements ``[start, stop)`` come from, in row-major order, scales aside."""
+    stored = tensor.span
+    if tensor is stored:  # packed ones begin and end at whole bytes
+        first, last = (stored.start + at * stored.nbytes // stored.numel for at in (start, stop))
+        yield ByteRange(stored.file.name, first, last)
+        return
+    for region in boxes(tensor.shape, start, stop - start):
+        yield from tensor.reads(region)
 
 
 def bytes_of_values(tensor: Tensor) -> int:
