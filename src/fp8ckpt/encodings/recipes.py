@@ -126,13 +126,13 @@ class QuantizingPlan:
     @contextmanager
     def ahead(self, extents: Collection[Extent]) -> Iterator[None]:
         """Announces what the extents will read: values to the source's store, what is carried or compared to the
-        base's.
+        base's; where that is the source itself, with an adapter merged, nothing is compared.
         """
         sources = {name: weight.source for name, weight in self.weights.items()}
         codes = {name: weight.before.weight for name, weight in self.weights.items() if weight.before and self.report}
         with ExitStack() as announced:
             for checkpoint, tensors in ((self.source, sources), (self.base, codes)):
-                if checkpoint is not None:
+                if checkpoint is not None and (tensors is sources or checkpoint is not self.source):
                     reads = reads_of({**self.plain, **tensors}, extents, checkpoint.store)
                     announced.enter_context(checkpoint.store.ahead(reads))
             yield
