@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8ckpt.families.parallel import Ragged, ragged
+from fp8ckpt.families.parallel import Heads, Ragged, ragged
 
 L = "model.layers.0"
 
@@ -30,6 +30,10 @@ L = "model.layers.0"
         # DeepSeek: whole on every GPU, and the last one may be ragged
         ({"self_attn.q_a_proj": (1536, 9), "self_attn.kv_a_proj_with_mqa": (576, 9)}, 8, None, {}),
         ({"self_attn.q_a_proj": (1500, 9), "self_attn.kv_a_proj_with_mqa": (576, 9)}, 1, None, {"q_a_proj": 1500}),
+        ({"self_attn.qkv_proj": (768, 9)}, 1, 2, {}),  # in one already: 512 rows of queries, 128 of keys
+        ({"self_attn.qkv_proj": (640, 9)}, 1, 1, {"qkv_proj": 64}),
+        ({"self_attn.qkv_proj": (768, 9)}, 4, 2, {"qkv_proj": 64}),
+        ({"self_attn.qkv_proj": (700, 9)}, 1, None, {"qkv_proj": 700}),
         ({"mlp.something_else": (77, 77)}, 16, None, {}),
         ({"mlp.up_proj": (200, 256)}, 16, None, {"up_proj": 12}),  # no whole number of rows a GPU
     ],
@@ -39,9 +43,17 @@ def test_parts_that_are_not_whole_blocks(
 ) -> None:
     """Of joined weights, and of what a GPU has of rows or columns; heads of keys and values are not cut."""
     full = {f"{L}.{module}{'' if len(shape) == 3 else '.weight'}": shape for module, shape in shapes.items()}
-    found = list(ragged(full, dict.fromkeys(full, (128, 128)), size, heads))
+    given = None if heads is None else Heads(8, heads)
+    found = list(ragged(full, dict.fromkeys(full, (128, 128)), size, given))
     assert {part.name.removesuffix(".weight").rpartition(".")[2]: part.size for part in found} == expected
     assert {part.block for part in found} <= {128}
+
+
+def test_some_must_be_whole_blocks_for_themselves() -> None:
+    """Joined or not, rows and columns."""
+    shapes = {"m.a.weight": (200, 256), "m.b.weight": (256, 200), "m.c.weight": (256, 256), "m.d.weight": (200, 200)}
+    found = ragged(shapes, dict.fromkeys(shapes, (128, 128)), 1, None, {*shapes} - {"m.d.weight"})
+    assert [part[:3] for part in found] == [("m.a.weight", "rows", 200), ("m.b.weight", "columns", 200)]
 
 
 def test_columns_are_said_to_be_columns() -> None:

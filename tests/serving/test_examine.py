@@ -31,6 +31,7 @@ from tests.conftest import Run
 from tests.miniatures import families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 from tests.test_architecture import heavy_modules
+from tests.test_four_bits import with_siblings
 from tests.test_verify import copy, holder, replace
 
 FAMILIES = families()
@@ -671,6 +672,19 @@ def test_unequal_siblings_are_a_note(tmp_path: Path) -> None:
     assert verify(tmp_path / "x", serving=True).ok
 
 
+def test_unequal_second_levels_are_a_note(tmp_path: Path) -> None:
+    """Of NVFP4, whose groups state a size: engines take one for all that they join."""
+    for name, other in (("equal", 1.0), ("unequal", 2.0)):
+        family, _ = with_siblings(divides=False)
+        family.tensors["model.layers.0.k_proj.weight_scale_2"] = Stored.of(
+            family.tensors["model.layers.0.q_proj.weight_scale_2"].array * np.float32(other), "F32"
+        )
+        family.tensors["model.layers.0.v_proj.weight_scale_2"] = family.tensors["model.layers.0.q_proj.weight_scale_2"]
+        result = examined(family.write(tmp_path / name))
+        notes = [note for note in result.notes if "unequal second levels of scales" in note]
+        assert [note.startswith("1 of 2 groups") for note in notes] == [True] * (other != 1)
+
+
 def test_mistrals_own_layout_alone(tmp_path: Path) -> None:
     """No ``config.json`` and no index are asked of it; all its scales are checked against ``params.json``."""
 
@@ -882,6 +896,19 @@ def test_blocks_that_are_joined_or_shared_out(
             assert result.serving is not None
             (failure,) = result.serving.failures
             assert failure.found.startswith(f"with a tensor-parallel size of {size}, 3 FP8 tensors are not cut into")
+
+
+def test_modelopt_has_whole_blocks_alone(tmp_path: Path) -> None:
+    """FP8_PB_WO, joined or not; the same weight under another method is fit."""
+    ragged = tiled("m.proj", 200, 256)
+    modelopt = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    scale = ragged.pop("m.proj.weight_scale_inv")
+    ragged["m.proj.weight_scale"] = Stored(scale.dtype, (2, 1, 2, 1), scale.data)
+    failure = only_failure(build(tmp_path / "a", ragged, modelopt))
+    assert failure.found.startswith(
+        "1 FP8 tensors are of FP8_PB_WO and are not whole blocks: m.proj.weight has 200 rows"
+    )
+    assert examined(build(tmp_path / "b", tiled("m.proj", 200, 256), BLOCKS)).failures == ()
 
 
 def test_heads_of_keys_and_values_are_not_cut(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ the layer).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8ckpt.families.siblings import sibling_units
@@ -27,9 +27,18 @@ SPLIT_COLUMNS = frozenset({"o_proj", "wo", "down_proj", "w2", "output_linear", "
 KEY_VALUE_ROWS = frozenset({"k_proj", "v_proj", "wk", "wv"})
 #: Weights that are joined in the file already: of how many parts of equal rows each is.
 JOINED_ALREADY = {"gate_up_proj": 2, "gate_up": 2, "w13": 2, "input_linear": 2}
+#: The same of parts that are not equal: the rows of queries, and those of keys and of values, by heads.
+QUERIES_KEYS_VALUES = frozenset({"qkv_proj"})
 
 Shape = tuple[int, ...]
 Block = tuple[int, int]  # rows, columns
+
+
+class Heads(NamedTuple):
+    """Of a model's attention."""
+
+    queries: int
+    keys: int
 
 
 class Ragged(NamedTuple):
@@ -42,28 +51,42 @@ class Ragged(NamedTuple):
 
 
 def ragged(
-    shapes: Mapping[str, Shape], blocks: Mapping[str, Block], size: int, key_value_heads: int | None
+    shapes: Mapping[str, Shape],
+    blocks: Mapping[str, Block],
+    size: int,
+    heads: Heads | None,
+    every: Collection[str] = (),
 ) -> Iterator[Ragged]:
     """What engines refuse with a tensor-parallel size of ``size``: of each weight in ``blocks``, its first such part.
 
-    ``shapes`` and ``blocks`` are of matrices or of stacks of them. ``key_value_heads``: of the model, where it is
-    known.
+    ``shapes`` and ``blocks`` are of matrices or of stacks of them. ``heads``: of the model, where they are known.
+    ``every``: weights that must be whole blocks, joined and shared out or not.
     """
     joined = {name for unit in sibling_units(blocks) for name in _aligned(unit)}
     for name, (block_rows, block_columns) in blocks.items():
         rows, columns = shapes[name][-2:]
         leaf = name.removesuffix(".weight").rpartition(".")[2]
-        parts = JOINED_ALREADY.get(leaf, 1)
-        shares = size if leaf in SPLIT_ROWS else 1
-        if leaf in KEY_VALUE_ROWS and key_value_heads:
-            shares = min(size, key_value_heads)
-        part = rows / parts / shares
-        if (name in joined or parts > 1 or shares > 1) and part % block_rows:
-            yield Ragged(name, "rows", int(part), block_rows)
+        parts = _parts(leaf, rows, size, heads)
+        cut = [part for part in parts if part % block_rows]
+        if cut and (name in joined or name in every or leaf in QUERIES_KEYS_VALUES or parts != [rows]):
+            yield Ragged(name, "rows", int(cut[0]), block_rows)
             continue
         part = columns / (size if leaf in SPLIT_COLUMNS else 1)
-        if size > 1 and leaf in SPLIT_COLUMNS and part % block_columns:
+        if (part != columns or name in every) and part % block_columns:
             yield Ragged(name, "columns", int(part), block_columns)
+
+
+def _parts(leaf: str, rows: int, size: int, heads: Heads | None) -> list[float]:
+    """The rows of each part that a GPU has of a weight."""
+    shares = size if leaf in SPLIT_ROWS else 1
+    if leaf in QUERIES_KEYS_VALUES and heads is not None:
+        head = rows / (heads.queries + 2 * heads.keys)
+        keys = head * heads.keys / min(size, heads.keys)
+        return [head * heads.queries / size, keys, keys]
+    if leaf in KEY_VALUE_ROWS and heads is not None:
+        shares = min(size, heads.keys)
+    parts = JOINED_ALREADY.get(leaf, 1)
+    return [rows / parts / shares] * parts
 
 
 def _aligned(unit: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import takewhile
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.parallel import Block, Ragged, ragged
+from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged
 from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8_DTYPES
@@ -43,7 +43,8 @@ def blocks(subject: Subject) -> Iterator[Finding]:
     """Joined rows are whole blocks; and, for the size that was asked for, what each GPU has."""
     parts = partial(_ragged, subject)
     if one := parts(1):
-        found = f"{len(one)} FP8 tensors are joined with others and are not whole blocks: {_described(one[0])}"
+        why = "are of FP8_PB_WO" if one[0].name in _in_whole_blocks(subject) else "are joined with others"
+        found = f"{len(one)} FP8 tensors {why} and are not whole blocks: {_described(one[0])}"
         remedy = "convert the BF16 weights with --scheme block, which leaves such, or with per-tensor or channel"
         yield _failure(found, one[0], subject, remedy)
     elif subject.size is not None and (many := parts(subject.size)):
@@ -75,7 +76,12 @@ def tensor_parallel(subject: Subject) -> TensorParallel | None:
 
 def _ragged(subject: Subject, size: int) -> list[Ragged]:
     shapes = {tensor.name: tensor.shape for tensor in subject.quantized}
-    return list(ragged(shapes, _blocks(subject), size, _key_value_heads(subject)))
+    return list(ragged(shapes, _blocks(subject), size, _heads(subject), _in_whole_blocks(subject)))
+
+
+def _in_whole_blocks(subject: Subject) -> set[str]:
+    """What ModelOpt exports as FP8_PB_WO, with scales of twice the dimensions: vLLM's method for it takes no others."""
+    return {tensor.name for tensor in subject.quantized if len(tensor.scale.shape) == 2 * len(tensor.shape)}
 
 
 def _blocks(subject: Subject) -> dict[str, Block]:
@@ -86,13 +92,14 @@ def _blocks(subject: Subject) -> dict[str, Block]:
     return {name: (size[0], size[1]) for name, size in sizes.items() if size is not None and len(size) == 2}
 
 
-def _key_value_heads(subject: Subject) -> int | None:
+def _heads(subject: Subject) -> Heads | None:
     config = subject.checkpoint.config
-    text = config.get("text_config")
-    for section in (text, config):
-        heads = section.get("num_key_value_heads") if isinstance(section, dict) else None
-        if type(heads) is int and heads > 0:
-            return heads
+    for section in (config.get("text_config"), config):
+        stated = section if isinstance(section, dict) else {}
+        queries = stated.get("num_attention_heads")
+        keys = stated.get("num_key_value_heads") or queries
+        if type(keys) is int and keys > 0:
+            return Heads(queries if type(queries) is int and queries > 0 else keys, keys)
     return None
 
 

@@ -97,20 +97,27 @@ def powers_of_two(subject: Subject) -> Iterator[Finding]:
 
 
 def of_siblings(subject: Subject) -> Iterator[Finding]:
-    """A note where weights that are joined have unequal scales."""
+    """A note where weights that are joined have unequal scales, or second levels of them."""
+    second = {t.name: t.second.span for t in subject.quantized if t.second is not None}
+    yield from _unequal(
+        second, "second levels of scales, and are served with the largest number for all: values are off"
+    )
     if block_sizes(subject.checkpoint.store, subject.checkpoint.config).stated:
         return  # grids are joined as they are, those of a single block too
     single = {
         t.name: t.scale for t in subject.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2
     }
+    yield from _unequal(single, "scales, and are served through a requantization to the largest scale")
+
+
+def _unequal(single: dict[str, TensorSpan], what: str) -> Iterator[Finding]:
     units = sibling_units(single)
     values = {span.name: float(value[0]) for span, value in _read(single[name] for unit in units for name in unit)}
     unequal = [unit for unit in units if len({values[single[name].name] for name in unit}) > 1]
     if unequal:
         yield (
-            f"{len(unequal)} of {len(units)} groups of weights that are served as one have unequal scales, and are "
-            "served through a requantization to the largest scale; the first is "
-            + ", ".join(shown(name) for name in unequal[0])
+            f"{len(unequal)} of {len(units)} groups of weights that are served as one have unequal {what}; the first "
+            "is " + ", ".join(shown(name) for name in unequal[0])
         )
 
 
