@@ -27,7 +27,7 @@ from fp8ckpt.stores.store import Store
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
-    from fp8ckpt.encodings.fp8 import WeightFacts
+    from fp8ckpt.encodings.facts import WeightFacts
     from fp8ckpt.encodings.recipes import QuantizingPlan
     from fp8ckpt.encodings.run_fp8 import Quantized
     from fp8ckpt.ranks import Ranks
@@ -228,7 +228,7 @@ def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progres
 
 
 def _report(done: Quantized) -> MergeReport:
-    from fp8ckpt.encodings.fp8 import WeightFacts
+    from fp8ckpt.encodings.facts import WeightFacts
 
     total, rows = WeightFacts(), []
     for name, facts in sorted(done.facts.items()):

@@ -10,98 +10,41 @@ The factor of a weight with two levels of scales is decided in the same way, as 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from itertools import islice
-from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from fp8ckpt.encodings.facts import WeightFacts
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.encodings.rule import Rule, Step
+from fp8ckpt.encodings.runs import Run, bands_of, runs_of
 from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
-from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.products import Arrival
 from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
 from fp8ckpt.output.extents import Chunk
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.output.partial import Facts
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.reading import load_dequantizer
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
-STEP = (
-    1 << 19
-)  # elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower)
-
+#: Elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower).
+STEP = 1 << 19
 READ_AT_ONCE = 1 << 20  # bytes, of a source whose values are not read straight into their place
 
 Stored = npt.NDArray[Any]
-
-
-@dataclass
-class WeightFacts:
-    """What is recorded of a weight, or of a part of it.
-
-    ``maxima`` (in the first pass: of wide weights by block, of those with a factor one for all) decide whether a scale
-    fits; ``inexact`` are blocks of which some part is small for their scale, and is not given back by it exactly.
-    ``made`` scales are new, and ``factors``, which is 1 or 0 for a weight. ``arrival``: of adapters that were merged;
-    ``nan_codes``: that were carried over as NaN.
-    """
-
-    tally: Tally = field(default_factory=Tally)
-    arrival: Arrival = field(default_factory=Arrival)
-    nan_codes: int = 0
-    kept: int = 0
-    made: int = 0
-    factors: int = 0
-    maxima: dict[str, float] = field(default_factory=dict)
-    inexact: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, recorded: Mapping[str, Any]) -> WeightFacts:
-        """From what was recorded."""
-        parts = {"tally": Tally(**recorded["tally"]), "arrival": Arrival(**recorded["arrival"])}
-        return cls(**{**recorded, **parts})
-
-    def add(self, other: WeightFacts) -> None:
-        """Take in the facts of another part."""
-        self.tally.add(other.tally)
-        self.arrival.add(other.arrival)
-        self.nan_codes += other.nan_codes
-        self.kept += other.kept
-        self.made += other.made
-        self.factors += other.factors
-        for block, largest in other.maxima.items():
-            self.maxima[block] = max(largest, self.maxima.get(block, 0.0))
-        self.inexact = sorted({*self.inexact, *other.inexact})
-
-
-def combine(facts: Iterable[Facts]) -> Facts:
-    """The facts of all chunks together: by weight, and what was seen."""
-    every = list(facts)
-    weights = {name: asdict(part) for name, part in weights_of(every).items()}
-    return {"weights": weights, "seen": Seen.of(one["seen"] for one in every).recorded()}
-
-
-def weights_of(facts: Iterable[Facts]) -> dict[str, WeightFacts]:
-    """The facts of each weight, of all that was recorded."""
-    total: dict[str, WeightFacts] = {}
-    for recorded in facts:
-        for name, part in recorded["weights"].items():
-            total.setdefault(name, WeightFacts()).add(WeightFacts.of(part))
-    return total
 
 
 class QuantizingFiller:
@@ -239,19 +182,18 @@ class QuantizingFiller:
         assert before is not None
         rule, of_one = self._rule_of(weight.name), self._scales_before(weight) if weight.wide else None
         largest = np.float32(0)
-        cuts = _runs if of_one is not None else _bands_in_runs
-        for first, size, grid, start, blocks in cuts(weight.grid, begin, count):
-            at = (first - begin) // weight.per_byte
-            part = out[at : at + size // weight.per_byte]
-            before.packed.read(part, first // weight.per_byte)
+        for run in _cut(weight, begin, count):
+            at = (run.first - begin) // weight.per_byte
+            part = out[at : at + run.size // weight.per_byte]
+            before.packed.read(part, run.first // weight.per_byte)
             codes = part if weight.per_byte == 1 else quantize.unpack(part)
             scales = of_one
             if scales is None:
-                stored = self._read_scales(before.scale, blocks)
-                self._write_scales(weight.scale, blocks.start, stored)
+                stored = self._read_scales(before.scale, run.blocks)
+                self._write_scales(weight.scale, run.blocks.start, stored)
                 scales = rule.before(stored)
-            parts = quantize.parts_of_run(grid, start, size)
-            scales = scales.reshape(quantize.block_shape(grid))
+            parts = quantize.parts_of_run(run.grid, run.start, run.size)
+            scales = scales.reshape(quantize.block_shape(run.grid))
             largest = max(largest, quantize.largest_of_codes(parts, codes, scales, weight.coding).max(initial=0))
         self._reader.bytes_read += out.nbytes
         self.looked_and_wrote[weight.name] += out.nbytes
@@ -267,14 +209,14 @@ class QuantizingFiller:
         if self._decided is not None and isinstance(new := self._decided.get(weight.name), Factor):
             rule = rule.under(new)
         unit = self._plan.unit_of.get(weight.name, ())
-        for first, sub, blocks in _bands(weight.grid, begin, count):
-            step = self._step(rule, weight, first, prod(sub.weight_shape), sub, 0)
-            codes = self._room_for_codes(weight, first - begin, step.values.bits.size, out)
-            self._see_base(weight, first, step.values.bits.size)
+        for run in _cut(weight, begin, count):
+            step = self._step(rule, weight, run)
+            codes = self._room_for_codes(weight, run.first - begin, run.size, out)
+            self._see_base(weight, run)
             maxima = self._maxima(weight, step)
             before = None
             if weight.before is not None:
-                before = self._read_scales(weight.before.scale, blocks).reshape(maxima.shape)
+                before = self._read_scales(weight.before.scale, run.blocks).reshape(maxima.shape)
             exact = step.look(maxima, before, codes)
             if looking:
                 self._look_at_factor(facts, unit, maxima, exact, rule)
@@ -284,9 +226,9 @@ class QuantizingFiller:
             facts.kept += int(np.count_nonzero(decided.kept))
             facts.made += int(np.count_nonzero(~decided.kept))
             step.encode(decided.scales, codes)
-            self._put(weight, codes, first - begin, out)
-            self._write_scales(weight.scale, blocks.start, decided.stored)
-            self._report(facts, weight, first, step, codes, decided.scales, decided.before)
+            self._put(weight, codes, run.first - begin, out)
+            self._write_scales(weight.scale, run.blocks.start, decided.stored)
+            self._report(facts, weight, run, step, codes, decided.scales, decided.before)
         write = not looking or not (self._plan.fresh or unit in self._outgrown)
         if looking:
             self.looked_and_wrote[weight.name] += len(out) if write else 0
@@ -314,28 +256,28 @@ class QuantizingFiller:
             return Filled({weight.name: asdict(facts)}, write=False)
         before_all = self._scales_before(weight).reshape(-1)
         maxima: dict[int, np.float32] = {}
-        for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
-            step = self._step(rule, weight, first, size, grid, start)
-            self._see_base(weight, first, size)
+        for run in _cut(weight, begin, count):
+            step = self._step(rule, weight, run)
+            self._see_base(weight, run)
             here = self._maxima(weight, step)
             for block in np.flatnonzero(here):
-                at = blocks.start + int(block)
+                at = run.blocks.start + int(block)
                 maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
             # One scale is new once an element lies beyond it; of several, each is asked whether it gives its own block
             # back.
             if self._plan.fresh or (unit in self._outgrown and weight.grid.per_tensor):
                 continue
-            codes = self._room_for_codes(weight, first - begin, size, out)
-            before = before_all[blocks].reshape(here.shape)
+            codes = self._room_for_codes(weight, run.first - begin, run.size, out)
+            before = before_all[run.blocks].reshape(here.shape)
             step.encode(before, codes)
-            self._put(weight, codes, first - begin, out)
+            self._put(weight, codes, run.first - begin, out)
             if rule.asks(here, before):
                 inexact = np.flatnonzero(~step.exact(before, codes))
-                facts.inexact = sorted({*facts.inexact, *(blocks.start + int(block) for block in inexact)})
+                facts.inexact = sorted({*facts.inexact, *(run.blocks.start + int(block) for block in inexact)})
             if not quantize.within(here, before, weight.coding).all():
                 self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), here.max())
             elif unit not in self._outgrown:
-                self._report(facts, weight, first, step, codes, before, before)
+                self._report(facts, weight, run, step, codes, before, before)
         facts.maxima = {str(block): float(largest) for block, largest in maxima.items()}
         write = not self._plan.fresh and unit not in self._outgrown
         self.looked_and_wrote[weight.name] += count if write else 0
@@ -359,13 +301,13 @@ class QuantizingFiller:
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
         assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
-        for first, size, grid, start, blocks in _runs(weight.grid, begin, count):
-            step = self._step(rule, weight, first, size, grid, start)
-            codes = self._room_for_codes(weight, first - begin, size, out)
-            before, scales = (of_all[blocks].reshape(step.shape) for of_all in (before_all, scales_all))
+        for run in _cut(weight, begin, count):
+            step = self._step(rule, weight, run)
+            codes = self._room_for_codes(weight, run.first - begin, run.size, out)
+            before, scales = (of_all[run.blocks].reshape(step.shape) for of_all in (before_all, scales_all))
             step.encode(scales, codes)
-            self._put(weight, codes, first - begin, out)
-            self._report(facts, weight, first, step, codes, scales, before)
+            self._put(weight, codes, run.first - begin, out)
+            self._report(facts, weight, run, step, codes, scales, before)
         return Filled({weight.name: asdict(facts)})
 
     # ---------------------------------------------------------------- what both share
@@ -390,7 +332,7 @@ class QuantizingFiller:
         self,
         facts: WeightFacts,
         weight: Quantization,
-        first: int,
+        run: Run,
         step: Step,
         codes: U8,
         scales: F32,
@@ -405,7 +347,7 @@ class QuantizingFiller:
             return
         tally = step.tally(codes, scales, before)
         if weight.before is not None:
-            old = self._old(weight, weight.before, first, codes.size)
+            old = self._old(weight, weight.before, run)
             tally.moved = int(np.count_nonzero(old != codes))
             if self._plan.see:
                 was, now = (quantize.decode(step.parts, *of, weight.coding) for of in ((old, before), (codes, scales)))
@@ -418,25 +360,25 @@ class QuantizingFiller:
             self._seen.compare(weight.name, values.floats, values_of(rounded.view(np.uint8), values.dtype).floats)
         facts.tally.add(tally)
 
-    def _see_base(self, weight: Quantization, first: int, count: int) -> None:
+    def _see_base(self, weight: Quantization, run: Run) -> None:
         """Count the codes that a run of elements had, at first sight."""
         if self._plan.see and self._decided is None and weight.before is not None:
-            self._seen.count(weight.before, self._old(weight, weight.before, first, count))
+            self._seen.count(weight.before, self._old(weight, weight.before, run))
 
-    def _old(self, weight: Quantization, before: QuantizedTensor, first: int, count: int) -> U8:
+    def _old(self, weight: Quantization, before: QuantizedTensor, run: Run) -> U8:
         """The base's codes of a run of elements, one a byte; read once where they are asked for twice in a row."""
-        if self._base_at != (at := (weight.name, first, count)):
-            nbytes = count // weight.per_byte
+        nbytes = run.size // weight.per_byte
+        if self._base_at != (at := (weight.name, run.first, run.size)):
             if self._base_codes.size < nbytes:
                 self._base_codes = np.empty(nbytes, np.uint8)
-            before.packed.read(self._base_codes[:nbytes], first // weight.per_byte)
+            before.packed.read(self._base_codes[:nbytes], run.first // weight.per_byte)
             self.base_bytes_read += nbytes
             self._base_at = at
-        return before.one_a_byte(self._base_codes[: count // weight.per_byte])
+        return before.one_a_byte(self._base_codes[:nbytes])
 
-    def _step(self, rule: Rule, weight: Quantization, first: int, size: int, grid: BlockGrid, start: int) -> Step:
-        """``size`` elements of a weight from ``first`` on, which lie from ``start`` on in ``grid``."""
-        return Step(rule, self._values(weight.source, first, size), quantize.parts_of_run(grid, start, size), grid)
+    def _step(self, rule: Rule, weight: Quantization, run: Run) -> Step:
+        parts = quantize.parts_of_run(run.grid, run.start, run.size)
+        return Step(rule, self._values(weight.source, run.first, run.size), parts, run.grid)
 
     def _maxima(self, weight: Quantization, step: Step) -> F32:
         """The largest magnitudes. Raises `WeightValueError` where a value is not finite, with the count of all."""
@@ -485,46 +427,8 @@ class QuantizingFiller:
             self._scale_file = None
 
 
-def _bands(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, BlockGrid, slice]]:
-    """A run of whole blocks in bands of about `STEP` elements: (first element, the band's grid, its blocks)."""
-    matrices = as_matrices(grid)
-    rows_of_one, cols = matrices.weight_shape[-2:]
-    block = matrices.block_size[-2:]
-    per_band = max(block[0], STEP // cols // block[0] * block[0])
-    block_rows, block_cols = matrices.shape[-2:]
-    first = begin
-    while first < begin + count:
-        matrix, row = divmod(first // cols, rows_of_one)
-        rows = min(per_band, rows_of_one - row, (begin + count - first) // cols)
-        sub = BlockGrid((rows, cols), block)
-        start = (matrix * block_rows + row // block[0]) * block_cols
-        yield first, sub, slice(start, start + prod(sub.shape))
-        first += rows * cols
-
-
-def _runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, int, slice]]:
-    """A run of a wide weight in pieces of at most `STEP` elements: (first element, elements, a grid that holds them,
-    where they begin in that, its blocks). The grid is that of one matrix, unless blocks span matrices: stacked experts
-    may have many scales.
-    """
-    matrices = as_matrices(grid)
-    matrix = prod(matrices.weight_shape[-2:])
-    per_matrix = BlockGrid(matrices.weight_shape[-2:], matrices.block_size[-2:])
-    if any(size > 1 for size in matrices.block_size[:-2]):
-        matrix, per_matrix = max(1, prod(matrices.weight_shape)), matrices
-    blocks = max(1, prod(per_matrix.shape))
-    first = begin
-    while first < begin + count:
-        index, start = divmod(first, matrix)
-        size = min(STEP, begin + count - first, matrix - start)
-        yield first, size, per_matrix, start, slice(index * blocks, (index + 1) * blocks)
-        first += size
-
-
-def _bands_in_runs(grid: BlockGrid, begin: int, count: int) -> Iterator[tuple[int, int, BlockGrid, int, slice]]:
-    """`_bands` as `_runs` gives its pieces."""
-    for first, sub, blocks in _bands(grid, begin, count):
-        yield first, prod(sub.weight_shape), sub, 0, blocks
+def _cut(weight: Quantization, begin: int, count: int) -> Iterator[Run]:
+    return (runs_of if weight.wide else bands_of)(weight.grid, begin, count, STEP)
 
 
 def rule_of(plan: QuantizingPlan, name: str) -> Rule:

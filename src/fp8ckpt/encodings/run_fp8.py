@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, WeightFacts, combine, rule_of, scales_before, weights_of
+from fp8ckpt.encodings.facts import WeightFacts, combine, weights_of
+from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, rule_of, scales_before
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.encodings.rule import Decided

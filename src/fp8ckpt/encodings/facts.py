@@ -1,0 +1,66 @@
+"""What is recorded of the weights of an output while they are made, part by part, and added up later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fp8ckpt.encodings.seen import Seen
+from fp8ckpt.numerics.products import Arrival
+from fp8ckpt.numerics.quantize import Tally
+from fp8ckpt.output.partial import Facts
+
+
+@dataclass
+class WeightFacts:
+    """What is recorded of a weight, or of a part of it.
+
+    ``maxima`` (in the first pass: of wide weights by block, of those with a factor one for all) decide whether a scale
+    fits; ``inexact`` are blocks of which some part is small for their scale, and is not given back by it exactly.
+    ``made`` scales are new, and ``factors``, which is 1 or 0 for a weight. ``arrival``: of adapters that were merged;
+    ``nan_codes``: that were carried over as NaN.
+    """
+
+    tally: Tally = field(default_factory=Tally)
+    arrival: Arrival = field(default_factory=Arrival)
+    nan_codes: int = 0
+    kept: int = 0
+    made: int = 0
+    factors: int = 0
+    maxima: dict[str, float] = field(default_factory=dict)
+    inexact: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any]) -> WeightFacts:
+        """From what was recorded."""
+        parts = {"tally": Tally(**recorded["tally"]), "arrival": Arrival(**recorded["arrival"])}
+        return cls(**{**recorded, **parts})
+
+    def add(self, other: WeightFacts) -> None:
+        """Take in the facts of another part."""
+        self.tally.add(other.tally)
+        self.arrival.add(other.arrival)
+        self.nan_codes += other.nan_codes
+        self.kept += other.kept
+        self.made += other.made
+        self.factors += other.factors
+        for block, largest in other.maxima.items():
+            self.maxima[block] = max(largest, self.maxima.get(block, 0.0))
+        self.inexact = sorted({*self.inexact, *other.inexact})
+
+
+def combine(facts: Iterable[Facts]) -> Facts:
+    """The facts of all chunks together: by weight, and what was seen."""
+    every = list(facts)
+    weights = {name: asdict(part) for name, part in weights_of(every).items()}
+    return {"weights": weights, "seen": Seen.of(one["seen"] for one in every).recorded()}
+
+
+def weights_of(facts: Iterable[Facts]) -> dict[str, WeightFacts]:
+    """The facts of each weight, of all that was recorded."""
+    total: dict[str, WeightFacts] = {}
+    for recorded in facts:
+        for name, part in recorded["weights"].items():
+            total.setdefault(name, WeightFacts()).add(WeightFacts.of(part))
+    return total
