@@ -202,7 +202,8 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
         names = _file_names(store, on_disk, index_name, index, defects)
     beside = [name for name in on_disk if name not in names and _is_foreign(name)]
     if index_name is not None and index is not None:
-        unnamed = [name for name in _model_files(on_disk) if name not in index["weight_map"].values()]
+        listed = set(index["weight_map"].values())
+        unnamed = [name for name in _model_files(on_disk) if name not in listed]
         for name in filter(lambda name: _holds_tensors(File(store, name)), unnamed):
             if follow_index:
                 beside.append(name)
@@ -437,6 +438,6 @@ def _compare_index(
             defects.append(IndexMismatchError.of_place(name, file, listed, actual))
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    actual_total = sum(span.nbytes for span in spans.values())
+    actual_total = sum(span.stop - span.start for span in spans.values())
     if complete and total is not None and total != actual_total:
         slips.append(IndexMismatchError.of_size(file, total, actual_total))

@@ -10,7 +10,8 @@ scales, which are exponents of groups of 32 (MXFP4) or e4m3 of groups of 16 (NVF
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -142,9 +143,19 @@ FACTORS = (
 )
 
 
-def beside(codes: str, rows: tuple[ScaleRow, ...]) -> list[tuple[ScaleRow, str]]:
-    """The keys that may stand beside the codes ``codes``, by the rows of a table."""
-    return [(row, codes.removesuffix(row.weight) + row.scale) for row in rows if codes.endswith(row.weight)]
+def beside(rows: Iterable[ScaleRow]) -> Callable[[str], list[tuple[ScaleRow, str]]]:
+    """What gives the keys that may stand beside codes of a name, by these rows of a table."""
+    rows = tuple(rows)
+
+    @lru_cache(maxsize=256)  # by the last part of a name, in which each ending lies: of many tensors there are few
+    def ending(last: str) -> list[ScaleRow]:
+        return [row for row in rows if last.endswith(row.weight)]
+
+    def keys(codes: str) -> list[tuple[ScaleRow, str]]:
+        last = codes[max(0, codes.rfind(".")) :]
+        return [(row, codes.removesuffix(row.weight) + row.scale) for row in ending(last)]
+
+    return keys
 
 
 def factor_key(codes: str, row: ScaleRow) -> str | None:
@@ -207,8 +218,9 @@ def in_kernel_order(codes: str, scale_dtype: str, scale_shape: tuple[int, ...], 
     """Whether the scales of blocks may be stored in the order in which a kernel reads them, as torchao and ComfyUI
     store those of groups, and not row by row. ``stored``: the names of all tensors.
     """
-    of_such = codes.endswith(_TORCHAO) or codes.removesuffix(".weight") + LAYER_MARKER in stored
-    return of_such and scale_dtype in GROUPS and prod(scale_shape) > 1
+    if scale_dtype not in GROUPS or prod(scale_shape) == 1:
+        return False
+    return codes.endswith(_TORCHAO) or codes.removesuffix(".weight") + LAYER_MARKER in stored
 
 
 def names_of(stored: str) -> tuple[str, ...]:

@@ -99,6 +99,8 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
         most = f"at most {_MOST_VALUES} of them, and {_LONGEST_WIDE} bytes where not all are ASCII"
         raise kind.of_text(file, found, most)
     try:
+        if (sound := _compact(text)) is not None:
+            return sound
         value = json.loads(
             text.decode(), object_pairs_hook=unique, parse_constant=constant, parse_int=whole if b"-0" in text else None
         )
@@ -111,6 +113,23 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
     if not isinstance(value, dict):
         raise kind.of_text(file, f"the JSON is a {type(value).__name__}", "an object")
     return value
+
+
+def _compact(text: bytes) -> dict[str, Any] | None:
+    """What `parse_json` gives, in half the time, of a header as it is written: without escapes and white space, whole
+    numbers from 0 on, an object of objects. None where it must be looked at more closely.
+
+    Then each key, and nothing else but a text that begins with a colon, is seen as ``":``: as many of them as there are
+    keys mean that none is there twice.
+    """
+    text = text.rstrip(b" ")
+    if any(mark in text for mark in (b"\\", b" ", b"\t", b"\n", b"\r", b"-", b"NaN", b"Infinity")):
+        return None
+    value = json.loads(text.decode())
+    if not isinstance(value, dict):
+        return None
+    keys = len(value) + sum(len(entry) for entry in value.values() if isinstance(entry, dict))
+    return value if keys == text.count(b'":') else None
 
 
 def _validated(

@@ -57,8 +57,12 @@ def pair(
     claimed.update(span.name for span in markers)
     weights = [spans[name] for name in codes if name not in claimed]
     weights.sort(key=lambda span: codes[span.name] != F4)  # scales in FP8 are theirs, and no weights then
-    has_activation_scales = any(name.endswith(_ACTIVATION_ENDINGS) for name in spans)
-    has_factors = any(name.endswith(_FACTOR_ENDINGS) for name in spans)  # as a rule there are none
+    names = "\n".join(spans) + "\n"  # where endings are looked for at once: most of the tables' do not occur
+    scales, activation_scales = (
+        formats.beside(row for row in rows if row.scale + "\n" in names)
+        for rows in (formats.SCALES, formats.ACTIVATIONS)
+    )
+    has_factors = any(ending + "\n" in names for _, ending in formats.FACTORS)
     paired: dict[str, Tensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
     for span in weights:
@@ -67,13 +71,9 @@ def pair(
             continue
         claimed.add(name)
         packed = codes[name] == F4
-        found = [(row, key) for row, key in formats.beside(name, formats.SCALES) if key in spans]
+        found = [(row, key) for row, key in scales(name) if key in spans]
         found = [(row, key) for row, key in found if packed or spans[key].dtype not in FP8_DTYPES]
-        activations = (
-            [key for _, key in formats.beside(name, formats.ACTIVATIONS) if key in spans]
-            if has_activation_scales
-            else []
-        )
+        activations = [key for _, key in activation_scales(name) if key in spans]
         claimed.update(activations, (key for _, key in found))
         factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
         if factor is not None:
@@ -126,7 +126,6 @@ def pair(
 
 
 _ACTIVATION_ENDINGS = tuple(row.scale for row in formats.ACTIVATIONS)
-_FACTOR_ENDINGS = tuple(factor for _, factor in formats.FACTORS)
 
 
 def _second_factor(codes: str, spans: Mapping[str, TensorSpan], own: str | None) -> str | None:
@@ -244,5 +243,5 @@ def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> Missin
     near = [name for name in names[first : first + 1] if leaf == "weight" or name.startswith(weight.name)]
     expected = weight.name + "_scale_inv"
     if formats.logical_name(weight.name) != weight.name:
-        expected = formats.beside(weight.name, formats.SCALES)[-1][1]
+        expected = formats.beside(formats.SCALES)(weight.name)[-1][1]
     return MissingScaleError.of(weight, expected, near[0] if near else None)

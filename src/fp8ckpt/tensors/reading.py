@@ -6,7 +6,7 @@ The only part of this room that touches tensor values. Memory is one small buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from fp8ckpt.errors import (
     TruncatedFileError,
 )
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, Factor, count_bad_scales, scale_values
-from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import ByteRange
@@ -30,6 +29,8 @@ from fp8ckpt.tensors.tensor import Reader, Tensor
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 
 CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
 _SCALES_AT_ONCE = 8 << 20  # bytes
@@ -55,6 +56,8 @@ def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
     """Read a tensor's scales and make them ready. Raises `ScaleValueError` where one is NaN, infinite, zero or
     negative.
     """
+    from fp8ckpt.numerics.dequantize import Dequantizer  # what looks at scales alone has no need of its kernels
+
     scales, factor = load_scales(tensor), load_factor(tensor)
     return Dequantizer(tensor.grid, scales, tensor.scale.dtype, tensor.code_dtype, dtype, factor)
 
@@ -114,9 +117,10 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
     for (file, dtype), group in groupby(spans, key=lambda span: (span.file, span.dtype)):
         try:
             for batch in _batches(group):
-                parts = np.split(buffer, np.cumsum([part.stop - part.start for _, part in batch]))
-                file.store.read([part for _, part in batch], parts[:-1])
-                read = buffer[: buffer.size - parts[-1].size].view(SCALE_DTYPES[dtype])
+                ends = list(accumulate(part.stop - part.start for _, part in batch))
+                parts = [buffer[first:last] for first, last in pairwise([0, *ends])]
+                file.store.read([part for _, part in batch], parts)
+                read = buffer[: ends[-1]].view(SCALE_DTYPES[dtype])
                 if count_bad_scales(scale_values(read, dtype)):
                     defects += _bad_scales(dict.fromkeys(span for span, _ in batch))
         except (StorageError, TruncatedFileError) as error:
