@@ -44,6 +44,12 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     if assembled is not None:
         tensors = {name: {name: tensor} for name, tensor in native.items()}
         in_base = set(assembled.parts)
+    elif not hasattr(adapter, "convert_single_tensor_to_hf"):
+        raise ModelMismatchError(
+            "its state_dict_adapter says only by assemblies what its tensors are called on disk",
+            expected="a base, of whose tensors they are made",
+            remedy="give like=, the checkpoint that it came from",
+        )
     else:
         assembled = Assembled({}, set(), set())
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
