@@ -19,22 +19,39 @@ from tests.adapters import PREFIX, factors, write_adapter
 BUDGET = 256 << 20
 
 
-def peak(code: str) -> int:
-    """Peak resident bytes of a child process that imports torch, then runs ``code``."""
+def peaks(*jobs: str) -> list[int]:
+    """Peak resident bytes of a child process that imports torch and fp8ckpt, during each of ``jobs``, in order."""
     # VmHWM, not ru_maxrss: the latter starts at the size of the process that forked the child, which is this one.
-    script = (
-        f"import torch\n{code}\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    # A 5 sets it back (proc(5)); where that is refused each peak is of all jobs so far, and stays within bounds, too.
+    script = """
+import contextlib, json, sys, torch, fp8ckpt
+for job in json.loads(sys.argv[1]):
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")
+    exec(job)
+    print("peak", next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+    command = [sys.executable, "-c", script, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1]) << 10
+    found = [int(line.split()[1]) << 10 for line in done.stdout.splitlines() if line.startswith("peak")]
+    assert len(found) == len(jobs)
+    return found
+
+
+def assert_bounded(small: list[int], large: list[int], torch_alone: int) -> None:
+    """Two workers stay within the budget at both sizes, and the larger one takes as much as the smaller, to 32 MiB."""
+    assert len(small) == len(large) > 0
+    for first, second in zip(small, large, strict=True):
+        assert first > torch_alone  # it is measured at all
+        assert max(first, second) - torch_alone <= BUDGET
+        assert second - first < 32 << 20
 
 
 @pytest.fixture(scope="module")
 def torch_alone() -> int:
     """Peak of a process that only imports torch."""
-    return peak("")
+    return peaks("pass")[0]
 
 
 def sizes(scheme: str, factor: int) -> Mistral3Sizes | DeepseekSizes:
@@ -48,12 +65,12 @@ def sizes(scheme: str, factor: int) -> Mistral3Sizes | DeepseekSizes:
 def checkpoints(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Path]]:
-    """A checkpoint of about 75 MB, and one of six times as much."""
+    """A checkpoint of about 75 MB, and one of four times as much."""
     folder = tmp_path_factory.mktemp("memory")
     # Holes read as zeros, and cost neither time nor disk to make.
     yield (
         sample(folder / "small", sizes(request.param, 1), files=1, sparse=True),
-        sample(folder / "large", sizes(request.param, 6), files=1, sparse=True),
+        sample(folder / "large", sizes(request.param, 4), files=1, sparse=True),
     )
     shutil.rmtree(folder)
 
@@ -93,56 +110,46 @@ def stored(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("job", ["convert", "verify", "verify one", "report"])
 def test_peak_memory_is_bounded_and_does_not_grow(
-    job: str, checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path
+    checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
-    """Two workers stay within the budget at both sizes, and the larger one takes as much as the smaller, to 32 MiB."""
-    assert stored(checkpoints[1]) > 5 * stored(checkpoints[0]) > 300 << 20
-    peaks = []
-    for source in checkpoints:
-        page = str(tmp_path / f"{source.name}.html")
-        run = {
-            "convert": f"import fp8ckpt; fp8ckpt.convert({str(source)!r}, {str(tmp_path / source.name)!r}, workers=2)",
-            "verify": f"import fp8ckpt; assert fp8ckpt.verify({str(source)!r}, {str(source)!r}, workers=2).ok",
-            "report": f"import fp8ckpt; fp8ckpt.report(*[{str(source)!r}] * 2, output={page!r}, workers=2)",
-            "verify one": f"import fp8ckpt; assert fp8ckpt.verify({str(source)!r}, workers=2).ok",
-        }[job]
-        peaks.append(peak(run))
-        shutil.rmtree(tmp_path / source.name, ignore_errors=True)
-    assert all(used > torch_alone for used in peaks)  # it is measured at all
-    assert max(peaks) - torch_alone <= BUDGET
-    assert peaks[1] - peaks[0] < 32 << 20
+    """Of everything that only reads, or writes BF16."""
+    assert stored(checkpoints[1]) > 3.5 * stored(checkpoints[0]) > 200 << 20
+    found = [
+        peaks(
+            f"assert fp8ckpt.verify({str(source)!r}, workers=2).ok",
+            f"fp8ckpt.convert({str(source)!r}, {str(tmp_path / source.name)!r}, workers=2)",
+            f"assert fp8ckpt.verify({str(source)!r}, {str(source)!r}, workers=2).ok",
+            f"fp8ckpt.report(*[{str(source)!r}] * 2, output={str(tmp_path / source.name)!r} + '.html', workers=2)",
+        )
+        for source in checkpoints
+    ]
+    assert_bounded(*found, torch_alone)
 
 
-@pytest.mark.parametrize("how", ["like", "like fresh", "scheme"])
 def test_peak_memory_to_fp8(
-    how: str, checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
+    checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
     """The same on the way back, whether scales are kept or made, weights written once or twice, a report of each."""
-    block = (
-        json.loads((checkpoints[0] / "config.json").read_text())["quantization_config"]["weight_block_size"] is not None
-    )
-    peaks = []
+    config = json.loads((checkpoints[0] / "config.json").read_text())
+    scheme = "block" if config["quantization_config"]["weight_block_size"] is not None else "per-tensor"
+    found = []
     for base, source in trainings.items():
-        out = tmp_path / base.name
-        more = {
-            "like": f"like={str(base)!r}",
-            "like fresh": f"like={str(base)!r}, scales='fresh'",
-            "scheme": f"scheme={'block' if block else 'per-tensor'!r}",
-        }[how]
-        run = f"import fp8ckpt; done = fp8ckpt.convert({str(source)!r}, {str(out)!r}, to='fp8', {more}, workers=2)"
-        peaks.append(peak(f"{run}; assert done.report.total.elements > 0 and done.report.total.fresh > 0"))
-        assert stored(out) > 0.9 * stored(base)
-        shutil.rmtree(out)
-    assert all(used > torch_alone for used in peaks)
-    assert max(peaks) - torch_alone <= BUDGET
-    assert peaks[1] - peaks[0] < 32 << 20
+        options = [f"like={str(base)!r}", f"like={str(base)!r}, scales='fresh'", f"scheme={scheme!r}"]
+        out = [tmp_path / f"{base.name}-{i}" for i in range(len(options))]
+        jobs = [
+            f"done = fp8ckpt.convert({str(source)!r}, {str(to)!r}, to='fp8', {option}, workers=2)\n"
+            "assert done.report.total.elements > 0 and done.report.total.fresh > 0"
+            for to, option in zip(out, options, strict=True)
+        ]
+        found.append(peaks(*jobs))
+        assert all(stored(to) > 0.9 * stored(base) for to in out)
+    assert_bounded(*found, torch_alone)
 
 
 def test_peak_memory_of_merging(checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path) -> None:
     """An adapter of every matrix of the multilayer perceptrons takes no more of a larger model."""
-    peaks = []
+    found = []
     for base in checkpoints:
         tensors = {}
         for name, tensor in open_checkpoint(base).tensors.items():
@@ -150,10 +157,9 @@ def test_peak_memory_of_merging(checkpoints: tuple[Path, Path], torch_alone: int
                 rows, cols = tensor.shape
                 tensors |= factors(PREFIX + name.removesuffix(".weight"), 4, cols, rows)
         adapter = write_adapter(tmp_path / f"{base.name}-adapter", tensors)
-        out = tmp_path / base.name
-        run = f"import fp8ckpt; done = fp8ckpt.merge({str(base)!r}, {str(adapter)!r}, {str(out)!r}, workers=2)"
-        peaks.append(peak(f"{run}; assert done.merged == {len(tensors) // 2} > 0 and done.report.total.changed > 0"))
-        shutil.rmtree(out)
-    assert all(used > torch_alone for used in peaks)
-    assert max(peaks) - torch_alone <= BUDGET
-    assert peaks[1] - peaks[0] < 32 << 20
+        job = (
+            f"done = fp8ckpt.merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path / base.name)!r}, workers=2)\n"
+            f"assert done.merged == {len(tensors) // 2} > 0 and done.report.total.changed > 0"
+        )
+        found.append(peaks(job))
+    assert_bounded(*found, torch_alone)
