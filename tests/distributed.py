@@ -8,7 +8,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import runpy
 import shutil
+import socket
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -66,6 +69,68 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     with TemporaryDirectory(prefix="ranks-") as folder:
         mp.start_processes(_rank, (size, Path(folder), function, arguments), size, start_method="forkserver")
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(size)]
+
+
+class Launched:
+    """``python COMMAND...`` on ``size`` ranks, as torchrun would start it, but forked with everything imported.
+
+    torchrun and each of its ranks import torch anew, which is most of the time of such a test.
+    """
+
+    def __init__(self, folder: Path, size: int, *command: object, **environment: str) -> None:
+        multiprocessing.set_forkserver_preload(list(_PRELOAD))
+        self._folder = folder
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+        context = multiprocessing.get_context("forkserver")
+        self._ranks = [
+            context.Process(
+                target=_launched,
+                args=(folder, [*map(str, command)], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            )
+            for rank in range(size)
+        ]
+        for process in self._ranks:
+            process.start()
+
+    def poll(self) -> bool:
+        """Whether a rank has ended."""
+        return any(process.exitcode is not None for process in self._ranks)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank."""
+        for process in self._ranks:
+            process.kill()
+            process.join()
+
+    def ended(self) -> tuple[int, str, str]:
+        """The first exit status that is not 0, and what all have printed; what hangs is killed, and fails the test."""
+        for process in self._ranks:
+            process.join(120)
+        codes = [process.exitcode for process in self._ranks]
+        self.kill()
+        assert None not in codes, "a rank hangs"
+        out, err = ("".join(f.read_text() for f in sorted(self._folder.glob(f"*.{kind}"))) for kind in ("out", "err"))
+        return next((code for code in codes if code), 0), out, err
+
+
+def _launched(folder: Path, command: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    for number, kind in ((1, "out"), (2, "err")):
+        with (folder / f"{environment['RANK']}.{kind}").open("wb") as stream:
+            os.dup2(stream.fileno(), number)
+    name = command.pop(0)
+    if name == "-m":
+        sys.argv = command
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [name, *command]
+        runpy.run_path(name, run_name="__main__")
 
 
 def apart(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:

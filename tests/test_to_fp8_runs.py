@@ -28,12 +28,12 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
 from tests.campaign.trial import STEPS, digests
+from tests.distributed import Launched
 from tests.miniatures import COMPRESSED, Family, codes, families, scales
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.stopping import CHUNK, CHUNKS, run_until
 from tests.test_resume import GOES_ON, fail_after
 from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
-from tests.test_torchrun import ended, torchrun
 
 
 class Died(BaseException):
@@ -464,7 +464,8 @@ def test_ranks_write_and_report_what_one_process_does(
     write_safetensors(file, {**weights, name: Stored.of(values, "BF16")}, {"format": "pt"})
     (tmp_path / "library.py").write_text(LIBRARY)
     (tmp_path / "out").mkdir()
-    code, stdout, stderr = ended(torchrun(ranks, tmp_path / "library.py", folder, tmp_path / "out"))
+    command = (tmp_path / "library.py", folder, tmp_path / "out")
+    code, stdout, stderr = Launched(tmp_path / "ranks", ranks, *command).ended()
     assert code == 0, stderr
     found = json.loads(stdout)
     assert found.pop("nan").startswith(

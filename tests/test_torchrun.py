@@ -16,6 +16,7 @@ import pytest
 
 from fp8ckpt import convert, merge, open_checkpoint
 from tests.adapters import PREFIX, factors, write_adapter
+from tests.distributed import Launched
 
 # The command line with small extents, so that a miniature has work for every rank, and with the faults a test asks for.
 SCRIPT = """
@@ -135,13 +136,10 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_write_what_one_process_writes(
-    ranks: int, sample_fp8: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_ranks_write_what_one_process_writes(sample_fp8: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """The plain command under torchrun: the same directory, one summary, every byte read once over all ranks."""
     out = tmp_path / "out"
-    code, stdout, stderr = ended(torchrun(ranks, "-m", "fp8ckpt", "convert", sample_fp8, out, "--json"))
+    code, stdout, stderr = ended(torchrun(2, "-m", "fp8ckpt", "convert", sample_fp8, out, "--json"))
     assert code == 0, stderr
     assert tree(out) == expected
     assert os.listdir(tmp_path) == ["out"]
@@ -168,7 +166,7 @@ def test_ranks_merge_what_one_process_merges(sample_fp8: Path, script: Path, tmp
     alone = merge(sample_fp8, adapter, tmp_path / "alone")
     notes = tmp_path / "notes"
     command = (script, "merge", sample_fp8, adapter, tmp_path / "out", "--json")
-    code, stdout, stderr = ended(torchrun(2, *command, NOTES=str(notes)))
+    code, stdout, stderr = Launched(tmp_path / "ranks", 2, *command, NOTES=str(notes)).ended()
     assert code == 0, stderr
     assert notes.read_text() == "done-0 done-1"
     assert tree(tmp_path / "out") == tree(tmp_path / "alone")
@@ -179,7 +177,8 @@ def test_ranks_merge_what_one_process_merges(sample_fp8: Path, script: Path, tmp
 def test_every_rank_takes_part(sample_fp8: Path, expected: dict[str, bytes], script: Path, tmp_path: Path) -> None:
     """Each of three ranks recorded extents of its own."""
     out, notes = tmp_path / "out", tmp_path / "notes"
-    code, _, stderr = ended(torchrun(3, script, "convert", sample_fp8, out, NOTES=str(notes)))
+    command = (script, "convert", sample_fp8, out)
+    code, _, stderr = Launched(tmp_path / "ranks", 3, *command, NOTES=str(notes)).ended()
     assert code == 0, stderr
     assert notes.read_text() == "done-0 done-1 done-2"
     assert tree(out) == expected
@@ -207,13 +206,14 @@ def test_error_of_one_rank_ends_all_and_is_printed_once(
 ) -> None:
     """A disk full for the second rank only: all ranks end, the first prints it, and one process finishes the job."""
     out, environment = tmp_path / "out", {"NOTES": str(tmp_path / "notes")}
-    code, stdout, stderr = ended(torchrun(2, script, "convert", sample_fp8, out, FULL_ON="1", **environment))
+    command = (script, "convert", sample_fp8, out, "--json")
+    code, stdout, stderr = Launched(tmp_path / "full", 2, *command, FULL_ON="1", **environment).ended()
     assert code != 0
     assert stdout == ""
     assert stderr.count("No space left on device") == 1
     assert "the same command goes on from there" in stderr
     assert not out.exists()
-    code, stdout, stderr = ended(torchrun(1, script, "convert", sample_fp8, out, "--json", **environment))
+    code, stdout, stderr = Launched(tmp_path / "alone", 1, *command, **environment).ended()
     assert code == 0, stderr
     assert json.loads(stdout)["bytes_resumed"] > 0
     assert tree(out) == expected
@@ -225,19 +225,19 @@ def test_resumes_with_another_number_of_ranks(
 ) -> None:
     """SIGKILL to the whole group; other ranks take up what each had written, and end with the same bytes."""
     out, environment = tmp_path / "out", {"NOTES": str(tmp_path / "notes")}
-    child = torchrun(ranks[0], script, "convert", sample_fp8, out, "--workers", "1", HANG_AFTER="8", **environment)
+    command = (script, "convert", sample_fp8, out, "--json")
+    child = Launched(tmp_path / "killed", ranks[0], *command, "--workers", "1", HANG_AFTER="8", **environment)
     records = [tmp_path / f"out.partial/.fp8ckpt/done-{rank}" for rank in range(ranks[0])]
     deadline = time.monotonic() + 120
     try:
         while not all(record.exists() and record.stat().st_size for record in records):
-            assert child.poll() is None
+            assert not child.poll()
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
-        kill(child)
-        child.communicate()
+        child.kill()
     assert not out.exists()
-    code, stdout, stderr = ended(torchrun(ranks[1], script, "convert", sample_fp8, out, "--json", **environment))
+    code, stdout, stderr = Launched(tmp_path / "again", ranks[1], *command, **environment).ended()
     assert code == 0, stderr
     result: dict[str, Any] = json.loads(stdout)
     assert 0 < result["bytes_resumed"] < result["bytes_written"]
@@ -248,7 +248,8 @@ def test_resumes_with_another_number_of_ranks(
 def test_library_call_inside_a_process_group(sample_fp8: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """convert() on all ranks of the caller's gloo group: shared, equal results everywhere, the group left as it was."""
     (tmp_path / "library.py").write_text(LIBRARY)
-    code, stdout, stderr = ended(torchrun(2, tmp_path / "library.py", sample_fp8, tmp_path / "out"))
+    command = (tmp_path / "library.py", sample_fp8, tmp_path / "out")
+    code, stdout, stderr = Launched(tmp_path / "ranks", 2, *command).ended()
     assert code == 0, stderr
     assert stdout == f"bytes read: {convert(sample_fp8, tmp_path / 'alone').bytes_read}\n"
     assert tree(tmp_path / "out") == expected
@@ -257,6 +258,7 @@ def test_library_call_inside_a_process_group(sample_fp8: Path, expected: dict[st
 def test_process_group_of_one(sample_fp8: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """An initialized group of a single process is no different from none."""
     (tmp_path / "library.py").write_text(LIBRARY)
-    code, _, stderr = ended(torchrun(1, tmp_path / "library.py", sample_fp8, tmp_path / "out"))
+    command = (tmp_path / "library.py", sample_fp8, tmp_path / "out")
+    code, _, stderr = Launched(tmp_path / "ranks", 1, *command).ended()
     assert code == 0, stderr
     assert tree(tmp_path / "out") == expected
