@@ -8,9 +8,10 @@ LOWEST := .venv-lowest
 
 .PHONY: demo test test-hosts test-lowest lint docs bench campaign clean
 
+# Python compiles what is imported when it is; pip would compile all that is there, for half of its time.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -22,8 +23,8 @@ test: $(INSTALLED)
 # The host trainers' own environment. They come without what they declare, most of which their checkpointing does not import.
 $(HOSTS)/.installed: pyproject.toml constraints-hosts.txt
 	$(PYTHON) -m venv $(HOSTS)
-	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --editable . transformers tyro pytest pytest-timeout
-	$(HOSTS)/bin/python -m pip install --quiet --constraint constraints-hosts.txt --no-deps nemo-automodel torchtitan
+	$(HOSTS)/bin/python -m pip install --quiet --no-compile --constraint constraints-hosts.txt --editable . transformers tyro pytest pytest-timeout
+	$(HOSTS)/bin/python -m pip install --quiet --no-compile --constraint constraints-hosts.txt --no-deps nemo-automodel torchtitan
 	touch $@
 
 test-hosts: $(HOSTS)/.installed
@@ -34,12 +35,12 @@ $(LOWEST)/.installed: pyproject.toml .ci/lowest.py
 	$(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) .ci/lowest.py > $(LOWEST)/oldest.txt
 	(grep -v huggingface_hub $(LOWEST)/oldest.txt; grep ^torch== constraints.txt) > $(LOWEST)/together.txt
-	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/together.txt --editable '.[dev]'
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --constraint $(LOWEST)/together.txt --editable '.[dev]'
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
 	PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" $(LOWEST)/bin/python -m pytest -n auto
-	$(LOWEST)/bin/python -m pip install --quiet --target $(LOWEST)/hub --constraint $(LOWEST)/oldest.txt huggingface_hub
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --target $(LOWEST)/hub --constraint $(LOWEST)/oldest.txt huggingface_hub
 	PYTHONPATH="$(CURDIR)/$(LOWEST)/hub" $(LOWEST)/bin/python -m pytest tests/tensors/test_checkpoint.py -k hub
 
 lint: $(INSTALLED)
@@ -49,16 +50,16 @@ lint: $(INSTALLED)
 
 # A link, or a name in a docstring, that leads nowhere is an error.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --conf-dir docs . docs/_site
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 
 # How much, and of what: `make campaign SIZES="--kills 100 --only kills,disks"`; --help lists all.
 campaign: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[campaign]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[campaign]'
 	$(BIN)/python -m tests.campaign $(SIZES)
 
 clean:

@@ -49,7 +49,7 @@ def test_closed_streams(closed: str, sample_fp8: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("job", ["convert $0 $1", "sample $1"])
+@pytest.mark.parametrize("command", ["convert", "sample"])
 @pytest.mark.parametrize(
     ("destination", "found", "remedy"),
     [
@@ -65,13 +65,21 @@ def test_closed_streams(closed: str, sample_fp8: Path) -> None:
     ],
 )
 def test_destinations_that_cannot_be(
-    job: str, destination: str, found: str, remedy: str, sample_fp8: Path, tmp_path: Path
+    command: str,
+    destination: str,
+    found: str,
+    remedy: str,
+    sample_fp8: Path,
+    tmp_path: Path,
+    cli: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A place where nothing can be made is refused, and nothing is made."""
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     before = sorted(os.listdir(tmp_path))
-    done = shell(f"cd $2 && fp8ckpt {job}", sample_fp8, destination, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = cli(command, *[sample_fp8] * (command == "convert"), destination)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
     assert found in done.stderr
     assert remedy in done.stderr
