@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -36,18 +36,17 @@ def sample_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cli() -> Run:
     """Run the command line: ``cli("inspect", path)``. In this process, which has imported all that it needs; in one of
-    its own where an environment or a folder is given.
+    its own where an environment is given.
     """
 
     def run(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fp8ckpt", *map(str, arguments)]
-        if env is None and cwd is None:
-            return run_here(command)
-        return subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=120
-        )
+        if env is None:
+            with chdir(cwd or "."):
+                return run_here(command)
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=cwd, timeout=120)
 
     return run
 
