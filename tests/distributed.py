@@ -72,27 +72,30 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 class Launched:
-    """``python COMMAND...`` on ``size`` ranks, as torchrun would start it, but forked with everything imported.
+    """``python COMMAND...`` on ``size`` ranks, as torchrun would start it, but forked with everything imported; or in
+    one process that is no rank. What is printed goes to ``folder``.
 
     torchrun and each of its ranks import torch anew, which is most of the time of such a test.
     """
 
-    def __init__(self, folder: Path, size: int, *command: object, **environment: str) -> None:
+    def __init__(self, folder: Path, size: int | None, *command: object, **environment: str) -> None:
         multiprocessing.set_forkserver_preload(list(_PRELOAD))
         self._folder = folder
         folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+        ranks = [environment]
+        if size is not None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+            world |= {"LOCAL_WORLD_SIZE": str(size), **environment}
+            ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
         context = multiprocessing.get_context("forkserver")
         self._ranks = [
             context.Process(
-                target=_launched,
-                args=(folder, [*map(str, command)], {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+                target=_launched, args=(folder / str(rank), [*map(str, command)], {**given, "PWD": str(Path.cwd())})
             )
-            for rank in range(size)
+            for rank, given in enumerate(ranks)
         ]
         for process in self._ranks:
             process.start()
@@ -118,11 +121,12 @@ class Launched:
         return next((code for code in codes if code), 0), out, err
 
 
-def _launched(folder: Path, command: list[str], environment: dict[str, str]) -> None:
+def _launched(output: Path, command: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    os.chdir(environment["PWD"])
     torch.set_num_threads(1)
     for number, kind in ((1, "out"), (2, "err")):
-        with (folder / f"{environment['RANK']}.{kind}").open("wb") as stream:
+        with output.with_suffix(f".{kind}").open("wb") as stream:
             os.dup2(stream.fileno(), number)
     name = command.pop(0)
     if name == "-m":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,28 +15,47 @@ from typer.main import get_command
 from fp8ckpt.cli import app
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.conftest import Run
+from tests.distributed import Launched
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]  # a group, since the app has several commands
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/fine-tuning.md", "docs/merging.md", "docs/coming-from.md"])
-def test_blocks_run(page: str, tmp_path: Path) -> None:
+def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bash and python block of the page runs, in order, in one directory."""
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert {language for language, _ in blocks} == {"bash", "python"}
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    for language, code in blocks:
-        command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={"PATH": path, "HOME": str(tmp_path), "FP8CKPT": str(ROOT)},
-            timeout=240,
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    monkeypatch.setenv("FP8CKPT", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    for number, (language, code) in enumerate(blocks):
+        for i, line in enumerate(code.splitlines() if language == "bash" else [code]):
+            run_line(language, line, tmp_path / f"block-{number}-{i}")
+
+
+def run_line(language: str, line: str, folder: Path) -> None:
+    """A line of bash, or a block of Python. Our command and Python run in a process that has imported torch."""
+    command: list[object]
+    if language == "python":
+        folder.with_suffix(".py").write_text(line)
+        command, fails = [folder.with_suffix(".py")], False
+    else:
+        words = shlex.split(os.path.expandvars(line), comments=True)
+        fails = words[-2:] == ["||", "true"]
+        command = [*words[: -2 if fails else None]]
+        if command[0] not in ("fp8ckpt", "python"):
+            done = subprocess.run(
+                ["bash", "-euc", line],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+                timeout=240,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            return
+        command[:1] = ["-m", "fp8ckpt"] if command[0] == "fp8ckpt" else []
+    code, stdout, stderr = Launched(folder, None, *command).ended()
+    assert code == int(fails), f"{line}\n{stdout}\n{stderr}"
 
 
 def test_make_targets_of_the_readme_are_run_by_ci() -> None:
