@@ -491,6 +491,25 @@ def test_a_new_factor_is_the_librarys_and_the_siblings(
         assert files_of(tmp_path / f"saved {step}") == files_of(tmp_path / "out")
 
 
+def test_rows_that_no_chunk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are cut into whole groups; where the last one is not whole, such a row with a factor is refused."""
+    for name, cols in (("ModelOpt NVFP4", 80), ("Quark MXFP4", 96), ("compressed-tensors NVFP4", 72)):
+        family, at = FAMILIES[name], tmp_path / name
+        base = family.write(at / "base")
+        tensors = trained(family, np.random.default_rng(3), "F32")
+        tensors["m.q.weight"] = Stored.of(tensors["m.q.weight"].array * np.float32(3), "F32")
+        source = write_plain(at / "source", tensors)
+        convert(source, at / "out", like=base)
+        with monkeypatch.context() as patch:
+            cut(patch, 64, 8)
+            if cols % 16:
+                with pytest.raises(UnsupportedFormatError, match="72 elements, of which the last group is not whole"):
+                    convert(source, at / "cut", like=base)
+            else:
+                convert(source, at / "cut", like=base, workers=2)
+                assert files_of(at / "cut") == files_of(at / "out")
+
+
 def test_a_base_in_four_bits_is_no_source(tmp_path: Path) -> None:
     """It is converted first."""
     source = FAMILIES["gpt-oss"].write(tmp_path / "fp4")

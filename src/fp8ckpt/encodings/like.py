@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, joint_units, source_tensors
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, grid_of, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.carried import carriable
@@ -67,7 +67,7 @@ def plan_like(
             _in_order(tensors[tensor.name], tensor),
             spans[tensor.weight.name],
             spans[tensor.scale.name],
-            tensor.grid,
+            grid_of(tensor),
             tensor,
             None if tensor.second is None else spans[tensor.second.span.name],
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fp8ckpt.encodings.adapting import adapted
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, joint_units
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, grid_of, joint_units
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8, TARGETS
@@ -104,7 +104,7 @@ def _weights(
         source = replace(merged.turned() if tensor.across else merged, dtype="F32")
         weight, *scales = (spans[span.name] for span in (tensor.weight, *tensor.scales))
         factor = scales[1] if len(scales) > 1 else None
-        return Quantization(source, weight, scales[0], tensor.grid, tensor, factor, source.largest)
+        return Quantization(source, weight, scales[0], grid_of(tensor), tensor, factor, source.largest)
 
     siblings = sibling_units(tensor.name for tensor in base.quantized)
     near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}

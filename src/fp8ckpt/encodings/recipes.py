@@ -79,6 +79,21 @@ class Quantization(NamedTuple):
         return of_one_scale or not 0 < self.band <= cutting.CHUNK
 
 
+def grid_of(tensor: QuantizedTensor) -> BlockGrid:
+    """The grid by which a weight is worked on: its own. Where there is a factor, and a chunk does not hold a row of it,
+    a row is several of whole groups. Raises `UnsupportedFormatError` where groups do not divide such a row.
+    """
+    (*lead, cols), group = tensor.grid.weight_shape, tensor.grid.block_size[-1]
+    if tensor.second is None or cols <= cutting.CHUNK:
+        return tensor.grid
+    if cols % group:
+        found = f"rows of {cols} elements, of which the last group is not whole"
+        expected = f"rows of at most {cutting.CHUNK} elements, or of whole groups"
+        raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.weight.file, expected=expected)
+    parts = next(n for n in range(2, cols + 1) if cols % (n * group) == 0 and cols // n <= max(cutting.CHUNK, group))
+    return BlockGrid((prod(lead) * parts, cols // parts), (1, group))
+
+
 @dataclass(frozen=True)
 class QuantizingPlan:
     """An output, and what each of its stored tensors is made of.
