@@ -29,7 +29,7 @@ _LANES = 16  # partial sums, so that an addition need not wait for the one befor
 def add_product(left: Array, right: Array, scaling: Any, out: Array) -> None:
     """``out += scaling * (left @ right)``: left f32 [R, K], right f32 [K, C], scaling f32, out f32 [R, C].
 
-    Four rows at once, each with sums of its own, share what is read of ``right``.
+    Four rows at once, each with sums of its own, share what is read of ``right``, four of its rows at a time.
     """
     rows, rank = left.shape
     cols = right.shape[1]
@@ -40,28 +40,47 @@ def add_product(left: Array, right: Array, scaling: Any, out: Array) -> None:
             count = min(4, rows - i)
             sums[:] = np.float32(0)
             done = 0
-            if count == 4:
-                s, t, u, v = sums[0], sums[1], sums[2], sums[3]
-                while done + 2 <= rank:
-                    x, y = right[done, start : start + size], right[done + 1, start : start + size]
-                    a, b, c, d = left[i, done], left[i + 1, done], left[i + 2, done], left[i + 3, done]
-                    e, f, g, h = left[i, done + 1], left[i + 1, done + 1], left[i + 2, done + 1], left[i + 3, done + 1]
+            while done + 4 <= rank:
+                w, x = right[done, start : start + size], right[done + 1, start : start + size]
+                y, z = right[done + 2, start : start + size], right[done + 3, start : start + size]
+                if count == 4:
+                    s, t, u, v = sums[0], sums[1], sums[2], sums[3]
+                    a, b, c, d = left[i, done], left[i, done + 1], left[i, done + 2], left[i, done + 3]
+                    e, f, g, h = left[i + 1, done], left[i + 1, done + 1], left[i + 1, done + 2], left[i + 1, done + 3]
+                    k, m, n, o = left[i + 2, done], left[i + 2, done + 1], left[i + 2, done + 2], left[i + 2, done + 3]
+                    p, q, r, last = (
+                        left[i + 3, done],
+                        left[i + 3, done + 1],
+                        left[i + 3, done + 2],
+                        left[i + 3, done + 3],
+                    )
                     for j in range(size):
-                        s[j] = (s[j] + a * x[j]) + e * y[j]
-                        t[j] = (t[j] + b * x[j]) + f * y[j]
-                        u[j] = (u[j] + c * x[j]) + g * y[j]
-                        v[j] = (v[j] + d * x[j]) + h * y[j]
-                    done += 2
-            for k in range(done, rank):
-                x = right[k, start : start + size]
-                for q in range(count):
-                    factor, total = left[i + q, k], sums[q]
+                        s[j] = (((s[j] + a * w[j]) + b * x[j]) + c * y[j]) + d * z[j]
+                        t[j] = (((t[j] + e * w[j]) + f * x[j]) + g * y[j]) + h * z[j]
+                        u[j] = (((u[j] + k * w[j]) + m * x[j]) + n * y[j]) + o * z[j]
+                        v[j] = (((v[j] + p * w[j]) + q * x[j]) + r * y[j]) + last * z[j]
+                else:
+                    for row in range(count):
+                        s = sums[row]
+                        a, b, c, d = (
+                            left[i + row, done],
+                            left[i + row, done + 1],
+                            left[i + row, done + 2],
+                            left[i + row, done + 3],
+                        )
+                        for j in range(size):
+                            s[j] = (((s[j] + a * w[j]) + b * x[j]) + c * y[j]) + d * z[j]
+                done += 4
+            for step in range(done, rank):
+                x = right[step, start : start + size]
+                for row in range(count):
+                    factor, total = left[i + row, step], sums[row]
                     for j in range(size):
                         total[j] += factor * x[j]
-            for q in range(count):
-                total, row = sums[q], out[i + q, start : start + size]
+            for row in range(count):
+                total, result = sums[row], out[i + row, start : start + size]
                 for j in range(size):
-                    row[j] += scaling * total[j]
+                    result[j] += scaling * total[j]
 
 
 @compiled()
