@@ -28,7 +28,7 @@ from fp8ckpt.checkpoint.load_plan import LoadPlan, tensors_of
 from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part, parts_of
 from fp8ckpt.families.transformers_tables import configured_model
 from fp8ckpt.sample import DeepseekSizes
-from fp8ckpt.tensors.joined import Assembly, Piece
+from fp8ckpt.tensors.assembly import Assembly, Piece
 from fp8ckpt.tensors.tensor import bytes_of_values
 
 RANKS = 64

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from fp8ckpt.plan import Plan, plan
     from fp8ckpt.report import Report, report
     from fp8ckpt.sample import plan_sample, sample
+    from fp8ckpt.tensors.assembly import Assembly, Piece
     from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint
-    from fp8ckpt.tensors.joined import Assembly, Piece
     from fp8ckpt.tensors.scaled import QuantizedTensor
     from fp8ckpt.tensors.stored import TensorSpan
     from fp8ckpt.verify import VerifyResult, verify
 
 _HOMES = {
-    "Assembly": "tensors.joined",
+    "Assembly": "tensors.assembly",
     "Checkpoint": "tensors.checkpoint",
     "Checkpointer": "checkpoint.checkpointing",
     "ConvertResult": "encodings.results",
@@ -43,15 +43,15 @@ _HOMES = {
     "Fp8CheckpointError": "errors",
     "Fp8Result": "encodings.results",
     "Inspection": "inspect",
-    "Piece": "tensors.joined",
+    "Piece": "tensors.assembly",
     "MergeResult": "merge",
     "PlainResult": "encodings.results",
     "Plan": "plan",
-    "QuantizedTensor": "tensors.pairing",
+    "QuantizedTensor": "tensors.scaled",
     "Report": "report",
     "SafetensorsStorageWriter": "checkpoint.storage_writer",
     "StateDictAdapter": "checkpoint.state_dict_adapter",
-    "TensorSpan": "tensors.header",
+    "TensorSpan": "tensors.stored",
     "VerifyResult": "verify",
     "convert": "convert",
     "inspect": "inspect",

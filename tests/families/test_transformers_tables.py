@@ -16,7 +16,7 @@ from transformers import conversion_mapping
 from fp8ckpt import load_pretrained
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.families.transformers_tables import assemble, configured_model
-from fp8ckpt.tensors.joined import Assembly
+from fp8ckpt.tensors.assembly import Assembly
 from tests.distributed import rewrite
 from tests.families.releases import RELEASES
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fp8ckpt.stores.memory import MemoryStore
 from fp8ckpt.stores.store import ByteRange, File
-from fp8ckpt.tensors.joined import NEW, Assembly, JoinedTensor, Piece, composed, reversed_assemblies
+from fp8ckpt.tensors.assembly import NEW, Assembly, Piece, composed, reversed_assemblies
+from fp8ckpt.tensors.joined import JoinedTensor
 from fp8ckpt.tensors.reading import load_dequantizer
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Reader

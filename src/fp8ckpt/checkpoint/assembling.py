@@ -14,7 +14,7 @@ from fp8ckpt.errors import ModelMismatchError
 from fp8ckpt.families.names import IDENTITY, LAYOUTS, KeyLayout, find_layout
 from fp8ckpt.families.transformers_tables import Assembled, Shapes, is_pretrained
 from fp8ckpt.families.transformers_tables import assemble as assemble_pretrained
-from fp8ckpt.tensors.joined import Assembly
+from fp8ckpt.tensors.assembly import Assembly
 
 
 def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shapes) -> Assembled | None:

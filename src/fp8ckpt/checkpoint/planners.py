@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import Region, Shape
-from fp8ckpt.tensors.joined import NEW, Assembly
+from fp8ckpt.tensors.assembly import NEW, Assembly
 
 Runs = list[tuple[int, int]]  # (start, stop) in the full tensor, in the order of the shard
 

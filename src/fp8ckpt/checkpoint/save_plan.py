@@ -17,8 +17,8 @@ from fp8ckpt.checkpoint.tied import tied_groups
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
+from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.joined import Assembly
 from fp8ckpt.tensors.reading import torch_dtype
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from fp8ckpt.tensors.joined import Assembly
+from fp8ckpt.tensors.assembly import Assembly
 
 
 class StateDictAdapter(ABC):

@@ -17,8 +17,8 @@ from fp8ckpt.families.between import parts_of_model
 from fp8ckpt.families.stacks import Shapes, answers
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.tensors.adapters import Adapter, Pair
+from fp8ckpt.tensors.assembly import NEW, Assembly, Piece, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.joined import NEW, Assembly, Piece, reversed_assemblies
 from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Norms, Product
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor

@@ -19,9 +19,10 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.stores.store import same_bytes
+from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
-from fp8ckpt.tensors.joined import Assembly, JoinedTensor
+from fp8ckpt.tensors.joined import JoinedTensor
 from fp8ckpt.tensors.reading import same_bits
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Tensor

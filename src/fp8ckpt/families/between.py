@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.tensors.assembly import Assembly, composed, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG
-from fp8ckpt.tensors.joined import Assembly, composed, joined_tensors, reversed_assemblies
+from fp8ckpt.tensors.joined import joined_tensors
 from fp8ckpt.tensors.tensor import Tensor
 
 Shapes = dict[str, tuple[int, ...]]

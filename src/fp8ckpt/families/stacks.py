@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from fp8ckpt.families.names import LAYOUTS, KeyLayout
-from fp8ckpt.tensors.joined import Assembly
+from fp8ckpt.tensors.assembly import Assembly
 
 Shapes = Mapping[str, tuple[int, ...]]
 

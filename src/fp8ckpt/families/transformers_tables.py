@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fp8ckpt.errors import ConfigError, UnsupportedFormatError, shown
+from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
-from fp8ckpt.tensors.joined import Assembly
 
 Shapes = dict[str, tuple[int, ...]]
 
