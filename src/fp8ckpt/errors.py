@@ -134,6 +134,11 @@ class Fp8CheckpointError(Exception):
             message += f"; expected {self.expected}"
         return message if self.remedy is None else f"{message}; {self.remedy}"
 
+    def advising(self, more: str) -> Self:
+        """The same error, with more that can be done about it."""
+        remedy = more if self.remedy is None else f"{self.remedy}; {more}"
+        return type(self)(self.found, tensor=self.tensor, file=self.file, expected=self.expected, remedy=remedy)
+
     def __str__(self) -> str:  # KeyError would print the repr, OSError its errno
         return self.message
 

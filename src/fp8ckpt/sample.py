@@ -22,8 +22,8 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.stores.address import local_path
-from fp8ckpt.tensors.checkpoint import INDEX
 from fp8ckpt.tensors.config import CONFIG, dump_json
+from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
 
 if TYPE_CHECKING:

@@ -38,7 +38,8 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.workers import share

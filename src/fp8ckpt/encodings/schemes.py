@@ -23,8 +23,9 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.stores.memory import PLANNED
-from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint, CheckpointLike, is_native, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
+from fp8ckpt.tensors.directory import INDEX, is_native
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Tensor
 

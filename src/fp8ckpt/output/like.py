@@ -21,7 +21,7 @@ from fp8ckpt.output.side_files import plain_side_files, side_files
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.blocks import block_sizes
-from fp8ckpt.tensors.checkpoint import INDEX, Checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import (
     CONFIG,
     MISTRAL_CONFIG,
@@ -31,6 +31,7 @@ from fp8ckpt.tensors.config import (
     modelopt_quantization,
     quantization_config,
 )
+from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.groups import one_by_one
 from fp8ckpt.tensors.header import Header
 from fp8ckpt.tensors.scaled import QuantizedTensor

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fp8ckpt.stores.store import File
-from fp8ckpt.tensors.checkpoint import INDEX, NATIVE_INDEX, Checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, dump_json, load_json, without_quantization
+from fp8ckpt.tensors.directory import INDEX, NATIVE_INDEX
 
 
 def side_files(checkpoint: Checkpoint) -> dict[str, File]:

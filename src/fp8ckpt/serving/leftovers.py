@@ -7,8 +7,8 @@ from pathlib import PurePath
 
 from fp8ckpt.errors import ServingError
 from fp8ckpt.serving.subject import Finding, Subject, some
-from fp8ckpt.tensors.checkpoint import is_native
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG
+from fp8ckpt.tensors.directory import is_native
 
 _WEIGHT_FILES = (".bin", ".pth", ".pt", ".gguf")
 _TRAINER_FILES = (

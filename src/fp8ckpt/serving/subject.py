@@ -11,8 +11,9 @@ from fp8ckpt.errors import ConfigError, ServingError, shown
 from fp8ckpt.families.names import KeyLayout, layout_on_disk
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.tensors import config as configuration
-from fp8ckpt.tensors.checkpoint import Checkpoint, is_native
+from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
+from fp8ckpt.tensors.directory import is_native
 from fp8ckpt.tensors.groups import ByModule, groups, layers
 from fp8ckpt.tensors.scaled import QuantizedTensor
 

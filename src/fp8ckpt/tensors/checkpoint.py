@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,6 +33,16 @@ from fp8ckpt.stores.opening import open_store
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
+from fp8ckpt.tensors.directory import (
+    compare_index,
+    file_names,
+    holds_tensors,
+    is_foreign,
+    model_files,
+    read_index,
+    refuse_part,
+    safetensors_in,
+)
 from fp8ckpt.tensors.formats import names_of
 from fp8ckpt.tensors.header import Header, read_header
 from fp8ckpt.tensors.pairing import pair
@@ -43,12 +52,6 @@ from fp8ckpt.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     import torch
-
-INDEX = "model.safetensors.index.json"
-NATIVE_INDEX = "consolidated.safetensors.index.json"
-# What trainers and PEFT leave beside a model's own files, and no loader takes for a part of it.
-_FOREIGN = ("adapter_*.safetensors", "optimizer*.safetensors", "training_*.safetensors")
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,11 @@ def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Chec
 def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
     """Raise the first of ``defects``, if there is one, and mention the others."""
     defects = list(defects)
-    if defects:
-        first = defects[0]
-        if len(defects) > 1:
-            more = f"{len(defects) - 1} more defect{'s' if len(defects) > 2 else ''}: see fp8ckpt inspect"
-            first.remedy = f"{first.remedy}; {more}" if first.remedy else more
-            first = type(first)(
-                first.found, tensor=first.tensor, file=first.file, expected=first.expected, remedy=first.remedy
-            )
-        raise first
+    if not defects:
+        return
+    if more := len(defects) - 1:
+        raise defects[0].advising(f"{more} more defect{'s' if more > 1 else ''}: see fp8ckpt inspect")
+    raise defects[0]
 
 
 @kept_open()
@@ -194,17 +193,17 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
         defects.append(error)
         config, blocks, quantized = {}, BlockSizes(), False
     index_name, index = None, None
-    on_disk = names = [single] if single else _on_disk(store)
+    on_disk = names = [single] if single else safetensors_in(store)
     if single:
-        _refuse_part(store, single)
+        refuse_part(store, single)
     else:
-        index_name, index = _read_index(store, on_disk, defects)
-        names = _file_names(store, on_disk, index_name, index, defects)
-    beside = [name for name in on_disk if name not in names and _is_foreign(name)]
+        index_name, index = read_index(store, on_disk, defects)
+        names = file_names(store, on_disk, index_name, index, defects)
+    beside = [name for name in on_disk if name not in names and is_foreign(name)]
     if index_name is not None and index is not None:
         listed = set(index["weight_map"].values())
-        unnamed = [name for name in _model_files(on_disk) if name not in listed]
-        for name in filter(lambda name: _holds_tensors(File(store, name)), unnamed):
+        unnamed = [name for name in model_files(on_disk) if name not in listed]
+        for name in filter(lambda name: holds_tensors(File(store, name)), unnamed):
             if follow_index:
                 beside.append(name)
                 notes.append(f"{shown(name)}: {index_name} does not name it, and it is no part of the checkpoint")
@@ -221,7 +220,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     spans = _spans_by_name(headers, unlisted, defects, notes)
     slips: list[Fp8CheckpointError] = []
     if index is not None and index_name is not None:
-        _compare_index(index_name, index, spans, complete, defects, slips)
+        compare_index(index_name, index, spans, complete, defects, slips)
     pairing = pair(spans, blocks, quantized=quantized, complete=complete)
     defects += pairing.defects
     return Checkpoint(
@@ -307,137 +306,3 @@ def _refuse_hidden(path: Path) -> None:
 
 def _is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
-
-
-def _read_index(
-    store: Store, on_disk: list[str], defects: list[Fp8CheckpointError]
-) -> tuple[str | None, dict[str, Any] | None]:
-    for name in (INDEX, NATIVE_INDEX):
-        if name == NATIVE_INDEX and any(not is_native(file) for file in _model_files(on_disk)):
-            continue
-        try:
-            index = configuration.load_json(store, name)
-        except StorageError as error:
-            defects.append(error)
-            return name, None
-        except ConfigError as error:
-            defects.append(IndexMismatchError.of_json(name, error))
-            return name, None
-        if index is None:
-            continue
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            defects.append(IndexMismatchError.of_kind(name))
-            return name, None
-        return name, index
-    return None, None
-
-
-def is_native(name: str) -> bool:
-    """Whether a file belongs to Mistral's own copy of the weights, which stands beside the Hugging Face one."""
-    return name.startswith("consolidated") and name.endswith(".safetensors")
-
-
-def _is_foreign(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _FOREIGN)
-
-
-def _on_disk(store: Store) -> list[str]:
-    """The safetensors files at the top. Lists all of the store: what cannot be listed is refused here."""
-    at_the_top = {name.partition("/")[0] for name in store.files()}  # a folder so called is refused when it is read
-    return sorted(name for name in at_the_top if name.endswith(".safetensors"))
-
-
-def _model_files(on_disk: list[str]) -> list[str]:
-    """The safetensors files that may be of the model. A directory of nothing but an adapter holds that; and Mistral's
-    own copy counts where it is the only one.
-    """
-    own = [name for name in on_disk if not _is_foreign(name)] or on_disk
-    return [name for name in own if not is_native(name)] or own
-
-
-def _holds_tensors(file: File) -> bool:
-    """Whether a file holds a tensor, or may hold one."""
-    header, defects = read_header(file)
-    return bool(defects) or (header is not None and bool(header.spans))
-
-
-def _file_names(
-    store: Store,
-    on_disk: list[str],
-    index_name: str | None,
-    index: dict[str, Any] | None,
-    defects: list[Fp8CheckpointError],
-) -> list[str]:
-    if index is None:
-        on_disk = _model_files(on_disk)
-        if not on_disk:
-            raise CheckpointNotFoundError(
-                "there is no safetensors file in it", file=store.where, remedy="check the path"
-            )
-        if index_name is None:
-            _find_missing_parts(on_disk, defects)
-        return on_disk
-    named: list[str] = []
-    for name in sorted(set(index["weight_map"].values())):
-        if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-            defects.append(IndexMismatchError.of_path(index_name or INDEX, name))
-        elif not _is_there(store, name):
-            tensor = next(tensor for tensor, file in index["weight_map"].items() if file == name)
-            defects.append(IndexMismatchError.of_absent(index_name or INDEX, tensor, name, store.where))
-        else:
-            named.append(name)
-    return named
-
-
-def _is_there(store: Store, name: str) -> bool:
-    try:
-        return name in store.files()
-    except StorageError:  # it is there, and what it is will be said when it is read
-        return True
-
-
-def _refuse_part(store: Store, name: str) -> None:
-    """One file of several is no checkpoint: what it lacks lies in the others."""
-    named = _read_index(store, [name], [])[1]
-    files = set(named["weight_map"].values()) if named is not None else set()
-    match = _PART.fullmatch(name)
-    count = len(files) if name in files else int(match.group(3)) if match else 1
-    if count > 1:
-        remedy = f"open the directory: {store.where}"
-        raise CheckpointNotFoundError(f"this is 1 of {count} files of a checkpoint", file=name, remedy=remedy)
-
-
-def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -> None:
-    """Without an index, ``model-00001-of-00003.safetensors`` still says how many parts there are."""
-    for name in on_disk:
-        if match := _PART.fullmatch(name):
-            stem, _, count = match.groups()
-            for part in range(1, min(int(count), 10_000) + 1):
-                expected = f"{stem}-{part:05d}-of-{count}.safetensors"
-                if expected not in on_disk:
-                    defects.append(IndexMismatchError.of_part(name, expected, int(count)))
-            return
-
-
-def _compare_index(
-    file: str,
-    index: dict[str, Any],
-    spans: Mapping[str, TensorSpan],
-    complete: bool,
-    defects: list[Fp8CheckpointError],
-    slips: list[Fp8CheckpointError],
-) -> None:
-    weight_map: dict[str, str] = index["weight_map"]
-    stored = {name: span.file.name for name, span in spans.items()}
-    if stored != weight_map:
-        for name in sorted(weight_map.keys() | stored.keys()):
-            listed, actual = weight_map.get(name), stored.get(name)
-            if listed == actual or (actual is None and not complete):
-                continue
-            defects.append(IndexMismatchError.of_place(name, file, listed, actual))
-    metadata = index.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    actual_total = sum(span.stop - span.start for span in spans.values())
-    if complete and total is not None and total != actual_total:
-        slips.append(IndexMismatchError.of_size(file, total, actual_total))
