@@ -18,7 +18,7 @@ from benchmarks.convert import BLOCKS, LAYER, PEAK, tree_bytes
 from benchmarks.kernel import in_threads
 from benchmarks.measuring import child, interleaved, keep, show
 from fp8ckpt import convert, sample
-from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import scale_values
 from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
@@ -157,7 +157,7 @@ def one_weight() -> None:
                     quantize.encode(parts, band, scales, codes[run])
 
             in_threads(look, threads, rows)()
-            scales = scale_values(quantize.fresh_scales(np.maximum.reduce(maxima), "F32"), "F32")
+            scales = scale_values(scaling.fresh_scales(np.maximum.reduce(maxima), "F32"), "F32")
             in_threads(code, threads, rows)()
             found["ours"] = torch.from_numpy(codes).reshape(rows, cols)
 

@@ -66,7 +66,7 @@ def convert(
     ``like``, the quantized checkpoint that the source came from: its layout is written, with the source's values, in
     FP8 or four bits, as each weight is there; ``to`` is "fp8" then, and need not be said. It decides names, files,
     grids, scale dtypes, activation scales, configuration and side files. ``scales``
-    "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule) and makes a
+    "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.scaling` has the rule) and makes a
     new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. What the source
     lacks is carried from the base, byte for byte, where that is known to be right: layers that predict further tokens
     (MTP), and the tensors in whose names ``carry`` (a regular expression) is found; a tied head is the source's

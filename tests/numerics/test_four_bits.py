@@ -23,13 +23,8 @@ from fp8ckpt.numerics.geometry import BlockGrid, bytes_of_region, bytes_of_run
 from fp8ckpt.numerics.quantize import (
     E2M1,
     block_array,
-    choose_scales,
     count_inexact,
     encode,
-    fits,
-    fresh_factor,
-    fresh_scales,
-    may_fit,
     pack,
     parts_of_run,
     raise_maxima,
@@ -37,6 +32,7 @@ from fp8ckpt.numerics.quantize import (
     unpack,
     values_of,
 )
+from fp8ckpt.numerics.scaling import choose_scales, fits, fresh_factor, fresh_scales, may_fit
 from tests import oracle
 from tests.oracle import NUMPY, Stored
 

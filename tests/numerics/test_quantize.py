@@ -22,9 +22,6 @@ from fp8ckpt.numerics.quantize import (
     count_inexact,
     count_nonfinite,
     encode,
-    fits,
-    fresh_scales,
-    may_fit,
     parts_of_region,
     parts_of_run,
     raise_maxima,
@@ -32,6 +29,7 @@ from fp8ckpt.numerics.quantize import (
     tally,
     values_of,
 )
+from fp8ckpt.numerics.scaling import fits, fresh_scales, may_fit
 from tests import oracle
 from tests.numerics.test_dequantize import draw_scales
 from tests.oracle import NUMPY, Stored

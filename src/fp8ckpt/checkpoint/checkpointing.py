@@ -124,7 +124,7 @@ class Checkpointer:
 
         ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same
         values, on any mesh; each shard is quantized as it is written. ``like`` must be given. ``scales`` "reuse" keeps
-        the scale of a block whose values still fit it (`fp8ckpt.numerics.quantize` has the rule), "fresh" makes all
+        the scale of a block whose values still fit it (`fp8ckpt.numerics.scaling` has the rule), "fresh" makes all
         anew. ``report``: say what training did; without it the base's codes are not read.
 
         Returns what the save did, the same on every rank: for "fp8" an `Fp8Result`, with the report that ``convert``

@@ -3,7 +3,7 @@ layout, in one pass.
 
 What is written is, file for file and byte for byte, what ``convert(..., to="fp8", like=base)`` makes of the same
 values, however they are sharded: names, headers, index, configuration and side files are the base's, and so are
-activation scales and the scales of a cache; a scale is kept or made by the rule of `fp8ckpt.numerics.quantize`, of all
+activation scales and the scales of a cache; a scale is kept or made by the rule of `fp8ckpt.numerics.scaling`, of all
 elements of its block. No rank holds a copy of its shard, in any dtype. Values stay on their device until a piece of
 them is worked on.
 
@@ -27,7 +27,7 @@ from fp8ckpt.checkpoint.fp8_part import Part, Task
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, QuantizationReport
 from fp8ckpt.encodings.rule import units_of
 from fp8ckpt.errors import RanksDifferError
-from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics import scaling
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
@@ -182,7 +182,7 @@ class FP8StorageWriter(DirectoryWriter):
             if span.name not in self._beside:
                 continue
             if self._fresh and span.name in self._empty:
-                fresh = quantize.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
+                fresh = scaling.fresh_scales(np.zeros(span.numel, np.float32), span.dtype).view(np.uint8)
                 files.of(layout.name).write(fresh, span.start)
             else:
                 for start in range(span.start, span.stop, _COPIED):

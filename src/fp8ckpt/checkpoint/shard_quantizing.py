@@ -23,7 +23,7 @@ from fp8ckpt.checkpoint.directory_writer import write_region
 from fp8ckpt.checkpoint.save_report import Tallies
 from fp8ckpt.checkpoint.shards import PIECE, Cut, Numbers, Shard, elements_of_block, numbers_of
 from fp8ckpt.encodings.rule import Decided, Rule, Step
-from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, U8, Factor
 from fp8ckpt.numerics.geometry import (
     Region,
@@ -253,7 +253,7 @@ class ShardQuantizer:
         if rule.factor is None or shard.factor is None:
             return rule
         largest, exact = self._waiting.of(np.array([shard.factor]))
-        return rule.under(quantize.choose_factor(largest[0], rule.factor, exact=bool(exact[0]), fresh=rule.fresh))
+        return rule.under(scaling.choose_factor(largest[0], rule.factor, exact=bool(exact[0]), fresh=rule.fresh))
 
     def _taken(self, cut: Cut, region: Region, rule: Rule) -> tuple[Step, Surroundings, Scales]:
         """A step's values, where they lie among blocks, and the scales that these have in the base, as stored."""

@@ -26,7 +26,7 @@ from fp8ckpt.encodings.runs import Run, bands_of, runs_of
 from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
-from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.products import Arrival
@@ -242,7 +242,7 @@ class QuantizingFiller:
         facts.maxima["0"] = max(facts.maxima.get("0", 0.0), float(largest))
         if exact is not None and not exact.all():
             facts.inexact = [0]
-        if rule.factor is not None and quantize.outgrows(largest, rule.factor):
+        if rule.factor is not None and scaling.outgrows(largest, rule.factor):
             self._outgrown[unit] = largest
 
     # ---------------------------------------------------------------- wide weights
@@ -274,7 +274,7 @@ class QuantizingFiller:
             if rule.asks(here, before):
                 inexact = np.flatnonzero(~step.exact(before, codes))
                 facts.inexact = sorted({*facts.inexact, *(run.blocks.start + int(block) for block in inexact)})
-            if not quantize.within(here, before, weight.coding).all():
+            if not scaling.within(here, before, weight.coding).all():
                 self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), here.max())
             elif unit not in self._outgrown:
                 self._report(facts, weight, run, step, codes, before, before)

@@ -3,7 +3,7 @@
 A conversion, a save from shards and an adapter differ in where values come from, how they are cut up, and where codes
 go. What decides a scale does not differ: the largest magnitude of its block, and whether the scale of before gives back
 every element. Both are maxima, so that parts of a block may be looked at anywhere, and combined in any order. The
-numbers are those of `fp8ckpt.numerics.quantize`.
+numbers are those of `fp8ckpt.numerics.scaling`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from fp8ckpt.errors import RangeError
 from fp8ckpt.families.siblings import equal_units
-from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import F32, U8, Factor, count_bad_scales, scale_values
 from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.numerics.quantize import CODINGS, E4M3, Coding, Mask, Part, Scales, Tally, Values
@@ -77,7 +77,7 @@ class Rule:
 
         Raises `RangeError` where the dtype could not hold a new one.
         """
-        chosen, keep = quantize.choose_scales(
+        chosen, keep = scaling.choose_scales(
             maxima, None if self.fresh else stored, self.dtype, exact,
             powers_of_two=self.powers_of_two, coding=self.coding, factor=self.factor,
         )  # fmt: skip
@@ -95,8 +95,8 @@ class Rule:
         """Whether it matters if the scales of before give back every element: a block, or all, is small for them."""
         if self.fresh:
             return False
-        small = self.factor is not None and quantize.small_for(maxima.max(initial=0), self.factor)
-        return small or bool(quantize.may_fit(maxima, before, self.coding).any())
+        small = self.factor is not None and scaling.small_for(maxima.max(initial=0), self.factor)
+        return small or bool(scaling.may_fit(maxima, before, self.coding).any())
 
 
 class Step(NamedTuple):

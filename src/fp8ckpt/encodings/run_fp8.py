@@ -23,7 +23,7 @@ from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.encodings.rule import Decided
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import ExtentWriter, Progress, begin
-from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import F32, Factor
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
@@ -149,7 +149,7 @@ def _factor_of_unit(
     assert before is not None
     largest = np.float32(max(part.maxima.get("0", 0.0) for part in facts))
     exact = not any(part.inexact for part in facts)
-    factor = quantize.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
+    factor = scaling.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
     kept = factor is before
     for weight in members:
         written = rule_of(plan, weight.name).factor if kept else factor
