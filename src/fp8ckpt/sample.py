@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fp8ckpt.families.miniatures import LAYOUTS, Weight, side_files
+from fp8ckpt.families.miniatures import DeepseekSizes as DeepseekSizes
+from fp8ckpt.families.miniatures import Mistral3Sizes as Mistral3Sizes
 from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.forecast import Forecast
@@ -29,72 +31,8 @@ from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
 if TYPE_CHECKING:
     from fp8ckpt.engine import Progress
 
-LAYOUTS = ("identity", "nested")
-_BLOCK = (128, 128)
 _POOL = 1 << 22  # deviates that all weights are cut from; drawing each anew would take minutes for real sizes
 _BAND = 128  # rows of a weight that are made at once
-_IMAGE_TOKEN, _PAD_TOKEN = 10, 11
-_SPECIAL_TOKENS = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Mistral3Sizes:
-    """Sizes of a Mistral3 vision-language model; by default a miniature of 0.9 MB."""
-
-    layers: int = 2
-    hidden: int = 128
-    intermediate: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    vocabulary: int = 512
-    vision_layers: int = 2
-    vision_hidden: int = 64
-    vision_intermediate: int = 128
-    vision_heads: int = 2
-    image_size: int = 56
-
-    @classmethod
-    def true_shape(cls) -> Mistral3Sizes:
-        """Mistral Medium 3.5 128B; the width of its vision tower is Pixtral Large's."""
-        return cls(88, 12288, 28672, 96, 8, 128, 131072, 48, 1664, 8192, 16, 1540)
-
-
-@dataclass(frozen=True)
-class DeepseekSizes:
-    """Sizes of a DeepSeek-V3-shaped model; by default a miniature whose dimensions are no multiples of 128."""
-
-    layers: int = 2
-    dense_layers: int = 1
-    hidden: int = 320
-    intermediate: int = 416
-    expert_intermediate: int = 160
-    experts: int = 4
-    heads: int = 4
-    q_rank: int = 192
-    kv_rank: int = 96
-    nope_dim: int = 32
-    rope_dim: int = 16
-    v_dim: int = 32
-    vocabulary: int = 512
-
-    @classmethod
-    def true_shape(cls) -> DeepseekSizes:
-        """DeepSeek V3, without its layer of multi-token prediction: about 91,000 tensors."""
-        return cls(61, 3, 7168, 18432, 2048, 256, 128, 1536, 512, 128, 64, 128, 129280)
-
-
-class _Weight(NamedTuple):
-    """A tensor of the model. ``fill`` is a constant, or None for normal deviates of variance 1 / fan-in."""
-
-    name: str
-    shape: tuple[int, ...]
-    fp8: bool = False
-    fill: float | None = None
-    dtype: str = "BF16"
 
 
 def sample(
@@ -163,7 +101,7 @@ def plan_sample(
 
 class _Planned(NamedTuple):
     output: OutputPlan
-    weights: list[_Weight]
+    weights: list[Weight]
     block: tuple[int, int] | None
 
 
@@ -173,14 +111,11 @@ def _plan(sizes: Mistral3Sizes | DeepseekSizes, layout: str, files: int, sparse:
         raise ValueError(f"files={files}; expected at least 1")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
-    if isinstance(sizes, Mistral3Sizes):
-        if sizes.heads % sizes.kv_heads:
-            raise ValueError(f"heads={sizes.heads} is no multiple of kv_heads={sizes.kv_heads}")
-        weights, config, block = list(_mistral3(sizes, layout)), _mistral3_config(sizes), None
-    else:
-        weights, config, block = list(_deepseek(sizes)), _deepseek_config(sizes), _BLOCK
+    if isinstance(sizes, Mistral3Sizes) and sizes.heads % sizes.kv_heads:
+        raise ValueError(f"heads={sizes.heads} is no multiple of kv_heads={sizes.kv_heads}")
+    weights, block = list(sizes.weights(layout)), sizes.block
     layouts = _partition(weights, block, files)
-    texts = {**_side_files(sizes.vocabulary), CONFIG: dump_json(config), INDEX: index_text(layouts)}
+    texts = {**side_files(sizes.vocabulary), CONFIG: dump_json(sizes.config()), INDEX: index_text(layouts)}
     arguments = {
         "job": "sample",
         "sizes": repr(sizes),
@@ -199,11 +134,11 @@ def _array(data: bytes) -> Any:
     return np.frombuffer(data, np.uint8)
 
 
-def _nbytes(weight: _Weight) -> int:
+def _nbytes(weight: Weight) -> int:
     return tensor_nbytes("F8_E4M3" if weight.fp8 else weight.dtype, weight.shape)
 
 
-def _scale_specs(weight: _Weight, block: tuple[int, int] | None) -> list[TensorSpec]:
+def _scale_specs(weight: Weight, block: tuple[int, int] | None) -> list[TensorSpec]:
     if not weight.fp8:
         return []
     if block is not None:
@@ -214,7 +149,7 @@ def _scale_specs(weight: _Weight, block: tuple[int, int] | None) -> list[TensorS
     ]
 
 
-def _partition(weights: list[_Weight], block: tuple[int, int] | None, files: int) -> list[FileLayout]:
+def _partition(weights: list[Weight], block: tuple[int, int] | None, files: int) -> list[FileLayout]:
     """Fill the files one after the other with about the same number of bytes; a scale may go to the file after its
     weight's.
     """
@@ -240,9 +175,7 @@ def _partition(weights: list[_Weight], block: tuple[int, int] | None, files: int
     ]
 
 
-def _bytes_of(
-    weight: _Weight, block: tuple[int, int] | None, sparse: bool, seed: int
-) -> Iterator[tuple[str, int, Any]]:
+def _bytes_of(weight: Weight, block: tuple[int, int] | None, sparse: bool, seed: int) -> Iterator[tuple[str, int, Any]]:
     """(stored tensor, offset in it in bytes, bytes) of a weight and its scales."""
     import numpy as np
 
@@ -278,14 +211,14 @@ def _bytes_of(
         if block is None:
             grid, scales = BlockGrid(values.shape, values.shape), np.full((1, 1), tensor_scale, np.float32)
         else:
-            grid = BlockGrid(values.shape, (len(values), _BLOCK[1]))
-            edges = np.arange(0, values.shape[1], _BLOCK[1])
+            grid = BlockGrid(values.shape, (len(values), block[1]))
+            edges = np.arange(0, values.shape[1], block[1])
             scales = (np.maximum.reduceat(np.abs(values).max(axis=0), edges) / np.float32(448)).astype(np.float32)[
                 np.newaxis
             ]
             yield (
                 scale_name,
-                offset // (values.shape[1] * _BLOCK[0]) * len(edges) * 4,
+                offset // (values.shape[1] * block[0]) * len(edges) * 4,
                 scales.reshape(-1).view(np.uint8),
             )
         encode(parts_of_run(grid, 0, values.size), values_of(values.reshape(-1).view(np.uint8), "F32"), scales, codes)
@@ -303,7 +236,7 @@ def _bf16(values: Any, *, up: bool = False) -> Any:
 _pools: dict[int, Any] = {}
 
 
-def _bands(weight: _Weight, seed: int) -> Iterator[tuple[int, Any]]:
+def _bands(weight: Weight, seed: int) -> Iterator[tuple[int, Any]]:
     """(first element, values f32 [rows, row size]) of `_BAND` rows after another, the same at every call."""
     import numpy as np
 
@@ -322,206 +255,3 @@ def _bands(weight: _Weight, seed: int) -> Iterator[tuple[int, Any]]:
             first = (start + row * width) % _POOL
             values = np.resize(np.concatenate((_pools[seed][first:], _pools[seed][:first])), shape)
             yield row * width, values * np.float32(width**-0.5)
-
-
-def _mistral3(sizes: Mistral3Sizes, layout: str) -> Iterator[_Weight]:
-    text, vision, projector, head = (
-        ("model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head")
-        if layout == "identity"
-        else ("language_model.model", "vision_tower", "multi_modal_projector", "language_model.lm_head")
-    )
-    hidden, wide = sizes.hidden, sizes.intermediate
-    q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    yield _Weight(f"{text}.embed_tokens.weight", (sizes.vocabulary, hidden))
-    for i in range(sizes.layers):
-        layer = f"{text}.layers.{i}"
-        yield _Weight(f"{layer}.input_layernorm.weight", (hidden,), fill=1.0)
-        yield _Weight(f"{layer}.self_attn.q_proj.weight", (q, hidden), fp8=True)
-        yield _Weight(f"{layer}.self_attn.k_proj.weight", (kv, hidden), fp8=True)
-        yield _Weight(f"{layer}.self_attn.v_proj.weight", (kv, hidden), fp8=True)
-        yield _Weight(f"{layer}.self_attn.o_proj.weight", (hidden, q), fp8=True)
-        yield _Weight(f"{layer}.post_attention_layernorm.weight", (hidden,), fill=1.0)
-        yield _Weight(f"{layer}.mlp.gate_proj.weight", (wide, hidden), fp8=True)
-        yield _Weight(f"{layer}.mlp.up_proj.weight", (wide, hidden), fp8=True)
-        yield _Weight(f"{layer}.mlp.down_proj.weight", (hidden, wide), fp8=True)
-    yield _Weight(f"{text}.norm.weight", (hidden,), fill=1.0)
-    yield _Weight(f"{head}.weight", (sizes.vocabulary, hidden))
-    seen = sizes.vision_hidden
-    yield _Weight(f"{vision}.patch_conv.weight", (seen, 3, 14, 14))
-    yield _Weight(f"{vision}.ln_pre.weight", (seen,), fill=1.0)
-    for i in range(sizes.vision_layers):
-        layer = f"{vision}.transformer.layers.{i}"
-        yield _Weight(f"{layer}.attention_norm.weight", (seen,), fill=1.0)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield _Weight(f"{layer}.attention.{name}.weight", (seen, seen))
-        yield _Weight(f"{layer}.ffn_norm.weight", (seen,), fill=1.0)
-        yield _Weight(f"{layer}.feed_forward.gate_proj.weight", (sizes.vision_intermediate, seen))
-        yield _Weight(f"{layer}.feed_forward.up_proj.weight", (sizes.vision_intermediate, seen))
-        yield _Weight(f"{layer}.feed_forward.down_proj.weight", (seen, sizes.vision_intermediate))
-    yield _Weight(f"{projector}.norm.weight", (seen,), fill=1.0)
-    yield _Weight(f"{projector}.patch_merger.merging_layer.weight", (seen, 4 * seen))
-    yield _Weight(f"{projector}.linear_1.weight", (hidden, seen))
-    yield _Weight(f"{projector}.linear_2.weight", (hidden, hidden))
-
-
-def _deepseek(sizes: DeepseekSizes) -> Iterator[_Weight]:
-    hidden = sizes.hidden
-    yield _Weight("model.embed_tokens.weight", (sizes.vocabulary, hidden))
-    for i in range(sizes.layers):
-        layer = f"model.layers.{i}"
-        attention = f"{layer}.self_attn"
-        yield _Weight(f"{layer}.input_layernorm.weight", (hidden,), fill=1.0)
-        yield _Weight(f"{attention}.q_a_proj.weight", (sizes.q_rank, hidden), fp8=True)
-        yield _Weight(f"{attention}.q_a_layernorm.weight", (sizes.q_rank,), fill=1.0)
-        yield _Weight(
-            f"{attention}.q_b_proj.weight", (sizes.heads * (sizes.nope_dim + sizes.rope_dim), sizes.q_rank), fp8=True
-        )
-        yield _Weight(f"{attention}.kv_a_proj_with_mqa.weight", (sizes.kv_rank + sizes.rope_dim, hidden), fp8=True)
-        yield _Weight(f"{attention}.kv_a_layernorm.weight", (sizes.kv_rank,), fill=1.0)
-        yield _Weight(
-            f"{attention}.kv_b_proj.weight", (sizes.heads * (sizes.nope_dim + sizes.v_dim), sizes.kv_rank), fp8=True
-        )
-        yield _Weight(f"{attention}.o_proj.weight", (hidden, sizes.heads * sizes.v_dim), fp8=True)
-        yield _Weight(f"{layer}.post_attention_layernorm.weight", (hidden,), fill=1.0)
-        if i < sizes.dense_layers:
-            yield from _deepseek_mlp(f"{layer}.mlp", hidden, sizes.intermediate)
-        else:
-            yield _Weight(f"{layer}.mlp.gate.weight", (sizes.experts, hidden))
-            yield _Weight(f"{layer}.mlp.gate.e_score_correction_bias", (sizes.experts,), fill=0.5, dtype="F32")
-            for expert in range(sizes.experts):
-                yield from _deepseek_mlp(f"{layer}.mlp.experts.{expert}", hidden, sizes.expert_intermediate)
-            yield from _deepseek_mlp(f"{layer}.mlp.shared_experts", hidden, sizes.expert_intermediate)
-    yield _Weight("model.norm.weight", (hidden,), fill=1.0)
-    yield _Weight("lm_head.weight", (sizes.vocabulary, hidden))
-
-
-def _deepseek_mlp(name: str, hidden: int, wide: int) -> Iterator[_Weight]:
-    yield _Weight(f"{name}.gate_proj.weight", (wide, hidden), fp8=True)
-    yield _Weight(f"{name}.up_proj.weight", (wide, hidden), fp8=True)
-    yield _Weight(f"{name}.down_proj.weight", (hidden, wide), fp8=True)
-
-
-def _mistral3_config(sizes: Mistral3Sizes) -> dict[str, Any]:
-    return {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "dtype": "bfloat16",
-        "image_token_index": _IMAGE_TOKEN,
-        "model_type": "mistral3",
-        "multimodal_projector_bias": False,
-        "projector_hidden_act": "gelu",
-        "quantization_config": {
-            "activation_scheme": "static",
-            "dequantize": False,
-            "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-            "quant_method": "fp8",
-            "weight_block_size": None,
-        },
-        "spatial_merge_size": 2,
-        "text_config": {
-            "head_dim": sizes.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.intermediate,
-            "max_position_embeddings": 262144,
-            "model_type": "ministral3",
-            "num_attention_heads": sizes.heads,
-            "num_hidden_layers": sizes.layers,
-            "num_key_value_heads": sizes.kv_heads,
-            "rms_norm_eps": 1e-05,
-            "tie_word_embeddings": False,
-            "vocab_size": sizes.vocabulary,
-        },
-        "tie_word_embeddings": False,
-        "vision_config": {
-            "hidden_size": sizes.vision_hidden,
-            "image_size": sizes.image_size,
-            "intermediate_size": sizes.vision_intermediate,
-            "model_type": "pixtral",
-            "num_attention_heads": sizes.vision_heads,
-            "num_channels": 3,
-            "num_hidden_layers": sizes.vision_layers,
-            "patch_size": 14,
-        },
-        "vision_feature_layer": -1,
-    }
-
-
-def _deepseek_config(sizes: DeepseekSizes) -> dict[str, Any]:
-    groups = 8 if sizes.experts % 8 == 0 else 1
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "dtype": "bfloat16",
-        "first_k_dense_replace": sizes.dense_layers,
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate,
-        "kv_lora_rank": sizes.kv_rank,
-        "model_type": "deepseek_v3",
-        "moe_intermediate_size": sizes.expert_intermediate,
-        "n_group": groups,
-        "n_routed_experts": sizes.experts,
-        "n_shared_experts": 1,
-        "num_attention_heads": sizes.heads,
-        "num_experts_per_tok": min(8, sizes.experts // 2),
-        "num_hidden_layers": sizes.layers,
-        "num_key_value_heads": sizes.heads,
-        "num_nextn_predict_layers": 0,
-        "q_lora_rank": sizes.q_rank,
-        "qk_nope_head_dim": sizes.nope_dim,
-        "qk_rope_head_dim": sizes.rope_dim,
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": list(_BLOCK),
-        },
-        "topk_group": max(1, groups // 2),
-        "v_head_dim": sizes.v_dim,
-        "vocab_size": sizes.vocabulary,
-    }
-
-
-def _side_files(vocabulary: int) -> dict[str, bytes]:
-    """A working byte-level tokenizer, and the other small files that a release has."""
-    # GPT-2's printable stand-ins for bytes, which byte-level tokenizers share.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    stand_ins = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*_SPECIAL_TOKENS, *stand_ins]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, token in enumerate(_SPECIAL_TOKENS)
-    ]
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens) if i < vocabulary}, "merges": []},
-    }
-    return {
-        "README.md": b"A miniature checkpoint, written by `fp8ckpt sample`. Its weights are random.\n",
-        "chat_template.jinja": b"{% for message in messages %}[INST]{{ message['content'] }}[/INST]{% endfor %}\n",
-        "generation_config.json": dump_json({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": _PAD_TOKEN}),
-        "tokenizer.json": dump_json(tokenizer),
-        "tokenizer_config.json": dump_json(
-            {
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "pad_token": "<pad>",
-                "unk_token": "<unk>",
-                "tokenizer_class": "PreTrainedTokenizerFast",
-            }
-        ),
-    }
