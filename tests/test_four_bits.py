@@ -529,10 +529,12 @@ def test_engines_know_the_method(name: str, written: dict[str, Checkpoint]) -> N
     assert not [note for note in found.notes if "not checked" in note or "nothing is quantized" in note]
 
 
-def gpt_oss(directory: Path) -> Path:
-    """A release of random bytes, in which the projections down are square: no shape says how they lie."""
+def gpt_oss(directory: Path, intermediate: int = 64) -> Path:
+    """A release of random bytes, in which the projections down are square, if nothing else is asked for: no shape says
+    how they lie.
+    """
     config = transformers.GptOssConfig(
-        num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2,
+        num_hidden_layers=2, hidden_size=64, intermediate_size=intermediate, num_local_experts=4, num_experts_per_tok=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=128, sliding_window=8,
         layer_types=["sliding_attention", "full_attention"], dtype="bfloat16", architectures=["GptOssForCausalLM"],
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from fp8ckpt import convert, load_pretrained, merge, open_checkpoint, verify
 from tests.families.releases import RELEASES
 from tests.oracle import read_directory
+from tests.test_four_bits import gpt_oss
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -83,6 +84,24 @@ def test_merged_by_peft_and_by_us(case: str, tmp_path: Path) -> None:
     merged = {row.name for row in result.report.weights}
     assert {key for key in old if old[key] != new[key]} >= {open_checkpoint(base)[row].span.name for row in merged}
     assert result.merged == len(merged) > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_four_bits(tmp_path: Path) -> None:
+    """gpt-oss, whose codes lie across the experts that PEFT adapts: what it merges in float32 is what is merged in
+    BF16, and back in MXFP4 most of it arrives.
+    """
+    base = gpt_oss(tmp_path / "base", intermediate=96)
+    model = trained(base, tmp_path / "a", std=0.05, target_modules=["q_proj"], target_parameters=EXPERTS, r=2)
+    merge(base, tmp_path / "a", tmp_path / "bf16", to="bf16")
+    result = merge(base, tmp_path / "a", tmp_path / "fp4")
+    found = load_pretrained(tmp_path / "bf16", dtype=torch.float32).state_dict()
+    for name, value in model.merge_and_unload().state_dict().items():
+        assert (found[name].bfloat16() == value.bfloat16()).double().mean() > 0.999, name
+    assert result.merged == 6
+    experts = [row.arrived for row in result.report.weights if "experts" in row.name]
+    assert experts == pytest.approx([0.9] * 4, abs=0.05)  # the OCP's scales clip what is above six of them
+    assert verify(tmp_path / "fp4").ok
 
 
 @pytest.mark.filterwarnings("ignore")
