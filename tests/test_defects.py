@@ -848,6 +848,7 @@ SAFE = (
     "fetch it first",
     "hf download",
     ": --like BASE",
+    "if it never will, delete that object",  # our own mark that a run writes there
 )
 
 

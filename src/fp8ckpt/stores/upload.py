@@ -173,7 +173,7 @@ class Destination:
         if upload is not None and self._do("writing", name, partial(self._client.finish, new=new), name, upload, etags):
             return
         if not self._is_made(name, etags):
-            remedy = "begin anew: delete what is below it, and the state in the working directory"
+            remedy = "begin anew, with another destination"
             raise StorageError(f"its upload to {self.where} was aborted", file=name, remedy=remedy)
 
     def _is_made(self, name: str, etags: Sequence[str]) -> bool:
