@@ -47,6 +47,7 @@ from fp8ckpt.sample import DeepseekSizes
 from fp8ckpt.stores import ahead, http, remote
 from fp8ckpt.stores import s3 as s3_module
 from fp8ckpt.stores.store import ByteRange
+from fp8ckpt.tensors import header
 from tests.distributed import bits
 from tests.stores.conftest import BUCKET, Far, contents
 from tests.stores.servers import Answer, Asked, Hub, Server, serving
@@ -138,10 +139,17 @@ def _data(far: Far) -> list[Asked]:
 
 @SERVED
 def test_requests_of_opening(far: Far) -> None:
-    """Two ranges a file, many files at once, and one for each configuration."""
+    """One range a file, and another one where the header is longer; many files at once, and one for each
+    configuration.
+    """
     checkpoint = open_checkpoint(far.store())
+    assert len(_data(far)) == len(checkpoint.files)
+    far.server.asked.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(header, "_FIRST", 100)
+        assert open_checkpoint(far.store()).files == checkpoint.files
     assert len(_data(far)) == 2 * len(checkpoint.files)
-    assert sum(asked.ranged for asked in _data(far)) == sum(8 + len(header.text) for header in checkpoint.files)
+    assert sum(asked.ranged for asked in _data(far)) == sum(8 + len(one.text) for one in checkpoint.files)
     assert far.pauses == []
 
 

@@ -19,6 +19,7 @@ from fp8ckpt.errors import ConfigError, Fp8CheckpointError, HeaderError, Truncat
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
+_FIRST = 128 << 10  # bytes
 _LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
 _LONGEST_WIDE = 25_000_000  # bytes; of text that is not ASCII, for which Python takes four bytes a character
 _MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound what it takes in memory: 250,000 matrices
@@ -41,18 +42,21 @@ def read_header(file: File) -> tuple[Header | None, list[Fp8CheckpointError]]:
     """Read and validate one header.
 
     Returns the header with the tensors that are sound, and every defect found; the header is None where nothing in it
-    can be used. Reads the length and the header, no data. Memory is bounded by the header's true length (at most 100
-    MB).
+    can be used. Reads the length and the header; of a store that is far away so much at once that most headers are one
+    request. Memory is bounded by the header's true length (at most 100 MB).
     """
     try:
         size = file.stat.size
-        head = np.zeros(8, np.uint8)
-        file.read(0, head[: min(8, size)])
-        length = int.from_bytes(head.tobytes(), "little")
+        head = np.zeros(min(size, _FIRST if file.store.at_once > 1 else 8), np.uint8)
+        file.read(0, head)
+        length = int.from_bytes(head[:8].tobytes(), "little")
         if (fatal := _length_defect(file, size, length)) is not None:
             return None, [fatal]
         stored = np.empty(length, np.uint8)
-        file.read(8, stored)
+        known = min(length, head.size - 8)
+        stored[:known] = head[8 : 8 + known]
+        if known < length:
+            file.read(8 + known, stored[known:])
         text = stored.tobytes()
         entries = parse_json(text, file, HeaderError)
     except Fp8CheckpointError as error:
