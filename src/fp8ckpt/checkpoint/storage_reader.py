@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from fp8ckpt.system import hint_huge_pages
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.tensors.tensor import Tensor
+from fp8ckpt.tensors.tensor import Tensor, with_scales
 from fp8ckpt.workers import share
 
 logger = logging.getLogger(__name__)
@@ -214,12 +214,15 @@ def _load(loader: RegionLoader, part: tuple[Tensor, Region, torch.Tensor]) -> No
 
 def _reads(work: Iterable[tuple[Tensor, Region, torch.Tensor]]) -> Iterator[list[ByteRange]]:
     """What the work will read, in order: scales, once a tensor, and values."""
-    last = None
-    for tensor, region, target in work:
-        if tensor.scaled is not None and tensor is not last and stored_dtype(target.dtype) != tensor.span.dtype:
-            yield [tensor.scaled.scale.whole]
-        last = tensor
-        yield list(tensor.reads(region))
+
+    def values() -> Iterator[tuple[Sequence[TensorSpan], list[ByteRange]]]:
+        last = None
+        for tensor, region, target in work:
+            needed = tensor is not last and stored_dtype(target.dtype) != tensor.span.dtype
+            yield tensor.scales if needed else (), list(tensor.reads(region))
+            last = tensor
+
+    return with_scales(values())
 
 
 def _metadata(tensor: Tensor) -> TensorStorageMetadata:

@@ -6,14 +6,14 @@ Pure data; every process that makes the same plan cuts it in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.stores.store import ByteRange, Store
 from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.tensors.tensor import Tensor, reads_of_run
+from fp8ckpt.tensors.tensor import Tensor, reads_of_run, with_scales
 
 #: Bytes, at most. With what it is made of, a chunk stays in a second-level cache, and a disk takes it in one request.
 CHUNK = 4 << 20
@@ -109,14 +109,15 @@ def reads_of(tensors: Mapping[str, Tensor], extents: Iterable[Extent], store: St
     """What filling the extents will read of a store, in order: scales, once a tensor, and values. ``tensors``: of which
     each tensor of the output is made, by its name.
     """
-    last = None
-    for extent in extents:
-        for span, low, high in (part for chunk in extent.chunks for part in met(extent.layout, chunk)):
-            tensor = tensors.get(span.name)
-            if tensor is None or tensor.span.file.store is not store:
-                continue
-            if tensor is not last and tensor.scales:
-                yield [scale.whole for scale in tensor.scales]
-            last = tensor
-            start, stop = ((at - span.start) * tensor.numel // span.nbytes for at in (low, high))
-            yield list(reads_of_run(tensor, start, stop))
+
+    def values() -> Iterator[tuple[Sequence[TensorSpan], list[ByteRange]]]:
+        last = None
+        for extent in extents:
+            for span, low, high in (part for chunk in extent.chunks for part in met(extent.layout, chunk)):
+                tensor = tensors.get(span.name)
+                if tensor is not None and tensor.span.file.store is store:
+                    start, stop = ((at - span.start) * tensor.numel // span.nbytes for at in (low, high))
+                    yield tensor.scales if tensor is not last else (), list(reads_of_run(tensor, start, stop))
+                    last = tensor
+
+    return with_scales(values())

@@ -6,8 +6,8 @@ between two weights), so that what one rank fetches and another one needs stays 
 is fetched once. Strips of one read are joined by the rule of `fp8ckpt.stores.remote`.
 
 At most `AHEAD` bytes are held, in flight or waiting to be taken; a request is given back when all of it was taken, or
-nearly all and the room is needed. A thread that runs ahead of all that is held asks for itself, and what it asked for
-is not fetched again: nobody waits for anybody.
+nearly all and the room is needed; what is small of the rest, a scale, is kept. A thread that runs ahead of all that is
+held asks for itself, and what it asked for is not fetched again: nobody waits for anybody.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ AHEAD = 192 << 20  # bytes; with what threads read beside it, all stays below 25
 REQUEST = 16 << 20  # bytes; at most of one request
 GAP = 1 << 20  # bytes that are read over rather than asking twice, within one read
 _BETWEEN_READS = 16  # what is read over between two reads is at most one part in so many of what comes before it
+_NEAR = 64  # bytes that are read over in any case: scales of one value have others, and norms, between them
 _BATCH = 3 * REQUEST  # bytes that are looked at together
 _MOST_RANGES = 1 << 14
+_SMALL = 64 << 10  # bytes; so little room is not worth asking for a scale again
 _REST = 16  # one part in so many of a request that nobody takes (a scale that was announced for nothing) is given up
 
 
@@ -63,7 +65,7 @@ def joined(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
             part = Wanted(file, at, min(at + REQUEST, stop), read)
             if group:
                 last, gap = group[-1], part.start - group[-1].stop
-                most = GAP if last.read == read else min(GAP, held // _BETWEEN_READS)
+                most = GAP if last.read == read else max(_NEAR, min(GAP, held // _BETWEEN_READS))
                 if file != last.file or not 0 <= gap <= most or part.stop - group[0].start > REQUEST:
                     yield group
                     group, held = [], 0
@@ -172,6 +174,14 @@ class Window:
             self._held -= sum(part.buffer.nbytes for part in parts if given(part.fetched))
             self._parts[file] = [part for part in parts if not given(part.fetched)]
 
+    def _keep_small_rests(self) -> None:
+        """Take what is small, and left, out of requests that were nearly all taken: scales beside values."""
+        for part in (part for parts in self._parts.values() for part in parts):
+            given = part.fetched.size > _SMALL and part.fetched.left * _REST < part.fetched.size
+            if given and part.left and part.buffer.nbytes <= _SMALL and part.fetched.future.done():
+                part.buffer = part.buffer.copy()
+                part.fetched = _Fetched(part.left, part.left, part.fetched.future)
+
     def _fill(self) -> None:
         """Begin as many requests as may be held."""
         with self._lock:
@@ -184,7 +194,8 @@ class Window:
                         continue
                 size = sum(part.stop - part.start for part in group or ())
                 if group is not None and self._held + size > AHEAD:
-                    self._give_back(lambda fetched: fetched.left * _REST < fetched.size)
+                    self._keep_small_rests()
+                    self._give_back(lambda fetched: fetched.size > _SMALL and fetched.left * _REST < fetched.size)
                 if group is None or (self._held and self._held + size > AHEAD):
                     self._next = group
                     return

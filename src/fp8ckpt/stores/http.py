@@ -72,7 +72,7 @@ class HttpObjects:
             if not response.headers.get("Content-Range", "").endswith(f"/{stat.size}"):
                 raise SourceChangedError.of(name)
             self.refuse_other(name, stat, response.headers)
-            yield from response.iter_raw(_PIECE)
+            yield from response.iter_raw()
 
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
         """Raise `SourceChangedError` where an answer is of another version."""

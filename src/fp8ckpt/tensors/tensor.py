@@ -7,7 +7,7 @@ Nobody asks which one it has. There are the stored (a `TensorSpan`: its bytes ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits, Dequantizer
     from fp8ckpt.tensors.scaled import QuantizedTensor
     from fp8ckpt.tensors.stored import TensorSpan
+
+_SCALES_AT_ONCE = 1 << 20  # bytes
+_READS_AT_ONCE = 256
 
 DequantizerOf = Callable[["QuantizedTensor", str], "Dequantizer"]
 
@@ -81,6 +84,24 @@ def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
         return
     for region in boxes(tensor.shape, start, stop - start):
         yield from tensor.reads(region)
+
+
+def with_scales(values: Iterable[tuple[Sequence[TensorSpan], list[ByteRange]]]) -> Iterator[list[ByteRange]]:
+    """Reads of values, each with the scales that it needs, as a store is told of them in advance: scales lie near each
+    other, and not near the values, so those of many tensors are one read before all of their values.
+    """
+    scales: dict[ByteRange, None] = {}
+    held: list[list[ByteRange]] = []
+    size = 0
+    for spans, wanted in values:
+        for span in spans:
+            size += 0 if span.whole in scales else span.nbytes
+            scales[span.whole] = None
+        held.append(wanted)
+        if size >= _SCALES_AT_ONCE or len(held) >= _READS_AT_ONCE:
+            yield from (list(scales), *held)
+            scales, held, size = {}, [], 0
+    yield from (list(scales), *held)
 
 
 def bytes_of_values(tensor: Tensor) -> int:
