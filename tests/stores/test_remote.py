@@ -402,6 +402,7 @@ def test_faults_of_the_listing(far: Far) -> None:
 def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 faults in one conversion: the same bytes, and nothing of it is lost."""
     monkeypatch.setattr(ahead, "REQUEST", 8192)
+    monkeypatch.setattr(remote, "REQUEST", 8192)
     draw, count = random.Random(1), [0]
     streak: dict[tuple[str, str], int] = {}
 
@@ -492,7 +493,7 @@ def test_a_kill_and_a_second_run(far: Far, converted: Path, tmp_path: Path, monk
 @SERVED
 def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path) -> None:
     """ETags or blob ids: the same objects are taken up again, by whoever opens them; the state holds no secret."""
-    far.server.fault = lambda asked: "503" if asked.ranged > 20_000 else None
+    far.server.fault = lambda asked: "503" if asked.ranged > 20_000 and "=0-" not in asked.headers["range"] else None
     with pytest.raises(StorageError, match="the same command goes on from there"):
         convert(far.store(), tmp_path / "out")
     state = (tmp_path / "out.partial" / ".fp8ckpt" / "plan.json").read_text()
@@ -559,20 +560,37 @@ def _address(url: str) -> Any:
     return address_of(url)
 
 
+REFUSALS = {
+    "AccessDenied": (403, "check the credentials, the region and their permissions"),
+    "ExpiredToken": (400, "renew the credentials"),
+    "RequestTimeTooSkewed": (403, "set this machine's clock"),
+    "PermanentRedirect": (301, "in which region the bucket is"),
+}
+
+
 @S3
-@pytest.mark.parametrize("status", ["AccessDenied", "ExpiredToken"])
-def test_a_refusal_holds_no_secret(far: Far, status: str) -> None:
-    """What the store answers is named by its code alone."""
-    store = far.store()
-    checkpoint = open_checkpoint(store)
+@pytest.mark.parametrize("code", REFUSALS)
+def test_a_refusal_says_what_to_do_and_holds_no_secret(far: Far, code: str) -> None:
+    """What the store answers, in the midst of it, is named by its code alone."""
+    status, remedy = REFUSALS[code]
+    checkpoint = open_checkpoint(far.store())
     answer = far.server._answer
-    body = f"<Error><Code>{status}</Code><Message>AKIAUSER secret</Message></Error>".encode()
-    far.server._answer = lambda asked: Answer(403, {}, body) if asked.ranged else answer(asked)
-    with pytest.raises(StorageError, match=status) as caught:
+    body = f"<Error><Code>{code}</Code><Message>AKIAUSER secret</Message></Error>".encode()
+    far.server._answer = lambda asked: answer(asked) if "list-type" in asked.path else Answer(status, {}, body)
+    with pytest.raises(StorageError, match=remedy) as caught:
         checkpoint.read("lm_head.weight")
     assert "secret" not in str(caught.value)
     assert "AKIA" not in str(caught.value)
-    assert far.pauses == []
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "http://127.0.0.1:1"])
+def test_an_endpoint_that_is_none(endpoint: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typing error is named at once, what does not answer after some attempts."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr(remote, "wait", lambda seconds: None)
+    text = "boto3 refuses .*AWS_ENDPOINT_URL" if endpoint == "nonsense" else "failed at attempt 4: no whole answer"
+    with pytest.raises(StorageError, match=text):
+        open_checkpoint(f"s3://{BUCKET}/x")
 
 
 # ---------------------------------------------------------------- what cannot be served

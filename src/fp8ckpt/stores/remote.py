@@ -43,7 +43,13 @@ _FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoin
 
 
 class Broken(Exception):
-    """A request came to nothing, or to a part; it may do better the next time. In words without secrets."""
+    """A request came to nothing, or to a part; it may do better the next time. In words without secrets; ``remedy``:
+    what to do if it never does.
+    """
+
+    def __init__(self, found: str, remedy: str = "see whether the store answers, and run it again") -> None:
+        super().__init__(found)
+        self.remedy = remedy
 
 
 class Objects(Protocol):
@@ -173,8 +179,8 @@ def attempted(
             return step()
         except Broken as error:
             if count == most:
-                remedy = "see whether the store answers, and run it again"
-                raise StorageError(f"{doing} failed at attempt {count}: {error}", file=file, remedy=remedy) from None
+                found = f"{doing} failed at attempt {count}: {error}"
+                raise StorageError(found, file=file, remedy=error.remedy) from None
         longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
         (pause or wait)(longest * random.uniform(0.5, 1))  # or all requests of all ranks come again at once
     raise AssertionError("at least one attempt")

@@ -37,6 +37,15 @@ _LATER = (
     "InternalError",
     "ServiceUnavailable",
 )
+_REMEDIES = {
+    "ExpiredToken": "renew the credentials, and run it again",
+    "InvalidAccessKeyId": "check the credentials: the store does not know this key",
+    "SignatureDoesNotMatch": "check the credentials: the secret is not that of the key",
+    "RequestTimeTooSkewed": "set this machine's clock, and run it again",
+    "PermanentRedirect": "say in AWS_DEFAULT_REGION in which region the bucket is",
+    "TemporaryRedirect": "say in AWS_DEFAULT_REGION in which region the bucket is",
+    "NoSuchBucket": "check the URL, or make the bucket first",
+}
 _making = threading.Lock()  # boto3's sessions are not for several threads
 
 
@@ -70,7 +79,7 @@ class S3Objects:
         except ImportError as error:
             remedy = "pip install 'fp8ckpt[s3]'"
             raise MissingPackageError("reading s3:// needs boto3", file=self.where, remedy=remedy) from error
-        with _making, self.errors(None):
+        with _making, self.errors(None, making=True):
             session = boto3.Session()
             unsigned = {} if session.get_credentials() else {"signature_version": UNSIGNED}
             config = Config(
@@ -219,9 +228,11 @@ class S3Objects:
         with self.errors(name, writing=True):
             self.client.delete_object(Bucket=self.bucket, Key=self.key(name))
 
-    def errors(self, name: str | None, *, writing: bool = False) -> _Errors:
-        """Turns what boto3 raises into our own words: its texts may hold URLs with credentials."""
-        return _Errors(self.where, name, writing)
+    def errors(self, name: str | None, *, writing: bool = False, making: bool = False) -> _Errors:
+        """Turns what boto3 raises into our own words: its texts may hold URLs with credentials. ``making``: the client,
+        which says `ValueError` to an endpoint that is none.
+        """
+        return _Errors(self.where, name, writing, making)
 
 
 def _status(error: Any) -> int:
@@ -234,38 +245,46 @@ def _md5(data: bytes) -> str:
 
 
 class _Errors:
-    def __init__(self, where: str, name: str | None, writing: bool) -> None:
+    def __init__(self, where: str, name: str | None, writing: bool, making: bool) -> None:
         self._where = where
         self._name = name
         self._writing = writing
+        self._making = making
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None or not kind.__module__.startswith(("botocore", "boto3", "urllib3")):
+        if kind is RecursionError:  # boto3 follows it again and again, where no region is said
+            found, remedy = "the store leads to another region, over and over", _REMEDIES["PermanentRedirect"]
+            raise StorageError(found, file=self._where, remedy=remedy) from None
+        own = kind is not None and kind.__module__.startswith(("botocore", "boto3", "urllib3"))
+        if kind is None or not (own or (self._making and kind is ValueError)):
             return
         response = getattr(error, "response", None)
         if not isinstance(response, dict):
             from botocore import exceptions
 
-            if isinstance(error, exceptions.HTTPClientError | exceptions.IncompleteReadError) or "urllib3" in str(kind):
+            broken = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
+            if isinstance(error, broken) or "urllib3" in str(kind):
                 raise Broken(f"no whole answer ({kind.__name__})") from None
-            raise StorageError(
-                f"boto3 refuses ({kind.__name__})", file=self._where, remedy="see how boto3 is set up here"
-            ) from None
+            remedy = "see how boto3 is set up here (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
+            raise StorageError(f"boto3 refuses ({kind.__name__})", file=self._where, remedy=remedy) from None
         code = str(response.get("Error", {}).get("Code", ""))
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = "" if code == str(status) else f" {code}"
         if (status >= 500 and status != 501) or status in (408, 429) or code.strip() in _LATER:
-            raise Broken(f"the store answered {status}{code}") from None
+            raise Broken(f"the store answered {status}{code}", *_remedy(code)) from None
         if self._name is not None and not self._writing and status in (404, 412, 416):
             raise SourceChangedError.of(self._name) from None
+        found = f"the store answered {status}{code}"
         if status == 404 and not self._writing:
-            raise CheckpointNotFoundError(
-                f"the store answered {status}{code}", file=self._where, remedy="check the URL"
-            ) from None
-        raise StorageError(
-            f"the store answered {status}{code}",
-            file=self._where if self._name is None else f"{self._where}/{self._name}",
-            remedy="check the credentials, the region and their permissions",
-        ) from None
+            [remedy] = _remedy(code) or ["check the URL"]
+            raise CheckpointNotFoundError(found, file=self._where, remedy=remedy) from None
+        [remedy] = _remedy(code) or ["check the credentials, the region and their permissions"]
+        file = self._where if self._name is None else f"{self._where}/{self._name}"
+        raise StorageError(found, file=file, remedy=remedy) from None
+
+
+def _remedy(code: str) -> list[str]:
+    """What to do about an error of the store, where it is known."""
+    return [_REMEDIES[code.strip()]] if code.strip() in _REMEDIES else []
