@@ -154,7 +154,8 @@ class ExtentWriter:
         with self._lock:
             self._written += nbytes
             if self._progress is not None:
-                self._progress(self._written, self._total, f"writing {extent.layout.name}")
+                doing = "writing" if self._finishing is None else "sending"
+                self._progress(self._written, self._total, f"{doing} {extent.layout.name}")
 
     def _finish(self, i: int, extent: Extent, opened: _OpenExtent) -> None:
         sent = opened.place.flush()

@@ -279,11 +279,14 @@ def test_no_disk_for_the_data(s3: Server, client: Any, sample_fp8: Path, convert
     near, far = plan_convert(sample_fp8, "near"), plan_convert(sample_fp8, URL)
     size = sum(path.stat().st_size for path in converted.glob("*.safetensors"))
     assert near.bytes_needed - far.bytes_needed == size
-    assert near.bytes_to_write == far.bytes_to_write
-    seen = _watched(s3)
-    convert(sample_fp8, URL)
+    assert near.bytes_to_write == far.bytes_to_write == far.bytes_to_upload
+    assert (near.bytes_to_upload, far.seconds) == (0, None)
+    seen, told = _watched(s3), []
+    convert(sample_fp8, URL, progress=lambda *now: told.append((*now, sum(_parts(s3).values()))))
     assert set(seen) == {0}
     assert len(seen) > 30
+    assert told[-1][:2] == (size, size)
+    assert all(done <= parts * PART and doing.startswith("sending") for done, _, doing, parts in told)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,8 @@ def answer_forecast(forecast: Forecast, *, as_json: bool, quiet: bool) -> None:
 def _print_forecast(forecast: Forecast) -> None:
     print(f"{forecast.destination}: {forecast.files:,} files; nothing was written")
     resumed = f"; {size(forecast.bytes_resumed)} are there from an earlier run" if forecast.bytes_resumed else ""
-    print(f"to read: {size(forecast.bytes_to_read)}; to write: {size(forecast.bytes_to_write)}{resumed}")
+    written = "upload" if forecast.bytes_to_upload else "write"
+    print(f"to read: {size(forecast.bytes_to_read)}; to {written}: {size(forecast.bytes_to_write)}{resumed}")
     free = "an unknown amount" if forecast.bytes_free is None else size(forecast.bytes_free)
     room = styled("there is room", "green") if forecast.fits else styled("there is no room", "red")
     print(f"on the disk of {forecast.where}: {size(forecast.bytes_needed)} needed, {free} free: {room}")

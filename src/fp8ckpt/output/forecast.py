@@ -72,7 +72,8 @@ class Forecast:
     """What a job would do, and has not done. Sizes are in bytes.
 
     ``files`` in all. ``bytes_to_read`` of the source, and of a base; what turns out to need a second look is read
-    again. ``bytes_to_write`` of all files, but for the ``bytes_resumed`` that an earlier run had written. ``where``:
+    again. ``bytes_to_write`` of all files, but for the ``bytes_resumed`` that an earlier run had written;
+    ``bytes_to_upload`` of them go to a store. ``where``:
     the directory whose file system must have ``bytes_needed``; ``bytes_free`` there is None where that cannot tell.
     ``bytes_per_second``: what the disk just took, and ``seconds``: what writing takes at that rate; None where it was
     not measured. ``notes``: what a user should know.
@@ -85,6 +86,7 @@ class Forecast:
     files: int
     bytes_to_read: int
     bytes_to_write: int
+    bytes_to_upload: int
     bytes_resumed: int
     where: Path
     bytes_needed: int

@@ -90,12 +90,13 @@ class OutputPlan:
         resumed = sum(extent.nbytes for i, extent in extents.items() if i in done)
         read = bytes_read_for((extent for i, extent in extents.items() if i not in done), made_of)
         write = sum(self._sizes().values()) - self.holes - resumed
-        rate = measured_rate(room.where, write) if room.fits else None
+        rate = measured_rate(room.where, write) if room.fits and not output.in_parts else None
         return Forecast(
             destination=output.destination,
             files=len(self.names),
             bytes_to_read=read + sum(file.stat.size for file in self.copies.values()),
             bytes_to_write=write,
+            bytes_to_upload=write if output.in_parts else 0,
             bytes_resumed=resumed,
             where=room.where,
             bytes_needed=room.needs,
