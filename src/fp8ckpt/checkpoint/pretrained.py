@@ -38,7 +38,7 @@ def load_pretrained(
 
     ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. Or
     it is a ``DistributedConfig`` of transformers: the model is sharded by its own plans (TP, EP, FSDP2, PP), as
-    ``from_pretrained(distributed_config=)`` does.
+    ``from_pretrained(distributed_config=)`` does; ``device`` is then the kind of its mesh.
     ``dtype`` is that of the parameters, but for those that transformers itself keeps in float32 (DeepSeek's
     ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
     ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index does not list

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fp8ckpt.families.transformers_tables import is_distributed
+
 
 def _tied_by_configuration(model: nn.Module) -> dict[str, str]:
     """The parameters that a transformers model ties, {target: source}; empty for any other."""
@@ -30,7 +32,7 @@ def tie(model: Any) -> None:
     that transformers has sharded, which ties them afterwards.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    theirs = getattr(model, "is_distributed_loading_by_transformers", False)
+    theirs = is_distributed(model)
     for target, source in _tied_by_configuration(model).items():
         a, b = parameters.get(target), parameters.get(source)
         if a is None or b is None or a is b:

@@ -84,6 +84,11 @@ def distributed(model: Any, how: Any) -> Any:
     return model.maybe_distribute_model(model, how, meshes)
 
 
+def is_distributed(model: Any) -> bool:
+    """Whether transformers has sharded it."""
+    return is_pretrained(model) and getattr(model, "_device_mesh", None) is not None
+
+
 def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     """How the tensors ``own`` of a transformers model are made of those ``stored`` in a file, by the rules by which
     ``from_pretrained`` makes them.
