@@ -475,8 +475,8 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
     except StorageError as error:
         if not os.path.exists(output.directory):  # noqa: PTH110 - Path.exists() raises for a name that is too long
             raise
-        kept = f"what was written is in {output.partial}, and the same command goes on from there"
-        raise error.advising(kept) from error
+        remedy = f"what was written is in {output.partial}, and the same command goes on from there"
+        raise error.advising(remedy) from error
     finally:
         output.release()
 

@@ -147,7 +147,8 @@ def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
     if not defects:
         return
     if more := len(defects) - 1:
-        raise defects[0].advising(f"{more} more defect{'s' if more > 1 else ''}: see fp8ckpt inspect")
+        remedy = f"{more} more defect{'s' if more > 1 else ''}: see fp8ckpt inspect"
+        raise defects[0].advising(remedy)
     raise defects[0]
 
 
