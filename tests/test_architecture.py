@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -239,6 +240,25 @@ def test_each_client_is_imported_where_its_store_is() -> None:
 def test_the_public_names() -> None:
     """``__all__`` is this list, sorted as it is written."""
     assert list(fp8ckpt.__all__) == PUBLIC
+
+
+def test_whatever_takes_a_checkpoint_takes_each_kind() -> None:
+    """A path, a hub id, the URL of a store, a store or an open checkpoint; the checkpoint that is written like is
+    ``like``, and threads are ``workers``.
+    """
+    given, seen = {"a", "b", "base", "like", "path", "source"}, 0
+    for name in PUBLIC:
+        entry = getattr(fp8ckpt, name)
+        if (isinstance(entry, type) and "Storage" not in name) or not callable(entry):
+            continue
+        parameters = inspect.signature(entry).parameters
+        written = {"path"} if name == "save_model" or name.endswith("Writer") else set()
+        for parameter in given.intersection(parameters) - written:
+            assert "CheckpointLike" in str(parameters[parameter].annotation), (name, parameter)
+            seen += 1
+        assert "like" in parameters or "base" not in parameters or "merge" in name, name
+        assert "workers" in parameters or "threads" not in parameters, name
+    assert seen > 15
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])

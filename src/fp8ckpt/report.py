@@ -31,7 +31,7 @@ from fp8ckpt.output.partial import partial_of
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.checkpoint import Checkpoint, open_checkpoint, raise_first
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.reading import load_dequantizer, load_factor, load_scales, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
 from fp8ckpt.tensors.scaled import QuantizedTensor
@@ -119,8 +119,8 @@ class Report:
 
 
 def report(
-    a: str | Path,
-    b: str | Path | None = None,
+    a: CheckpointLike,
+    b: CheckpointLike | None = None,
     *,
     output: str | Path = "report.html",
     workers: int | None = None,
