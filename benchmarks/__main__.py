@@ -1,4 +1,4 @@
-"""``python -m benchmarks [NAME ...]``: run them all, or those named. They need about 15 GB of disk and ten minutes."""
+"""``python -m benchmarks [NAME ...]``: run them all, or those named. They need about 25 GB of disk and half an hour."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ NAMES = (
     "floor",
     "kernel",
     "four_bits",
+    "first",
     "opening",
     "convert",
     "timeline",
@@ -19,6 +20,7 @@ NAMES = (
     "moe",
     "saving",
     "planning",
+    "scaling",
     "families",
     "stores",
 )

@@ -10,7 +10,7 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,22 +31,20 @@ from fp8ckpt.sample import DeepseekSizes
 from fp8ckpt.tensors.assembly import Assembly, Piece
 from fp8ckpt.tensors.tensor import bytes_of_values
 
-RANKS = 64
-
 Distribute = Callable[[torch.Tensor], DTensor]
 
 
 def ep64() -> Distribute:
     """Four of 256 experts a rank; everything else cut by rows over all ranks."""
-    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("ep",))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
     return lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
 
 def ep8_fsdp8() -> Distribute:
-    """32 of 256 experts for eight ranks, of whose stack each has an eighth of the rows, gate and up apart; everything
-    else cut by rows over all ranks.
+    """An eighth of the experts for eight ranks (of 64), of whose stack each has an eighth of the rows, gate and up
+    apart; everything else cut by rows over all ranks.
     """
-    mesh = init_device_mesh("cpu", (8, 8), mesh_dim_names=("ep", "dp"))
+    mesh = init_device_mesh("cpu", (8, dist.get_world_size() // 8), mesh_dim_names=("ep", "dp"))
 
     def distribute(tensor: torch.Tensor) -> DTensor:
         placements: list[Placement] = [Shard(0), Shard(1 if tensor.ndim == 3 else 0)]
@@ -69,9 +67,9 @@ class Planned(NamedTuple):
     grown: tuple[int, int]
 
 
-def plan_rank(name: str, rank: int, path: Path) -> Planned:
+def plan_rank(name: str, rank: int, ranks: int, path: Path) -> Planned:
     """All that a rank does before its first byte. The parameters are never touched, and take no memory."""
-    _alone(rank)
+    _alone(rank, ranks)
     model: Any = configured_model(open_checkpoint(path).config)
     distribute = MESHES[name]()
     held = model.state_dict().keys()
@@ -97,9 +95,11 @@ def _steps(values: list[Any]) -> Any:
     return tuple(after - before for before, after in pairwise(values))
 
 
-def parts_of_rank(name: str, rank: int, tensors: dict[str, torch.Tensor], made: dict[str, Assembly]) -> list[Part]:
+def parts_of_rank(
+    name: str, rank: int, ranks: int, tensors: dict[str, torch.Tensor], made: dict[str, Assembly]
+) -> list[Part]:
     """What a rank reads, its tensors on the meta device."""
-    _alone(rank)
+    _alone(rank, ranks)
     distribute = MESHES[name]()
     parts = [part for key, tensor in tensors.items() for part in parts_of(distribute(tensor), made[key])]
     dist.destroy_process_group()
@@ -123,47 +123,53 @@ def _bytes_of(parts: list[Part], checkpoint: Checkpoint) -> int:
     return sum(bytes_of_values(tensors[p.source]) * p.values.numel() // tensors[p.source].numel for p in parts)
 
 
-def _alone(rank: int) -> None:
+def _alone(rank: int, ranks: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("fake", rank=rank, world_size=RANKS)
+    dist.init_process_group("fake", rank=rank, world_size=ranks)
 
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def main() -> None:
+def rehearse(path: Path, meshes: Iterable[str], ranks: int) -> dict[str, Any]:
+    """What all ranks read of a checkpoint, on each mesh, and what the plans of the first and the last of them take."""
     result: dict[str, Any] = {}
+    checkpoint = open_checkpoint(path)
+    stored = sum(bytes_of_values(tensor) for tensor in checkpoint.tensors.values())
+    model = configured_model(checkpoint.config)
+    tensors = tensors_of(model)
+    made = assemble(model, tensors, {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()})
+    assert made is not None
+    for name in meshes:
+        parts = [parts_of_rank(name, rank, ranks, tensors, made.parts) for rank in range(ranks)]
+        assert_a_partition([part for of_one in parts for part in of_one], checkpoint)
+        read = [_bytes_of(of_one, checkpoint) for of_one in parts]
+        assert sum(read) == stored
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            plans = pool.starmap(plan_rank, [(name, rank, ranks, path) for rank in (0, ranks - 1)], chunksize=1)
+        assert [plan.read for plan in plans] == [read[0], read[-1]]
+        plan = max(plans, key=lambda plan: sum(plan.seconds))
+        result[name] = {
+            "ranks": ranks,
+            "tensors": len(checkpoint.tensors),
+            "bytes": stored,
+            "bytes_read_by_all_ranks": sum(read),
+            "bytes_read_by_a_rank": [min(read), max(read)],
+            "items_of_a_rank": plan.items,
+            "processor_seconds": {"open": plan.seconds[0], "plan": plan.seconds[1]},
+            "mib": {"open": plan.grown[0] >> 20, "plan": plan.grown[1] >> 20},
+        }
+        print(f"  {name}: {ranks:,} ranks read {sum(read):,} of {stored:,} bytes; {min(read):,} to {max(read):,} each")
+        print(f"    {plan.items:,} items; {plan.seconds} processor s; {[size >> 20 for size in plan.grown]} MiB")
+    return result
+
+
+def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
         path = sample(Path(work) / "fp8", DeepseekSizes.true_shape(), files=163, sparse=True)
-        checkpoint = open_checkpoint(path)
-        stored = sum(bytes_of_values(tensor) for tensor in checkpoint.tensors.values())
-        model = configured_model(checkpoint.config)
-        tensors = tensors_of(model)
-        made = assemble(model, tensors, {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()})
-        assert made is not None
-        for name in MESHES:
-            parts = [parts_of_rank(name, rank, tensors, made.parts) for rank in range(RANKS)]
-            assert_a_partition([part for of_one in parts for part in of_one], checkpoint)
-            read = [_bytes_of(of_one, checkpoint) for of_one in parts]
-            assert sum(read) == stored
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                plans = pool.starmap(plan_rank, [(name, rank, path) for rank in (0, RANKS - 1)], chunksize=1)
-            assert [plan.read for plan in plans] == [read[0], read[-1]]
-            plan = max(plans, key=lambda plan: sum(plan.seconds))
-            result[name] = {
-                "tensors": len(checkpoint.tensors),
-                "bytes": stored,
-                "bytes_read_by_all_ranks": sum(read),
-                "bytes_read_by_a_rank": [min(read), max(read)],
-                "items_of_a_rank": plan.items,
-                "processor_seconds": {"open": plan.seconds[0], "plan": plan.seconds[1]},
-                "mib": {"open": plan.grown[0] >> 20, "plan": plan.grown[1] >> 20},
-            }
-            print(f"  {name}: 64 ranks read {sum(read):,} of {stored:,} bytes; {min(read):,} to {max(read):,} each")
-            print(f"    {plan.items:,} items; {plan.seconds} processor s; {[size >> 20 for size in plan.grown]} MiB")
-    keep("planning", result)
+        keep("planning", rehearse(path, MESHES, 64))
 
 
 if __name__ == "__main__":

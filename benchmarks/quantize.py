@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.convert import BLOCKS, LAYER, PEAK, tree_bytes
 from benchmarks.kernel import in_threads
-from benchmarks.measuring import child, interleaved, keep, show
+from benchmarks.measuring import child, interleaved, keep, read_all, show, write_durably
 from fp8ckpt import convert, sample
 from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import scale_values
@@ -37,8 +37,8 @@ print(json.dumps({"seconds": time.perf_counter() - begun, "peak": peak()}))
 
 
 def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) -> None:
-    """The whole job, its report included or not, against ``cat SRC > /dev/null`` and ``cp`` and ``sync`` of what it
-    writes.
+    """The whole job, its report included or not, against the floor: reading as many bytes and writing as many durably;
+    and against ``cat SRC > /dev/null`` and ``cp`` and ``sync`` of what it writes.
     """
     base = sample(work / "fp8", sizes, files=2)
     convert(base, work / "bf16")
@@ -66,8 +66,14 @@ def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) 
         if sync:
             subprocess.run(["sync", *map(str, (work / "copy").iterdir())], check=True)
 
+    def floor() -> None:
+        (work / "raw").unlink(missing_ok=True)
+        read_all((work / "bf16").glob("*.safetensors"))
+        write_durably(work / "raw", sizes_of["output"])
+
     rows = interleaved(
         {
+            "the floor: reading SRC, raw durable write": floor,
             "ours, scales kept, no report": ours(report=False),
             "ours, scales kept, report": ours(),
             "ours, fresh scales, no report": ours(scales="fresh", report=False),
@@ -80,7 +86,7 @@ def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) 
         f"{name}: {sizes_of['source'] / 1e9:.2f} GB of bf16 to {sizes_of['output'] / 1e9:.2f} GB of FP8; "
         "ours is on disk when it returns"
     )
-    show(title, rows, next(iter(rows)))
+    show(title, rows, "ours, scales kept, no report")
     counts = {
         "kept": {
             "source_read": done.bytes_read,

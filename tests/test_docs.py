@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from benchmarks import table
 
 import fp8ckpt
 
@@ -95,3 +96,9 @@ def test_the_worked_example_of_contributing(tmp_path: Path) -> None:
         )
         assert done.stdout == f"{said}\n", done.stderr
         table.write_text(with_it)
+
+
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.parent.name)
+def test_tables_are_what_the_results_make(page: Path) -> None:
+    """Of the newest dated result of each benchmark: `python -m benchmarks.table` writes them."""
+    assert page.read_text() == table.made(page)

@@ -145,7 +145,8 @@ FACTORS = (
 
 def beside(rows: Iterable[ScaleRow]) -> Callable[[str], list[tuple[ScaleRow, str]]]:
     """What gives the keys that may stand beside codes of a name, by these rows of a table."""
-    rows = tuple(rows)
+    if not (rows := tuple(rows)):
+        return lambda codes: []
 
     @lru_cache(maxsize=256)  # by the last part of a name, in which each ending lies: of many tensors there are few
     def ending(last: str) -> list[ScaleRow]:
@@ -189,6 +190,7 @@ def weight_shape(row: ScaleRow, span: Stored, codes: str) -> tuple[int, ...]:
 
 
 _RENAMING = tuple(row for row in SCALES if row.renames)
+_RENAMING_ENDINGS = tuple(row.weight for row in _RENAMING)
 
 
 def logical_name(codes: str) -> str:
@@ -196,6 +198,8 @@ def logical_name(codes: str) -> str:
 
     For keys of codes only: another tensor may have such a name as its own.
     """
+    if not codes.endswith(_RENAMING_ENDINGS):
+        return codes
     for row in _RENAMING:
         if codes.endswith(row.weight):
             module, dot, leaf = codes.removesuffix(row.weight).rpartition(".")
@@ -250,6 +254,8 @@ def is_attention_scale(name: str, shape: tuple[int, ...], stored: Container[str]
 
 def is_marker(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor only says how the others are stored, and is none of the model."""
+    if not name.endswith((FILE_MARKER, LAYER_MARKER)):
+        return False
     if name.rpartition(".")[2] == FILE_MARKER:
         return dtype in FP8_DTYPES and len(shape) == 1 and shape[0] <= 2
     return name.endswith(LAYER_MARKER) and dtype == "U8" and len(shape) == 1

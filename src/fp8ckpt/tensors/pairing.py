@@ -71,10 +71,12 @@ def pair(
             continue
         claimed.add(name)
         packed = codes[name] == F4
-        found = [(row, key) for row, key in scales(name) if key in spans]
-        found = [(row, key) for row, key in found if packed or spans[key].dtype not in FP8_DTYPES]
+        found = [
+            (row, key) for row, key in scales(name) if key in spans and (packed or spans[key].dtype not in FP8_DTYPES)
+        ]
         activations = [key for _, key in activation_scales(name) if key in spans]
-        claimed.update(activations, (key for _, key in found))
+        claimed.update(activations)
+        claimed.update([key for _, key in found])
         factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
         if factor is not None:
             claimed.add(factor)
