@@ -241,7 +241,8 @@ def _machine(facts: dict[str, Any]) -> str:
 
 def _busy(loads: list[float]) -> str:
     """What is to be known of a machine that others used, too: a benchmark alone makes a load of up to 3."""
-    return f", while others worked there (load {min(loads)} to {max(loads)})" if max(loads) > 3 else ""
+    spread = " to ".join(map(str, sorted({min(loads), max(loads)})))
+    return f", while others worked there (load {spread})" if max(loads) > 3 else ""
 
 
 def growth() -> str:
