@@ -5,6 +5,7 @@ This file fails by name when transformers moves what `families.transformers_tabl
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fp8ckpt.families.transformers_tables import assemble, configured_model
 from fp8ckpt.tensors.assembly import Assembly
 from tests.distributed import rewrite
 from tests.families.releases import RELEASES
+from tests.oracle import Stored
 
 
 def conversions() -> dict[str, tuple[list[str], list[str], list[Any], list[tuple[int, ...]]]]:
@@ -153,3 +155,16 @@ def test_infinities_of_a_configuration_are_floats() -> None:
     config = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "num_hidden_layers": 1}
     model = configured_model({**config, "time_step_limit": [0.0, {"__float__": "Infinity"}]})
     assert list(model.config.time_step_limit) == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Llama-4"])
+@pytest.mark.parametrize("lacking", [r"experts\.3\.down_proj", r"experts\.2\.up_proj", r"experts\.\d\.gate_proj"])
+def test_a_lacking_expert_is_named(name: str, lacking: str, tmp_path: Path) -> None:
+    """Whoever stacks them, transformers or our own rows; none is left as it was."""
+
+    def without(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        return {key: tensor for key, tensor in tensors.items() if not re.search(lacking, key)}
+
+    path = rewrite(RELEASES[name].write(tmp_path / "whole"), tmp_path / "part", without)
+    with pytest.raises((UnsupportedFormatError, ModelMismatchError), match=r"experts"):
+        load_pretrained(path)

@@ -8,7 +8,7 @@ without values that remember of which pieces they are made. So every family that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -155,11 +155,14 @@ def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
     except UnsupportedFormatError as error:
         raise UnsupportedFormatError(error.found, tensor=target, expected=error.expected, remedy=error.remedy) from None
     except (ValueError, RuntimeError) as error:  # shapes that do not go together: a file that lacks some of the experts
-        sources = sorted(name for names in rule.layer_targets.values() for name in names)
-        found = f"{len(sources)} tensors, {sources[0]} first, do not make it: {error}"
-        remedy = "look whether files of the checkpoint are missing"
-        raise UnsupportedFormatError(found, tensor=target, remedy=remedy) from error
+        raise _unmade(target, [name for names in rule.layer_targets.values() for name in names], error) from error
     return {name: (held[0] if isinstance(held, list) else held).assembly for name, held in made.items()}
+
+
+def _unmade(target: str, sources: Iterable[str], error: Exception) -> UnsupportedFormatError:
+    first, *others = sorted(sources)
+    found = f"{1 + len(others)} tensors, {first} first, do not make it: {error}"
+    return UnsupportedFormatError(found, tensor=target, remedy="look whether files of the checkpoint are missing")
 
 
 def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Assembly], unused: dict[str, str]) -> None:
@@ -173,8 +176,14 @@ def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Ass
             for target, joined in ((f"{experts}.gate_up_proj", (gate, up)), (f"{experts}.down_proj", (down,))):
                 if target in own and target not in parts and all(leaf in leaves for leaf in joined):
                     names = [[leaves[leaf][i] for i in sorted(leaves[leaf])] for leaf in joined]
-                    stacks = [Assembly.stack([Assembly.whole(n, stored[n]) for n in of_leaf]) for of_leaf in names]
-                    stacked = Assembly.concatenate(stacks, 1)
+                    numbers = {i for leaf in joined for i in leaves[leaf]}
+                    try:
+                        if numbers != set(range(own[target][0])):
+                            raise ValueError(f"{own[target][0]} experts have other numbers")
+                        stacks = [Assembly.stack([Assembly.whole(n, stored[n]) for n in of_leaf]) for of_leaf in names]
+                        stacked = Assembly.concatenate(stacks, 1)
+                    except ValueError as error:
+                        raise _unmade(target, [name for of_leaf in names for name in of_leaf], error) from error
                     module = model.get_submodule(experts)
                     parts[target] = stacked.transpose(1, 2) if _is_transposed(module, target, stacked, own) else stacked
                     for name in (name for of_leaf in names for name in of_leaf):
