@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +45,7 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.sample import DeepseekSizes
-from fp8ckpt.stores import ahead, http, remote
+from fp8ckpt.stores import ahead, http, remote, shared
 from fp8ckpt.stores import s3 as s3_module
 from fp8ckpt.stores.store import ByteRange
 from fp8ckpt.tensors import header
@@ -263,6 +264,39 @@ def test_shards_over_ranks(far: Far, sample_fp8: Path, axis: int, ranks: int) ->
         assert fetched == read
     else:
         assert read < fetched <= ranks * read
+
+
+@S3
+@pytest.mark.parametrize("full", [False, True])
+def test_ranks_of_one_machine_share_what_they_read_over(
+    far: Far, full: bool, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns shared out to two ranks at once: each byte is fetched once over both, the values are right, and nothing
+    is left behind; where there is no room to share, each fetches for itself.
+    """
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(shared, "_MEMORY", tmp_path)
+    monkeypatch.setattr(shared, "BLOCK", 16 << 10)
+    monkeypatch.setattr(shared, "SHARED", 0 if full else 1 << 20)
+    checkpoints, near = [open_checkpoint(far.store()) for _ in range(2)], open_checkpoint(sample_fp8)
+    matrices = [tensor.name for tensor in near.quantized if len(tensor.shape) == 2]
+    far.server.asked.clear()
+
+    def rank(number: int) -> None:
+        tensors = [checkpoints[number].tensors[name].scaled for name in matrices]
+        items = [(tensor, _shard(tensor.shape, 1, number, 2)) for tensor in tensors if tensor is not None]
+        with checkpoints[number].store.ahead(list(tensor.reads(region)) for tensor, region in items):
+            for tensor, region in items:
+                out = np.empty(region[1][0] * region[1][1], np.uint8)
+                tensor.weight.read_region(region, out)
+                assert bytes(out) == _codes(near[tensor.name], region)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
+    size = sum(near[name].numel for name in matrices)
+    gaps = sum(1 for _ in matrices) * 64
+    assert (far.server.fetched > 1.5 * size) if full else (size <= far.server.fetched <= size + gaps)
+    assert list(next(tmp_path.glob("fp8ckpt-*")).iterdir()) == []
 
 
 def _shard(shape: tuple[int, ...], axis: int, rank: int, ranks: int) -> Region:

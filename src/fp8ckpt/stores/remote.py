@@ -23,12 +23,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from fp8ckpt.errors import SourceChangedError, StorageError
 from fp8ckpt.stores.ahead import REQUEST, Request, Wanted, Window, joined
+from fp8ckpt.stores.shared import Shared, reads_over
 from fp8ckpt.stores.store import ByteRange, Bytes, Stat
 
 T = TypeVar("T")
@@ -82,6 +84,7 @@ class RemoteStore:
         self._listing: dict[str, Stat] | None = None
         self._windows: list[Window] = []
         self._pool: ThreadPoolExecutor | None = None
+        self._shared = Shared.of_this_job()
 
     @property
     def where(self) -> str:
@@ -149,6 +152,17 @@ class RemoteStore:
         stat = self.files().get(request.file)
         if stat is None:
             raise StorageError("there is no such object", file=request.file, expected=f"one below {self.where}")
+        if request.stop > stat.size:
+            from fp8ckpt.errors import TruncatedFileError
+
+            found, expected = f"the object ends at byte {stat.size}", f"at least {request.stop} bytes"
+            raise TruncatedFileError(found, file=request.file, expected=expected, remedy="look for a whole copy")
+        if self._shared is not None and reads_over(request):
+            self._shared.fetch(request, f"{self.where} {stat.version}", partial(self._fetch, stat))
+        else:
+            self._fetch(stat, request)
+
+    def _fetch(self, stat: Stat, request: Request) -> None:
         filling = _Filling(request)
 
         def attempt() -> None:
@@ -157,11 +171,6 @@ class RemoteStore:
             if filling.at < request.stop:
                 raise Broken(f"the body ended at byte {filling.at}")
 
-        if request.stop > stat.size:
-            from fp8ckpt.errors import TruncatedFileError
-
-            found, expected = f"the object ends at byte {stat.size}", f"at least {request.stop} bytes"
-            raise TruncatedFileError(found, file=request.file, expected=expected, remedy="look for a whole copy")
         what = f"bytes {request.start}-{request.stop - 1} of {self.where}"
         attempted(attempt, ATTEMPTS, f"reading {what}", request.file, self._pause)
 

@@ -1,0 +1,149 @@
+"""What ranks of one machine read over for each other, fetched once.
+
+A shard of columns is read in strips, and what lies between them is read over: it is what the other ranks want. Such a
+request is cut into blocks. Whoever comes to a block first locks its file in memory that the ranks share, and fetches
+into it; the others wait for that, fetch what is still missing of their own, and take the rest from there. A block goes
+once as much was taken of it as was fetched.
+
+The ranks of a machine are those that one launcher started (``LOCAL_WORLD_SIZE``). At most `SHARED` bytes are held;
+where there is no more room, or no such memory, each rank fetches for itself. A rank that dies lets go of its lock, and
+what is left of a job that is dead goes when the next one begins.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.stores.ahead import Request
+from fp8ckpt.stores.store import Bytes
+
+SHARED = 256 << 20  # bytes
+BLOCK = 16 << 20  # bytes
+_STATE = 4096  # bytes, behind those of the block: which of them are there, and how many were taken
+_MEMORY = Path("/dev/shm")
+
+Parts = list[tuple[int, Bytes]]
+Fetch = Callable[[Request], None]
+
+
+class Shared:
+    """The blocks of one job on this machine, below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def of_this_job(cls) -> Shared | None:
+        """That of the ranks which a launcher started here; None where this is the only one, or no memory is shared."""
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2 or not os.access(_MEMORY, os.W_OK):
+            return None
+        prefix = f"fp8ckpt-{os.getuid()}-"
+        for left in _MEMORY.glob(prefix + "*"):
+            if not Path(f"/proc/{left.name.removeprefix(prefix)}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        folder = _MEMORY / f"{prefix}{os.getppid()}"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError:
+            return None
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a rank that still needs it fetches for itself
+        return cls(folder) if folder.stat().st_uid == os.getuid() else None
+
+    def fetch(self, request: Request, version: str, fetch: Fetch) -> None:
+        """Fill the buffers of a request; ``fetch`` asks the store, ``version`` is of the object, whatever store it is
+        in.
+        """
+        for begin in range(request.start // BLOCK * BLOCK, request.stop, BLOCK):
+            parts = list(_within(request.parts, begin, begin + BLOCK))
+            if parts:
+                wanted = Request(request.file, parts[0][0], parts[-1][0] + parts[-1][1].size, parts)
+                name = hashlib.sha256(f"{version}\0{request.file}\0{begin}".encode()).hexdigest()
+                try:
+                    fetched = self._fetch(wanted, begin, self._folder / name, fetch)
+                except Fp8CheckpointError:
+                    raise
+                except OSError:  # of the shared memory
+                    fetched = False
+                if not fetched:
+                    fetch(wanted)
+
+    def _fetch(self, wanted: Request, begin: int, file: Path, fetch: Fetch) -> bool:
+        with _locked(file) as fd:
+            have, taken = _state_of(fd)
+            if not have and len(os.listdir(self._folder)) * BLOCK > SHARED:
+                file.unlink()
+                return False
+            os.ftruncate(fd, BLOCK + _STATE)
+            for low, high in _missing(have, wanted.start, wanted.stop):
+                os.posix_fallocate(fd, low - begin, high - low)
+            block = np.frombuffer(mmap.mmap(fd, BLOCK), np.uint8)
+            for low, high in _missing(have, wanted.start, wanted.stop):
+                fetch(Request(wanted.file, low, high, [(low, block[low - begin : high - begin])]))
+                have = sorted([*have, (low, high)])
+            for start, out in wanted.parts:
+                out[:] = block[start - begin :][: out.size]
+                taken += out.size
+            if taken >= sum(high - low for low, high in have):
+                file.unlink()
+            else:
+                os.pwrite(fd, json.dumps([have, taken]).encode().ljust(_STATE), BLOCK)
+            return True
+
+
+def reads_over(request: Request) -> bool:
+    """Whether much of what a request asks for is thrown away."""
+    kept = sum(buffer.size for _, buffer in request.parts)
+    return request.stop - request.start - kept > kept // 16
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[int]:
+    """A file of that name, which nobody else has; made where there is none."""
+    while True:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:  # it may have gone meanwhile
+                yield fd
+                return
+        finally:
+            os.close(fd)
+
+
+def _state_of(fd: int) -> tuple[list[tuple[int, int]], int]:
+    """Which bytes of a block are there, and how many were taken."""
+    text = os.pread(fd, _STATE, BLOCK).rstrip(b"\0")
+    if not text:
+        return [], 0
+    have, taken = json.loads(text)
+    return [(low, high) for low, high in have], taken
+
+
+def _within(parts: Sequence[tuple[int, Bytes]], begin: int, end: int) -> Iterator[tuple[int, Bytes]]:
+    for start, buffer in parts:
+        low, high = max(start, begin), min(start + buffer.size, end)
+        if low < high:
+            yield low, buffer[low - start : high - start]
+
+
+def _missing(have: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """What is not there of a range; ``have`` is in order."""
+    found, at = [], start
+    for low, high in have:
+        if low > at:
+            found.append((at, min(low, stop)))
+        at = max(at, high)
+    found.append((at, stop))
+    return [(low, high) for low, high in found if low < high]
