@@ -5,6 +5,7 @@ Each function does the same on both, and asks at every call for what the system 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -87,10 +88,17 @@ def flush_data(fd: int) -> None:
         flush(fd)
 
 
-def lock(fd: int) -> bool:
-    """Take a file for this process, until it is closed; False where another has it."""
+def reserve(fd: int, start: int, size: int) -> None:
+    """Have room for bytes of a file, or raise `OSError`: what is mapped and has none would end the process."""
+    if not hasattr(os, "posix_fallocate"):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    os.posix_fallocate(fd, start, size)
+
+
+def lock(fd: int, *, wait: bool = False) -> bool:
+    """Take a file for this process, until it is closed; False where another has it, and this one does not ``wait``."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True

@@ -13,7 +13,6 @@ what is left of a job that is dead goes when the next one begins.
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import json
 import mmap
@@ -28,6 +27,7 @@ import numpy as np
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.stores.ahead import Request
 from fp8ckpt.stores.store import Bytes
+from fp8ckpt.system import lock, reserve
 
 SHARED = 256 << 20  # bytes
 BLOCK = 16 << 20  # bytes
@@ -51,7 +51,7 @@ class Shared:
             return None
         prefix = f"fp8ckpt-{os.getuid()}-"
         for left in _MEMORY.glob(prefix + "*"):
-            if not Path(f"/proc/{left.name.removeprefix(prefix)}").exists():
+            if not _lives(int(left.name.removeprefix(prefix))):
                 shutil.rmtree(left, ignore_errors=True)
         folder = _MEMORY / f"{prefix}{os.getppid()}"
         try:
@@ -87,7 +87,7 @@ class Shared:
                 return False
             os.ftruncate(fd, BLOCK + _STATE)
             for low, high in _missing(have, wanted.start, wanted.stop):
-                os.posix_fallocate(fd, low - begin, high - low)
+                reserve(fd, low - begin, high - low)
             block = np.frombuffer(mmap.mmap(fd, BLOCK), np.uint8)
             for low, high in _missing(have, wanted.start, wanted.stop):
                 fetch(Request(wanted.file, low, high, [(low, block[low - begin : high - begin])]))
@@ -102,6 +102,16 @@ class Shared:
             return True
 
 
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def reads_over(request: Request) -> bool:
     """Whether much of what a request asks for is thrown away."""
     kept = sum(buffer.size for _, buffer in request.parts)
@@ -114,7 +124,7 @@ def _locked(file: Path) -> Iterator[int]:
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock(fd, wait=True)
             if os.fstat(fd).st_nlink:  # it may have gone meanwhile
                 yield fd
                 return
