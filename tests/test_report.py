@@ -21,7 +21,7 @@ from fp8ckpt.errors import MissingPackageError, OutputExistsError, ResumeMismatc
 from fp8ckpt.families.kinds import Place, places
 from fp8ckpt.figures import page_of
 from fp8ckpt.output import extents
-from fp8ckpt.report import Change, CodeUse, Report, SizeRow, WeightFacts
+from fp8ckpt.report import Change, CodeUse, Report, SizeRow, WeightRow
 from fp8ckpt.tensors.scale_ranges import ScaleRange, outliers
 from tests.conftest import Run
 from tests.miniatures import families, four_bits
@@ -222,7 +222,7 @@ def whole_model(layers: int, experts: int) -> Report:
         name = f"model.layers.{layer}.{kind.replace('*', expert)}.weight"
         low, middle, high = sorted(rng.lognormal(-7, 1, 3))
         use = CodeUse(10**7, 10, 1000, 20, 0)
-        weights.append(WeightFacts(name, kind, layer, "F8_E4M3", ScaleRange(896, low, middle, high), high, use))
+        weights.append(WeightRow(name, kind, layer, "F8_E4M3", ScaleRange(896, low, middle, high), high, use))
         moved = int(rng.integers(1, 10**6))
         changes.append(Change(name, kind, layer, 10**7, moved, rng.random() / 100, rng.random(), 5, 896))
     codes = {"F8_E4M3": tuple(int(count) for count in rng.integers(0, 10**9, 256))}

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fp8ckpt import convert, open_checkpoint, sample, verify
-from fp8ckpt.cli import main
 from fp8ckpt.errors import ResumeMismatchError, StorageError
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
 from tests.campaign.trial import STEPS, digests
+from tests.conftest import Run
 from tests.distributed import Launched
 from tests.miniatures import COMPRESSED, Family, codes, families, scales
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
@@ -104,7 +103,7 @@ def test_ctrl_c_and_the_same_command_again(
     undisturbed: dict[str, dict[str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Run,
 ) -> None:
     """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends the same."""
     out = tmp_path / "out"
@@ -113,9 +112,9 @@ def test_ctrl_c_and_the_same_command_again(
     assert (stopped.returncode, stopped.stdout) == (130, "")
     assert stopped.stderr == f"fp8ckpt: interrupted; what was written is in {out}.partial, and {GOES_ON}\n"
     cut(monkeypatch, CHUNK, CHUNKS)
-    code, stdout, _ = run_cli(monkeypatch, capsys, *command)
-    assert code == 0
-    assert "were there from an earlier run" in stdout
+    done = cli(*command)
+    assert done.returncode == 0
+    assert "were there from an earlier run" in done.stdout
     assert digests(out) == undisturbed["plain"]
 
 
@@ -752,29 +751,18 @@ def test_any_training_equals_the_oracle(
 # ---------------------------------------------------------------- as a command
 
 
-def run_cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """The command line in this process: exit code, stdout, stderr."""
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["fp8ckpt", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def command(cli: Run) -> Cli:
     """``command("convert", ...)``: exit code, stdout, stderr."""
-    return partial(run_cli, monkeypatch, capsys)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        done = cli(*arguments)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 def test_summary_of_what_was_not_trained(small: Path, tmp_path: Path, command: Cli) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fp8ckpt.report import Change, Report, WeightFacts
+    from fp8ckpt.report import Change, Report, WeightRow
 
 _MOST_KINDS = 30  # rows of a figure or a table; what is left out is said
 _MOST_ROWS = 20
@@ -124,28 +124,26 @@ def _sizes(found: Report) -> str:
     return _section("Sizes", text + _left_out(len(found.sizes), len(rows)), _svg(draw, 9, 0.8 + 0.27 * len(rows)))
 
 
-def _scales(weights: Sequence[WeightFacts]) -> str:
+def _scales(weights: Sequence[WeightRow]) -> str:
     text = (
         "The scales of each kind by layer: the median, and the band from the least to the greatest. One axis for all."
     )
     return _section("Scales", *_panels(weights, lambda weight: weight.scales, text))
 
 
-def _activations(weights: Sequence[WeightFacts]) -> str:
+def _activations(weights: Sequence[WeightRow]) -> str:
     known = [weight for weight in weights if weight.activation_scale is not None]
     if not known:
         return _section("Activation scales", "There are none: activations are quantized as they come.")
 
-    def one(weight: WeightFacts) -> ScaleRange:
+    def one(weight: WeightRow) -> ScaleRange:
         scale = weight.activation_scale or 0.0
         return ScaleRange(1, scale, scale, scale)
 
     return _section("Activation scales", *_panels(known, one, "The same of the static scales of activations."))
 
 
-def _panels(
-    weights: Sequence[WeightFacts], range_of: Callable[[WeightFacts], ScaleRange], text: str
-) -> tuple[str, str]:
+def _panels(weights: Sequence[WeightRow], range_of: Callable[[WeightRow], ScaleRange], text: str) -> tuple[str, str]:
     """(the text, a small figure for each kind): ranges by layer."""
     kinds = _by_kind_and_layer(weights)
     names = list(kinds)[:_MOST_KINDS]
@@ -224,8 +222,8 @@ def _histogram(dtype: str, counts: Sequence[int]) -> Callable[[Figure], dict[str
     return draw
 
 
-def _stand_out(weights: Sequence[WeightFacts]) -> str:
-    found: list[tuple[float, WeightFacts]] = []
+def _stand_out(weights: Sequence[WeightRow]) -> str:
+    found: list[tuple[float, WeightRow]] = []
     for layers in _by_kind_and_layer(weights).values():
         group = {weight.name: weight for members in layers.values() for weight in members}
         far = outliers({name: weight.scales for name, weight in group.items()})

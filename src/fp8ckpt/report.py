@@ -54,7 +54,7 @@ class CodeUse:
 
 
 @dataclass(frozen=True)
-class WeightFacts:
+class WeightRow:
     """One FP8 weight: its scales, the greatest of its activation scales (None without one), its codes."""
 
     name: str
@@ -111,7 +111,7 @@ class Report:
     tensors: int
     elements: int
     sizes: tuple[SizeRow, ...]
-    weights: tuple[WeightFacts, ...]
+    weights: tuple[WeightRow, ...]
     codes: dict[str, tuple[int, ...]]
     changes: tuple[Change, ...] | None
     apart: tuple[str, ...]
@@ -280,10 +280,10 @@ class _Job:
             bytes_read=self._bytes_read,
         )
 
-    def _weight(self, tensor: QuantizedTensor, place: Place) -> WeightFacts:
+    def _weight(self, tensor: QuantizedTensor, place: Place) -> WeightRow:
         activations = [scale_range(span).greatest for span in tensor.activation_scales if span.dtype in SCALE_DTYPES]
         use = self._seen.use.get(tensor.name, Counter())
-        return WeightFacts(
+        return WeightRow(
             tensor.name,
             *place,
             tensor.code_dtype,

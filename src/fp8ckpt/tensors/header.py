@@ -151,41 +151,45 @@ def _validated(
     for name, entry in entries.items():
         if len(defects) >= _MOST_DEFECTS:
             return None, [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            # Exact types: JSON booleans and floats are not sizes.
-            if type(dtype) is not str or type(shape) is not list or type(begin) is not int or type(end) is not int:
-                raise TypeError
-            if len(shape) > _MOST_DIMENSIONS or len(entry) != 3:
-                raise TypeError
-            for dim in shape:
-                if type(dim) is not int or not 0 <= dim <= _LARGEST_DIMENSION:
-                    raise TypeError
-        except (KeyError, TypeError, ValueError):
-            defects.append(HeaderError.of_entry(file, name, json.dumps(entry)))
+        found = _span(file, name, entry, data_start)
+        if isinstance(found, TensorSpan):
+            spans.append(found)
+        else:
+            defects.append(found)
             complete = False
-            continue
-        bits = DTYPE_BITS.get(dtype)
-        if bits is None:
-            defects.append(HeaderError.of_dtype(file, name, dtype, DTYPE_BITS))
-            complete = False
-            continue
-        if (
-            (0 in shape and prod(dim or 1 for dim in shape) * bits >= 2**64)
-            or begin < 0
-            or end < begin
-            or prod(shape) * bits != (end - begin) * 8
-        ):
-            needed: object = prod(shape) * bits / 8 if prod(shape) < 2**200 else "an impossible number of"
-            expected = f"{shown(needed)} bytes for {dtype} {shown(shape)}"
-            defects.append(HeaderError.of_offsets(file, name, (begin, end), expected))
-            complete = False
-            continue
-        spans.append(TensorSpan(name, file, dtype, tuple(shape), data_start + begin, data_start + end))
     spans.sort(key=attrgetter("start", "stop"))
     if complete:
         defects += _coverage_defects(file, size, data_start, spans)
     return Header(file, size, metadata, tuple(spans), text), defects
+
+
+def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | HeaderError:
+    """What an entry says, or what is wrong with it."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        # Exact types: JSON booleans and floats are not sizes.
+        if type(dtype) is not str or type(shape) is not list or type(begin) is not int or type(end) is not int:
+            raise TypeError
+        if len(shape) > _MOST_DIMENSIONS or len(entry) != 3:
+            raise TypeError
+        for dim in shape:
+            if type(dim) is not int or not 0 <= dim <= _LARGEST_DIMENSION:
+                raise TypeError
+    except (KeyError, TypeError, ValueError):
+        return HeaderError.of_entry(file, name, json.dumps(entry))
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        return HeaderError.of_dtype(file, name, dtype, DTYPE_BITS)
+    size = prod(shape) * bits
+    if begin < 0 or end < begin or size != (end - begin) * 8 or _overflows(shape, bits):
+        expected = f"{shown(size / 8 if size < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"
+        return HeaderError.of_offsets(file, name, (begin, end), expected)
+    return TensorSpan(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _overflows(shape: list[int], bits: int) -> bool:
+    """Whether an empty tensor's other dimensions are more than the reference implementation can multiply."""
+    return 0 in shape and prod(dim or 1 for dim in shape) * bits >= 2**64
 
 
 def _coverage_defects(file: File, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
