@@ -35,6 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tied embeddings": ("Qwen3 tied", {"target_modules": ["v_proj", "embed_tokens"]}),
     "experts": ("Qwen3-MoE", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
+    "every Linear beside stacked experts": ("Qwen3-MoE", {"target_modules": "all-linear", "r": 2}),
+    "experts, one of two, by its bare name": (
+        "DeepSeek-V3", {"target_modules": ["kv_b_proj", "o_proj"], "target_parameters": ["down_proj"]}
+    ),
     "experts, one of two": ("DeepSeek-V3", {"target_modules": ["kv_b_proj"], "target_parameters": EXPERTS[1:]}),
     "experts under other names": (
         "Mixtral", {"target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"], "r": 2}

@@ -275,5 +275,5 @@ def _notes(report: MergeReport, to: str, *, fresh: bool) -> list[str]:
         )
         notes.append(f"{found}, of {least.name} {share:.2g} %: it is lost in the rounding; {', or '.join(ways)}")
     if report.weights and report.total.arrived is None:
-        notes.append("the adapters add nothing: their factors B are zero, as before training")
+        notes.append("the adapters add nothing: their factors B are zero, as before training, or their weights are")
     return notes

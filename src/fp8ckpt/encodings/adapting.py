@@ -7,7 +7,7 @@ through the assemblies between the two. A key that nothing in the base answers t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,10 +56,10 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
     Raises `ModelMismatchError` for a key without an answer in the base, or of other shapes; `UnsupportedFormatError`
     for what cannot be merged.
     """
-    uses = [use for adapter in adapters for use in _uses(adapter)]
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    uses = [use for adapter in adapters for use in _uses(adapter, _with_parameters(adapter, shapes, base))]
     spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}
     keys = {use.target: use.pair.a for use in uses} | spans
-    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     parts = _answered(keys, shapes, base)
     changes: dict[str, _Changes] = {}
     by_target: dict[str, list[_Use]] = {}
@@ -94,11 +94,11 @@ def _nbytes(span: TensorSpan) -> int:
 # ---------------------------------------------------------------- names
 
 
-def _uses(adapter: Adapter) -> Iterator[_Use]:
-    """Each pair with the tensor that it is of."""
+def _uses(adapter: Adapter, there: Collection[str]) -> Iterator[_Use]:
+    """Each pair with the tensor that it is of; ``there``: see `_with_parameters`."""
     levels = Counter(pair.module for pair in adapter.pairs)
     for pair in adapter.pairs:
-        leaves = _parameters(adapter, pair.module)
+        leaves = _parameters(adapter, pair.module, there)
         if not leaves and levels[pair.module] == 1 and pair.depth == 0:
             yield _Use(adapter, pair, f"{pair.module}.weight", pair.module)
             continue
@@ -110,12 +110,21 @@ def _uses(adapter: Adapter) -> Iterator[_Use]:
         yield _Use(adapter, pair, target, target)
 
 
-def _parameters(adapter: Adapter, module: str) -> list[str]:
+def _with_parameters(adapter: Adapter, shapes: Shapes, base: Checkpoint) -> Collection[str]:
+    """Of the parameters that are targeted by a name without a module, as PEFT writes ``gate_up_proj`` for Linears that
+    the model has stacked, those that are there. Which module has one is nothing that the name says.
+    """
+    bare = [target for target in adapter.config.get("target_parameters") or () if "." not in target]
+    return _parts({f"{pair.module}.{leaf}" for pair in adapter.pairs for leaf in bare}, shapes, base)
+
+
+def _parameters(adapter: Adapter, module: str, there: Collection[str]) -> list[str]:
     """The parameters of a module that were targeted by name, in the order in which they were wrapped."""
     found = {
-        target.rpartition(".")[2]
+        leaf
         for target in adapter.config.get("target_parameters") or ()
-        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+        for leaf in (target.rpartition(".")[2],)
+        if (f"{module}.{leaf}" in there if leaf == target else f".{module}.{leaf}".endswith(f".{target}"))
     }
     if len(found) > 1 and not found <= {*_REGISTERED}:
         names = ", ".join(sorted(shown(name) for name in found))
@@ -127,11 +136,8 @@ def _parameters(adapter: Adapter, module: str) -> list[str]:
 
 
 def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) -> dict[str, Assembly]:
-    """How what was trained is made of the base's tensors: by names, or else by the model that the base is of."""
-    parts = answers(keys, shapes)
-    if len(parts) < len(keys):
-        made = parts_of_model(base)
-        parts = max(parts, {name: made[name] for name in keys if name in made}, key=len)
+    """How what was trained is made of the base's tensors. Raises `ModelMismatchError` where nothing answers."""
+    parts = _parts(keys, shapes, base)
     missing = sorted(keys.keys() - parts.keys())
     if missing:
         span = keys[missing[0]]
@@ -143,6 +149,15 @@ def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) 
             found, tensor=span.name, file=span.file, expected="a tensor of the base", remedy=remedy
         )
     return parts
+
+
+def _parts(wanted: Collection[str], shapes: Shapes, base: Checkpoint) -> dict[str, Assembly]:
+    """Of what is wanted, how it is made of the base's tensors: by names, or else by the model that the base is of."""
+    parts = answers(wanted, shapes)
+    if len(parts) == len(wanted):
+        return parts
+    made = parts_of_model(base)
+    return max(parts, {name: made[name] for name in wanted if name in made}, key=len)
 
 
 # ---------------------------------------------------------------- products
