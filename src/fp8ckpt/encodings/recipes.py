@@ -83,9 +83,9 @@ def grid_of(tensor: QuantizedTensor) -> BlockGrid:
     """The grid by which a weight is worked on: its own. Where there is a factor, and a chunk does not hold a row of it,
     a row is several of whole groups. Raises `UnsupportedFormatError` where groups do not divide such a row.
     """
-    (*lead, cols), group = tensor.grid.weight_shape, tensor.grid.block_size[-1]
-    if tensor.second is None or cols <= cutting.CHUNK:
+    if tensor.second is None or tensor.shape[-1] <= cutting.CHUNK:
         return tensor.grid
+    (*lead, cols), group = tensor.grid.weight_shape, tensor.grid.block_size[-1]
     if cols % group:
         found = f"rows of {cols} elements, of which the last group is not whole"
         expected = f"rows of at most {cutting.CHUNK} elements, or of whole groups"
