@@ -91,6 +91,24 @@ def test_merged_by_peft_and_by_us(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("config", "of_head"),
+    [
+        ({"target_modules": ["embed_tokens"]}, "as where PEFT merges"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "where PEFT keeps the head of before"),
+    ],
+)
+def test_what_becomes_of_a_tied_head(config: dict[str, Any], of_head: str, tmp_path: Path) -> None:
+    """Embeddings that PEFT adds to are its head as well; those that it trained whole are not, and ours are: a note."""
+    base = RELEASES["Qwen3 tied"].write(tmp_path / "base")
+    model = trained(base, tmp_path / "adapter", **config).merge_and_unload()
+    result = merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert [note.rsplit(", ", 1)[1] for note in result.notes if "head as well" in note] == [of_head]
+    head, embeddings = (model.state_dict()[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert head.equal(embeddings) == (of_head == "as where PEFT merges")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_experts_in_four_bits(tmp_path: Path) -> None:
     """gpt-oss, whose codes lie across the experts that PEFT adapts: what it merges in float32 is what is merged in
     BF16, and back in MXFP4 most of it arrives.

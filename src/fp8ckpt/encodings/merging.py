@@ -122,7 +122,8 @@ def _tied_notes(base: Checkpoint, changed: Mapping[str, MergedTensor]) -> Iterat
         return
     head = next((name for name in HEADS if name in base.tensors), None)
     if head is None:
-        yield f"{tensor} is the model's head as well, which changes with it, as where PEFT merges"
+        as_there = "as where PEFT merges" if changed[tensor].products else "where PEFT keeps the head of before"
+        yield f"{tensor} is the model's head as well, which changes with it, {as_there}"
     elif head not in changed:
         yield f"{head} is stored beside {tensor}, which it is said to be tied to: only the latter was merged"
 
