@@ -709,6 +709,16 @@ def test_stacked_and_not(of_base: str, of_adapter: str, tmp_path: Path) -> None:
         assert np.array_equal(one, merged(old[i], *pair_of_one, 8 / RANK))
 
 
+def test_a_stack_that_was_trained_whole(tmp_path: Path) -> None:
+    """It replaces one of the base's; experts that the base holds apart have another way, which the refusal names."""
+    new = Stored.of(2 * experts("stack")[f"{STACK}down_proj"].array, "F32")
+    adapter = write_adapter(tmp_path / "a", {f"{PREFIX}{STACK}down_proj": new})
+    merge(plain_base(tmp_path / "stack", experts("stack")), adapter, tmp_path / "out")
+    assert read_directory(tmp_path / "out") == {f"{STACK}down_proj": new}
+    with pytest.raises(UnsupportedFormatError, match="a part in the base; expected one tensor; merge it with PEFT"):
+        merge(plain_base(tmp_path / "apart", experts("matrices")), adapter, tmp_path / "never")
+
+
 @pytest.mark.parametrize(
     ("of_base", "version", "sound"),
     [

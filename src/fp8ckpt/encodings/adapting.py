@@ -239,7 +239,11 @@ def _replace(change: _Changes, adapter: Adapter, span: TensorSpan, shape: tuple[
     def refuse(found: str, expected: str) -> None:
         raise ModelMismatchError(found, tensor=span.name, file=span.file, expected=expected)
 
-    if not whole or span.shape != shape:
+    if not whole:
+        found = f"a tensor of shape {span.shape} was trained whole, of which {shape} is a part in the base"
+        remedy = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
+        raise UnsupportedFormatError(found, tensor=span.name, file=span.file, expected="one tensor", remedy=remedy)
+    if span.shape != shape:
         refuse(f"shape {span.shape}", f"{shape}, as in the base")
     if adapter.weight != 1:
         refuse(f"a whole tensor of an adapter of weight {adapter.weight:g}", "weight 1: it replaces the base's")
