@@ -80,7 +80,8 @@ def convert(
 
     ``follow_index``: what an index does not list is no part of a checkpoint, see `fp8ckpt.open_checkpoint`.
     ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
-    of this call's output written so far, in all, what is being done).
+    of this call's output written so far, in all, what is being done). Under torchrun, or where a process group is
+    initialized, the ranks share the work: all of them must call, or those that do wait for the others.
 
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
     exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was

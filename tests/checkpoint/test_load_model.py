@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -38,6 +39,7 @@ from fp8ckpt.errors import ConfigError, MissingScaleError, ModelMismatchError, S
 from fp8ckpt.families.names import find_layout
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import UNEVEN, assert_same, bits, fsdp, local, mesh, rewrite, run, stage, tp, tp_fsdp, whole
+from tests.families.releases import RELEASES
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
 
 PROMPT = torch.tensor([[1, 300, 17, 42, 255, 3, 99]])
@@ -327,6 +329,33 @@ def test_persistent_buffers_are_loaded(tmp_path: Path) -> None:
     assert model.cache.tolist() == [5, 5]
 
 
+def test_wrapped_models_are_what_they_wrap(tmp_path: Path) -> None:
+    """Compiled, with checkpointed activations, in DDP, as a whole and a layer: the same values under the same names,
+    the buffers that a checkpoint holds among them; and saved as if there were no wrapper.
+    """
+    base = RELEASES["DeepSeek-V3"].write(tmp_path / "fp8")
+    model = load_pretrained(base)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = model.model.layers
+    layers[0], layers[1] = torch.compile(layers[0]), torch.compile(checkpoint_wrapper(layers[1]))
+    for tensor in model.state_dict().values():
+        tensor.detach().fill_(3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.compile(nn.parallel.DistributedDataParallel(model))
+        load_model(wrapped, base)
+        fp8ckpt.save_model(wrapped, tmp_path / "back", to="fp8", like=base)
+        fp8ckpt.save_model(wrapped, tmp_path / "bf16")
+    finally:
+        dist.destroy_process_group()
+    assert all((tmp_path / "back" / file.name).read_bytes() == file.read_bytes() for file in base.iterdir())
+    saved = open_checkpoint(tmp_path / "bf16")
+    assert saved.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_same(saved.read(name), tensor.to(torch.bfloat16))
+    assert saved.config["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
 # ---------------------------------------------------------------- strictness
 
 
@@ -345,7 +374,11 @@ def _mismatches() -> dict[str, tuple[Callable[[Any], None], bool, str]]:
     def meta(model: Any) -> None:
         model.lm_head = nn.Linear(128, 512, bias=False, device="meta")
 
+    def codes(model: Any) -> None:
+        model.model.language_model.layers[0].mlp.up_proj.to(torch.float8_e4m3fn)
+
     return {
+        "codes": (codes, False, "up_proj.weight: a parameter of dtype torch.float8_e4m3fn; expected bfloat16"),
         "missing": (extra, False, "1 tensors of the model are not in it: model.language_model.extra.weight"),
         "missing of a part": (extra, True, "1 tensors of the model are not in it: model.language_model.extra.weight"),
         "unused": (unused, False, "1 of its tensors are not in the model: lm_head.weight"),

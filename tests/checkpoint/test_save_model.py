@@ -327,6 +327,16 @@ def test_a_base_of_other_shapes_is_refused(paths: dict[str, Path], tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("to", ["bf16", "fp8"])
+def test_a_model_without_values_is_refused(to: str, paths: dict[str, Path], tmp_path: Path) -> None:
+    """A parameter that was left on the meta device is named, and not said to want `to_empty`: that has no values."""
+    model = load_pretrained(paths["uneven"])
+    model.lm_head.to("meta")
+    with pytest.raises(ModelMismatchError, match=r"1 tensors are on the meta device: lm_head\.weight; load it first"):
+        save_model(model, tmp_path / "out", to=to, like=paths["uneven"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arguments_that_would_be_ignored_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:
     """The base decides the files: their size goes without one; a dtype is one of the library's spellings."""
     model, base = load_pretrained(paths["uneven"]), paths["uneven"]

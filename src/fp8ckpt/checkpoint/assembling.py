@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp8ckpt.checkpoint.wrappers import plain_name
 from fp8ckpt.errors import ModelMismatchError
 from fp8ckpt.families.names import IDENTITY, LAYOUTS, KeyLayout, find_layout
 from fp8ckpt.families.transformers_tables import Assembled, Shapes, is_pretrained
@@ -59,7 +60,7 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(prefix, module) of the outermost transformers models."""
     found: list[str] = []
     for name, module in model.named_modules():
-        prefix = name + "." if name else ""
+        prefix = f"{plain_name(name)}.".removeprefix(".")
         if is_pretrained(module) and not any(prefix.startswith(outer) for outer in found):
             found.append(prefix)
             yield prefix, module

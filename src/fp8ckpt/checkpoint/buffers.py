@@ -22,14 +22,13 @@ def restore_buffers(model: nn.Module) -> None:
     Other modules are left alone: their buffers cannot be known from outside. Raises `ConfigError` where a model's class
     does not know the value of one.
     """
-    persistent = model.state_dict().keys()
     owners: dict[str, Any] = {}
     for name, module in model.named_modules():
         owners[name] = module if is_pretrained(module) else owners.get(name.rpartition(".")[0])
         lost = {
             f"{name}.{key}".removeprefix("."): buffer
             for key, buffer in module.named_buffers(recurse=False)
-            if f"{name}.{key}".removeprefix(".") not in persistent
+            if key in module._non_persistent_buffers_set  # names of the state dict are not always those of modules
         }
         if owners[name] is not None and lost:
             _restore(owners[name], module, lost)

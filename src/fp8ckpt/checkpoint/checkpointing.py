@@ -30,6 +30,7 @@ from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part
 from fp8ckpt.checkpoint.save_plan import SavePlan, plan_save
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFiles
+from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
@@ -87,7 +88,7 @@ class Checkpointer:
         True
         """
         ranks = self._ranks()
-        plan = ranks.together(lambda: LoadPlan(model, path, partial, narrow, follow_index))
+        plan = ranks.together(lambda: LoadPlan(unwrapped(model), path, partial, narrow, follow_index))
         plan.log()
         reader = FP8StorageReader(plan.checkpoint)
         self._load(dict(plan.named), plan.parts, reader)
@@ -145,7 +146,8 @@ class Checkpointer:
         def prepare() -> tuple[DirectoryWriter, SavePlan]:
             _refuse_arguments(to, like, scales, carry, max_file_bytes)
             checkpoint = None if like is None else open_checkpoint(like)
-            plan = plan_save(model, checkpoint, carry)
+            own = unwrapped(model)
+            plan = plan_save(own, checkpoint, carry)
             writer: DirectoryWriter
             if to == FP8:
                 assert checkpoint is not None  # _refuse_arguments() saw to it
@@ -158,7 +160,7 @@ class Checkpointer:
                     process_group=self._group,
                 )
             else:
-                side_files = None if checkpoint is not None else SideFiles(_configuration_of(model, TARGETS[to]))
+                side_files = None if checkpoint is not None else SideFiles(_configuration_of(own, TARGETS[to]))
                 writer = SafetensorsStorageWriter(
                     path,
                     dtype=to,

@@ -15,6 +15,7 @@ from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.checkpoint.tied import tie, tied_groups
+from fp8ckpt.checkpoint.wrappers import plain_name
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.carried import mtp_tensors
 from fp8ckpt.ranks import BEYOND
@@ -36,13 +37,8 @@ class LoadPlan:
         self.model = model
         self.checkpoint = open_checkpoint(path, follow_index=follow_index)
         tie(model)
-        self._native = tensors_of(model)
-        on_meta = [name for name, tensor in self._native.items() if tensor.is_meta]
-        if on_meta:
-            raise ModelMismatchError(
-                f"{len(on_meta)} tensors are on the meta device: {listed(on_meta)}",
-                remedy="materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds",
-            )
+        remedy = "materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds"
+        self._native = tensors_of(model, remedy)
         stored = {name: tuple(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
         self.named = self._native
         if (assembled := assemble(model, self._native, stored)) is None:
@@ -52,6 +48,7 @@ class LoadPlan:
         self._sources, self.twice = self._find_sources()
         self._carried = assembled.ignored | mtp_tensors(assembled.unused, self.checkpoint.config)
         self._refuse_mismatches(assembled.unused - self._carried if not partial else set())
+        self._refuse_codes()
         if not narrow:
             self._refuse_rounding()
         self.parts = [
@@ -100,6 +97,18 @@ class LoadPlan:
             if tuple(tensor.shape) != tuple(expected):
                 raise ModelMismatchError(
                     f"shape {tuple(tensor.shape)} in the model", tensor=name, file=where, expected=f"{tuple(expected)}"
+                )
+
+    def _refuse_codes(self) -> None:
+        """A parameter of an FP8 dtype would be given codes, without the scales that they mean something by."""
+        for name, tensor in self.named.items():
+            sources = {piece.source for piece in self._assemblies[self._sources[name]].pieces}
+            if tensor.dtype.itemsize == 1 and any(self.checkpoint.tensors[one].scaled is not None for one in sources):
+                raise ModelMismatchError(
+                    f"a parameter of dtype {tensor.dtype}",
+                    tensor=name,
+                    expected="bfloat16, float16 or float32, in which values are loaded, scales and all",
+                    remedy="cast it first",
                 )
 
     def _refuse_rounding(self) -> None:
@@ -174,9 +183,16 @@ class LoadPlan:
         restore_buffers(self.model)
 
 
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model's state dict."""
-    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a model's state dict, under the names that they have without wrappers.
+
+    Raises `ModelMismatchError`, with the ``remedy``, where some have no values.
+    """
+    held = {plain_name(name): one for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
+    on_meta = [name for name, tensor in held.items() if tensor.is_meta]
+    if on_meta:
+        raise ModelMismatchError(f"{len(on_meta)} tensors are on the meta device: {listed(on_meta)}", remedy=remedy)
+    return held
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

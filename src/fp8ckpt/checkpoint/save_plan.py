@@ -37,7 +37,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     the base has, or else the first. ``carry``: a pattern of names that are taken from the base where the model has
     none.
     """
-    native = tensors_of(model)
+    native = tensors_of(model, "load it first: it has no values to save")
     adapter: Any = getattr(model, "state_dict_adapter", None)
     stored = {name: tuple(tensor.shape) for name, tensor in base.tensors.items()} if base is not None else {}
     assembled = assemble(model, native, stored) if base is not None or adapter is None else None

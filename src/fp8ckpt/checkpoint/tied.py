@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fp8ckpt.checkpoint.wrappers import plain_name
 from fp8ckpt.families.transformers_tables import is_distributed
 
 
@@ -19,7 +20,7 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
     """Names of parameters that are one, or that the configuration says should be; the source first."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+        groups.setdefault(id(parameter), []).append(plain_name(name))
     return [[source, target] for target, source in _tied_by_configuration(model).items()] + [
         group for group in groups.values() if len(group) > 1
     ]
@@ -31,7 +32,7 @@ def tie(model: Any) -> None:
     Sharded parameters stay as the caller's parallelization made them: there it decides what is shared; but for those
     that transformers has sharded, which ties them afterwards.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {plain_name(name): one for name, one in model.named_parameters(remove_duplicate=False)}
     theirs = is_distributed(model)
     for target, source in _tied_by_configuration(model).items():
         a, b = parameters.get(target), parameters.get(source)
