@@ -51,7 +51,7 @@ def test_what_is_done_at_once_prints_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("done", "total", "seconds", "left"),
-    [(1, 3, 30, "1 min 00 s"), (1, 2, 30, "30 s"), (1, 500, 30, "4 h 09 min"), (5, 5, 30, "0 s")],
+    [(1, 3, 30, "1 min 00 s"), (1, 2, 30, "30 s"), (1, 500, 30, "4 h 09 min"), (5, 5, 30, "less than a second")],
 )
 def test_time_left(done: int, total: int, seconds: int, left: str) -> None:
     """In the unit that suits it."""

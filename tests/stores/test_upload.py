@@ -78,8 +78,8 @@ def converted(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_there_and_back(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
-    """To BF16, and back to FP8, from one place of the store to another: each byte is fetched once,
-    and nothing is left on this machine.
+    """To BF16, and back to FP8, from one place of the store to another: each byte is fetched once, the first 128 KiB of
+    each of the three files for their headers aside, and nothing is left on this machine.
     """
     result = convert(sample_fp8, URL)
     assert (result.destination, os.listdir()) == (URL, [])
@@ -88,7 +88,7 @@ def test_there_and_back(s3: Server, client: Any, sample_fp8: Path, converted: Pa
     assert sum(_parts(s3).values()) > 20
     s3.forget()
     convert(URL, f"s3://{BUCKET}/back", to="fp8", like=sample_fp8)
-    assert s3.fetched <= 1.1 * sum(len(data) for data in contents(converted).values())
+    assert s3.fetched <= 1.1 * sum(len(data) for data in contents(converted).values()) + 3 * (128 << 10)
     assert verify(f"s3://{BUCKET}/back", sample_fp8).ok
     assert os.listdir() == []
 
