@@ -71,6 +71,7 @@ def test_a_gate_beside_an_up_of_its_shape_is_none() -> None:
         (f"{L}.ffn.up.weight", True, {"text_config": {"n_routed_experts": 8}}),
         (f"{L}.ffn.up.weight", False, {"num_experts": 16, "num_experts_per_tok": 8}),
         (f"{L}.mixer.conv1d.weight", False, {"num_experts": 8}),
+        (f"{L}.self_attn.key_decay", False, {"num_experts": 8}),  # MiniMax, of as many heads as experts
         (f"{L}.mlp.experts.gate_up_proj_bias", False, {}),
         (f"{L}.mlp.experts.gate_up_proj_blocks", False, {}),
         ("model.vision_tower.moe.up.weight", False, {}),

@@ -72,7 +72,9 @@ class Roles:
         if len(shape) != 3 or _part_of(module) is not None or module.endswith(_NO_STACK):
             return False
         held = module if name.endswith(_WEIGHT) else module.rpartition(".")[0]
-        return _EXPERTS.search(held) is not None or shape[0] in self._experts_beside(module)
+        if _EXPERTS.search(held) is not None:
+            return True
+        return shape[0] in self._experts_beside(module) and _ATTENTION.search(held) is None  # heads are no experts
 
     def experts_of(self, name: str) -> str | None:
         """The module that engines make of the experts that a weight is of, as one layer; None for other weights."""
