@@ -33,7 +33,7 @@ from fp8ckpt import (
     verify,
 )
 from fp8ckpt.convert import Fp8Result
-from fp8ckpt.errors import RangeError, UnsupportedFormatError
+from fp8ckpt.errors import ConfigError, RangeError, ScaleShapeError, UnsupportedFormatError
 from fp8ckpt.numerics.geometry import within
 from fp8ckpt.tensors import reading
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -527,6 +527,47 @@ def test_engines_know_the_method(name: str, written: dict[str, Checkpoint]) -> N
     assert found is not None
     assert found.failures == ()
     assert not [note for note in found.notes if "not checked" in note or "nothing is quantized" in note]
+
+
+def restate(config: Any, size: object) -> Any:
+    """A configuration with another group size, wherever it states one."""
+    if isinstance(config, list):
+        return [restate(value, size) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: size if key == "group_size" else restate(value, size) for key, value in config.items()}
+
+
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize(
+    "name", ["ModelOpt NVFP4", "ModelOpt mixed with NVFP4", "compressed-tensors NVFP4", "compressed-tensors MXFP4"]
+)
+def test_the_group_size_must_be_that_of_the_file(name: str, where: str, tmp_path: Path) -> None:
+    """Engines size the scales by what is stated; it is in the headers what they are."""
+    source, right = FAMILIES[name].write(tmp_path / "a"), 32 if "MXFP4" in name else 16
+    config = json.loads((source / "config.json").read_text())
+    if where == "config.json":
+        (source / where).write_text(json.dumps(restate(config, 48 - right)))
+        (source / "hf_quant_config.json").unlink(missing_ok=True)
+    else:
+        stated = {**config["quantization_config"], "group_size": 48 - right}
+        stated.pop("quant_method")
+        (source / "config.json").write_text("{}")
+        (source / where).write_text(json.dumps({"quantization": restate(stated, 48 - right)}))
+    for serving in (False, True):
+        [defect] = verify(source, serving=serving).defects
+        assert isinstance(defect, ScaleShapeError)
+        assert f"is of groups of {right}, group_size is {48 - right}" in defect.found
+
+
+def test_two_group_sizes_are_named(tmp_path: Path) -> None:
+    """ModelOpt states it in two files."""
+    source = FAMILIES["ModelOpt NVFP4"].write(tmp_path / "a")
+    stated = json.loads((source / "hf_quant_config.json").read_text())
+    (source / "hf_quant_config.json").write_text(json.dumps(restate(stated, 32)))
+    [defect] = verify(source).defects
+    assert isinstance(defect, ConfigError)
+    assert "several block sizes" in defect.found
 
 
 def gpt_oss(directory: Path, intermediate: int = 64) -> Path:

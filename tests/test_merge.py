@@ -346,6 +346,26 @@ def test_what_arrived(strength: float, plain: dict[str, Stored], sample_fp8: Pat
     assert (arrived < 0.5) == (strength < 0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "helps"),
+    [
+        ("compressed-tensors MXFP4", False),
+        ("gpt-oss", False),
+        ("DeepSeek V4 in four bits", False),
+        ("ModelOpt NVFP4", True),
+    ],
+)
+def test_what_helps_where_little_arrived(name: str, *, helps: bool, tmp_path: Path) -> None:
+    """New scales are the old ones where they are powers of two, and the codes too."""
+    family = WRITTEN[name]
+    base, weight = family.write(tmp_path / "base"), next(iter(family.blocks))
+    made, config = adapter_of(family.name(weight), floats(family, weight), 1e-7)
+    adapter = write_adapter(tmp_path / "adapter", made, **config)
+    [note] = [note for note in merge(base, adapter, tmp_path / "out").notes if "less than half" in note]
+    assert "(--to bf16)" in note
+    assert ("--scales fresh" in note, "smaller blocks" in note) == (helps, helps)
+
+
 def test_the_report_in_words(plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
     """How much arrived, in all and where least, and what can be done."""
     adapter = write_adapter(tmp_path / "a", pair(plain, Q, 3e-4) | pair(plain, DOWN, 0.5))

@@ -900,6 +900,14 @@ def test_combinations_that_make_no_sense(arguments: list[str], small: Path, tmp_
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("dtype", ["fp4", "MXFP4", "nvfp4"])
+def test_four_bits_are_the_bases(dtype: str, small: Path, tmp_path: Path, command: Cli) -> None:
+    """They are no target of their own: the base says them."""
+    for verb in (("convert",), ("merge", small / "fp8")):
+        code, _, err = command(*verb, small / "plain", tmp_path / "out", "--to", dtype)
+        assert (code, "leave out --to" in " ".join(err.split())) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("source", "like", "found"),
     [

@@ -419,6 +419,14 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
             remedy = "see whether the configuration is that of these weights; if it is, the scales are not"
         return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
 
+    @classmethod
+    def of_group(cls, weight: Stored, scale: Stored, stated: int, group: int) -> ScaleShapeError:
+        """``stated``: how many codes of four bits the configuration has share a scale; ``group``: how many do."""
+        found = f"scale shape {scale.shape} in {shown(scale.file.name)} is of groups of {group}, group_size is {stated}"
+        remedy = "state the group_size of the scales, wherever a configuration file has one: engines size them by it"
+        expected = f"group_size {group}, by the scales' dtype {scale.dtype}"
+        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
+
 
 class ScaleDtypeError(Fp8CheckpointError, ValueError):
     """A scale has a dtype that no FP8 family uses."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8ckpt.engine import Progress
-from fp8ckpt.numerics.codes import FP8, SCALES
+from fp8ckpt.numerics.codes import E8M0_DTYPES, FP8, SCALES
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
@@ -222,7 +222,7 @@ def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progres
         bytes_resumed=done.bytes_resumed,
         nan_codes={name: facts.nan_codes for name, facts in done.facts.items() if facts.nan_codes},
         report=report,
-        notes=(*done.plan.notes, *_notes(report, to, fresh=how.fresh)),
+        notes=(*done.plan.notes, *_notes(report, to, done.plan)),
         seconds=time.monotonic() - begun,
     )
 
@@ -258,18 +258,16 @@ def _row(name: str, facts: WeightFacts) -> MergedWeight:
     )
 
 
-def _notes(report: MergeReport, to: str, *, fresh: bool) -> list[str]:
+def _notes(report: MergeReport, to: str, plan: QuantizingPlan) -> list[str]:
     """Where little arrived, and what can be done."""
     little = [row for row in report.weights if row.arrived is not None and row.arrived < _LITTLE]
     notes = []
     if to == FP8 and little:
         least = min(little, key=lambda row: row.arrived or 0.0)
         share = 100 * (least.arrived or 0.0)
-        ways = [
-            "ship BF16 (--to bf16)",
-            *([] if fresh else ["try --scales fresh"]),
-            "merge into a base in smaller blocks",
-        ]
+        ways = ["ship BF16 (--to bf16)"]
+        if not {row.name for row in little} <= _of_powers_of_two(plan):  # whose grid stays, whatever their scale
+            ways += [*([] if plan.fresh else ["try --scales fresh"]), "merge into a base in smaller blocks"]
         found = (
             f"of {len(little)} of {len(report.weights)} merged tensors less than half of what was to be added arrived"
         )
@@ -277,3 +275,8 @@ def _notes(report: MergeReport, to: str, *, fresh: bool) -> list[str]:
     if report.weights and report.total.arrived is None:
         notes.append("the adapters add nothing: their factors B are zero, as before training, or their weights are")
     return notes
+
+
+def _of_powers_of_two(plan: QuantizingPlan) -> set[str]:
+    weights = plan.weights.values()
+    return {w.source.name for w in weights if plan.powers_of_two or w.scale.dtype in E8M0_DTYPES}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
+from fp8ckpt.cli.options import FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
 from fp8ckpt.cli.printing import (
     answer,
     answer_forecast,
@@ -48,6 +48,7 @@ def convert(
             "fp32",
             "fp8",
             also=_DTYPES,
+            instead=dict.fromkeys(FOUR_BITS, "leave out --to, and give --like BASE, whose four bits are written"),
             help="What quantized weights become, bf16 if not said; or fp8, the way back.",
         ),
     ] = None,

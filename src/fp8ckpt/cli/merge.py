@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
+from fp8ckpt.cli.options import FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
 from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, resumable, share, size, table
 from fp8ckpt.cli.progress import progress
 
@@ -28,7 +28,13 @@ def merge(
     ] = None,
     to: Annotated[
         str | None,
-        word("fp8", "bf16", also=_TO, help="BASE's own layout (where it is FP8), or its weights dequantized."),
+        word(
+            "fp8",
+            "bf16",
+            also=_TO,
+            instead=dict.fromkeys(FOUR_BITS, "leave out --to: BASE's own layout is written, its four bits too"),
+            help="BASE's own layout (where it is FP8), or its weights dequantized.",
+        ),
     ] = None,
     scales: Annotated[
         str,

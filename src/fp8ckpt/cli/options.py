@@ -11,6 +11,8 @@ from fp8ckpt.errors import Fp8CheckpointError
 
 SOURCE_HELP = "A directory, a safetensors file, a hub id in the local cache, or the URL of a store (s3://, hf://, ...)."
 
+FOUR_BITS = ("fp4", "mxfp4", "nvfp4")
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only, and no progress; the exit code says the rest.")
@@ -26,8 +28,15 @@ Workers = Annotated[
 ]
 
 
-def word(*names: str, also: dict[str, str] | None = None, option: str | None = None, help: str) -> Any:
-    """An option whose value is one of ``names``, in any case; ``also``: other spellings, and the name each stands for.
+def word(
+    *names: str,
+    also: dict[str, str] | None = None,
+    instead: dict[str, str] | None = None,
+    option: str | None = None,
+    help: str,
+) -> Any:
+    """An option whose value is one of ``names``, in any case; ``also``: other spellings, and the name each stands for;
+    ``instead``: what is no value, and what to do where it was meant.
 
     ``option`` is the option's own name, where the parameter's will not do.
     """
@@ -35,18 +44,20 @@ def word(*names: str, also: dict[str, str] | None = None, option: str | None = N
     known = {name: name for name in names} | (also or {})
     return typer.Option(
         *flags,
-        parser=_one_of(names, known),
+        parser=_one_of(names, known, instead or {}),
         metavar=f"[{'|'.join(names)}]",
         autocompletion=lambda incomplete: [name for name in names if name.startswith(incomplete.lower())],
         help=help,
     )
 
 
-def _one_of(names: tuple[str, ...], known: dict[str, str]) -> Callable[[str], str]:
+def _one_of(names: tuple[str, ...], known: dict[str, str], instead: dict[str, str]) -> Callable[[str], str]:
     def parse(given: str) -> str:
         spelling = given.lower().replace("_", "-")
         if spelling in known:
             return known[spelling]
+        if spelling in instead:
+            raise typer.BadParameter(f"{given!r}: {instead[spelling]}")
         near = difflib.get_close_matches(spelling, known, 1)
         hint = f"did you mean {known[near[0]]}? " if near else ""
         raise typer.BadParameter(f"{given!r}: {hint}expected one of {', '.join(names)}")

@@ -2,6 +2,7 @@
 
 One size for all (``weight_block_size``, or a ``quant_algo`` of ModelOpt that fixes it), or one for each group of
 modules (`fp8ckpt.tensors.groups`). A module's size is that of its own group, none where that group has no blocks.
+Codes of four bits have groups that the dtype of their scales fixes: what is stated of these is only held against it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _ALGORITHMS = {"MXFP8": (1, 32), "FP8_PB_WO": (128, 128), "FP8_PB_REAL": (128, 1
 @dataclass
 class BlockSizes:
     """``common``: the size where no group speaks of a module; ``grouped``: those of groups, or None where one has no
-    blocks.
+    blocks; ``four_bits``: of groups that share a scale, where the statement is one of four bits.
     """
 
     common: Size | None = None
     grouped: ByModule[Size | None] = field(default_factory=lambda: ByModule({}))
+    four_bits: ByModule[Size | None] = field(default_factory=lambda: ByModule({}))
 
     @property
     def stated(self) -> bool:
@@ -59,10 +61,25 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
         for target in targets:
             _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
     _add({**stated}, LINEAR, grouped.classes.get(LINEAR), CONFIG)  # it speaks of as much
-    common, sizes = stated[LINEAR], {*grouped.values}
+    common, sizes, four_bits = stated[LINEAR], {*grouped.values}, _of_four_bits(quantization, modelopt)
     if len(sizes) == 1 and common in (None, *sizes):  # then it is that of all, named or not
-        return BlockSizes(sizes.pop())
-    return BlockSizes(common, grouped)
+        return BlockSizes(sizes.pop(), four_bits=four_bits)
+    return BlockSizes(common, grouped, four_bits)
+
+
+def _of_four_bits(quantization: Json, modelopt: Json) -> ByModule[Size | None]:
+    sizes: ByModule[Size | None] = ByModule(quantization)
+    for file, section in ((CONFIG, quantization), (MODELOPT_CONFIG, modelopt)):
+        statements: list[tuple[str, Any]] = [(LINEAR, section), *layers(section)]
+        statements += [(target, group.get("weights")) for targets, group in groups(section) for target in targets]
+        for target, stated in statements:
+            size = stated.get("group_size") if isinstance(stated, dict) and _has_four_bits(stated) else None
+            _add(sizes.of_kind(target), target, [1, size] if size else None, file)
+    return sizes
+
+
+def _has_four_bits(stated: Json) -> bool:
+    return stated.get("num_bits") == 4 or "FP4" in str(stated.get("quant_algo"))
 
 
 def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: str) -> None:

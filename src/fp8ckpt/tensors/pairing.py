@@ -90,7 +90,7 @@ def pair(
             if formats.in_kernel_order(name, scale.dtype, scale.shape, spans):
                 result = UnsupportedFormatError.of_order(span, scale)
             elif packed:
-                result = _of_four_bits(span, row, scale, beside, spans)
+                result = _of_four_bits(span, row, scale, beside, spans, blocks)
             else:
                 result = _of_eight_bits(span, scale, beside, blocks)
             if isinstance(result, Fp8CheckpointError):
@@ -202,6 +202,7 @@ def _of_four_bits(
     scale: TensorSpan,
     activations: tuple[TensorSpan, ...],
     spans: Mapping[str, TensorSpan],
+    blocks: BlockSizes,
 ) -> QuantizedTensor | Fp8CheckpointError:
     """The dtype of the scales says how large their groups are, and whether there is a second level."""
     if scale.dtype not in formats.GROUPS:
@@ -215,6 +216,9 @@ def _of_four_bits(
     key = formats.factor_key(weight.name, row)
     second = None if key is None else spans.get(key)
     name = formats.logical_name(weight.name)
+    stated = blocks.four_bits.of(formats.module_of(name))
+    if stated is not None and stated[-1] != group[0]:
+        return ScaleShapeError.of_group(weight, scale, stated[-1], group[0])
     if scale.dtype != formats.TWO_LEVELS:
         if second is not None:
             return UnsupportedFormatError.of_factor(weight, second.name)
