@@ -203,6 +203,9 @@ def test_nothing_is_overwritten(s3: Server, client: Any, name: str, sample_fp8: 
     assert os.listdir() == []
     assert _there(client) == {name: b"x"}
     convert(sample_fp8, URL + "-2")
+    with pytest.raises(OutputExistsError, match="inside the source s3://bucket/models/out-2"):
+        convert(f"{URL}-2/", URL + "-2/within")  # what is below a source is taken for its own
+    convert(URL + "-2", URL + "-2-again")
 
 
 def test_what_came_between(s3: Server, client: Any, sample_fp8: Path) -> None:

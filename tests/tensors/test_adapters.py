@@ -209,6 +209,7 @@ def test_values_that_are_not_finite(bad: float, tmp_path: Path) -> None:
 
 
 def test_a_weight_is_a_number(tmp_path: Path) -> None:
-    """Of several adapters each has one."""
-    with pytest.raises(ValueError, match="weight"):
-        open_adapter(write_adapter(tmp_path / "a", factors()), math.nan)
+    """Of several adapters each has one, in float32."""
+    for weight in (math.nan, -math.inf, 1e39):
+        with pytest.raises(ValueError, match="weight"):
+            open_adapter(write_adapter(tmp_path / str(weight), factors()), weight)

@@ -483,7 +483,7 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
     """Why a partial output is not taken up: a file that has changed since, if others have not."""
-    general = "it is of another source, another target dtype or another version"
+    general = "it is of another source, another target dtype, other options or another version"
     if not isinstance(before, dict) or {**before, "sources": None} != {**now, "sources": None}:
         return general
     pairs = zip(before["sources"], now["sources"], strict=False) if isinstance(before.get("sources"), list) else ()

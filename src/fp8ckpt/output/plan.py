@@ -204,15 +204,16 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
     output's own place; by whatever names the two are given.
     """
     if (path := checkpoint.store.path) is None:
-        return
-    refuse_written(output, [path, *(path / header.file.name for header in checkpoint.files)])
-    read = _identity(path)
-    for place in (Path(output.destination), output.partial):
-        if read in map(_identity, _with_parents(place)):
-            found = f"the destination lies inside the {what} {path}"
-            raise OutputExistsError(
-                found, file=str(output.destination), expected="a path outside it", remedy="choose another destination"
-            )
+        inside = f"{output.destination}/".startswith(checkpoint.store.where.rstrip("/") + "/")
+    else:
+        refuse_written(output, [path, *(path / header.file.name for header in checkpoint.files)])
+        read, places = _identity(path), (Path(output.destination), output.partial)
+        inside = any(read in map(_identity, _with_parents(place)) for place in places)
+    if inside:
+        found = f"the destination lies inside the {what} {path or checkpoint.store.where}"
+        raise OutputExistsError(
+            found, file=str(output.destination), expected="a path outside it", remedy="choose another destination"
+        )
 
 
 def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:

@@ -117,8 +117,8 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
     Raises `UnsupportedFormatError` for what cannot be merged, by name; `ConfigError`, `HeaderError` and
     `ModelMismatchError` for files that do not make an adapter.
     """
-    if not math.isfinite(weight):
-        raise ValueError(f"weight={weight}; expected a finite number")
+    if not abs(weight) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"weight={weight}; expected a finite number, in float32")
     store, single = store_of(path)
     if single is not None:
         raise CheckpointNotFoundError("this is a file", file=str(path), expected="the directory of an adapter")
