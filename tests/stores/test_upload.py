@@ -208,6 +208,19 @@ def test_nothing_is_overwritten(s3: Server, client: Any, name: str, sample_fp8: 
     convert(URL + "-2", URL + "-2-again")
 
 
+def test_a_place_of_the_same_last_name_does_not_go_on(
+    s3: Server, client: Any, sample_fp8: Path, converted: Path
+) -> None:
+    """The state in the working directory has the last name alone; what it has sent elsewhere is not lost."""
+    _interrupted(s3, _at_first_completion(), lambda: convert(sample_fp8, URL))
+    s3.forget()
+    for other in (f"s3://{BUCKET}/elsewhere/out", "out"):
+        with pytest.raises(ResumeMismatchError, match=r"it goes to s3://bucket/models/out"):
+            convert(sample_fp8, other)
+    convert(sample_fp8, URL + "/")
+    assert _there(client) == contents(converted)
+
+
 def test_what_came_between(s3: Server, client: Any, sample_fp8: Path) -> None:
     """An object that another process made while a run was cut off in completing: it is kept, and named."""
     _interrupted(s3, _at_first_completion(), lambda: convert(sample_fp8, URL))

@@ -36,6 +36,7 @@ from fp8ckpt.errors import (
     SourceChangedError,
     StorageError,
     WeightValueError,
+    shown,
 )
 from fp8ckpt.output import extents
 from fp8ckpt.output.extents import Extent
@@ -139,7 +140,7 @@ class PartialOutput:
         self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
         if not self.directory.exists():  # nothing was written yet, or all was, and has its name
             self.forget()
-            write_whole(self._state / _DRAFT, json.dumps(fingerprint).encode())
+            write_whole(self._state / _DRAFT, json.dumps(self._told(fingerprint)).encode())
             (self._state / _DRAFT).rename(self._state / _PLAN)
             flush_directory(self._state)
             self.directory.mkdir()
@@ -178,8 +179,13 @@ class PartialOutput:
         with self._named():
             self.refuse_existing()
             self.refuse_foreign(names)
-            if self.directory.exists() and (before := self._recorded_plan()) != fingerprint:
-                raise self._mismatch(_difference(before, fingerprint))
+            now = self._told(fingerprint)
+            if self.directory.exists() and (before := self._recorded_plan()) != now:
+                raise self._mismatch(_difference(before, now))
+
+    def _told(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fingerprint, and where in a store it goes: of that, ``DST.partial`` has only the last name."""
+        return fingerprint if self._far is None else {**fingerprint, "destination": self._far.where.rstrip("/")}
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -484,6 +490,8 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
     """Why a partial output is not taken up: a file that has changed since, if others have not."""
     general = "it is of another source, another target dtype, other options or another version"
+    if isinstance(before, dict) and (other := before.get("destination")) != now.get("destination"):
+        return f"it goes to {shown(other) if other else 'this machine'}"
     if not isinstance(before, dict) or {**before, "sources": None} != {**now, "sources": None}:
         return general
     pairs = zip(before["sources"], now["sources"], strict=False) if isinstance(before.get("sources"), list) else ()
