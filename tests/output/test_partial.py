@@ -292,6 +292,8 @@ def test_another_process_holds_the_lock(destination: Path) -> None:
         with pytest.raises(OutputBusyError, match="another process") as caught:
             begun(destination)
         assert caught.value.file == str(partial_of(destination))
+        with pytest.raises(OutputBusyError, match="another process"):  # and is not told to delete it
+            begun(destination, {**PLAN, "dtype": "F16"})
     finally:
         end.set()
         holder.join(60)

@@ -135,8 +135,7 @@ class PartialOutput:
         self._state.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         if self._lock is None:
-            remedy = "wait for it to end"
-            raise OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy)
+            raise self._busy()
         self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
         if not self.directory.exists():  # nothing was written yet, or all was, and has its name
             self.forget()
@@ -181,7 +180,7 @@ class PartialOutput:
             self.refuse_foreign(names)
             now = self._told(fingerprint)
             if self.directory.exists() and (before := self._recorded_plan()) != now:
-                raise self._mismatch(_difference(before, now))
+                raise self._busy() if self._is_held() else self._mismatch(_difference(before, now))
 
     def _told(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
         """The fingerprint, and where in a store it goes: of that, ``DST.partial`` has only the last name."""
@@ -272,6 +271,20 @@ class PartialOutput:
     def _strange(self, found: str) -> ResumeMismatchError:
         remedy = "move it away, or choose another destination"
         return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
+
+    def _is_held(self) -> bool:
+        """Whether another process is writing: then nobody is told to delete what is there."""
+        if self._lock is not None:
+            return False
+        try:
+            with (self._state / _LOCK).open("rb") as file:
+                return not lock(file.fileno())
+        except OSError:
+            return False
+
+    def _busy(self) -> OutputBusyError:
+        remedy = "wait for it to end"
+        return OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy)
 
     def _mismatch(self, found: str) -> ResumeMismatchError:
         remedy = f"choose another destination, or delete {self.partial} to begin anew, without what that run had done"
