@@ -36,6 +36,7 @@ from fp8ckpt.checkpoint import checkpointing, storage_writer
 from fp8ckpt.errors import ModelMismatchError, OutputExistsError, RangeError, ResumeMismatchError, StorageError
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import UNEVEN, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
+from tests.families.releases import RELEASES
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 
 
@@ -335,6 +336,19 @@ def test_a_model_without_values_is_refused(to: str, paths: dict[str, Path], tmp_
     with pytest.raises(ModelMismatchError, match=r"1 tensors are on the meta device: lm_head\.weight; load it first"):
         save_model(model, tmp_path / "out", to=to, like=paths["uneven"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8"])
+def test_a_tied_head_that_was_trained_apart_is_refused(to: str, tmp_path: Path) -> None:
+    """The base has no place for it: saved under the name of the embeddings, it would be lost."""
+    base = RELEASES["Qwen3 tied"].write(tmp_path / "base")
+    model = load_pretrained(base)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    save_model(model, tmp_path / "equal", to=to, like=base)
+    model.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(ModelMismatchError, match=r"lm_head\.weight: the configuration ties it to model\.embed_tokens"):
+        save_model(model, tmp_path / "out", to=to, like=base)
+    assert not (tmp_path / "out").exists()
 
 
 def test_arguments_that_would_be_ignored_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:

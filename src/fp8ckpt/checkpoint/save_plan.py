@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.assembling import assemble
 from fp8ckpt.checkpoint.load_plan import tensors_of
@@ -54,7 +55,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
         assembled = Assembled({}, set(), set())
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
         in_base = {name for name, made in tensors.items() if made.keys() <= stored.keys()}
-    left_out = _tied_elsewhere(model, native.keys(), in_base)
+    left_out = _tied_elsewhere(model, native, in_base)
     state = {hf: made for name, of_one in tensors.items() if name not in left_out for hf, made in of_one.items()}
     # What the base lacks goes under its own name, for the writer to refuse.
     parts = {name: assembled.parts.get(name) or Assembly.whole(name, tensor.shape) for name, tensor in state.items()}
@@ -79,13 +80,34 @@ def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, t
     return adapter.convert_single_tensor_to_hf(name, tensor, quantization=False)  # type: ignore[no-any-return]  # a host's
 
 
-def _tied_elsewhere(model: nn.Module, native: Collection[str], in_base: Collection[str]) -> set[str]:
-    """Tensors that are stored under the names that they are tied to."""
+def _tied_elsewhere(model: nn.Module, native: Mapping[str, torch.Tensor], in_base: Collection[str]) -> set[str]:
+    """Tensors that are stored under the names that they are tied to. What was taken apart and trained is not one."""
     left_out: set[str] = set()
     for group in tied_groups(model):
         present = [name for name in group if name in native]
-        left_out.update(set(present) - set([name for name in present if name in in_base] or present[:1]))
+        kept = [name for name in present if name in in_base] or present[:1]
+        for name in set(present) - set(kept):
+            if _differ(native[name], native[kept[0]]):
+                raise ModelMismatchError(
+                    f"the configuration ties it to {kept[0]}, under whose name the two are stored, and they differ",
+                    tensor=name,
+                    expected="the same values",
+                    remedy="tie the two before training: model.tie_weights(); a head of its own is saved without like, "
+                    "from a model that was built with tie_word_embeddings false",
+                )
+            left_out.add(name)
     return left_out
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors that are cut alike differ in this rank's parts."""
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        if (one.device_mesh, one.placements) != (other.device_mesh, other.placements):
+            return False  # cannot be said without moving them
+        one, other = one.to_local(), other.to_local()
+    if isinstance(one, DTensor) or isinstance(other, DTensor) or one.data_ptr() == other.data_ptr():
+        return False
+    return not torch.equal(*(part.detach().contiguous().view(torch.uint8) for part in (one, other.to(one.device))))
 
 
 def _warn_of_fewer_bits(state: Mapping[str, torch.Tensor], parts: Mapping[str, Assembly], base: Checkpoint) -> None:
