@@ -117,13 +117,15 @@ def _is_there(store: Store, name: str) -> bool:
 
 
 def refuse_part(store: Store, name: str) -> None:
-    """One file of several is no checkpoint: what it lacks lies in the others."""
+    """One file of several is no checkpoint: what it lacks lies in the others. A configuration or an index is none."""
+    remedy = f"open the directory: {store.where}"
+    if name.endswith(".json"):
+        raise CheckpointNotFoundError("this holds no weights", file=name, remedy=remedy)
     named = read_index(store, [name], [])[1]
     files = set(named["weight_map"].values()) if named is not None else set()
     match = _PART.fullmatch(name)
     count = len(files) if name in files else int(match.group(3)) if match else 1
     if count > 1:
-        remedy = f"open the directory: {store.where}"
         raise CheckpointNotFoundError(f"this is 1 of {count} files of a checkpoint", file=name, remedy=remedy)
 
 
