@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 
-from fp8ckpt import convert, load_pretrained, merge, open_checkpoint, verify
+from fp8ckpt import convert, load_pretrained, merge, open_checkpoint, save_model, verify
+from fp8ckpt.errors import ModelMismatchError
 from tests.families.releases import RELEASES
 from tests.oracle import read_directory
 from tests.test_four_bits import gpt_oss
@@ -165,3 +166,13 @@ def test_what_peft_saves_and_we_refuse(config: Any, text: str, tmp_path: Path) -
         merge(base, tmp_path / "adapter", tmp_path / "out")
     assert type(caught.value).__name__ == "UnsupportedFormatError"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_adapters_in_it_is_not_saved(sample_fp8: Path, tmp_path: Path) -> None:
+    """Neither under PEFT's names nor without what was trained."""
+    model = peft.get_peft_model(load_pretrained(sample_fp8), peft.LoraConfig(target_modules=["q_proj"]))
+    for how in ({}, {"like": sample_fp8}, {"like": sample_fp8, "to": "fp8"}):
+        with pytest.raises(ModelMismatchError, match=r"adapters of PEFT .*merge_and_unload"):
+            save_model(model, tmp_path / "out", **how)
+    save_model(model.merge_and_unload(), tmp_path / "out", like=sample_fp8)
+    assert verify(sample_fp8, tmp_path / "out").ok  # a fresh adapter adds nothing

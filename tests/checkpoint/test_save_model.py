@@ -351,6 +351,29 @@ def test_a_tied_head_that_was_trained_apart_is_refused(to: str, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def _apart(base: Path, out: Path) -> None:
+    over = mesh()
+    for cut in ((None, Shard(1)), (Shard(0), None), (Shard(0), Shard(1)), (Shard(1), Shard(1))):
+        model = load_pretrained(base)
+        embeddings = model.model.embed_tokens.weight.detach()
+        for module, placement in zip((model.model.embed_tokens, model.lm_head), cut, strict=True):
+            one = embeddings.clone()
+            if placement is not None:
+                one = distribute_tensor(one, over, [placement], src_data_rank=None)
+            module.weight = nn.Parameter(one)
+        save_model(model, out / f"{cut} equal", like=base)
+        head = model.lm_head.weight.detach()
+        local = head.to_local() if isinstance(head, DTensor) else head
+        local[-1, -1] += 1  # of the second rank, where all that differs is
+        with pytest.raises(ModelMismatchError, match=r"lm_head\.weight: the configuration ties it to"):
+            save_model(model, out / f"{cut} apart", like=base)
+
+
+def test_a_tied_head_is_compared_however_the_two_are_cut(tmp_path: Path) -> None:
+    """One of them whole, or by another dimension: two ranks."""
+    run(2, _apart, RELEASES["Qwen3 tied"].write(tmp_path / "base"), tmp_path)
+
+
 def test_arguments_that_would_be_ignored_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:
     """The base decides the files: their size goes without one; a dtype is one of the library's spellings."""
     model, base = load_pretrained(paths["uneven"]), paths["uneven"]

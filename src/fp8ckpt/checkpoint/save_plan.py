@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fp8ckpt.checkpoint.assembling import assemble
 from fp8ckpt.checkpoint.load_plan import tensors_of
@@ -38,6 +38,9 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     the base has, or else the first. ``carry``: a pattern of names that are taken from the base where the model has
     none.
     """
+    if getattr(model, "peft_config", None):
+        remedy = "merge them first: model.merge_and_unload(); or save them with save_pretrained, for fp8ckpt merge"
+        raise ModelMismatchError("it holds adapters of PEFT beside its weights", remedy=remedy)
     native = tensors_of(model, "load it first: it has no values to save")
     adapter: Any = getattr(model, "state_dict_adapter", None)
     stored = {name: tuple(tensor.shape) for name, tensor in base.tensors.items()} if base is not None else {}
@@ -86,7 +89,7 @@ def _tied_elsewhere(model: nn.Module, native: Mapping[str, torch.Tensor], in_bas
     for group in tied_groups(model):
         present = [name for name in group if name in native]
         kept = [name for name in present if name in in_base] or present[:1]
-        for name in set(present) - set(kept):
+        for name in sorted(set(present) - set(kept)):  # in one order on all ranks
             if _differ(native[name], native[kept[0]]):
                 raise ModelMismatchError(
                     f"the configuration ties it to {kept[0]}, under whose name the two are stored, and they differ",
@@ -100,14 +103,23 @@ def _tied_elsewhere(model: nn.Module, native: Mapping[str, torch.Tensor], in_bas
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors that are cut alike differ in this rank's parts."""
-    if isinstance(one, DTensor) and isinstance(other, DTensor):
-        if (one.device_mesh, one.placements) != (other.device_mesh, other.placements):
-            return False  # cannot be said without moving them
-        one, other = one.to_local(), other.to_local()
-    if isinstance(one, DTensor) or isinstance(other, DTensor) or one.data_ptr() == other.data_ptr():
+    """Whether two tensors differ in this rank's part of the first. All ranks that hold one of them call it."""
+    if one is other:
         return False
-    return not torch.equal(*(part.detach().contiguous().view(torch.uint8) for part in (one, other.to(one.device))))
+    one, other = one.detach(), other.detach()
+    if isinstance(other, DTensor) and not isinstance(one, DTensor):
+        one, other = other, one
+    if isinstance(one, DTensor):
+        if isinstance(other, DTensor) and other.device_mesh != one.device_mesh:
+            other = other.full_tensor()  # rare, and of embeddings alone: nothing else moves it to another mesh
+        if isinstance(other, DTensor):
+            other = other.redistribute(one.device_mesh, one.placements).to_local()
+        else:
+            other = distribute_tensor(other, one.device_mesh, one.placements, src_data_rank=None).to_local()
+        one = one.to_local()
+    if one.data_ptr() == other.data_ptr():
+        return False
+    return not torch.equal(*(part.contiguous().view(torch.uint8) for part in (one, other.to(one.device))))
 
 
 def _warn_of_fewer_bits(state: Mapping[str, torch.Tensor], parts: Mapping[str, Assembly], base: Checkpoint) -> None:
