@@ -362,6 +362,10 @@ def _apart(base: Path, out: Path) -> None:
                 one = distribute_tensor(one, over, [placement], src_data_rank=None)
             module.weight = nn.Parameter(one)
         save_model(model, out / f"{cut} equal", like=base)
+        model.peft_config = {"default": None} if dist.get_rank() else {}
+        with pytest.raises(ModelMismatchError, match="adapters of PEFT"):  # on both, and neither waits for the other
+            save_model(model, out / f"{cut} refused", like=base)
+        model.peft_config = {}
         head = model.lm_head.weight.detach()
         local = head.to_local() if isinstance(head, DTensor) else head
         local[-1, -1] += 1  # of the second rank, where all that differs is

@@ -173,6 +173,7 @@ class Checkpointer:
 
         begun, ranks = time.monotonic(), self._ranks()
         writer, plan = ranks.together(prepare)
+        ranks.together(plan.refuse_trained_apart)
         try:
             with _named_errors():
                 dcp_save(

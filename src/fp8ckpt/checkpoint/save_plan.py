@@ -26,11 +26,31 @@ logger = logging.getLogger(__name__)
 
 
 class SavePlan(NamedTuple):
-    """``state``: the tensors; ``planner``: which cuts them; ``carry``: names of the base that may be taken from it."""
+    """``state``: the tensors; ``planner``: which cuts them; ``carry``: names of the base that may be taken from it.
+
+    ``tied``: names of tensors that are left out, and of those that they are tied to and stored as.
+    """
 
     state: dict[str, torch.Tensor]
     planner: AssemblySavePlanner
     carry: set[str]
+    tied: dict[str, str]
+    native: dict[str, torch.Tensor]
+
+    def refuse_trained_apart(self) -> None:
+        """Raise `ModelMismatchError` where what is left out is not what it is tied to. A step of its own for all ranks,
+        once each has a plan: what is cut in two ways is moved between them, so all is compared before any is refused.
+        """
+        differ = [name for name, kept in self.tied.items() if _differ(self.native[name], self.native[kept])]
+        if differ:
+            kept = self.tied[differ[0]]
+            raise ModelMismatchError(
+                f"the configuration ties it to {kept}, under whose name the two are stored, and they differ",
+                tensor=differ[0],
+                expected="the same values",
+                remedy="tie the two before training: model.tie_weights(); a head of its own is saved without like, "
+                "from a model that was built with tie_word_embeddings false",
+            )
 
 
 def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> SavePlan:
@@ -58,8 +78,8 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
         assembled = Assembled({}, set(), set())
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
         in_base = {name for name, made in tensors.items() if made.keys() <= stored.keys()}
-    left_out = _tied_elsewhere(model, native, in_base)
-    state = {hf: made for name, of_one in tensors.items() if name not in left_out for hf, made in of_one.items()}
+    tied = _tied_elsewhere(model, native, in_base)
+    state = {hf: made for name, of_one in tensors.items() if name not in tied for hf, made in of_one.items()}
     # What the base lacks goes under its own name, for the writer to refuse.
     parts = {name: assembled.parts.get(name) or Assembly.whole(name, tensor.shape) for name, tensor in state.items()}
     for name, tensor in state.items():
@@ -76,29 +96,21 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     pattern = name_pattern("carry", carry)
     matching = {name for name in stored if pattern is not None and pattern.search(name)}
-    return SavePlan(state, AssemblySavePlanner(parts, {**shapes, **stored}), assembled.ignored | matching)
+    planner = AssemblySavePlanner(parts, {**shapes, **stored})
+    return SavePlan(state, planner, assembled.ignored | matching, tied, native)
 
 
 def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return adapter.convert_single_tensor_to_hf(name, tensor, quantization=False)  # type: ignore[no-any-return]  # a host's
 
 
-def _tied_elsewhere(model: nn.Module, native: Mapping[str, torch.Tensor], in_base: Collection[str]) -> set[str]:
-    """Tensors that are stored under the names that they are tied to. What was taken apart and trained is not one."""
-    left_out: set[str] = set()
+def _tied_elsewhere(model: nn.Module, native: Collection[str], in_base: Collection[str]) -> dict[str, str]:
+    """Tensors that are stored under the names that they are tied to, and those names; in one order on all ranks."""
+    left_out: dict[str, str] = {}
     for group in tied_groups(model):
         present = [name for name in group if name in native]
         kept = [name for name in present if name in in_base] or present[:1]
-        for name in sorted(set(present) - set(kept)):  # in one order on all ranks
-            if _differ(native[name], native[kept[0]]):
-                raise ModelMismatchError(
-                    f"the configuration ties it to {kept[0]}, under whose name the two are stored, and they differ",
-                    tensor=name,
-                    expected="the same values",
-                    remedy="tie the two before training: model.tie_weights(); a head of its own is saved without like, "
-                    "from a model that was built with tie_word_embeddings false",
-                )
-            left_out.add(name)
+        left_out |= {name: kept[0] for name in present if name not in kept}
     return left_out
 
 
