@@ -51,15 +51,18 @@ class Shared:
             return None
         prefix = f"fp8ckpt-{os.getuid()}-"
         for left in _MEMORY.glob(prefix + "*"):
-            if not _lives(int(left.name.removeprefix(prefix))):
+            process = left.name.removeprefix(prefix)
+            if process.isdecimal() and not _lives(int(process)):  # else it is not ours
                 shutil.rmtree(left, ignore_errors=True)
         folder = _MEMORY / f"{prefix}{os.getppid()}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError:
             return None
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # somebody else was there before
+            return None
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a rank that still needs it fetches for itself
-        return cls(folder) if folder.stat().st_uid == os.getuid() else None
+        return cls(folder)
 
     def fetch(self, request: Request, version: str, fetch: Fetch) -> None:
         """Fill the buffers of a request; ``fetch`` asks the store, ``version`` is of the object, whatever store it is
