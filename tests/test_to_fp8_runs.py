@@ -73,10 +73,14 @@ def grow(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a miniature ``fp8``, its ``plain`` conversion, and ``trained``, of which many weights have outgrown
-    their scale.
+    """As of `outgrown`."""
+    return outgrown(tmp_path_factory.mktemp("small"))
+
+
+def outgrown(folder: Path) -> Path:
+    """A folder with a miniature ``fp8``, its ``plain`` conversion, ``trained``, of which many weights have outgrown
+    their scale, and ``undisturbed``: that in FP8.
     """
-    folder = tmp_path_factory.mktemp("small")
     sample(folder / "fp8", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384))
     convert(folder / "fp8", folder / "plain")
     grow(folder / "plain", folder / "trained")

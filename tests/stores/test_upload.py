@@ -30,14 +30,13 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.output import extents
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.sample import Mistral3Sizes, sample
 from fp8ckpt.stores import upload
 from fp8ckpt.stores.upload import LOCK
 from tests.stores.conftest import BUCKET, contents
 from tests.stores.servers import Answer, Asked, Server
 from tests.test_four_bits import FAMILIES, write_plain
 from tests.test_four_bits import trained as trained_in_four_bits
-from tests.test_to_fp8_runs import grow
+from tests.test_to_fp8_runs import outgrown
 from tests.test_torchrun import ended, torchrun
 
 URL = f"s3://{BUCKET}/models/out"
@@ -307,13 +306,8 @@ def test_no_disk_for_the_data(s3: Server, client: Any, sample_fp8: Path, convert
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``fp8``, ``trained``, whose weights outgrew some scales, and ``back`` of it, in FP8."""
-    folder = tmp_path_factory.mktemp("trained")
-    sample(folder / "fp8", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384))
-    convert(folder / "fp8", folder / "plain")
-    grow(folder / "plain", folder / "trained")
-    convert(folder / "trained", folder / "back", to="fp8", like=folder / "fp8")
-    return folder
+    """As of `outgrown`."""
+    return outgrown(tmp_path_factory.mktemp("trained"))
 
 
 def test_scales_are_kept_until_they_are_known(s3: Server, client: Any, trained: Path) -> None:
@@ -324,9 +318,9 @@ def test_scales_are_kept_until_they_are_known(s3: Server, client: Any, trained: 
     far = convert(trained / "trained", URL, to="fp8", like=trained / "fp8")
     near = convert(trained / "trained", "near", to="fp8", like=trained / "fp8")
     assert far.report == near.report
-    assert _there(client) == contents(trained / "back") == contents(Path("near"))
+    assert _there(client) == contents(trained / "undisturbed") == contents(Path("near"))
     assert max(seen) <= 4 * PART
-    assert sum(path.stat().st_size for path in (trained / "back").glob("*.safetensors")) > 10 * PART
+    assert sum(path.stat().st_size for path in (trained / "undisturbed").glob("*.safetensors")) > 10 * PART
     assert max(_parts(s3).values()) == 2
     assert {kept for kept, times in _parts(s3).items() if times == 1}
 
@@ -343,7 +337,7 @@ def test_a_cut_among_the_passes(s3: Server, client: Any, trained: Path) -> None:
         _interrupted(s3, _at_part(at), lambda at=at: run(f"{URL}-{at}"))
         s3.forget()
         run(f"{URL}-{at}")
-        assert _there(client, f"models/out-{at}/") == contents(trained / "back")
+        assert _there(client, f"models/out-{at}/") == contents(trained / "undisturbed")
         assert max(_parts(s3).values()) <= 2
         assert sum(_parts(s3).values()) <= everything - at + 2 * upload.AT_ONCE
 
@@ -429,7 +423,7 @@ def test_ranks_write_one_output(s3: Server, client: Any, trained: Path) -> None:
     Path("job.py").write_text(code)
     status, _, stderr = ended(torchrun(2, "job.py"))
     assert status == 0, stderr
-    assert _there(client) == contents(trained / "back")
+    assert _there(client) == contents(trained / "undisturbed")
 
 
 def test_as_many_parts_as_a_store_takes() -> None:

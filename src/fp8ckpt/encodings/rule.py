@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,13 +36,6 @@ class Decided(NamedTuple):
     before: F32
 
 
-class _Options(TypedDict, total=False):
-    fresh: bool
-    powers_of_two: bool
-    file: File | None
-    remedy: str
-
-
 @dataclass(frozen=True)
 class Rule:
     """What decides the scales of the weight ``name``, which are stored in ``dtype``.
@@ -62,10 +55,10 @@ class Rule:
     remedy: str | None = None
 
     @classmethod
-    def like(cls, base: QuantizedTensor, **options: Unpack[_Options]) -> Rule:
+    def like(cls, base: QuantizedTensor, *, fresh: bool, powers_of_two: bool, file: File, remedy: str) -> Rule:
         """That of a weight which is written as one of a base. Reads the second level of its scales, if it has one."""
-        factor = load_factor(base)
-        return cls(base.name, base.scale.dtype, CODINGS[base.code_dtype], factor, factor, **options)
+        factor, coding = load_factor(base), CODINGS[base.code_dtype]
+        return cls(base.name, base.scale.dtype, coding, factor, factor, fresh, powers_of_two, file, remedy)
 
     def under(self, factor: Factor | None) -> Rule:
         """The same with another second level, under which no scale is kept."""

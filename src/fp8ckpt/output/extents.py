@@ -77,7 +77,7 @@ def extents_of(layout: FileLayout, chunks: Iterable[Chunk], most: int) -> Iterat
     """The chunks of a file in extents of ``most`` bytes, in a longer file of as many as `MOST_PARTS` need: their order
     means the same to every process that made the same plan.
     """
-    most = max(most, -(-layout.size // (MOST_PARTS - 1)))
+    most = part_of(layout.size, most)
     taken: list[Chunk] = []
     number, start, size = 1, 0, 0
     for chunk in chunks:
@@ -90,9 +90,9 @@ def extents_of(layout: FileLayout, chunks: Iterable[Chunk], most: int) -> Iterat
         yield Extent(layout, tuple(taken), number, start, layout.size)
 
 
-def part_of(size: int) -> int:
-    """Bytes of the parts of a file for a store."""
-    return max(PART, -(-size // (MOST_PARTS - 1)))
+def part_of(size: int, least: int) -> int:
+    """Bytes of the parts of a file of ``size``: at least so many, and no more parts than a store takes."""
+    return max(least, -(-size // (MOST_PARTS - 1)))
 
 
 def met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int]]:

@@ -394,7 +394,7 @@ class PartialOutput:
         for name, of_file in parts.items():
             if not of_file:  # no extent of it was recorded: it was written here, by whatever hands
                 size = (self.directory / name).stat().st_size
-                starts = range(0, size, extents.part_of(size))
+                starts = range(0, size, extents.part_of(size, extents.PART))
                 of_file |= {k: Sent(name, k, at, min(at + starts.step, size), "") for k, at in enumerate(starts, 1)}
 
         def send(sent: Sent) -> None:
