@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,16 +10,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measuring import interleaved, keep, read_all, write_durably
+from benchmarks.measuring import interleaved, keep, pages, read_all, write_durably
 
 SIZE = 1 << 30  # bytes
 
 
 def touch(size: int, *, huge: bool) -> None:
     """Write a byte to each page of fresh memory, with pages of 2 MiB where the system gives them, or of 4 KiB."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    torch.frombuffer(memory, dtype=torch.uint8).zero_()
+    torch.frombuffer(pages(size, huge=huge), dtype=torch.uint8).zero_()
 
 
 def write_buffered(file: Path, size: int, threads: int, *, pushed: bool) -> None:
@@ -72,6 +69,9 @@ def measure(work: Path, threads: Sequence[int] = (1, 2, 4)) -> dict[str, dict[st
         runs[f"read, in the page cache, {n} threads"] = lambda n=n: read_all([work / "source"], n)  # type: ignore[misc]
     for n in threads:
         runs[f"durable write, O_DIRECT, {n} threads"] = writing(lambda out, n=n: write_durably(out, SIZE, n))  # type: ignore[misc]
+    runs["durable write, O_DIRECT, 2 threads, pages of 4 KiB"] = writing(
+        lambda out: write_durably(out, SIZE, 2, huge=False)
+    )
     runs["durable write, buffered, 2 threads"] = writing(lambda out: write_buffered(out, SIZE, 2, pushed=False))
     runs["durable write, buffered and pushed, 2 threads"] = writing(
         lambda out: write_buffered(out, SIZE, 2, pushed=True)

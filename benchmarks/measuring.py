@@ -18,6 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fp8ckpt.system import HUGE_PAGE
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -72,15 +76,25 @@ def interleaved(
     }
 
 
-def write_durably(file: Path, size: int, threads: int = 2, piece: int = 4 << 20) -> None:
-    """The floor of whatever writes so many bytes and has them on disk: direct writes alone, in pieces of 4 MiB."""
+def pages(size: int, *, huge: bool) -> memoryview:
+    """Fresh memory that begins at a huge page, in such or in small ones."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
+    return memoryview(memory)[start : start + size]
+
+
+def write_durably(file: Path, size: int, threads: int = 2, piece: int = 4 << 20, *, huge: bool = True) -> None:
+    """The floor of whatever writes so many bytes and has them on disk: direct writes alone, in pieces of 4 MiB, of
+    memory in huge pages, or in small ones.
+    """
     fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o644)
     try:
         os.ftruncate(fd, -(-size // piece) * piece)
 
         def write(first: int) -> None:
-            buffer = mmap.mmap(-1, piece)  # direct writes need a buffer that begins at a page
-            buffer.write(os.urandom(piece))
+            buffer = pages(piece, huge=huge)
+            buffer[:] = os.urandom(piece)
             for start in range(first * piece, size, threads * piece):
                 os.pwrite(fd, buffer, start)
 

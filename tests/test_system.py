@@ -13,7 +13,8 @@ import pytest
 
 import fp8ckpt.system
 from fp8ckpt.convert import convert
-from fp8ckpt.system import hint_huge_pages
+from fp8ckpt.output.files import aligned_buffer
+from fp8ckpt.system import HUGE_PAGE, hint_huge_pages
 
 # As macOS is, to the code that runs there; F_FULLFSYNC is there, and the file system has none.
 LIKE_MACOS = """
@@ -131,3 +132,15 @@ def test_fresh_memory_takes_few_pages(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (full == 7).all()
     assert counts[0] < size // mmap.PAGESIZE // 8
     assert counts[1] >= size // mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has none")
+def test_what_a_disk_is_given_lies_in_huge_pages() -> None:
+    """Or each request holds an eighth of it."""
+    size = 4 << 20
+    buffer = aligned_buffer(size)
+    assert buffer.size == size
+    assert buffer.ctypes.data % HUGE_PAGE == 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffer[:] = 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < size // mmap.PAGESIZE // 8

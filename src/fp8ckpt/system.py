@@ -21,7 +21,7 @@ except ImportError:
 
 #: Bytes that one call reads or writes at most: macOS refuses calls of 2 GiB and more, Linux does a part of them.
 MOST_AT_ONCE = 1 << 30
-_HUGE_PAGE = 2 << 20  # bytes
+HUGE_PAGE = 2 << 20  # bytes
 _BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")
 _REPORTING = 5  # the bit, among a balloon's features
 
@@ -63,7 +63,7 @@ def hint_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for start, size in ranges:
-        if size >= _HUGE_PAGE:
+        if size >= HUGE_PAGE:
             # Whole pages, outwards: so neighbours stay one mapping, of which a process may have no more than 65,530.
             low, high = start & -mmap.PAGESIZE, -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
             madvise(low, high - low, mmap.MADV_HUGEPAGE)

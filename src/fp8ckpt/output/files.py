@@ -12,6 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,24 @@ import numpy as np
 from fp8ckpt.errors import StorageError, remedy_for
 from fp8ckpt.stores.local import refuse_irregular
 from fp8ckpt.stores.store import Bytes, File
-from fp8ckpt.system import MOST_AT_ONCE, flush, flush_data
+from fp8ckpt.system import HUGE_PAGE, MOST_AT_ONCE, flush, flush_data
 
 #: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
 ALIGNMENT = 4096
 
 
 def aligned_buffer(size: int) -> Bytes:
-    """A buffer of ``size`` bytes that begins at a page, as direct writes need."""
-    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    """A buffer of ``size`` bytes that begins at a page, as direct writes need: a huge one, where the system has them.
+
+    A request to a disk may name a few hundred pieces of memory: of huge pages that is 4 MiB, and of small ones an
+    eighth of it.
+    """
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel that was built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = np.frombuffer(memory, np.uint8)
+    return buffer[-buffer.ctypes.data % HUGE_PAGE :][:size]
 
 
 class OutputFile:
