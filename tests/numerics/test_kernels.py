@@ -117,7 +117,7 @@ def encoded(values: np.ndarray, scale: float) -> np.ndarray:
     out = np.empty((1, values.size), np.uint8)
     bits = values.view(np.uint32)[np.newaxis]
     scales = np.full((1, 1), scale, np.float32)
-    kernels.encode_blocks(bits, 0, scales, E4M3.form, E4M3.largest, 0, 0, 1, max(1, values.size), out)
+    kernels.encode_blocks(bits, scales, E4M3.form, E4M3.largest, 0, 0, 1, max(1, values.size), out)
     return out[0]
 
 

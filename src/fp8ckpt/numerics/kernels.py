@@ -245,15 +245,25 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 
 # ---------------------------------------------------------------- quantizing
 #
-# Values come as bit patterns, u16 of bfloat16 or u32 of float32, with ``shift`` (16 or 0) saying which: shifted left by
-# it, both are float32. Divisions do not check for zero (``error_model``), or they would not become vector instructions;
-# scales are positive. A code is a byte here, of four bits too, and ``form`` says what its bits are: how many, how many
-# of the mantissa, and the exponent's bias.
+# Values come as bit patterns, u16 of bfloat16 or u32 of float32: shifted left by 16 or 0, both are float32. Divisions do
+# not check for zero (``error_model``), or they would not become vector instructions; scales are positive. A code is a
+# byte here, of four bits too, and ``form`` says what its bits are: how many, how many of the mantissa, and the
+# exponent's bias. Each form has its loop, and each result is cast to 32 bits: numba makes whatever is shifted by a
+# variable, and what is not cast, 64 bits wide, and half of a vector is wasted.
+
+E4M3 = (8, 3, 7)
+E2M1 = (4, 1, 1)
+
+
+@compiled(inline="always")
+def _widening(values: Array) -> Any:
+    """By how many bits values are shifted left, known when a loop is compiled."""
+    return np.int32(16) if values.itemsize == 2 else np.int32(0)
 
 
 @compiled()
 def raise_maxima(
-    values: Array, shift: int, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array
+    values: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array
 ) -> None:
     """Raise the ``maxima`` u32 [R blocks, C blocks] to the largest magnitude of each block of a window, as bits of a
     float32.
@@ -261,6 +271,7 @@ def raise_maxima(
     values u16/u32 [R, C]. Bits of magnitudes are ordered as the magnitudes are, infinity and NaN above all others.
     """
     rows, cols = values.shape
+    left = np.uint32(_widening(values))
     for r in range(rows):
         block_row = (row_phase + r) // block_rows
         start = 0
@@ -270,7 +281,7 @@ def raise_maxima(
             part = values[r, start:stop]
             largest = np.uint32(0)
             for i in range(part.size):
-                largest = max(largest, np.uint32((np.uint32(part[i]) << np.uint32(shift)) & np.uint32(0x7FFFFFFF)))
+                largest = max(largest, np.uint32((np.uint32(part[i]) << left) & np.uint32(0x7FFFFFFF)))
             maxima[block_row, block] = max(maxima[block_row, block], largest)
             start = stop
             block += 1
@@ -288,10 +299,36 @@ def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int
         block += 1
 
 
+@compiled(inline="always", error_model="numpy")
+def _encode_row(values: Array, divisors: Array, most: Any, form: tuple[int, int, int], out: Array) -> None:
+    """Codes u8 [n] of values by their scales f32 [n].
+
+    A code's exponent and mantissa are the quotient's own bits, rounded (of e4m3 at the 20th); of a quotient below the
+    least normal (``2**-6``) they are whole steps (of ``2**-9``), which an addition (of ``2**14``) rounds to.
+    """
+    width, mantissa, bias = form
+    left = _widening(values)
+    dropped, sign_at, sign_bit = np.int32(23 - mantissa), np.int32(32 - width), np.int32(1 << (width - 1))
+    below, one_less = np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
+    half = np.int32((1 << (22 - mantissa)) - 1)
+    steps_at = np.int32((151 - bias - mantissa) << 23)  # the bits of the power of two whose last place is one step
+    to_steps = np.float32(2.0 ** (24 - bias - mantissa))
+    for i in range(out.size):
+        value = np.int32(np.int32(values[i]) << left)
+        magnitude = np.int32(value & np.int32(0x7FFFFFFF)).view(np.float32)
+        quotient = np.float32(min(magnitude / divisors[i], most))
+        bits = quotient.view(np.int32)
+        rebased = np.int32(bits - one_less)
+        even = np.int32(np.int32(rebased >> dropped) & np.int32(1))
+        normal = np.int32(np.int32(rebased + half + even) >> dropped)
+        subnormal = np.int32(np.float32(quotient + to_steps).view(np.int32) - steps_at)
+        code = subnormal if bits < below else normal
+        out[i] = np.uint8(np.int32(code | np.int32(np.int32(value >> sign_at) & sign_bit)))
+
+
 @compiled(error_model="numpy")
 def encode_blocks(
     values: Array,
-    shift: int,
     scales: Array,
     form: tuple[int, int, int],
     most: Any,
@@ -303,24 +340,10 @@ def encode_blocks(
 ) -> None:
     """``out = code(clamp(values / scale, -most, most))``, nearest even, in a window of finite values; out u8 [R, C].
 
-    values u16/u32 [R, C], scales f32 [R blocks, C blocks], most f32: the largest code. Loops that become vector
-    instructions: a code's exponent and mantissa are the quotient's own bits, rounded (of e4m3 at the 20th); of a
-    quotient below the least normal (``2**-6``) they are whole steps (of ``2**-9``), which an addition (of ``2**14``)
-    rounds to. Each result is cast to 32 bits, or numba makes it 64, and half of a vector is wasted.
+    values u16/u32 [R, C], scales f32 [R blocks, C blocks], most f32: the largest code.
     """
     rows, cols = values.shape
-    left = np.int32(shift)
-    width, mantissa, bias = form
-    dropped, sign_at, sign_bit = np.int32(23 - mantissa), np.int32(32 - width), np.int32(1 << (width - 1))
-    below, one_less = np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
-    half = np.int32((1 << (22 - mantissa)) - 1)
-    steps_at = np.int32((151 - bias - mantissa) << 23)  # the bits of the power of two whose last place is one step
-    to_steps = np.float32(2.0 ** (24 - bias - mantissa))
-    divisors = np.empty(_SCRATCH, np.float32)
-    bits = np.empty(_SCRATCH, np.int32)
-    quotients = bits.view(np.float32)
-    steps = np.empty(_SCRATCH, np.int32)
-    shifted = steps.view(np.float32)
+    divisors = np.empty(min(cols, _SCRATCH), np.float32)
     for start in range(0, cols, _SCRATCH):
         size = min(_SCRATCH, cols - start)
         spread = -1
@@ -329,23 +352,11 @@ def encode_blocks(
             if block_row != spread:
                 _spread(scales, block_row, start, col_phase, block_cols, divisors[:size])
                 spread = block_row
-            part = values[r, start : start + size]
-            result = out[r, start : start + size]
-            for i in range(size):
-                bits[i] = np.int32(np.int32(part[i]) << left) & np.int32(0x7FFFFFFF)
-            for i in range(size):
-                quotients[i] = min(quotients[i] / divisors[i], most)
-            for i in range(size):
-                shifted[i] = quotients[i] + to_steps
-            for i in range(size):
-                rebased = np.int32(bits[i] - one_less)
-                even = np.int32(np.int32(rebased >> dropped) & np.int32(1))
-                normal = np.int32(np.int32(rebased + half + even) >> dropped)
-                subnormal = np.int32(steps[i] - steps_at)
-                steps[i] = subnormal if bits[i] < below else normal
-            for i in range(size):
-                sign = np.int32(np.int32(np.int32(part[i]) << left) >> sign_at) & sign_bit
-                result[i] = np.uint8(np.int32(steps[i] | sign))
+            part, result = values[r, start : start + size], out[r, start : start + size]
+            if form[0] == 8:
+                _encode_row(part, divisors, most, E4M3, result)
+            else:
+                _encode_row(part, divisors, most, E2M1, result)
 
 
 @compiled()
@@ -366,10 +377,34 @@ def unpack(packed: Array, out: Array) -> None:
 TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest error
 
 
+@compiled(inline="always")
+def _decoded(code: Any, form: tuple[int, int, int]) -> Any:
+    """The magnitude f32 of a code: its bits, moved into a float32; those of a subnormal one are read as the least
+    normal and more, from which that is taken.
+    """
+    width, mantissa, bias = form
+    size = np.int32(np.int32(code) & np.int32((1 << (width - 1)) - 1))
+    normal = size > np.int32((1 << mantissa) - 1)
+    exponent = np.int32((127 - bias) << 23) if normal else np.int32((128 - bias) << 23)
+    value = np.int32(np.int32(size << np.int32(23 - mantissa)) + exponent).view(np.float32)
+    return np.float32(value - (np.float32(0) if normal else np.float32(2.0 ** (1 - bias))))
+
+
+@compiled(inline="always")
+def _errors_of_row(
+    values: Array, codes: Array, factors: Array, form: tuple[int, int, int], sizes: Array, errors: Array
+) -> None:
+    """Magnitudes of values, and errors of their codes: both f32 [n]."""
+    left = _widening(values)
+    for i in range(codes.size):
+        size = np.int32(np.int32(np.int32(values[i]) << left) & np.int32(0x7FFFFFFF)).view(np.float32)
+        sizes[i] = size
+        errors[i] = abs(_decoded(codes[i], form) * factors[i] - size)
+
+
 @compiled()
 def tally_blocks(
     values: Array,
-    shift: int,
     codes: Array,
     scales: Array,
     limits: Array,
@@ -389,51 +424,29 @@ def tally_blocks(
     ``limits`` f32 [R blocks, C blocks].
     """
     rows, cols = values.shape
-    left = np.int32(shift)
-    width, mantissa, bias = form
-    dropped, of_size, subnormals = (
-        np.int32(23 - mantissa),
-        np.int32((1 << (width - 1)) - 1),
-        np.int32((1 << mantissa) - 1),
-    )
-    below, one_less = np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
-    least = np.float32(2.0 ** (1 - bias))
-    factors = np.empty(_SCRATCH, np.float32)
-    bounds = np.empty(_SCRATCH, np.float32)
-    bits = np.empty(_SCRATCH, np.int32)
-    sizes = bits.view(np.float32)
-    decoded = np.empty(_SCRATCH, np.int32)
-    errors = decoded.view(np.float32)
+    scratch = np.empty((4, min(cols, _SCRATCH)), np.float32)
     for start in range(0, cols, _SCRATCH):
         size = min(_SCRATCH, cols - start)
+        factors, bounds, sizes, errors = scratch[0, :size], scratch[1, :size], scratch[2, :size], scratch[3, :size]
         spread = -1
         for r in range(rows):
             block_row = (row_phase + r) // block_rows
             if block_row != spread:
-                _spread(scales, block_row, start, col_phase, block_cols, factors[:size])
-                _spread(limits, block_row, start, col_phase, block_cols, bounds[:size])
+                _spread(scales, block_row, start, col_phase, block_cols, factors)
+                _spread(limits, block_row, start, col_phase, block_cols, bounds)
                 spread = block_row
-            part = values[r, start : start + size]
-            coded = codes[r, start : start + size]
-            for i in range(size):
-                bits[i] = np.int32(np.int32(part[i]) << left) & np.int32(0x7FFFFFFF)
-            for i in range(size):
-                code = np.int32(np.int32(coded[i]) & of_size)
-                exponent = one_less if code > subnormals else below
-                decoded[i] = np.int32(np.int32(code << dropped) + exponent)
-            for i in range(size):
-                code = np.int32(np.int32(coded[i]) & of_size)
-                excess = np.float32(0) if code > subnormals else least
-                errors[i] = abs((errors[i] - excess) * factors[i] - sizes[i])
-            clipped = np.int32(0)
-            outgrown = np.int32(0)
-            largest = np.int32(0)
-            worst = np.int32(0)
+            part, coded = values[r, start : start + size], codes[r, start : start + size]
+            if form[0] == 8:
+                _errors_of_row(part, coded, factors, E4M3, sizes, errors)
+            else:
+                _errors_of_row(part, coded, factors, E2M1, sizes, errors)
+            clipped, outgrown = np.int32(0), np.int32(0)
+            largest, worst = np.int32(0), np.int32(0)  # of bits, whose order is that of magnitudes
             for i in range(size):
                 clipped = np.int32(clipped + np.int32(sizes[i] > factors[i] * beyond))
                 outgrown = np.int32(outgrown + np.int32(sizes[i] > bounds[i]))
-                largest = max(largest, bits[i])
-                worst = max(worst, decoded[i])
+                largest = max(largest, np.float32(sizes[i]).view(np.int32))
+                worst = max(worst, np.float32(errors[i]).view(np.int32))
             # Sums by halves, in place: an order of addition that vector instructions can keep, and that loses little.
             left_over = size
             while left_over > 16:
@@ -446,9 +459,8 @@ def tally_blocks(
             for i in range(left_over):
                 sums[0] += np.float64(sizes[i])
                 sums[1] += np.float64(errors[i])
-            bits[0], decoded[0] = largest, worst
-            sums[2] = max(sums[2], np.float64(sizes[0]))
-            sums[3] = max(sums[3], np.float64(errors[0]))
+            sums[2] = max(sums[2], np.float64(np.int32(largest).view(np.float32)))
+            sums[3] = max(sums[3], np.float64(np.int32(worst).view(np.float32)))
             counts[0] += clipped
             counts[1] += outgrown
 

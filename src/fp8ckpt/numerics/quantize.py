@@ -128,7 +128,7 @@ def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:
     """
     for part in parts:
         found = maxima[part.window.blocks].view(np.uint32).copy()
-        kernels.raise_maxima(part.of(values.bits), values.shift, *part.window.phase, found)
+        kernels.raise_maxima(part.of(values.bits), *part.window.phase, found)
         maxima[part.window.blocks] = found.view(np.float32)
 
 
@@ -139,7 +139,7 @@ def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8, coding
     for part in parts:
         given = np.ascontiguousarray(scales[part.window.blocks])
         kernels.encode_blocks(
-            part.of(values.bits), values.shift, given, coding.form, coding.largest, *part.window.phase, part.of(codes)
+            part.of(values.bits), given, coding.form, coding.largest, *part.window.phase, part.of(codes)
         )
 
 
@@ -235,7 +235,7 @@ def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before:
     for part in parts:
         given, limits = (np.ascontiguousarray(blocks[part.window.blocks]) for blocks in (scales, beyond))
         kernels.tally_blocks(
-            part.of(values.bits), values.shift, part.of(codes), given, limits, coding.form, coding.beyond,
+            part.of(values.bits), part.of(codes), given, limits, coding.form, coding.beyond,
             *part.window.phase, sums, counts,
         )  # fmt: skip
     return Tally(codes.size, 0, int(counts[0]), int(counts[1]), *map(float, sums))
