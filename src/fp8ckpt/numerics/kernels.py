@@ -245,11 +245,11 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 
 # ---------------------------------------------------------------- quantizing
 #
-# Values come as bit patterns, u16 of bfloat16 or u32 of float32: shifted left by 16 or 0, both are float32. Divisions do
-# not check for zero (``error_model``), or they would not become vector instructions; scales are positive. A code is a
-# byte here, of four bits too, and ``form`` says what its bits are: how many, how many of the mantissa, and the
-# exponent's bias. Each form has its loop, and each result is cast to 32 bits: numba makes whatever is shifted by a
-# variable, and what is not cast, 64 bits wide, and half of a vector is wasted.
+# Values come as bit patterns, u16 of bfloat16 or u32 of float32: shifted left by 16 or 0, both are float32. Divisions
+# do not check for zero (``error_model``), or they would not become vector instructions; scales are positive. A code is
+# a byte here, of four bits too, and ``form`` says what its bits are: how many, how many of the mantissa, and the
+# exponent's bias. Each form has a loop of its own, and each result is cast to 32 bits: what is shifted by a variable,
+# or not cast, is 64 bits wide to numba, and half of a vector is wasted.
 
 E4M3 = (8, 3, 7)
 E2M1 = (4, 1, 1)
