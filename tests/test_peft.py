@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from fp8ckpt import convert, load_pretrained, merge, open_checkpoint, save_model, verify
+from fp8ckpt import convert, load_model, load_pretrained, merge, open_checkpoint, save_model, verify
 from fp8ckpt.errors import ModelMismatchError
 from tests.families.releases import RELEASES
 from tests.oracle import read_directory
@@ -174,5 +174,8 @@ def test_a_model_with_adapters_in_it_is_not_saved(sample_fp8: Path, tmp_path: Pa
     for how in ({}, {"like": sample_fp8}, {"like": sample_fp8, "to": "fp8"}):
         with pytest.raises(ModelMismatchError, match=r"adapters of PEFT .*merge_and_unload"):
             save_model(model, tmp_path / "out", **how)
+    for held in (model, model.base_model.model):
+        with pytest.raises(ModelMismatchError, match=r"adapters of PEFT .*before it is given adapters"):
+            load_model(held, sample_fp8)
     save_model(model.merge_and_unload(), tmp_path / "out", like=sample_fp8)
     assert verify(sample_fp8, tmp_path / "out").ok  # a fresh adapter adds nothing

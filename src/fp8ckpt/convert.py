@@ -12,7 +12,7 @@ ends with the same bytes. Under torchrun the ranks share the work: call `convert
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,16 @@ from fp8ckpt.encodings import plain as dequantizing
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import Progress
-from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
+from fp8ckpt.numerics.codes import SCALES
+from fp8ckpt.numerics.targets import FP8, TARGETS, target_of
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
+    import torch
+
     from fp8ckpt.encodings.recipes import QuantizingPlan
     from fp8ckpt.ranks import Ranks
 
@@ -38,7 +41,7 @@ def convert(
     source: CheckpointLike,
     destination: str | Path,
     *,
-    to: str | None = None,
+    to: str | torch.dtype | None = None,
     layout: str = "file",
     like: CheckpointLike | None = None,
     scheme: str | None = None,
@@ -56,8 +59,8 @@ def convert(
     """Convert ``source`` to ``destination``: a directory to be made, or ``s3://bucket/prefix``, where parts go as they
     are made, and nothing is seen until all are there; the working directory holds the state.
 
-    ``to`` "bf16" (the default), "fp16" or "fp32": every quantized weight is dequantized to it. The same files hold the
-    same tensors, less the scales; unquantized tensors keep their bytes. The configuration loses its
+    ``to`` "bf16" (the default), "fp16" or "fp32", or torch's dtype: every quantized weight is dequantized to it. The
+    same files hold the same tensors, less the scales; unquantized tensors keep their bytes. The configuration loses its
     ``quantization_config``, the index is made anew, and every other file is copied, but for Mistral's own copy of the
     weights (``consolidated*.safetensors``) and ``hf_quant_config.json``. ``layout`` "model" writes tensors under the
     names and in the stackings of their model in transformers instead, in files of at most 5 GB: what transformers reads
@@ -97,14 +100,14 @@ def convert(
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
     from fp8ckpt.report import draw, refuse_page
 
-    to = to or (FP8 if like is not None or scheme is not None else "bf16")
+    to = str(to or (FP8 if like is not None or scheme is not None else "bf16"))
     report, see = report or report_html is not None, report_html is not None
     how = _How(to, layout, like, scheme, scales, carry, report, see, serving, only, skip, follow_index)
     with writing(destination) as output, ranks_of_this_job() as ranks:
-        ranks.together(lambda: _refuse_arguments(how, workers))
+        how = ranks.together(lambda: _checked(how, workers))
         page = None if report_html is None else ranks.together(lambda: refuse_page(report_html))
         threads = threads_of_this_rank(workers)
-        job = _dequantize if to != FP8 else _quantize
+        job = _dequantize if how.to != FP8 else _quantize
         result, before, seen = job(source, output, how, threads, progress, ranks)
         if page is not None:
             ranks.first(lambda: draw((before, open_checkpoint(output.destination)), seen, page))
@@ -122,7 +125,7 @@ def plan_convert(
     source: CheckpointLike,
     destination: str | Path,
     *,
-    to: str | None = None,
+    to: str | torch.dtype | None = None,
     layout: str = "file",
     like: CheckpointLike | None = None,
     scheme: str | None = None,
@@ -144,14 +147,14 @@ def plan_convert(
     """
     from fp8ckpt.ranks import ranks_of_this_job
 
-    to = to or (FP8 if like is not None or scheme is not None else "bf16")
+    to = str(to or (FP8 if like is not None or scheme is not None else "bf16"))
     how = _How(to, layout, like, scheme, scales, carry, report, False, serving, only, skip, follow_index)
     with ranks_of_this_job() as ranks:
         return ranks.first(lambda: _forecast(source, PartialOutput(destination), how))
 
 
 def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forecast:
-    _refuse_arguments(how, None)
+    how = _checked(how, None)
     if how.to == FP8:
         recipe = _plan_fp8(source, output, how)
         return recipe.output.forecast(output, recipe.extents(output.extent), recipe.made_of(), recipe.notes)
@@ -159,11 +162,11 @@ def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forec
     return plan.output.forecast(output, plan.extents(output.extent), plan.made_of(), plan.notes)
 
 
-def _refuse_arguments(how: _How, workers: int | None) -> None:
+def _checked(how: _How, workers: int | None) -> _How:
+    """With ``to`` by its own name. Raises `ValueError` for what does not go together."""
+    how = replace(how, to=target_of(how.to))
     to, like, scheme, scales, carry, serving = how.to, how.like, how.scheme, how.scales, how.carry, how.serving
     selected = how.only is not None or how.skip is not None
-    if to not in (*TARGETS, FP8):
-        raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
     if how.layout not in dequantizing.LAYOUTS:
         raise ValueError(f"layout={how.layout!r}; expected one of {', '.join(dequantizing.LAYOUTS)}")
     if to == FP8 and how.layout != dequantizing.FILE:
@@ -186,6 +189,7 @@ def _refuse_arguments(how: _How, workers: int | None) -> None:
         raise ValueError(
             "scales and serving go with like: a scheme makes all scales new, and writes what serving engines need"
         )
+    return how
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from fp8ckpt.engine import Progress
-from fp8ckpt.numerics.codes import E8M0_DTYPES, FP8, SCALES
+from fp8ckpt.numerics.codes import E8M0_DTYPES, SCALES
+from fp8ckpt.numerics.targets import FP8, target_of
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
@@ -27,12 +28,16 @@ from fp8ckpt.stores.store import Store
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
+    import torch
+
     from fp8ckpt.encodings.facts import WeightFacts
     from fp8ckpt.encodings.recipes import QuantizingPlan
     from fp8ckpt.encodings.run_fp8 import Quantized
     from fp8ckpt.ranks import Ranks
 
 TO = (FP8, "bf16")
+#: What PEFT wrote, by its directory; or several, each alone or as (directory, weight).
+AdapterLike: TypeAlias = str | Path | Store | Sequence[str | Path | Store | tuple[str | Path | Store, float]]
 _LITTLE = 0.5  # of what is to be added
 
 
@@ -98,10 +103,10 @@ class MergeResult:
 @kept_open()
 def merge(
     base: CheckpointLike,
-    adapter: str | Path | Store | Sequence[tuple[str | Path | Store, float]],
+    adapter: AdapterLike,
     destination: str | Path,
     *,
-    to: str | None = None,
+    to: str | torch.dtype | None = None,
     scales: str = "reuse",
     serving: bool = False,
     follow_index: bool = False,
@@ -110,12 +115,12 @@ def merge(
 ) -> MergeResult:
     """Merge ``adapter`` into ``base``, and write ``destination``.
 
-    ``adapter``: the directory that PEFT wrote, or several, each with a weight that its additions are multiplied by.
-    ``to`` "fp8" (where the base is FP8) writes the base's own layout, as `fp8ckpt.convert` with ``like`` does; "bf16"
-    dequantizes. Values are ``code * scale + scaling * (B @ A)`` in float32, rounded once. What no adapter changes is
-    the base's, byte for byte. ``scales`` "reuse" keeps the scale of a block whose merged values fit it, and makes a new
-    one elsewhere, for a weight together with the siblings that share its scale; "fresh" makes those of all merged
-    weights new. ``serving``, ``follow_index``, ``workers`` and ``progress``: as for `fp8ckpt.convert`.
+    ``adapter``: the directory that PEFT wrote, or several, each alone or with a weight that its additions are
+    multiplied by. ``to`` "fp8" (where the base is FP8) writes the base's own layout, as `fp8ckpt.convert` with ``like``
+    does; "bf16" dequantizes. Values are ``code * scale + scaling * (B @ A)`` in float32, rounded once. What no adapter
+    changes is the base's, byte for byte. ``scales`` "reuse" keeps the scale of a block whose merged values fit it, and
+    makes a new one elsewhere, for a weight together with the siblings that share its scale; "fresh" makes those of all
+    merged weights new. ``serving``, ``follow_index``, ``workers`` and ``progress``: as for `fp8ckpt.convert`.
 
     Raises `UnsupportedFormatError` for adapters that are no LoRA, or a LoRA that no weights are equal to;
     `ModelMismatchError` for one of another model; `WeightValueError` for one that is not finite; and what
@@ -128,17 +133,25 @@ def merge(
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
-    adapters = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [(adapter, 1.0)]
     with writing(destination) as output, ranks_of_this_job() as ranks:
-        ranks.together(lambda: _refuse_arguments(to, scales, serving, workers, len(adapters)))
+        how = ranks.together(lambda: _checked(base, adapter, to, scales, serving, follow_index, workers))
         threads = threads_of_this_rank(workers)
-        how = _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
         return _merge(how, output, threads, progress, ranks)
 
 
-def _refuse_arguments(to: str | None, scales: str, serving: bool, workers: int | None, adapters: int) -> None:
-    if to is not None and to not in TO:
-        raise ValueError(f"to={to!r}; expected one of {', '.join(TO)}")
+def _checked(
+    base: CheckpointLike,
+    adapter: AdapterLike,
+    to: str | torch.dtype | None,
+    scales: str,
+    serving: bool,
+    follow_index: bool,
+    workers: int | None,
+) -> _Merging:
+    """The arguments in one form. Raises `ValueError` for what does not go together."""
+    several = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
+    adapters = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
+    to = None if to is None else target_of(to, TO)
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}; expected at least 1")
     if scales not in SCALES:
@@ -147,6 +160,7 @@ def _refuse_arguments(to: str | None, scales: str, serving: bool, workers: int |
         raise ValueError("scales and serving go with to='fp8', and not with to='bf16'")
     if not adapters:
         raise ValueError("adapter=[]; expected at least one")
+    return _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
 
 
 @dataclass(frozen=True)
@@ -161,10 +175,10 @@ class _Merging:
 
 def plan_merge(
     base: CheckpointLike,
-    adapter: str | Path | Store | Sequence[tuple[str | Path | Store, float]],
+    adapter: AdapterLike,
     destination: str | Path,
     *,
-    to: str | None = None,
+    to: str | torch.dtype | None = None,
     scales: str = "reuse",
     serving: bool = False,
     follow_index: bool = False,
@@ -178,14 +192,11 @@ def plan_merge(
     """
     from fp8ckpt.ranks import ranks_of_this_job
 
-    adapters = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [(adapter, 1.0)]
-    how = _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
-
     def planned() -> Forecast:
-        _refuse_arguments(to, scales, serving, None, len(adapters))
+        how = _checked(base, adapter, to, scales, serving, follow_index, None)
         output = PartialOutput(destination)
         opened = open_checkpoint(base, follow_index=follow_index)
-        recipe = _plan(how, opened, output, to or (FP8 if opened.quantized else "bf16"))
+        recipe = _plan(how, opened, output, how.to or (FP8 if opened.quantized else "bf16"))
         return recipe.output.forecast(output, recipe.extents(output.extent), recipe.made_of(), recipe.notes)
 
     with ranks_of_this_job() as ranks:

@@ -140,7 +140,7 @@ def report(
     from fp8ckpt.figures import page_of
 
     page = refuse_page(output)
-    sides = [open_checkpoint(path) for path in (a, b) if path is not None]
+    sides = [open_checkpoint(path) for path in ((a,) if b is None else (a, b))]
     for side in sides:
         raise_first(scale_defects(side.quantized, side.cache_scales))
     job = _Job(sides, progress)

@@ -106,7 +106,7 @@ def verify(
     """
     if tensor_parallel is not None and (not serving or tensor_parallel < 1):
         raise ValueError(f"tensor_parallel={tensor_parallel}; expected at least 1, with serving")
-    sides = [survey(path, follow_index=follow_index) for path in (a, b) if path is not None]
+    sides = [survey(path, follow_index=follow_index) for path in ((a,) if b is None else (a, b))]
     defects = [defect for side in sides for defect in _defects(side)]
     servability = examine(sides[-1], tensor_parallel=tensor_parallel) if serving else None
     notes: tuple[str, ...] = ()

@@ -231,6 +231,14 @@ def test_no_hub_id_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         open_checkpoint(name)
 
 
+@pytest.mark.parametrize("thing", [None, 3, ["a.safetensors", "b.safetensors"], {}])
+def test_what_is_no_checkpoint_of_any_kind(thing: Any) -> None:
+    """Wherever one is taken, it is said what can be given."""
+    for call in (open_checkpoint, verify, inspect):
+        with pytest.raises(TypeError, match=rf"a {type(thing).__name__} is no checkpoint: give a directory"):
+            call(thing)
+
+
 def test_a_local_directory_goes_before_a_hub_id(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory that is there is opened, though its name could be a hub id."""
     (tmp_path / "org").mkdir()

@@ -33,7 +33,8 @@ from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFile
 from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
-from fp8ckpt.numerics.codes import FP8, SCALES, TARGETS
+from fp8ckpt.numerics.codes import SCALES
+from fp8ckpt.numerics.targets import FP8, TARGETS, target_of
 from fp8ckpt.ranks import Ranks, ranks_of_group
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
@@ -103,7 +104,7 @@ class Checkpointer:
         model: nn.Module,
         path: str | Path,
         *,
-        to: str = "bf16",
+        to: str | torch.dtype = "bf16",
         like: CheckpointLike | None = None,
         scales: str = "reuse",
         report: bool = True,
@@ -114,8 +115,8 @@ class Checkpointer:
         """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
 
         Every rank writes its own shards into the same files. Names and stackings are translated as for `load_model`.
-        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32". ``like``: the checkpoint that
-        the model came from, the base: it decides names, files, the dtype of tensors that it does not hold as FP8,
+        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's. ``like``: the checkpoint
+        that the model came from, the base: it decides names, files, the dtype of tensors that it does not hold as FP8,
         configuration and side files; what is written is what ``convert(like, ..., to=to)`` would make of it with the
         model's values. Without it, names are the model's own, files end at ``max_file_bytes`` (default: 5 GB), and the
         configuration is ``model.config``. ``base`` is the former name of ``like``.
@@ -141,9 +142,10 @@ class Checkpointer:
         >>> result.report.total.moved, fp8ckpt.verify("sample-fp8", "saved-fp8").ok
         (0, True)
         """
-        like = given_like(like, base)
+        like, asked = given_like(like, base), to
 
-        def prepare() -> tuple[DirectoryWriter, SavePlan]:
+        def prepare() -> tuple[DirectoryWriter, SavePlan, str]:
+            to = target_of(asked)
             _refuse_arguments(to, like, scales, carry, max_file_bytes)
             checkpoint = None if like is None else open_checkpoint(like)
             own = unwrapped(model)
@@ -169,10 +171,10 @@ class Checkpointer:
                     side_files=side_files,
                     max_file_bytes=max_file_bytes,
                 )
-            return writer, plan
+            return writer, plan, to
 
         begun, ranks = time.monotonic(), self._ranks()
-        writer, plan = ranks.together(prepare)
+        writer, plan, to = ranks.together(prepare)
         ranks.together(plan.refuse_trained_apart)
         try:
             with _named_errors():
@@ -210,8 +212,6 @@ save_model = Checkpointer().save_model
 def _refuse_arguments(
     to: str, like: CheckpointLike | None, scales: str, carry: str | None, max_file_bytes: int | None
 ) -> None:
-    if to not in (*TARGETS, FP8):
-        raise ValueError(f"to={to!r}; expected one of {', '.join((*TARGETS, FP8))}")
     if scales not in SCALES:
         raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
     if carry is not None and like is None:

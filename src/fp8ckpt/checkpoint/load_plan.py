@@ -15,7 +15,7 @@ from fp8ckpt.checkpoint.buffers import restore_buffers
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.checkpoint.tied import tie, tied_groups
-from fp8ckpt.checkpoint.wrappers import plain_name
+from fp8ckpt.checkpoint.wrappers import plain_name, refuse_what_hides
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.carried import mtp_tensors
 from fp8ckpt.ranks import BEYOND
@@ -36,9 +36,11 @@ class LoadPlan:
     def __init__(self, model: nn.Module, path: CheckpointLike, partial: bool, narrow: bool, follow_index: bool) -> None:
         self.model = model
         self.checkpoint = open_checkpoint(path, follow_index=follow_index)
+        refuse_what_hides(model, "load the model before it is given adapters")
         tie(model)
         remedy = "materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds"
         self._native = tensors_of(model, remedy)
+        self._refuse_copies()
         stored = {name: tuple(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
         self.named = self._native
         if (assembled := assemble(model, self._native, stored)) is None:
@@ -98,6 +100,18 @@ class LoadPlan:
                 raise ModelMismatchError(
                     f"shape {tuple(tensor.shape)} in the model", tensor=name, file=where, expected=f"{tuple(expected)}"
                 )
+
+    def _refuse_copies(self) -> None:
+        """What is loaded into copies of its tensors, a model would not have."""
+        held = {0, *map(_storage, (*self.model.parameters(), *self.model.buffers()))}
+        copies = [name for name, tensor in self._native.items() if _storage(tensor) not in held]
+        if copies:
+            raise ModelMismatchError(
+                f"its state_dict() gives copies of {len(copies)} tensors, which nothing can be loaded into: "
+                f"{listed(copies)}",
+                expected="its own tensors",
+                remedy="load it before it is wrapped in FullyShardedDataParallel, or shard it with fully_shard (FSDP2)",
+            )
 
     def _refuse_codes(self) -> None:
         """A parameter of an FP8 dtype would be given codes, without the scales that they mean something by."""
@@ -189,6 +203,13 @@ def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
     Raises `ModelMismatchError`, with the ``remedy``, where some have no values.
     """
     held = {plain_name(name): one for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
+    if sharded := [name for name, tensor in held.items() if type(tensor).__name__ == "ShardedTensor"]:
+        raise ModelMismatchError(
+            f"{len(sharded)} tensors are ShardedTensors, the first {shown(sharded[0])}",
+            expected="tensors, or DTensors",
+            remedy="shard it with fully_shard (FSDP2); to save what FullyShardedDataParallel wraps, set its "
+            "state_dict_type to FULL_STATE_DICT",
+        )
     on_meta = [name for name, tensor in held.items() if tensor.is_meta]
     if on_meta:
         raise ModelMismatchError(f"{len(on_meta)} tensors are on the meta device: {listed(on_meta)}", remedy=remedy)
@@ -197,3 +218,9 @@ def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Where its values lie; 0 for none."""
+    local = _local(tensor)
+    return local.untyped_storage().data_ptr() if local.numel() else 0

@@ -12,11 +12,13 @@ from torch import nn
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
 from fp8ckpt.families.transformers_tables import configured_model, distributed, keep_in_float32
+from fp8ckpt.numerics.targets import TARGETS, target_of
 from fp8ckpt.ranks import ranks_of_group
 from fp8ckpt.stores.local import local_copy
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG
+from fp8ckpt.tensors.reading import torch_dtype
 
 if TYPE_CHECKING:
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -29,7 +31,7 @@ def load_pretrained(
     *,
     parallelize: Callable[[nn.Module], nn.Module | None] | DistributedConfig | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str | torch.dtype = torch.bfloat16,
     partial: bool = False,
     follow_index: bool = False,
 ) -> nn.Module:
@@ -38,11 +40,11 @@ def load_pretrained(
 
     ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. Or
     it is a ``DistributedConfig`` of transformers: the model is sharded by its own plans (TP, EP, FSDP2, PP), as
-    ``from_pretrained(distributed_config=)`` does; ``device`` is then the kind of its mesh.
-    ``dtype`` is that of the parameters, but for those that transformers itself keeps in float32 (DeepSeek's
-    ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named in a warning.
-    ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index does not list
-    is no part of the checkpoint. Needs transformers.
+    ``from_pretrained(distributed_config=)`` does; ``device`` is then the kind of its mesh. ``dtype`` is that of the
+    parameters, bfloat16, float16 or float32, by torch's name or any other; but for those that transformers itself keeps
+    in float32 (DeepSeek's ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named
+    in a warning. ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index
+    does not list is no part of the checkpoint. Needs transformers.
 
     >>> model = fp8ckpt.load_pretrained("sample-fp8")
     >>> type(model).__name__, model.lm_head.weight.dtype
@@ -66,8 +68,9 @@ def load_pretrained(
     return model  # type: ignore[no-any-return]  # a class that is known by name only
 
 
-def _built(path: CheckpointLike, dtype: torch.dtype, follow_index: bool) -> tuple[Checkpoint, Any]:
+def _built(path: CheckpointLike, asked: str | torch.dtype, follow_index: bool) -> tuple[Checkpoint, Any]:
     """The checkpoint, and the model that its configuration names, on the meta device."""
+    dtype = torch_dtype(TARGETS[target_of(asked, TARGETS, "dtype")])
     checkpoint = open_checkpoint(path, follow_index=follow_index)
     model = configured_model(checkpoint.config, dtype)
     if model is None:

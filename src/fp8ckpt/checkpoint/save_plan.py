@@ -15,6 +15,7 @@ from fp8ckpt.checkpoint.load_plan import tensors_of
 from fp8ckpt.checkpoint.planners import AssemblySavePlanner
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.checkpoint.tied import tied_groups
+from fp8ckpt.checkpoint.wrappers import refuse_what_hides
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
@@ -58,9 +59,8 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     the base has, or else the first. ``carry``: a pattern of names that are taken from the base where the model has
     none.
     """
-    if getattr(model, "peft_config", None):
-        remedy = "merge them first: model.merge_and_unload(); or save them with save_pretrained, for fp8ckpt merge"
-        raise ModelMismatchError("it holds adapters of PEFT beside its weights", remedy=remedy)
+    remedy = "merge them first: model.merge_and_unload(); or save them with save_pretrained, for fp8ckpt merge"
+    refuse_what_hides(model, remedy)
     native = tensors_of(model, "load it first: it has no values to save")
     adapter: Any = getattr(model, "state_dict_adapter", None)
     stored = {name: tuple(tensor.shape) for name, tensor in base.tensors.items()} if base is not None else {}

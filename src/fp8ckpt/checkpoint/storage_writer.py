@@ -27,9 +27,10 @@ from fp8ckpt.checkpoint.directory_writer import (
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics import quantize
-from fp8ckpt.numerics.codes import TARGET_BYTES, TARGETS
+from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, within
+from fp8ckpt.numerics.targets import TARGETS, target_of
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import DEFAULT_FILE_BYTES, FileLayout, TensorSpec, index_text, lay_out_in_files
 from fp8ckpt.output.like import PlainLayout
@@ -58,12 +59,12 @@ class SideFiles:
 class SafetensorsStorageWriter(DirectoryWriter):
     """Writes one directory of safetensors files.
 
-    ``dtype``: that of every floating-point tensor, "bf16", "fp16" or "fp32" (or its safetensors name). ``like``: a
-    checkpoint with the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8,
-    and the side files, as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names
-    of tensors that are taken from it where the state dict lacks them; those of MTP layers always are. Without ``like``,
-    ``side_files`` go beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB).
-    ``bytes_written`` counts this rank's tensor bytes.
+    ``dtype``: that of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's. ``like``: a checkpoint with
+    the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8, and the side files,
+    as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names of tensors that are
+    taken from it where the state dict lacks them; those of MTP layers always are. Without ``like``, ``side_files`` go
+    beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB). ``bytes_written`` counts this
+    rank's tensor bytes.
 
     Raises, on every rank: `ModelMismatchError` for other tensors, shapes or kinds of values than those of ``like``, and
     `RangeError` for finite values that the stored dtype cannot hold. Through ``dcp.save`` they come inside torch's
@@ -80,7 +81,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         self,
         path: str | Path,
         *,
-        dtype: str = "bf16",
+        dtype: str | torch.dtype = "bf16",
         like: CheckpointLike | None = None,
         carry: Collection[str] = (),
         side_files: SideFiles | None = None,
@@ -88,9 +89,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         base: CheckpointLike | None = None,
     ) -> None:
         super().__init__(path)
-        if dtype not in TARGETS and dtype not in TARGET_BYTES:
-            raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(TARGETS)}")
-        self._dtype = TARGETS.get(dtype, dtype)
+        self._dtype = TARGETS[target_of(dtype, TARGETS, "dtype")]
         self._like = given_like(like, base)
         if self._like is not None and (max_file_bytes is not None or side_files is not None):
             raise ValueError("max_file_bytes and side_files go without like, which decides the files")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
+from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
 from fp8ckpt.cli.printing import (
     answer,
     answer_forecast,
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from fp8ckpt.encodings.results import ConvertResult, QuantizationReport
 
 _MOST_MOVED = 10  # rows of the table
-_DTYPES = {
-    **dict.fromkeys(("bfloat16", "torch.bfloat16"), "bf16"),
-    **dict.fromkeys(("float16", "f16", "half", "torch.float16"), "fp16"),
-    **dict.fromkeys(("float32", "f32", "float", "torch.float32"), "fp32"),
-    **dict.fromkeys(("float8", "f8", "e4m3", "float8-e4m3fn", "torch.float8-e4m3fn"), "fp8"),
-}
 _SCHEMES = {
     **dict.fromkeys(("tensor", "pertensor", "tensorwise"), "per-tensor"),
     **dict.fromkeys(("per-block", "blocks", "blockwise"), "block"),
@@ -47,7 +41,7 @@ def convert(
             "fp16",
             "fp32",
             "fp8",
-            also=_DTYPES,
+            also=DTYPES,
             instead=dict.fromkeys(FOUR_BITS, "leave out --to, and give --like BASE, whose four bits are written"),
             help="What quantized weights become, bf16 if not said; or fp8, the way back.",
         ),

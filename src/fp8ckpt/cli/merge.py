@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
+from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
 from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, resumable, share, size, table
 from fp8ckpt.cli.progress import progress
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fp8ckpt.merge import MergeReport, MergeResult
 
 _LEAST_ARRIVED = 10  # rows of the table
-_TO = {**dict.fromkeys(("bfloat16", "torch.bfloat16"), "bf16"), **dict.fromkeys(("float8", "f8", "e4m3"), "fp8")}
 
 
 def merge(
@@ -31,7 +30,7 @@ def merge(
         word(
             "fp8",
             "bf16",
-            also=_TO,
+            also=DTYPES,
             instead=dict.fromkeys(FOUR_BITS, "leave out --to: BASE's own layout is written, its four bits too"),
             help="BASE's own layout (where it is FP8), or its weights dequantized.",
         ),

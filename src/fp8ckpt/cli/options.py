@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.numerics.targets import SPELLINGS
 
 SOURCE_HELP = "A directory, a safetensors file, a hub id in the local cache, or the URL of a store (s3://, hf://, ...)."
 
+DTYPES = {prefix + name: target for name, target in SPELLINGS.items() for prefix in ("", "torch.")}
 FOUR_BITS = ("fp4", "mxfp4", "nvfp4")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -41,7 +43,7 @@ def word(
     ``option`` is the option's own name, where the parameter's will not do.
     """
     flags = () if option is None else (option,)
-    known = {name: name for name in names} | (also or {})
+    known = {name: name for name in names} | {other: name for other, name in (also or {}).items() if name in names}
     return typer.Option(
         *flags,
         parser=_one_of(names, known, instead or {}),

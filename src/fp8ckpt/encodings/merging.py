@@ -13,7 +13,7 @@ from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, grid_of, joint_units
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
-from fp8ckpt.numerics.codes import FP8, TARGETS
+from fp8ckpt.numerics.targets import FP8, TARGETS
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.like import BaseLayout, PlainLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes

@@ -58,11 +58,6 @@ FP8_DTYPES = tuple(dtype for dtype, form in CODE_FORMATS.items() if form.bits ==
 #: Bytes per element of the dtypes that codes are dequantized to.
 TARGET_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
-#: The same by the names that people use.
-TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-FP8 = "fp8"  # the other target: not one dtype for all, but a base's or a scheme's choice
-
 #: What becomes of a base's scales: kept where the values still fit them, or all made anew.
 SCALES = ("reuse", "fresh")
 

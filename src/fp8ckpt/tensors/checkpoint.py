@@ -164,9 +164,14 @@ def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
 
 def store_of(path: str | Path | Store) -> tuple[Store, str | None]:
     """What keeps the files of a directory, of a hub id in the local cache, or of a URL; and the file where one was
-    named.
+    named. Raises `TypeError` for what is none of these.
     """
-    return _resolve(path) if isinstance(path, str | Path) else (path, None)
+    if isinstance(path, str | Path):
+        return _resolve(path)
+    if not hasattr(path, "files"):
+        found = f"a {type(path).__name__} is no checkpoint"
+        raise TypeError(f"{found}: give a directory, a single safetensors file, a hub id, a URL, or an open Checkpoint")
+    return path, None
 
 
 @contextmanager

@@ -1,0 +1,31 @@
+"""What quantized weights can become, and what people call it. Imports nothing: the commands' help needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+#: The dtypes that weights are dequantized to, by the names that people use.
+TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+FP8 = "fp8"  # the other target: not one dtype for all, but a base's or a scheme's choice
+
+#: The same as torch, files and others call them, in lower case.
+SPELLINGS = {
+    "bfloat16": "bf16",
+    **dict.fromkeys(("float16", "f16", "half"), "fp16"),
+    **dict.fromkeys(("float32", "f32", "float"), "fp32"),
+    **dict.fromkeys(("float8", "f8", "e4m3", "f8-e4m3", "float8-e4m3fn"), "fp8"),
+}
+
+
+def target_of(given: object, among: Iterable[str] = (*TARGETS, FP8), argument: str = "to") -> str:
+    """The one of ``among`` that is meant, by any of its names or by a torch dtype. Raises `ValueError` for another.
+
+    >>> target_of("BF16"), target_of("torch.float16"), target_of("float8_e4m3fn")
+    ('bf16', 'fp16', 'fp8')
+    """
+    name = str(given).lower().replace("_", "-").removeprefix("torch.")
+    name = SPELLINGS.get(name, name)
+    if name not in (known := tuple(among)):
+        raise ValueError(f"{argument}={given!r}; expected one of {', '.join(known)}")
+    return name
