@@ -31,13 +31,14 @@ _BELOW_CHECKPOINT = {
     "ranks",
     "workers",
     "system",
+    "targets",
 }
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
 ARROWS = {
     "__init__": {*JOBS, "checkpoint", "encodings", "output", "tensors", "version"},
     "__main__": {"cli"},
-    "cli": {*JOBS, "encodings", "output", "version"},
+    "cli": {*JOBS, "encodings", "output", "targets", "version"},
     **{job: {"serving", "checkpoint", "figures", *_BELOW_CHECKPOINT} for job in JOBS},
     "convert": {"report", "serving", *_BELOW_CHECKPOINT},  # it draws the page of a report
     "figures": {"report", "tensors", "numerics"},  # of the report it knows the types alone
@@ -45,7 +46,7 @@ ARROWS = {
     "models": {"checkpoint", *_BELOW_CHECKPOINT},
     "checkpoint": _BELOW_CHECKPOINT,
     "serving": {"families", "tensors", "stores", "numerics", "output"},
-    "encodings": {"engine", "families", "output", "tensors", "stores", "numerics", "ranks"},
+    "encodings": {"engine", "families", "output", "tensors", "stores", "numerics", "ranks", "targets"},
     "engine": {"output", "tensors", "stores", "numerics", "workers", "ranks"},
     "output": {"tensors", "stores", "numerics", "system", "version"},
     "families": {"tensors"},
@@ -57,8 +58,9 @@ ARROWS = {
     "numerics": set(),
     "errors": set(),
     "version": set(),
+    "targets": set(),
 }
-WITHOUT_ERRORS = {"errors", "version", "numerics", "__main__"}
+WITHOUT_ERRORS = {"errors", "version", "targets", "numerics", "__main__"}
 
 PUBLIC = [
     "Assembly",
@@ -358,7 +360,7 @@ except SystemExit:
     loaded = set(run_python(code).splitlines()[-1].split())
     assert {name for name in loaded if not name.startswith(("fp8ckpt", "typer."))} <= {"__future__"}
     ours = {f"fp8ckpt.cli.{path.stem}" for path in (ROOT / "cli").glob("[!_]*.py")}
-    ours |= {"fp8ckpt", "fp8ckpt.cli", "fp8ckpt.errors", "fp8ckpt.version"}
+    ours |= {"fp8ckpt", "fp8ckpt.cli", "fp8ckpt.errors", "fp8ckpt.targets", "fp8ckpt.version"}
     assert {name for name in loaded if name.startswith("fp8ckpt")} == ours
 
 

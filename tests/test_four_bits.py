@@ -540,7 +540,11 @@ def restate(config: Any, size: object) -> Any:
 
 @pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
 @pytest.mark.parametrize(
-    "name", ["ModelOpt NVFP4", "ModelOpt mixed with NVFP4", "compressed-tensors NVFP4", "compressed-tensors MXFP4"]
+    "name",
+    [
+        *("ModelOpt NVFP4", "ModelOpt mixed with NVFP4"),
+        *("compressed-tensors NVFP4", "compressed-tensors MXFP4", "Quark MXFP4"),
+    ],
 )
 def test_the_group_size_must_be_that_of_the_file(name: str, where: str, tmp_path: Path) -> None:
     """Engines size the scales by what is stated; it is in the headers what they are."""

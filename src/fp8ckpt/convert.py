@@ -21,10 +21,10 @@ from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import Progress
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.numerics.targets import FP8, TARGETS, target_of
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
+from fp8ckpt.targets import FP8, TARGETS, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:

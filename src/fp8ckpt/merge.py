@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from fp8ckpt.engine import Progress
 from fp8ckpt.numerics.codes import E8M0_DTYPES, SCALES
-from fp8ckpt.numerics.targets import FP8, target_of
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Store
+from fp8ckpt.targets import FP8, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:

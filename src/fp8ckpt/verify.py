@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8ckpt.engine import Progress
-from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.errors import Fp8CheckpointError, ServingError
 from fp8ckpt.families.between import translated
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.output.side_files import side_files
@@ -107,8 +107,13 @@ def verify(
     if tensor_parallel is not None and (not serving or tensor_parallel < 1):
         raise ValueError(f"tensor_parallel={tensor_parallel}; expected at least 1, with serving")
     sides = [survey(path, follow_index=follow_index) for path in ((a,) if b is None else (a, b))]
-    defects = [defect for side in sides for defect in _defects(side)]
+    by_side = [[*_defects(side)] for side in sides]
+    defects = [defect for of_side in by_side for defect in of_side]
     servability = examine(sides[-1], tensor_parallel=tensor_parallel) if serving else None
+    if servability is not None and (count := len(by_side[-1])):
+        found = f"it has {count} defect{'s' if count > 1 else ''}: an engine refuses it, or serves something else"
+        failure = ServingError(found, file=sides[-1].path, expected="a sound checkpoint")
+        servability = replace(servability, failures=(*servability.failures, failure))
     notes: tuple[str, ...] = ()
     if len(sides) == 2 and not defects:
         sides[1], notes = _as_in(*sides)

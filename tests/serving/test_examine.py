@@ -751,7 +751,8 @@ def test_a_defective_directory_is_examined_as_far_as_it_goes(good: Path) -> None
     result = verify(good, serving=True)
     assert result.defects
     assert result.serving is not None
-    assert [failure.file for failure in result.serving.failures] == ["params.json"]
+    assert [failure.file for failure in result.serving.failures] == ["params.json", good.name]
+    assert "it has 1 defect: an engine refuses it" in result.serving.failures[-1].found
 
     file = holder(good.parent / "cut", f"{UP}.weight")
     file.write_bytes(file.read_bytes()[:-1000])
@@ -778,7 +779,7 @@ def test_a_defect_is_not_held_against_the_configuration(tmp_path: Path) -> None:
     result = verify(directory, serving=True)
     assert result.defects
     assert result.serving is not None
-    assert result.serving.failures == ()
+    assert [failure.expected for failure in result.serving.failures] == ["a sound checkpoint"]
 
 
 def test_groups_of_both_kinds_decide_nothing(tmp_path: Path) -> None:

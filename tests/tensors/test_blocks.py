@@ -97,6 +97,31 @@ def test_the_layers_of_modelopt(tmp_path: Path, where: str) -> None:
     assert found == [None, (1, 32), (128, 128), (1, 32), None]
 
 
+def test_the_schemes_of_quark(tmp_path: Path) -> None:
+    """Layers by name and pattern, then classes, then all others; of several levels of scales, the one that is of
+    groups.
+    """
+    lines, whole = {"weight": {"qscheme": "per_group", "group_size": 32}}, {"weight": {"qscheme": "per_tensor"}}
+    levels = {"weight": [{"qscheme": "per_group", "group_size": 16}, {"qscheme": "per_tensor", "group_size": None}]}
+    blocks = {"weight": {"qscheme": "per_block", "block_size": [128, 128]}}
+    layers = {"*self_attn*": whole, UP: levels}
+    for others in ({"global_quant_config": lines}, {"layer_type_quant_config": {"Linear": lines}}):
+        quantization = {"global_quant_config": blocks, "layer_quant_config": layers, **others}
+        sizes = block_sizes(LocalStore(tmp_path), {"quantization_config": quantization})
+        assert [sizes.of(module) for module in (Q, UP, GATE)] == [None, (1, 16), (1, 32)]
+    quantization = {"global_quant_config": blocks, "layer_quant_config": {"odd": None}}
+    assert block_sizes(LocalStore(tmp_path), {"quantization_config": quantization}).of(UP) == (128, 128)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_group_size_beside_an_algorithm_of_modelopt(tmp_path: Path, size: int) -> None:
+    """It is what the configuration states, for all as for one layer."""
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": {"quant_algo": "MXFP8", "group_size": size}})
+    )
+    assert block_sizes(LocalStore(tmp_path), {}).of(UP) == (1, size)
+
+
 @pytest.mark.parametrize(
     "quantization",
     [

@@ -34,8 +34,8 @@ from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.numerics.targets import FP8, TARGETS, target_of
 from fp8ckpt.ranks import Ranks, ranks_of_group
+from fp8ckpt.targets import FP8, TARGETS, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
 

@@ -12,10 +12,10 @@ from torch import nn
 from fp8ckpt.checkpoint.checkpointing import load_model
 from fp8ckpt.errors import ConfigError
 from fp8ckpt.families.transformers_tables import configured_model, distributed, keep_in_float32
-from fp8ckpt.numerics.targets import TARGETS, target_of
 from fp8ckpt.ranks import ranks_of_group
 from fp8ckpt.stores.local import local_copy
 from fp8ckpt.stores.store import File
+from fp8ckpt.targets import TARGETS, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG
 from fp8ckpt.tensors.reading import torch_dtype

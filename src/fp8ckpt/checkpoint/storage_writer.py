@@ -30,7 +30,6 @@ from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, within
-from fp8ckpt.numerics.targets import TARGETS, target_of
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import DEFAULT_FILE_BYTES, FileLayout, TensorSpec, index_text, lay_out_in_files
 from fp8ckpt.output.like import PlainLayout
@@ -39,6 +38,7 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
+from fp8ckpt.targets import TARGETS, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fp8ckpt.errors import Fp8CheckpointError
-from fp8ckpt.numerics.targets import SPELLINGS
+from fp8ckpt.targets import SPELLINGS
 
 SOURCE_HELP = "A directory, a safetensors file, a hub id in the local cache, or the URL of a store (s3://, hf://, ...)."
 

@@ -59,7 +59,7 @@ def _print(result: "VerifyResult") -> None:
         print_notes(result.serving.notes)
         if (able := result.serving.tensor_parallel) is not None:
             print(f"tensor parallelism: up to {able.largest}{f'; {able.reason}' if able.reason else ' or more'}")
-        fit = not (result.serving.failures or result.defects)
+        fit = not result.serving.failures
         print(f"{result.paths[-1]}: {styled('fit', 'green') if fit else styled('not fit', 'red')} to be served")
 
 

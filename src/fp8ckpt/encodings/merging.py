@@ -13,7 +13,6 @@ from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, grid_of, joint_units
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
-from fp8ckpt.numerics.targets import FP8, TARGETS
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.like import BaseLayout, PlainLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
@@ -21,6 +20,7 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.stores.store import same_bytes
+from fp8ckpt.targets import FP8, TARGETS
 from fp8ckpt.tensors.adapters import Adapter, read_floats, refuse_nonfinite
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
 from fp8ckpt.tensors.config import Json, states_powers_of_two

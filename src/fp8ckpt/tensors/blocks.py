@@ -14,7 +14,7 @@ from typing import Any
 from fp8ckpt.errors import ConfigError, shown
 from fp8ckpt.stores.store import Store
 from fp8ckpt.tensors.config import CONFIG, MODELOPT_CONFIG, Json, modelopt_quantization, quantization_config
-from fp8ckpt.tensors.groups import LINEAR, ByModule, groups, layers
+from fp8ckpt.tensors.groups import LINEAR, ByModule, groups, layers, quark_weights
 
 Size = tuple[int, ...]
 
@@ -51,7 +51,7 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
     stated: dict[str, Size | None] = {}
     _add(stated, LINEAR, quantization.get("weight_block_size"), CONFIG)
     for file, section in ((CONFIG, quantization), (MODELOPT_CONFIG, modelopt)):
-        _add(stated, LINEAR, _of_algorithm(section), CONFIG)
+        _add(stated, LINEAR, _of_layer(section), CONFIG)
         for module, layer in layers(section):
             _add(grouped.named, module, _of_layer(layer), file)
     for targets, group in groups(quantization):
@@ -60,6 +60,8 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
             continue
         for target in targets:
             _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
+    for target, weights in quark_weights(quantization):
+        _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
     _add({**stated}, LINEAR, grouped.classes.get(LINEAR), CONFIG)  # it speaks of as much
     common, sizes, four_bits = stated[LINEAR], {*grouped.values}, _of_four_bits(quantization, modelopt)
     if len(sizes) == 1 and common in (None, *sizes):  # then it is that of all, named or not
@@ -72,6 +74,7 @@ def _of_four_bits(quantization: Json, modelopt: Json) -> ByModule[Size | None]:
     for file, section in ((CONFIG, quantization), (MODELOPT_CONFIG, modelopt)):
         statements: list[tuple[str, Any]] = [(LINEAR, section), *layers(section)]
         statements += [(target, group.get("weights")) for targets, group in groups(section) for target in targets]
+        statements += quark_weights(section)
         for target, stated in statements:
             size = stated.get("group_size") if isinstance(stated, dict) and _has_four_bits(stated) else None
             _add(sizes.of_kind(target), target, [1, size] if size else None, file)
@@ -79,7 +82,8 @@ def _of_four_bits(quantization: Json, modelopt: Json) -> ByModule[Size | None]:
 
 
 def _has_four_bits(stated: Json) -> bool:
-    return stated.get("num_bits") == 4 or "FP4" in str(stated.get("quant_algo"))
+    named = "FP4" in str(stated.get("quant_algo")) or "fp4" in str(stated.get("dtype"))
+    return stated.get("num_bits") == 4 or named
 
 
 def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: str) -> None:
@@ -102,17 +106,18 @@ def _checked(stated: Any, file: str) -> Size | None:
 
 
 def _of_weights(weights: Json) -> Any:
-    """The block size that a group of compressed-tensors states."""
-    size = weights.get("block_structure")
+    """The block size that a group of compressed-tensors states, or a scheme of Quark's."""
+    size = weights.get("block_structure") or weights.get("block_size")
     if isinstance(size, str) and re.fullmatch(r"\d+(x\d+)+", size):  # "128x128", as it was first written
         return [int(dim) for dim in size.split("x")]
-    if size is None and weights.get("strategy", "group") == "group" and weights.get("group_size"):
+    scheme = weights.get("strategy") or weights.get("qscheme") or "group"
+    if size is None and scheme in ("group", "per_group") and weights.get("group_size"):
         return [1, weights["group_size"]]
     return size
 
 
 def _of_layer(layer: Json) -> Any:
-    """The block size that one of ModelOpt's ``quantized_layers`` states."""
+    """The block size that ModelOpt states of all, or of one of its ``quantized_layers``."""
     size = _of_algorithm(layer)
     grouped = size is not None and size[0] == 1 and layer.get("group_size") is not None
     return (1, layer["group_size"]) if grouped else size

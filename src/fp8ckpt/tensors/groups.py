@@ -1,5 +1,5 @@
 """What a configuration states of modules one by one: compressed-tensors by groups of targets, ModelOpt by the layers'
-names.
+names, Quark by both.
 
 Of several statements that speak of a module, one that names it goes before one with a pattern, and that before one that
 names its class, as compressed-tensors and vLLM have it; of patterns, the first that matches. What is listed in
@@ -98,3 +98,15 @@ def layers(quantization: Json) -> Iterator[tuple[str, Json]]:
     for module, layer in stated.items() if isinstance(stated, dict) else ():
         if isinstance(layer, dict):
             yield module, layer
+
+
+def quark_weights(quantization: Json) -> Iterator[tuple[str, Json]]:
+    """The (target, weights) of each of Quark's statements: of layers by name or pattern, of classes, of all others."""
+    classes = quantization.get("layer_type_quant_config")
+    others = {LINEAR: quantization.get("global_quant_config"), **(classes if isinstance(classes, dict) else {})}
+    for stated in (quantization.get("layer_quant_config"), others):
+        for target, how in stated.items() if isinstance(stated, dict) else ():
+            weights = how.get("weight") if isinstance(how, dict) else None
+            for one in weights if isinstance(weights, list) else [weights]:  # a list: levels of scales
+                if isinstance(one, dict):
+                    yield target, one

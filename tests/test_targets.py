@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fp8ckpt import SafetensorsStorageWriter, convert, load_pretrained, merge, open_checkpoint, plan_convert, save_model
-from fp8ckpt.numerics.targets import target_of
+from fp8ckpt.targets import target_of
 
 NAMES = {
     "bf16": ("BF16", "bfloat16", "torch.bfloat16", torch.bfloat16),
