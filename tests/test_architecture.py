@@ -209,7 +209,7 @@ def test_only_figures_imports_the_plotting_library() -> None:
 
 def test_only_the_decorator_of_kernels_imports_numba() -> None:
     """Nothing else does, not even for a type checker."""
-    assert importers_of("numba", typing_too=True) == {"numerics/compiled"}
+    assert importers_of("numba", typing_too=True) == {"numerics/compiled", "numerics/tiles"}
 
 
 def test_numerics_knows_no_torch() -> None:

@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp8ckpt.numerics.arrival import Arrival, count_arrived
 from fp8ckpt.numerics.codes import code_values
 from fp8ckpt.numerics.geometry import BlockGrid
-from fp8ckpt.numerics.products import Arrival, add_product, add_product_at, count_arrived, sum_squares
-from fp8ckpt.numerics.quantize import CODINGS, arrival, block_array, decode, parts_of_run
+from fp8ckpt.numerics.products import add_product, add_product_at, merge_codes, sum_squares
+from fp8ckpt.numerics.quantize import CODINGS, arrival, block_array, decode, encode, parts_of_run, values_of
 from tests import oracle
 from tests.adapters import F32, in_order
 
@@ -64,6 +65,42 @@ def test_places_have_the_bits_of_the_whole() -> None:
 
 
 @settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1 << 30),
+    st.integers(1, 9),
+    st.sampled_from([1, 31, 33, 512, 700]),
+    st.lists(st.tuples(st.integers(1, 6), st.floats(-1, 1, width=32)), max_size=3),
+    st.floats(0.25, 4),
+)
+def test_codes_in_the_place_of_the_bases(
+    seed: int, rows: int, cols: int, products: list[tuple[int, float]], ratio: float
+) -> None:
+    """What decoding, adding one product after the other and encoding give, a step at a time; and their facts."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 256, (rows, cols), np.uint8)
+    if seed % 4:
+        codes[codes & 0x7F == 0x7F] = 0
+    before, scale = np.float32(0.3), np.float32(0.3 * ratio)
+    old = code_values("F8_E4M3")[codes] * before
+    value, pairs = old.copy(), [drawn(seed + i, rows, rank, cols)[:2] for i, (rank, _) in enumerate(products)]
+    for (left, right), (_, scaling) in zip(pairs, products, strict=True):
+        value = in_order(left, right, scaling, value)
+    lefts, rights = [left for left, _ in pairs], [right for _, right in pairs]
+    found = merge_codes(codes, before, lefts, rights, [scaling for _, scaling in products], scale)
+    assert np.array_equal(found.largest, np.abs(value).max(), equal_nan=True)
+    if not np.isfinite(value).all():
+        return
+    grid = BlockGrid((rows, cols), (rows, cols))
+    parts, expected, scales = parts_of_run(grid, 0, codes.size), np.empty(codes.size, np.uint8), np.full((1, 1), scale)
+    encode(parts, values_of(value.reshape(-1).view(np.uint8), "F32"), scales, expected)
+    assert np.array_equal(codes.reshape(-1), expected)
+    arrived, clipped = arrival(parts, old.reshape(-1), value.reshape(-1), expected, scales)
+    assert (found.arrival.elements, found.arrival.changed, found.clipped) == (codes.size, arrived.changed, clipped)
+    for name in ("before", "delta", "product", "added"):
+        assert np.isclose(getattr(found.arrival, name), getattr(arrived, name), rtol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(["F8_E4M3", "F4"]), st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 70))
 def test_what_arrived_of_codes(dtype: str, seed: int, rows: int, cols: int) -> None:
     """As of the values that they have, by their blocks; NaN codes left out; and what is beyond a scale is counted."""
@@ -100,17 +137,17 @@ def test_sums_of_squares(seed: int, rows: int, cols: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 1 << 30), st.sampled_from([0, 1, 15, 16, 33, 100]))
+@given(st.integers(0, 1 << 30), st.sampled_from([0, 1, 15, 16, 33, 2047, 2050, 9000]))
 def test_what_arrived(seed: int, count: int) -> None:
     """Elements that changed, and four sums, against numpy in float64."""
     rng = np.random.default_rng(seed)
     before, wanted = rng.standard_normal((2, count)).astype(np.float32)
     stored = np.where(np.arange(count) % 3 == 0, before, np.round(wanted, 1)).astype(np.float32)
-    sums = np.ones(4)
-    changed = count_arrived(before, wanted, stored, sums)
+    sums, changed = np.ones(4), np.zeros(1, np.int64)
+    count_arrived(before, wanted, stored, sums, changed)
     old = before.astype(float)
     delta, added = wanted - old, stored - old
-    assert changed == np.count_nonzero(stored != before)
+    assert changed[0] == np.count_nonzero(stored != before)
     expected = [(old**2).sum(), (delta**2).sum(), (delta * added).sum(), (added**2).sum()]
     assert np.allclose(sums - 1, expected, rtol=1e-9, atol=1e-12)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fp8ckpt.encodings.seen import Seen
-from fp8ckpt.numerics.products import Arrival
+from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.quantize import Tally
 from fp8ckpt.output.partial import Facts
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,9 +27,9 @@ from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Filled
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics import quantize, scaling
+from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
-from fp8ckpt.numerics.products import Arrival
 from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
 from fp8ckpt.output.extents import Chunk
 from fp8ckpt.output.files import OutputFile
@@ -255,6 +255,11 @@ class QuantizingFiller:
             facts.maxima["0"] = largest
             return Filled({weight.name: asdict(facts)}, write=False)
         before_all = self._scales_before(weight).reshape(-1)
+        if not self._plan.fresh and (merged := self._merge(weight, begin, count, before_all, out)) is not None:
+            blocks = list(map(int, merged.maxima))
+            here, before = np.array([*merged.maxima.values()], np.float32), before_all[blocks]
+            if not rule.asks(here, before):
+                return self._looked(weight, merged, here, before, count)
         maxima: dict[int, np.float32] = {}
         for run in _cut(weight, begin, count):
             step = self._step(rule, weight, run)
@@ -283,12 +288,41 @@ class QuantizingFiller:
         self.looked_and_wrote[weight.name] += count if write else 0
         return Filled({weight.name: asdict(facts)}, write)
 
+    def _merge(self, weight: Quantization, begin: int, count: int, scales: F32, out: U8) -> WeightFacts | None:
+        """Codes with ``scales`` [n] by the short way, and their facts; None where there is none."""
+        facts, before = WeightFacts(), self._scales_before(weight).reshape(-1)
+        for run in runs_of(weight.grid, begin, count, count):
+            block = run.blocks.start
+            if weight.merged is None or not run.grid.per_tensor:
+                return None
+            codes = out[run.first - begin :][: run.size]
+            merged = weight.merged.encode(run.first, codes, before[block], scales[block], self._reader)
+            if merged is None:
+                return None
+            if not np.isfinite(merged.largest):
+                self._refuse_nonfinite(weight)
+            if merged.largest:
+                facts.maxima[str(block)] = max(facts.maxima.get(str(block), 0.0), float(merged.largest))
+            facts.arrival.add(merged.arrival)
+            facts.tally.add(Tally(elements=run.size, clipped=merged.clipped))
+        return facts
+
+    def _looked(self, weight: Quantization, facts: WeightFacts, here: F32, before: F32, count: int) -> Filled:
+        """What the first pass found of some elements that were encoded with their scales of before."""
+        unit = self._plan.unit_of[weight.name]
+        if not scaling.within(here, before, weight.coding).all():
+            self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), here.max())
+        if unit in self._outgrown:
+            return Filled({weight.name: asdict(WeightFacts(maxima=facts.maxima))}, write=False)
+        self.looked_and_wrote[weight.name] += count
+        return Filled({weight.name: asdict(facts)})
+
     def _largest(self, weight: Quantization, unit: tuple[str, ...], begin: int, count: int) -> float:
         """The largest magnitude of some elements, or one that is not above what is known of the unit, by the short way;
         0 where there is none.
         """
         known = self._outgrown.get(unit, np.float32(0))
-        found = None if weight.largest is None else weight.largest(begin, count, known, self._reader)
+        found = None if weight.merged is None else weight.merged.largest(begin, count, known, self._reader)
         if found is None or not np.isfinite(found):
             return 0.0
         if unit in self._outgrown:
@@ -301,6 +335,8 @@ class QuantizingFiller:
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
         assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
+        if (merged := self._merge(weight, begin, count, scales_all, out)) is not None:
+            return Filled({weight.name: asdict(replace(merged, maxima={}))})
         for run in _cut(weight, begin, count):
             step = self._step(rule, weight, run)
             codes = self._room_for_codes(weight, run.first - begin, run.size, out)

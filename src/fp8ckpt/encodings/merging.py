@@ -104,7 +104,7 @@ def _weights(
         source = replace(merged.turned() if tensor.across else merged, dtype="F32")
         weight, *scales = (spans[span.name] for span in (tensor.weight, *tensor.scales))
         factor = scales[1] if len(scales) > 1 else None
-        return Quantization(source, weight, scales[0], grid_of(tensor), tensor, factor, source.largest)
+        return Quantization(source, weight, scales[0], grid_of(tensor), tensor, factor, source)
 
     siblings = sibling_units(tensor.name for tensor in base.quantized)
     near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}

@@ -8,15 +8,13 @@ siblings'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from math import prod
 from typing import NamedTuple
-
-import numpy as np
 
 from fp8ckpt.encodings.rule import units_of
 from fp8ckpt.errors import UnsupportedFormatError
@@ -27,18 +25,17 @@ from fp8ckpt.output.extents import Chunk, Extent, extents_of, met, reads_of
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.merged import MergedTensor
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.tensors.tensor import Reader, Tensor, bytes_of_values
-
-LargestOf = Callable[[int, int, np.float32, Reader], "np.float32 | None"]
+from fp8ckpt.tensors.tensor import Tensor, bytes_of_values
 
 
 class Quantization(NamedTuple):
     """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if known.
 
-    ``factor``: where the second level of its scales goes, if it has one. ``largest``: a short way to the largest
-    magnitude of its values, if there is one: `fp8ckpt.tensors.merged.MergedTensor.largest`.
+    ``factor``: where the second level of its scales goes, if it has one. ``merged``: the source, where it is one that
+    may have short ways to its largest magnitude and its codes.
     """
 
     source: Tensor
@@ -47,7 +44,7 @@ class Quantization(NamedTuple):
     grid: BlockGrid
     before: QuantizedTensor | None
     factor: TensorSpan | None = None
-    largest: LargestOf | None = None
+    merged: MergedTensor | None = None
 
     @property
     def name(self) -> str:

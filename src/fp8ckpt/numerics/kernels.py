@@ -288,7 +288,7 @@ def raise_maxima(
 
 
 @compiled(inline="always")
-def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int, out: Array) -> None:
+def spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int, out: Array) -> None:
     """The scales of one row's elements from ``start`` on, one an element: out f32 [n]."""
     done = 0
     block = (col_phase + start) // block_cols
@@ -300,7 +300,7 @@ def _spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int
 
 
 @compiled(inline="always", error_model="numpy")
-def _encode_row(values: Array, divisors: Array, most: Any, form: tuple[int, int, int], out: Array) -> None:
+def encode_row(values: Array, divisors: Array, most: Any, form: tuple[int, int, int], out: Array) -> None:
     """Codes u8 [n] of values by their scales f32 [n].
 
     A code's exponent and mantissa are the quotient's own bits, rounded (of e4m3 at the 20th); of a quotient below the
@@ -346,17 +346,17 @@ def encode_blocks(
     divisors = np.empty(min(cols, _SCRATCH), np.float32)
     for start in range(0, cols, _SCRATCH):
         size = min(_SCRATCH, cols - start)
-        spread = -1
+        of_row = -1
         for r in range(rows):
             block_row = (row_phase + r) // block_rows
-            if block_row != spread:
-                _spread(scales, block_row, start, col_phase, block_cols, divisors[:size])
-                spread = block_row
+            if block_row != of_row:
+                spread(scales, block_row, start, col_phase, block_cols, divisors[:size])
+                of_row = block_row
             part, result = values[r, start : start + size], out[r, start : start + size]
             if form[0] == 8:
-                _encode_row(part, divisors, most, E4M3, result)
+                encode_row(part, divisors, most, E4M3, result)
             else:
-                _encode_row(part, divisors, most, E2M1, result)
+                encode_row(part, divisors, most, E2M1, result)
 
 
 @compiled()
@@ -378,7 +378,7 @@ TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest 
 
 
 @compiled(inline="always")
-def _decoded(code: Any, form: tuple[int, int, int]) -> Any:
+def decoded(code: Any, form: tuple[int, int, int]) -> Any:
     """The magnitude f32 of a code: its bits, moved into a float32; those of a subnormal one are read as the least
     normal and more, from which that is taken.
     """
@@ -399,7 +399,7 @@ def _errors_of_row(
     for i in range(codes.size):
         size = np.int32(np.int32(np.int32(values[i]) << left) & np.int32(0x7FFFFFFF)).view(np.float32)
         sizes[i] = size
-        errors[i] = abs(_decoded(codes[i], form) * factors[i] - size)
+        errors[i] = abs(decoded(codes[i], form) * factors[i] - size)
 
 
 @compiled()
@@ -428,13 +428,13 @@ def tally_blocks(
     for start in range(0, cols, _SCRATCH):
         size = min(_SCRATCH, cols - start)
         factors, bounds, sizes, errors = scratch[0, :size], scratch[1, :size], scratch[2, :size], scratch[3, :size]
-        spread = -1
+        of_row = -1
         for r in range(rows):
             block_row = (row_phase + r) // block_rows
-            if block_row != spread:
-                _spread(scales, block_row, start, col_phase, block_cols, factors)
-                _spread(limits, block_row, start, col_phase, block_cols, bounds)
-                spread = block_row
+            if block_row != of_row:
+                spread(scales, block_row, start, col_phase, block_cols, factors)
+                spread(limits, block_row, start, col_phase, block_cols, bounds)
+                of_row = block_row
             part, coded = values[r, start : start + size], codes[r, start : start + size]
             if form[0] == 8:
                 _errors_of_row(part, coded, factors, E4M3, sizes, errors)

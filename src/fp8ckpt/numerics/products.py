@@ -1,4 +1,4 @@
-"""Products of low rank, and what became of them: the compiled loops of merging.
+"""Products of low rank: the compiled loops of merging.
 
 An element is ``value + scaling * sum``, in float32, where the sum begins at zero and takes the products of its row of
 ``left`` and its column of ``right`` in the order of the rank. No operation is fused or reordered, so an element's bits
@@ -7,80 +7,201 @@ depend on that row and that column alone: not on the shape of what is worked on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fp8ckpt.numerics.arrival import Arrival, add_arrived, sum_arrived
 from fp8ckpt.numerics.codes import F32, code_values
 from fp8ckpt.numerics.compiled import compiled
-from fp8ckpt.numerics.kernels import _SCRATCH, _spread
+from fp8ckpt.numerics.kernels import E4M3 as FORM
+from fp8ckpt.numerics.kernels import decoded, encode_row
+from fp8ckpt.numerics.quantize import E4M3
+from fp8ckpt.numerics.tiles import COLS, ROWS, add_tile
 
 Array = npt.NDArray[Any]
 
-_STRIP = 512  # columns; the sums of four rows, and a strip of a right of rank 64, stay close to a core
+_STRIP = 512  # columns; some rows of them, and a strip of a right of rank 64, stay close to a core
 _TOO_SMALL = 2.0**-100  # where rounding to float32's subnormals is no longer a matter of the last place
+_LOOKED_AT = 512  # codes, of which none is looked at by itself if none is large
 _FEW = 1 << 14  # places, of a run, that are looked at one by one
 _LANES = 16  # partial sums, so that an addition need not wait for the one before it
 
 
 @compiled()
-def add_product(left: Array, right: Array, scaling: Any, out: Array) -> None:
-    """``out += scaling * (left @ right)``: left f32 [R, K], right f32 [K, C], scaling f32, out f32 [R, C].
-
-    Four rows at once, each with sums of its own, share what is read of ``right``, four of its rows at a time.
+def _pack(right: Array, start: int, size: int, panels: Array) -> None:
+    """Columns ``[start, start + size)`` of a right f32 [K, C], panel by panel: panels f32 [n, K, COLS], zeros where
+    there is no more.
     """
-    rows, rank = left.shape
-    cols = right.shape[1]
-    sums = np.empty((4, _STRIP), np.float32)
+    for panel in range(panels.shape[0]):
+        at = panel * COLS
+        whole = at + COLS <= size
+        for k in range(right.shape[0]):
+            source, packed = right[k, start + at : start + min(size, at + COLS)], panels[panel, k]
+            if whole:
+                for i in range(COLS):
+                    packed[i] = source[i]
+            else:
+                packed[:] = np.float32(0)
+                for i in range(source.size):
+                    packed[i] = source[i]
+
+
+@compiled(inline="always")
+def _take_rows(left: Array, row: int, count: int, taken: Array) -> None:
+    """Rows ``[row, row + count)`` of a left f32 [R, K], and zeros for those of the ROWS that are missing."""
+    for r in range(ROWS):
+        if r < count:
+            taken[r] = left[row + r]
+        else:
+            taken[r] = np.float32(0)
+
+
+@compiled()
+def add_product(left: Array, right: Array, scaling: Any, out: Array) -> None:
+    """``out += scaling * (left @ right)``: left f32 [R, K], right f32 [K, C], scaling f32, out f32 [R, C]."""
+    (rows, rank), cols = left.shape, right.shape[1]
+    panels = np.empty((_STRIP // COLS, rank, COLS), np.float32)
+    lefts = np.empty((ROWS, rank), np.float32)
+    values = np.zeros((ROWS, _STRIP), np.float32)
     for start in range(0, cols, _STRIP):
         size = min(_STRIP, cols - start)
-        for i in range(0, rows, 4):
-            count = min(4, rows - i)
-            sums[:] = np.float32(0)
-            done = 0
-            while done + 4 <= rank:
-                w, x = right[done, start : start + size], right[done + 1, start : start + size]
-                y, z = right[done + 2, start : start + size], right[done + 3, start : start + size]
-                if count == 4:
-                    s, t, u, v = sums[0], sums[1], sums[2], sums[3]
-                    a, b, c, d = left[i, done], left[i, done + 1], left[i, done + 2], left[i, done + 3]
-                    e, f, g, h = left[i + 1, done], left[i + 1, done + 1], left[i + 1, done + 2], left[i + 1, done + 3]
-                    k, m, n, o = left[i + 2, done], left[i + 2, done + 1], left[i + 2, done + 2], left[i + 2, done + 3]
-                    p, q, r, last = (
-                        left[i + 3, done],
-                        left[i + 3, done + 1],
-                        left[i + 3, done + 2],
-                        left[i + 3, done + 3],
-                    )
-                    for j in range(size):
-                        s[j] = (((s[j] + a * w[j]) + b * x[j]) + c * y[j]) + d * z[j]
-                        t[j] = (((t[j] + e * w[j]) + f * x[j]) + g * y[j]) + h * z[j]
-                        u[j] = (((u[j] + k * w[j]) + m * x[j]) + n * y[j]) + o * z[j]
-                        v[j] = (((v[j] + p * w[j]) + q * x[j]) + r * y[j]) + last * z[j]
-                else:
-                    for row in range(count):
-                        s = sums[row]
-                        a, b, c, d = (
-                            left[i + row, done],
-                            left[i + row, done + 1],
-                            left[i + row, done + 2],
-                            left[i + row, done + 3],
-                        )
-                        for j in range(size):
-                            s[j] = (((s[j] + a * w[j]) + b * x[j]) + c * y[j]) + d * z[j]
-                done += 4
-            for step in range(done, rank):
-                x = right[step, start : start + size]
-                for row in range(count):
-                    factor, total = left[i + row, step], sums[row]
-                    for j in range(size):
-                        total[j] += factor * x[j]
-            for row in range(count):
-                total, result = sums[row], out[i + row, start : start + size]
-                for j in range(size):
-                    result[j] += scaling * total[j]
+        used = (size + COLS - 1) // COLS
+        _pack(right, start, size, panels[:used])
+        for row in range(0, rows, ROWS):
+            count = min(ROWS, rows - row)
+            _take_rows(left, row, count, lefts)
+            for r in range(count):
+                source, target = out[row + r, start : start + size], values[r]
+                for i in range(size):
+                    target[i] = source[i]
+            for panel in range(used):
+                add_tile(lefts, panels[panel], 0, rank, scaling, values, panel * COLS)
+            for r in range(count):
+                source, target = values[r], out[row + r, start : start + size]
+                for i in range(size):
+                    target[i] = source[i]
+
+
+@compiled(inline="always")
+def _decode_row(codes: Array, scale: Any, out: Array) -> None:
+    """Values f32 [n] of codes of e4m3 u8 [n]."""
+    for i in range(codes.size):
+        code = np.int32(codes[i])
+        size = np.float32(decoded(code, FORM) * scale).view(np.int32)
+        size = np.int32(0x7FC00000) if np.int32(code & np.int32(0x7F)) == np.int32(0x7F) else size
+        out[i] = np.int32(size | np.int32(np.int32(code & np.int32(0x80)) << np.int32(24))).view(np.float32)
+
+
+@compiled(error_model="numpy")
+def _merge_codes(
+    codes: Array,
+    before: Any,
+    left: Array,
+    right: Array,
+    ends: Array,
+    scalings: Array,
+    scale: Any,
+    most: Any,
+    beyond: Any,
+    sums: Array,
+    counts: Array,
+) -> Any:
+    """Put the codes of merged values in the place of the base's: codes of e4m3 u8 [R, C], scales f32 ``before`` and of
+    after. Returns the largest magnitude among those values, NaN above all.
+
+    left f32 [R, K] and right f32 [K, C] are those of all products, one after the other along the rank, where they end
+    at ``ends`` i64 [P]; scalings f32 [P]. Of ``sums`` and the first of ``counts`` see `fp8ckpt.numerics.arrival`; the
+    second of ``counts`` are magnitudes above ``beyond`` times the scale. All is done with some rows of a strip of
+    columns at a time, which stay close to a core.
+    """
+    (rows, cols), rank = codes.shape, right.shape[0]
+    panels = np.empty((_STRIP // COLS, rank, COLS), np.float32)
+    lefts = np.empty((ROWS, rank), np.float32)
+    old, new = np.zeros((ROWS, _STRIP), np.float32), np.zeros((ROWS, _STRIP), np.float32)
+    stored = np.zeros((ROWS, _STRIP), np.float32)
+    divisors = np.full(_STRIP, scale, np.float32)
+    lanes, changed = np.zeros((4, _STRIP), np.float64), np.zeros(_STRIP, np.int32)
+    largest, limit = np.int32(0), np.float32(scale * beyond)
+    for start in range(0, cols, _STRIP):
+        size = min(_STRIP, cols - start)
+        used = (size + COLS - 1) // COLS
+        _pack(right, start, size, panels[:used])
+        for row in range(0, rows, ROWS):
+            count = min(ROWS, rows - row)
+            _take_rows(left, row, count, lefts)
+            if count < ROWS or size < _STRIP:  # what is beyond adds nothing to any sum
+                old[:] = np.float32(0)
+                stored[:] = np.float32(0)
+            for r in range(count):
+                _decode_row(codes[row + r, start : start + size], before, old[r, :size])
+            for r in range(ROWS):
+                for i in range(_STRIP):
+                    new[r, i] = old[r, i]
+            first = 0
+            for product in range(ends.size):
+                for panel in range(used):
+                    add_tile(lefts, panels[panel], first, ends[product], scalings[product], new, panel * COLS)
+                first = ends[product]
+            for r in range(count):
+                bits, coded = new[r, :size].view(np.int32), codes[row + r, start : start + size]
+                top = np.int32(0)
+                for i in range(size):
+                    top = max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+                largest = max(largest, top)
+                if np.int32(top).view(np.float32) > limit:
+                    for i in range(size):
+                        counts[1] += abs(new[r, i]) > limit
+                encode_row(new[r, :size].view(np.uint32), divisors[:size], most, FORM, coded)
+                _decode_row(coded, scale, stored[r, :size])
+            add_arrived(old.reshape(-1), new.reshape(-1), stored.reshape(-1), lanes, changed)
+    sum_arrived(lanes, changed, sums, counts)
+    return np.int32(largest).view(np.float32)
+
+
+@dataclass
+class MergedCodes:
+    """What became of values that were merged and encoded: their ``largest`` magnitude, what arrived, and how many
+    magnitudes are beyond their scale.
+    """
+
+    largest: np.float32 = np.float32(0)  # noqa: RUF009 - it is not changed
+    arrival: Arrival = field(default_factory=Arrival)
+    clipped: int = 0
+
+    def add(self, other: MergedCodes) -> None:
+        """Take in other values; NaN stays above all."""
+        self.largest = np.maximum(self.largest, other.largest)
+        self.arrival.add(other.arrival)
+        self.clipped += other.clipped
+
+
+def merge_codes(
+    codes: npt.NDArray[np.uint8],
+    before: np.float32,
+    lefts: list[F32],
+    rights: list[F32],
+    scalings: list[float],
+    scale: np.float32,
+) -> MergedCodes:
+    """Put the codes of values to which products are added in the place of the base's: codes of e4m3 [R, C], with the
+    scales of ``before`` and of after; lefts [R, K] and rights [K, C] of any strides.
+    """
+    left = _joined(lefts, 1, np.empty((codes.shape[0], 0), np.float32))
+    right = _joined(rights, 0, np.empty((0, codes.shape[1]), np.float32))
+    ends = np.cumsum([part.shape[1] for part in lefts], dtype=np.int64)
+    sums, counts = np.zeros(4), np.zeros(2, np.int64)
+    largest = _merge_codes(
+        codes, before, left, right, ends, np.array(scalings, np.float32), scale, E4M3.largest, E4M3.beyond, sums, counts
+    )
+    return MergedCodes(largest, Arrival(codes.size, int(counts[0]), *map(float, sums)), int(counts[1]))
+
+
+def _joined(parts: list[F32], axis: int, none: F32) -> F32:
+    """In C order; not copied where it is one in that order."""
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate([none, *parts], axis))
 
 
 @compiled()
@@ -95,25 +216,39 @@ def add_product_at(left: Array, right: Array, rows: Array, cols: Array, scaling:
         out[i] += scaling * total
 
 
+@compiled(inline="always")
+def _largest_code(codes: Array) -> Any:
+    top = np.uint8(0)
+    for i in range(codes.size):
+        top = max(top, np.uint8(codes[i] & np.uint8(0x7F)))
+    return top
+
+
+@compiled()
+def largest_codes(codes: Array, phase: int, cols: int, largest: Array) -> None:
+    """The largest magnitude of each row, of codes u8 [n] that begin ``phase`` into a row of ``cols``: u8 [R]."""
+    start = -phase
+    for row in range(largest.size):
+        largest[row] = _largest_code(codes[max(0, start) : start + cols])
+        start += cols
+
+
 @compiled()
 def find_codes(codes: Array, phase: int, cols: int, least: Array, places: Array) -> int:
-    """How many codes have a magnitude of at least that of their row, and the places of the first of them: codes u8 [n],
-    which begin ``phase`` into a row of ``cols``, least u8 [R], places i64 [m].
+    """How many codes have a magnitude of at least that of their row, and the places of the first of them: codes as in
+    `largest_codes`, least u8 [R], places i64 [m].
     """
     found = 0
-    start, row = 0, 0
-    while start < codes.size:
-        size = min(codes.size - start, cols - (phase if row == 0 else 0))
-        part, bound, here = codes[start : start + size], least[row], 0
-        for i in range(size):
-            here += np.uint8(part[i] & np.uint8(0x7F)) >= bound
-        if here:
-            for i in range(size):
-                if np.uint8(part[i] & np.uint8(0x7F)) >= bound:
-                    if found < places.size:
-                        places[found] = start + i
-                    found += 1
-        start, row = start + size, row + 1
+    for row in range(least.size):
+        stop = min(codes.size, (row + 1) * cols - phase)
+        for start in range(max(0, row * cols - phase), stop, _LOOKED_AT):
+            part = codes[start : min(stop, start + _LOOKED_AT)]
+            if _largest_code(part) >= least[row]:
+                for i in range(part.size):
+                    if np.uint8(part[i] & np.uint8(0x7F)) >= least[row]:
+                        if found < places.size:
+                            places[found] = start + i
+                        found += 1
     return found
 
 
@@ -135,13 +270,14 @@ class FewLargest:
         """The places [n], among these codes, that may hold one that is larger, and their values f32 [n]; None if there
         are too many. ``bounds`` f64 [R], of the rows of ``cols`` that the codes meet, ``phase`` into the first.
         """
-        top = int((codes & np.uint8(0x7F)).max(initial=0))
+        tops = np.empty(bounds.size, np.uint8)
+        largest_codes(codes, phase, cols, tops)
         # One of the largest code is at least its value less the bound.
-        known = max(float(self.largest), float(self._values[min(top, 126)]) - float(bounds.max(initial=0)))
-        wanted = known * (1 - 2.0**-20) - bounds
-        least = np.searchsorted(self._values[:127], wanted).astype(np.uint8)
-        count = find_codes(codes, phase, cols, least, self._places)
-        if count > _FEW or known < _TOO_SMALL:
+        known = max(float(self.largest), float(self._values[min(int(tops.max(initial=0)), 126)]) - float(bounds.max()))
+        if known < _TOO_SMALL:
+            return None
+        least = np.searchsorted(self._values[:127], known * (1 - 2.0**-20) - bounds).astype(np.uint8)
+        if (count := find_codes(codes, phase, cols, least, self._places)) > _FEW:
             return None
         places = self._places[:count].copy()
         values: F32 = self._codes[codes[places]] * self._scale
@@ -186,142 +322,3 @@ def add_squares(values: Array, sums: Array) -> None:
         for j in range(cols):
             value = np.float64(values[i, j])
             sums[j] += value * value
-
-
-@compiled()
-def _add_arrived(before: Array, wanted: Array, stored: Array, lanes: Array) -> int:
-    changed = 0
-    whole = before.size // _LANES * _LANES
-    for start in range(0, whole, _LANES):
-        for lane in range(_LANES):
-            old = np.float64(before[start + lane])
-            delta = np.float64(wanted[start + lane]) - old
-            added = np.float64(stored[start + lane]) - old
-            lanes[0, lane] += old * old
-            lanes[1, lane] += delta * delta
-            lanes[2, lane] += delta * added
-            lanes[3, lane] += added * added
-            changed += added != 0.0
-    for i in range(whole, before.size):
-        old = np.float64(before[i])
-        delta, added = np.float64(wanted[i]) - old, np.float64(stored[i]) - old
-        lanes[0, 0] += old * old
-        lanes[1, 0] += delta * delta
-        lanes[2, 0] += delta * added
-        lanes[3, 0] += added * added
-        changed += added != 0.0
-    return changed
-
-
-@compiled()
-def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array) -> int:
-    """How many elements of ``stored`` differ from ``before``; all f32 [n].
-
-    Added to ``sums`` f64 [4] are the squares of ``before``, the squares of what was to be added to it (``wanted -
-    before``), its products with what was added, and the squares of that.
-    """
-    lanes = np.zeros((4, _LANES), np.float64)
-    changed: int = _add_arrived(before, wanted, stored, lanes)
-    for k in range(4):
-        for lane in range(_LANES):
-            sums[k] += lanes[k, lane]
-    return changed
-
-
-@compiled()
-def arrive_blocks(
-    before: Array,
-    wanted: Array,
-    codes: Array,
-    scales: Array,
-    form: tuple[int, int, int],
-    beyond: Any,
-    row_phase: int,
-    col_phase: int,
-    block_rows: int,
-    block_cols: int,
-    sums: Array,
-    counts: Array,
-) -> None:
-    """What `count_arrived` does, of a window of codes times scales: before and wanted f32 [R, C], codes u8 [R, C],
-    scales f32 [R blocks, C blocks]. A code's value is found as `tally_blocks` finds it.
-
-    Added to ``counts`` i64 [2] are the elements that differ from before, and magnitudes of ``wanted`` that are above
-    ``beyond`` f32 times their scale.
-    """
-    rows, cols = before.shape
-    width, mantissa, bias = form
-    dropped, of_size, subnormals = (
-        np.int32(23 - mantissa),
-        np.int32((1 << (width - 1)) - 1),
-        np.int32((1 << mantissa) - 1),
-    )
-    sign_at, below, one_less = np.int32(32 - width), np.int32((128 - bias) << 23), np.int32((127 - bias) << 23)
-    least = np.float32(2.0 ** (1 - bias))
-    factors = np.empty(_SCRATCH, np.float32)
-    bits = np.empty(_SCRATCH, np.int32)
-    values = bits.view(np.float32)
-    lanes = np.zeros((4, _LANES), np.float64)
-    for start in range(0, cols, _SCRATCH):
-        size = min(_SCRATCH, cols - start)
-        spread = -1
-        for r in range(rows):
-            block_row = (row_phase + r) // block_rows
-            if block_row != spread:
-                _spread(scales, block_row, start, col_phase, block_cols, factors[:size])
-                spread = block_row
-            old, new = before[r, start : start + size], wanted[r, start : start + size]
-            coded = codes[r, start : start + size]
-            for i in range(size):
-                code = np.int32(np.int32(coded[i]) & of_size)
-                exponent = one_less if code > subnormals else below
-                bits[i] = np.int32(np.int32(code << dropped) + exponent)
-            for i in range(size):
-                code = np.int32(np.int32(coded[i]) & of_size)
-                excess = np.float32(0) if code > subnormals else least
-                values[i] = (values[i] - excess) * factors[i]
-            for i in range(size):
-                sign = np.int32(np.int32(np.int32(coded[i]) & ~of_size) << sign_at)
-                bits[i] = np.int32(bits[i] | sign)
-            over = np.int32(0)
-            for i in range(size):
-                over = np.int32(over + np.int32(abs(new[i]) > factors[i] * beyond))
-            counts[1] += over
-            counts[0] += _add_arrived(old, new, values[:size], lanes)
-    for k in range(4):
-        for lane in range(_LANES):
-            sums[k] += lanes[k, lane]
-
-
-@dataclass
-class Arrival:
-    """What became of what was to be added to ``elements`` values, ``changed`` of which are others now. Sums of squares
-    and products: of the values ``before``, of the ``delta`` that was to be added, of that with what was ``added``.
-    """
-
-    elements: int = 0
-    changed: int = 0
-    before: float = 0.0
-    delta: float = 0.0
-    product: float = 0.0
-    added: float = 0.0
-
-    @classmethod
-    def of(cls, before: F32, wanted: F32, stored: F32) -> Arrival:
-        """Of values [n] before, as they were to be, and as they are stored. Those that are not finite are left out."""
-        sums = np.zeros(4)
-        changed = count_arrived(before, wanted, stored, sums)
-        if not np.isfinite(sums).all():
-            finite = np.isfinite(before) & np.isfinite(wanted) & np.isfinite(stored)
-            before, wanted, stored, sums = before[finite], wanted[finite], stored[finite], np.zeros(4)
-            changed = count_arrived(before, wanted, stored, sums)
-        return cls(before.size, int(changed), *map(float, sums))
-
-    def add(self, other: Arrival) -> None:
-        """Take in other elements."""
-        self.elements += other.elements
-        self.changed += other.changed
-        self.before += other.before
-        self.delta += other.delta
-        self.product += other.product
-        self.added += other.added

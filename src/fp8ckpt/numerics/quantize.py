@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.numerics import kernels
+from fp8ckpt.numerics.arrival import Arrival, arrive_blocks
 from fp8ckpt.numerics.codes import (
     CODE_FORMATS,
     F4,
@@ -24,7 +25,6 @@ from fp8ckpt.numerics.codes import (
 )
 from fp8ckpt.numerics.dequantize import ROUNDING
 from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
-from fp8ckpt.numerics.products import Arrival, arrive_blocks
 
 
 class Coding(NamedTuple):

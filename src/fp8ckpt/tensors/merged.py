@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
-from fp8ckpt.numerics.geometry import Region, boxes, within
+from fp8ckpt.numerics.geometry import BlockGrid, Region, boxes, windows, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.adapters import read_floats
 from fp8ckpt.tensors.assembly import Assembly
@@ -34,6 +34,7 @@ from fp8ckpt.tensors.tensor import Merge, Reader, Tensor
 
 if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits
+    from fp8ckpt.numerics.products import MergedCodes
 
 _AT_ONCE = 1 << 19  # elements, of which norms of columns are found at once
 
@@ -271,6 +272,42 @@ class MergedTensor:
                 product.add_at(row + rows[0], col, values, self.floats)
             few.raise_to(values)
         return few.largest
+
+    def encode(
+        self, start: int, codes: Bytes, before: np.float32, scale: np.float32, reader: Reader
+    ) -> MergedCodes | None:
+        """Fill in codes [n] with ``scale`` of a run of elements whose base has the one of ``before``: the bits of
+        encoding its `elements`. None where these are not codes of e4m3 to which whole products are added, and no more.
+        """
+        base, products_of = self.base.scaled, self._whole_products
+        if base is None or base.across or base.code_dtype not in _ORDERED or products_of is None:
+            return None
+        from fp8ckpt.numerics.products import MergedCodes, merge_codes
+
+        into = Reader(codes, reader.dequantizer)
+        for _ in base.run(start, codes.size, into):
+            pass
+        reader.bytes_read += into.bytes_read
+        done = MergedCodes()
+        for part in windows(BlockGrid(self.shape, (1,) * len(self.shape)), start, codes.size):
+            *lead, row, col = map(int, np.unravel_index(start + part.elements.start, self.shape))
+            products = products_of.get(tuple(lead), ())
+            left = [product.left.vectors(row, part.rows, self.floats) for product in products]
+            right = [product.right.vectors(col, part.cols, self.floats).T for product in products]
+            scalings = [product.scaling for product in products]
+            here = codes[part.elements].reshape(part.rows, part.cols)
+            done.add(merge_codes(here, before, left, right, scalings, scale))
+        return done
+
+    @cached_property
+    def _whole_products(self) -> dict[tuple[int, ...], list[Product]] | None:
+        """The products of each matrix, if all are of whole ones."""
+        found: dict[tuple[int, ...], list[Product]] = {}
+        for product in self.products:
+            if product.sizes[-2:] != self.shape[-2:] or prod(product.sizes[:-2]) != 1:
+                return None
+            found.setdefault(product.offsets[:-2], []).append(product)
+        return None if self.magnitude is not None or self.replacement is not None or len(self.shape) < 2 else found
 
     @cached_property
     def _norms_of_right(self) -> list[float]:
