@@ -170,6 +170,7 @@ class Checkpointer:
                     carry=plan.carry,
                     side_files=side_files,
                     max_file_bytes=max_file_bytes,
+                    process_group=self._group,
                 )
             return writer, plan, to
 

@@ -23,22 +23,26 @@ import logging
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from fp8ckpt.checkpoint.rounds import Rounds, Shared, held
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import (
     ModelMismatchError,
     RangeError,
+    RanksDifferError,
     SourceChangedError,
     UnsupportedFormatError,
     WeightValueError,
@@ -51,6 +55,8 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.matching import refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, contents_of, refuse_shared, refuse_unlike, said_of
+from fp8ckpt.output.staging import Files, Part, Schedule, Stages, Staging, schedule
+from fp8ckpt.ranks import GroupRanks, Ranks
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
@@ -62,14 +68,23 @@ logger = logging.getLogger(__name__)
 
 
 class DirectoryWriter(StorageWriter):
-    """Writes the new directory ``path``. ``bytes_written`` counts this rank's tensor bytes."""
+    """Writes the new directory ``path``. ``bytes_written`` counts this rank's tensor bytes. ``process_group``: that of
+    the save, if its ranks must meet while they write.
+    """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, process_group: ProcessGroup | None = None) -> None:
         self._output = PartialOutput(path)
+        self._group = process_group
         self._plan: OutputPlan | None = None  # the coordinator's
+        self._schedule: Schedule | None = None
         self._tensors = 0
         self._carried: Collection[str] = ()  # from the base
         self.bytes_written = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save
+        # is given.
+        return {**self.__dict__, "_group": None}
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -104,22 +119,38 @@ class DirectoryWriter(StorageWriter):
         self._refuse_unlike([plan.storage_data for plan in plans])
         tensors = _tensors_of(plans)
         self._plan, self._tensors = self._planned(tensors), len(tensors)
+        stages: list[Stages | None] = [None] * len(plans)
+        if self._output.in_parts:
+            layouts = self._plan.layouts
+            self._schedule = found = schedule(layouts, self._makers(self._plan), held(plans, tensors), len(plans))
+            self._plan = dataclasses.replace(self._plan, holes=max(0, self._plan.nbytes - found.most))
+            names = [[item.index.fqn for item in plan.items] for plan in plans]
+            stages = [found.stages(layouts, rank, len(plans), of_rank) for rank, of_rank in enumerate(names)]
         try:
             self._plan.begin(self._output)
-            return self._shared_out(plans, self._plan)
+            self._output.forget()
+            shared = self._shared_out(plans, self._plan)
         except BaseException:
             self.release()
             raise
+        return [
+            dataclasses.replace(plan, storage_data=Shared(len(plans), own, of_rank))
+            for plan, own, of_rank in zip(plans, shared, stages, strict=True)
+        ]
 
     @kept_open()
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's regions, with as many threads as it has cores, and flush them to disk."""
-        files = OutputFiles(self._output.directory)
+        shared: Shared = plan.storage_data
+        meets = self._meets and shared.ranks > 1
+        ranks = GroupRanks(self._group) if meets else Ranks()
+        files = self._files(shared.stages, ranks.rank)
         try:
-            self.bytes_written += self._write(plan, planner, files)
+            self.bytes_written += self._write(shared.own, planner, Rounds.of(plan.items, ranks, files, shared.stages))
             if (base := self._base_of_output()) is not None:
                 base.store.refuse_changes()
         except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
+            files.close()
             self._output.discard()
             raise
         except BaseException:
@@ -140,13 +171,20 @@ class DirectoryWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the headers, and give the directory its name."""
         assert self._plan is not None  # prepare_global_plan() was called
+        stages: Stages | None = None
+        ending: Mapping[str, Sequence[Part]] = {}
+        if self._schedule is not None:
+            stages, ending = self._schedule.stages(self._plan.layouts, 0, 1, ()), self._schedule.ending
         try:
             for layout in self._plan.layouts:
-                files = OutputFiles(self._output.directory)
+                files = self._files(stages, len(results))
                 try:
                     files.of(layout.name).write(np.frombuffer(layout.head, np.uint8), 0)
                     self.bytes_written += self._complete(layout, files)
                     files.flush()
+                    if isinstance(files, Staging):
+                        files.send(ending[layout.name])
+                        files.flush()
                 finally:
                     files.close()
             self._plan.publish(self._output)
@@ -155,6 +193,9 @@ class DirectoryWriter(StorageWriter):
             raise
         finally:
             self.release()
+
+    def _files(self, stages: Stages | None, writer: int) -> Files:
+        return OutputFiles(self._output.directory) if stages is None else Staging(self._output, stages, writer)
 
     def release(self) -> None:
         """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
@@ -187,11 +228,26 @@ class DirectoryWriter(StorageWriter):
         """What this rank says of the output, and the others must say as well."""
         base = self._base_of_output()
         read = None if base is None else contents_of(base)
-        return {**said_of(self._output), "the writer": type(self).__name__, "what is read": read}
+        said = {**said_of(self._output), "the writer": type(self).__name__, "what is read": read}
+        if self._meets and dist.is_available() and dist.is_initialized():
+            said["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+        return said
 
     def _refuse_unlike(self, said: list[dict[str, Any]]) -> None:
-        """Coordinator: raise where the ranks were not asked for the same output."""
+        """Coordinator: raise where the ranks were not asked for the same output, or are not those of the group in which
+        they meet.
+        """
         refuse_unlike(said)
+        group = said[0].get("the process_group", [])
+        if self._meets and len(said) > 1 and len(group) != len(said):
+            found = f"{len(group)} ranks are in the writer's process group, and {len(said)} save"
+            remedy = f"give {type(self).__name__} the process_group that dcp.save is given"
+            raise RanksDifferError(found, expected="the same ranks", remedy=remedy)
+
+    @property
+    def _meets(self) -> bool:
+        """Whether ranks must meet while they write: what goes to a store is sent in rounds."""
+        return self._output.in_parts
 
     # ---------------------------------------------------------------- what a writer decides
 
@@ -204,14 +260,18 @@ class DirectoryWriter(StorageWriter):
         """The files of the output, from the model's tensors by name; or the refusal."""
 
     @abstractmethod
-    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
-        """The plans with what each rank must know as their ``storage_data``."""
+    def _makers(self, output: OutputPlan) -> Mapping[str, str]:
+        """With which of the model's tensors each stored one is made; others are of `_complete`."""
 
     @abstractmethod
-    def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
-        """Write and flush this rank's regions; returns how many bytes."""
+    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterable[Any]:
+        """What each rank must know."""
 
-    def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
+    @abstractmethod
+    def _write(self, own: Any, planner: SavePlanner, rounds: Rounds) -> int:
+        """Write this rank's regions; returns how many bytes."""
+
+    def _complete(self, layout: FileLayout, files: Files) -> int:
         """Coordinator: write what no rank's tensors are made of; returns how many bytes."""
         return 0
 
@@ -250,7 +310,7 @@ def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
     return tensor.detach()
 
 
-def write_region(files: OutputFiles, span: TensorSpan, region: Region, data: Bytes) -> int:
+def write_region(files: Files, span: TensorSpan, region: Region, data: Bytes) -> int:
     """Write the bytes of a region, in its row-major order, at their places; returns how many."""
     itemsize = DTYPE_BITS[span.dtype] // 8
     file = files.of(span.file.name)

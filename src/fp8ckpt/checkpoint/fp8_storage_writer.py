@@ -12,29 +12,26 @@ Its life is that of `fp8ckpt.checkpoint.directory_writer`; `fp8ckpt.checkpoint.f
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, carried_from, given_like
 from fp8ckpt.checkpoint.fp8_part import Part, Task
+from fp8ckpt.checkpoint.rounds import Rounds
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, QuantizationReport
 from fp8ckpt.encodings.rule import units_of
-from fp8ckpt.errors import RanksDifferError
 from fp8ckpt.numerics import scaling
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
 from fp8ckpt.output.plan import OutputPlan
-from fp8ckpt.ranks import GroupRanks, Ranks
+from fp8ckpt.output.staging import Files
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
@@ -81,7 +78,7 @@ class FP8StorageWriter(DirectoryWriter):
     ) -> None:
         if scales not in SCALES:
             raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
-        super().__init__(path)
+        super().__init__(path, process_group)
         given = given_like(like, base)
         if given is None:
             raise TypeError("FP8StorageWriter needs like, the FP8 checkpoint that the model came from")
@@ -91,14 +88,9 @@ class FP8StorageWriter(DirectoryWriter):
         self._counting = report
         self.report: QuantizationReport | None = None
         self.base_bytes_read = 0
-        self._group = process_group
+        self._made_with: dict[str, str] = {}  # the coordinator's: by stored tensors, the one that a shard is of
         self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
         self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
-
-    def __getstate__(self) -> dict[str, Any]:
-        # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save
-        # is given.
-        return {**self.__dict__, "_group": None}
 
     def _base_of_output(self) -> Checkpoint:
         self._base = base = open_checkpoint(self._base)
@@ -106,18 +98,12 @@ class FP8StorageWriter(DirectoryWriter):
 
     def _said(self) -> dict[str, Any]:
         own = {"fresh": self._fresh, "report": self._counting, "carry": sorted(self._carry)}
-        if dist.is_available() and dist.is_initialized():
-            own["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)
         return {**super()._said(), **own}
 
-    def _refuse_unlike(self, said: list[dict[str, Any]]) -> None:
-        """Also where the ranks of the save are not those of the group: in it they exchange what decides scales."""
-        super()._refuse_unlike(said)
-        group = said[0].get("the process_group", [])
-        if len(said) > 1 and len(group) != len(said):
-            found = f"{len(group)} ranks are in the writer's process group, and {len(said)} save"
-            remedy = "give FP8StorageWriter the process_group that dcp.save is given"
-            raise RanksDifferError(found, expected="the same ranks", remedy=remedy)
+    @property
+    def _meets(self) -> bool:
+        """In any case: ranks exchange what decides scales."""
+        return True
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()
@@ -127,40 +113,30 @@ class FP8StorageWriter(DirectoryWriter):
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
         held = [tensor for name, tensor in base.tensors.items() if name not in carried]
-        sharded = {tensor.name for tensor in held if tensor.scaled is None}
+        self._made_with = {tensor.name: tensor.name for tensor in held if tensor.scaled is None}
         filled = [tensor.scaled for tensor in held if tensor.scaled is not None and tensor.numel]
-        sharded |= {span.name for tensor in filled for span in (tensor.weight, *tensor.scales)}
-        self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes} - sharded
+        self._made_with |= {span.name: w.name for w in filled for span in (w.weight, *w.scales)}
+        self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes}
+        self._beside -= self._made_with.keys()
         self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel and tensor.per_byte == 1}
         return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
 
-    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
+    def _makers(self, output: OutputPlan) -> dict[str, str]:
+        return self._made_with
+
+    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterator[Task]:
         units = units_of(self._base_of_output().quantized)
         leader = {name: unit[0] for unit in units if len(unit) > 1 for name in unit}
-        return [
-            dataclasses.replace(
-                plan,
-                storage_data=Task(
-                    len(plans),
-                    {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader},
-                    self._carried,
-                ),
-            )
-            for plan in plans
-        ]
+        for plan in plans:
+            joined = {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader}
+            yield Task(joined, self._carried)
 
-    def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
-        task: Task = plan.storage_data
-        part = Part(self._base_of_output(), task, plan, planner, files, fresh=self._fresh, report=self._counting)
-        done = part.run(self._ranks(task))
-        self._carried = task.carried
+    def _write(self, own: Task, planner: SavePlanner, rounds: Rounds) -> int:
+        part = Part(self._base_of_output(), own, planner, rounds, fresh=self._fresh, report=self._counting)
+        done = part.run()
+        self._carried = own.carried
         self.report, self.base_bytes_read = done.report, done.base_bytes_read
         return done.bytes_written
-
-    def _ranks(self, task: Task) -> Ranks:
-        if task.size == 1:
-            return Ranks()
-        return GroupRanks(self._group)
 
     def reported(self, done: ConvertResult) -> Fp8Result:
         """As its base says, with the report, which this rank has."""
@@ -172,7 +148,7 @@ class FP8StorageWriter(DirectoryWriter):
             report=self.report,
         )
 
-    def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
+    def _complete(self, layout: FileLayout, files: Files) -> int:
         """Copy what no shard holds: what is carried, the base's activation scales and scales of a cache. A weight
         without elements has a scale, too.
         """

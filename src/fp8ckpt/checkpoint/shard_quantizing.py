@@ -37,7 +37,8 @@ from fp8ckpt.numerics.geometry import (
     within,
 )
 from fp8ckpt.numerics.quantize import Mask, Scales, Values
-from fp8ckpt.output.files import ALIGNMENT, OutputFiles, aligned_buffer
+from fp8ckpt.output.files import ALIGNMENT, aligned_buffer
+from fp8ckpt.output.staging import Files
 from fp8ckpt.ranks import Ranks
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype
@@ -117,6 +118,10 @@ class Halves:
         self._found: dict[bool, list[tuple[Numbers, U8]]] = {False: [], True: []}  # low ones, high ones
         self._lock = threading.Lock()
 
+    def __bool__(self) -> bool:
+        """Whether the base has any such weight."""
+        return bool(self._weights)
+
     def add(self, weight: QuantizedTensor, region: Region, codes: U8, *, high: bool) -> None:
         """Take in codes of a region of one column, which are the high halves of their bytes, or the low ones."""
         offsets, sizes = bytes_of_region(region, weight.per_byte)
@@ -124,11 +129,12 @@ class Halves:
         with self._lock:
             self._found[high].append((at, codes.reshape(-1).copy()))
 
-    def settle(self, ranks: Ranks, files: OutputFiles) -> int:
+    def settle(self, ranks: Ranks, files: Files) -> int:
         """Write all bytes whose low half this rank has, together with the other ranks; returns how many."""
         if not self._weights:
             return 0
         lows, highs = (self._sorted(high=high) for high in (False, True))
+        self._found = {False: [], True: []}
         at_once = max(1, _EXCHANGED // ranks.size)
         written = 0
         for start in range(0, max(ranks.gather(lambda: highs[0].size)), at_once):
@@ -144,7 +150,7 @@ class Halves:
         order = np.argsort(at)
         return at[order], np.concatenate([np.empty(0, np.uint8), *(codes for _, codes in found)])[order]
 
-    def _write(self, at: Numbers, values: U8, files: OutputFiles) -> int:
+    def _write(self, at: Numbers, values: U8, files: Files) -> int:
         for number, value in zip(at.tolist(), values, strict=True):
             weight = self._weights[int(np.searchsorted(self._ends, number, side="right")) - 1]
             place = weight.weight.start + number - self._starts[weight.name]
@@ -166,7 +172,7 @@ class ShardQuantizer:
 
     def __init__(
         self,
-        files: OutputFiles,
+        files: Files,
         waiting: WaitingBlocks,
         tallies: Tallies | None,
         halves: Halves,

@@ -6,15 +6,15 @@ makes; each region is cast to its stored dtype piece by piece as it is written.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from fp8ckpt.checkpoint.directory_writer import (
     DirectoryWriter,
@@ -25,16 +25,17 @@ from fp8ckpt.checkpoint.directory_writer import (
     write_region,
 )
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
+from fp8ckpt.checkpoint.rounds import Rounds
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.geometry import Region, pieces, within
-from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import DEFAULT_FILE_BYTES, FileLayout, TensorSpec, index_text, lay_out_in_files
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.matching import FLOATS, refuse_other_kinds
 from fp8ckpt.output.plan import OutputPlan
+from fp8ckpt.output.staging import Files
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
@@ -63,7 +64,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
     the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8, and the side files,
     as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names of tensors that are
     taken from it where the state dict lacks them; those of MTP layers always are. Without ``like``, ``side_files`` go
-    beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB). ``bytes_written`` counts this
+    beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB). ``process_group``: the one that
+    ``dcp.save`` is given, where ``path`` is of a store. ``bytes_written`` counts this
     rank's tensor bytes.
 
     Raises, on every rank: `ModelMismatchError` for other tensors, shapes or kinds of values than those of ``like``, and
@@ -86,9 +88,10 @@ class SafetensorsStorageWriter(DirectoryWriter):
         carry: Collection[str] = (),
         side_files: SideFiles | None = None,
         max_file_bytes: int | None = None,
+        process_group: ProcessGroup | None = None,
         base: CheckpointLike | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, process_group)
         self._dtype = TARGETS[target_of(dtype, TARGETS, "dtype")]
         self._like = given_like(like, base)
         if self._like is not None and (max_file_bytes is not None or side_files is not None):
@@ -120,32 +123,33 @@ class SafetensorsStorageWriter(DirectoryWriter):
         copies = {name: local_file(file) for name, file in self._side_files.copies.items()}
         return OutputPlan((), {"job": "save"}, tuple(layouts), texts, copies)
 
-    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> list[SavePlan]:
-        spans = {span.name: span for layout in output.layouts for span in layout.spans}
-        return [
-            dataclasses.replace(plan, storage_data={item.index.fqn: spans[item.index.fqn] for item in plan.items})
-            for plan in plans
-        ]
+    def _makers(self, output: OutputPlan) -> dict[str, str]:
+        stored = (span.name for layout in output.layouts for span in layout.spans)
+        return {name: name for name in stored if name not in self._carried}
 
-    def _write(self, plan: SavePlan, planner: SavePlanner, files: OutputFiles) -> int:
-        spans: dict[str, TensorSpan] = plan.storage_data or {}
+    def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterator[dict[str, TensorSpan]]:
+        spans = {span.name: span for layout in output.layouts for span in layout.spans}
+        for plan in plans:
+            yield {item.index.fqn: spans[item.index.fqn] for item in plan.items}
+
+    def _write(self, own: dict[str, TensorSpan], planner: SavePlanner, rounds: Rounds) -> int:
         written: list[int] = []
 
-        def work() -> Iterator[tuple[TensorSpan, Region, torch.Tensor]]:
-            for item in plan.items:
+        def work(items: Iterable[WriteItem]) -> Iterator[tuple[TensorSpan, Region, torch.Tensor]]:
+            for item in items:
                 region, tensor = region_of(item), resolved(planner, item)
                 for piece in pieces(region, _PIECE):
-                    yield spans[item.index.fqn], piece, tensor[within(piece, region)]
+                    yield own[item.index.fqn], piece, tensor[within(piece, region)]
 
         def write(part: tuple[TensorSpan, Region, torch.Tensor]) -> None:
             span, piece, values = part
-            written.append(write_region(files, span, piece, cast(values, span)))
+            written.append(write_region(rounds.files, span, piece, cast(values, span)))
 
-        share(work(), [write] * threads_of_this_rank())
-        files.flush()
+        for _ in rounds.write(lambda items: share(work(items), [write] * threads_of_this_rank())):
+            pass
         return sum(written)
 
-    def _complete(self, layout: FileLayout, files: OutputFiles) -> int:
+    def _complete(self, layout: FileLayout, files: Files) -> int:
         """Write what is carried from the base."""
         base = self._base_of_output()
         carried = [span for span in layout.spans if span.name in self._carried]

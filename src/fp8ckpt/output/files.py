@@ -41,13 +41,15 @@ def aligned_buffer(size: int) -> Bytes:
 
 
 class OutputFile:
-    """A file of known size, written in pieces at their offsets, by any number of threads and processes."""
+    """A file of known size, written in pieces at their offsets, by any number of threads and processes. ``passing``: it
+    is made if there is none, soon read, and removed, so that it stays in the page cache, if there is room.
+    """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, passing: bool = False) -> None:
         self.file = file
-        self._cached = open_to_write(file)
+        self._cached = open_to_write(file, os.O_WRONLY | (os.O_CREAT if passing else 0))
         try:
-            direct = getattr(os, "O_DIRECT", 0)
+            direct = 0 if passing else getattr(os, "O_DIRECT", 0)
             self._direct = open_to_write(file, os.O_WRONLY | direct) if direct else None
         except StorageError:  # the file system has no direct writes: tmpfs before Linux 6.6, and others
             self._direct = None
@@ -88,8 +90,11 @@ class OutputFile:
     def close(self) -> None:
         """Release the descriptors; does not flush."""
         for fd in (self._cached, self._direct):
-            if fd is not None:
-                os.close(fd)
+            try:
+                if fd is not None:
+                    os.close(fd)
+            except OSError as error:  # of a write that a file server had put off
+                raise write_error(error, self.file) from error
 
 
 class OutputFiles:

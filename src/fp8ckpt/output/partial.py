@@ -24,6 +24,7 @@ import stat
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -44,7 +45,7 @@ from fp8ckpt.output.files import OutputFile, flush_directory, open_to_write, wri
 from fp8ckpt.output.places import Kept, Part, Place, Sent
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import read_whole
-from fp8ckpt.stores.upload import AT_ONCE, Destination, destination_of
+from fp8ckpt.stores.upload import AT_ONCE, Destination, destination_of, etag_of
 from fp8ckpt.system import lock
 
 _OUTPUT = "output"
@@ -54,6 +55,7 @@ _STATE = ".fp8ckpt"
 _PLAN = "plan.json"
 _DRAFT = "plan.json.draft"
 _LOCK = "lock"
+_STAGED = "part-"
 _RECORDS = "done-"
 _RUN = "run"  # what a store is told of who writes there
 _SEEN = "seen"  # the destination and the parts of its files, from before the first is seen until the last is
@@ -355,8 +357,29 @@ class PartialOutput:
 
     def forget(self) -> None:
         """Take no extent for written: the files that the records speak of are not there."""
-        for file in self._state.glob(_RECORDS + "*"):
+        for file in (*self._state.glob(_RECORDS + "*"), *self._state.glob(_STAGED + "*")):
             file.unlink()
+
+    def staged(self, place: int) -> Path:
+        """Where a part is while ranks write it, by its place among the parts of all files."""
+        return self._state / f"{_STAGED}{place}"
+
+    def send(self, name: str, number: int, data: bytes) -> str:
+        """Send a part of a file, and return its ETag; any process, any thread. Raises `ResumeMismatchError` where a run
+        was cut off in completing other ones.
+        """
+        assert self._far is not None
+        if (seen := self._seen_before) is None:
+            return self._far.send(name, number, data)
+        if etag_of(data) != seen[name][number - 1]:
+            found = f"a run before was cut off while what it had written appeared in {self._far.where}, other weights"
+            remedy = f"choose another destination, or delete what is there, and {self.partial}"
+            raise ResumeMismatchError(found, file=name, remedy=remedy)
+        return seen[name][number - 1]
+
+    @cached_property
+    def _seen_before(self) -> dict[str, list[str]] | None:
+        return self._seen()
 
     def publish(self) -> None:
         """Rename the directory to its final name, or upload it, and remove the state. All its files must have been
@@ -391,11 +414,6 @@ class PartialOutput:
         for _, sent in self._recorded().values():
             if sent is not None:
                 parts[sent.name][sent.number] = sent
-        for name, of_file in parts.items():
-            if not of_file:  # no extent of it was recorded: it was written here, by whatever hands
-                size = (self.directory / name).stat().st_size
-                starts = range(0, size, extents.part_of(size, extents.PART))
-                of_file |= {k: Sent(name, k, at, min(at + starts.step, size), "") for k, at in enumerate(starts, 1)}
 
         def send(sent: Sent) -> None:
             data = _read(self.directory / sent.name, sent.start, sent.stop)
@@ -470,7 +488,7 @@ def _check(text: bytes) -> bytes:
 
 def _is_state(entry: str) -> bool:
     """Whether a path in ``DST.partial`` is that of a file of our state."""
-    return entry.startswith(f"{_STATE}/{_RECORDS}") or entry in {
+    return entry.startswith((f"{_STATE}/{_RECORDS}", f"{_STATE}/{_STAGED}")) or entry in {
         f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK, _RUN, _SEEN)
     }
 

@@ -92,6 +92,9 @@ class Destination:
         self._there: dict[str, Mapping[int, str]] = {}
         self._knows_conditions = True
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for the process of an asynchronous save
+        return Destination, (self._client,)
+
     @property
     def where(self) -> str:
         """The URL, without secrets."""
@@ -200,6 +203,11 @@ class Destination:
 
     def _do(self, doing: str, name: str | None, step: Callable[..., T], *arguments: Any) -> T:
         return attempted(partial(step, *arguments), ATTEMPTS, f"{doing} {self.where}", name)
+
+
+def etag_of(data: Data) -> str:
+    """The ETag of a part, where that is its MD5."""
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 def destination_of(address: Address) -> Destination:
