@@ -18,7 +18,7 @@ import safetensors.torch
 from safetensors import safe_open
 
 import fp8ckpt.output.extents as writing
-from fp8ckpt import convert, open_checkpoint, sample
+from fp8ckpt import convert, inspect, open_checkpoint, plan_convert, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.tensors.config import QUANTIZATION_KEYS, metadata_without_quantization
@@ -177,11 +177,16 @@ def test_other_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
         "assets/logo.png": b"\x89PNG\0",
         "assets/deep/er/x.bin": bytes(range(256)),
         "onnx/model.safetensors": b"not read",
+        "training_args.bin": b"no weights",
     }
     for name, data in copied.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
-    convert(source, tmp_path / "out")
+    note = "weights in 2 other files are no part of the checkpoint, and go where side files go, as they are, quantized "
+    note += "or not: assets/deep/er/x.bin, onnx/model.safetensors"
+    for notes in (plan_convert(source, tmp_path / "out").notes, inspect(source).notes):
+        assert note in notes
+    assert convert(source, tmp_path / "out").notes == (note,)
     found = tree(tmp_path / "out")
     written = {"config.json", "params.json", INDEX, *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))}
     assert {name: data for name, data in found.items() if name not in written} == copied

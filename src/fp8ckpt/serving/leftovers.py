@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import PurePath
 
 from fp8ckpt.errors import ServingError
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG
-from fp8ckpt.tensors.directory import is_native
+from fp8ckpt.tensors.directory import is_native, is_of_another_kind
 
-_WEIGHT_FILES = (".bin", ".pth", ".pt", ".gguf")
-_TRAINER_FILES = (
-    "training_args.bin",
-    "optimizer.bin",
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "random_states_0.pt",
-)
+_LOADED = (".bin", ".pth", ".pt", ".gguf")
 
 
 def second_copies(subject: Subject) -> Iterator[Finding]:
@@ -33,7 +24,7 @@ def second_copies(subject: Subject) -> Iterator[Finding]:
             found = "Mistral's own configuration stands beside weights that it does not speak of"
             remedy = "move it away: vLLM reads it, and looks for consolidated*.safetensors"
             yield ServingError(found, file=MISTRAL_CONFIG, expected=f"{CONFIG} alone", remedy=remedy)
-    if others := [name for name in names if PurePath(name).suffix in _WEIGHT_FILES and name not in _TRAINER_FILES]:
+    if others := [name for name in names if name.endswith(_LOADED) and is_of_another_kind(name)]:
         found = f"weights of another kind stand beside the safetensors files: {some(others)}"
         remedy = "move them away: an engine may load them instead"
         yield ServingError(found, file=others[0], expected="one copy", remedy=remedy)

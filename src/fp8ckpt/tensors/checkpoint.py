@@ -39,6 +39,7 @@ from fp8ckpt.tensors.directory import (
     holds_tensors,
     is_foreign,
     model_files,
+    note_on_other_weights,
     read_index,
     refuse_part,
     safetensors_in,
@@ -205,6 +206,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     else:
         index_name, index = read_index(store, on_disk, defects)
         names = file_names(store, on_disk, index_name, index, defects)
+        notes += note_on_other_weights(store)
     beside = [name for name in on_disk if name not in names and is_foreign(name)]
     if index_name is not None and index is not None:
         listed = set(index["weight_map"].values())

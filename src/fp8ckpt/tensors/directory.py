@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
-from fp8ckpt.errors import CheckpointNotFoundError, ConfigError, Fp8CheckpointError, IndexMismatchError, StorageError
+from fp8ckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    Fp8CheckpointError,
+    IndexMismatchError,
+    StorageError,
+    listed,
+)
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.header import read_header
@@ -20,6 +27,9 @@ INDEX = "model.safetensors.index.json"
 NATIVE_INDEX = "consolidated.safetensors.index.json"
 # What trainers and PEFT leave beside a model's own files, and no loader takes for a part of it.
 _FOREIGN = ("adapter_*.safetensors", "optimizer*.safetensors", "training_*.safetensors")
+# Weights in files of other kinds; and what trainers leave in such files that is none.
+_OTHER_KINDS = (".bin", ".pth", ".pt", ".gguf", ".onnx", ".onnx_data", ".ckpt", ".h5", ".msgpack", ".nemo")
+_OF_TRAINERS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "random_states_", "rng_state")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -56,6 +66,22 @@ def is_native(name: str) -> bool:
 def is_foreign(name: str) -> bool:
     """Whether a file is what trainers and PEFT leave beside a model's own."""
     return any(fnmatch(name, pattern) for pattern in _FOREIGN)
+
+
+def is_of_another_kind(name: str) -> bool:
+    """Whether a file, at the top or in a folder, may hold weights and is no safetensors file."""
+    return name.endswith(_OTHER_KINDS) and not name.rpartition("/")[2].startswith(_OF_TRAINERS)
+
+
+def note_on_other_weights(store: Store) -> list[str]:
+    """What a user should know of weights that are no part of the checkpoint: in folders, or of another kind."""
+    nested = (name for name in store.files() if "/" in name and name.endswith(".safetensors"))
+    found = sorted({*nested, *filter(is_of_another_kind, store.files())})
+    if not found:
+        return []
+    count = f"{len(found)} other file{'s' if len(found) > 1 else ''}"
+    copied = "go where side files go, as they are, quantized or not"
+    return [f"weights in {count} are no part of the checkpoint, and {copied}: {listed(found)}"]
 
 
 def safetensors_in(store: Store) -> list[str]:
