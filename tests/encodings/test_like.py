@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fp8ckpt import convert
+from fp8ckpt import convert, load_pretrained, save_model
 from fp8ckpt.convert import Fp8Result
 from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError
 from tests.conftest import Run
@@ -208,3 +208,23 @@ def test_other_defects_keep_their_names(made: Path, tmp_path: Path) -> None:
     shape = rewrite(plain, tmp_path / "shape", lambda t: t | {HEAD: t["model.norm.weight"]})
     with pytest.raises(Fp8CheckpointError, match=r"^lm_head.weight.*: shape \(160,\)"):
         back(shape, base, tmp_path / "back", carry=".")
+
+
+def test_a_resized_vocabulary_is_refused_with_what_to_do_and_that_works(made: Path, tmp_path: Path) -> None:
+    """The base's configuration and tokenizer are of another: what each message advises is done."""
+    base, model = made / "Qwen3", load_pretrained(made / "Qwen3")
+    tokens = model.config.vocab_size
+    model.resize_token_embeddings(tokens + 8, mean_resizing=False)
+    advice = r"\({0}, .* resized, .* convert that with --scheme; or resize it back: .*\({0}\)".format(tokens)
+    for to in ("bf16", "fp8"):
+        with pytest.raises(ModelMismatchError, match=advice):
+            save_model(model, tmp_path / "out", to=to, like=base)
+    save_model(model, tmp_path / "bf16")
+    with pytest.raises(ModelMismatchError, match=r"quantize the source with --scheme, which keeps its own config"):
+        back(tmp_path / "bf16", base, tmp_path / "out")
+    convert(tmp_path / "bf16", tmp_path / "fp8", scheme="channel")
+    loaded = load_pretrained(tmp_path / "fp8")
+    assert loaded.model.embed_tokens.weight.equal(model.model.embed_tokens.weight)
+    model.resize_token_embeddings(tokens)
+    save_model(model, tmp_path / "as it was", to="fp8", like=base)
+    assert files_of(tmp_path / "as it was") == files_of(base)

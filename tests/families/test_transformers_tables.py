@@ -116,6 +116,25 @@ def test_a_release_without_some_of_its_experts_is_refused(tmp_path: Path) -> Non
         load_pretrained(without("gate_proj"))
 
 
+def test_experts_with_gaps_in_their_numbers_are_refused() -> None:
+    """As many as the model has, and others: transformers stacks them all the same, each in another's place."""
+    model = RELEASES["Qwen3-MoE"].skeleton()
+    own = _shapes(model)
+    stored = _shapes(model)
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        up, down = stored.pop(f"{experts}.gate_up_proj"), stored.pop(f"{experts}.down_proj")
+        for number in (0, 1, 2, 7) if layer else range(4):
+            matrices = {"gate_proj": (up[1] // 2, up[2]), "up_proj": (up[1] // 2, up[2]), "down_proj": down[1:]}
+            stored |= {f"{experts}.{number}.{leaf}.weight": shape for leaf, shape in matrices.items()}
+    with pytest.raises(
+        UnsupportedFormatError, match=r"layers\.1\.mlp\.experts\.\w+: .* up to number 7, and 3, 4, 5, 6 are"
+    ):
+        assemble(model, own, stored)
+    renamed = {name.replace("experts.7.", "experts.3."): shape for name, shape in stored.items()}
+    assert assemble(model, own, renamed).parts.keys() == own.keys()
+
+
 def test_experts_that_may_be_transposed_or_not_are_refused() -> None:
     """Where transformers has no rule, the class says nothing and the shape fits both, there is no guessing."""
     model = RELEASES["Qwen3-VL-MoE"].skeleton()

@@ -19,6 +19,7 @@ from fp8ckpt.checkpoint.wrappers import refuse_what_hides
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
+from fp8ckpt.output.matching import remedy_for_shape
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -89,7 +90,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
                 tensor=name,
                 file=base.path,
                 expected=f"{parts[name].shape}, as in the base",
-                remedy="give its own base",
+                remedy=remedy_for_shape(tuple(tensor.shape), parts[name].shape, "model"),
             )
     if base is not None:
         _warn_of_fewer_bits(state, parts, base)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fp8ckpt.errors import ConfigError, UnsupportedFormatError, shown
+from fp8ckpt.errors import ConfigError, UnsupportedFormatError, listed, shown
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
 
@@ -104,6 +104,7 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     prefix = model.base_model_prefix
     parts: dict[str, Assembly] = {}
     rules: dict[str, Any] = {}
+    stacks: dict[tuple[str, str], list[str]] = {}  # of each tensor and pattern, what the pattern finds
     unused: dict[str, str] = {}  # and what they would be called in the model
     for name in sorted(stored, key=core.dot_natural_key):
         target, pattern = core.rename_source_key(name, renamings, converters, prefix, own)
@@ -116,7 +117,11 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
         else:
             if target not in rules:
                 rules[target] = deepcopy(of_pattern[pattern])
+            stacks.setdefault((target, pattern), []).append(name)
             rules[target].add_tensor(target, name, pattern, _Symbol.of(Assembly.whole(name, stored[name])))
+    for (target, pattern), names in stacks.items():
+        if "*" in pattern:
+            _refuse_gaps(target, names)
     for target, rule in rules.items():
         parts.update((name, made) for name, made in _converted(rule, target, model).items() if name in own)
     _stack_experts(model, own, stored, parts, unused)
@@ -157,6 +162,18 @@ def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
     except (ValueError, RuntimeError) as error:  # shapes that do not go together: a file that lacks some of the experts
         raise _unmade(target, [name for names in rule.layer_targets.values() for name in names], error) from error
     return {name: (held[0] if isinstance(held, list) else held).assembly for name, held in made.items()}
+
+
+def _refuse_gaps(target: str, names: list[str]) -> None:
+    """transformers stacks experts in their order, whatever their numbers are."""
+    numbers = [int(one[2]) for one in map(_ONE_EXPERT.fullmatch, names) if one is not None]
+    absent = sorted(set(range(max(numbers, default=0))) - {*numbers})
+    if absent:
+        found = f"its experts go up to number {max(numbers)}, and {listed(map(str, absent))} are not there"
+        remedy = (
+            "look whether files of the checkpoint are missing; or number experts anew, with the rows of their router"
+        )
+        raise UnsupportedFormatError(found, tensor=target, expected="experts without gaps", remedy=remedy)
 
 
 def _unmade(target: str, sources: Iterable[str], error: Exception) -> UnsupportedFormatError:
