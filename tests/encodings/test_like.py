@@ -215,7 +215,7 @@ def test_a_resized_vocabulary_is_refused_with_what_to_do_and_that_works(made: Pa
     base, model = made / "Qwen3", load_pretrained(made / "Qwen3")
     tokens = model.config.vocab_size
     model.resize_token_embeddings(tokens + 8, mean_resizing=False)
-    advice = r"\({0}, .* resized, .* convert that with --scheme; or resize it back: .*\({0}\)".format(tokens)
+    advice = rf"\({tokens}, .* resized, .* convert that with --scheme; or resize it back: .*\({tokens}\)"
     for to in ("bf16", "fp8"):
         with pytest.raises(ModelMismatchError, match=advice):
             save_model(model, tmp_path / "out", to=to, like=base)
