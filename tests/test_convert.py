@@ -631,7 +631,7 @@ def test_destination_in_folders_that_do_not_exist(
     assert os.listdir(tmp_path / "a/b") == ["out"]
 
 
-@pytest.mark.parametrize("arguments", [{"to": "int8"}, {"to": "BF16"}, {"workers": 0}, {"workers": -1}])
+@pytest.mark.parametrize("arguments", [{"to": "int8"}, {"to": "auto"}, {"workers": 0}, {"workers": -1}])
 def test_wrong_arguments_are_a_value_error(arguments: dict[str, Any], sample_fp8: Path, tmp_path: Path) -> None:
     """Mistakes of the caller are told before anything is looked at."""
     with pytest.raises(ValueError, match="expected"):
