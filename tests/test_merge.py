@@ -247,6 +247,10 @@ def test_dora_of_embeddings(
     made = {"embedding_A": a, "embedding_B": b, "magnitude_vector": Stored.of(magnitude, "F32")}
     named = {f"{PREFIX}{EMBED}.lora_{what}": tensor for what, tensor in made.items()}
     adapter = write_adapter(tmp_path / "a", named, use_dora=True)
+    planned = plan_merge(sample_fp8, adapter, tmp_path / "out", to=to)
+    without = write_adapter(tmp_path / "plain", {k: v for k, v in named.items() if "magnitude" not in k})
+    once = plan_merge(sample_fp8, without, tmp_path / "out", to=to)
+    assert planned.bytes_to_read - once.bytes_to_read == 2 * value.size  # of bfloat16, for the norms
     merge(sample_fp8, adapter, tmp_path / "out", to=to)
     total = merged(value, Stored.of(b.array.T, "F32"), Stored.of(a.array.T, "F32"), SCALING)
     norms = np.sqrt((total.astype(np.float64) ** 2).sum(axis=0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fp8ckpt import convert, load_model, load_pretrained, merge, open_checkpoint, save_model, verify
-from fp8ckpt.errors import ModelMismatchError
+from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from tests.families.releases import RELEASES
 from tests.oracle import read_directory
 from tests.test_four_bits import gpt_oss
@@ -93,20 +93,31 @@ def test_merged_by_peft_and_by_us(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("config", "of_head"),
+    ("config", "tied"),
     [
-        ({"target_modules": ["embed_tokens"]}, "as where PEFT merges"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "where PEFT keeps the head of before"),
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, True),
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
     ],
 )
-def test_what_becomes_of_a_tied_head(config: dict[str, Any], of_head: str, tmp_path: Path) -> None:
-    """Embeddings that PEFT adds to are its head as well; those that it trained whole are not, and ours are: a note."""
+def test_what_becomes_of_a_tied_head(config: dict[str, Any], *, tied: bool, tmp_path: Path) -> None:
+    """Where PEFT's merge leaves embeddings and head one tensor, so does ours, and a note says so; where it parts them,
+    for which the base has no room, it is refused.
+    """
     base = RELEASES["Qwen3 tied"].write(tmp_path / "base")
-    model = trained(base, tmp_path / "adapter", **config).merge_and_unload()
-    result = merge(base, tmp_path / "adapter", tmp_path / "out")
-    assert [note.rsplit(", ", 1)[1] for note in result.notes if "head as well" in note] == [of_head]
+    model = trained(base, tmp_path / "adapter", **{"target_modules": ["q_proj"]} | config).merge_and_unload()
     head, embeddings = (model.state_dict()[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    assert head.equal(embeddings) == (of_head == "as where PEFT merges")
+    assert head.equal(embeddings) == tied
+    if not tied:
+        with pytest.raises(UnsupportedFormatError, match=r"apart from the head that it is tied to .* unties them"):
+            merge(base, tmp_path / "adapter", tmp_path / "out")
+        return
+    result = merge(base, tmp_path / "adapter", tmp_path / "out", to="bf16")
+    assert any("head as well" in note for note in result.notes)
+    found = open_checkpoint(tmp_path / "out").read("model.embed_tokens.weight")
+    assert torch.allclose(found, embeddings.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

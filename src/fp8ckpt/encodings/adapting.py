@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
 from fp8ckpt.families.between import parts_of_model
+from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.stacks import Shapes, answers
 from fp8ckpt.numerics.codes import TARGET_BYTES
-from fp8ckpt.tensors.adapters import Adapter, Pair
+from fp8ckpt.tensors.adapters import Adapter, Pair, same_values
 from fp8ckpt.tensors.assembly import NEW, Assembly, Piece, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Norms, Product
@@ -57,6 +59,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
     for what cannot be merged.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    adapters = [_tied(adapter, base) for adapter in adapters]
     uses = [use for adapter in adapters for use in _uses(adapter, _with_parameters(adapter, shapes, base))]
     spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}
     keys = {use.target: use.pair.a for use in uses} | spans
@@ -85,6 +88,24 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
             tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude, change.norms
         )
     return found
+
+
+def _tied(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """An adapter without the head that PEFT saves once more beside embeddings that were trained whole, where the base
+    has one tensor for both. Raises `UnsupportedFormatError` where they were trained apart: PEFT gives the model a head
+    of its own then.
+    """
+    embeddings, head = (next((name for name in of if name in adapter.tensors), "") for of in (EMBEDDINGS, HEADS))
+    factored = any(embeddings == f"{pair.module}.weight" for pair in adapter.pairs)
+    if not embeddings or factored or not ties_embeddings(base.config) or not base.tensors.keys().isdisjoint(HEADS):
+        return adapter
+    trained = adapter.tensors[embeddings]
+    if head and same_values(trained, adapter.tensors[head]):
+        return replace(adapter, tensors={name: span for name, span in adapter.tensors.items() if name != head})
+    found = "it was trained whole, and apart from the head that it is tied to in the base"
+    remedy = "train it with ensure_weight_tying=True, or merge it with PEFT (merge_and_unload), which unties them"
+    expected = "one tensor for both"
+    raise UnsupportedFormatError(found, tensor=trained.name, file=trained.file, expected=expected, remedy=remedy)
 
 
 def _nbytes(span: TensorSpan) -> int:

@@ -66,7 +66,7 @@ def plan_merging(
         plain = {span.name: tensors[span.name] for layout in layouts for span in layout.spans}
         planned = OutputPlan(inputs, arguments, layouts, texts, copies)
         notes = (*notes_on_plain(base), *notes)
-        merged = frozenset(changed)
+        merged = {name: tensor.passes for name, tensor in changed.items()}
         return QuantizingPlan(planned, base, None, {}, plain, (), fresh, report=True, merged=merged, notes=notes)
     changes = BaseLayout(base, served=None if served is None else served(base))
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
@@ -86,7 +86,7 @@ def plan_merging(
         fresh=fresh,
         report=True,
         powers_of_two=powers_of_two,
-        merged=frozenset(base.tensors[name].span.name for name in changed),
+        merged={base.tensors[name].span.name: tensor.passes for name, tensor in changed.items()},
         notes=(*base.notes, *notes),
     )
 
@@ -122,8 +122,7 @@ def _tied_notes(base: Checkpoint, changed: Mapping[str, MergedTensor]) -> Iterat
         return
     head = next((name for name in HEADS if name in base.tensors), None)
     if head is None:
-        as_there = "as where PEFT merges" if changed[tensor].products else "where PEFT keeps the head of before"
-        yield f"{tensor} is the model's head as well, which changes with it, {as_there}"
+        yield f"{tensor} is the model's head as well, which changes with it, as where PEFT merges"
     elif head not in changed:
         yield f"{head} is stored beside {tensor}, which it is said to be tied to: only the latter was merged"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from math import prod
@@ -98,7 +98,8 @@ class QuantizingPlan:
     ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
     ``units``: the wide weights, and those with a factor; together those that must have one scale, or one factor.
     ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``report``: count what training did; ``see``: and
-    what a page shows. ``carried``: what is the base's, byte for byte; ``merged``: what adapters change.
+    what a page shows. ``carried``: what is the base's, byte for byte; ``merged``: what adapters change, and how
+    often it is read for that.
     """
 
     output: OutputPlan
@@ -112,7 +113,7 @@ class QuantizingPlan:
     see: bool = False
     powers_of_two: bool = False
     carried: tuple[str, ...] = ()
-    merged: frozenset[str] = frozenset()
+    merged: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def untouched(self, weight: Quantization) -> bool:
@@ -163,12 +164,12 @@ class QuantizingPlan:
         """Of how many bytes each tensor is made: values, which are read twice where it is known that no scale is kept,
         and the base's codes for the report.
         """
-        made = {name: bytes_of_values(tensor) for name, tensor in self.plain.items()}
+        made = {name: self.merged.get(name, 1) * bytes_of_values(tensor) for name, tensor in self.plain.items()}
         for name, weight in self.weights.items():
             of_whole = weight.wide or weight.factor is not None
             looks = 2 if of_whole and (self.fresh or weight.before is None) else 1
             compared = weight.before.weight.nbytes if weight.before is not None and self.report else 0
-            made[name] = looks * bytes_of_values(weight.source) + compared
+            made[name] = (looks + self.merged.get(name, 1) - 1) * bytes_of_values(weight.source) + compared
         return made
 
     def second_pass(self, first: Mapping[int, Extent], *, in_parts: bool) -> dict[str, dict[int, Extent]]:

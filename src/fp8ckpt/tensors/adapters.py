@@ -169,6 +169,19 @@ def refuse_nonfinite(adapter: Adapter) -> None:
             raise WeightValueError(found, tensor=span.name, file=span.file, expected="finite values", remedy=remedy)
 
 
+def same_values(one: TensorSpan, other: TensorSpan) -> bool:
+    """Whether two tensors are of the same bytes, dtype and shape."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, _AT_ONCE):
+        parts = [np.empty(min(_AT_ONCE, one.nbytes - start), np.uint8) for _ in range(2)]
+        for span, raw in zip((one, other), parts, strict=True):
+            span.read(raw, start)
+        if not np.array_equal(parts[0], parts[1]):
+            return False
+    return True
+
+
 # ---------------------------------------------------------------- the configuration
 
 

@@ -197,6 +197,11 @@ class MergedTensor:
         """Its values are in no file."""
         return
 
+    @property
+    def passes(self) -> int:
+        """How often the base is read for all values: norms of columns take one of their own."""
+        return 1 if self.norms is None else 2
+
     def dtypes(self) -> tuple[str, ...]:
         """The targets of rounding."""
         return tuple(TARGET_BYTES)
