@@ -50,7 +50,9 @@ def _kernels_in_cache() -> dict[str, float]:
     table = scale_table(np.array([scale]), "F8_E4M3", "BF16")[0]
     arithmetic, looked_up = np.empty((2, codes.size), np.uint16)
     runs = {
-        "arithmetic": lambda: kernels.multiply_e4m3_to_bf16(codes, scale, arithmetic),
+        "arithmetic": lambda: kernels.multiply_e4m3_to_bf16(
+            codes[np.newaxis], scale.reshape(1, 1), 0, 0, 1, codes.size, arithmetic[np.newaxis]
+        ),
         "look-up": lambda: kernels.look_up(codes, table, looked_up),
     }
     for run in runs.values():

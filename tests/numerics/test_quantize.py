@@ -210,6 +210,14 @@ def test_every_kind_of_grid(kind: str, dtype: str) -> None:
     case.check_regions([[dim // 2] for dim in shape])
 
 
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_rows_longer_than_the_scratch(dtype: str) -> None:
+    """What is worked on at once may begin and end in any block of a row."""
+    case = Case((3, 9000), (2, 128), dtype, "F32", 9)
+    case.check_runs([4100, 13001])
+    case.check_regions([[1], [70, 8900]])
+
+
 @pytest.mark.parametrize("scale_dtype", FP8_SCALES)
 @pytest.mark.parametrize("kind", GRIDS)
 def test_fresh_scales_of_every_kind_of_grid(kind: str, scale_dtype: str) -> None:

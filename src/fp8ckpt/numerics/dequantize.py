@@ -5,7 +5,7 @@ rounding. A code has 256 values, so for one scale this *is* a table of 256 entri
 exact by construction, for every FP8 dtype, scale dtype and target dtype, NaN included. Scales stored as exponents
 (e8m0) share 255 tables, whatever the size of their blocks; other scales get a table a block where the block is large
 enough to repay one, and are multiplied with equal bits where it is not. One case has loops of its own, with equal bits
-and twice as fast: e4m3 codes of one scale to bfloat16, which is what most releases are.
+and twice as fast: e4m3 codes to bfloat16, which is what most releases are.
 
 A byte of two codes of four bits has 256 values too: it is looked up as a pair. The scales of its groups are of one byte
 as well, exponents or e4m3, so there are 256 tables, each of which two levels of scales are multiplied into.
@@ -111,6 +111,7 @@ class Dequantizer:
         blocks = tuple(max(1, size) for size in self._matrices.shape)  # an empty weight has its one scale
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
         self._values = scale_values(scales, scale_dtype, factor).reshape(blocks)
+        self._multiplied = code_dtype == "F8_E4M3" and dtype == "BF16"
         whole = grid.per_tensor and self._per_byte == 1
         self._table = scale_table(self._values.reshape(-1), code_dtype, dtype)[0] if whole else None
         self._by_byte: tuple[Bits, U8] | None = None  # tables, and which of them is each block's
@@ -157,8 +158,10 @@ class Dequantizer:
 
     def _whole(self, codes: U8, table: Bits, out: Bits) -> None:
         """Codes [n] of a weight with one scale."""
-        if self.code_dtype == "F8_E4M3" and self.dtype == "BF16":
-            kernels.multiply_e4m3_to_bf16(codes, self._values.reshape(-1)[0], out)
+        if self._multiplied:
+            kernels.multiply_e4m3_to_bf16(
+                codes[np.newaxis], self._values.reshape(1, 1), 0, 0, 1, codes.size, out[np.newaxis]
+            )
         else:
             kernels.look_up(codes, table, out)
 
@@ -169,6 +172,10 @@ class Dequantizer:
                 self._whole(codes.reshape(-1), self._table, out.reshape(-1))
             else:
                 kernels.look_up_blocks(codes, self._table[np.newaxis], _ONE_ID, 0, 0, part.rows, part.cols, out)
+            return
+        if self._multiplied and codes.flags.c_contiguous and out.flags.c_contiguous:
+            scales = np.ascontiguousarray(self._values[part.blocks])
+            kernels.multiply_e4m3_to_bf16(codes, scales, *part.phase, out)
             return
         if self._by_byte is not None:
             look_up = kernels.look_up_blocks if self._per_byte == 1 else kernels.look_up_packed

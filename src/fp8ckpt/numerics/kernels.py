@@ -81,42 +81,58 @@ def count_codes(codes: Array, counts: Array) -> None:
         counts[0, codes[i]] += 1
 
 
-_SCRATCH = 4096  # elements; with codes and results they stay in the first-level cache
-_LEAST_NORMAL = 2.0**-6  # of e4m3
+E4M3 = (8, 3, 7)
+E2M1 = (4, 1, 1)
+
+
+@compiled(inline="always")
+def decoded(code: Any, form: tuple[int, int, int]) -> Any:
+    """The magnitude f32 of a code: its bits, moved into a float32; those of a subnormal one are read as the least
+    normal and more, from which that is taken. No float32 subnormals, which some processors handle a hundred times
+    slower.
+    """
+    width, mantissa, bias = form
+    size = np.int32(np.int32(code) & np.int32((1 << (width - 1)) - 1))
+    normal = size > np.int32((1 << mantissa) - 1)
+    exponent = np.int32((127 - bias) << 23) if normal else np.int32((128 - bias) << 23)
+    value = np.int32(np.int32(size << np.int32(23 - mantissa)) + exponent).view(np.float32)
+    return np.float32(value - (np.float32(0) if normal else np.float32(2.0 ** (1 - bias))))
+
+
+@compiled(inline="always")
+def _to_bf16(size: Any) -> Any:
+    """Bits i32 of a float32 of no sign, and no NaN, rounded to bfloat16; in the low half."""
+    even = np.int32(np.int32(size >> np.int32(16)) & np.int32(1))
+    return np.int32(np.int32(size + np.int32(0x7FFF) + even) >> np.int32(16))
 
 
 @compiled()
-def multiply_e4m3_to_bf16(codes: Array, scale: Any, out: Array) -> None:
-    """What `look_up` gives for e4m3fn codes and a table of bfloat16, in loops that a compiler turns into vector
-    instructions.
+def multiply_e4m3_to_bf16(
+    codes: Array, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
+) -> None:
+    """What `look_up_blocks` gives for e4m3fn codes and tables of bfloat16, in a loop that a compiler turns into vector
+    instructions: codes u8 [R, C], scales f32 [R blocks, C blocks], out u16 [R, C].
 
-    codes u8 [n], scale f32, out u16 [n]. A code's bits, moved into a float32, are its value; those of a subnormal code
-    are read as ``2**-6 * (1 + m / 8)``, from which ``2**-6`` is taken: exact, and without float32 subnormals, which
-    some processors handle a hundred times slower. 32-bit operations throughout, or half of a vector is wasted.
+    Each result is cast to 32 bits: what is not is 64 bits wide to numba, and half of a vector is wasted.
     """
-    bits = np.empty(_SCRATCH, np.int32)
-    values = bits.view(np.float32)
-    for start in range(0, codes.size, _SCRATCH):
-        part = codes[start : start + _SCRATCH]
-        result = out[start : start + _SCRATCH]
-        for i in range(part.size):
-            size = np.int32(np.int32(part[i]) & np.int32(0x7F))
-            exponent = np.int32(120 << 23) if size > np.int32(7) else np.int32(121 << 23)
-            bits[i] = np.int32(np.int32(size << np.int32(20)) + exponent)
-        for i in range(part.size):
-            excess = np.float32(0) if (part[i] & np.uint8(0x7F)) > np.uint8(7) else np.float32(_LEAST_NORMAL)
-            values[i] = (values[i] - excess) * scale
-        for i in range(part.size):
-            product = bits[i]
-            result[i] = np.uint16(
-                np.int32(product + np.int32(0x7FFF) + ((product >> np.int32(16)) & np.int32(1))) >> np.int32(16)
-            )
-        for i in range(part.size):
-            code = part[i]
-            value = result[i]
-            if (code & np.uint8(0x7F)) == np.uint8(0x7F):
-                value = np.uint16(0x7FC0)
-            result[i] = value | (np.uint16(code & np.uint8(0x80)) << np.uint16(8))
+    rows, cols = codes.shape
+    for r in range(rows):
+        block_row = (row_phase + r) // block_rows
+        start = 0
+        block = 0
+        while start < cols:
+            stop = min(cols, (block + 1) * block_cols - col_phase)
+            scale = scales[block_row, block]
+            part = codes[r, start:stop]
+            result = out[r, start:stop]
+            for i in range(part.size):
+                code = np.int32(part[i])
+                rounded = _to_bf16(np.float32(decoded(part[i], E4M3) * scale).view(np.int32))
+                is_nan = np.int32(code & np.int32(0x7F)) == np.int32(0x7F)
+                value = np.int32(0x7FC0) if is_nan else rounded
+                result[i] = np.uint16(np.int32(value | np.int32(np.int32(code & np.int32(0x80)) << np.int32(8))))
+            start = stop
+            block += 1
 
 
 @compiled()
@@ -251,9 +267,6 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 # exponent's bias. Each form has a loop of its own, and each result is cast to 32 bits: what is shifted by a variable,
 # or not cast, is 64 bits wide to numba, and half of a vector is wasted.
 
-E4M3 = (8, 3, 7)
-E2M1 = (4, 1, 1)
-
 
 @compiled(inline="always")
 def _widening(values: Array) -> Any:
@@ -285,6 +298,9 @@ def raise_maxima(
             maxima[block_row, block] = max(maxima[block_row, block], largest)
             start = stop
             block += 1
+
+
+_SCRATCH = 4096  # elements; with codes and results they stay in the first-level cache
 
 
 @compiled(inline="always")
@@ -375,19 +391,6 @@ def unpack(packed: Array, out: Array) -> None:
 
 
 TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest error
-
-
-@compiled(inline="always")
-def decoded(code: Any, form: tuple[int, int, int]) -> Any:
-    """The magnitude f32 of a code: its bits, moved into a float32; those of a subnormal one are read as the least
-    normal and more, from which that is taken.
-    """
-    width, mantissa, bias = form
-    size = np.int32(np.int32(code) & np.int32((1 << (width - 1)) - 1))
-    normal = size > np.int32((1 << mantissa) - 1)
-    exponent = np.int32((127 - bias) << 23) if normal else np.int32((128 - bias) << 23)
-    value = np.int32(np.int32(size << np.int32(23 - mantissa)) + exponent).view(np.float32)
-    return np.float32(value - (np.float32(0) if normal else np.float32(2.0 ** (1 - bias))))
 
 
 @compiled(inline="always")
@@ -500,13 +503,36 @@ def compare_values(before: Array, after: Array, sums: Array) -> int:
     return unequal
 
 
+@compiled(inline="always")
+def _count_inexact(values: Array, codes: Array, scale: Any, form: tuple[int, int, int], target: int) -> Any:
+    left, sign_at = _widening(values), np.int32(32 - form[0])
+    count = np.int32(0)
+    for i in range(codes.size):
+        value = np.int32(np.int32(values[i]) << left)
+        sign = np.int32(np.int32(np.int32(codes[i]) << sign_at) & np.int32(-0x80000000))
+        product = np.float32(decoded(codes[i], form) * scale).view(np.int32)
+        rounded = np.int32(_to_bf16(product) << np.int32(16))
+        other = product if target == F32 else rounded
+        wrong = (np.int32(rounded | sign) != value) & (np.int32(other | sign) != value)
+        count = np.int32(count + np.int32(wrong))
+    if target == F16 and count:
+        count = np.int32(0)
+        for i in range(codes.size):
+            value = np.int32(np.int32(values[i]) << left)
+            sign = np.int32(np.int32(np.int32(codes[i]) << sign_at) & np.int32(-0x80000000))
+            product = np.float32(decoded(codes[i], form) * scale).view(np.int32)
+            if np.int32(np.int32(_to_bf16(product) << np.int32(16)) | sign) != value:
+                given_back = np.int32(product | sign).view(np.float32)
+                count += np.int32(_rounded(given_back, F16) != _rounded(value.view(np.float32), F16))
+    return count
+
+
 @compiled()
 def count_inexact(
     values: Array,
-    shift: int,
     codes: Array,
-    table: Array,
     scales: Array,
+    form: tuple[int, int, int],
     target: int,
     row_phase: int,
     col_phase: int,
@@ -514,10 +540,10 @@ def count_inexact(
     block_cols: int,
     counts: Array,
 ) -> None:
-    """Add to ``counts`` i64 [R blocks, C blocks] how many values of a window their codes do not give back.
+    """Add to ``counts`` i64 [R blocks, C blocks] how many finite values of a window their codes do not give back.
 
-    A value is given back if ``table[code] * scale``, table f32 [256 or 16], equals it when rounded to ``target``, or to
-    bfloat16: a float32 weight may be a bfloat16 one in a wider dtype.
+    A value is given back if the code's, times the scale, equals it when rounded to ``target``, or to bfloat16: a
+    float32 weight may be a bfloat16 one in a wider dtype.
     """
     rows, cols = values.shape
     for r in range(rows):
@@ -526,20 +552,11 @@ def count_inexact(
         block = 0
         while start < cols:
             stop = min(cols, (block + 1) * block_cols - col_phase)
-            scale = scales[block_row, block]
-            part = values[r, start:stop]
-            coded = codes[r, start:stop]
-            count = 0
-            for i in range(part.size):
-                wide = np.uint32(part[i]) << np.uint32(shift)
-                product = table[coded[i]] * scale
-                exact = _rounded(product, BF16) << np.uint32(16) == wide
-                if target == F16:
-                    exact = exact or _rounded(product, F16) == _rounded(np.uint32(wide).view(np.float32), F16)
-                elif target == F32:
-                    exact = exact or _rounded(product, F32) == wide
-                count += not exact
-            counts[block_row, block] += count
+            part, coded, scale = values[r, start:stop], codes[r, start:stop], scales[block_row, block]
+            if form[0] == 8:
+                counts[block_row, block] += _count_inexact(part, coded, scale, E4M3, target)
+            else:
+                counts[block_row, block] += _count_inexact(part, coded, scale, E2M1, target)
             start = stop
             block += 1
 

@@ -175,8 +175,8 @@ def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32,
         found = np.zeros(scales[part.window.blocks].shape, np.int64)
         given = np.ascontiguousarray(scales[part.window.blocks])
         kernels.count_inexact(
-            part.of(values.bits), values.shift, part.of(codes), code_values(coding.dtype), given,
-            ROUNDING[values.dtype], *part.window.phase, found,
+            part.of(values.bits), part.of(codes), given, coding.form, ROUNDING[values.dtype],
+            *part.window.phase, found,
         )  # fmt: skip
         counts[part.window.blocks] += found
     return counts
