@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "modules_to_save": ["input_layernorm", "norm"]},
     ),
+    "tied embeddings and a head": ("Qwen3 tied, head stored", {"target_modules": ["embed_tokens"], "r": 2}),
     "tied embeddings": ("Qwen3 tied", {"target_modules": ["v_proj", "embed_tokens"]}),
     "experts": ("Qwen3-MoE", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
     "every Linear beside stacked experts": ("Qwen3-MoE", {"target_modules": "all-linear", "r": 2}),
@@ -48,6 +49,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed experts": ("Llama-4", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
     "experts stacked in the release": ("Mistral4", {"target_modules": [], "target_parameters": EXPERTS, "r": 2}),
 }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_are_saved_beside_their_factors(tmp_path: Path) -> None:
+    """By PEFT, though they were not trained: no reason to refuse two adapters, or one with a weight."""
+    base = RELEASES["Qwen3"].write(tmp_path / "base")
+    model = trained(base, tmp_path / "one", target_modules=["embed_tokens"], r=2)
+    result = merge(base, [(tmp_path / "one", 0.25), (tmp_path / "one", 0.5)], tmp_path / "out", to="bf16")
+    layer = model.get_base_model().get_input_embeddings()
+    expected = layer.base_layer.weight + 0.75 * layer.get_delta_weight("default")
+    found = open_checkpoint(tmp_path / "out").read("model.embed_tokens.weight")
+    assert torch.allclose(found, expected.bfloat16(), rtol=2**-7, atol=1e-6)
+    assert result.merged == 1
 
 
 def trained(base: Path, directory: Path, dtype: torch.dtype = torch.float32, std: float = 0.2, **config: Any) -> Any:

@@ -73,7 +73,10 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
         for piece in assembly.pieces:
             whole = Assembly.whole(piece.source, shapes[name]).pieces == (piece,)
             for adapter in adapters:
-                if (span := adapter.tensors.get(piece.source)) is not None:
+                of_pair = any(use.adapter is adapter for use in by_target.get(piece.source, ()))
+                span = adapter.tensors.get(piece.source)
+                # PEFT saves embeddings beside the factors of them, trained or not.
+                if span is not None and not (whole and of_pair and same_values(span, base.tensors[name].span)):
                     _replace(change, adapter, span, shapes[name], whole=whole)
             for use in by_target.get(piece.source, ()):
                 change.products += _products(use, parts[use.target].shape, piece, len(shapes[name]))
@@ -87,6 +90,9 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
         found[name] = MergedTensor(
             tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude, change.norms
         )
+    embeddings = next((name for name in EMBEDDINGS if name in found), None)
+    if embeddings is not None and (head := _tied_head(base)) and head not in found:
+        found[head] = replace(found[embeddings], base=base.tensors[head])
     return found
 
 
@@ -97,15 +103,27 @@ def _tied(adapter: Adapter, base: Checkpoint) -> Adapter:
     """
     embeddings, head = (next((name for name in of if name in adapter.tensors), "") for of in (EMBEDDINGS, HEADS))
     factored = any(embeddings == f"{pair.module}.weight" for pair in adapter.pairs)
-    if not embeddings or factored or not ties_embeddings(base.config) or not base.tensors.keys().isdisjoint(HEADS):
+    if not embeddings or factored or (of_base := _tied_head(base)) is None:
         return adapter
     trained = adapter.tensors[embeddings]
     if head and same_values(trained, adapter.tensors[head]):
-        return replace(adapter, tensors={name: span for name, span in adapter.tensors.items() if name != head})
+        kept = {name: span for name, span in adapter.tensors.items() if of_base or name != head}
+        return replace(adapter, tensors=kept)
     found = "it was trained whole, and apart from the head that it is tied to in the base"
     remedy = "train it with ensure_weight_tying=True, or merge it with PEFT (merge_and_unload), which unties them"
     expected = "one tensor for both"
     raise UnsupportedFormatError(found, tensor=trained.name, file=trained.file, expected=expected, remedy=remedy)
+
+
+def _tied_head(base: Checkpoint) -> str | None:
+    """The head that is tied to the embeddings, as a base stores it beside them; empty where it does not, and None where
+    it is not tied, or not the same.
+    """
+    embeddings, head = (next((name for name in of if name in base.tensors), "") for of in (EMBEDDINGS, HEADS))
+    if not embeddings or not ties_embeddings(base.config):
+        return None
+    same = not head or same_values(base.tensors[embeddings].span, base.tensors[head].span)
+    return head if same else None
 
 
 def _nbytes(span: TensorSpan) -> int:

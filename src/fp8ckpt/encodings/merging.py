@@ -121,9 +121,9 @@ def _tied_notes(base: Checkpoint, changed: Mapping[str, MergedTensor]) -> Iterat
     if tensor is None or not ties_embeddings(base.config):
         return
     head = next((name for name in HEADS if name in base.tensors), None)
-    if head is None:
+    if head is None or head in changed:
         yield f"{tensor} is the model's head as well, which changes with it, as where PEFT merges"
-    elif head not in changed:
+    else:
         yield f"{head} is stored beside {tensor}, which it is said to be tied to: only the latter was merged"
 
 
