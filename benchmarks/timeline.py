@@ -22,7 +22,6 @@ from benchmarks.convert import LAYER, tree_bytes
 from benchmarks.measuring import keep, write_durably
 from fp8ckpt import convert, sample
 from fp8ckpt.encodings.fp8 import QuantizingFiller
-from fp8ckpt.encodings.plain import _Filler
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.stores.local import LocalStore
 
@@ -30,7 +29,7 @@ Seconds = dict[str, dict[str, float]]  # by thread, by step
 
 # What is inside of another step is taken from it: what is left of filling is kernels.
 STEPS: dict[str, tuple[tuple[type, str], ...]] = {
-    "fill": ((_Filler, "fill"), (QuantizingFiller, "fill")),
+    "fill": ((QuantizingFiller, "fill"),),
     "read": ((LocalStore, "read"),),
     "write": ((OutputFile, "write"),),
     "flush": ((OutputFile, "flush"),),

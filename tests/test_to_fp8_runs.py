@@ -133,7 +133,7 @@ def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, mo
     how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "scales": scales}
     whole = convert(small / "trained", tmp_path / "whole", **how)
     with monkeypatch.context() as patch:
-        patch.setattr("fp8ckpt.encodings.run_fp8._decide", died)
+        patch.setattr("fp8ckpt.encodings.run._decide", died)
         with pytest.raises(Died):
             convert(small / "trained", tmp_path / "out", **how)
     result = convert(small / "trained", tmp_path / "out", **how)

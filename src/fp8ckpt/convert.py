@@ -14,24 +14,23 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fp8ckpt.encodings import plain as dequantizing
+from fp8ckpt.encodings.plain import FILE, LAYOUTS, plan_plain
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
-from fp8ckpt.encodings.seen import Seen
+from fp8ckpt.encodings.run import Written, run
 from fp8ckpt.engine import Progress
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.targets import FP8, TARGETS, target_of
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from fp8ckpt.encodings.recipes import QuantizingPlan
-    from fp8ckpt.ranks import Ranks
 
 SCHEMES = ("per-tensor", "block", "channel")
 
@@ -98,19 +97,23 @@ def convert(
     0
     """
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
-    from fp8ckpt.report import draw, refuse_page
 
     to = str(to or (FP8 if like is not None or scheme is not None else "bf16"))
     report, see = report or report_html is not None, report_html is not None
     how = _How(to, layout, like, scheme, scales, carry, report, see, serving, only, skip, follow_index)
     with writing(destination) as output, ranks_of_this_job() as ranks:
         how = ranks.together(lambda: _checked(how, workers))
-        page = None if report_html is None else ranks.together(lambda: refuse_page(report_html))
+        if report_html is not None:
+            from fp8ckpt.report import draw, refuse_page
+
+            page = ranks.together(lambda: refuse_page(report_html))
         threads = threads_of_this_rank(workers)
-        job = _dequantize if how.to != FP8 else _quantize
-        result, before, seen = job(source, output, how, threads, progress, ranks)
-        if page is not None:
-            ranks.first(lambda: draw((before, open_checkpoint(output.destination)), seen, page))
+        begun = time.monotonic()
+        done = run(lambda: _plan(source, output, how), output, threads, progress, ranks)
+        result = _result(done, output.destination, how.to, time.monotonic() - begun)
+        if report_html is not None:
+            before = done.plan.base or done.plan.source
+            ranks.first(lambda: draw((before, open_checkpoint(output.destination)), done.seen, page))
         return result
 
 
@@ -154,12 +157,7 @@ def plan_convert(
 
 
 def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forecast:
-    how = _checked(how, None)
-    if how.to == FP8:
-        recipe = _plan_fp8(source, output, how)
-        return recipe.output.forecast(output, recipe.extents(output.extent), recipe.made_of(), recipe.notes)
-    plan = dequantizing.plan_plain(source, output, TARGETS[how.to], how.layout, how.follow_index)
-    return plan.output.forecast(output, plan.extents(output.extent), plan.made_of(), plan.notes)
+    return _plan(source, output, _checked(how, None)).forecast(output)
 
 
 def _checked(how: _How, workers: int | None) -> _How:
@@ -167,9 +165,9 @@ def _checked(how: _How, workers: int | None) -> _How:
     how = replace(how, to=target_of(how.to))
     to, like, scheme, scales, carry, serving = how.to, how.like, how.scheme, how.scales, how.carry, how.serving
     selected = how.only is not None or how.skip is not None
-    if how.layout not in dequantizing.LAYOUTS:
-        raise ValueError(f"layout={how.layout!r}; expected one of {', '.join(dequantizing.LAYOUTS)}")
-    if to == FP8 and how.layout != dequantizing.FILE:
+    if how.layout not in LAYOUTS:
+        raise ValueError(f"layout={how.layout!r}; expected one of {', '.join(LAYOUTS)}")
+    if to == FP8 and how.layout != FILE:
         raise ValueError(f"layout={how.layout!r} goes with bf16, fp16 and fp32: for fp8, like or scheme decides it")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}; expected at least 1")
@@ -208,80 +206,44 @@ class _How:
     follow_index: bool
 
 
-def _dequantize(
-    source: CheckpointLike,
-    output: PartialOutput,
-    how: _How,
-    workers: int,
-    progress: Progress | None,
-    ranks: Ranks,
-) -> tuple[PlainResult, Checkpoint, Seen]:
-    begun = time.monotonic()
-    done = dequantizing.run(
-        source,
-        output,
-        TARGETS[how.to],
-        workers,
-        progress,
-        ranks,
-        layout=how.layout,
-        follow_index=how.follow_index,
-        see=how.see,
-    )
-    read, written = done.plan.source, done.plan.output
-    quantized = read.quantized
-    result = PlainResult(
-        destination=output.destination,
-        to=how.to,
-        files=len(written.names),
-        tensors=len(done.plan.tensors),
+def _result(done: Written, destination: Path | str, to: str, seconds: float) -> PlainResult | Fp8Result:
+    plan = done.plan
+    common: dict[str, Any] = {
+        "destination": destination,
+        "to": to,
+        "files": len(plan.output.names),
+        "bytes_read": done.bytes_read,
+        "bytes_written": plan.output.nbytes,
+        "bytes_resumed": done.bytes_resumed,
+        "notes": plan.notes,
+        "seconds": seconds,
+    }
+    if to == FP8:
+        return Fp8Result(
+            **common,
+            tensors=len(plan.source.tensors),
+            quantized=len(plan.weights),
+            base_bytes_read=done.base_bytes_read,
+            bytes_rewritten=done.bytes_rewritten,
+            report=done.report,
+        )
+    read, quantized = plan.source, plan.source.quantized
+    return PlainResult(
+        **common,
+        tensors=len(plan.plain),
         dequantized=len(quantized),
         dropped_scales=sum(len(tensor.spans) - 1 for tensor in quantized) + len(read.cache_scales) + len(read.markers),
-        bytes_read=done.bytes_read,
-        bytes_written=written.nbytes,
-        bytes_resumed=done.bytes_resumed,
         nan_codes=done.nan_codes,
-        notes=done.plan.notes,
-        seconds=time.monotonic() - begun,
     )
-    return result, read, done.seen
 
 
-def _quantize(
-    source: CheckpointLike,
-    output: PartialOutput,
-    how: _How,
-    workers: int,
-    progress: Progress | None,
-    ranks: Ranks,
-) -> tuple[Fp8Result, Checkpoint, Seen]:
-    from fp8ckpt.encodings import run_fp8 as quantized
-
-    begun = time.monotonic()
-    done = quantized.run(lambda: _plan_fp8(source, output, how), output, workers, progress, ranks)
-    result = Fp8Result(
-        destination=output.destination,
-        to=FP8,
-        files=len(done.plan.output.names),
-        tensors=len(done.plan.source.tensors),
-        quantized=len(done.plan.weights),
-        bytes_read=done.bytes_read,
-        base_bytes_read=done.base_bytes_read,
-        bytes_written=done.plan.output.nbytes,
-        bytes_rewritten=done.bytes_rewritten,
-        bytes_resumed=done.bytes_resumed,
-        report=done.report,
-        notes=done.plan.notes,
-        seconds=time.monotonic() - begun,
-    )
-    return result, done.plan.base or done.plan.source, done.seen
-
-
-def _plan_fp8(source: CheckpointLike, output: PartialOutput, how: _How) -> QuantizingPlan:
+def _plan(source: CheckpointLike, output: PartialOutput, how: _How) -> QuantizingPlan:
     from fp8ckpt.encodings.like import plan_like
     from fp8ckpt.encodings.schemes import plan_scheme
     from fp8ckpt.serving.listing import served_config
 
+    if how.to != FP8:
+        return plan_plain(source, output, TARGETS[how.to], how.layout, how.follow_index, see=how.see)
     if how.like is not None:
         return plan_like(
             source,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from fp8ckpt.encodings.facts import WeightFacts
     from fp8ckpt.encodings.recipes import QuantizingPlan
-    from fp8ckpt.encodings.run_fp8 import Quantized
+    from fp8ckpt.encodings.run import Written
     from fp8ckpt.ranks import Ranks
 
 TO = (FP8, "bf16")
@@ -196,8 +196,7 @@ def plan_merge(
         how = _checked(base, adapter, to, scales, serving, follow_index, None)
         output = PartialOutput(destination)
         opened = open_checkpoint(base, follow_index=follow_index)
-        recipe = _plan(how, opened, output, how.to or (FP8 if opened.quantized else "bf16"))
-        return recipe.output.forecast(output, recipe.extents(output.extent), recipe.made_of(), recipe.notes)
+        return _plan(how, opened, output, how.to or (FP8 if opened.quantized else "bf16")).forecast(output)
 
     with ranks_of_this_job() as ranks:
         return ranks.first(planned)
@@ -214,7 +213,7 @@ def _plan(how: _Merging, base: Checkpoint, output: PartialOutput, to: str) -> Qu
 
 
 def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progress | None, ranks: Ranks) -> MergeResult:
-    from fp8ckpt.encodings.run_fp8 import run
+    from fp8ckpt.encodings.run import run
 
     begun = time.monotonic()
     base = ranks.together(lambda: open_checkpoint(how.base, follow_index=how.follow_index))
@@ -231,14 +230,14 @@ def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progres
         bytes_written=done.plan.output.nbytes,
         bytes_rewritten=done.bytes_rewritten,
         bytes_resumed=done.bytes_resumed,
-        nan_codes={name: facts.nan_codes for name, facts in done.facts.items() if facts.nan_codes},
+        nan_codes=done.nan_codes,
         report=report,
         notes=(*done.plan.notes, *_notes(report, to, done.plan)),
         seconds=time.monotonic() - begun,
     )
 
 
-def _report(done: Quantized) -> MergeReport:
+def _report(done: Written) -> MergeReport:
     from fp8ckpt.encodings.facts import WeightFacts
 
     total, rows = WeightFacts(), []

@@ -3,7 +3,7 @@ written.
 
 Where a chunk holds whole blocks all of this is done with the chunk in memory. Of a wide weight a chunk can only say how
 large its values are: the first pass encodes it with the scale of before, as long as that still fits, and the facts that
-it leaves decide. Where the scale does not fit, the weight is read and written once more (`fp8ckpt.encodings.run_fp8`).
+it leaves decide. Where the scale does not fit, the weight is read and written once more (`fp8ckpt.encodings.run`).
 The factor of a weight with two levels of scales is decided in the same way, as if it were one block.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +30,7 @@ from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
-from fp8ckpt.output.extents import Chunk
+from fp8ckpt.output.extents import Chunk, met
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.stores.store import Bytes
@@ -42,7 +41,7 @@ from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
 #: Elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower).
 STEP = 1 << 19
-READ_AT_ONCE = 1 << 20  # bytes, of a source whose values are not read straight into their place
+READ_AT_ONCE = 2 << 20  # bytes of codes: those of a chunk of bfloat16
 
 Stored = npt.NDArray[Any]
 
@@ -79,6 +78,7 @@ class QuantizingFiller:
         self._unpacked = np.empty(0, np.uint8)
         self._scale_file: OutputFile | None = None
         self._reader = Reader(READ_AT_ONCE, dequantizer)
+        self._reader.passing = self._count if plan.see else None
         self.base_bytes_read = 0
         self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
 
@@ -114,39 +114,37 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- what is not quantized
 
     def _copy(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> dict[str, WeightFacts]:
-        start, stop, first = chunk
-        if start < len(layout.head):
-            head = layout.head[start:stop]
+        if chunk.start < len(layout.head):
+            head = layout.head[chunk.start : chunk.stop]
             out[: len(head)] = memoryview(head)
-        met: dict[str, WeightFacts] = {}
-        for span in islice(layout.spans, first, None):
-            if span.start >= stop:
-                break
-            low, high = max(span.start, start), min(span.stop, stop)
-            if low >= high:
-                continue
-            given, target = self._plan.plain[span.name], out[low - start : high - start]
-            if (facts := self._stored(given, span, low - span.start, target)) != WeightFacts():
-                met[span.name] = facts
+        facts: dict[str, WeightFacts] = {}
+        for span, low, high in met(layout, chunk):
+            target = out[low - chunk.start : high - chunk.start]
+            self._store(self._plan.plain[span.name], span, low - span.start, target, facts)
             if self._plan.see:
                 self._see_plain(span, low - span.start, target)
-        return met
+        return facts
 
-    def _stored(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes) -> WeightFacts:
+    def _store(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes, facts: dict[str, WeightFacts]) -> None:
         """Values as they are written: as they are stored, dequantized, merged or cast."""
-        facts, first = WeightFacts(), offset * 8 // DTYPE_BITS[span.dtype]
-        self._reader.merge = None
-        self._reader.nonfinite.clear()
-        self._reader.counting = True  # nowhere else are codes that are not finite carried over
-        if span.dtype == given.dtype:
-            given.elements(first, span.dtype, out, self._reader)
+        first, reader = offset * 8 // DTYPE_BITS[span.dtype], self._reader
+        reader.merge = None
+        reader.nonfinite.clear()
+        reader.counting = True  # nowhere else are codes that are not finite carried over
+        if span.dtype in given.dtypes():
+            given.elements(first, span.dtype, out, reader)
         else:
             self._cast(given, first, span, out)
-        self._reader.counting = False
-        if (merge := self._reader.merge) is not None:
-            facts.arrival.add(Arrival.of(*merge, values_of(out, span.dtype).floats))
-        facts.nan_codes = self._reader.nonfinite.total()
-        return facts
+        reader.counting = False
+        if reader.merge is not None:
+            arrival = Arrival.of(*reader.merge, values_of(out, span.dtype).floats)
+            facts.setdefault(span.name, WeightFacts()).arrival.add(arrival)
+        for name, count in reader.nonfinite.items():
+            facts.setdefault(name, WeightFacts()).nan_codes += count
+
+    def _count(self, tensor: QuantizedTensor, codes: U8) -> None:
+        """Count the codes of a weight that is dequantized, as they are read."""
+        self._seen.count(tensor, codes)
 
     def _see_plain(self, span: TensorSpan, offset: int, out: Bytes) -> None:
         """Count the codes of a weight that is the base's, and hold what else was stored against what the base has."""

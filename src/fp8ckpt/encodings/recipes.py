@@ -1,9 +1,10 @@
-"""What an FP8 output holds, tensor by tensor, as pure data: planned before the first byte is written.
+"""What an output holds, tensor by tensor, as pure data: planned before the first byte is written.
 
-Each file is that of the base, or of the source where there is no base. Its weights are cut into chunks that hold whole
-blocks, so that a chunk's scales can be made from the chunk alone; scales are written beside, by whoever makes the
-codes. A weight whose blocks are larger than a chunk is *wide*: its scales depend on all of it, and often on its
-siblings'.
+An output in BF16, FP16 or FP32 has no weights that are quantized: its tensors are all ``plain``, and its files are cut
+at pages. In FP8, each file is that of the base, or of the source where there is no base. Its weights are cut into
+chunks that hold whole blocks, so that a chunk's scales can be made from the chunk alone; scales are written beside, by
+whoever makes the codes. A weight whose blocks are larger than a chunk is *wide*: its scales depend on all of it, and
+often on its siblings'.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 from fp8ckpt.numerics.quantize import CODINGS, Coding
 from fp8ckpt.output import extents as cutting
-from fp8ckpt.output.extents import Chunk, Extent, extents_of, met, reads_of
+from fp8ckpt.output.extents import Chunk, Extent, extents_of, met, page_chunks, reads_of
+from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.merged import MergedTensor
@@ -155,10 +158,15 @@ class QuantizingPlan:
         found: list[Extent] = []
         scales = {quantization.scale.name for quantization in self.weights.values()}
         scales |= {factor.name for name in self.unit_of if (factor := self.weights[name].factor) is not None}
+        cut = bool(self.weights) or self.base is not None  # in a base's own files elements may begin anywhere
         for layout in self.output.layouts:
-            for extent in extents_of(layout, self._chunks(layout, scales), most):
+            for extent in extents_of(layout, self._chunks(layout, scales) if cut else page_chunks(layout), most):
                 found.append(extent._replace(beside=tuple(sorted(self._beside(extent)))))
         return dict(enumerate(found))
+
+    def forecast(self, output: PartialOutput) -> Forecast:
+        """What writing it would take; see `fp8ckpt.output.plan.OutputPlan.forecast`."""
+        return self.output.forecast(output, self.extents(output.extent), self.made_of(), self.notes)
 
     def made_of(self) -> dict[str, int]:
         """Of how many bytes each tensor is made: values, which are read twice where it is known that no scale is kept,

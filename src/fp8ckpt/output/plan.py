@@ -151,7 +151,7 @@ class OutputPlan:
         sources = [_versions(checkpoint) for checkpoint in self.inputs]
         sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
         return {
-            "format": 6,
+            "format": 7,
             **self.arguments,
             "chunk": extents.CHUNK,
             "extent": output.extent,

@@ -1,4 +1,4 @@
-"""To FP8: two passes at most, with what is decided between them.
+"""A plan carried out: two passes at most, with what is decided between them.
 
 The first pass writes everything; a wide weight whose scale of before does not fit is only looked at, and so is one of
 two levels of scales that outgrows its factor. Then, of the facts that were recorded, the scales of the wide weights and
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Written:
     """What a run did. Sizes are in bytes; ``bytes_read`` of the source, ``base_bytes_read`` of the base's codes.
 
     ``bytes_rewritten``: codes of wide weights that the first pass had written with scales that did not fit.
@@ -51,6 +51,11 @@ class Quantized:
     facts: Mapping[str, WeightFacts]
     seen: Seen
 
+    @property
+    def nan_codes(self) -> dict[str, int]:
+        """By tensor, those that were carried over."""
+        return {name: facts.nan_codes for name, facts in sorted(self.facts.items()) if facts.nan_codes}
+
 
 def run(
     make_plan: Callable[[], QuantizingPlan],
@@ -58,19 +63,19 @@ def run(
     workers: int,
     progress: Progress | None,
     ranks: Ranks,
-) -> Quantized:
+) -> Written:
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
     first = plan.extents(output.extent)
     second = plan.second_pass(first, in_parts=output.in_parts)
     done = begin(plan.output, output, ranks, first)
-    if (
-        not first.keys() <= done.keys()
-    ):  # records may be lost in a power cut, and then the first pass writes over the second
+    # Records may be lost in a power cut, and then the first pass writes over the second.
+    if not first.keys() <= done.keys():
         done = {i: facts for i, facts in done.items() if i in first}
     rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))
     before = lru_cache(maxsize=4 * workers)(scales_before)
-    dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
+    # Neighbouring chunks are of one tensor, and workers stay close together.
+    dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
     outgrown: dict[tuple[str, ...], np.float32] = {}
     steps = _Steps(progress)
 
@@ -90,13 +95,13 @@ def run(
     decided = ranks.first(lambda: _decide(plan, output, first))
     again = {i: extent for name in decided for i, extent in second[name].items()}
     scales = {name: found if isinstance(found, Factor) else found.scales.reshape(-1) for name, found in decided.items()}
-    counts = looked + ranks.gather(lambda: write(again, scales))
+    counts = looked + (ranks.gather(lambda: write(again, scales)) if again else [])
     rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
     facts, seen = ranks.first(lambda: _publish(plan, output, first, decided, second))
     read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
     report = _reported(plan, facts) if plan.report else None
-    return Quantized(plan, read, base_read, rewritten, resumed, report, facts, seen)
+    return Written(plan, read, base_read, rewritten, resumed, report, facts, seen)
 
 
 class _Steps:
