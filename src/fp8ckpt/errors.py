@@ -100,7 +100,8 @@ def listed(names: Iterable[str]) -> str:
 class Fp8CheckpointError(Exception):
     """Base of all errors raised by fp8ckpt.
 
-    Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None).
+    Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None). A tensor
+    of a checkpoint may be given itself, which says its file, too.
 
     >>> try:
     ...     fp8ckpt.open_checkpoint("nowhere/at/all")
@@ -113,11 +114,13 @@ class Fp8CheckpointError(Exception):
         self,
         found: str,
         *,
-        tensor: str | None = None,
+        tensor: str | Readable | None = None,
         file: object = None,
         expected: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        if tensor is not None and not isinstance(tensor, str):
+            file, tensor = tensor.span.file, tensor.name
         self.tensor = tensor
         self.file = None if file is None else str(getattr(file, "name", file))
         self.found = found
@@ -166,23 +169,32 @@ class Named(Protocol):
 
 
 class Stored(Protocol):
-    """What a message says of a stored tensor."""
+    """What a message says of a stored tensor: its key, where it lies, dtype and shape as the header has them."""
 
     @property
-    def name(self) -> str:
-        """Its key."""
+    def name(self) -> str: ...
 
     @property
-    def file(self) -> Named:
-        """Where it lies."""
+    def file(self) -> Named: ...
 
     @property
-    def dtype(self) -> str:
-        """As the header has it."""
+    def span(self) -> Stored: ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """As the header has it."""
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Readable(Protocol):
+    """A tensor of a checkpoint: what is stored of it, whole or in codes, is its ``span``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def span(self) -> Stored: ...
 
 
 class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
@@ -194,12 +206,10 @@ class _JsonError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_text(cls, file: Named, found: str, expected: str) -> Self:
-        """Of a whole text."""
         return cls(found, file=file, expected=expected, remedy=_COPY)
 
     @classmethod
     def of_key(cls, file: Named, key: str) -> Self:
-        """A key that an object has twice."""
         remedy = "have it written anew: it does not say which of the two is meant"
         return cls("the name occurs twice", tensor=key, file=file, expected="each name once", remedy=remedy)
 
@@ -209,14 +219,12 @@ class HeaderError(_JsonError):
 
     @classmethod
     def of_length(cls, file: Named, length: int, most: int) -> HeaderError:
-        """A header longer than any."""
         found = f"the header claims {length} bytes"
         remedy = f"if it is meant to be a safetensors file, {_COPY}"
         return cls(found, file=file, expected=f"at most {most}", remedy=remedy)
 
     @classmethod
     def of_metadata(cls, file: Named) -> HeaderError:
-        """``__metadata__`` of another kind."""
         found = "__metadata__ is something else"
         return cls(found, file=file, expected="a map of text to text", remedy="have it written anew")
 
@@ -229,7 +237,6 @@ class HeaderError(_JsonError):
 
     @classmethod
     def of_dtype(cls, file: Named, tensor: str, dtype: str, known: Iterable[str]) -> HeaderError:
-        """``known``: the dtypes that files have."""
         found, expected = f"unknown dtype {shown(dtype)}", f"one of {', '.join(known)}"
         remedy = "use the tool that wrote it, or a newer version of fp8ckpt"
         return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
@@ -246,7 +253,7 @@ class HeaderError(_JsonError):
         """``start``: where the tensor's data begins; ``end``: where it should, after ``previous``."""
         what = "overlaps" if start < end else f"leaves a hole of {start - end} bytes after"
         found = f"its data begins at byte {start} and {what} {shown(previous)}"
-        return cls(found, tensor=stored.name, file=stored.file, expected=f"byte {end}", remedy=_COPY)
+        return cls(found, tensor=stored, expected=f"byte {end}", remedy=_COPY)
 
     @classmethod
     def of_rest(cls, file: Named, rest: int, end: int) -> HeaderError:
@@ -256,28 +263,19 @@ class HeaderError(_JsonError):
 
     @classmethod
     def of_many(cls, file: Named, most: int) -> HeaderError:
-        """So many defects that the rest is left."""
         return cls(f"more than {most} defects; the rest was not looked at", file=file, remedy=_COPY)
 
     @classmethod
     def of_two(cls, stored: Stored, other: str) -> HeaderError:
         """The tensor ``stored`` is in the file or under the key ``other`` as well."""
         remedy = "open the one file that is meant, or write an index that names the model's files"
-        return cls(
-            f"it is in {shown(other)} as well",
-            tensor=stored.name,
-            file=stored.file,
-            expected="each name once",
-            remedy=remedy,
-        )
+        return cls(f"it is in {shown(other)} as well", tensor=stored, expected="each name once", remedy=remedy)
 
     @classmethod
     def of_halves(cls, stored: Stored) -> HeaderError:
-        """A weight of four bits whose rows are no whole bytes."""
         return cls(
             f"{stored.dtype} {stored.shape} in four bits has rows that are no whole bytes",
-            tensor=stored.name,
-            file=stored.file,
+            tensor=stored,
             expected="rows of an even number of elements",
             remedy=_COPY,
         )
@@ -288,7 +286,6 @@ class TruncatedFileError(HeaderError):
 
     @classmethod
     def of(cls, file: Named, found: str, least: str) -> TruncatedFileError:
-        """``least``: the bytes that there should be."""
         return cls(found, file=file, expected=least, remedy=_COPY)
 
 
@@ -297,7 +294,6 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_unnamed(cls, file: str, index: str) -> IndexMismatchError:
-        """A file of tensors that the index does not name."""
         found = f"the index {index} does not name this file"
         remedy = "--follow-index (follow_index=True) reads what the index lists, and copies this file as it is"
         return cls(found, file=file, expected="every file in it", remedy=remedy)
@@ -317,18 +313,15 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_json(cls, index: str, error: Fp8CheckpointError) -> IndexMismatchError:
-        """An index that is no JSON, or too much of it."""
         return cls(error.found, tensor=error.tensor, file=index, expected=error.expected, remedy=error.remedy)
 
     @classmethod
     def of_kind(cls, index: str) -> IndexMismatchError:
-        """An index that is none."""
         expected = '{"weight_map": {tensor: file}}'
         return cls("it has no weight_map of names to files", file=index, expected=expected, remedy=_INDEX)
 
     @classmethod
     def of_path(cls, index: str, name: str) -> IndexMismatchError:
-        """It names a file that is not of the directory."""
         remedy = "do not use this checkpoint unless you know who wrote it"
         expected = "the name of a file in the directory"
         return cls(f"it names the file {shown(name)}", file=index, expected=expected, remedy=remedy)
@@ -372,7 +365,7 @@ class MissingScaleError(Fp8CheckpointError, ValueError):
             found += f" (is {shown(near)} its scale, misnamed?)"
         remedy = "look for it in the other files that belong to this one, or under another name"
         remedy += "; if the weights were only cast to FP8, without any, use the tool that did: fp8ckpt cannot know"
-        return cls(found, tensor=weight.name, file=weight.file, expected=shown(expected), remedy=remedy)
+        return cls(found, tensor=weight, expected=shown(expected), remedy=remedy)
 
 
 class OrphanScaleError(Fp8CheckpointError, ValueError):
@@ -385,7 +378,7 @@ class OrphanScaleError(Fp8CheckpointError, ValueError):
         if stored is not None:
             found = f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
         remedy = "look for the weight in the other files that belong to this one, or ask who wrote it what became of it"
-        return cls(found, tensor=scale.name, file=scale.file, expected=f"an FP8 tensor {shown(weight)}", remedy=remedy)
+        return cls(found, tensor=scale, expected=f"an FP8 tensor {shown(weight)}", remedy=remedy)
 
 
 class AmbiguousScaleError(Fp8CheckpointError, ValueError):
@@ -393,10 +386,9 @@ class AmbiguousScaleError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, weight: Stored, scales: Sequence[str]) -> AmbiguousScaleError:
-        """``scales``: the names of all that could be its scale."""
         found = f"its scale could be any of {', '.join(shown(key) for key in scales)}"
         remedy = "ask who wrote the file which of them the codes were made with"
-        return cls(found, tensor=weight.name, file=weight.file, expected="one scale", remedy=remedy)
+        return cls(found, tensor=weight, expected="one scale", remedy=remedy)
 
 
 class ScaleShapeError(Fp8CheckpointError, ValueError):
@@ -417,7 +409,7 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
             found += f" with block size {block_size}"
             expected = str(fit)
             remedy = "see whether the configuration is that of these weights; if it is, the scales are not"
-        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
+        return cls(found, tensor=weight, expected=expected, remedy=remedy)
 
     @classmethod
     def of_group(cls, weight: Stored, scale: Stored, stated: int, group: int) -> ScaleShapeError:
@@ -425,7 +417,7 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
         found = f"scale shape {scale.shape} in {shown(scale.file.name)} is of groups of {group}, group_size is {stated}"
         remedy = "state the group_size of the scales, wherever a configuration file has one: engines size them by it"
         expected = f"group_size {group}, by the scales' dtype {scale.dtype}"
-        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy=remedy)
+        return cls(found, tensor=weight, expected=expected, remedy=remedy)
 
 
 class ScaleDtypeError(Fp8CheckpointError, ValueError):
@@ -433,10 +425,9 @@ class ScaleDtypeError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, weight: Stored, scale: Stored, known: Iterable[str]) -> ScaleDtypeError:
-        """``known``: the dtypes that a scale may have."""
         found = f"its scale {shown(scale.name)} in {shown(scale.file.name)} has dtype {scale.dtype}"
         expected = f"one of {', '.join(known)}"
-        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy="use the tool that wrote it")
+        return cls(found, tensor=weight, expected=expected, remedy="use the tool that wrote it")
 
 
 class ScaleValueError(Fp8CheckpointError, ValueError):
@@ -445,7 +436,7 @@ class ScaleValueError(Fp8CheckpointError, ValueError):
     @classmethod
     def of(cls, scale: Stored, found: str) -> ScaleValueError:
         """``found``: how many cannot be scales, and the first of them."""
-        return cls(found, tensor=scale.name, file=scale.file, expected="finite and positive", remedy=_COPY)
+        return cls(found, tensor=scale, expected="finite and positive", remedy=_COPY)
 
 
 class WeightValueError(Fp8CheckpointError, ValueError):
@@ -461,7 +452,6 @@ class WeightValueError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_nonfinite(cls, tensor: str, file: object, count: int, numel: int) -> WeightValueError:
-        """``count`` of a weight's elements have no code."""
         return cls.of(tensor, file, f"{count} of {numel} elements are NaN or infinite, and have no code")
 
 
@@ -470,24 +460,23 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_packed(cls, weight: Stored) -> UnsupportedFormatError:
-        """A weight of other codes than floats of eight or four bits."""
         found = f"{weight.dtype} {weight.shape} is packed or integer (INT8, INT4, FP6), which fp8ckpt does not read"
         expected = "FP8, MXFP4 or NVFP4"
-        return cls(found, tensor=weight.name, file=weight.file, expected=expected, remedy="use the tool that wrote it")
+        return cls(found, tensor=weight, expected=expected, remedy="use the tool that wrote it")
 
     @classmethod
     def of_factor(cls, weight: Stored, second: str) -> UnsupportedFormatError:
         """``second``: the name of what scales the codes besides their scale."""
         found = f"{shown(second)} is a second factor or a zero point, which fp8ckpt does not apply"
         remedy = "use the tool that wrote it"
-        return cls(found, tensor=weight.name, file=weight.file, expected="one scale", remedy=remedy)
+        return cls(found, tensor=weight, expected="one scale", remedy=remedy)
 
     @classmethod
     def of_order(cls, weight: Stored, scale: Stored) -> UnsupportedFormatError:
         """``scale``: exponents of blocks that may be stored in a kernel's order."""
         found = f"the {scale.dtype} scales {shown(scale.name)} may be in the order of a kernel, not that of the blocks"
         remedy = "use the tool that wrote it"
-        return cls(found, tensor=weight.name, file=weight.file, expected="float scales, or one", remedy=remedy)
+        return cls(found, tensor=weight, expected="float scales, or one", remedy=remedy)
 
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):
@@ -495,7 +484,6 @@ class UnknownTensorError(Fp8CheckpointError, KeyError):
 
     @classmethod
     def of(cls, name: str, where: object, count: int) -> UnknownTensorError:
-        """``where``: the checkpoint, of ``count`` tensors."""
         expected, remedy = f"one of its {count} logical tensors", "fp8ckpt inspect --tensor REGEX lists them"
         return cls("the checkpoint has no such tensor", tensor=name, file=where, expected=expected, remedy=remedy)
 
@@ -539,7 +527,6 @@ class RankLostError(Fp8CheckpointError, RuntimeError):
 
     @classmethod
     def of(cls, error: RuntimeError) -> RankLostError:
-        """``error``: what the process group says."""
         said = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "what is on disk is kept: look why it ended, and run the same again"
         return cls(f"another rank ended, or did not answer ({shown(said)})", remedy=remedy)
@@ -565,7 +552,6 @@ class UnsupportedSystemError(Fp8CheckpointError, ImportError):
 
     @classmethod
     def of(cls, system: str) -> UnsupportedSystemError:
-        """``system``: its name, as Python has it."""
         found = f"fp8ckpt does not run on {system}"
         remedy = "on Windows, run it in WSL, the Windows Subsystem for Linux"
         return cls(found, expected="Linux or macOS", remedy=remedy)
@@ -580,7 +566,6 @@ class SourceChangedError(Fp8CheckpointError, RuntimeError):
 
     @classmethod
     def of(cls, file: str) -> SourceChangedError:
-        """For a file by its name."""
         remedy = "run it again once nothing writes to the file"
         return cls("it changed after it was opened", file=file, expected="the file as it was", remedy=remedy)
 
@@ -596,7 +581,6 @@ class StorageError(Fp8CheckpointError, OSError):
 
     @classmethod
     def of_reading(cls, error: OSError, file: object, failed: str = "cannot be opened") -> StorageError:
-        """``failed``: what the operating system refused."""
         remedy = remedy_for(error, "restore the file", writing=False)
         return cls(f"{failed}: {error.strerror}", file=file, remedy=remedy)
 

@@ -91,11 +91,7 @@ def _section(title: str, text: str, *parts: str) -> str:
 
 def _overview(found: Report) -> str:
     coded = sum(weight.use.codes for weight in found.weights)
-    tiles = {
-        "tensors": f"{found.tensors:,}",
-        "elements": f"{found.elements:,}",
-        "FP8 elements": f"{coded:,}",
-    }
+    tiles = {"tensors": f"{found.tensors:,}", "elements": f"{found.elements:,}", "FP8 elements": f"{coded:,}"}
     if found.changes is not None:
         tiles["elements moved"] = _percent(
             sum(change.moved for change in found.changes), sum(change.elements for change in found.changes)
@@ -214,10 +210,7 @@ def _histogram(dtype: str, counts: Sequence[int]) -> Callable[[Figure], dict[str
         axes.set_title(dtype, fontsize=9, color=_INK, loc="left")
         axes.margins(x=0.01)
         _plain(axes, grid="y")
-        return _name(
-            bars,
-            [f"code {code:#04x}, {value:g}: {_percent(counts[code], total)}" for value, code in finite],
-        )
+        return _name(bars, [f"code {code:#04x}, {value:g}: {_percent(counts[code], total)}" for value, code in finite])
 
     return draw
 

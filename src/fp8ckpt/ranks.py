@@ -55,13 +55,11 @@ class GroupRanks(Ranks):
         self._group = group
 
     def together(self, step: Callable[[], T]) -> T:
-        """As `Ranks.together`."""
         own: list[T] = []
         self.gather(lambda: own.append(step()))
         return own[0]
 
     def gather(self, step: Callable[[], T]) -> list[T]:
-        """As `Ranks.gather`."""
         import torch.distributed as dist
 
         result, error = None, None

@@ -204,7 +204,6 @@ class _Job:
                 self._apart.append(name)
 
     def run(self, workers: int) -> None:
-        """Count all."""
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
         names = list(dict.fromkeys([*self._compared, *(tensor.name for tensor in self._coded.quantized)]))
         self._total = sum(side.tensors[name].span.nbytes for name in names for side in self._sides_with(name))
@@ -322,7 +321,6 @@ class _Part:
 
     @property
     def codes(self) -> Bytes:
-        """Its codes, one a byte."""
         return self.stored if self.tensor.scaled is None else self.tensor.scaled.one_a_byte(self.stored)
 
     def values(self, dtype: str, dequantizer: Callable[[QuantizedTensor, str], Dequantizer]) -> F32:

@@ -154,12 +154,7 @@ class Checkpointer:
             if to == FP8:
                 assert checkpoint is not None  # _refuse_arguments() saw to it
                 writer = FP8StorageWriter(
-                    path,
-                    like=checkpoint,
-                    scales=scales,
-                    report=report,
-                    carry=plan.carry,
-                    process_group=self._group,
+                    path, like=checkpoint, scales=scales, report=report, carry=plan.carry, process_group=self._group
                 )
             else:
                 side_files = None if checkpoint is not None else SideFiles(_configuration_of(own, TARGETS[to]))
@@ -180,11 +175,7 @@ class Checkpointer:
         try:
             with _named_errors():
                 dcp_save(
-                    plan.state,
-                    storage_writer=writer,
-                    planner=plan.planner,
-                    process_group=self._group,
-                    no_dist=_alone(),
+                    plan.state, storage_writer=writer, planner=plan.planner, process_group=self._group, no_dist=_alone()
                 )
         finally:
             writer.release()

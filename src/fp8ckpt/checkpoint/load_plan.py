@@ -133,8 +133,7 @@ class LoadPlan:
                 if source.scaled is None and rounds(torch_dtype(source.dtype), tensor.dtype):
                     raise ModelMismatchError(
                         f"{source.dtype} on disk, and {tensor.dtype} in the model",
-                        tensor=source.name,
-                        file=source.span.file,
+                        tensor=source,
                         expected="a dtype that holds every value of the stored one",
                         remedy="keep this parameter in the stored dtype, or say narrow=True to have it rounded",
                     )

@@ -146,15 +146,12 @@ class AssemblyLoadPlanner(LoadPlanner):
         """Nothing to set up."""
 
     def create_local_plan(self) -> LoadPlan:
-        """An empty one."""
         return LoadPlan([])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """As it is."""
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """An item a part."""
         return LoadPlan([_read_item(i, part) for i, part in enumerate(self._parts)])
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -166,7 +163,6 @@ class AssemblyLoadPlanner(LoadPlanner):
         raise NotImplementedError
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """The view of the shard that the item fills."""
         assert read_item.dest_index.index is not None  # _read_item() set it
         return self._parts[read_item.dest_index.index].values
 
@@ -200,7 +196,6 @@ class AssemblySavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """Cut the shards."""
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         self._values = {
             MetadataIndex(part.source, torch.Size(part.region[0])): part.values
@@ -209,12 +204,10 @@ class AssemblySavePlanner(DefaultSavePlanner):
         }
 
     def create_local_plan(self) -> SavePlan:
-        """An item a part."""
         self.plan = SavePlan([self._write_item(index, values) for index, values in self._values.items()])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The view of the shard that the item writes."""
         return self._values[write_item.index]
 
     def _write_item(self, index: MetadataIndex, values: torch.Tensor) -> WriteItem:

@@ -18,12 +18,7 @@ from fp8ckpt.numerics.dequantize import Dequantizer, wider_codes
 from fp8ckpt.numerics.geometry import Region, pieces, within
 from fp8ckpt.ranks import BEYOND
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.reading import (
-    bits_of,
-    load_dequantizer,
-    stored_dtype,
-    torch_dtype,
-)
+from fp8ckpt.tensors.reading import bits_of, load_dequantizer, stored_dtype, torch_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
@@ -89,9 +84,7 @@ class RegionLoader:
             if tensor.scaled.per_byte == 1:
                 expected += f", or {torch_dtype(tensor.span.dtype)} for the codes"
             remedy = "change the model's dtype"
-            raise UnsupportedFormatError(
-                found, tensor=tensor.name, file=tensor.span.file, expected=expected, remedy=remedy
-            )
+            raise UnsupportedFormatError(found, tensor=tensor, expected=expected, remedy=remedy)
 
     def _scratch(self, device: torch.device) -> torch.Tensor:
         """The buffer, pinned where the device is CUDA; the reader's room is its memory."""

@@ -146,8 +146,5 @@ def _outside(region: Region, inner: Region) -> Iterator[Region]:
     for axis, (start, size) in enumerate(zip(*inner, strict=True)):
         for low, high in ((offsets[axis], start), (start + size, offsets[axis] + sizes[axis])):
             if high > low:
-                yield (
-                    (*offsets[:axis], low, *offsets[axis + 1 :]),
-                    (*sizes[:axis], high - low, *sizes[axis + 1 :]),
-                )
+                yield ((*offsets[:axis], low, *offsets[axis + 1 :]), (*sizes[:axis], high - low, *sizes[axis + 1 :]))
         offsets[axis], sizes[axis] = start, size

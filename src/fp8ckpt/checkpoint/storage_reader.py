@@ -117,11 +117,9 @@ class FP8StorageReader(StorageReader):
         """Nothing to set up: every rank opens the checkpoint for itself."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
         return plans
 
     @kept_open()

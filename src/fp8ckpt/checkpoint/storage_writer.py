@@ -186,5 +186,5 @@ def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:
     if overflown:
         found = f"finite values of {given} do not fit {span.dtype}, {overflown} of them in one piece"
         remedy = "save in bf16 or fp32; where it is the base that says the dtype, without like"
-        raise RangeError(found, tensor=span.name, file=span.file, expected=f"values within {span.dtype}", remedy=remedy)
+        raise RangeError(found, tensor=span, expected=f"values within {span.dtype}", remedy=remedy)
     return stored.view(np.uint8)

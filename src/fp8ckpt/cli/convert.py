@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import (
-    answer,
-    answer_forecast,
-    print_nan_codes,
-    print_notes,
-    resumable,
-    share,
-    size,
-    table,
-)
+from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, resumable, share, size, table
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -59,8 +50,7 @@ def convert(
         word("per-tensor", "block", "channel", also=_SCHEMES, help="Without a base: to FP8, and how to quantize."),
     ] = None,
     scales: Annotated[
-        str,
-        word("reuse", "fresh", help="With --like: keep the base's scale where values fit it, or make all new."),
+        str, word("reuse", "fresh", help="With --like: keep the base's scale where values fit it, or make all new.")
     ] = "reuse",
     carry: Annotated[
         str | None,

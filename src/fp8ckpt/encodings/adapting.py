@@ -144,7 +144,7 @@ def _uses(adapter: Adapter, there: Collection[str]) -> Iterator[_Use]:
         if len(leaves) != levels[pair.module]:
             found = f"{pair.module} has {levels[pair.module]} pairs of factors"
             expected = f"one for each of target_parameters, of which {len(leaves)} are of it"
-            raise ModelMismatchError(found, tensor=pair.a.name, file=pair.a.file, expected=expected)
+            raise ModelMismatchError(found, tensor=pair.a, expected=expected)
         target = f"{pair.module}.{leaves[-1 - pair.depth]}"  # the last that was wrapped is outside
         yield _Use(adapter, pair, target, target)
 
@@ -184,9 +184,7 @@ def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) 
         if len(missing) > 1:
             found += f", and to {len(missing) - 1} more"
         remedy = f"give the base that it was trained on: {base.path} is another, or ties or lacks this"
-        raise ModelMismatchError(
-            found, tensor=span.name, file=span.file, expected="a tensor of the base", remedy=remedy
-        )
+        raise ModelMismatchError(found, tensor=span, expected="a tensor of the base", remedy=remedy)
     return parts
 
 
@@ -210,7 +208,7 @@ def _products(use: _Use, shape: tuple[int, ...], piece: Piece, rank: int) -> Ite
     row, col = len(shape) - 2, len(shape) - 1
     if rank < 2 or {piece.axes[-2], piece.axes[-1]} != {row, col}:
         found = f"it is of {shape}, of which the base holds other parts than rows and columns"
-        raise UnsupportedFormatError(found, tensor=use.pair.a.name, file=use.pair.a.file)
+        raise UnsupportedFormatError(found, tensor=use.pair.a)
     if piece.axes[-2] == col:
         left, right, row, col = right, left, col, row
     starts = piece.source_offsets
@@ -234,15 +232,13 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     experts = shape[0] if len(shape) == 3 else 1
     rank = use.adapter.rank(use.key)
     if len(shape) not in (2, 3):
-        raise UnsupportedFormatError(
-            f"it is of a tensor of shape {shape}", tensor=a.name, file=a.file, expected="2-D or 3-D"
-        )
+        raise UnsupportedFormatError(f"it is of a tensor of shape {shape}", tensor=a, expected="2-D or 3-D")
     if a.shape[0] != rank * experts:
         found, expected = (
             f"{a.shape[0]} rows",
             f"rank {rank}, by {(len(shape) == 3 and f'{experts} experts, ') or ''}the configuration",
         )
-        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected)
+        raise ModelMismatchError(found, tensor=a, expected=expected)
     straight = (a.shape[1], b.shape[0]) == (shape[-1], shape[-2])
     across = (a.shape[1], b.shape[0]) == (shape[-2], shape[-1])
     if len(shape) == 2:
@@ -252,7 +248,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
         straight, across = _of_square_experts(use, matrices=matrices)
     if not straight and not across:
         found, expected = f"factors {a.shape} and {b.shape}", f"those of {shown(use.target)}, {shape} in the base"
-        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected, remedy="give its own base")
+        raise ModelMismatchError(found, tensor=a, expected=expected, remedy="give its own base")
     inner, outer = Factor(a, True, experts=experts), Factor(b, False, experts=experts)
     return (outer, inner) if straight else (inner, outer)
 
@@ -268,7 +264,7 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
     a = use.pair.a
     found = "stacked experts of as many rows as columns: which are the rows of the factors is not recorded"
     expected = "a base with a matrix an expert, and peft_version 0.19 or newer"
-    raise UnsupportedFormatError(found, tensor=a.name, file=a.file, expected=expected)
+    raise UnsupportedFormatError(found, tensor=a, expected=expected)
 
 
 # ---------------------------------------------------------------- whole tensors, and DoRA
@@ -276,12 +272,12 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
 
 def _replace(change: _Changes, adapter: Adapter, span: TensorSpan, shape: tuple[int, ...], *, whole: bool) -> None:
     def refuse(found: str, expected: str) -> None:
-        raise ModelMismatchError(found, tensor=span.name, file=span.file, expected=expected)
+        raise ModelMismatchError(found, tensor=span, expected=expected)
 
     if not whole:
         found = f"a tensor of shape {span.shape} was trained whole, of which {shape} is a part in the base"
         remedy = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
-        raise UnsupportedFormatError(found, tensor=span.name, file=span.file, expected="one tensor", remedy=remedy)
+        raise UnsupportedFormatError(found, tensor=span, expected="one tensor", remedy=remedy)
     if span.shape != shape:
         refuse(f"shape {span.shape}", f"{shape}, as in the base")
     if adapter.weight != 1:
@@ -294,17 +290,17 @@ def _replace(change: _Changes, adapter: Adapter, span: TensorSpan, shape: tuple[
 def _scale_rows(change: _Changes, use: _Use, shape: tuple[int, ...], *, whole: bool) -> None:
     if (change.magnitude is not None or use.pair.magnitude is not None) and len(change.products) > 1:
         found = "several adapters on a tensor, of which one is DoRA: norms are of one"
-        raise UnsupportedFormatError(found, tensor=use.pair.a.name, file=use.pair.a.file, expected="one adapter")
+        raise UnsupportedFormatError(found, tensor=use.pair.a, expected="one adapter")
     if (magnitude := use.pair.magnitude) is None:
         return
     if not whole or len(shape) != 2 or use.adapter.weight != 1:
         expected = "a matrix that is one tensor of the base, and weight 1"
-        raise UnsupportedFormatError("DoRA of this", tensor=magnitude.name, file=magnitude.file, expected=expected)
+        raise UnsupportedFormatError("DoRA of this", tensor=magnitude, expected=expected)
     columns = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
     if magnitude.numel != shape[columns]:
         found = f"shape {magnitude.shape}"
         expected = f"{shape[columns]} elements"
-        raise ModelMismatchError(found, tensor=magnitude.name, file=magnitude.file, expected=expected)
+        raise ModelMismatchError(found, tensor=magnitude, expected=expected)
     change.magnitude, change.norms = magnitude, Norms() if columns else None
 
 
@@ -312,4 +308,4 @@ def _refuse_base(tensor: Tensor) -> None:
     if tensor.scaled is None and tensor.dtype not in TARGET_BYTES:
         found = f"an adapter of a tensor of dtype {tensor.dtype}"
         expected = f"FP8, or one of {', '.join(TARGET_BYTES)}"
-        raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.span.file, expected=expected)
+        raise UnsupportedFormatError(found, tensor=tensor, expected=expected)

@@ -38,7 +38,6 @@ class WeightFacts:
         return cls(**{**recorded, **parts})
 
     def add(self, other: WeightFacts) -> None:
-        """Take in the facts of another part."""
         self.tally.add(other.tally)
         self.arrival.add(other.arrival)
         self.nan_codes += other.nan_codes

@@ -363,14 +363,7 @@ class QuantizingFiller:
             out[at : at + codes.size // weight.per_byte] = quantize.pack(codes)
 
     def _report(
-        self,
-        facts: WeightFacts,
-        weight: Quantization,
-        run: Run,
-        step: Step,
-        codes: U8,
-        scales: F32,
-        before: F32,
+        self, facts: WeightFacts, weight: Quantization, run: Run, step: Step, codes: U8, scales: F32, before: F32
     ) -> None:
         if not self._plan.report:
             return
@@ -455,7 +448,6 @@ class QuantizingFiller:
         self._scale_file.write(data, span.start + first * stored.itemsize)
 
     def close(self) -> None:
-        """Close the file of scales that was written last."""
         if self._scale_file is not None:
             self._scale_file.close()
             self._scale_file = None

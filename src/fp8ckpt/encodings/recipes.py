@@ -51,7 +51,6 @@ class Quantization(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The weight's name."""
         return self.weight.name
 
     @property
@@ -61,7 +60,6 @@ class Quantization(NamedTuple):
 
     @property
     def per_byte(self) -> int:
-        """Codes that a byte holds."""
         return 1 if self.before is None else self.before.per_byte
 
     @property
@@ -89,7 +87,7 @@ def grid_of(tensor: QuantizedTensor) -> BlockGrid:
     if cols % group:
         found = f"rows of {cols} elements, of which the last group is not whole"
         expected = f"rows of at most {cutting.CHUNK} elements, or of whole groups"
-        raise UnsupportedFormatError(found, tensor=tensor.name, file=tensor.weight.file, expected=expected)
+        raise UnsupportedFormatError(found, tensor=tensor, expected=expected)
     parts = next(n for n in range(2, cols + 1) if cols % (n * group) == 0 and cols // n <= max(cutting.CHUNK, group))
     return BlockGrid((prod(lead) * parts, cols // parts), (1, group))
 

@@ -112,7 +112,6 @@ class _Steps:
         self._before = 0
 
     def of(self, extents: Mapping[int, Extent]) -> Progress | None:
-        """The progress of one pass."""
         if self._progress is None:
             return None
         progress, before = self._progress, self._before

@@ -51,11 +51,9 @@ class Seen:
         self.change(name, Tally(before.size, unequal if moved is None else moved, 0, 0, *map(float, sums)))
 
     def change(self, name: str, tally: Tally) -> None:
-        """Take in how elements of a tensor differ."""
         self.changes.setdefault(name, Tally()).add(tally)
 
     def add(self, other: Seen) -> None:
-        """Take in what another one counted."""
         for dtype, counts in other.codes.items():
             self._add_codes(dtype, counts)
         for name, use in other.use.items():
@@ -74,7 +72,6 @@ class Seen:
 
     @classmethod
     def of(cls, recorded: Iterable[dict[str, Any]]) -> Seen:
-        """Of all that was recorded."""
         total = cls()
         for one in recorded:
             part = cls()

@@ -15,11 +15,7 @@ RENAMED_SCALES = {
 
 #: Models of which transformers 5 leaves the experts random, with a warning, where a file holds each for itself: told by
 #: ``architectures``.
-EXPERTS_LEFT_RANDOM = {
-    "Llama4ForCausalLM",
-    "Llama4ForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
-}
+EXPERTS_LEFT_RANDOM = {"Llama4ForCausalLM", "Llama4ForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 

@@ -90,7 +90,6 @@ class Mistral3Sizes:
         yield Weight(f"{projector}.linear_2.weight", (hidden, hidden))
 
     def config(self) -> dict[str, Any]:
-        """Its ``config.json``."""
         return {
             "architectures": ["Mistral3ForConditionalGeneration"],
             "dtype": "bfloat16",
@@ -191,7 +190,6 @@ class DeepseekSizes:
         yield Weight("lm_head.weight", (self.vocabulary, hidden))
 
     def config(self) -> dict[str, Any]:
-        """Its ``config.json``."""
         groups = 8 if self.experts % 8 == 0 else 1
         return {
             "architectures": ["DeepseekV3ForCausalLM"],

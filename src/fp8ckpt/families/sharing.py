@@ -37,7 +37,6 @@ class Sharing(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """In words."""
         what = f"{'' if self.stack is None else 'experts, or '}{self.cut or 'whole'}"
         return what if self.layer is not None else f"{what}, on the {'last' if self.last else 'first'} stage"
 

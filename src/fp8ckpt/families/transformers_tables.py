@@ -226,7 +226,6 @@ class _Symbol(torch.Tensor):
 
     @classmethod
     def of(cls, assembly: Assembly) -> _Symbol:
-        """A symbol of the assembly's shape."""
         symbol = torch.empty(assembly.shape, device="meta").as_subclass(cls)
         symbol.assembly = assembly
         return symbol

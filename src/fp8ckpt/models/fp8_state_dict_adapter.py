@@ -19,6 +19,7 @@ from fp8ckpt.checkpoint.quantized_dtensors import FLOAT8_DTYPES, dequantize, qua
 from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.encodings.rule import Rule
+from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import ties_embeddings
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = "_scale_inv"
 ACTIVATION_SUFFIX = ".activation_scale"
+
+
+def identity(name: str) -> str:
+    """A name that is the same on both sides."""
+    return name
 
 
 class Release(NamedTuple):
@@ -44,7 +50,6 @@ class Release(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, hf_to_native: Callable[[str], str]) -> Release:
-        """Of an open checkpoint; headers only."""
         quantized = {hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
         return cls(quantized, frozenset(checkpoint.tensors), states_powers_of_two(checkpoint.config))
 
@@ -65,7 +70,19 @@ class FP8StateDictAdapter(StateDictAdapter):
         self.may_lack_head = False  # on disk, since it is tied to the embeddings
 
     def _take(self, checkpoint: Checkpoint) -> None:
-        """Be the adapter of an open checkpoint: by its headers and configuration alone."""
+        """Be the adapter of an open checkpoint: by its headers and configuration alone. Raises
+        `UnsupportedFormatError` for scales of another shape or name than the family's.
+        """
+        for tensor in checkpoint.quantized:
+            fits, expected = self._fits(tensor)
+            if not fits or tensor.scale.name != tensor.name + SCALE_SUFFIX:
+                raise UnsupportedFormatError(
+                    f"its scale {tensor.scale.name} has shape {tensor.scale.shape}",
+                    tensor=tensor.name,
+                    file=tensor.scale.file,
+                    expected=f"{expected}, {SCALE_SUFFIX}",
+                    remedy="use load_model or FP8StorageReader, which take any",
+                )
         self._release = Release.of(checkpoint, self.hf_to_native)
         self.may_lack_head = bool(ties_embeddings(checkpoint.config))
         self.hf_assets_path = str(checkpoint.path)
@@ -77,9 +94,17 @@ class FP8StateDictAdapter(StateDictAdapter):
             if self.may_lack_head:  # a host may write the head that is not on disk
                 self.fqn_to_index_mapping.setdefault(self.native_to_hf("lm_head.weight"), len(numbers))
 
-    @abstractmethod
     def is_fp8_weight(self, fqn: str) -> bool:
-        """Whether a native name is that of an FP8 weight."""
+        """By the file, if there is one; otherwise by the release's rule for names."""
+        return self._is_named_fp8(fqn) if self._release is None else fqn in self._release.quantized
+
+    @abstractmethod
+    def _is_named_fp8(self, fqn: str) -> bool:
+        """Whether the release's rule for names makes an FP8 weight of it."""
+
+    @abstractmethod
+    def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
+        """Whether its scale is one as the family has them, and in words what that is."""
 
     @abstractmethod
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,10 @@ class CodeFormat(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Of one code."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def per_byte(self) -> int:
-        """Codes that a byte holds."""
         return 8 // self.bits
 
 

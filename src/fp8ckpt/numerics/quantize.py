@@ -214,7 +214,6 @@ class Tally:
     largest_error: float = 0.0
 
     def add(self, other: Tally) -> None:
-        """Take in the tally of other elements."""
         self.elements += other.elements
         self.moved += other.moved
         self.clipped += other.clipped

@@ -34,7 +34,6 @@ class Chunk(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the chunk."""
         return self.stop - self.start
 
 
@@ -60,7 +59,6 @@ class Extent(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all chunks."""
         return sum(chunk.nbytes for chunk in self.chunks)
 
 

@@ -115,12 +115,10 @@ class OutputFiles:
             return self._files[name]
 
     def flush(self) -> None:
-        """Return when all that was written is on disk."""
         for file in self._files.values():
             file.flush()
 
     def close(self) -> None:
-        """Release the descriptors; does not flush."""
         for file in self._files.values():
             file.close()
         self._files.clear()

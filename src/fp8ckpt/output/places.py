@@ -49,16 +49,13 @@ class Kept:
         self._sent = Sent(extent.layout.name, extent.number, extent.start, extent.stop, "")
 
     def write(self, data: Bytes, offset: int) -> None:
-        """As `Place.write`."""
         self._file.write(data, offset)
 
     def flush(self) -> Sent:
-        """As `Place.flush`."""
         self._file.flush()
         return self._sent
 
     def close(self) -> None:
-        """As `Place.close`."""
         self._file.close()
 
 
@@ -81,13 +78,11 @@ class Part:
             self._left -= data.nbytes
 
     def flush(self) -> Sent | None:
-        """As `Place.flush`."""
         if self._left:
             return None
         layout, _, number, start, stop, _, again = self._extent
         return Sent(layout.name, number, start, stop, self._far.send(layout.name, number, self._held, again=again))
 
     def close(self) -> None:
-        """As `Place.close`."""
         del self._bytes
         self._held = bytearray()

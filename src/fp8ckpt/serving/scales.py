@@ -32,7 +32,7 @@ def shapes(subject: Subject) -> Iterator[Finding]:
         count = f"{len(wrong)} of {len(quantized)} FP8 tensors"
         found = f"the scale of a whole tensor has shape {list(wrong[0].shape)}, in {count}"
         remedy = "store it without dimensions: vLLM's loader fails on this one"
-        yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected="[] or [1]", remedy=remedy)
+        yield ServingError(found, tensor=wrong[0], expected="[] or [1]", remedy=remedy)
     wrong = [span for t in quantized for span in t.activation_scales if not _is_one_value(span.shape, t.shape)]
     if wrong:
         shape = list(wrong[0].shape)
@@ -41,7 +41,7 @@ def shapes(subject: Subject) -> Iterator[Finding]:
         if wrong[0].numel > 1:
             remedy = "calibrate one value for all: engines have no other static scaling of activations"
         expected = "[] or [1], or [experts]"
-        yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected=expected, remedy=remedy)
+        yield ServingError(found, tensor=wrong[0], expected=expected, remedy=remedy)
 
 
 def _is_one_value(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
@@ -67,7 +67,7 @@ def _lacking(subject: Subject, lacking: Sequence[QuantizedTensor], expected: str
     found = f"{len(lacking)} of {len(subject.quantized)} FP8 tensors have no activation scale"
     remedy = "restore them, or leave out all and state dynamic, where the method has that"
     remedy += ": engines take a missing one for a senseless number"
-    return ServingError(found, tensor=lacking[0].name, file=lacking[0].weight.file, expected=expected, remedy=remedy)
+    return ServingError(found, tensor=lacking[0], expected=expected, remedy=remedy)
 
 
 def _needless(subject: Subject, having: Sequence[QuantizedTensor]) -> ServingError:
@@ -93,7 +93,7 @@ def powers_of_two(subject: Subject) -> Iterator[Finding]:
         where = f"{count} scales of {len(wrong)} FP8 tensors"
         found = f"{where} are no powers of two, and {subject.file} states scale_fmt ue8m0"
         remedy = "quantize these weights again (convert --scales fresh): engines keep only the exponents of such scales"
-        yield ServingError(found, tensor=wrong[0].name, file=wrong[0].file, expected="powers of two", remedy=remedy)
+        yield ServingError(found, tensor=wrong[0], expected="powers of two", remedy=remedy)
 
 
 def of_siblings(subject: Subject) -> Iterator[Finding]:

@@ -73,7 +73,6 @@ class SkipList(NamedTuple):
 
     @classmethod
     def of(cls, entries: Sequence[str]) -> SkipList:
-        """The list with these entries."""
         patterns = tuple(entry for entry in entries if entry.startswith("re:") or "*" in entry)
         exact = frozenset(entry[:-1] for entry in entries if entry.endswith("$") and entry not in patterns)
         names = frozenset(entry for entry in entries if entry and entry[-1] != "$") - frozenset(patterns)
@@ -89,7 +88,6 @@ class SkipList(NamedTuple):
         )
 
     def reaches(self, module: str) -> bool:
-        """As `covers`, or listed by the last components of its name alone: ``gate``."""
         endings = (module[at + 1 :] for at, character in enumerate(module) if character == ".")
         return self.covers(module) or any(ending in self.names for ending in endings)
 

@@ -91,8 +91,7 @@ def renamed_scales(subject: Subject) -> Iterator[Finding]:
         remedy = "convert the BF16 weights with --scheme block, which names blocks so, or with --scheme per-tensor"
         yield ServingError(
             f"{found}, and refuses {len(grids)} that are blocks",
-            tensor=grids[0].scale.name,
-            file=grids[0].scale.file,
+            tensor=grids[0].scale,
             expected=expected,
             remedy=remedy,
         )

@@ -148,7 +148,6 @@ class Subject:
 
     @cached_property
     def has_codes(self) -> bool:
-        """Whether any tensor has codes, be its scale sound or not."""
         spans = (span for header in self.checkpoint.files for span in header.spans)
         return bool(self.quantized) or any(span.dtype in FP8_DTYPES for span in spans)
 
@@ -167,12 +166,10 @@ class Subject:
 
     @cached_property
     def has_config(self) -> bool:
-        """Whether there is a ``config.json``."""
         return CONFIG in self.checkpoint.store.files()
 
     @cached_property
     def quantized(self) -> list[QuantizedTensor]:
-        """The FP8 tensors."""
         return self.checkpoint.quantized
 
     @cached_property

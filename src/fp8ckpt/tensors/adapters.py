@@ -134,7 +134,7 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
             raise HeaderError.of_two(span, stored[span.name].file.name)
         if span.dtype not in TARGET_BYTES:
             expected = f"one of {', '.join(TARGET_BYTES)}"
-            raise UnsupportedFormatError(f"dtype {span.dtype}", tensor=span.name, file=span.file, expected=expected)
+            raise UnsupportedFormatError(f"dtype {span.dtype}", tensor=span, expected=expected)
         stored[span.name] = span
     checkpoint = Checkpoint(store, headers, stored, (), {}, None, None, (), ())
     pairs, tensors = _sorted_out(stored, dora=bool(config.get("use_dora")))
@@ -166,7 +166,7 @@ def refuse_nonfinite(adapter: Adapter) -> None:
         if count:
             found = f"{count} of {span.numel} elements are NaN or infinite"
             remedy = "give a checkpoint of the adapter from before its training diverged"
-            raise WeightValueError(found, tensor=span.name, file=span.file, expected="finite values", remedy=remedy)
+            raise WeightValueError(found, tensor=span, expected="finite values", remedy=remedy)
 
 
 def same_values(one: TensorSpan, other: TensorSpan) -> bool:
@@ -301,23 +301,21 @@ def _pair(module: str, depth: int, parts: dict[str, TensorSpan], *, dora: bool) 
     first = next(iter(parts.values()))
     if a is None or b is None:
         found = f"{module} has no lora_{kinds[0] if a is None else kinds[1]}"
-        raise ModelMismatchError(found, tensor=first.name, file=first.file, expected="both factors")
+        raise ModelMismatchError(found, tensor=first, expected="both factors")
     if extra := parts.keys() - {*kinds, "magnitude_vector"}:
         raise _unknown(parts[min(extra)])
     if dora != ("magnitude_vector" in parts):
         found = f"{module} has {'no' if dora else 'a'} magnitude vector, and use_dora is {dora}"
-        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected="the files of one adapter")
+        raise ModelMismatchError(found, tensor=a, expected="the files of one adapter")
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         found = f"factors of shapes {a.shape} and {b.shape}"
         expected = "matrices [rank, in] and [out, rank]"
         if len(a.shape) > 2:
-            raise UnsupportedFormatError(f"{found}: a convolution", tensor=a.name, file=a.file, expected=expected)
-        raise ModelMismatchError(found, tensor=a.name, file=a.file, expected=expected, remedy="save the whole adapter")
+            raise UnsupportedFormatError(f"{found}: a convolution", tensor=a, expected=expected)
+        raise ModelMismatchError(found, tensor=a, expected=expected, remedy="save the whole adapter")
     return Pair(module, depth, a, b, kinds[0] != "A", parts.get("magnitude_vector"))
 
 
 def _unknown(span: TensorSpan) -> UnsupportedFormatError:
     expected = "lora_A and lora_B of a module, or a whole tensor"
-    return UnsupportedFormatError(
-        "fp8ckpt does not know what it is", tensor=span.name, file=span.file, expected=expected
-    )
+    return UnsupportedFormatError("fp8ckpt does not know what it is", tensor=span, expected=expected)

@@ -47,12 +47,10 @@ class Piece(NamedTuple):
 
     @property
     def region(self) -> Region:
-        """The box in the joined tensor."""
         return self.offsets, self.sizes
 
     @property
     def source_region(self) -> Region:
-        """The box in the source."""
         sizes = [1] * len(self.source_offsets)
         for axis, size in zip(self.axes, self.sizes, strict=True):
             if axis != NEW:
@@ -308,7 +306,6 @@ class Ordered:
         self._most = max((piece.sizes[0] for piece in self._pieces), default=0) if assembly.shape else 0
 
     def cut(self, region: Region) -> Iterator[Piece]:
-        """As `Assembly.cut`."""
         if not self._assembly.shape:
             yield from self._assembly.cut(region)
             return

@@ -34,11 +34,9 @@ class BlockSizes:
 
     @property
     def stated(self) -> bool:
-        """Whether any size is stated."""
         return self.common is not None or any(size is not None for size in self.grouped.values)
 
     def of(self, module: str) -> Size | None:
-        """The block size of a module's weight, or None."""
         return self.grouped.of(module) or self.common
 
 

@@ -13,31 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ckpt.numerics.codes import E8M0_DTYPES, F4, FP8_DTYPES
+
+if TYPE_CHECKING:
+    from fp8ckpt.tensors.stored import TensorSpan
 
 # When a key of a scale's ending is a scale, although no FP8 weight stands beside it: a mistake with a name, then.
 ALWAYS = "always"
 BESIDE = "beside"  # a weight of its name, of whatever dtype
 CODES = "codes"  # never: the ending also ends the names of parameters, such as layer scales and those of norms
 BYTES = "bytes"  # where it holds bytes
-
-
-class Stored(Protocol):
-    """What a header says of a tensor."""
-
-    @property
-    def name(self) -> str:
-        """The key."""
-
-    @property
-    def dtype(self) -> str:
-        """By its safetensors name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As stored."""
 
 
 class ScaleRow(NamedTuple):
@@ -164,7 +151,7 @@ def factor_key(codes: str, row: ScaleRow) -> str | None:
     return codes.removesuffix(row.weight) + row.factor if row.factor else None
 
 
-def code_dtype(span: Stored, spans: Mapping[str, Any]) -> str | None:
+def code_dtype(span: TensorSpan, spans: Mapping[str, Any]) -> str | None:
     """The dtype of the codes that a tensor holds, or None where it holds none. ``spans``: all tensors by name."""
     if span.dtype in FP8_DTYPES or span.dtype == F4:
         return span.dtype
@@ -179,7 +166,7 @@ def code_dtype(span: Stored, spans: Mapping[str, Any]) -> str | None:
     return None
 
 
-def weight_shape(row: ScaleRow, span: Stored, codes: str) -> tuple[int, ...]:
+def weight_shape(row: ScaleRow, span: TensorSpan, codes: str) -> tuple[int, ...]:
     """The shape of the weight whose codes lie in a tensor."""
     if span.dtype == codes:
         return span.shape

@@ -38,11 +38,9 @@ class ByModule(Generic[T]):
 
     @property
     def values(self) -> list[T]:
-        """What is stated of any module."""
         return [*self.named.values(), *self._patterns.values(), *self.classes.values()]
 
     def of(self, module: str) -> T | None:
-        """What is stated of a module; None where nothing is."""
         if not (self.named or self._patterns or self.classes) or module in self._ignored:
             return None
         if module in self.named:

@@ -31,12 +31,10 @@ class JoinedTensor:
 
     @property
     def shape(self) -> Shape:
-        """Of the whole."""
         return self.assembly.shape
 
     @property
     def numel(self) -> int:
-        """Number of its values."""
         return prod(self.shape)
 
     @cached_property
@@ -45,31 +43,25 @@ class JoinedTensor:
 
     @property
     def dtype(self) -> str:
-        """That of its sources."""
         return self._made_of[0].dtype
 
     @property
     def span(self) -> TensorSpan:
-        """Where the first of its sources lies."""
         return self._made_of[0].span
 
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
-        """All that is stored of its sources."""
         return tuple(span for source in self._made_of for span in source.spans)
 
     @property
     def scales(self) -> tuple[TensorSpan, ...]:
-        """Those of its sources."""
         return tuple(scale for source in self._made_of for scale in source.scales)
 
     @property
     def scaled(self) -> None:
-        """Its values are those of its sources."""
         return
 
     def dtypes(self) -> tuple[str, ...]:
-        """What each of its sources can give."""
         others = [source.dtypes() for source in self._made_of[1:]]
         return tuple(dtype for dtype in self._made_of[0].dtypes() if all(dtype in other for other in others))
 
@@ -79,7 +71,6 @@ class JoinedTensor:
             yield from self.sources[piece.source].reads(piece.source_region)
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
-        """As `fp8ckpt.tensors.tensor.Tensor.values`: each piece's source fills a view of ``out``."""
         for piece in self._pieces.cut(region):
             axes = [axis for axis in piece.axes if axis != NEW]
             view = out[within(piece.region, region)][(*(0 if axis == NEW else slice(None) for axis in piece.axes), ...)]
@@ -88,7 +79,6 @@ class JoinedTensor:
             self.sources[piece.source].values(piece.source_region, dtype, view, reader)
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        """As `fp8ckpt.tensors.tensor.Tensor.elements`."""
         bits, done = out.view(f"u{DTYPE_BITS[dtype] // 8}"), 0
         for region in boxes(self.shape, start, bits.size):
             size = prod(region[1])

@@ -371,7 +371,7 @@ class MergedTensor:
         if not sums.all():
             zero = first + int(np.flatnonzero(sums == 0)[0])
             found = f"{what} {zero} is zero, and DoRA's magnitude has no direction to be of"
-            raise WeightValueError(found, tensor=self.name, file=self.span.file, expected=f"{what}s that are not zero")
+            raise WeightValueError(found, tensor=self, expected=f"{what}s that are not zero")
         magnitude = self.floats(self.magnitude).reshape(-1)[first:][: sums.size]
         factors: F32 = (magnitude.astype(np.float64) / np.sqrt(sums)).astype(np.float32)
         return factors
@@ -381,7 +381,7 @@ class MergedTensor:
 
         if overflown := round_to(np.ascontiguousarray(values).reshape(-1), dtype, out):
             found = f"{overflown} merged values do not fit {dtype}"
-            raise RangeError(found, tensor=self.name, file=self.span.file, expected="an adapter of this base")
+            raise RangeError(found, tensor=self, expected="an adapter of this base")
 
 
 class Norms:

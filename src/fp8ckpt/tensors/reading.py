@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fp8ckpt.errors import (
-    Fp8CheckpointError,
-    RegionError,
-    ScaleValueError,
-    StorageError,
-    TruncatedFileError,
-)
+from fp8ckpt.errors import Fp8CheckpointError, RegionError, ScaleValueError, StorageError, TruncatedFileError
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, Factor, count_bad_scales, scale_values
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
@@ -49,7 +43,7 @@ def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple
         ):
             return offsets, sizes
     found = f"offsets {offsets} and sizes {sizes} reach outside the tensor"
-    raise RegionError(found, tensor=tensor.name, file=tensor.span.file, expected=f"a region of {shape}")
+    raise RegionError(found, tensor=tensor, expected=f"a region of {shape}")
 
 
 def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:

@@ -73,22 +73,18 @@ class QuantizedTensor(NamedTuple):
 
     @property
     def span(self) -> TensorSpan:
-        """Where its codes lie."""
         return self.weight
 
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
-        """Codes, scales, scales of activations."""
         return (self.weight, *self.scales, *self.activation_scales)
 
     @property
     def scales(self) -> tuple[TensorSpan, ...]:
-        """Scales of one level, or of two."""
         return (self.scale,) if self.second is None else (self.scale, self.second.span)
 
     @property
     def per_byte(self) -> int:
-        """Codes that a byte holds."""
         return CODE_FORMATS[self.code_dtype].per_byte
 
     @property
@@ -101,7 +97,6 @@ class QuantizedTensor(NamedTuple):
 
     @property
     def scaled(self) -> QuantizedTensor:
-        """Itself."""
         return self
 
     def one_a_byte(self, stored: Bytes) -> Bytes:
@@ -111,11 +106,9 @@ class QuantizedTensor(NamedTuple):
         return stored if self.per_byte == 1 else unpack(stored)
 
     def dtypes(self) -> tuple[str, ...]:
-        """The targets of dequantizing."""
         return tuple(TARGET_BYTES)
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
-        """As `fp8ckpt.tensors.tensor.Tensor.reads`."""
         return self.packed.reads(bytes_of_region(self.of_codes(region), self.per_byte))
 
     def of_codes(self, region: Region) -> Region:
@@ -131,7 +124,6 @@ class QuantizedTensor(NamedTuple):
             dequantizer.region(codes, piece[0], out[at])
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        """As `fp8ckpt.tensors.tensor.Tensor.elements`."""
         bits = out.view(f"u{TARGET_BYTES[dtype]}")
         if self.across:
             for region in boxes(self.shape, start, bits.size):

@@ -53,31 +53,25 @@ class TensorSpan(NamedTuple):
 
     @property
     def span(self) -> TensorSpan:
-        """Itself."""
         return self
 
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
-        """Itself alone."""
         return (self,)
 
     @property
     def scaled(self) -> None:
-        """Its values are not scaled."""
         return
 
     @property
     def scales(self) -> tuple[TensorSpan, ...]:
-        """None."""
         return ()
 
     @property
     def whole(self) -> ByteRange:
-        """All of its bytes."""
         return ByteRange(self.file.name, self.start, self.stop)
 
     def dtypes(self) -> tuple[str, ...]:
-        """Its own."""
         return (self.dtype,)
 
     def read(self, out: Bytes, offset: int = 0) -> None:

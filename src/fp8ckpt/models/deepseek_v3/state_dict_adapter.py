@@ -13,10 +13,11 @@ import torch
 
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.unquantized import DEEPSEEK_V3
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, identity
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,6 @@ def _is_fp8_weight_key(model_key: str) -> bool:
     return model_key.endswith(".weight") and not model_key.endswith(DEEPSEEK_V3)
 
 
-def _identity(k: str) -> str:
-    return k
-
-
 class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
     """Maps a model's state dict to an FP8 checkpoint with block scales, and back; names are the same by default."""
 
@@ -41,8 +38,8 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
     def __init__(
         self,
         *,
-        native_to_hf: Callable[[str], str] = _identity,
-        hf_to_native: Callable[[str], str] = _identity,
+        native_to_hf: Callable[[str], str] = identity,
+        hf_to_native: Callable[[str], str] = identity,
         layout_name: str = "deepseek_v3",
     ) -> None:
         super().__init__(native_to_hf, hf_to_native, layout_name)
@@ -53,23 +50,16 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
 
         Raises `UnsupportedFormatError` where a scale is no grid of 128 x 128 blocks, named ``_scale_inv``.
         """
-        checkpoint = open_checkpoint(path)
         adapter = cls()
-        for tensor in checkpoint.quantized:
-            grid = tiled(tensor.shape, BLOCK_SIZE)
-            if grid is None or tensor.scale.shape != grid.shape or tensor.scale.name != tensor.name + "_scale_inv":
-                found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
-                remedy = "use load_model or FP8StorageReader, which take any"
-                expected = f"{grid.shape if grid else 'a matrix'}, _scale_inv"
-                raise UnsupportedFormatError(
-                    found, tensor=tensor.name, file=tensor.scale.file, expected=expected, remedy=remedy
-                )
-        adapter._take(checkpoint)
+        adapter._take(open_checkpoint(path))
         return adapter
 
-    def is_fp8_weight(self, fqn: str) -> bool:
-        """By the file, if there is one; otherwise by the release's rule for names."""
-        return _is_fp8_weight_key(fqn) if self._release is None else fqn in self._release.quantized
+    def _is_named_fp8(self, fqn: str) -> bool:
+        return _is_fp8_weight_key(fqn)
+
+    def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
+        grid = tiled(tensor.shape, BLOCK_SIZE)
+        return (False, "a matrix") if grid is None else (tensor.scale.shape == grid.shape, f"{grid.shape}")
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
         """A whole grid: F32, or of the file's dtype."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize
-from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
 from fp8ckpt.families.unquantized import MISTRAL3, MISTRAL3_TOWERS
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, identity
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,6 @@ def _dequantize_from_fp8(
     return dequantize("weight", weight_fp8, scale_inv, None, target_dtype)
 
 
-def _identity(k: str) -> str:
-    return k
-
-
 class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     """Maps a Mistral3 model's state dict to its FP8 checkpoint, and back.
 
@@ -60,8 +56,8 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     def __init__(
         self,
         *,
-        native_to_hf: Callable[[str], str] = _identity,
-        hf_to_native: Callable[[str], str] = _identity,
+        native_to_hf: Callable[[str], str] = identity,
+        hf_to_native: Callable[[str], str] = identity,
         layout_name: str = "vlm_full",
         not_fp8_prefixes: tuple[str, ...] = (),
     ) -> None:
@@ -98,17 +94,6 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
         layout = NESTED if any(name.startswith(_NESTED_TEXT) for name in checkpoint.tensors) else IDENTITY
         is_vlm = layout is NESTED or any(name.startswith(_VLM_TEXT) for name in checkpoint.tensors)
         adapter = cls._of_layout(layout, is_vlm=is_vlm)
-        for tensor in checkpoint.quantized:
-            if not tensor.grid.per_tensor or tensor.scale.name != tensor.name + "_scale_inv":
-                found = f"its scale {tensor.scale.name} has shape {tensor.scale.shape}"
-                remedy = "use load_model or FP8StorageReader, which take any"
-                raise UnsupportedFormatError(
-                    found,
-                    tensor=tensor.name,
-                    file=tensor.scale.file,
-                    expected="one scale a tensor, _scale_inv",
-                    remedy=remedy,
-                )
         adapter._take(checkpoint)
         return adapter
 
@@ -121,11 +106,11 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
             not_fp8_prefixes=MISTRAL3_TOWERS if is_vlm else (),
         )
 
-    def is_fp8_weight(self, fqn: str) -> bool:
-        """By the file, if there is one; otherwise by the release's rule for names."""
-        if self._release is not None:
-            return fqn in self._release.quantized
+    def _is_named_fp8(self, fqn: str) -> bool:
         return _is_fp8_weight_key(fqn, self.not_fp8_prefixes)
+
+    def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
+        return tensor.grid.per_tensor, "one scale a tensor"
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
         """One element: 0-d BF16, or as the file has it."""
