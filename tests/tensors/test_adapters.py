@@ -21,7 +21,8 @@ from fp8ckpt.errors import (
     UnsupportedFormatError,
     WeightValueError,
 )
-from fp8ckpt.tensors.adapters import open_adapter, read_floats, refuse_nonfinite
+from fp8ckpt.tensors.adapters import open_adapter, refuse_nonfinite
+from fp8ckpt.tensors.reading import read_floats
 from tests.adapters import factors as factors_of
 from tests.adapters import values, write_adapter
 from tests.oracle import Stored, write_safetensors

@@ -41,7 +41,7 @@ class LoadPlan:
         remedy = "materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds"
         self._native = tensors_of(model, remedy)
         self._refuse_copies()
-        stored = {name: tuple(tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
+        stored = self.checkpoint.shapes
         self.named = self._native
         if (assembled := assemble(model, self._native, stored)) is None:
             self.named = dict(model.state_dict_adapter.to_hf(dict(self._native)))  # type: ignore[union-attr, operator]  # a host's

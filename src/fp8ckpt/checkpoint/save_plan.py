@@ -64,7 +64,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     refuse_what_hides(model, remedy)
     native = tensors_of(model, "load it first: it has no values to save")
     adapter: Any = getattr(model, "state_dict_adapter", None)
-    stored = {name: tuple(tensor.shape) for name, tensor in base.tensors.items()} if base is not None else {}
+    stored = base.shapes if base is not None else {}
     assembled = assemble(model, native, stored) if base is not None or adapter is None else None
     if assembled is not None:
         tensors = {name: {name: tensor} for name, tensor in native.items()}

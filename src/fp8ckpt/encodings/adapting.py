@@ -58,7 +58,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
     Raises `ModelMismatchError` for a key without an answer in the base, or of other shapes; `UnsupportedFormatError`
     for what cannot be merged.
     """
-    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    shapes = base.shapes
     adapters = [_tied(adapter, base) for adapter in adapters]
     uses = [use for adapter in adapters for use in _uses(adapter, _with_parameters(adapter, shapes, base))]
     spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}

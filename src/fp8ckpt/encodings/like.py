@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, grid_of, joint_units, source_tensors
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.carried import carriable
@@ -75,9 +75,6 @@ def plan_like(
         for tensor in like.quantized
         if tensor.name not in carried
     }
-    scales = {tensor.scale.name for tensor in like.quantized if tensor.name not in carried}
-    stored = {span.name: span for header in like.files for span in header.spans}
-    plain = {name: tensors.get(name, stored[name]) for name in spans if name not in weights and name not in scales}
     powers_of_two = states_powers_of_two(like.config)
     seen = {"see": True} if see else {}
     arguments = {"job": "quantize", "fresh": fresh, "report": report, "powers_of_two": powers_of_two, **seen}
@@ -86,7 +83,7 @@ def plan_like(
         source=given,
         base=like,
         weights=weights,
-        plain=plain,
+        plain=beside_weights(like, tensors, spans, weights),
         units=tuple(joint_units(weights.values())),
         fresh=fresh,
         report=report,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fp8ckpt.encodings.adapting import adapted
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, grid_of, joint_units
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units
 from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.output.layout import TensorSpec
@@ -21,11 +21,11 @@ from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.targets import FP8, TARGETS
-from fp8ckpt.tensors.adapters import Adapter, read_floats, refuse_nonfinite
+from fp8ckpt.tensors.adapters import Adapter, refuse_nonfinite
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first
 from fp8ckpt.tensors.config import Json, states_powers_of_two
 from fp8ckpt.tensors.merged import MergedTensor
-from fp8ckpt.tensors.reading import scale_defects
+from fp8ckpt.tensors.reading import read_floats, scale_defects
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor
@@ -71,17 +71,13 @@ def plan_merging(
     changes = BaseLayout(base, served=None if served is None else served(base))
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights, units = _weights(base, changed, spans)
-    of_weights = {weight.scale.name for weight in weights.values()}
-    stored = {span.name: span for header in base.files for span in header.spans}
     powers_of_two = states_powers_of_two(base.config)
     return QuantizingPlan(
         output=OutputPlan(inputs, arguments, changes.layouts, changes.texts, changes.copies),
         source=base,
         base=base,
         weights=weights,
-        plain={
-            name: changed.get(name, stored[name]) for name in spans if name not in weights and name not in of_weights
-        },
+        plain=beside_weights(base, changed, spans, weights),
         units=units,
         fresh=fresh,
         report=True,

@@ -264,6 +264,17 @@ def _cut_weight(quantization: Quantization) -> Iterator[tuple[int, int]]:
         yield from _pieces(start, start + matrix // per_byte, bands)
 
 
+def beside_weights(
+    base: Checkpoint, given: Mapping[str, Tensor], spans: Iterable[str], weights: Mapping[str, Quantization]
+) -> dict[str, Tensor]:
+    """Where all is read that an output in a base's layout stores besides ``weights`` and their scales: tensors that are
+    ``given``, and the base's own bytes for the others.
+    """
+    made = {*weights, *(weight.scale.name for weight in weights.values())}
+    stored = {span.name: span for header in base.files for span in header.spans}
+    return {name: given.get(name, stored[name]) for name in spans if name not in made}
+
+
 def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Tensor]:
     """The source's tensors by the names (``names``: source to output) that they are written under; all are plain."""
     found: dict[str, Tensor] = {}

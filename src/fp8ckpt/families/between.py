@@ -42,7 +42,7 @@ def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
     named = [config for config in (wanted.config, given.config) if config.get("architectures")]
     if not named or named[0]["architectures"] != named[-1]["architectures"]:
         return None
-    parts = between(_shapes(wanted), _shapes(given), named[0])
+    parts = between(wanted.shapes, given.shapes, named[0])
     if parts is None:
         return None
     used = {piece.source for assembly in parts.values() for piece in assembly.pieces}
@@ -77,7 +77,7 @@ def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
     if (model := configured_model(given.config)) is None:
         found = f"its configuration names {given.config.get('architectures') or 'no model'}"
         raise UnsupportedFormatError(found, file=f"{given.path}/{CONFIG}", expected="a model that transformers knows")
-    own, stored = _shapes_of(model), _shapes(given)
+    own, stored = _shapes_of(model), given.shapes
     made = assemble(model, own, stored)
     for name, assembly in made.parts.items():
         if assembly.shape != own[name]:
@@ -125,7 +125,7 @@ def parts_of_model(given: Checkpoint) -> dict[str, Assembly]:
 
     with suppress(ConfigError):
         if (model := configured_model(given.config)) is not None:
-            return assemble(model, _shapes_of(model), _shapes(given)).parts
+            return assemble(model, _shapes_of(model), given.shapes).parts
     return {}
 
 
@@ -136,7 +136,3 @@ def has_transformers() -> bool:
 
 def _shapes_of(model: Any) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _shapes(checkpoint: Checkpoint) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from fp8ckpt.tensors.formats import module_of
+
 Shape = tuple[int, ...]
 
 _WEIGHT = ".weight"
@@ -47,11 +49,6 @@ _DECAY_RATES = ".A_log"
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _EXPERT_COUNTS = re.compile(r"(moe_)?(n|num)_(local_|routed_|moe_)?experts")
 _NO_STACK = ("bias", "scale", "scales", "blocks", "scale_inv")
-
-
-def module_of(name: str) -> str:
-    """The module that holds a weight; a stack of experts that is no ``.weight`` counts as one."""
-    return name.removesuffix(_WEIGHT)
 
 
 class Roles:

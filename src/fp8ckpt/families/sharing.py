@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from fp8ckpt.families.kinds import main_stem, parts_of, starred
 from fp8ckpt.families.parallel import SPLIT_COLUMNS, SPLIT_ROWS
-from fp8ckpt.families.roles import Roles, in_tower, module_of
+from fp8ckpt.families.roles import Roles, in_tower
+from fp8ckpt.tensors.formats import module_of
 
 Shape = tuple[int, ...]
 Cut = Literal["rows", "columns"]

@@ -9,11 +9,11 @@ from itertools import takewhile
 
 from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged
-from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.blocks import block_sizes
+from fp8ckpt.tensors.formats import module_of
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 

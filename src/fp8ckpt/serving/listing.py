@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.roles import is_built_plain, module_of
+from fp8ckpt.families.roles import is_built_plain
 from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.serving.skip_list import (
     Missing,
@@ -20,6 +20,7 @@ from fp8ckpt.serving.skip_list import (
 from fp8ckpt.serving.subject import METHODS, UNKNOWN, Finding, Method, Subject, guessed_method, some, strings
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.formats import module_of
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
 _NOTHING = ""  # an entry that names no module

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.roles import module_of
 from fp8ckpt.families.siblings import sibling_units
-from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
 from fp8ckpt.output.like import with_needless_dimensions
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import block_sizes
+from fp8ckpt.tensors.formats import module_of
+from fp8ckpt.tensors.reading import read_floats
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
 
@@ -124,6 +124,4 @@ def _unequal(single: dict[str, TensorSpan], what: str) -> Iterator[Finding]:
 def _read(spans: Iterable[TensorSpan]) -> Iterator[tuple[TensorSpan, npt.NDArray[Any]]]:
     """The values of scales, in the order in which they lie on disk."""
     for span in sorted(spans, key=lambda span: (span.file.name, span.start)):
-        stored = np.empty(span.nbytes, np.uint8)
-        span.read(stored)
-        yield span, scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
+        yield span, read_floats(span).reshape(-1)

@@ -11,11 +11,12 @@ Linear by its full name, and each part of the model that holds nothing FP8 by it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fp8ckpt.families.roles import Roles, is_built_plain, module_of
-from fp8ckpt.tensors.config import skips
+from fp8ckpt.families.roles import Roles, is_built_plain
+from fp8ckpt.tensors.config import ancestors, skips
+from fp8ckpt.tensors.formats import module_of
 from fp8ckpt.tensors.tensor import Tensor
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -44,21 +45,15 @@ def unquantized_parts(linears: Iterable[str], quantized: Iterable[str]) -> list[
     A prefix that ends inside a stack of layers (a router, the attention of one layer) is no part of the model, and not
     among them.
     """
-    holders = {ancestor for module in quantized for ancestor in (module, *_ancestors(module))}
+    holders = {ancestor for module in quantized for ancestor in (module, *ancestors(module))}
     parts: dict[str, None] = {}
     for module in linears:
-        part = next((ancestor for ancestor in (*_ancestors(module), module) if ancestor not in holders), None)
+        part = next(
+            (ancestor for ancestor in (*reversed([*ancestors(module)]), module) if ancestor not in holders), None
+        )
         if part is not None and not any(component.isdigit() for component in part.split(".")):
             parts[part] = None
     return list(parts)
-
-
-def _ancestors(module: str) -> Iterator[str]:
-    """The modules that hold a module, the outermost first."""
-    end = module.find(".")
-    while end >= 0:
-        yield module[:end]
-        end = module.find(".", end + 1)
 
 
 class SkipList(NamedTuple):
@@ -83,7 +78,7 @@ class SkipList(NamedTuple):
         return (
             module in self.names
             or module in self.exact
-            or any(ancestor in self.names for ancestor in _ancestors(module))
+            or any(ancestor in self.names for ancestor in ancestors(module))
             or any(skips(pattern, module) for pattern in self.patterns)
         )
 

@@ -96,6 +96,11 @@ class Checkpoint:
         return self.store.path or self.store.where
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors, by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
     def quantized(self) -> list[QuantizedTensor]:
         """The FP8 tensors."""
         return [scaled for tensor in self.tensors.values() if (scaled := tensor.scaled) is not None]

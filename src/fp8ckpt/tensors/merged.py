@@ -25,9 +25,9 @@ from fp8ckpt.errors import RangeError, WeightValueError
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.numerics.geometry import BlockGrid, Region, boxes, windows, within
 from fp8ckpt.stores.store import ByteRange, Bytes
-from fp8ckpt.tensors.adapters import read_floats
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.joined import JoinedTensor
+from fp8ckpt.tensors.reading import read_floats
 from fp8ckpt.tensors.scaled import turned
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Merge, Reader, Tensor

@@ -72,7 +72,7 @@ def load_factor(tensor: QuantizedTensor) -> Factor | None:
     """The second level of a tensor's scales, None where there is one level. Raises `ScaleValueError`."""
     if tensor.second is None:
         return None
-    value = scale_values(_stored(tensor.second.span), tensor.second.span.dtype)
+    value = read_floats(tensor.second.span).reshape(-1)
     if count_bad_scales(value):
         raise _bad_scale(tensor.second.span, value)
     return Factor(value[0], tensor.second.divides)
@@ -83,6 +83,11 @@ def _stored(span: TensorSpan) -> npt.NDArray[Any]:
     stored = np.empty(span.nbytes, np.uint8)
     span.read(stored)
     return stored.view(SCALE_DTYPES[span.dtype])
+
+
+def read_floats(span: TensorSpan) -> F32:
+    """All values of a tensor of scales, or of an adapter, as float32, exactly, in its shape."""
+    return scale_values(_stored(span), span.dtype).reshape(span.shape)
 
 
 def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
@@ -140,7 +145,7 @@ def _batches(spans: Iterable[TensorSpan]) -> Iterator[list[tuple[TensorSpan, Byt
 
 def _bad_scales(spans: Iterable[TensorSpan]) -> Iterator[Fp8CheckpointError]:
     for span in spans:
-        values = scale_values(_stored(span), span.dtype)
+        values = read_floats(span).reshape(-1)
         if count_bad_scales(values):
             yield _bad_scale(span, values)
 

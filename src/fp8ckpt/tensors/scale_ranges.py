@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
+from fp8ckpt.tensors.reading import read_floats
 from fp8ckpt.tensors.stored import TensorSpan
 
 FAR = 8.0  # three binades of the sixteen that e4m3 has
@@ -33,9 +33,7 @@ def scale_range(span: TensorSpan) -> ScaleRange:
     """The range of the scales that are stored in one tensor."""
     if not span.numel:
         return ScaleRange(0, 0.0, 0.0, 0.0)
-    stored = np.empty(span.nbytes, np.uint8)
-    span.read(stored)
-    values = scale_values(stored.view(SCALE_DTYPES[span.dtype]), span.dtype)
+    values = read_floats(span)
     return ScaleRange(values.size, float(values.min()), float(np.median(values)), float(values.max()))
 
 
