@@ -1,12 +1,12 @@
 """Convert a directory of FP8 safetensors to the BF16 (or FP16, FP32) directory that a trainer can use; and back to FP8.
 
-Plan first, as pure data: the output's files, headers and offsets follow from the source's headers, or the base's. Then
-dumb I/O: worker threads take pieces of the output, fill each from the source (codes through a table look-up, values
-through a quantizer, everything else byte for byte) and write it at its offset. Buffers are reused, so memory is a few
-MiB a worker whatever the checkpoint's size.
+A plan is made first, as pure data: the output's files, headers and offsets follow from the headers of the source or
+the base. Then worker threads take pieces of the output, fill each from the source (codes through a table look-up,
+values through a quantizer, everything else byte for byte) and write it at its offset. Buffers are reused, so memory is
+a few MiB a worker whatever the checkpoint's size.
 
-The output appears at its name when it is whole and on disk. A run that was cut off is resumed by the same command and
-ends with the same bytes. Under torchrun the ranks share the work: call `convert` on all of them.
+The output appears at its name when it is whole and on disk. The same command resumes a run that was cut off, and the
+bytes are the same. Under torchrun the ranks share the work: call `convert` on all of them.
 """
 
 from __future__ import annotations
@@ -55,39 +55,41 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Convert ``source`` to ``destination``: a directory to be made, or ``s3://bucket/prefix``, where parts go as they
-    are made, and nothing is seen until all are there; the working directory holds the state.
+    """Convert ``source`` to ``destination``, a new directory or ``s3://bucket/prefix``. Nothing is seen at the
+    destination until all of it is there. The parts of an output in a store are sent as they are made, and the state of
+    the run is kept in the working directory.
 
-    ``to`` "bf16" (the default), "fp16" or "fp32", or torch's dtype: every quantized weight is dequantized to it. The
-    same files hold the same tensors, less the scales; unquantized tensors keep their bytes. The configuration loses its
-    ``quantization_config``, the index is made anew, and every other file is copied, but for Mistral's own copy of the
-    weights (``consolidated*.safetensors``) and ``hf_quant_config.json``. ``layout`` "model" writes tensors under the
-    names and in the stackings of their model in transformers instead, in files of at most 5 GB: what transformers reads
-    where it has no rule for the file's own.
+    To BF16, FP16 or FP32: ``to`` is "bf16" (the default), "fp16" or "fp32", or torch's dtype. Every quantized weight is
+    dequantized to it. The output has the same files with the same tensors, without the scales; tensors that were not
+    quantized keep their bytes. The configuration loses its ``quantization_config``, the index is written anew, and all
+    other files are copied, except Mistral's own copy of the weights (``consolidated*.safetensors``) and
+    ``hf_quant_config.json``. ``layout`` "model" writes the tensors under the names and in the stackings of their model
+    in transformers, in files of at most 5 GB, for models whose own files transformers has no rule to read.
 
-    ``like``, the quantized checkpoint that the source came from: its layout is written, with the source's values, in
-    FP8 or four bits, as each weight is there; ``to`` is "fp8" then, and need not be said. It decides names, files,
-    grids, scale dtypes, activation scales, configuration and side files. ``scales``
-    "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.scaling` has the rule) and makes a
-    new one elsewhere; "fresh" makes all new. What was not trained is written byte for byte as it was. What the source
-    lacks is carried from the base, byte for byte, where that is known to be right: layers that predict further tokens
-    (MTP), and the tensors in whose names ``carry`` (a regular expression) is found; a tied head is the source's
-    embeddings. Notes and report say so. ``serving``: put right what serving engines trip over in the base's own layout;
-    byte-identity gives way to it. Or with ``scheme`` "per-tensor", "block" or "channel": Linear weights of the source
-    are quantized so, with dynamic activation scaling; of those, the ones in whose names ``only`` is found and ``skip``
-    is not (regular expressions, as `re.search` reads them). What is left as it is, and why, is in the notes.
-    ``report``: say what quantizing did; without it the base's codes are not read. ``report_html``: also write the page
-    of `fp8ckpt.report`, of ``source`` (or ``like``) and what became of it, counted in the same pass; implies
-    ``report``.
+    To FP8 or four bits, in the layout of a base: ``like`` is the quantized checkpoint that the source came from; ``to``
+    is then "fp8" and may be left out. The base decides names, files, grids, scale dtypes, activation scales,
+    configuration and side files, and the source gives the values. ``scales`` "reuse" keeps the scale of each block
+    whose values still fit it (`fp8ckpt.numerics.scaling` has the rule) and makes a new one for the others; "fresh"
+    makes all of them new. Weights that were not trained come back byte for byte. What the source lacks is copied from
+    the base where that is known to be right: the layers that predict further tokens (MTP), and the tensors in whose
+    names ``carry``, a regular expression, is found. A tied head is the source's embeddings. The notes and the report
+    list all of these. ``serving`` corrects what serving engines fail on in the base's own layout; the output is then
+    not byte-identical to the base.
 
-    ``follow_index``: what an index does not list is no part of a checkpoint, see `fp8ckpt.open_checkpoint`.
-    ``workers`` (default: the cores of this process) changes speed and never output. ``progress`` is called with (bytes
-    of this call's output written so far, in all, what is being done). Under torchrun, or where a process group is
-    initialized, the ranks share the work: all of them must call, or those that do wait for the others.
+    To FP8 by a scheme: ``scheme`` is "per-tensor", "block" or "channel". Linear weights of the source are quantized in
+    this way, with dynamic activation scaling. Of those, only the ones in whose names ``only`` is found and ``skip`` is
+    not; both are regular expressions, as `re.search` reads them. The notes say what is left as it is, and why.
+
+    ``report`` False makes no report of what quantizing did, and does not read the base's codes for it. ``report_html``
+    names a file for the page of `fp8ckpt.report` on ``source`` (or ``like``) and the output; it is counted in the same
+    pass, and implies ``report``. With ``follow_index``, what an index does not list is no part of a checkpoint, see
+    `fp8ckpt.open_checkpoint`. ``workers`` (default: the cores of this process) changes the speed and never the output.
+    ``progress`` is called with (bytes that this call has written so far, bytes in all, what is being done). Under
+    torchrun, or where a process group is initialized, the ranks share the work, and every rank must call.
 
     Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
-    exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, with what was
-    written kept for the next run; `SourceChangedError` where a file that is read changes meanwhile.
+    exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, and what was
+    written is kept for the next run; `SourceChangedError` where a file that is read changes meanwhile.
 
     >>> result = fp8ckpt.convert("sample-fp8", "sample-bf16", to="bf16")
     >>> result.dequantized, result.dropped_scales
