@@ -16,7 +16,8 @@ import torch
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize
 from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
 from fp8ckpt.families.unquantized import MISTRAL3, MISTRAL3_TOWERS
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, identity
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
+from fp8ckpt.models.fp8_state_dict_adapter import identity as _identity
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
@@ -56,8 +57,8 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     def __init__(
         self,
         *,
-        native_to_hf: Callable[[str], str] = identity,
-        hf_to_native: Callable[[str], str] = identity,
+        native_to_hf: Callable[[str], str] = _identity,
+        hf_to_native: Callable[[str], str] = _identity,
         layout_name: str = "vlm_full",
         not_fp8_prefixes: tuple[str, ...] = (),
     ) -> None:
