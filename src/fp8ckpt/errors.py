@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Protocol, Self
 
 _MOST_NAMES = 10  # in one message
@@ -137,27 +138,24 @@ class Fp8CheckpointError(Exception):
             message += f"; expected {self.expected}"
         return message if self.remedy is None else f"{message}; {self.remedy}"
 
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What it says besides ``found``, by the names of the arguments."""
+        return {"tensor": self.tensor, "file": self.file, "expected": self.expected, "remedy": self.remedy}
+
+    def but(self, **other: str | None) -> Self:
+        """The same error with some of its `facts` replaced."""
+        return type(self)(self.found, **{**self.facts, **other})
+
     def advising(self, more: str) -> Self:
         """The same error, with more that can be done about it."""
-        remedy = more if self.remedy is None else f"{self.remedy}; {more}"
-        return type(self)(self.found, tensor=self.tensor, file=self.file, expected=self.expected, remedy=remedy)
+        return self.but(remedy=more if self.remedy is None else f"{self.remedy}; {more}")
 
     def __str__(self) -> str:  # KeyError would print the repr, OSError its errno
         return self.message
 
     def __reduce__(self) -> tuple[object, ...]:  # survives the pickling that ranks and processes need
-        return _rebuild, (type(self), self.found, self.tensor, self.file, self.expected, self.remedy)
-
-
-def _rebuild(
-    kind: type[Fp8CheckpointError],
-    found: str,
-    tensor: str | None,
-    file: str | None,
-    expected: str | None,
-    remedy: str | None,
-) -> Fp8CheckpointError:
-    return kind(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
+        return partial(type(self), self.found, **self.facts), ()
 
 
 class Named(Protocol):
@@ -313,7 +311,7 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_json(cls, index: str, error: Fp8CheckpointError) -> IndexMismatchError:
-        return cls(error.found, tensor=error.tensor, file=index, expected=error.expected, remedy=error.remedy)
+        return cls(error.found, **{**error.facts, "file": index})
 
     @classmethod
     def of_kind(cls, index: str) -> IndexMismatchError:

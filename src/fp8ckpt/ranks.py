@@ -78,11 +78,15 @@ class GroupRanks(Ranks):
         return [result for _, result in met]
 
 
+def has_group() -> bool:
+    """Whether a process group is initialized. Does not import torch: who has one has imported it."""
+    dist: Any = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
 def ranks_of_group(group: ProcessGroup | None = None) -> Ranks:
     """The ranks of a process group, by default of the default one; a single one where none is initialized."""
-    import torch.distributed as dist
-
-    return GroupRanks(group) if dist.is_available() and dist.is_initialized() else Ranks()
+    return GroupRanks(group) if has_group() else Ranks()
 
 
 def _portable(error: Exception | None) -> Exception | None:
@@ -106,24 +110,18 @@ def threads_of_this_rank(asked: int | None = None) -> int:
     if asked:
         return min(asked, _MOST_THREADS)
     here = os.environ.get("LOCAL_WORLD_SIZE")
-    if here is None and "torch" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            here = str(dist.get_world_size())
+    if here is None and has_group():
+        here = str(GroupRanks().size)
     return max(1, cores() // int(here or 1))
 
 
 @contextmanager
 def ranks_of_this_job() -> Iterator[Ranks]:
     """The ranks of the initialized process group; else those of torchrun, joined for the time of the job; else one."""
-    if "torch" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            yield GroupRanks() if dist.get_world_size() > 1 else Ranks()
-            return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if has_group():
+        ranks = GroupRanks()
+        yield ranks if ranks.size > 1 else Ranks()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
@@ -131,5 +129,5 @@ def ranks_of_this_job() -> Iterator[Ranks]:
             yield GroupRanks()
         finally:
             dist.destroy_process_group()
-        return
-    yield Ranks()
+    else:
+        yield Ranks()

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from fp8ckpt.engine import Progress
 from fp8ckpt.errors import OutputExistsError, StorageError
 from fp8ckpt.families.kinds import Place, places
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
-from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.quantize import Tally
 from fp8ckpt.output.files import write_error, write_whole
 from fp8ckpt.output.forecast import room_for
@@ -224,45 +224,41 @@ class _Job:
 
     def _counter(self) -> Callable[[tuple[str, int]], None]:
         """One worker, with buffers of its own."""
-        buffers = [(np.empty(_CHUNK * 8, np.uint8), np.empty(_CHUNK, np.uint8)) for _ in self._sides]
+        readers = [(np.empty(_CHUNK * 8, np.uint8), Reader(_CHUNK, self._dequantizer)) for _ in self._sides]
 
         def count(chunk: tuple[str, int]) -> None:
             name, start = chunk
-            sides = self._sides_with(name)
+            sides, seen = self._sides_with(name), Seen()
             tensors = [side.tensors[name] for side in sides]
-            parts = [_Part(tensor, start, *buffers[i]) for i, tensor in enumerate(tensors)]
-            for part in parts:
-                self._read(part)
-            seen = Seen()
-            for side, part in zip(sides, parts, strict=True):
-                if side is self._coded and part.tensor.scaled is not None:
-                    seen.count(part.tensor.scaled, part.codes)
+            parts = [self._read(tensors, i, start, *readers[i]) for i in range(len(tensors))]
+            for side, tensor, part in zip(sides, tensors, parts, strict=True):
+                if side is self._coded and tensor.scaled is not None:
+                    seen.count(tensor.scaled, part.codes)
             if len(parts) == 2:
-                self._compare(seen, name, *parts)
+                _compare(seen, name, tensors, parts)
             with self._lock:
                 self._seen.add(seen)
 
         return count
 
-    def _read(self, part: _Part) -> None:
-        span = part.span
-        span.read(part.stored, part.offset)
+    def _read(self, tensors: Sequence[Tensor], which: int, start: int, room: Bytes, reader: Reader) -> _Part:
+        """A chunk of one of the tensors; of one that is alone its codes, and not its values."""
+        tensor, codes = tensors[which], list[Bytes]()
+        size = min(_CHUNK, tensor.numel - start)
+        reader.passing = lambda _, part: codes.append(part.reshape(-1).copy())
+        dtype = tensor.dtype if tensor.scaled is None else _compared(tensors)
+        values = room[: size * DTYPE_BITS[dtype] // 8]
+        if len(tensors) == 2:
+            tensor.elements(start, dtype, values, reader)
+        elif tensor.scaled is not None:
+            for _ in tensor.scaled.run(start, size, reader):
+                pass
         with self._lock:
-            self._bytes_read += part.stored.nbytes
+            self._bytes_read += reader.bytes_read
+            reader.bytes_read = 0
             if self._progress is not None:
-                self._progress(self._bytes_read, self._total, f"reading {span.file.name}")
-
-    def _compare(self, seen: Seen, name: str, a: _Part, b: _Part) -> None:
-        if _floating(a.tensor) is None:  # integers and the like: bytes that differ say it all
-            seen.change(name, Tally(moved=moved_bytes(a.stored, b.stored, a.tensor.dtype)))
-            return
-        dtype = _compared(a.tensor, b.tensor)
-        left, right = (part.values(dtype, self._dequantizer) for part in (a, b))
-        coded = a.tensor.scaled is not None and b.tensor.scaled is not None
-        moved = None
-        if coded and _code_dtype(a.tensor) == _code_dtype(b.tensor):
-            moved = int(np.count_nonzero(a.codes != b.codes))
-        seen.compare(name, left, right, moved)
+                self._progress(self._bytes_read, self._total, f"reading {tensor.span.file.name}")
+        return _Part(dtype, values, np.concatenate(codes) if codes else room[:0])
 
     def found(self) -> Report:
         """What was counted, and what headers and scales say."""
@@ -306,33 +302,25 @@ class _Job:
             )
 
 
-class _Part:
-    """A chunk of one tensor. ``stored``: its bytes, to be read from byte ``offset`` of ``span`` on."""
+class _Part(NamedTuple):
+    """A chunk of one tensor: its values as they are stored in ``dtype``, and its codes, one a byte."""
 
-    def __init__(self, tensor: Tensor, start: int, room: Bytes, codes: Bytes) -> None:
-        self.tensor = tensor
-        self.start = start
-        self.count = min(_CHUNK, tensor.numel - start)
-        self._room = room
-        self.span = tensor.span if tensor.scaled is None else tensor.scaled.packed
-        bits = DTYPE_BITS[_code_dtype(tensor)]
-        self.offset = start * bits // 8
-        self.stored = (room if tensor.scaled is None else codes)[: self.count * bits // 8]
+    dtype: str
+    values: Bytes
+    codes: Bytes
 
     @property
-    def codes(self) -> Bytes:
-        return self.stored if self.tensor.scaled is None else self.tensor.scaled.one_a_byte(self.stored)
+    def floats(self) -> F32:
+        return scale_values(self.values.view(SCALE_DTYPES[self.dtype]), self.dtype)
 
-    def values(self, dtype: str, dequantizer: Callable[[QuantizedTensor, str], Dequantizer]) -> F32:
-        """The values [n] as float32, rounded to ``dtype`` where they are FP8."""
-        if (scaled := self.tensor.scaled) is not None:
-            bits = self._room[: self.count * TARGET_BYTES[dtype]].view(bits_dtype(dtype))
-            if scaled.across:  # in the order of its elements, which is not that of its codes
-                scaled.elements(self.start, dtype, bits.view(np.uint8), Reader(_CHUNK, dequantizer))
-            else:
-                dequantizer(scaled, dtype).flat(self.stored, self.start, bits)
-            return scale_values(bits.view(SCALE_DTYPES[dtype]), dtype)
-        return scale_values(self.stored.view(SCALE_DTYPES[self.tensor.dtype]), self.tensor.dtype)
+
+def _compare(seen: Seen, name: str, tensors: Sequence[Tensor], parts: Sequence[_Part]) -> None:
+    a, b = parts
+    if _floating(tensors[0]) is None:  # integers and the like: bytes that differ say it all
+        seen.change(name, Tally(moved=moved_bytes(a.values, b.values, a.dtype)))
+        return
+    coded = all(tensor.scaled is not None for tensor in tensors) and len({*map(_code_dtype, tensors)}) == 1
+    seen.compare(name, a.floats, b.floats, int(np.count_nonzero(a.codes != b.codes)) if coded else None)
 
 
 def _code_dtype(tensor: Tensor) -> str:
@@ -356,9 +344,9 @@ def _comparable(a: Tensor, b: Tensor) -> bool:
     return True
 
 
-def _compared(a: Tensor, b: Tensor) -> str:
+def _compared(tensors: Sequence[Tensor]) -> str:
     """The dtype that FP8 values are rounded to: the other side's, or float32 where there is none or both are FP8."""
-    plain = [tensor.dtype for tensor in (a, b) if tensor.scaled is None]
+    plain = [tensor.dtype for tensor in tensors if tensor.scaled is None]
     return plain[0] if len(plain) == 1 else "F32"
 
 

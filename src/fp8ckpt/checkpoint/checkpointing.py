@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,7 +33,7 @@ from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.ranks import Ranks, ranks_of_group
+from fp8ckpt.ranks import Ranks, has_group, ranks_of_group
 from fp8ckpt.targets import FP8, TARGETS, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
@@ -175,7 +174,11 @@ class Checkpointer:
         try:
             with _named_errors():
                 dcp_save(
-                    plan.state, storage_writer=writer, planner=plan.planner, process_group=self._group, no_dist=_alone()
+                    plan.state,
+                    storage_writer=writer,
+                    planner=plan.planner,
+                    process_group=self._group,
+                    no_dist=not has_group(),
                 )
         finally:
             writer.release()
@@ -184,13 +187,11 @@ class Checkpointer:
 
     def _load(self, tensors: dict[str, torch.Tensor], parts: list[Part], reader: FP8StorageReader) -> None:
         with _named_errors():
-            dcp_load(
-                tensors,
-                storage_reader=reader,
-                planner=AssemblyLoadPlanner(parts),
-                process_group=self._group,
-                no_dist=_alone(),
-            )
+            dcp_load(tensors, storage_reader=reader, planner=AssemblyLoadPlanner(parts), **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        """With whom DCP is to work: the group, or nobody."""
+        return {"process_group": self._group, "no_dist": not has_group()}
 
     def _ranks(self) -> Ranks:
         return ranks_of_group(self._group)
@@ -234,10 +235,6 @@ def _named_errors() -> Iterator[None]:
             if isinstance(cause, Fp8CheckpointError):
                 raise cause from error
         raise
-
-
-def _alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized())
 
 
 def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:

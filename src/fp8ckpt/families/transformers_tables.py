@@ -158,7 +158,7 @@ def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
     try:
         made = rule.convert(target, model=model, config=model.config)
     except UnsupportedFormatError as error:
-        raise UnsupportedFormatError(error.found, tensor=target, expected=error.expected, remedy=error.remedy) from None
+        raise error.but(tensor=target) from None
     except (ValueError, RuntimeError) as error:  # shapes that do not go together: a file that lacks some of the experts
         raise _unmade(target, [name for names in rule.layer_targets.values() for name in names], error) from error
     return {name: (held[0] if isinstance(held, list) else held).assembly for name, held in made.items()}

@@ -76,6 +76,5 @@ def examine(checkpoint: Checkpoint, *, tensor_parallel: int | None = None) -> Se
                 else:
                     notes.append(found)
         except Fp8CheckpointError as error:  # a file that cannot be read: no engine will read it either
-            facts = {name: getattr(error, name) for name in ("tensor", "file", "expected", "remedy")}
-            unreadable[error.message] = ServingError(error.found, **facts)
+            unreadable[error.message] = ServingError(error.found, **error.facts)
     return Servability((*failures, *unreadable.values()), tuple(notes), able)

@@ -13,8 +13,7 @@ import torch
 
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.unquantized import DEEPSEEK_V3
-from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
-from fp8ckpt.models.fp8_state_dict_adapter import identity as _identity
+from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, identity
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -39,8 +38,8 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
     def __init__(
         self,
         *,
-        native_to_hf: Callable[[str], str] = _identity,
-        hf_to_native: Callable[[str], str] = _identity,
+        native_to_hf: Callable[[str], str] = identity,
+        hf_to_native: Callable[[str], str] = identity,
         layout_name: str = "deepseek_v3",
     ) -> None:
         super().__init__(native_to_hf, hf_to_native, layout_name)
