@@ -24,7 +24,7 @@ from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.targets import FP8, TARGETS, target_of
+from fp8ckpt.targets import FP8, TARGETS, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
@@ -167,16 +167,14 @@ def _checked(how: _How, workers: int | None) -> _How:
     how = replace(how, to=target_of(how.to))
     to, like, scheme, scales, carry, serving = how.to, how.like, how.scheme, how.scales, how.carry, how.serving
     selected = how.only is not None or how.skip is not None
-    if how.layout not in LAYOUTS:
-        raise ValueError(f"layout={how.layout!r}; expected one of {', '.join(LAYOUTS)}")
+    refuse_other("layout", how.layout, LAYOUTS)
     if to == FP8 and how.layout != FILE:
         raise ValueError(f"layout={how.layout!r} goes with bf16, fp16 and fp32: for fp8, like or scheme decides it")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}; expected at least 1")
-    if scales not in SCALES:
-        raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
-    if scheme is not None and scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r}; expected one of {', '.join(SCHEMES)}")
+    refuse_other("scales", scales, SCALES)
+    if scheme is not None:
+        refuse_other("scheme", scheme, SCHEMES)
     if to == FP8 and (like is None) == (scheme is None):
         raise ValueError("to='fp8' needs the base that the source came from (like), or a scheme; and not both")
     if to != FP8 and (like is not None or scheme is not None or scales != "reuse" or serving):

@@ -24,7 +24,7 @@ from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Store
-from fp8ckpt.targets import FP8, target_of
+from fp8ckpt.targets import FP8, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
@@ -154,8 +154,7 @@ def _checked(
     to = None if to is None else target_of(to, TO)
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}; expected at least 1")
-    if scales not in SCALES:
-        raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+    refuse_other("scales", scales, SCALES)
     if to == "bf16" and (scales != "reuse" or serving):
         raise ValueError("scales and serving go with to='fp8', and not with to='bf16'")
     if not adapters:

@@ -24,6 +24,7 @@ from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.stores.address import local_path
+from fp8ckpt.targets import refuse_other
 from fp8ckpt.tensors.config import CONFIG, dump_json
 from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
@@ -109,8 +110,7 @@ def _plan(sizes: Mistral3Sizes | DeepseekSizes, layout: str, files: int, sparse:
     """Everything that can be known or refused before the first byte is written."""
     if files < 1:
         raise ValueError(f"files={files}; expected at least 1")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
+    refuse_other("layout", layout, LAYOUTS)
     if isinstance(sizes, Mistral3Sizes) and sizes.heads % sizes.kv_heads:
         raise ValueError(f"heads={sizes.heads} is no multiple of kv_heads={sizes.kv_heads}")
     weights, block = list(sizes.weights(layout)), sizes.block

@@ -29,3 +29,9 @@ def target_of(given: object, among: Iterable[str] = (*TARGETS, FP8), argument: s
     if name not in (known := tuple(among)):
         raise ValueError(f"{argument}={given!r}; expected one of {', '.join(known)}")
     return name
+
+
+def refuse_other(argument: str, given: str, among: Iterable[str]) -> None:
+    """Raise `ValueError` for an argument that is none of these words."""
+    if given not in (known := tuple(among)):
+        raise ValueError(f"{argument}={given!r}; expected one of {', '.join(known)}")

@@ -34,7 +34,7 @@ from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.ranks import Ranks, has_group, ranks_of_group
-from fp8ckpt.targets import FP8, TARGETS, target_of
+from fp8ckpt.targets import FP8, TARGETS, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
 
@@ -173,13 +173,7 @@ class Checkpointer:
         ranks.together(plan.refuse_trained_apart)
         try:
             with _named_errors():
-                dcp_save(
-                    plan.state,
-                    storage_writer=writer,
-                    planner=plan.planner,
-                    process_group=self._group,
-                    no_dist=not has_group(),
-                )
+                dcp_save(plan.state, storage_writer=writer, planner=plan.planner, **self._how())
         finally:
             writer.release()
         done = ranks.gather(lambda: writer.result(to, time.monotonic() - begun))
@@ -205,8 +199,7 @@ save_model = Checkpointer().save_model
 def _refuse_arguments(
     to: str, like: CheckpointLike | None, scales: str, carry: str | None, max_file_bytes: int | None
 ) -> None:
-    if scales not in SCALES:
-        raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+    refuse_other("scales", scales, SCALES)
     if carry is not None and like is None:
         raise ValueError("carry goes with like, the checkpoint that is taken from")
     if like is not None and max_file_bytes is not None:

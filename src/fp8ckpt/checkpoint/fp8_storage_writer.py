@@ -33,6 +33,7 @@ from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes
 from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.output.staging import Files
 from fp8ckpt.stores.store import File
+from fp8ckpt.targets import refuse_other
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 _COPIED = 4 << 20  # bytes of the base at once
@@ -76,8 +77,7 @@ class FP8StorageWriter(DirectoryWriter):
         process_group: ProcessGroup | None = None,
         base: CheckpointLike | None = None,
     ) -> None:
-        if scales not in SCALES:
-            raise ValueError(f"scales={scales!r}; expected one of {', '.join(SCALES)}")
+        refuse_other("scales", scales, SCALES)
         super().__init__(path, process_group)
         given = given_like(like, base)
         if given is None:
