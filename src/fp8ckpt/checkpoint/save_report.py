@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from fp8ckpt.encodings.facts import WeightFacts
 from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.quantize import Tally
@@ -72,4 +73,4 @@ def _report_of(name: str, sums: Rows, maxima: Rows) -> WeightReport:
     kept, made, factors = map(int, scales)
     counts = int(elements), int(moved), int(clipped), int(outgrown)
     tally = Tally(*counts, magnitude, error, *maxima.tolist())
-    return WeightReport.of(name, tally, kept=kept, made=made, factors=factors, has_base=True)
+    return WeightReport.of(name, WeightFacts(tally, kept=kept, made=made, factors=factors), has_base=True)

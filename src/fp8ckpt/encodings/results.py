@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fp8ckpt.numerics.quantize import Tally
+    from fp8ckpt.encodings.facts import WeightFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +32,20 @@ class WeightReport:
     fresh_factors: int = 0
 
     @classmethod
-    def of(cls, name: str, tally: Tally, *, kept: int, made: int, has_base: bool, factors: int = 0) -> WeightReport:
-        """From what was counted; ``kept`` and ``made``: scales; new ``factors``."""
+    def of(cls, name: str, facts: WeightFacts, *, has_base: bool) -> WeightReport:
+        """From what was counted."""
+        tally = facts.tally
         return cls(
             name=name,
             elements=tally.elements,
             moved=tally.moved if has_base else None,
             clipped=tally.clipped,
             outgrown=tally.outgrown if has_base else 0,
-            scales=kept + made,
-            fresh=made,
+            scales=facts.kept + facts.made,
+            fresh=facts.made,
             mean_error=tally.error / tally.magnitude if tally.magnitude else 0.0,
             largest_error=tally.largest_error / tally.largest if tally.largest else 0.0,
-            fresh_factors=factors,
+            fresh_factors=facts.factors,
         )
 
 

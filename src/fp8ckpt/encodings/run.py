@@ -234,11 +234,5 @@ def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> Quantiz
         part = facts.get(name, WeightFacts())
         total.add(part)
         before = plan.weights[name].before
-        weights.append(_report_of(before.name if before else name, part, has_base=plan.base is not None))
-    return QuantizationReport(_report_of("", total, has_base=plan.base is not None), tuple(weights), plan.carried)
-
-
-def _report_of(name: str, facts: WeightFacts, *, has_base: bool) -> WeightReport:
-    return WeightReport.of(
-        name, facts.tally, kept=facts.kept, made=facts.made, factors=facts.factors, has_base=has_base
-    )
+        weights.append(WeightReport.of(before.name if before else name, part, has_base=plan.base is not None))
+    return QuantizationReport(WeightReport.of("", total, has_base=plan.base is not None), tuple(weights), plan.carried)
