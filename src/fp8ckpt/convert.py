@@ -120,7 +120,7 @@ def convert(
 
 
 def kept_of(destination: str | Path) -> Path | None:
-    """Where a run that was cut off left what it wrote, if it did."""
+    """The partial output that an interrupted run left, or None."""
     partial = PartialOutput(destination)
     return partial.partial if partial.directory.exists() else None
 

@@ -268,7 +268,7 @@ def _row(name: str, facts: WeightFacts) -> MergedWeight:
 
 
 def _notes(report: MergeReport, to: str, plan: QuantizingPlan) -> list[str]:
-    """Where little arrived, and what can be done."""
+    """Notes for the user where little of the adapters arrived, with what can be done about it."""
     little = [row for row in report.weights if row.arrived is not None and row.arrived < _LITTLE]
     notes = []
     if to == FP8 and little:

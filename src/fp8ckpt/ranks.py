@@ -36,7 +36,7 @@ class Ranks:
         return step()
 
     def gather(self, step: Callable[[], T]) -> list[T]:
-        """The same, and returns the results of all ranks; they are pickled."""
+        """Take a step on every rank as `together` does, and return the results of all ranks, which are pickled."""
         return [step()]
 
     def first(self, step: Callable[[], T]) -> T:

@@ -171,7 +171,7 @@ def refuse_page(output: str | Path) -> Path:
 
 
 def _publish(page: Path, text: str) -> None:
-    """Nothing is seen at the page's name until it is whole, and nothing that is there is replaced."""
+    """Write the page under another name, and rename it once it is whole; a file that is there is never replaced."""
     refuse_page(page)
     partial = partial_of(page)
     room_for({partial: len(text.encode())}).refuse_too_little()
@@ -324,7 +324,7 @@ def _compare(seen: Seen, name: str, tensors: Sequence[Tensor], parts: Sequence[_
 
 
 def _code_dtype(tensor: Tensor) -> str:
-    """Of its codes, or of its values where it has none."""
+    """The dtype of a tensor's codes, or of its values where it has no codes."""
     return tensor.dtype if tensor.scaled is None else tensor.scaled.code_dtype
 
 

@@ -81,7 +81,7 @@ def flush(fd: int) -> None:
 
 
 def flush_data(fd: int) -> None:
-    """As `flush`, for a file whose size is there already."""
+    """The same as `flush`, for a file whose size does not change."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(fd)
     else:

@@ -298,7 +298,7 @@ def carried_from(base: Checkpoint, tensors: Mapping[str, TensorSpec], carry: Col
 
 
 def region_of(item: WriteItem) -> Region:
-    """Where an item lies in the full tensor."""
+    """The region of the full tensor that an item is."""
     assert item.tensor_data is not None  # no BYTE_IO is left
     return tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)
 

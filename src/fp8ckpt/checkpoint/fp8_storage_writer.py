@@ -139,7 +139,7 @@ class FP8StorageWriter(DirectoryWriter):
         return done.bytes_written
 
     def reported(self, done: ConvertResult) -> Fp8Result:
-        """As its base says, with the report, which this rank has."""
+        """The result with what only a save to FP8 has: the report above all, which is the same on every rank."""
         return Fp8Result(
             **vars(done),
             quantized=sum(tensor.name not in self._carried for tensor in self._base_of_output().quantized),

@@ -220,6 +220,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Where its values lie; 0 for none."""
+    """The address of its values; 0 where it has none."""
     local = _local(tensor)
     return local.untyped_storage().data_ptr() if local.numel() else 0

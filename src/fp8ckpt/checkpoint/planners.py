@@ -167,7 +167,7 @@ class AssemblyLoadPlanner(LoadPlanner):
         return self._parts[read_item.dest_index.index].values
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """It is in the shard already."""
+        """Nothing to do: the values were read into the shard."""
 
 
 def _read_item(index: int, part: Part) -> ReadItem:

@@ -169,7 +169,7 @@ class _Blocks:
 
 
 def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
-    """As float32, with NaN made infinite: a maximum over ranks is defined for the one, and not for the other."""
+    """The magnitudes as float32, with NaN made infinite: a maximum over ranks is defined for infinity, not for NaN."""
     return magnitudes.to(torch.float32).nan_to_num(nan=np.inf, posinf=np.inf)
 
 

@@ -42,11 +42,11 @@ class Shard(NamedTuple):
 
     @property
     def region(self) -> Region:
-        """Where it lies among the weight's codes."""
+        """The region of the weight's codes that it is."""
         return self.weight.of_codes(region_of(self.item))
 
     def in_order(self, values: torch.Tensor) -> torch.Tensor:
-        """Its values, with dimensions as its codes have them."""
+        """The values with their dimensions in the order of the codes."""
         return values.mT if self.weight.across else values
 
     def inner(self, step: int) -> Region:
@@ -92,7 +92,7 @@ class Cut(NamedTuple):
     whole: bool
 
     def steps(self, most: int) -> Iterator[Region]:
-        """Its regions of at most so many elements, of whole blocks where it consists of those."""
+        """The piece in regions of at most ``most`` elements; of whole blocks, if the piece consists of whole blocks."""
         if self.whole:
             return _pieces_of_blocks(self.shard.weight.grid, self.region, most)
         return pieces(self.region, most)
@@ -118,7 +118,7 @@ def cut_all(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
 
 
 def elements_of_block(grid: BlockGrid) -> int:
-    """Of a block that no edge cuts."""
+    """The number of elements of a block that no edge cuts."""
     return prod(min(dim, block) for dim, block in zip(*grid, strict=True))
 
 

@@ -56,12 +56,12 @@ class Rule:
 
     @classmethod
     def like(cls, base: QuantizedTensor, *, fresh: bool, powers_of_two: bool, file: File, remedy: str) -> Rule:
-        """That of a weight which is written as one of a base. Reads the second level of its scales, if it has one."""
+        """The rule of a weight that is written like one of a base. Reads the second level of its scales, if any."""
         factor, coding = load_factor(base), CODINGS[base.code_dtype]
         return cls(base.name, base.scale.dtype, coding, factor, factor, fresh, powers_of_two, file, remedy)
 
     def under(self, factor: Factor | None) -> Rule:
-        """The same with another second level, under which no scale is kept."""
+        """The same rule with another second level of scales, under which no scale is kept."""
         return self if factor is self.factor else replace(self, factor=factor, fresh=True)
 
     def decide(self, maxima: F32, stored: Scales | None, exact: Mask | None) -> Decided:
@@ -104,7 +104,7 @@ class Step(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is said of blocks."""
+        """The shape of arrays with a value for each block."""
         return quantize.block_shape(self.grid)
 
     def maxima(self) -> F32:

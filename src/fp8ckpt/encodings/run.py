@@ -53,7 +53,7 @@ class Written:
 
     @property
     def nan_codes(self) -> dict[str, int]:
-        """By tensor, those that were carried over."""
+        """How many NaN codes were carried over, by tensor."""
         return {name: facts.nan_codes for name, facts in sorted(self.facts.items()) if facts.nan_codes}
 
 

@@ -35,7 +35,7 @@ class Seen:
         self.count_codes(tensor.name, tensor.code_dtype, codes)
 
     def count_codes(self, name: str, dtype: str, codes: U8) -> None:
-        """The same of a weight that has only its name yet."""
+        """Take in codes of a weight that is known by its name and the dtype of its codes."""
         spread = np.zeros((4, 256), np.int64)
         kernels.count_codes(codes.reshape(-1), spread)
         classes = _code_classes(dtype)
@@ -62,7 +62,7 @@ class Seen:
             self.change(name, tally)
 
     def recorded(self) -> dict[str, Any]:
-        """As JSON has it; nothing where nothing was counted."""
+        """What was counted, as JSON; empty where nothing was."""
         parts = {
             "codes": {dtype: counts.tolist() for dtype, counts in self.codes.items()},
             "use": self.use,

@@ -16,7 +16,7 @@ _MTP = re.compile(_PREFIX + r"mtp[._]")
 
 
 def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
-    """Those of ``names`` that are of MTP layers, by their own name or by the numbers of layers in ``config``."""
+    """The names that belong to MTP layers, by the name itself or by the number of layers in ``config``."""
     text = {**config, **(config.get("text_config") or {})}
     layers = text.get("num_hidden_layers")
     more = max((count for key in _COUNTS if isinstance(count := text.get(key), int)), default=0)

@@ -54,7 +54,7 @@ class Mistral3Sizes:
         return cls(88, 12288, 28672, 96, 8, 128, 131072, 48, 1664, 8192, 16, 1540)
 
     def weights(self, layout: str) -> Iterator[Weight]:
-        """Its tensors, in the order of the file, by the names of a layout."""
+        """The tensors in the order of the file, under the names of a layout."""
         named = LAYOUTS[layout].native_to_hf
         for weight in self._weights():
             yield weight._replace(name=named(weight.name))
@@ -159,7 +159,7 @@ class DeepseekSizes:
         return cls(61, 3, 7168, 18432, 2048, 256, 128, 1536, 512, 128, 64, 128, 129280)
 
     def weights(self, layout: str) -> Iterator[Weight]:
-        """Its tensors, in the order of the file; they have one layout."""
+        """The tensors in the order of the file; there is one layout."""
         hidden = self.hidden
         yield Weight("model.embed_tokens.weight", (self.vocabulary, hidden))
         for i in range(self.layers):

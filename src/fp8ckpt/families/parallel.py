@@ -35,7 +35,7 @@ Block = tuple[int, int]  # rows, columns
 
 
 class Heads(NamedTuple):
-    """Of a model's attention."""
+    """The numbers of heads of a model's attention."""
 
     queries: int
     keys: int

@@ -38,7 +38,7 @@ def pieces(region: Region, most: int) -> Iterator[Region]:
 
 
 def within(piece: Region, region: Region) -> tuple[slice, ...]:
-    """Where a piece lies in an array of the region's sizes."""
+    """The slices of a piece in an array of the region's sizes."""
     return tuple(
         slice(at - start, at - start + size) for at, start, size in zip(piece[0], region[0], piece[1], strict=True)
     )

@@ -160,7 +160,7 @@ class OutputPlan:
         }
 
     def _digest(self) -> str:
-        """Of every byte that is known before the first is written."""
+        """A digest of all bytes that are known before the first is written."""
         digest = hashlib.sha256()
         for layout in self.layouts:
             digest.update(layout.head)

@@ -48,7 +48,7 @@ def complete(subject: Subject) -> Iterator[Finding]:
 
 
 def true(subject: Subject) -> Iterator[Finding]:
-    """Nothing that is FP8 is listed, by any engine's reading of an entry."""
+    """No FP8 weight is listed, however an engine reads the entries."""
     stated = subject.stated
     if stated is None or not stated.row.lists:
         return

@@ -111,7 +111,7 @@ class Assembly(NamedTuple):
 
     @classmethod
     def stack(cls, parts: Sequence[Assembly], axis: int = 0) -> Assembly:
-        """Tensors of one shape along a new axis."""
+        """Stack tensors of one shape along a new axis."""
         _same_shape("stacked", [part.shape for part in parts])
         axis %= len(parts[0].shape) + 1
 
@@ -127,7 +127,7 @@ class Assembly(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Assembly], axis: int = 0) -> Assembly:
-        """Tensors one after the other along an axis."""
+        """Concatenate tensors along an axis."""
         axis %= len(parts[0].shape)
         _same_shape("concatenated", [(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts])
         pieces, at = [], 0
@@ -141,7 +141,7 @@ class Assembly(NamedTuple):
         return Assembly(self.shape, tuple(p._replace(source=names[p.source]) for p in self.pieces))
 
     def permute(self, order: Sequence[int]) -> Assembly:
-        """Its axes in another order."""
+        """Put its axes in another order."""
         order = [axis % len(self.shape) for axis in order]
 
         def moved(values: Shape) -> Shape:
@@ -153,7 +153,7 @@ class Assembly(NamedTuple):
         return Assembly(moved(self.shape), tuple(pieces))
 
     def transpose(self, first: int, second: int) -> Assembly:
-        """Two of its axes swapped."""
+        """Swap two of its axes."""
         order = list(range(len(self.shape)))
         order[first], order[second] = order[second], order[first]
         return self.permute(order)
@@ -170,18 +170,18 @@ class Assembly(NamedTuple):
         return Assembly(region[1], tuple(pieces))
 
     def split(self, sizes: Sequence[int], axis: int = 0) -> tuple[Assembly, ...]:
-        """It in parts of these sizes along an axis."""
+        """Cut it into parts of these sizes along an axis."""
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self.narrow(axis, start, size) for start, size in zip(starts, sizes, strict=True))
 
     def chunk(self, count: int, axis: int = 0) -> tuple[Assembly, ...]:
-        """It in ``count`` parts along an axis, as ``torch.chunk`` cuts: the last one may be smaller."""
+        """Cut it into ``count`` parts along an axis as ``torch.chunk`` does: the last part may be smaller."""
         length = self.shape[axis]
         size = -(-length // count)
         return self.split([min(size, length - at) for at in range(0, length, size)], axis)
 
     def squeeze(self, axis: int) -> Assembly:
-        """Without an axis of length 1."""
+        """Remove an axis of length 1."""
         axis %= len(self.shape)
         if self.shape[axis] != 1:
             raise ValueError(f"axis {axis} of {self.shape} is not of length 1")

@@ -21,7 +21,7 @@ FAR = 8.0  # three binades of the sixteen that e4m3 has
 
 @dataclass(frozen=True)
 class ScaleRange:
-    """Of ``count`` scales; 0.0 where there is none."""
+    """The range of ``count`` scales; all values are 0.0 where there are no scales."""
 
     count: int
     least: float
@@ -51,7 +51,7 @@ def joined(ranges: Iterable[ScaleRange]) -> ScaleRange:
 
 
 def outliers(ranges: Mapping[str, ScaleRange]) -> dict[str, float]:
-    """Of the weights of one kind, those that stand out: by which factor, above 1 or below."""
+    """The weights of one kind that stand out, each with its factor, above 1 or below it."""
     known = {name: each for name, each in ranges.items() if each.count}
     if not known:
         return {}

@@ -32,7 +32,7 @@ class Tensor(Protocol):
 
     @property
     def name(self) -> str:
-        """As the logical checkpoint has it."""
+        """The tensor's name in the logical checkpoint."""
 
     @property
     def dtype(self) -> str:
@@ -40,7 +40,7 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> Shape:
-        """Of its values."""
+        """The shape of its values."""
 
     @property
     def numel(self) -> int:
@@ -48,7 +48,7 @@ class Tensor(Protocol):
 
     @property
     def span(self) -> TensorSpan:
-        """Where its values lie, or the codes of them."""
+        """The place of its values, or of their codes, on disk."""
 
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
@@ -72,7 +72,7 @@ class Tensor(Protocol):
         """Fill ``out``, which has the region's sizes and any strides, with the values' bit patterns in ``dtype``."""
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        """The same of a run of elements in row-major order, from ``start`` on, as many as the bytes ``out`` hold."""
+        """Fill the bytes ``out`` with a run of elements in row-major order, from element ``start`` on."""
 
 
 def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
