@@ -56,7 +56,7 @@ from fp8ckpt.output.matching import refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, contents_of, refuse_shared, refuse_unlike, said_of
 from fp8ckpt.output.staging import Files, Part, Schedule, Stages, Staging, schedule
-from fp8ckpt.ranks import GroupRanks, Ranks
+from fp8ckpt.ranks import GroupRanks, Ranks, has_group
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
@@ -229,7 +229,7 @@ class DirectoryWriter(StorageWriter):
         base = self._base_of_output()
         read = None if base is None else contents_of(base)
         said = {**said_of(self._output), "the writer": type(self).__name__, "what is read": read}
-        if self._meets and dist.is_available() and dist.is_initialized():
+        if self._meets and has_group():
             said["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)
         return said
 
