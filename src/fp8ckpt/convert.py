@@ -12,10 +12,11 @@ bytes are the same. Under torchrun the ranks share the work: call `convert` on a
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.plain import FILE, LAYOUTS, plan_plain
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
 from fp8ckpt.encodings.run import Written, run
@@ -24,7 +25,7 @@ from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.targets import FP8, TARGETS, refuse_other, target_of
+from fp8ckpt.targets import FP8, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def convert(
 
     to = str(to or (FP8 if like is not None or scheme is not None else "bf16"))
     report, see = report or report_html is not None, report_html is not None
-    how = _How(to, layout, like, scheme, scales, carry, report, see, serving, only, skip, follow_index)
+    how = Asked(source, to, layout, like, scheme, scales, carry, report, see, serving, only, skip, follow_index)
     with writing(destination) as output, ranks_of_this_job() as ranks:
         how = ranks.together(lambda: _checked(how, workers))
         if report_html is not None:
@@ -111,7 +112,7 @@ def convert(
             page = ranks.together(lambda: refuse_page(report_html))
         threads = threads_of_this_rank(workers)
         begun = time.monotonic()
-        done = run(lambda: _plan(source, output, how), output, threads, progress, ranks)
+        done = run(lambda: _plan(how, output), output, threads, progress, ranks)
         result = _result(done, output.destination, how.to, time.monotonic() - begun)
         if report_html is not None:
             before = done.plan.base or done.plan.source
@@ -153,16 +154,16 @@ def plan_convert(
     from fp8ckpt.ranks import ranks_of_this_job
 
     to = str(to or (FP8 if like is not None or scheme is not None else "bf16"))
-    how = _How(to, layout, like, scheme, scales, carry, report, False, serving, only, skip, follow_index)
+    how = Asked(source, to, layout, like, scheme, scales, carry, report, False, serving, only, skip, follow_index)
     with ranks_of_this_job() as ranks:
-        return ranks.first(lambda: _forecast(source, PartialOutput(destination), how))
+        return ranks.first(lambda: _forecast(_checked(how, None), PartialOutput(destination)))
 
 
-def _forecast(source: CheckpointLike, output: PartialOutput, how: _How) -> Forecast:
-    return _plan(source, output, _checked(how, None)).forecast(output)
+def _forecast(how: Asked, output: PartialOutput) -> Forecast:
+    return _plan(how, output).forecast(output)
 
 
-def _checked(how: _How, workers: int | None) -> _How:
+def _checked(how: Asked, workers: int | None) -> Asked:
     """With ``to`` by its own name. Raises `ValueError` for what does not go together."""
     how = replace(how, to=target_of(how.to))
     to, like, scheme, scales, carry, serving = how.to, how.like, how.scheme, how.scales, how.carry, how.serving
@@ -188,22 +189,6 @@ def _checked(how: _How, workers: int | None) -> _How:
             "scales and serving go with like: a scheme makes all scales new, and writes what serving engines need"
         )
     return how
-
-
-@dataclass(frozen=True)
-class _How:
-    to: str
-    layout: str
-    like: CheckpointLike | None
-    scheme: str | None
-    scales: str
-    carry: str | None
-    report: bool
-    see: bool
-    serving: bool
-    only: str | None
-    skip: str | None
-    follow_index: bool
 
 
 def _result(done: Written, destination: Path | str, to: str, seconds: float) -> PlainResult | Fp8Result:
@@ -237,34 +222,11 @@ def _result(done: Written, destination: Path | str, to: str, seconds: float) -> 
     )
 
 
-def _plan(source: CheckpointLike, output: PartialOutput, how: _How) -> QuantizingPlan:
+def _plan(how: Asked, output: PartialOutput) -> QuantizingPlan:
     from fp8ckpt.encodings.like import plan_like
     from fp8ckpt.encodings.schemes import plan_scheme
     from fp8ckpt.serving.listing import served_config
 
     if how.to != FP8:
-        return plan_plain(source, output, TARGETS[how.to], how.layout, how.follow_index, see=how.see)
-    if how.like is not None:
-        return plan_like(
-            source,
-            how.like,
-            output,
-            fresh=how.scales == "fresh",
-            report=how.report,
-            see=how.see,
-            carry=how.carry,
-            served=served_config if how.serving else None,
-            follow_index=how.follow_index,
-        )
-    assert how.scheme is not None  # one of the two was given
-    return plan_scheme(
-        source,
-        how.scheme,
-        output,
-        served=served_config,
-        report=how.report,
-        see=how.see,
-        only=how.only,
-        skip=how.skip,
-        follow_index=how.follow_index,
-    )
+        return plan_plain(how, output)
+    return (plan_scheme if how.like is None else plan_like)(how, output, served_config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.between import has_transformers, translated
@@ -20,7 +21,7 @@ from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import side_files
 from fp8ckpt.stores.store import same_bytes
 from fp8ckpt.tensors.assembly import Assembly
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, Json, states_powers_of_two
 from fp8ckpt.tensors.joined import JoinedTensor
 from fp8ckpt.tensors.reading import same_bits
@@ -28,30 +29,20 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Tensor
 
 
-def plan_like(
-    source: CheckpointLike,
-    base: CheckpointLike,
-    output: PartialOutput,
-    *,
-    fresh: bool,
-    report: bool,
-    see: bool = False,
-    carry: str | None = None,
-    served: Callable[[Checkpoint], Json] | None = None,
-    follow_index: bool = False,
-) -> QuantizingPlan:
+def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint], Json]) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written.
 
-    ``carry``: a pattern of names that are taken from the base where the source lacks them, besides MTP layers.
-    ``served``: makes the configuration with which engines serve a base, whose layout is put right, too.
+    ``served``: makes the configuration with which engines serve a base, whose layout is put right, too, where that was
+    asked for.
     """
+    assert asked.like is not None  # or nothing would be like it
     output.refuse_existing()
-    given, like = (open_checkpoint(path, follow_index=follow_index) for path in (source, base))
+    given, like = asked.opened(asked.source), asked.opened(asked.like)
     refuse_shared(output, given, "source")
     refuse_shared(output, like, "base")
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
     tensors, notes = _as_in(like, given)
-    allowed = carriable(tensors, like.tensors, like.config, name_pattern("carry", carry))
+    allowed = carriable(tensors, like.tensors, like.config, name_pattern("carry", asked.carry))
     remedy = f"give the base that {given.path} came from"
     if not (tensors.keys() <= like.tensors.keys() or has_transformers()):
         remedy += ", or install transformers, whose tables say how models stack experts: pip install 'fp8ckpt[hf]'"
@@ -61,7 +52,7 @@ def plan_like(
     refuse_other_dtypes(tensors, like)
     if fewer := in_fewer_bits(tensors, like):
         notes += (f"{len(fewer)} tensors have fewer bits in the source than in the base: {listed(fewer)}",)
-    changes = BaseLayout(like, served=None if served is None else served(like))
+    changes = BaseLayout(like, served=served(like) if asked.serving else None)
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
         tensor.weight.name: Quantization(
@@ -76,8 +67,8 @@ def plan_like(
         if tensor.name not in carried
     }
     powers_of_two = states_powers_of_two(like.config)
-    seen = {"see": True} if see else {}
-    arguments = {"job": "quantize", "fresh": fresh, "report": report, "powers_of_two": powers_of_two, **seen}
+    fresh, report = asked.scales == "fresh", asked.report
+    arguments = asked.arguments(job="quantize", fresh=fresh, report=report, powers_of_two=powers_of_two)
     return QuantizingPlan(
         output=OutputPlan((given, like), arguments, changes.layouts, changes.texts, changes.copies),
         source=given,
@@ -87,7 +78,7 @@ def plan_like(
         units=tuple(joint_units(weights.values())),
         fresh=fresh,
         report=report,
-        see=see,
+        see=asked.see,
         powers_of_two=powers_of_two,
         carried=tuple(sorted(carried)),
         notes=(*given.notes, *like.notes, *_cache_notes(like), *notes, *_side_file_notes(given, like)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import QuantizingPlan
 from fp8ckpt.errors import RangeError
 from fp8ckpt.families.between import as_in_model
@@ -11,7 +12,8 @@ from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain
-from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint, raise_first
+from fp8ckpt.targets import TARGETS
+from fp8ckpt.tensors.checkpoint import raise_first
 from fp8ckpt.tensors.reading import load_dequantizer, scale_defects
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Reader
@@ -21,12 +23,10 @@ FILE, MODEL = "file", "model"
 LAYOUTS = (FILE, MODEL)
 
 
-def plan_plain(
-    source: CheckpointLike, output: PartialOutput, dtype: str, layout: str, follow_index: bool, *, see: bool = False
-) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written. ``layout``: see `LAYOUTS`."""
+def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
+    """Everything that can be known or refused before the first byte is written."""
     output.refuse_existing()
-    checkpoint = open_checkpoint(source, follow_index=follow_index)
+    checkpoint, dtype = asked.opened(asked.source), TARGETS[asked.to]
     refuse_shared(output, checkpoint, "source")
     raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))
     if dtype == "F16":
@@ -34,16 +34,17 @@ def plan_plain(
             if tensor.numel:
                 _refuse_overflow(tensor)
     tensors, notes = checkpoint.tensors, notes_on_plain(checkpoint)
-    if layout == MODEL:
+    if asked.layout == MODEL:
         tensors = as_in_model(checkpoint)
         plain = PlainLayout.of_tensors(checkpoint, tensors, dtype)
     else:
         plain = PlainLayout.of(checkpoint, dtype)
         if leaves_experts_random(checkpoint.config, tensors):
             notes += ("transformers leaves experts random that are a tensor each of this model: say --layout model",)
-    arguments = {"job": "convert", "dtype": dtype, **({"see": True} if see else {})}
-    written = OutputPlan((checkpoint,), arguments, *plain)
-    return QuantizingPlan(written, checkpoint, None, {}, tensors, (), fresh=False, report=True, see=see, notes=notes)
+    written = OutputPlan((checkpoint,), asked.arguments(job="convert", dtype=dtype), *plain)
+    return QuantizingPlan(
+        written, checkpoint, None, {}, tensors, (), fresh=False, report=True, see=asked.see, notes=notes
+    )
 
 
 def _refuse_overflow(tensor: QuantizedTensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError, shown
 from fp8ckpt.families.loaders import engines_that_rename_scales
@@ -23,7 +24,7 @@ from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan, refuse_shared
 from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.stores.memory import PLANNED
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json, dump_json, without_quantization
 from fp8ckpt.tensors.directory import INDEX, is_native
 from fp8ckpt.tensors.scaled import QuantizedTensor
@@ -165,31 +166,22 @@ def _left_notes(left: Mapping[str, list[str]]) -> Iterator[str]:
         yield f"left as they are, {reason}: {shown(names[0])}{more}"
 
 
-def plan_scheme(
-    source: CheckpointLike,
-    scheme: str,
-    output: PartialOutput,
-    *,
-    served: Callable[[Checkpoint], Json],
-    report: bool,
-    see: bool = False,
-    only: str | None = None,
-    skip: str | None = None,
-    follow_index: bool = False,
-) -> QuantizingPlan:
+def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint], Json]) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written.
 
     ``served``: makes the configuration with which engines serve what is planned.
     """
+    assert asked.scheme is not None  # or there would be none
+    scheme, report = asked.scheme, asked.report
     output.refuse_existing()
-    given = open_checkpoint(source, follow_index=follow_index)
+    given = asked.opened(asked.source)
     refuse_shared(output, given, "source")
     tensors = source_tensors(given, {name: name for name in given.tensors})
     if all(is_native(header.file.name) for header in given.files):
         found = "Mistral's own layout, which states quantization in another way than a scheme does"
         raise UnsupportedFormatError(found, file=str(given.path), remedy="give the base that it came from: --like BASE")
     row = scheme_for(scheme, given.config)
-    grids, left = choose(tensors, given.config, scheme, only=only, skip=skip)
+    grids, left = choose(tensors, given.config, scheme, only=asked.only, skip=asked.skip)
     notes = [*_left_notes(left)]
     if not grids:
         found = "none of its tensors is quantized by this scheme"
@@ -230,15 +222,9 @@ def plan_scheme(
     texts[CONFIG] = dump_json(served(written))
     if given.index is not None or len(layouts) > 1:
         texts[given.index_name or INDEX] = index_text(layouts, given.index)
-    seen = {"see": True} if see else {}
+    arguments = asked.arguments(job="quantize", scheme=scheme, report=report, only=asked.only, skip=asked.skip)
     return QuantizingPlan(
-        output=OutputPlan(
-            (given,),
-            {"job": "quantize", "scheme": scheme, "report": report, "only": only, "skip": skip} | seen,
-            tuple(layouts),
-            texts,
-            copies,
-        ),
+        output=OutputPlan((given,), arguments, tuple(layouts), texts, copies),
         source=given,
         base=None,
         weights=weights,
@@ -255,6 +241,6 @@ def plan_scheme(
         ),
         fresh=True,
         report=report,
-        see=see,
+        see=asked.see,
         notes=tuple(notes),
     )
