@@ -91,47 +91,31 @@ class Mistral3Sizes:
 
     def config(self) -> dict[str, Any]:
         return {
-            "architectures": ["Mistral3ForConditionalGeneration"],
-            "dtype": "bfloat16",
-            "image_token_index": _IMAGE_TOKEN,
-            "model_type": "mistral3",
-            "multimodal_projector_bias": False,
+            "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16",
+            "image_token_index": _IMAGE_TOKEN, "model_type": "mistral3", "multimodal_projector_bias": False,
             "projector_hidden_act": "gelu",
             "quantization_config": {
-                "activation_scheme": "static",
-                "dequantize": False,
+                "activation_scheme": "static", "dequantize": False,
                 "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-                "quant_method": "fp8",
-                "weight_block_size": None,
+                "quant_method": "fp8", "weight_block_size": None,
             },
             "spatial_merge_size": 2,
             "text_config": {
-                "head_dim": self.head_dim,
-                "hidden_act": "silu",
-                "hidden_size": self.hidden,
-                "intermediate_size": self.intermediate,
-                "max_position_embeddings": 262144,
-                "model_type": "ministral3",
-                "num_attention_heads": self.heads,
-                "num_hidden_layers": self.layers,
-                "num_key_value_heads": self.kv_heads,
-                "rms_norm_eps": 1e-05,
-                "tie_word_embeddings": False,
+                "head_dim": self.head_dim, "hidden_act": "silu", "hidden_size": self.hidden,
+                "intermediate_size": self.intermediate, "max_position_embeddings": 262144,
+                "model_type": "ministral3", "num_attention_heads": self.heads, "num_hidden_layers": self.layers,
+                "num_key_value_heads": self.kv_heads, "rms_norm_eps": 1e-05, "tie_word_embeddings": False,
                 "vocab_size": self.vocabulary,
             },
             "tie_word_embeddings": False,
             "vision_config": {
-                "hidden_size": self.vision_hidden,
-                "image_size": self.image_size,
-                "intermediate_size": self.vision_intermediate,
-                "model_type": "pixtral",
-                "num_attention_heads": self.vision_heads,
-                "num_channels": 3,
-                "num_hidden_layers": self.vision_layers,
-                "patch_size": 14,
+                "hidden_size": self.vision_hidden, "image_size": self.image_size,
+                "intermediate_size": self.vision_intermediate, "model_type": "pixtral",
+                "num_attention_heads": self.vision_heads, "num_channels": 3,
+                "num_hidden_layers": self.vision_layers, "patch_size": 14,
             },
             "vision_feature_layer": -1,
-        }
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -192,35 +176,20 @@ class DeepseekSizes:
     def config(self) -> dict[str, Any]:
         groups = 8 if self.experts % 8 == 0 else 1
         return {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "dtype": "bfloat16",
-            "first_k_dense_replace": self.dense_layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "kv_lora_rank": self.kv_rank,
-            "model_type": "deepseek_v3",
-            "moe_intermediate_size": self.expert_intermediate,
-            "n_group": groups,
-            "n_routed_experts": self.experts,
-            "n_shared_experts": 1,
-            "num_attention_heads": self.heads,
-            "num_experts_per_tok": min(8, self.experts // 2),
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.heads,
-            "num_nextn_predict_layers": 0,
-            "q_lora_rank": self.q_rank,
-            "qk_nope_head_dim": self.nope_dim,
-            "qk_rope_head_dim": self.rope_dim,
+            "architectures": ["DeepseekV3ForCausalLM"], "dtype": "bfloat16",
+            "first_k_dense_replace": self.dense_layers, "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate, "kv_lora_rank": self.kv_rank, "model_type": "deepseek_v3",
+            "moe_intermediate_size": self.expert_intermediate, "n_group": groups, "n_routed_experts": self.experts,
+            "n_shared_experts": 1, "num_attention_heads": self.heads,
+            "num_experts_per_tok": min(8, self.experts // 2), "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.heads, "num_nextn_predict_layers": 0, "q_lora_rank": self.q_rank,
+            "qk_nope_head_dim": self.nope_dim, "qk_rope_head_dim": self.rope_dim,
             "quantization_config": {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": "fp8",
+                "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                 "weight_block_size": list(self.block),
             },
-            "topk_group": max(1, groups // 2),
-            "v_head_dim": self.v_dim,
-            "vocab_size": self.vocabulary,
-        }
+            "topk_group": max(1, groups // 2), "v_head_dim": self.v_dim, "vocab_size": self.vocabulary,
+        }  # fmt: skip
 
 
 def _gated(name: str, hidden: int, wide: int, *, fp8: bool) -> Iterator[Weight]:
