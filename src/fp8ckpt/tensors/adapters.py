@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from fp8ckpt.errors import (
     SAME_PLACE,
@@ -26,8 +27,8 @@ from fp8ckpt.errors import (
     WeightValueError,
     shown,
 )
-from fp8ckpt.numerics.codes import SCALE_DTYPES, TARGET_BYTES, scale_values
-from fp8ckpt.stores.store import File, Store
+from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
+from fp8ckpt.stores.store import Bytes, File, Store
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first, store_of
 from fp8ckpt.tensors.config import Json, load_json
 from fp8ckpt.tensors.header import Header, read_header
@@ -142,6 +143,11 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
     return Adapter(checkpoint, config, weight, tuple(pairs), tensors)
 
 
+def _floats(raw: Bytes, dtype: str) -> F32:
+    stored: npt.NDArray[Any] = raw.view(SCALE_DTYPES[dtype])
+    return scale_values(stored, dtype)
+
+
 def refuse_nonfinite(adapter: Adapter) -> None:
     """Read all of an adapter once. Raises `WeightValueError` for what is NaN or infinite in it."""
     for span in (span for header in adapter.checkpoint.files for span in header.spans):
@@ -149,7 +155,7 @@ def refuse_nonfinite(adapter: Adapter) -> None:
         for start in range(0, span.nbytes, _AT_ONCE):
             raw = np.empty(min(_AT_ONCE, span.nbytes - start), np.uint8)
             span.read(raw, start)
-            count += int(np.count_nonzero(~np.isfinite(scale_values(raw.view(SCALE_DTYPES[span.dtype]), span.dtype))))
+            count += int(np.count_nonzero(~np.isfinite(_floats(raw, span.dtype))))
         if count:
             found = f"{count} of {span.numel} elements are NaN or infinite"
             remedy = "give a checkpoint of the adapter from before its training diverged"
