@@ -488,3 +488,12 @@ def test_a_parent_that_is_a_link(tmp_path: Path) -> None:
     output.publish()
     output.release()
     assert os.listdir(tmp_path / "real") == ["out"]
+
+
+def test_a_path_that_leaves_a_folder_that_is_none(tmp_path: Path) -> None:
+    """No folder is made for being left again; where there is one, or a link to one, that is left."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("a/b")
+    for given, place in (("none/../out", "out"), ("a/../out", "out"), ("link/../out", "a/out")):
+        output = PartialOutput(tmp_path / given)
+        assert (output.destination, output.partial) == (tmp_path / place, tmp_path / f"{place}.partial")

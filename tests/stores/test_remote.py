@@ -344,7 +344,7 @@ def test_what_is_announced_and_what_is_read(seed: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(ahead, "AHEAD", 256)
     monkeypatch.setattr(ahead, "GAP", draw.choice([0, 8]))
     monkeypatch.setattr(ahead, "_BATCH", draw.choice([1, 100, 1000]))
-    monkeypatch.setattr(remote, "REQUEST", 64)
+    monkeypatch.setattr(remote, "_HEAD", 32)
     objects = _Counting({name: draw.randbytes(3000) for name in "ab"})
     store = remote.RemoteStore(objects)
     cuts = [sorted(draw.sample(range(3001), 60)) for _ in "ab"]
@@ -436,7 +436,7 @@ def test_faults_of_the_listing(far: Far) -> None:
 def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 faults in one conversion: the same bytes, and nothing of it is lost."""
     monkeypatch.setattr(ahead, "REQUEST", 8192)
-    monkeypatch.setattr(remote, "REQUEST", 8192)
+    monkeypatch.setattr(remote, "_HEAD", 8192)
     draw, count = random.Random(1), [0]
     streak: dict[tuple[str, str], int] = {}
 

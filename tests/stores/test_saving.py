@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -208,6 +210,29 @@ def test_a_save_that_is_killed(s3: Server, client: Any, trained: Path) -> None:
     assert os.listdir() == []
 
 
+def test_many_random_faults(
+    s3: Server, client: Any, trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """200 of them in one save, of every kind of request, done or not: the same bytes, and no secret in what is said."""
+    monkeypatch.setattr(extents, "PART", 8192)
+    draw, count, streak = random.Random(3), [0], Counter[tuple[str, str]]()
+    caplog.set_level(logging.DEBUG, "fp8ckpt")
+
+    def break_it(asked: Asked) -> str | None:
+        key = asked.method, asked.path
+        if count[0] == 200 or streak[key] >= 3 or draw.random() < 0.2:
+            return None
+        count[0] += 1
+        streak[key] += 1
+        return draw.choice(["503", "reset", "lost"])
+
+    s3.fault = break_it
+    save_model(Held(_state(trained / "trained", lambda tensor: tensor)), URL, like=trained / "fp8")
+    assert (_there(client), count) == (contents(trained / "trained"), [200])
+    assert "AKIAUSER" not in caplog.text
+    assert os.listdir() == []
+
+
 def test_other_values_after_a_cut_in_completing(
     s3: Server, client: Any, trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,7 +246,9 @@ def test_other_values_after_a_cut_in_completing(
     s3.forget()
     assert len([record for record in caplog.records if "bytes are on their way" in record.message]) > 4
     other = {name: tensor + 1 for name, tensor in state.items()}
-    with pytest.raises(ResumeMismatchError, match=r"a run before was cut off while .* other weights.*choose another"):
+    with pytest.raises(
+        ResumeMismatchError, match=r"a run before was cut off while .*: other weights, by their ETags.*choose another"
+    ):
         save_model(Held(other), URL, like=trained / "fp8")
     save_model(Held(state), URL, like=trained / "fp8")
     assert _parts(s3) == {}

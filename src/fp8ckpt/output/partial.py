@@ -64,8 +64,14 @@ _SEEN = "seen"  # the destination and the parts of its files, from before the fi
 def partial_of(destination: str | os.PathLike[str]) -> Path:
     """Where ``destination`` is written until it is whole; for the URL of a store, in the working directory."""
     address = address_of(destination)
-    place = Path(destination if address is None else PurePosixPath(address.rest).name)
+    place = _place(destination) if address is None else Path(PurePosixPath(address.rest).name)
     return place.parent / (place.name + ".partial")
+
+
+def _place(destination: str | os.PathLike[str]) -> Path:
+    """The path without "..", before which there may be nothing: no folder is made for being left again."""
+    place = Path(destination)
+    return Path(os.path.realpath(place.parent), place.name) if ".." in place.parent.parts else place
 
 
 class PartialOutput:
@@ -79,7 +85,7 @@ class PartialOutput:
         self._lock: int | None = None
         address = address_of(destination)
         self._far = None if address is None else destination_of(address)
-        self.destination = Path(destination).absolute() if self._far is None else self._far.where
+        self.destination = _place(destination).absolute() if self._far is None else self._far.where
         self.partial = partial_of(destination).absolute()
         self.directory = self.partial / _OUTPUT
         self._state = self.partial / _STATE
@@ -152,7 +158,7 @@ class PartialOutput:
             write_whole(run, uuid.uuid4().hex.encode())
         try:
             far.hold(read_whole(run).decode())
-        except OutputBusyError:
+        except Fp8CheckpointError:  # another run's place, or one where we may not write
             if new:
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise
@@ -372,7 +378,8 @@ class PartialOutput:
         if (seen := self._seen_before) is None:
             return self._far.send(name, number, data)
         if etag_of(data) != seen[name][number - 1]:
-            found = f"a run before was cut off while what it had written appeared in {self._far.where}, other weights"
+            place = self._far.where
+            found = f"a run before was cut off while its files appeared in {place}: other weights, by their ETags"
             remedy = f"choose another destination, or delete what is there, and {self.partial}"
             raise ResumeMismatchError(found, file=name, remedy=remedy)
         return seen[name][number - 1]

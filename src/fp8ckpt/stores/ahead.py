@@ -6,7 +6,8 @@ between two weights), so that what one rank fetches and another one needs stays 
 is fetched once. Strips of one read are joined by the rule of `fp8ckpt.stores.remote`.
 
 At most `AHEAD` bytes are held, in flight or waiting to be taken; a request is given back when all of it was taken, or
-nearly all and the room is needed; what is small of the rest, a scale, is kept. A thread that runs ahead of all that is
+nearly all and the room is needed; what is small of the rest, a scale, is kept. Its memory goes to a later one of about
+its size: fresh memory takes as long to get as its bytes from a near server. A thread that runs ahead of all that is
 held asks for itself, and what it asked for is not fetched again: nobody waits for anybody.
 """
 
@@ -35,6 +36,7 @@ _NEAR = 64  # bytes that are read over in any case: scales of one value have oth
 _BATCH = 3 * REQUEST  # bytes that are looked at together
 _MOST_RANGES = 1 << 14
 _SMALL = 64 << 10  # bytes; so little room is not worth asking for a scale again
+_SLACK = 8  # memory may be longer than what is asked for, by one part in so many
 _REST = 16  # one part in so many of a request that nobody takes (a scale that was announced for nothing) is given up
 
 
@@ -57,31 +59,37 @@ class Wanted(NamedTuple):
 
 
 def joined(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    """The requests for what is wanted, in its order: see the rules above."""
+    """The requests for what is wanted, in its order: see the rules above. What fills a request is cut there."""
     group: list[Wanted] = []
     held = 0
     for file, start, stop, read in wanted:
-        for at in range(start, stop, REQUEST):
-            part = Wanted(file, at, min(at + REQUEST, stop), read)
+        while start < stop:
             if group:
-                last, gap = group[-1], part.start - group[-1].stop
+                last, gap = group[-1], start - group[-1].stop
                 most = GAP if last.read == read else max(_NEAR, min(GAP, held // _BETWEEN_READS))
-                if file != last.file or not 0 <= gap <= most or part.stop - group[0].start > REQUEST:
+                if file != last.file or not 0 <= gap <= most or start >= group[0].start + REQUEST:
                     yield group
                     group, held = [], 0
-            group.append(part)
-            held += part.stop - part.start
+            end = min(stop, (group[0].start if group else start) + REQUEST)
+            group.append(Wanted(file, start, end, read))
+            held += end - start
+            start = end
     if group:
         yield group
 
 
 @dataclass(eq=False)
 class _Fetched:
-    """A request that was begun: its bytes, and how many of them nobody has taken yet."""
+    """A request that was begun: its bytes, and how many of them nobody has taken yet. ``memory`` is another one's when
+    it was ``given`` back and no thread is ``reading`` it.
+    """
 
     size: int
     left: int
+    memory: Bytes
     future: Future[None] = field(default_factory=Future)
+    reading: int = 0
+    given: bool = False
 
 
 @dataclass(eq=False)
@@ -95,6 +103,15 @@ class _Part:
     left: int
 
 
+class _Found(NamedTuple):
+    """Bytes that are ``held`` of what a read asks for."""
+
+    part: _Part
+    fetched: _Fetched
+    held: Bytes
+    out: Bytes
+
+
 class Window:
     """What is held of the announced ``reads``, while the context lasts."""
 
@@ -105,6 +122,7 @@ class Window:
         self._groups = self._planned(iter(reads))
         self._next: list[Wanted] | None = None
         self._held = 0
+        self._spare: list[Bytes] = []
         self._parts: dict[str, list[_Part]] = {}
         self._passed: dict[str, list[tuple[int, int]]] = {}
 
@@ -118,22 +136,25 @@ class Window:
             self._groups = iter(())
             fetched = {part.fetched for parts in self._parts.values() for part in parts}
             self._parts.clear()
+            self._spare.clear()
         for one in fetched:
             one.future.cancel()
 
     def take(self, reads: Iterable[tuple[ByteRange, Bytes]]) -> list[tuple[ByteRange, Bytes]]:
         """Fill what is held of the buffers; returns the rest."""
         rest: list[tuple[ByteRange, Bytes]] = []
-        found: list[tuple[_Part, Bytes, Bytes]] = []
+        found: list[_Found] = []
         with self._lock:
             for wanted, out in reads:
                 self._look_up(wanted, out, found, rest)
-        for part, held, out in found:
-            part.fetched.future.result()
-            out[:] = held
+        for one in found:
+            one.fetched.future.result()
+            one.out[:] = one.held
         with self._lock:
-            for part, _, out in found:
-                self._taken(part, out.nbytes)
+            for one in found:
+                one.fetched.reading -= 1
+                self._taken(one.part, one.out.nbytes)
+                self._spare_of(one.fetched)
         if found:
             self._fill()
         return rest
@@ -142,7 +163,7 @@ class Window:
         self,
         wanted: ByteRange,
         out: Bytes,
-        found: list[tuple[_Part, Bytes, Bytes]],
+        found: list[_Found],
         rest: list[tuple[ByteRange, Bytes]],
     ) -> None:
         file, at, stop = wanted
@@ -155,7 +176,8 @@ class Window:
             if part is not None and part.start <= at:
                 end = min(stop, part.stop)
                 held = part.buffer[at - part.start : end - part.start]
-                found.append((part, held, out[at - wanted.start : end - wanted.start]))
+                part.fetched.reading += 1
+                found.append(_Found(part, part.fetched, held, out[at - wanted.start : end - wanted.start]))
             else:
                 end = stop if part is None else min(stop, part.start)
                 rest.append((ByteRange(file, at, end), out[at - wanted.start : end - wanted.start]))
@@ -171,8 +193,26 @@ class Window:
 
     def _give_back(self, given: Callable[[_Fetched], bool]) -> None:
         for file, parts in self._parts.items():
-            self._held -= sum(part.buffer.nbytes for part in parts if given(part.fetched))
+            back = [part for part in parts if given(part.fetched)]
+            self._held -= sum(part.buffer.nbytes for part in back)
             self._parts[file] = [part for part in parts if not given(part.fetched)]
+            for fetched in {id(part.fetched): part.fetched for part in back}.values():
+                fetched.given = True
+                self._spare_of(fetched)
+
+    def _spare_of(self, fetched: _Fetched) -> None:
+        """Have the memory of a request for another one, once nobody reads it."""
+        if fetched.given and not fetched.reading and fetched.memory.size:
+            self._spare.append(fetched.memory)
+            fetched.memory = fetched.memory[:0]
+
+    def _memory(self, size: int) -> Bytes:
+        fits = [i for i, spare in enumerate(self._spare) if size <= spare.size <= size + size // _SLACK]
+        if fits:
+            return self._spare.pop(fits[0])
+        while self._spare and self._held + sum(spare.size for spare in self._spare) + size > AHEAD:
+            self._spare.pop(0)
+        return np.empty(size, np.uint8)
 
     def _keep_small_rests(self) -> None:
         """Take what is small, and left, out of requests that were nearly all taken: scales beside values."""
@@ -180,7 +220,7 @@ class Window:
             given = part.fetched.size > _SMALL and part.fetched.left * _REST < part.fetched.size
             if given and part.left and part.buffer.nbytes <= _SMALL and part.fetched.future.done():
                 part.buffer = part.buffer.copy()
-                part.fetched = _Fetched(part.left, part.left, part.fetched.future)
+                part.fetched = _Fetched(part.left, part.left, part.buffer, part.fetched.future)
 
     def _fill(self) -> None:
         """Begin as many requests as may be held."""
@@ -203,7 +243,8 @@ class Window:
                 self._begin(group, size)
 
     def _begin(self, group: list[Wanted], size: int) -> None:
-        buffer, fetched, done = np.empty(size, np.uint8), _Fetched(size, size), 0
+        buffer, done = self._memory(size), 0
+        fetched = _Fetched(size, size, buffer)
         parts: list[tuple[int, Bytes]] = []
         held = self._parts.setdefault(group[0].file, [])
         for _, start, stop, _ in group:
@@ -216,7 +257,9 @@ class Window:
         fetched.future = self._store.submit(self._store.fetch, request)
 
     def _planned(self, reads: Iterator[Sequence[ByteRange]]) -> Iterator[list[Wanted]]:
-        """The requests of all reads, looked at in batches, and in a batch in the order of the files."""
+        """The requests of all reads, looked at in batches, and in a batch in the order of the files; its last one waits
+        for what follows it.
+        """
         batch: list[Wanted] = []
         size = 0
         for i, read in enumerate(reads):
@@ -224,8 +267,9 @@ class Window:
                 batch.append(Wanted(*wanted, i))
                 size += wanted.stop - wanted.start
             if size >= _BATCH or len(batch) > _MOST_RANGES:
-                yield from joined(_apart(sorted(batch)))
-                batch, size = [], 0
+                *groups, batch = joined(_apart(sorted(batch)))
+                yield from groups
+                size = batch[-1].stop - batch[0].start
         yield from joined(_apart(sorted(batch)))
 
     def _not_passed(self, wanted: Wanted) -> Iterator[Wanted]:

@@ -7,6 +7,8 @@
   gap is read, and thrown away, where that is cheaper than another request: up to 1 MiB, which takes about as long to
   come as a request takes to begin. So a slice of columns reads at most what its strips span; ranges that are asked for
   by different reads are joined by another rule (`fp8ckpt.stores.ahead`).
+- *Nothing twice.* What was read of the beginning of a file, up to 128 KiB, is kept: a header is followed by what is
+  small, scales and norms, and configurations are looked at by several.
 - *Whole, or a named error.* What breaks on the way (5xx, a reset, a short body, a stall) is asked for again, from the
   byte at which it broke, after growing pauses; after `ATTEMPTS` the error names store, object, range and attempt.
 - *No secrets.* Messages show the URL without user, password and query, and say in our own words what a client met.
@@ -29,7 +31,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from fp8ckpt.errors import SourceChangedError, StorageError
-from fp8ckpt.stores.ahead import REQUEST, Request, Wanted, Window, joined
+from fp8ckpt.stores.ahead import Request, Wanted, Window, joined
 from fp8ckpt.stores.shared import Shared, reads_over
 from fp8ckpt.stores.store import ByteRange, Bytes, Stat
 
@@ -41,6 +43,7 @@ ATTEMPTS = 8
 ATTEMPTS_TO_LIST = 4  # whoever mistyped a host waits for it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 16.0  # seconds
 TIMEOUT = 30.0  # seconds without a byte are a stall
+_HEAD, _MOST_HEADS = 128 << 10, 256  # bytes, files
 _FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoint; not part of it
 
 
@@ -83,6 +86,7 @@ class RemoteStore:
         self._lock = threading.Lock()
         self._listing: dict[str, Stat] | None = None
         self._windows: list[Window] = []
+        self._heads: dict[str, Bytes] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._shared = Shared.of_this_job()
 
@@ -112,7 +116,7 @@ class RemoteStore:
 
     def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
         """As `fp8ckpt.stores.store.Store.read`; what was announced by `ahead` is taken from there."""
-        left: Iterable[tuple[ByteRange, Bytes]] = zip(wanted, out, strict=True)
+        left: Iterable[tuple[ByteRange, Bytes]] = self._take_known(zip(wanted, out, strict=True))
         for window in tuple(self._windows):
             left = window.take(left)
         requests = list(_requests(left))
@@ -128,10 +132,27 @@ class RemoteStore:
                     future.cancel()
                     if not future.cancelled():
                         future.exception()
+        self._keep_heads(wanted, out)
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
         """As `fp8ckpt.stores.store.Store.ahead`."""
-        return Window(self, self._windows, reads)
+        return Window(self, self._windows, ([part for part in read if not self._knows(part)] for read in reads))
+
+    def _knows(self, part: ByteRange) -> bool:
+        """Whether a range lies in what is kept of the beginning of its file."""
+        return part.file in self._heads and part.stop <= self._heads[part.file].size
+
+    def _take_known(self, reads: Iterable[tuple[ByteRange, Bytes]]) -> Iterator[tuple[ByteRange, Bytes]]:
+        for part, buffer in reads:
+            if self._knows(part):
+                buffer[:] = self._heads[part.file][part.start : part.stop]
+            else:
+                yield part, buffer
+
+    def _keep_heads(self, wanted: Iterable[ByteRange], out: Iterable[Bytes]) -> None:
+        for part, buffer in zip(wanted, out, strict=True):
+            if part.start == 0 and part.stop <= _HEAD and not self._knows(part) and len(self._heads) < _MOST_HEADS:
+                self._heads[part.file] = buffer.copy()
 
     def refuse_changes(self) -> None:
         """As `fp8ckpt.stores.store.Store.refuse_changes`: the store is listed again."""
@@ -226,15 +247,14 @@ class _Filling:
 
 def _requests(reads: Iterable[tuple[ByteRange, Bytes]]) -> Iterator[Request]:
     """The requests of one read."""
-    buffers: list[Bytes] = []
-
-    def wanted() -> Iterator[Wanted]:
-        for (file, start, stop), buffer in reads:
-            buffers.extend(buffer[at : at + REQUEST] for at in range(0, stop - start, REQUEST))
-            yield Wanted(file, start, stop, 0)
-
-    done = 0
-    for group in joined(wanted()):
-        parts = [(part.start, buffers[done + i]) for i, part in enumerate(group)]
-        done += len(group)
+    reads = [(wanted, buffer) for wanted, buffer in reads if buffer.size]
+    buffers = (buffer for _, buffer in reads)
+    room = np.empty(0, np.uint8)
+    for group in joined(Wanted(*wanted, 0) for wanted, _ in reads):
+        parts: list[tuple[int, Bytes]] = []
+        for part in group:
+            if not room.size:
+                room = next(buffers)
+            parts.append((part.start, room[: part.stop - part.start]))
+            room = room[part.stop - part.start :]
         yield Request(group[0].file, group[0].start, group[-1].stop, parts)

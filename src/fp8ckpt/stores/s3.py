@@ -26,8 +26,10 @@ from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken
 from fp8ckpt.stores.store import Stat
 
-_PIECE = 1 << 20  # bytes
+_PIECE = 1 << 18  # bytes; longer ones take fresh memory each
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
+_MD5 = re.compile(r'"?[0-9a-f]{32}"?')
+_RUN = "fp8ckpt-run"  # what an object says of who began its upload
 _LATER = (
     "BadDigest",
     "RequestTimeout",
@@ -60,7 +62,15 @@ class S3Objects:
             raise UnsupportedStoreError(
                 "it is no bucket and prefix", file=self.where, expected="s3://bucket/prefix", remedy=remedy
             )
-        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self.bucket, self.prefix = bucket, prefix.rstrip("/")
+        if self.prefix.startswith("/") or "//" in self.prefix:
+            remedy = "write one slash; objects whose keys have an empty part are not read"
+            raise UnsupportedStoreError(
+                "two slashes follow each other in its prefix",
+                file=self.where,
+                expected=f"s3://{bucket}/prefix",
+                remedy=remedy,
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Objects, (Address("s3", f"{self.bucket}/{self.prefix}"),)
@@ -132,11 +142,16 @@ class S3Objects:
         keys = {entry["Key"] for found in (below, named) for entry in found.get("Contents", ())} - {self.key(but)}
         return not any(key == self.prefix or key.startswith(self.key("")) for key in keys)
 
-    def etag(self, name: str) -> str | None:
-        """Of an object that is there."""
-        with self.errors(None):
-            found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.key(name), MaxKeys=1)
-            return next((str(e["ETag"]) for e in found.get("Contents", ()) if e["Key"] == self.key(name)), None)
+    def made_by(self, name: str) -> tuple[str, str] | None:
+        """ETag and run of an object that is there."""
+        with self.errors(name, writing=True):
+            try:
+                found = self.client.head_object(Bucket=self.bucket, Key=self.key(name))
+            except self.client.exceptions.ClientError as error:
+                if _status(error) != 404:
+                    raise
+                return None
+        return str(found["ETag"]), str(found.get("Metadata", {}).get(_RUN, ""))
 
     def begun(self) -> Mapping[str, str]:
         """Uploads that were not finished."""
@@ -147,10 +162,11 @@ class S3Objects:
             entries = [entry for page in pages for entry in page.get("Uploads", ())]
         return {entry["Key"].removeprefix(self.key("")): entry["UploadId"] for entry in entries}
 
-    def begin(self, name: str) -> str:
+    def begin(self, name: str, run: str) -> str:
         """Begin an upload."""
         with self.errors(name, writing=True):
-            return str(self.client.create_multipart_upload(Bucket=self.bucket, Key=self.key(name))["UploadId"])
+            begun = self.client.create_multipart_upload(Bucket=self.bucket, Key=self.key(name), Metadata={_RUN: run})
+            return str(begun["UploadId"])
 
     def parts(self, name: str, upload: str) -> Mapping[int, str]:
         """The parts that are there."""
@@ -190,8 +206,10 @@ class S3Objects:
         with self.errors(name, writing=True), suppress(self.client.exceptions.NoSuchUpload):
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=self.key(name), UploadId=upload)
 
-    def etag_of_parts(self, etags: Sequence[str]) -> str:
-        """The ETag of an object of these parts."""
+    def etag_of_parts(self, etags: Sequence[str]) -> str | None:
+        """The ETag of an object of these parts, where ETags are MD5s."""
+        if not all(_MD5.fullmatch(etag) for etag in etags):
+            return None
         digests = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
         return f'"{hashlib.md5(digests).hexdigest()}-{len(etags)}"'
 

@@ -5,8 +5,9 @@ parts of all files are there. Then the files are completed, then the small ones 
 configuration at the end: until then, nothing there looks like a checkpoint.
 
 A run that was cut off is gone on with: a part that is there already, and whose ETag is the MD5 of what is to be there,
-is not sent again. So whatever an upload holds that another run left, the result holds our bytes. The store compares
-the MD5 of each part and of each file with what it got.
+is not sent again. So whatever an upload holds that another run left, the result holds our bytes. The store compares the
+MD5 of each part and of each file with what it got. One that encrypts may give other ETags: then a part is there that
+the state says was sent, and a file is ours if it says that our run began its upload.
 
 Whoever writes holds the object `LOCK`, which is made only where there is none (``If-None-Match``), and names the run.
 """
@@ -45,14 +46,14 @@ class Uploads(Protocol):
     def is_empty(self, but: str) -> bool:
         """Whether there is no object below the place, ``but`` that of this name."""
 
-    def etag(self, name: str) -> str | None:
-        """Of an object that is there."""
+    def made_by(self, name: str) -> tuple[str, str] | None:
+        """Of an object that is there, its ETag and the run that began its upload."""
 
     def begun(self) -> Mapping[str, str]:
         """Uploads that were not finished, by the name of the object; of several, the last."""
 
-    def begin(self, name: str) -> str:
-        """Begin an upload."""
+    def begin(self, name: str, run: str) -> str:
+        """Begin an upload; the object will say which run it is of."""
 
     def parts(self, name: str, upload: str) -> Mapping[int, str]:
         """The ETags of the parts that are there, by their numbers, from 1 on."""
@@ -66,8 +67,8 @@ class Uploads(Protocol):
     def abort(self, name: str, upload: str) -> None:
         """Give up an upload, and its parts."""
 
-    def etag_of_parts(self, etags: Sequence[str]) -> str:
-        """The ETag of an object of these parts."""
+    def etag_of_parts(self, etags: Sequence[str]) -> str | None:
+        """The ETag of an object of these parts, where ETags are MD5s."""
 
     def put(self, name: str, data: bytes) -> None:
         """Make an object at once."""
@@ -90,6 +91,7 @@ class Destination:
         self._lock = threading.Lock()
         self._uploads: dict[str, str] = {}
         self._there: dict[str, Mapping[int, str]] = {}
+        self._run = ""
         self._knows_conditions = True
 
     def __reduce__(self) -> tuple[Any, ...]:  # for the process of an asynchronous save
@@ -110,7 +112,7 @@ class Destination:
         """Keep other runs away, until `release`; a ``run`` that holds the place already holds it on. Raises
         `OutputBusyError`.
         """
-        text = run.encode()
+        self._run, text = run, run.encode()
         held = self._do("looking at", LOCK, self._client.text, LOCK)
         if held is None and self._do("writing", LOCK, self._client.put_new, LOCK, text):
             if self._do("writing", LOCK, self._client.put_new, LOCK, text):
@@ -135,7 +137,7 @@ class Destination:
         begun = self._begun()
 
         def begin(name: str) -> None:
-            self._uploads[name] = self._do("writing", name, self._client.begin, name)
+            self._uploads[name] = self._do("writing", name, self._client.begin, name, self._run)
 
         self.each((name for name in names if name not in begun), begin)
 
@@ -180,8 +182,8 @@ class Destination:
             raise StorageError(f"its upload to {self.where} was aborted", file=name, remedy=remedy)
 
     def _is_made(self, name: str, etags: Sequence[str]) -> bool:
-        found = self._do("looking at", name, self._client.etag, name)
-        if found is not None and found != self._client.etag_of_parts(etags):
+        found = self._do("looking at", name, self._client.made_by, name)
+        if found is not None and found[0] != self._client.etag_of_parts(etags) and found[1] != self._run:
             remedy = "choose another destination, or move away what is there"
             other = f"there is another object of this name below {self.where}"
             raise OutputExistsError(other, file=name, expected="what the run before made", remedy=remedy)
