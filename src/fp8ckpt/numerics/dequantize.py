@@ -13,7 +13,7 @@ as well, exponents or e4m3, so there are 256 tables, each of which two levels of
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -112,10 +112,9 @@ class Dequantizer:
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
         self._values = scale_values(scales, scale_dtype, factor).reshape(blocks)
         self._multiplied = code_dtype == "F8_E4M3" and dtype == "BF16"
-        whole = grid.per_tensor and self._per_byte == 1
-        self._table = scale_table(self._values.reshape(-1), code_dtype, dtype)[0] if whole else None
+        self._alone = grid.per_tensor and self._per_byte == 1
         self._by_byte: tuple[Bits, U8] | None = None  # tables, and which of them is each block's
-        if SCALE_DTYPES[scale_dtype] is np.uint8 and not whole:
+        if SCALE_DTYPES[scale_dtype] is np.uint8 and not self._alone:
             self._by_byte = (
                 _tables_by_byte(scale_dtype, factor, code_dtype, dtype),
                 scales.view(np.uint8).reshape(blocks),
@@ -130,8 +129,8 @@ class Dequantizer:
         """Dequantize the elements ``start`` to ``start + n`` in row-major order, whose bytes are codes u8, into out
         [n].
         """
-        if self._table is not None:
-            self._whole(codes, self._table, out)
+        if self._alone:
+            self._whole(codes, out)
             return
         before = start // self._per_byte
         for part in windows(self._matrices, start, out.size):
@@ -156,20 +155,26 @@ class Dequantizer:
             part = window(self._matrices, lead, offsets[-2], offsets[-1], out.shape[-2:], slice(0, 0))
             self._window(codes[index], part, out[index])
 
-    def _whole(self, codes: U8, table: Bits, out: Bits) -> None:
+    @cached_property
+    def _table(self) -> Bits:
+        """That of a weight with one scale."""
+        table: Bits = scale_table(self._values.reshape(-1), self.code_dtype, self.dtype)[0]
+        return table
+
+    def _whole(self, codes: U8, out: Bits) -> None:
         """Codes [n] of a weight with one scale."""
         if self._multiplied:
             kernels.multiply_e4m3_to_bf16(
                 codes[np.newaxis], self._values.reshape(1, 1), 0, 0, 1, codes.size, out[np.newaxis]
             )
         else:
-            kernels.look_up(codes, table, out)
+            kernels.look_up(codes, self._table, out)
 
     def _window(self, codes: U8, part: Window, out: Bits) -> None:
         """Codes [R, bytes of C] of a window of the weight."""
-        if self._table is not None:
+        if self._alone:
             if codes.flags.c_contiguous and out.flags.c_contiguous:
-                self._whole(codes.reshape(-1), self._table, out.reshape(-1))
+                self._whole(codes.reshape(-1), out.reshape(-1))
             else:
                 kernels.look_up_blocks(codes, self._table[np.newaxis], _ONE_ID, 0, 0, part.rows, part.cols, out)
             return
