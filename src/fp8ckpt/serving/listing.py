@@ -90,7 +90,8 @@ def _missing(subject: Subject, row: Method, entries: Sequence[str]) -> Missing:
         quantized = (module_of(tensor.name) for tensor in subject.quantized)
         return missing_in_both_forms(entries, linears, unquantized_parts(linears, quantized), subject.native)
     # ModelOpt may state its list in a file of its own, too.
-    return missing_in_patterns([*configuration.skip_patterns(checkpoint.store, checkpoint.config), *entries], linears)
+    listed = [*configuration.skip_patterns(checkpoint.store, checkpoint.config), *entries]
+    return missing_in_patterns(listed, linears, heads=row.heads)
 
 
 def served_config(checkpoint: Checkpoint) -> dict[str, Any]:

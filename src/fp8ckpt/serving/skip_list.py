@@ -34,7 +34,8 @@ def unquantized_linears(tensors: Mapping[str, Tensor]) -> list[str]:
         module = roles.experts_of(name) if len(tensor.shape) == 3 else module_of(name)
         if module is None or (len(tensor.shape) != 3 and (len(tensor.shape) != 2 or module == name)):
             continue
-        if not any("embed" in part for part in module.split(".")) and "norm" not in module.rpartition(".")[2]:
+        leaf = module.rpartition(".")[2]
+        if "embed" not in leaf and "norm" not in leaf:
             found[module] = None
     return [*found]
 
@@ -128,9 +129,11 @@ def missing_in_both_forms(
     return Missing(prefixes, names)
 
 
-def missing_in_patterns(entries: Sequence[str], linears: Sequence[str]) -> Missing:
-    """What the list of any other method lacks: its entries are names and patterns, and prefixes are not asked for."""
+def missing_in_patterns(entries: Sequence[str], linears: Sequence[str], *, heads: bool) -> Missing:
+    """What the list of any other method lacks: its entries are names and patterns, and prefixes are not asked for.
+
+    ``heads``: what engines leave alone is asked for where there is no list, too.
+    """
     skip_list = SkipList.of(entries)
-    return Missing(
-        [], [module for module in linears if not skip_list.reaches(module) and (entries or not is_built_plain(module))]
-    )
+    asked = (module for module in linears if entries or heads or not is_built_plain(module))
+    return Missing([], [module for module in asked if not skip_list.reaches(module)])

@@ -86,18 +86,20 @@ class Method(NamedTuple):
 
     ``lists``: the keys of its skip list; a new list is written under the first. ``static``: whether activation scales
     are to be stored, by what is stated. ``by_transformers``: its list is read by transformers as that of "fp8".
-    ``both_forms``: it is a list of full names and of prefixes; any other is of names and patterns.
+    ``both_forms``: it is a list of full names and of prefixes; any other is of names and patterns. ``heads``: it has to
+    name heads and routers as well, of which transformers makes codes otherwise.
     """
 
     lists: tuple[str, ...]
     static: Callable[[Json], Static]
     by_transformers: bool = False
     both_forms: bool = False
+    heads: bool = False
 
 
 METHODS = {
     "fp8": Method(("modules_to_not_convert", "ignored_layers"), _static_of_fp8, True, True),
-    "compressed-tensors": Method(("ignore",), _static_of_groups),
+    "compressed-tensors": Method(("ignore",), _static_of_groups, heads=True),
     "modelopt": Method(("exclude_modules", "ignore"), _static_of_modelopt),
     "fbgemm_fp8": Method(("modules_to_not_convert",), _never_static, True),
     "mxfp4": Method((), _never_static),  # experts, and nothing else
