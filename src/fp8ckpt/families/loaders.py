@@ -16,6 +16,8 @@ RENAMED_SCALES = {
 #: Models of which transformers 5 leaves the experts random, with a warning, where a file holds each for itself: told by
 #: ``architectures``.
 EXPERTS_LEFT_RANDOM = {"Llama4ForCausalLM", "Llama4ForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}
+#: Models whose experts are no FP8 layer of transformers: they have biases, or lie across. Told by ``architectures``.
+EXPERTS_NEVER_FP8 = {"GptOssForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 
@@ -28,6 +30,23 @@ def engines_that_rename_scales(config: Mapping[str, Any]) -> list[str]:
 
 def leaves_experts_random(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether transformers has no rule by which it loads the experts of a file with these tensors."""
-    architectures = config.get("architectures")
-    stated = {str(name) for name in architectures} if isinstance(architectures, list) else set()
-    return not stated.isdisjoint(EXPERTS_LEFT_RANDOM) and any(map(_ONE_EXPERT.search, names))
+    return not _architectures(config).isdisjoint(EXPERTS_LEFT_RANDOM) and any(map(_ONE_EXPERT.search, names))
+
+
+def misreads_stacks(config: Mapping[str, Any], method: str | None) -> tuple[bool, str] | None:
+    """When transformers 5 takes the codes of stacked experts for values, by a ``quant_method``: (always or not, in which
+    words). None for methods that it has layers of stacks for, or does not load.
+    """
+    if method == "compressed-tensors":
+        return True, "transformers quantizes nothing but Linears by compressed-tensors, and takes codes for values"
+    if method not in ("fp8", None):
+        return None
+    if not _architectures(config).isdisjoint(EXPERTS_NEVER_FP8):
+        return True, "transformers has no FP8 layer for this model's experts, and takes codes for values"
+    where = "where it has no FP8 kernels (on a CPU, an older GPU, or with dequantize=True)"
+    return False, f"transformers dequantizes no stack: {where} it takes codes for values"
+
+
+def _architectures(config: Mapping[str, Any]) -> set[str]:
+    stated = config.get("architectures")
+    return {str(name) for name in stated} if isinstance(stated, list) else set()

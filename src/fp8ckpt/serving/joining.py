@@ -59,7 +59,8 @@ def blocks(subject: Subject) -> Iterator[Finding]:
     if columns:
         yield (
             f"{len(columns)} FP8 tensors have columns that are no multiple of their block's ({some(columns)}): kernels "
-            "that quantize activations by such groups refuse them when the model runs"
+            "that quantize activations by such groups refuse them when the model runs, and transformers, where it "
+            "dequantizes, takes the blocks for smaller ones, or refuses them"
         )
 
 

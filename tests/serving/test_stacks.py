@@ -1,0 +1,72 @@
+"""Stacks of experts, and heads, as transformers itself reads what `convert --scheme` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fp8ckpt import convert, load_pretrained, open_checkpoint, verify
+from tests.families.releases import RELEASES
+from tests.test_four_bits import gpt_oss
+
+
+def read_by_transformers(directory: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Which keys it misses, or does not expect; and the parameters that are of other bits than ours, less codes."""
+    cls: Any = getattr(transformers, open_checkpoint(directory).config["architectures"][0])
+    theirs, info = cls.from_pretrained(directory, dtype=torch.bfloat16, output_loading_info=True)
+    ours = load_pretrained(directory).state_dict()
+    state = theirs.state_dict()
+    plain = [name for name, tensor in state.items() if name in ours and tensor.dtype == ours[name].dtype]
+    differ = [name for name in plain if not state[name].equal(ours[name])]
+    return {kind: sorted(names) for kind, names in info.items() if names}, differ
+
+
+def failures(directory: Path) -> list[str]:
+    servability = verify(directory, serving=True).serving
+    assert servability is not None
+    return [failure.found for failure in servability.failures]
+
+
+def test_experts_that_transformers_has_no_layer_for(tmp_path: Path) -> None:
+    """gpt-oss: it takes codes for values; the summary and --serving say so, and what they advise is read right."""
+    convert(gpt_oss(tmp_path / "release"), tmp_path / "bf16")
+    result = convert(tmp_path / "bf16", tmp_path / "fp8", scheme="per-tensor")
+    assert any("4 stacks of experts are quantized" in note and "no FP8 layer" in note for note in result.notes)
+    [found] = failures(tmp_path / "fp8")
+    assert "4 stacks of experts are FP8" in found
+    info, differ = read_by_transformers(tmp_path / "fp8")
+    assert len(info["unexpected_keys"]) == 4
+    assert len(differ) == 4
+    advised = convert(tmp_path / "bf16", tmp_path / "advised", scheme="per-tensor", skip="experts")
+    assert not any("stacks" in note for note in advised.notes)
+    assert failures(tmp_path / "advised") == []
+    assert read_by_transformers(tmp_path / "advised") == ({}, [])
+
+
+@pytest.mark.parametrize(("scheme", "always"), [("per-tensor", False), ("channel", True)])
+def test_stacks_that_transformers_dequantizes_nowhere_or_not_everywhere(
+    scheme: str, always: bool, tmp_path: Path
+) -> None:
+    """A failure for compressed-tensors, whose layers are Linears; a note for what it has kernels for."""
+    convert(RELEASES["Qwen3-MoE"].write(tmp_path / "release"), tmp_path / "bf16", layout="model")
+    convert(tmp_path / "bf16", tmp_path / "fp8", scheme=scheme)
+    servability = verify(tmp_path / "fp8", serving=True).serving
+    assert servability is not None
+    said = [failure.found for failure in servability.failures], list(servability.notes)
+    assert [any("4 stacks of experts are FP8" in text for text in texts) for texts in said] == [always, not always]
+    assert len(read_by_transformers(tmp_path / "fp8")[0]["unexpected_keys"]) == 4
+
+
+def test_a_head_is_listed_by_every_scheme(tmp_path: Path) -> None:
+    """compressed-tensors in transformers makes codes of every Linear that is not: of a head that has no scale."""
+    convert(RELEASES["Qwen3"].write(tmp_path / "release"), tmp_path / "bf16")
+    for scheme in ("per-tensor", "channel"):
+        convert(tmp_path / "bf16", tmp_path / scheme, scheme=scheme)
+        assert failures(tmp_path / scheme) == []
+        info, differ = read_by_transformers(tmp_path / scheme)
+        assert info == {}
+        assert "lm_head.weight" not in differ
