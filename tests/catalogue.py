@@ -27,6 +27,7 @@ SMALL = {f"{A}q_proj": (32, 24), f"{A}k_proj": (16, 24), f"{A}v_proj": (16, 24),
 PLAIN = {"model.embed_tokens": (16, 24), "lm_head": (16, 24)}
 NOT_LISTED = "unquantized Linears are not in modules_to_not_convert"
 COLUMNS = "columns that are no multiple of their block's"
+STACKS = "transformers dequantizes no stack"
 UNEQUAL = "groups of weights that are served as one have unequal scales"
 
 
@@ -178,7 +179,7 @@ def _mistral() -> dict[str, Row]:
         "Mistral Small 4": Row(
             release(ONE, SMALL, fp8(None, "static", ["lm_head", "gate"]), unquantized=PLAIN | router,
                     more=((STACKED, experts),)),
-            "Mistral Small 4", (), (UNEQUAL,),
+            "Mistral Small 4", (), (UNEQUAL, STACKS),
         ),
         "Mistral native": Row(
             release(native, own, {}, unquantized={"tok_embeddings": (16, 24), "output": (16, 24)}, tensors=cache,
@@ -232,7 +233,7 @@ def _blocks() -> dict[str, Row]:
         "MiniMax M3": Row(release(replace(LINES, scale=".weight_scale_inv"), DENSE, m3), "MiniMax M2 and M3"),
         "MiMo V2": Row(release(SQUARES, MLP, two, tensors=padded), "MiMo V2", refused=ScaleShapeError),
         "Step 3.5": Row(
-            release(SQUARES, DENSE, two, unquantized=PLAIN, more=((of_stacks, stacks),)), "Step 3.5",
+            release(SQUARES, DENSE, two, unquantized=PLAIN, more=((of_stacks, stacks),)), "Step 3.5", (), (STACKS,),
         ),
         "tied head that is stored": Row(
             _tied(release(SQUARES, DENSE, two | {"tie_word_embeddings": True})), "The head"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError, shown
-from fp8ckpt.families.loaders import engines_that_rename_scales, misreads_stacks
+from fp8ckpt.families.loaders import engines_that_rename_scales, is_stack, misreads_stacks
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.parallel import ragged
 from fp8ckpt.families.roles import Roles
@@ -217,9 +217,9 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would believe them
         if copies.pop(name, None) is not None:
             notes.append(f"{name} speaks of other weights, and is not written")
-    stacks = [name for name in weights if len(spans[name].shape) == 3]
+    stacks = [name for name in weights if is_stack(name, spans[name].shape)]
     if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
-        notes.append(f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread[1]}")
+        notes.append(f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}")
     config = {**without_quantization(CONFIG, given.config, None), "quantization_config": row.config}
     written = Checkpoint(PLANNED, (), planned, (), config, None, None, (), ())
     texts[CONFIG] = dump_json(served(written))

@@ -33,18 +33,28 @@ def leaves_experts_random(config: Mapping[str, Any], names: Iterable[str]) -> bo
     return not _architectures(config).isdisjoint(EXPERTS_LEFT_RANDOM) and any(map(_ONE_EXPERT.search, names))
 
 
-def misreads_stacks(config: Mapping[str, Any], method: str | None) -> tuple[bool, str] | None:
-    """When transformers 5 takes the codes of stacked experts for values, by a ``quant_method``: (always or not, in which
-    words). None for methods that it has layers of stacks for, or does not load.
+def is_stack(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is of stacked experts that are a parameter of their own: of a ``.weight``, scales are known."""
+    return len(shape) == 3 and not name.endswith(".weight")
+
+
+def misreads_stacks(config: Mapping[str, Any], method: str | None) -> str | None:
+    """When transformers 5 takes the codes of stacked experts, of a ``quant_method``, for values: in words. None for a
+    method that it has layers of stacks for, or does not load.
     """
     if method == "compressed-tensors":
-        return True, "transformers quantizes nothing but Linears by compressed-tensors, and takes codes for values"
+        return "transformers quantizes nothing but Linears by compressed-tensors, and takes codes for values"
     if method not in ("fp8", None):
         return None
-    if not _architectures(config).isdisjoint(EXPERTS_NEVER_FP8):
-        return True, "transformers has no FP8 layer for this model's experts, and takes codes for values"
+    if has_no_fp8_experts(config):
+        return "transformers has no FP8 layer for this model's experts, and takes codes for values"
     where = "where it has no FP8 kernels (on a CPU, an older GPU, or with dequantize=True)"
-    return False, f"transformers dequantizes no stack: {where} it takes codes for values"
+    return f"transformers dequantizes no stack: {where} it takes codes for values"
+
+
+def has_no_fp8_experts(config: Mapping[str, Any]) -> bool:
+    """Whether transformers cannot hold the experts of this model in FP8, stacked as they are."""
+    return not _architectures(config).isdisjoint(EXPERTS_NEVER_FP8)
 
 
 def _architectures(config: Mapping[str, Any]) -> set[str]:
