@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,7 @@ from fp8ckpt import (
     verify,
 )
 from fp8ckpt.convert import Fp8Result
-from fp8ckpt.errors import ConfigError, RangeError, ScaleShapeError, UnsupportedFormatError
+from fp8ckpt.errors import ConfigError, RangeError, ScaleShapeError, ScaleValueError, UnsupportedFormatError
 from fp8ckpt.numerics.geometry import within
 from fp8ckpt.tensors import reading
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -284,6 +285,48 @@ def fresh_of(amax: np.ndarray, dtype: str, more: dict[str, Any]) -> np.ndarray:
     wanted = amax / np.float32(6) * factor if more["divides"] else amax / (np.float32(6) * factor)
     wanted = np.where(amax == 0, 0.125 if more["divides"] else 1, wanted).astype(oracle.NUMPY["F8_E4M3"])
     return wanted.view(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["ModelOpt NVFP4", "compressed-tensors NVFP4"])
+@pytest.mark.parametrize("codes", ["zeros", "any"])
+def test_a_group_with_a_scale_of_zero_is_zeros(name: str, codes: str, tmp_path: Path) -> None:
+    """As kernels write groups of zeros, and ModelOpt wrote what is too small for a scale: engines multiply by it. Zeros
+    come back byte for byte, with their signs; other codes as zeros, and the scale as it was.
+    """
+    family = replace(FAMILIES[name], tensors=dict(FAMILIES[name].tensors))
+    for stored in family.packed:
+        key = family.blocks[stored][0]
+        scales, packed = (np.frombuffer(family.tensors[one].data, np.uint8).copy() for one in (key, stored))
+        scales[0] = 0
+        packed[:8] = (0, 0x80, 0x08, 0x88, 0, 0, 0, 0) if codes == "zeros" else (0x12, 0xF7, 0x7F, 0x99, 0, 1, 0x10, 6)
+        for one, data in ((key, scales), (stored, packed)):
+            family.tensors[one] = family.tensors[one]._replace(data=data.tobytes())
+    source = family.write(tmp_path / "a")
+    convert(source, tmp_path / "b")
+    assert {key: read_directory(tmp_path / "b")[key] for key in family.expected()} == family.expected()
+    assert all(row.scales.least > 0 for row in report(source, output=tmp_path / "page.html").weights)
+    result = convert(tmp_path / "b", tmp_path / "c", to="fp8", like=source)
+    assert isinstance(result, Fp8Result)
+    assert result.report is not None
+    assert (result.report.total.fresh, result.report.total.clipped) == (0, 0)
+    assert verify(source, tmp_path / "c").ok
+    assert (files_of(tmp_path / "c") == files_of(source)) == (codes == "zeros")
+    trained = read_directory(tmp_path / "b")
+    stored = next(iter(family.packed))
+    values = trained[family.name(stored)].array.astype(np.float32) + np.float32(1)
+    write_plain(tmp_path / "d", {**trained, family.name(stored): Stored.of(values, "BF16")})
+    convert(tmp_path / "d", tmp_path / "e", to="fp8", like=source)
+    assert read_directory(tmp_path / "e")[family.blocks[stored][0]].data[0] != 0
+
+
+@pytest.mark.parametrize("byte", [0x80, 0x7F])
+def test_no_other_scale_of_two_levels_is_let_through(byte: int, tmp_path: Path) -> None:
+    """Negative zero, and NaN."""
+    family = replace(FAMILIES["ModelOpt NVFP4"], tensors=dict(FAMILIES["ModelOpt NVFP4"].tensors))
+    key = family.blocks[next(iter(family.packed))][0]
+    family.tensors[key] = family.tensors[key]._replace(data=bytes([byte]) + family.tensors[key].data[1:])
+    [defect] = verify(family.write(tmp_path / "a")).defects
+    assert isinstance(defect, ScaleValueError)
 
 
 def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:

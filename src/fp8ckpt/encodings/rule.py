@@ -75,7 +75,7 @@ class Rule:
             powers_of_two=self.powers_of_two, coding=self.coding, factor=self.factor,
         )  # fmt: skip
         scales = scale_values(chosen, self.dtype, self.factor)
-        if count_bad_scales(scales):
+        if count_bad_scales(scales[~keep]):
             raise RangeError.of_scale(self.dtype, self.name, self.file, self.remedy, factor=self.factor is not None)
         before = np.full(maxima.shape, np.inf, np.float32) if stored is None else self.before(stored)
         return Decided(chosen, scales, keep, before)

@@ -138,6 +138,8 @@ def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8, coding
     """
     for part in parts:
         given = np.ascontiguousarray(scales[part.window.blocks])
+        if not given.all():  # zeros, and nothing else, keep a scale of zero
+            given = np.where(given == 0, np.float32(1), given)
         kernels.encode_blocks(
             part.of(values.bits), given, coding.form, coding.largest, *part.window.phase, part.of(codes)
         )

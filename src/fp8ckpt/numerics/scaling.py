@@ -29,8 +29,8 @@ from fp8ckpt.numerics.quantize import E2M1, E4M3, Coding, Mask, Scales, Values, 
 
 def within(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
     """Which blocks have nothing beyond their scale."""
-    with np.errstate(over="ignore"):
-        inside: Mask = maxima / scales <= coding.beyond
+    with np.errstate(all="ignore"):  # a scale of zero is one of zeros
+        inside: Mask = (maxima == 0) | (maxima / scales <= coding.beyond)
     return inside
 
 
@@ -38,14 +38,14 @@ def fits(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
     """Which blocks fit their scale by their largest magnitude alone. Of the others, `may_fit` says which an exact look
     decides.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         large: Mask = (maxima == 0) | (maxima / scales >= coding.small)
     return large & within(maxima, scales, coding)
 
 
 def may_fit(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
     """Blocks that are small for their scale, and keep it if it gives back every element."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         ratio = maxima / scales
     small: Mask = (maxima > 0) & (ratio < coding.small)
     return small

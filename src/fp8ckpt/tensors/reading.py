@@ -17,6 +17,7 @@ from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, Factor, count_bad_scales, 
 from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import ByteRange
+from fp8ckpt.tensors.formats import TWO_LEVELS
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import Reader, Tensor
@@ -62,7 +63,7 @@ def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
     """
     scales = _stored(tensor.scale)
     factor = load_factor(tensor)
-    for values in (scale_values(scales, tensor.scale.dtype), scale_values(scales, tensor.scale.dtype, factor)):
+    for values in (_judged(scales, tensor.scale.dtype), _judged(scales, tensor.scale.dtype, factor)):
         if count_bad_scales(values):
             raise _bad_scale(tensor.scale, values)
     return scales
@@ -76,6 +77,12 @@ def load_factor(tensor: QuantizedTensor) -> Factor | None:
     if count_bad_scales(value):
         raise _bad_scale(tensor.second.span, value)
     return Factor(value[0], tensor.second.divides)
+
+
+def _judged(stored: npt.NDArray[Any], dtype: str, factor: Factor | None = None) -> F32:
+    """Scales as they are judged: of two levels, the first may be zero, with which every code is; it counts as 1."""
+    values = scale_values(stored, dtype, factor)
+    return np.where(stored == 0, np.float32(1), values) if dtype == TWO_LEVELS else values
 
 
 def _stored(span: TensorSpan) -> npt.NDArray[Any]:
@@ -120,7 +127,7 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
                 parts = [buffer[first:last] for first, last in pairwise([0, *ends])]
                 file.store.read([part for _, part in batch], parts)
                 read = buffer[: ends[-1]].view(SCALE_DTYPES[dtype])
-                if count_bad_scales(scale_values(read, dtype)):
+                if count_bad_scales(_judged(read, dtype)):
                     defects += _bad_scales(dict.fromkeys(span for span, _ in batch))
         except (StorageError, TruncatedFileError) as error:
             defects.append(error)
@@ -145,7 +152,7 @@ def _batches(spans: Iterable[TensorSpan]) -> Iterator[list[tuple[TensorSpan, Byt
 
 def _bad_scales(spans: Iterable[TensorSpan]) -> Iterator[Fp8CheckpointError]:
     for span in spans:
-        values = read_floats(span).reshape(-1)
+        values = _judged(_stored(span).reshape(-1), span.dtype)
         if count_bad_scales(values):
             yield _bad_scale(span, values)
 

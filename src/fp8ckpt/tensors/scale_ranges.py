@@ -30,11 +30,14 @@ class ScaleRange:
 
 
 def scale_range(span: TensorSpan) -> ScaleRange:
-    """The range of the scales that are stored in one tensor."""
+    """The range of the scales that are stored in one tensor, less those that are zero."""
     if not span.numel:
         return ScaleRange(0, 0.0, 0.0, 0.0)
     values = read_floats(span)
-    return ScaleRange(values.size, float(values.min()), float(np.median(values)), float(values.max()))
+    values = values[values != 0]  # of groups of zeros
+    if not values.size:
+        return ScaleRange(0, 0.0, 0.0, 0.0)
+    return ScaleRange(span.numel, float(values.min()), float(np.median(values)), float(values.max()))
 
 
 def joined(ranges: Iterable[ScaleRange]) -> ScaleRange:
