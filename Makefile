@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The host trainers' own environment. They come without what they declare, most of which their checkpointing does not import.
 $(HOSTS)/.installed: pyproject.toml constraints-hosts.txt
@@ -57,7 +57,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 
-# How much, and of what: `make campaign SIZES="--kills 100 --only kills,disks"`; --help lists all.
+# How much, and of what: `make campaign SIZES="--kills 100 --only kills,disks"`; --help lists all. In the end, all tests
+# with every case.
 campaign: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[campaign]'
 	$(BIN)/python -m tests.campaign $(SIZES)

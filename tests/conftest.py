@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,29 @@ from fp8ckpt.sample import DeepseekSizes, sample
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is small is done before the threads of torch have met
+
+# Outputs are flushed many thousand times: where there is room, to memory. PYTEST_DEBUG_TEMPROOT is another place.
+with suppress(OSError):
+    if shutil.disk_usage("/dev/shm").free > 4 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+#: Files of tests that take seconds each; they begin first, and the short ones fill up the end.
+LONG = ("readme", "rehearsal", "save_fp8", "there_and_back", "campaign", "memory", "load_model", "page", "package")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: the collector of garbage need not look at it ever again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

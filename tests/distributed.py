@@ -4,6 +4,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,6 +124,7 @@ class Launched:
 
 
 def _launched(output: Path, command: list[str], environment: dict[str, str]) -> None:
+    gc.freeze()  # or the first collection copies every page of what is imported
     os.environ.update(environment, OMP_NUM_THREADS="1")
     os.chdir(environment["PWD"])
     torch.set_num_threads(1)
@@ -140,11 +143,13 @@ def _launched(output: Path, command: list[str], environment: dict[str, str]) -> 
 def apart(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
     """``function`` of each argument in a process of its own, two at a time, without a process group."""
     multiprocessing.set_forkserver_preload(list(_PRELOAD))
-    with multiprocessing.get_context("forkserver").Pool(2, maxtasksperchild=1) as pool:
-        return pool.map(function, arguments, chunksize=1)
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+        return list(pool.map(function, arguments))
 
 
 def _rank(rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # or the first collection copies every page of what is imported
     warnings.simplefilter("ignore")
     os.environ.update(
         LOCAL_WORLD_SIZE=str(size), HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"

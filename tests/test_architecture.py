@@ -9,10 +9,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-
-import pytest
 
 import fp8ckpt
 
@@ -125,9 +124,15 @@ def _imports(node: ast.AST, typing_only: bool = False) -> Iterator[Import]:
             yield from _imports(child, typing_only)
 
 
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / f"{module}.py").read_text())
+
+
+@cache
 def imports_of(module: str) -> set[Import]:
     """Everything that a module imports, at its top, inside functions and for type checkers."""
-    return set(_imports(ast.parse((ROOT / f"{module}.py").read_text())))
+    return set(_imports(tree_of(module)))
 
 
 def room_of(module: str) -> str:
@@ -164,25 +169,18 @@ def test_every_module_is_of_a_known_room() -> None:
     assert not [module for module in MODULES if "util" in module or "helper" in module]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_arrows_point_down(module: str) -> None:
-    """Each module imports its own room and those below it, type checkers' imports included."""
-    room = room_of(module)
-    ours = {name for name, _ in imports_of(module) if name.startswith("fp8ckpt.")}
-    allowed = (
-        ARROWS[room] | ({room} if (ROOT / room).is_dir() else set()) | (set() if room in WITHOUT_ERRORS else {"errors"})
-    )
-    assert {name for name in ours if room_of(name) not in allowed} == set()
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_module_imports_the_package(module: str) -> None:
-    """The public names are for users: inside, each thing is imported from where it lives."""
-    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.module != "fp8ckpt"
-        if isinstance(node, ast.Import):
-            assert "fp8ckpt" not in [alias.name for alias in node.names]
+def test_arrows_point_down() -> None:
+    """Each module imports its own room and those below it, type checkers' imports included; and never the package
+    itself, whose public names are for users.
+    """
+    wrong = []
+    for module in MODULES:
+        room = room_of(module)
+        allowed = ARROWS[room] | ({room} if (ROOT / room).is_dir() else set())
+        allowed |= set() if room in WITHOUT_ERRORS else {"errors"}
+        ours = {name for name, _ in imports_of(module) if name.split(".")[0] == "fp8ckpt"}
+        wrong += [(module, name) for name in ours if name == "fp8ckpt" or room_of(name) not in allowed]
+    assert wrong == []
 
 
 def importers_of(package: str, typing_too: bool) -> set[str]:
@@ -217,12 +215,13 @@ def test_numerics_knows_no_torch() -> None:
     assert not [module for module in importers_of("torch", typing_too=True) if room_of(module) == "numerics"]
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "tensors"])
-def test_nobody_asks_which_tensor_it_has(module: str) -> None:
+def test_nobody_asks_which_tensor_it_has() -> None:
     """A tensor gives its own values and says what is to be known of it; only its own room looks at its class."""
     asked = [
-        ast.unparse(node)
-        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text()))
+        (module, ast.unparse(node))
+        for module in MODULES
+        if room_of(module) != "tensors"
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("isinstance", "type")
         and any(name in ast.unparse(node) for name in ("QuantizedTensor", "TensorSpan", "ScaledTensor", "JoinedTensor"))
@@ -263,14 +262,14 @@ def test_whatever_takes_a_checkpoint_takes_each_kind() -> None:
     assert seen > 15
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
-def test_each_public_name_resolves(name: str) -> None:
+def test_each_public_name_resolves() -> None:
     """Each is a class or a function with a docstring, also for ``from fp8ckpt import name``."""
-    value = getattr(fp8ckpt, name)
-    assert callable(value)
-    assert value.__doc__
-    assert getattr(__import__("fp8ckpt", fromlist=[name]), name) is value
-    assert value.__module__.startswith("fp8ckpt.")
+    for name in set(PUBLIC) - {"__version__"}:
+        value = getattr(fp8ckpt, name)
+        assert callable(value), name
+        assert value.__doc__, name
+        assert getattr(__import__("fp8ckpt", fromlist=[name]), name) is value
+        assert value.__module__.startswith("fp8ckpt."), name
 
 
 def test_functions_are_not_hidden_by_their_modules() -> None:
@@ -281,30 +280,49 @@ def test_functions_are_not_hidden_by_their_modules() -> None:
         assert callable(getattr(fp8ckpt, name))
 
 
-@pytest.mark.parametrize(
-    "first", ["import fp8ckpt.{0}", "from fp8ckpt.{0} import {0}", "import fp8ckpt.cli, fp8ckpt.{0}"]
-)
-@pytest.mark.parametrize("name", JOBS)
-def test_the_order_of_imports_does_not_matter(first: str, name: str) -> None:
+def fresh(*codes: str, first: str = "pass") -> list[str]:
+    """What each prints in a process that has imported nothing of ours: of one interpreter, which forks for each."""
+    fork = f"""
+{first}
+import json, os, sys, traceback
+for code in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        try:
+            exec(code, dict(__name__="__main__"))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0, code
+    print("\\0", end="", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", fork, json.dumps(codes)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+def test_the_order_of_imports_does_not_matter() -> None:
     """In a fresh process, a submodule imported first leaves the public function where it is."""
-    run_python(
-        f"{first.format(name)}; import fp8ckpt; assert callable(fp8ckpt.{name}); "
-        f"assert fp8ckpt.{name}.__name__ == '{name}'"
+    fresh(
+        *(
+            f"{first.format(name)}; import fp8ckpt; assert callable(fp8ckpt.{name}); "
+            f"assert fp8ckpt.{name}.__name__ == '{name}'"
+            for first in ("import fp8ckpt.{0}", "from fp8ckpt.{0} import {0}", "import fp8ckpt.cli, fp8ckpt.{0}")
+            for name in JOBS
+        ),
+        first="import numpy, typer",
     )
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def heavy_modules(code: str) -> set[str]:
-    """Which of the heavy packages are loaded once ``code`` has run."""
+def heavy_modules(*codes: str) -> list[set[str]]:
+    """Which of the heavy packages are loaded once each of ``codes`` has run."""
     report = "import json, sys; print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    loaded = set(json.loads(run_python(f"{code}\n{report}").splitlines()[-1]))
-    assert "fp8ckpt" in loaded
-    return loaded & {
+    loaded = [set(json.loads(text.splitlines()[-1])) for text in fresh(*(f"{code}\n{report}" for code in codes))]
+    assert all("fp8ckpt" in names for names in loaded)
+    heavy = {
         "torch",
         "numba",
         "llvmlite",
@@ -315,34 +333,16 @@ def heavy_modules(code: str) -> set[str]:
         "numpy",
         "rich",
     }
+    return [names & heavy for names in loaded]
 
 
 def test_importing_the_package_is_cheap() -> None:
-    """Neither torch nor numba nor numpy nor the hub's client."""
-    assert heavy_modules("import fp8ckpt") == set()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["inspect", "--help"],
-        ["convert", "--help"],
-        ["verify", "--help"],
-        ["report", "--help"],
-        ["merge", "--help"],
-        ["plan", "--help"],
-        ["sample", "--help"],
-        [],
-    ],
-)
-def test_help_is_cheap(arguments: list[str]) -> None:
-    """Help texts, and the usage that no argument gives, import neither torch nor numpy nor rich."""
-    code = (
-        f"import sys\nfrom fp8ckpt.cli import main\nsys.argv = {['fp8ckpt', *arguments]!r}\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass"
-    )
-    assert heavy_modules(code) == set()
+    """Neither torch nor numba nor numpy nor the hub's client; nor do help texts, and the usage that no argument gives,
+    import any of them.
+    """
+    code = "import sys\nfrom fp8ckpt.cli import main\nsys.argv = {!r}\ntry:\n    main()\nexcept SystemExit:\n    pass"
+    helps = [code.format(["fp8ckpt", *words]) for words in ([], ["--help"], *([job, "--help"] for job in JOBS))]
+    assert heavy_modules("import fp8ckpt", *helps) == [set()] * (1 + len(helps))
 
 
 def test_help_imports_the_command_line_alone() -> None:
@@ -357,7 +357,7 @@ try:
 except SystemExit:
     print(*sorted(set(sys.modules) - before))
 """
-    loaded = set(run_python(code).splitlines()[-1].split())
+    loaded = set(fresh(code)[0].splitlines()[-1].split())
     assert {name for name in loaded if not name.startswith(("fp8ckpt", "typer."))} <= {"__future__"}
     ours = {f"fp8ckpt.cli.{path.stem}" for path in (ROOT / "cli").glob("[!_]*.py")}
     ours |= {"fp8ckpt", "fp8ckpt.cli", "fp8ckpt.errors", "fp8ckpt.targets", "fp8ckpt.version"}
@@ -366,12 +366,13 @@ except SystemExit:
 
 def test_inspecting_and_opening_are_cheap(sample_fp8: Path) -> None:
     """Headers need no torch and no numba."""
-    assert heavy_modules(f"import fp8ckpt; assert fp8ckpt.open_checkpoint({str(sample_fp8)!r}).tensors") <= {"numpy"}
+    [loaded] = heavy_modules(f"import fp8ckpt; assert fp8ckpt.open_checkpoint({str(sample_fp8)!r}).tensors")
+    assert loaded <= {"numpy"}
 
 
 def test_the_heavy_check_can_fail() -> None:
     """A process that does import numba is seen to."""
-    assert "numba" in heavy_modules("import fp8ckpt.numerics.kernels")
+    assert "numba" in heavy_modules("import fp8ckpt.numerics.kernels")[0]
 
 
 READERS = {
@@ -390,9 +391,9 @@ READERS = {
 READERS |= {"iterdir", "cmp", "memmap", "fromfile"}
 
 
-def readers_in(source: str) -> set[str]:
+def readers_in(tree: ast.Module) -> set[str]:
     """Calls that open, read or list a file, whatever they are called on; `os.devnull` is no file."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     named = {ast.unparse(call): getattr(call.func, "attr", getattr(call.func, "id", "")) for call in calls}
     return {text for text, name in named.items() if name in READERS and "os.devnull" not in text}
 
@@ -400,25 +401,24 @@ def readers_in(source: str) -> set[str]:
 def test_the_reader_of_calls_sees_every_kind() -> None:
     """The parser below finds them as functions and as methods."""
     found = ["os.preadv(1, [], 0)", "open(x)", "file.open('rb')", "a.b.read_text()"]
-    assert readers_in("\n".join([*found, "self.opened(1)", "open(os.devnull)"])) == set(found)
+    assert readers_in(ast.parse("\n".join([*found, "self.opened(1)", "open(os.devnull)"]))) == set(found)
 
 
-@pytest.mark.parametrize(
-    "module", [module for module in MODULES if room_of(module) not in ("stores", "output", "system")]
-)
-def test_only_stores_and_output_open_files(module: str) -> None:
+def test_only_stores_and_output_open_files() -> None:
     """What is read is read through a store; what is written, through the room of outputs."""
-    assert readers_in((ROOT / f"{module}.py").read_text()) == set()
+    others = [module for module in MODULES if room_of(module) not in ("stores", "output", "system")]
+    assert {module: found for module in others if (found := readers_in(tree_of(module)))} == {}
 
 
 OF_ONE_SYSTEM = {"preadv", "pwritev", "fdatasync", "sched_getaffinity", "posix_fallocate", "posix_fadvise", "fcntl"}
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "system"])
-def test_only_system_knows_what_one_system_has(module: str) -> None:
+def test_only_system_knows_what_one_system_has() -> None:
     """What Linux has and macOS lacks, or does otherwise, is called in one place, with a fallback."""
-    nodes = list(ast.walk(ast.parse((ROOT / f"{module}.py").read_text())))
-    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {name for name, _ in imports_of(module)}
-    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    assert named & OF_ONE_SYSTEM == set()
-    assert not [text for text in texts if text.startswith(("/proc", "/sys"))]
+    for module in set(MODULES) - {"system"}:
+        nodes = list(ast.walk(tree_of(module)))
+        named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        named |= {name for name, _ in imports_of(module)}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        assert named & OF_ONE_SYSTEM == set(), module
+        assert not [text for text in texts if text.startswith(("/proc", "/sys"))], module

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fp8ckpt.output.extents as writing
@@ -39,6 +39,7 @@ from tests.conftest import Run
 from tests.miniatures import Family, families, four_bits
 from tests.oracle import NUMPY, Stored, read_directory, write_safetensors
 from tests.stopping import CHUNKS, run_until
+from tests.support import examples
 from tests.test_four_bits import with_siblings
 
 E4M3 = {
@@ -507,7 +508,7 @@ def test_another_adapter_does_not_go_on(
     merge(sample_fp8, everything, tmp_path / "out")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(st.integers(0, 1 << 30), st.sampled_from([0.0, 1e-3, 0.1, 2.0]), st.floats(0, 1.2), st.data())
 def test_the_largest_is_found_among_few(
     sample_fp8: Path, plain: dict[str, Stored], seed: int, strength: float, known: float, data: st.DataObject
@@ -771,7 +772,7 @@ def test_square_experts(of_base: str, version: str | None, sound: bool, tmp_path
 # ---------------------------------------------------------------- the numbers
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30)
 @given(
     seed=st.integers(0, 1 << 30),
     rows=st.integers(1, 40),

@@ -34,27 +34,36 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_line(language: str, line: str, folder: Path) -> None:
-    """A line of bash, or a block of Python. Our command and Python run in a process that has imported torch."""
-    command: list[object]
+    """A line of bash, or a block of Python. Our command and Python run in a process that has imported torch, and so do
+    torchrun's ranks: torchrun itself is started by test_torchrun.py.
+    """
+    command: list[object] = []
+    ranks, fails = None, False
     if language == "python":
         folder.with_suffix(".py").write_text(line)
-        command, fails = [folder.with_suffix(".py")], False
+        command = [folder.with_suffix(".py")]
     else:
         words = shlex.split(os.path.expandvars(line), comments=True)
         fails = words[-2:] == ["||", "true"]
-        command = [*words[: -2 if fails else None]]
-        if command[0] not in ("fp8ckpt", "python"):
-            done = subprocess.run(
-                ["bash", "-euc", line],
-                capture_output=True,
-                text=True,
-                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
-                timeout=240,
-            )
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-            return
-        command[:1] = ["-m", "fp8ckpt"] if command[0] == "fp8ckpt" else []
-    code, stdout, stderr = Launched(folder, None, *command).ended()
+        match words[: -2 if fails else None]:
+            case ["fp8ckpt", *rest]:
+                command = ["-m", "fp8ckpt", *rest]
+            case ["python", *rest]:
+                command = [*rest]
+            case ["torchrun", "--standalone", "--nproc-per-node", count, *rest]:
+                ranks, command = int(count), [*rest]
+            case _:
+                path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+                done = subprocess.run(
+                    ["bash", "-euc", line],
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "PATH": path},
+                    timeout=240,
+                )
+                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+                return
+    code, stdout, stderr = Launched(folder, ranks, *command).ended()
     assert code == int(fails), f"{line}\n{stdout}\n{stderr}"
 
 

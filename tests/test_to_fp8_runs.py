@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt import convert, open_checkpoint, sample, verify
@@ -31,6 +31,7 @@ from tests.distributed import Launched
 from tests.miniatures import COMPRESSED, Family, codes, families, scales
 from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
 from tests.stopping import CHUNK, CHUNKS, run_until
+from tests.support import examples
 from tests.test_resume import GOES_ON, fail_after
 from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
 
@@ -653,16 +654,17 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int
             rng.integers(0, 2, shape), draw(st.sampled_from(["BF16", "F16", "F32", "I64", "U8", "BOOL", "F64", "I8"]))
         )
     files = draw(st.lists(st.integers(0, 2), min_size=len(tensors), max_size=len(tensors)))
+    few = sum(len(tensor.data) for tensor in tensors.values()) // 500 * 8  # or there are thousands of pieces
     return (
         tensors,
         files,
-        draw(st.sampled_from([8, 64, 1000, 4096, 1 << 16])),
+        max(few, draw(st.sampled_from([8, 64, 1000, 4096, 1 << 16]))),
         draw(st.integers(1, 4)),
         draw(st.sampled_from([7, 100, 1 << 19])),
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30)
 @given(drawn=checkpoints(), to=st.sampled_from(["bf16", "fp32"]), report=st.booleans())
 def test_any_checkpoint_round_trips(
     drawn: tuple[dict[str, Stored], list[int], int, int, int],
@@ -703,7 +705,7 @@ def test_any_checkpoint_round_trips(
         shutil.rmtree(folder)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30)
 @given(
     drawn=checkpoints(), dtype=st.sampled_from(["BF16", "F32"]), seed=st.integers(0, 2**32), workers=st.integers(1, 3)
 )

@@ -190,7 +190,7 @@ def test_error_of_every_rank_is_printed_once(sample_fp8: Path, tmp_path: Path) -
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [0]
     (source / "config.json").write_text(json.dumps(config))
-    code, stdout, stderr = ended(torchrun(2, "-m", "fp8ckpt", "convert", source, tmp_path / "out"))
+    code, stdout, stderr = Launched(tmp_path / "ranks", 2, "-m", "fp8ckpt", "convert", source, tmp_path / "out").ended()
     assert code != 0
     assert stdout == ""
     assert [line for line in stderr.splitlines() if "block size" in line] == [
@@ -198,7 +198,7 @@ def test_error_of_every_rank_is_printed_once(sample_fp8: Path, tmp_path: Path) -
         "state the one that the scales were made with"
     ]
     assert "fp8ckpt/convert.py" not in stderr
-    assert os.listdir(tmp_path) == ["fp8"]
+    assert sorted(os.listdir(tmp_path)) == ["fp8", "ranks"]
 
 
 def test_error_of_one_rank_ends_all_and_is_printed_once(

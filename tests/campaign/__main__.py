@@ -1,4 +1,5 @@
-"""``python -m tests.campaign``: each kind of fault, as often as the arguments say; prints figures, and what went wrong.
+"""``python -m tests.campaign``: each kind of fault, as often as the arguments say; prints figures, and what went wrong;
+and then every case of the tests of which `make test` runs a cover (tests/support.py).
 
 Exit code 1 where anything was lost, silent, hung or without a name.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -68,6 +70,11 @@ def main() -> None:
             wrong += subprocess.run(
                 [sys.executable, "-m", "tests.campaign.headers", str(sizes.fuzz)], check=False
             ).returncode
+    if not sizes.only or "cases" in sizes.only.split(","):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-n", "auto"], env={**os.environ, "FP8CKPT_TESTS": "all"}, check=False
+        )
+        wrong += done.returncode
     sys.exit(1 if wrong else 0)
 
 

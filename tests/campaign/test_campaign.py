@@ -11,7 +11,7 @@ from fp8ckpt import convert
 from tests.campaign.__main__ import parts
 
 SIZES = {
-    "kills": 12, "joined_kills": 6, "rank_kills": 1, "disks": 4, "flips": 2, "stride": 211, "scale_bytes": 1,
+    "kills": 6, "joined_kills": 3, "rank_kills": 1, "disks": 4, "flips": 2, "stride": 211, "scale_bytes": 1,
     "headers": 2000, "directories": 5, "changes": 8, "modes": 6, "seed": 1,
 }  # fmt: skip
 KINDS = ("kills", "joined", "ranks", "disks", "state", "scales", "headers", "hostile", "changes", "permissions")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import time
 import warnings
 from math import prod
@@ -20,6 +22,7 @@ from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import UNEVEN, apart, local, stage, tp, tp_fsdp
 
 STAGES, SHARDS = 8, 8
+_held_here: tuple[Any, ...] = ()
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +41,30 @@ class Planned(NamedTuple):
     seconds: float
 
 
-def _plan(work: tuple[int, Path]) -> Planned:
+def _plans(path: Path) -> list[Planned]:
+    """The plan of each rank, of a model that is built once: then the process is forked for each."""
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = Mistral3ForConditionalGeneration(AutoConfig.from_pretrained(path))
+    gc.freeze()
+    with multiprocessing.get_context("fork").Pool(2, _hold, (model, path), maxtasksperchild=1) as pool:
+        return pool.map(_plan, range(STAGES * SHARDS), chunksize=1)
+
+
+def _hold(*given: Any) -> None:
+    global _held_here  # of a process of one rank
+    _held_here = given
+
+
+def _plan(rank: int) -> Planned:
     """Plan as a rank of a world of 64 of which no other rank is there; its parameters are on meta.
 
     In a process of its own: torch remembers placements, and with them the rank that they were first computed for.
     """
-    rank, path = work
-    warnings.simplefilter("ignore")
+    model, path = _held_here
     dist.init_process_group("fake", rank=rank, world_size=STAGES * SHARDS)
     mesh = init_device_mesh("cpu", (STAGES, SHARDS), mesh_dim_names=("pp", "tp"))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model: Any = Mistral3ForConditionalGeneration(AutoConfig.from_pretrained(path))
     state = tp(stage(model, mesh.get_local_rank("pp"), STAGES), mesh["tp"]).state_dict()
     begun = time.perf_counter()
     reader, planner = FP8StorageReader(path), DefaultLoadPlanner()
@@ -66,7 +81,8 @@ def _plan(work: tuple[int, Path]) -> Planned:
 @pytest.fixture(scope="module")
 def plans(release: Checkpoint) -> list[Planned]:
     """By rank."""
-    return apart(_plan, [(rank, release.path) for rank in range(STAGES * SHARDS)])
+    [found] = apart(_plans, [release.path])
+    return found
 
 
 def _bytes(name: str, numel: int, release: Checkpoint) -> int:

@@ -58,6 +58,7 @@ from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import UNEVEN, fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
 from tests.miniatures import Family
 from tests.oracle import Stored, read_directory
+from tests.support import ALL, each, pairs
 from tests.test_to_fp8 import (
     E4M3,
     OTHERS,
@@ -199,8 +200,7 @@ def models(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 # ---------------------------------------------------------------- one process
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
-@pytest.mark.parametrize("name", E4M3)
+@pytest.mark.parametrize(("name", "dtype"), each(E4M3, ["BF16", "F32", "F16"]))
 def test_every_family_in_one_process(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Untouched values give back the base; changed ones what a conversion writes, whatever is worked on at once."""
     family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
@@ -214,7 +214,7 @@ def test_every_family_in_one_process(name: str, dtype: str, tmp_path: Path, monk
             for key, t in tensors.items()
         }
     case.add("trained", write_plain(tmp_path / "source", tensors))
-    for step, source, mode in itertools.product((1 << 19, 100), case.sources, MODES):
+    for step, source, mode in pairs((1 << 19, 100), case.sources, MODES):
         small_steps(monkeypatch, step)
         out = tmp_path / f"out {source} {mode} {step}"
         saved = plain_save(tensors_of(case.sources[source]), out, case.base, scales=mode)
@@ -390,48 +390,50 @@ def sharded(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor
     return found
 
 
-def _plain_on_ranks(cases: dict[str, Case], kinds: tuple[str, ...], root: Path, step: int | None) -> dict[str, Saved]:
-    """Save each case from each sharding."""
-    written = {}
+Save = tuple[str, tuple[str, str], str]  # the name of a case, its source and the mode, how it is sharded
+WAYS = tuple(itertools.product(("untouched", "trained"), MODES))
+
+
+def _plain_on_ranks(cases: dict[str, Case], saves: list[Save], root: Path, step: int | None) -> list[Saved]:
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:
             small_steps(patch, step)
-        for name, case in cases.items():
-            for source, directory in case.sources.items():
-                state = tensors_of(directory)
-                for kind in kinds:
-                    for mode in MODES:
-                        out = f"{name}, {source}, {mode}, {kind}"
-                        written[out] = plain_save(sharded(state, kind), root / out, case.base, scales=mode)
-    return written
+        return [
+            plain_save(
+                sharded(tensors_of(cases[name].sources[source]), kind), root / str(i), cases[name].base, scales=mode
+            )
+            for i, (name, (source, mode), kind) in enumerate(saves)
+        ]
 
 
-def check_plain(
-    cases: dict[str, Case], kinds: tuple[str, ...], ranks: int, root: Path, step: int | None = None
-) -> None:
+def check_plain(cases: dict[str, Case], saves: list[Save], ranks: int, root: Path, step: int | None = None) -> None:
     """Each byte is written once over all ranks, and each directory is the one that a conversion writes."""
-    written = run(ranks, _plain_on_ranks, cases, kinds, root, step)
-    for out in written[0]:
-        name, source, mode, _ = out.split(", ")
-        case = cases[name]
-        assert_same_tree(root / out, case.expected(source, mode))
-        assert sum(saved[out].bytes_written for saved in written) == stored_bytes(case.base), out
+    written = run(ranks, _plain_on_ranks, cases, saves, root, step)
+    for i, (name, (source, mode), kind) in enumerate(saves):
+        case, told = cases[name], (name, source, mode, kind)
+        assert_same_tree(root / str(i), case.expected(source, mode))
+        assert sum(saved[i].bytes_written for saved in written) == stored_bytes(case.base), told
         for saved in written:
-            assert_same_report(saved[out].report, case.reports[source, mode])
+            assert_same_report(saved[i].report, case.reports[source, mode])
+
+
+GRIDS = (
+    "per-tensor 0-d BF16", "per-channel [o]", "per-channel wide", "block 128 ragged F32", "block 128 ragged F8_E8M0",
+    "experts [E,1,1]", "experts in blocks", "experts fbgemm", "ModelOpt 4-D", "ModelOpt FP8", "MXFP8 U8",
+    "small blocks F32", "Mistral native",
+)  # fmt: skip
+PLACES = ((2, "rows"), (2, "columns"), (3, "rows"), (3, "columns"), (4, "both"))
+ON_RANKS = pairs(GRIDS, WAYS, PLACES)
 
 
 @pytest.fixture(scope="module")
 def families_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """A family of each kind of grid, untouched and trained."""
     found = {}
-    for name in (
-        "per-tensor 0-d BF16", "per-channel [o]", "per-channel wide", "block 128 ragged F32",
-        "block 128 ragged F8_E8M0", "experts [E,1,1]", "experts in blocks", "experts fbgemm",
-        "ModelOpt 4-D", "ModelOpt FP8", "MXFP8 U8", "small blocks F32", "Mistral native",
-    ):  # fmt: skip
+    for name in GRIDS:
         root = tmp_path_factory.mktemp("family")
         family, rng = E4M3[name], np.random.default_rng(sum(name.encode()))
-        case = found[name.replace(",", "")] = Case(root, family.write(root / "fp8"))
+        case = found[name] = Case(root, family.write(root / "fp8"))
         convert(case.base, root / "plain")
         case.add("untouched", root / "plain")
         case.add("trained", write_plain(root / "source", trained(family, rng, "BF16")))
@@ -439,25 +441,25 @@ def families_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case
     return found
 
 
-@pytest.mark.parametrize(
-    ("ranks", "kinds", "step"), [(2, ("rows", "columns"), None), (3, ("rows", "columns"), 100), (4, ("both",), 1000)]
-)
+@pytest.mark.parametrize(("ranks", "step"), [(2, None), (3, 500), (4, 1000)])
 def test_every_kind_of_grid_on_ranks(
-    ranks: int, kinds: tuple[str, ...], step: int | None, families_trained: dict[str, Case], tmp_path: Path
+    ranks: int, step: int | None, families_trained: dict[str, Case], tmp_path: Path
 ) -> None:
     """Plain ``dcp.save`` of DTensors whose shards cut blocks wherever they like."""
-    check_plain(families_trained, kinds, ranks, tmp_path, step)
+    saves = [(name, way, kind) for name, way, (where, kind) in ON_RANKS if where == ranks]
+    check_plain(families_trained, saves, ranks, tmp_path, step)
 
 
-@pytest.mark.parametrize(("ranks", "kinds"), [(3, ("rows", "columns")), (4, ("both",))])
-def test_deepseek_on_ranks(ranks: int, kinds: tuple[str, ...], sample_block: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_deepseek_on_ranks(ranks: int, sample_block: Path, tmp_path: Path) -> None:
     """128 x 128 blocks with ragged edges, in several files."""
+    saves = [("deepseek", way, kind) for way, (where, kind) in each(WAYS, PLACES[2:]) if where == ranks]
     (tmp_path / "case").mkdir()
     case = Case(tmp_path / "case", sample_block)
     convert(sample_block, case.root / "plain")
     case.add("untouched", case.root / "plain")
     case.add("trained", change(sample_block, case.root / "plain", case.root / "changed"))
-    check_plain({"deepseek": case}, kinds, ranks, tmp_path)
+    check_plain({"deepseek": case}, saves, ranks, tmp_path)
 
 
 def test_siblings_on_ranks(tmp_path: Path) -> None:
@@ -478,7 +480,8 @@ def test_siblings_on_ranks(tmp_path: Path) -> None:
             for name, tensor in family.expected().items()
         }
         case.add("all small", write_plain(root / "small", small))
-    check_plain(cases, ("rows", "columns"), 2, tmp_path, 10)
+    saves = list(itertools.product(cases, itertools.product(("trained", "all small"), MODES), ("rows", "columns")))
+    check_plain(cases, saves, 2, tmp_path, 10)
 
 
 class Counting(FP8StorageWriter):
@@ -496,29 +499,35 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, Saved]:
     shardings: dict[str, Callable[[nn.Module], nn.Module]] = {
         "fsdp": lambda m: fsdp(m, flat),
         "tp": lambda m: tp(m, flat),
+        "pp": lambda m: stage(m, rank, size),
     }
-    if size == 2:
-        shardings["pp"] = lambda m: stage(m, rank, size)
     if size == 4:
         both, stages = mesh(2, 2, names=("dp", "tp")), mesh(2, 2, names=("pp", "dp"))
         shardings = {
             "tp and fsdp": lambda m: tp_fsdp(m, both),
             "pp and fsdp": lambda m: fsdp(stage(m, stages.get_local_rank("pp"), 2), stages["dp"]),
         }
-    for name, case in models.items():
-        for kind, parallelize in shardings.items():
+    for name, (source, mode), (ranks, kind) in MODELS_ON_RANKS:
+        if ranks == size:
+            case, parallelize = models[name], shardings[kind]
             model = (
                 load_pretrained(case.base, parallelize=parallelize)
                 if "pp" not in kind
                 else parallelize(load_pretrained(case.base))
             )
-            for source, mode in (("untouched", "reuse"), ("trained", "reuse"), ("trained", "fresh")):
-                load_model(model, case.sources[source], partial="pp" in kind)
-                out = f"{name}, {source}, {mode}, {kind}"
-                done = save_model(model, root / out, to="fp8", like=case.base, scales=mode)
-                assert isinstance(done, Fp8Result)
-                written[out] = Saved(Counting.made.pop().bytes_written, done.report)
+            load_model(model, case.sources[source], partial="pp" in kind)
+            out = f"{name}, {source}, {mode}, {kind}"
+            done = save_model(model, root / out, to="fp8", like=case.base, scales=mode)
+            assert isinstance(done, Fp8Result)
+            written[out] = Saved(Counting.made.pop().bytes_written, done.report)
     return written
+
+
+MODELS_ON_RANKS = pairs(
+    ("identity", "uneven", "equal"),
+    (("untouched", "reuse"), ("trained", "reuse"), ("trained", "fresh")),
+    (*itertools.product((1, 2, 3), ("fsdp", "tp")), (2, "pp"), (4, "tp and fsdp"), (4, "pp and fsdp")),
+)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -527,7 +536,7 @@ def test_every_sharding(ranks: int, models: dict[str, Case], tmp_path: Path) -> 
     ranks.
     """
     written = run(ranks, _models_on_ranks, models, tmp_path)
-    assert len(written[0]) == 9 * {1: 2, 2: 3, 3: 2, 4: 2}[ranks]
+    assert len(written[0]) == sum(where == ranks for _, _, (where, _) in MODELS_ON_RANKS) >= 6
     for out in written[0]:
         name, source, mode, _ = out.split(", ")
         assert_same_tree(
@@ -856,7 +865,7 @@ def _async_in_a_process(case: Case, root: Path) -> None:
     dcp.async_save(state, storage_writer=writer, async_checkpointer_type=AsyncCheckpointerType.PROCESS).result()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2] if ALL else [2])
 def test_async_save_in_a_process(ranks: int, models: dict[str, Case], tmp_path: Path) -> None:
     """The writer travels; the group of the process is made of the same ranks."""
     run(ranks, _async_in_a_process, models["equal"], tmp_path)

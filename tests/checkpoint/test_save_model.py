@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictA
 from tests.distributed import UNEVEN, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
 from tests.families.releases import RELEASES
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.support import ALL
 
 
 @pytest.fixture(scope="module")
@@ -557,11 +559,14 @@ def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
     if size == 4:
         both = mesh(2, 2, names=("dp", "tp"))
         shardings["2-D"] = lambda m: tp_fsdp(m, both)
-    for name in ("identity", "uneven"):
-        for kind, parallelize in shardings.items():
-            model = load_pretrained(paths[name], parallelize=parallelize)
+    names = ("identity", "uneven")
+    for (i, name), (k, kind) in product(enumerate(names), enumerate(shardings)):
+        if ALL or (size + k) % 2 == i:
+            model = load_pretrained(paths[name], parallelize=shardings[kind])
             save_model(model, root / f"{name} {kind}", like=paths[name])
             written[f"{name} {kind}"] = _Counting.made.pop().bytes_written
+    if not ALL and size != 3:
+        return written
     model = load_pretrained(paths["identity"], parallelize=shardings["fsdp"], dtype=torch.float32)
     save_model(model, root / "alone", max_file_bytes=300_000)
     written["alone"] = _Counting.made.pop().bytes_written
@@ -573,7 +578,9 @@ def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> None:
-    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written by one rank."""
+    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written by one rank. The
+    two models take turns.
+    """
     tied = _tied(paths["identity"], tmp_path / "tied fp8")
     convert(tied, tmp_path / "tied bf16")
     root = tmp_path / "out"
@@ -581,20 +588,21 @@ def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> N
     written = run(ranks, _save_on_ranks, {**paths, "tied": tied}, root)
     outputs = {file.name for file in root.iterdir()}
     assert outputs == written[0].keys()
-    assert len(outputs) == 6 + 2 * (ranks == 4)
+    assert len(outputs) == ((6 + 2 * (ranks == 4)) if ALL else {1: 2, 2: 2, 3: 4, 4: 3}[ranks])
     for name in outputs:
         assert sum(counts[name] for counts in written) == _tensor_bytes(root / name), name
         if name == "tied":
             _assert_same_directory(root / name, tmp_path / "tied bf16")
         elif name != "alone":
             _assert_same_directory(root / name, paths[name.split()[0] + " bf16"])
-    again = Mistral3ForConditionalGeneration.from_pretrained(root / "alone", dtype=torch.bfloat16)
-    expected = open_checkpoint(paths["identity"])
-    for name, tensor in again.state_dict().items():
-        assert_same(tensor, expected.read(name), name)
-    assert len(list((root / "alone").glob("*.safetensors"))) > 1
+    if "alone" in outputs:
+        again = Mistral3ForConditionalGeneration.from_pretrained(root / "alone", dtype=torch.bfloat16)
+        expected = open_checkpoint(paths["identity"])
+        for name, tensor in again.state_dict().items():
+            assert_same(tensor, expected.read(name), name)
+        assert len(list((root / "alone").glob("*.safetensors"))) > 1
     if ranks > 1:
-        assert all(counts["identity fsdp"] for counts in written)
+        assert all(count for counts in written for name, count in counts.items() if name.endswith("fsdp"))
 
 
 def _refused_on_ranks(path: Path, root: Path) -> list[str]:

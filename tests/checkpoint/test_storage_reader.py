@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -28,6 +28,7 @@ from fp8ckpt.tensors.reading import load_dequantizer, torch_dtype
 from tests.distributed import assert_same, bits, mesh, rewrite, run
 from tests.miniatures import Family, families
 from tests.oracle import Stored, write_safetensors
+from tests.support import ALL, examples
 
 FAMILIES = families()
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -300,7 +301,7 @@ def _slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ..
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_random_regions(data: st.DataObject, written: dict[str, Path]) -> None:
     """Several regions of a weight at once, of any size, into targets of any dtype: the oracle's values, each byte read
     once.
@@ -331,7 +332,8 @@ def _dtensors(paths: dict[str, str]) -> dict[str, int]:
     counted, over = {}, mesh()
     for name, path in paths.items():
         expected = FAMILIES[name].expected()
-        for placement in (Shard(0), Shard(1), Replicate()):
+        few = not ALL and (name not in _ON_MANY_RANKS or over.size() == 8)  # and copies are what one process reads
+        for placement in (Shard(0), Shard(1), *(() if few else (Replicate(),))):
             state = {}
             for key, tensor in expected.items():
                 own = Replicate() if placement == Shard(1) and len(tensor.shape) < 2 else placement
@@ -369,14 +371,14 @@ def test_dtensors_of_every_family(ranks: int, names: list[str], written: dict[st
         vectors = sum(size[key] for key, tensor in expected.items() if len(tensor.shape) < 2)
         assert sum(count[f"{name} {Shard(0)}"] for count in counts) == whole
         assert sum(count[f"{name} {Shard(1)}"] for count in counts) == whole + (ranks - 1) * vectors
-        assert all(count[f"{name} {Replicate()}"] == whole for count in counts)
+        assert all(count.get(f"{name} {Replicate()}", whole) == whole for count in counts)
 
 
 # ---------------------------------------------------------------- on a device
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_device_arithmetic_equals_the_look_up(data: st.DataObject, written: dict[str, Path]) -> None:
     """What an accelerator computes (here with CPU tensors) has the oracle's bits, for every family and any region."""
     name = data.draw(st.sampled_from(list(FAMILIES)))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -25,6 +25,7 @@ from fp8ckpt.models.deepseek_v3.state_dict_adapter import DeepseekV3FP8StateDict
 from fp8ckpt.tensors.reading import torch_dtype
 from tests.distributed import assert_same, bits, mesh, rewrite, run
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
+from tests.support import ALL, examples
 
 BLOCK = (128, 128)
 # Rows that 8 ranks cut within blocks, columns that are no multiple of 128, fewer rows than ranks.
@@ -180,7 +181,7 @@ def test_from_hf_refuses_what_cannot_be_a_grid() -> None:
 
 
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300), seed=st.integers(0, 1 << 30), size=st.integers(-40, 20))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_convert_single_within_rounding(rows: int, columns: int, seed: int, size: int) -> None:
     """Each block has its own scale ``amax / 448``; each element is within half a step of e4m3; blocks of zeros have
     scale 1.
@@ -325,7 +326,7 @@ def test_placeholders_filled_by_torchs_reader(blocks: Path) -> None:
     _load_by_placeholders(blocks, None)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8] if ALL else [3, 6])
 def test_edges_of_shards_need_not_be_edges_of_blocks(blocks: Path, ranks: int) -> None:
     """Rows or columns over the ranks, uneven and empty shards: the oracle's values come in, and the unsharded codes go
     out.

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import Mistral3Config
@@ -26,6 +26,7 @@ from fp8ckpt.models.mistral3_vlm import state_dict_adapter as module
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import assert_same, bits, mesh, rewrite, run
 from tests.oracle import Stored, dequantize, read_directory
+from tests.support import examples
 
 TEXT = "model.language_model.layers.0."
 ALL_CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).reshape(16, 16)
@@ -192,7 +193,7 @@ def test_is_fp8_weight_key_without_prefixes() -> None:
     fraction=st.floats(1, 2),
     scale_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_dequantize_is_the_contract_for_every_code(exponent: float, fraction: float, scale_dtype: torch.dtype) -> None:
     """All 256 codes times a scale: the oracle's bits; and for a BF16 scale those of the documented formula."""
     scale = torch.tensor(2.0 ** int(exponent) * fraction).to(scale_dtype)
@@ -359,7 +360,7 @@ def test_from_hf_of_a_bf16_checkpoint_is_identity() -> None:
     fraction=st.integers(0, 127),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-@settings(max_examples=500, deadline=None)
+@examples(500)
 def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fraction: int, dtype: torch.dtype) -> None:
     """Whatever its largest code: with the scale of before, the codes of before come back, from BF16 and from FP32."""
     scale = torch.tensor(2.0**exponent * (1 + fraction / 128), dtype=torch.bfloat16)
@@ -373,7 +374,7 @@ def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fra
 
 
 @given(seed=st.integers(0, 1 << 30), size=st.floats(-30, 20))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
     """A weight that was never FP8: each element within half a step of e4m3, the largest not clipped, nothing but finite
     codes.

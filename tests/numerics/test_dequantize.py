@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fp8ckpt.numerics import dequantize as module
@@ -16,6 +16,7 @@ from fp8ckpt.numerics.codes import FP8_DTYPES, FP8_SCALES, SCALE_DTYPES
 from fp8ckpt.numerics.dequantize import Dequantizer, bits_dtype
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid
 from tests.oracle import NUMPY, Stored, dequantize
+from tests.support import examples
 
 Shape = tuple[int, ...]
 TARGETS = ("BF16", "F16", "F32")
@@ -78,7 +79,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(cases(), st.data())
 def test_flat_equals_the_oracle(case: Case, data: st.DataObject) -> None:
     """Any run of elements in row-major order, started and stopped anywhere."""
@@ -88,7 +89,7 @@ def test_flat_equals_the_oracle(case: Case, data: st.DataObject) -> None:
     case.check_flat(0, case.codes.size)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(cases(), st.data())
 def test_region_equals_the_oracle(case: Case, data: st.DataObject) -> None:
     """Any region, unaligned to the blocks, empty ones included."""
@@ -100,7 +101,7 @@ def test_region_equals_the_oracle(case: Case, data: st.DataObject) -> None:
     case.check_region((0,) * case.codes.ndim, case.codes.shape)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(cases(), st.data())
 def test_region_writes_into_any_strides(case: Case, data: st.DataObject) -> None:
     """Every second column, a transposed buffer, a reversed one: values land where the view says, nowhere else."""
@@ -115,7 +116,7 @@ def test_region_writes_into_any_strides(case: Case, data: st.DataObject) -> None
     case.check_region(offsets, sizes, case.empty(sizes)[..., ::-1])
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(cases(), st.data())
 def test_flat_writes_into_any_stride(case: Case, data: st.DataObject) -> None:
     """A strided output of `flat` is written in place."""
@@ -242,7 +243,7 @@ def test_both_ways_give_equal_bits(monkeypatch: pytest.MonkeyPatch, dtype: str) 
         calls.seen.clear()
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.sampled_from(list(FP8_DTYPES)), st.sampled_from(["F32", "BF16", "F16"]), st.sampled_from(TARGETS), st.data())
 @example("F8_E4M3", "F32", "BF16", None)
 def test_large_blocks_at_any_phase(code_dtype: str, scale_dtype: str, dtype: str, data: st.DataObject | None) -> None:

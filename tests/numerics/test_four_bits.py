@@ -13,7 +13,7 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, quantize_and_pack_fp4, unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -35,6 +35,7 @@ from fp8ckpt.numerics.quantize import (
 from fp8ckpt.numerics.scaling import choose_scales, fits, fresh_factor, fresh_scales, may_fit
 from tests import oracle
 from tests.oracle import NUMPY, Stored
+from tests.support import examples
 
 TARGETS = ("BF16", "F16", "F32")
 Shape = tuple[int, ...]
@@ -110,7 +111,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(cases(), st.data())
 def test_any_run_and_any_region_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     """Begun and ended at any element, within bytes and groups; into views of any strides."""
@@ -176,7 +177,7 @@ def test_a_dequantized_weight_gets_its_own_bytes_back(kind: str, dtype: str) -> 
     assert (counted.clipped, counted.outgrown) == (0, 0)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.sampled_from(list(KINDS)), st.sampled_from(TARGETS), st.integers(1, 90), st.integers(0, 2**32 - 1))
 def test_any_values_encode_as_the_oracle(kind: str, dtype: str, pairs: int, seed: int) -> None:
     """Rounded to nearest even, those beyond the largest code to it, zeros with their sign; tallied in float32."""

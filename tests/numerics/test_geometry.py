@@ -6,10 +6,11 @@ from math import prod
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt.numerics.geometry import BlockGrid, boxes, first_elements, infer_grid, surroundings, tiled, whole_blocks
+from tests.support import examples
 
 Shape = tuple[int, ...]
 
@@ -191,7 +192,7 @@ def _inputs(draw: st.DrawFn) -> tuple[Shape, Shape, Shape | None]:
     return weight, scale, block
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(_inputs())
 def test_the_invariant_holds_for_whatever_is_returned(inputs: tuple[Shape, Shape, Shape | None]) -> None:
     """``scale shape == ceil(weight shape / block size)``, up to dimensions of 1 that the scale has more or fewer of."""
@@ -213,7 +214,7 @@ def test_the_invariant_holds_for_whatever_is_returned(inputs: tuple[Shape, Shape
         assert size in {1, weight[axis], *(stated[axis : axis + 1] if lead >= 0 else ())}
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(_weights.filter(len), st.data())
 def test_every_tiling_of_a_configured_block_is_found(weight: Shape, data: st.DataObject) -> None:
     """Scales that tile a weight by the configured block pair with it, as they are and in ModelOpt's shape."""

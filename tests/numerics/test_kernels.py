@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -14,6 +14,7 @@ from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.numerics.dequantize import count_nonfinite
 from fp8ckpt.numerics.quantize import E4M3
 from tests.oracle import NUMPY
+from tests.support import examples
 
 ONE = np.ones(1, np.float32)
 
@@ -80,7 +81,7 @@ def test_rounding_of_every_f16_and_its_halfway_points() -> None:
     check_rounding(np.concatenate([patterns, patterns | 1 << 31]))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(hnp.arrays(np.uint32, st.integers(1, 64), elements=st.integers(0, 2**32 - 1)))
 def test_rounding_of_any_pattern(patterns: np.ndarray) -> None:
     """Whatever the bits are."""
@@ -172,7 +173,7 @@ def test_encoding_divides_in_float32(scale: float) -> None:
     check_encoding((np.clip(rng.standard_normal(20000) * 200 * scale, -3e38, 3e38)).astype(np.float32), scale)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     hnp.arrays(np.float32, st.integers(0, 64), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)),
     st.floats(min_value=2.0**-126, allow_nan=False, allow_infinity=False, width=32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt.numerics.arrival import Arrival, count_arrived
@@ -13,6 +13,7 @@ from fp8ckpt.numerics.products import add_product, add_product_at, merge_codes, 
 from fp8ckpt.numerics.quantize import CODINGS, arrival, block_array, decode, encode, parts_of_run, values_of
 from tests import oracle
 from tests.adapters import F32, in_order
+from tests.support import examples
 
 
 def drawn(seed: int, rows: int, rank: int, cols: int) -> tuple[F32, F32, F32]:
@@ -22,7 +23,7 @@ def drawn(seed: int, rows: int, rank: int, cols: int) -> tuple[F32, F32, F32]:
     return left, right, value
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.integers(0, 1 << 30),
     st.integers(0, 11),
@@ -38,7 +39,7 @@ def test_each_element_is_the_sum_in_order(seed: int, rows: int, rank: int, cols:
     assert np.array_equal(value.view(np.uint32), expected.view(np.uint32))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 1 << 30), st.integers(1, 12), st.integers(1, 6), st.data())
 def test_a_part_has_the_bits_of_the_whole(seed: int, rows: int, rank: int, data: st.DataObject) -> None:
     """A box of the result is the product of its rows and columns."""
@@ -64,7 +65,7 @@ def test_places_have_the_bits_of_the_whole() -> None:
     assert np.array_equal(found.view(np.uint32), value.reshape(-1)[places].view(np.uint32))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.integers(0, 1 << 30),
     st.integers(1, 9),
@@ -100,7 +101,7 @@ def test_codes_in_the_place_of_the_bases(
         assert np.isclose(getattr(found.arrival, name), getattr(arrived, name), rtol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.sampled_from(["F8_E4M3", "F4"]), st.integers(0, 1 << 30), st.integers(1, 9), st.integers(1, 70))
 def test_what_arrived_of_codes(dtype: str, seed: int, rows: int, cols: int) -> None:
     """As of the values that they have, by their blocks; NaN codes left out; and what is beyond a scale is counted."""
@@ -123,7 +124,7 @@ def test_what_arrived_of_codes(dtype: str, seed: int, rows: int, cols: int) -> N
     assert clipped == np.count_nonzero(np.abs(wanted) > limits)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 1 << 30), st.integers(1, 4), st.sampled_from([0, 1, 15, 16, 17, 100]))
 def test_sums_of_squares(seed: int, rows: int, cols: int) -> None:
     """They are those of float64, and a row's depends on the row alone."""
@@ -136,7 +137,7 @@ def test_sums_of_squares(seed: int, rows: int, cols: int) -> None:
     assert last[0] == sums[-1]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 1 << 30), st.sampled_from([0, 1, 15, 16, 33, 2047, 2050, 9000]))
 def test_what_arrived(seed: int, count: int) -> None:
     """Elements that changed, and four sums, against numpy in float64."""

@@ -10,7 +10,7 @@ from math import prod
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt.numerics.codes import FP8_SCALES, SCALE_DTYPES, scale_values
@@ -33,6 +33,7 @@ from fp8ckpt.numerics.scaling import fits, fresh_scales, may_fit
 from tests import oracle
 from tests.numerics.test_dequantize import draw_scales
 from tests.oracle import NUMPY, Stored
+from tests.support import examples
 
 Shape = tuple[int, ...]
 VALUE_DTYPES = ("BF16", "F16", "F32")
@@ -167,21 +168,21 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(shape, block, dtype, scale_dtype, draw(st.integers(0, 2**32 - 1)))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(cases(), st.data())
 def test_runs_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     """Codes, maxima and counts of a weight that was cut anywhere in row-major order, empty runs included."""
     case.check_runs(sorted(data.draw(st.lists(st.integers(0, case.codes.size), max_size=4))))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(cases(), st.data())
 def test_regions_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     """The same of a weight that was cut anywhere along each dimension, empty regions included."""
     case.check_regions([sorted(data.draw(st.lists(st.integers(0, dim), max_size=2))) for dim in case.grid.weight_shape])
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(cases(), st.data())
 def test_a_part_alone_equals_the_oracle(case: Case, data: st.DataObject) -> None:
     """The largest magnitude in one region is taken of that region only, and lowers no maximum that is there already."""
@@ -464,7 +465,7 @@ def test_a_value_of_448_that_was_rounded_to_bfloat16_is_not_beyond() -> None:
         assert fits(maxima, scale).all()
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.floats(0, 3.4028234663852886e38, width=32, allow_nan=False),
     st.floats(2.0**-149, 3.4028234663852886e38, width=32, allow_nan=False),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt.output.layout import FileLayout, TensorSpec, index_of, lay_out
@@ -18,6 +18,7 @@ from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.header import read_header
 from fp8ckpt.tensors.reading import torch_dtype
 from fp8ckpt.tensors.stored import DTYPE_BITS, tensor_nbytes
+from tests.support import examples
 
 # Every dtype that torch can hold and the library can write from torch.
 _WRITABLE = sorted(dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0)
@@ -124,7 +125,7 @@ _specs = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     _specs,
     st.dictionaries(
@@ -142,7 +143,7 @@ def test_more_metadata_is_sorted() -> None:
     assert b'{"__metadata__":{"a":"1","b":"2","c":"3"},"w":' in layout.head
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(_specs)
 def test_a_layout_reads_back_as_itself(tmp_path_factory: pytest.TempPathFactory, specs: list[TensorSpec]) -> None:
     """Our own header reader finds the same spans, and no defect; data begins at a multiple of 8."""
@@ -203,7 +204,7 @@ def test_index_leaves_its_input_alone() -> None:
     assert metadata == {"total_size": 1}
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.sampled_from(list(DTYPE_BITS)), st.lists(st.integers(0, 50), max_size=4).map(tuple))
 def test_tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> None:
     """Elements times bits, in bytes."""

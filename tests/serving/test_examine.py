@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, Mistral3ForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -30,6 +30,7 @@ from tests.catalogue import Row, catalogue, in_four_bits
 from tests.conftest import Run
 from tests.miniatures import families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.support import examples
 from tests.test_architecture import heavy_modules
 from tests.test_four_bits import with_siblings
 from tests.test_verify import copy, holder, replace
@@ -517,7 +518,7 @@ _MODULES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.dictionaries(st.sampled_from(_MODULES), st.booleans(), min_size=1).filter(lambda chosen: any(chosen.values())),
     st.none()

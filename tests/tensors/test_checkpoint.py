@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt import convert, inspect, verify
@@ -45,6 +45,7 @@ from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
 from fp8ckpt.tensors.tensor import Reader
 from tests.miniatures import cache_only, families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.support import examples
 
 FAMILIES = families()
 INDEX = "model.safetensors.index.json"
@@ -473,10 +474,9 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-_fixture = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-@settings(max_examples=150, **_fixture)
+@examples(150)
 @given(
     quantization=st.dictionaries(
         st.sampled_from(["weight_block_size", "config_groups", "quant_algo", "quantization"]), _json
@@ -605,7 +605,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Checkpo
     return found
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(family=st.sampled_from(list(FAMILIES)), buffer=st.sampled_from([1, 7, 100, 4 << 20]), data=st.data())
 def test_a_region_equals_the_slice(
     written: dict[str, tuple[Checkpoint, dict[str, np.ndarray]]], family: str, buffer: int, data: st.DataObject

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt.errors import ConfigError, Fp8CheckpointError, HeaderError, StorageError, TruncatedFileError
@@ -20,6 +20,7 @@ from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.header import Header, parse_json, read_header
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
 from tests.oracle import Stored, write_safetensors
+from tests.support import examples
 
 ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 WORD = b"abcd"
@@ -413,9 +414,6 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path, name: str) -> None:
     assert defects
 
 
-_settings = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-
-
 def check(file: Path, raw: bytes) -> None:
     """Only named errors come out, on one line; what has no defect, the library reads alike."""
     file.write_bytes(raw)
@@ -430,7 +428,7 @@ def check(file: Path, raw: bytes) -> None:
         agrees(file, header)
 
 
-@settings(max_examples=300, **_settings)
+@examples(300)
 @given(raw=st.binary(max_size=200), length=st.none() | st.integers(0, 2**64 - 1) | st.integers(0, 200))
 def test_fuzz_arbitrary_bytes(tmp_path: Path, raw: bytes, length: int | None) -> None:
     """Any bytes as a file, and any bytes as a header under a true or a false length."""
@@ -463,7 +461,7 @@ _entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, **_settings)
+@examples(400)
 @given(header=st.dictionaries(_names, _entries | _json, max_size=4), data=st.binary(max_size=16))
 def test_fuzz_json(tmp_path: Path, header: dict[str, Any], data: bytes) -> None:
     """Any JSON shaped nearly like a header: huge, negative, fractional and boolean numbers, surrogates, odd names."""
@@ -486,7 +484,7 @@ def _valid(draw: st.DrawFn) -> bytes:
     return frame(json.dumps(header, ensure_ascii=draw(st.booleans())), bytes(end))
 
 
-@settings(max_examples=200, **_settings)
+@examples(200)
 @given(raw=_valid())
 def test_sound_files_have_no_defect(tmp_path: Path, raw: bytes) -> None:
     """What the format allows is accepted, and agrees with the library."""
@@ -506,7 +504,7 @@ _SNIPPETS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=600, **_settings)
+@examples(600)
 @given(raw=_valid(), data=st.data())
 def test_fuzz_mutated_headers(tmp_path: Path, raw: bytes, data: st.DataObject) -> None:
     """Bytes of a sound file flipped, inserted, deleted and replaced, with the length kept true or not."""
@@ -525,7 +523,7 @@ def test_fuzz_mutated_headers(tmp_path: Path, raw: bytes, data: st.DataObject) -
     check(tmp_path / "f", bytes(text))
 
 
-@settings(max_examples=300, **_settings)
+@examples(300)
 @given(raw=_valid(), number=_numbers, data=st.data())
 def test_fuzz_replaced_numbers(tmp_path: Path, raw: bytes, number: object, data: st.DataObject) -> None:
     """One dimension or offset of a sound header becomes any other number."""

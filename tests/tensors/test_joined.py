@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt.stores.memory import MemoryStore
@@ -16,6 +16,7 @@ from fp8ckpt.tensors.joined import JoinedTensor
 from fp8ckpt.tensors.reading import load_dequantizer
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Reader
+from tests.support import examples
 
 Pair = tuple[np.ndarray, Assembly]
 
@@ -83,7 +84,7 @@ def joined(draw: st.DrawFn) -> tuple[np.ndarray, Assembly, dict[str, np.ndarray]
 
 
 @given(joined())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_operations_are_those_of_arrays(made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]]) -> None:
     """Stacked, concatenated, transposed, cut, reshaped, in any order: the same elements, and nothing is amiss."""
     array, assembly, sources = made
@@ -93,7 +94,7 @@ def test_operations_are_those_of_arrays(made: tuple[np.ndarray, Assembly, dict[s
 
 
 @given(joined(), st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_a_cut_is_the_region_and_nothing_else(
     made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]], data: st.DataObject
 ) -> None:
@@ -110,7 +111,7 @@ def test_a_cut_is_the_region_and_nothing_else(
 
 
 @given(joined())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_the_way_back_is_the_same_boxes(made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]]) -> None:
     """Reversed, the sources are pieces of the joined tensor; the joined tensor through both is itself."""
     array, assembly, sources = made
@@ -123,7 +124,7 @@ def test_the_way_back_is_the_same_boxes(made: tuple[np.ndarray, Assembly, dict[s
 
 
 @given(joined(), st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_a_joined_tensor_gives_its_values(
     made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]], data: st.DataObject
 ) -> None:
