@@ -23,6 +23,7 @@ from fp8ckpt.errors import (
     Fp8CheckpointError,
     ModelMismatchError,
     OutputExistsError,
+    RangeError,
     ResumeMismatchError,
     StorageError,
     UnsupportedFormatError,
@@ -620,6 +621,21 @@ def test_refused_before_the_first_byte(
     adapter = write_adapter(tmp_path / "a", tensors, **config)
     with pytest.raises(error, match=text):
         merge(sample_fp8, [(adapter, weight)], tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(("to", "scales"), [("fp8", "reuse"), ("fp8", "fresh"), ("bf16", "reuse")])
+def test_sums_beyond_float32_are_the_adapters(
+    to: str, scales: str, plain: dict[str, Stored], sample_fp8: Path, tmp_path: Path
+) -> None:
+    """Finite factors whose product is not are refused whatever is written; an infinity went into BF16 in silence."""
+    tensors = {
+        name: Stored.of(np.full(stored.shape, 3e38 if ".lora_B." in name else 10, np.float32), "F32")
+        for name, stored in pair(plain, Q).items()
+    }
+    adapter = write_adapter(tmp_path / "a", tensors)
+    with pytest.raises(RangeError, match=rf"{Q}\.weight.*: 16384 merged values do not fit F32.*lora_alpha"):
+        merge(sample_fp8, adapter, tmp_path / "out", to=to, scales=scales)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -494,6 +494,13 @@ class RangeError(Fp8CheckpointError, OverflowError):
     """Finite values do not fit the range of the target dtype."""
 
     @classmethod
+    def of_merged(cls, tensor: str | Readable, file: object, count: int, dtype: str) -> RangeError:
+        """Sums of a base and its adapters that ``dtype`` cannot hold."""
+        remedy = "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it"
+        found = f"{count} merged values do not fit {dtype}"
+        return cls(found, tensor=tensor, file=file, expected="an adapter of this base", remedy=remedy)
+
+    @classmethod
     def of_scale(cls, dtype: str, tensor: str, file: object, remedy: str | None, *, factor: bool) -> RangeError:
         """A new scale that ``dtype`` cannot hold, under the weight's ``factor`` or alone."""
         under = " under the weight's factor" if factor else ""

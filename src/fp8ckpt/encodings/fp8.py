@@ -138,6 +138,8 @@ class QuantizingFiller:
         reader.counting = False
         if reader.merge is not None:
             arrival = Arrival.of(*reader.merge, values_of(out, span.dtype).floats)
+            if arrival.elements < reader.merge.before.size and (overflown := reader.merge.overflown):
+                raise RangeError.of_merged(given, None, overflown, "F32")
             facts.setdefault(span.name, WeightFacts()).arrival.add(arrival)
         for name, count in reader.nonfinite.items():
             facts.setdefault(name, WeightFacts()).nan_codes += count
@@ -415,9 +417,12 @@ class QuantizingFiller:
         return maxima
 
     def _refuse_nonfinite(self, weight: Quantization) -> NoReturn:
-        tensor, count = weight.source, 0
+        tensor, count, overflown = weight.source, 0, 0
         for first in range(0, tensor.numel, STEP):
             count += quantize.count_nonfinite(self._values(tensor, first, min(STEP, tensor.numel - first)))
+            overflown += 0 if self._reader.merge is None else self._reader.merge.overflown
+        if overflown:
+            raise RangeError.of_merged(weight.name, tensor.span.file, overflown, "F32")
         raise WeightValueError.of_nonfinite(weight.name, tensor.span.file, count, tensor.numel)
 
     def _values(self, tensor: Tensor, first: int, count: int) -> Values:

@@ -380,8 +380,7 @@ class MergedTensor:
         from fp8ckpt.numerics.quantize import round_to
 
         if overflown := round_to(np.ascontiguousarray(values).reshape(-1), dtype, out):
-            found = f"{overflown} merged values do not fit {dtype}"
-            raise RangeError(found, tensor=self, expected="an adapter of this base")
+            raise RangeError.of_merged(self, None, overflown, dtype)
 
 
 class Norms:

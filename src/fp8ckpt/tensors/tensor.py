@@ -115,6 +115,11 @@ class Merge(NamedTuple):
     before: F32
     after: F32
 
+    @property
+    def overflown(self) -> int:
+        """How many finite values became none: sums beyond float32."""
+        return int(np.count_nonzero(np.isfinite(self.before) & ~np.isfinite(self.after)))
+
 
 class Reader:
     """One thread's means of reading values: room for codes, the scales in use, and what it met so far.
