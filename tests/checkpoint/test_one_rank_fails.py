@@ -44,6 +44,8 @@ class Held(nn.Module):
     def __init__(self, held: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self._tensors = held
+        for i, tensor in enumerate(held.values()):
+            self.register_buffer(str(i), tensor)
 
     def state_dict(self, *arguments: object, **more: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
         return self._tensors
