@@ -1,8 +1,9 @@
 """A bucket on loopback: converting where it lies, against downloading first, and against what the server can give.
 
-``python -m benchmarks.stores [GB]``. The server is moto's, in a process of its own, so it takes its share of the cores:
-what counts is the ratio to the server's own maximum, ranges that are thrown away. moto's is slow; where nginx is
-installed, it serves the same files, too. Opening is measured against a server that takes 20 ms for each request.
+``python -m benchmarks.stores [GB [ROUNDS]]``. The server is moto's, in a process of its own, so it takes its share of
+the cores: what counts is the ratio to the server's own maximum, ranges that are thrown away. moto's is slow, and slower
+with longer files, all of which it copies for each range; where nginx is installed, it serves the same files, too.
+Opening is measured against a server that takes 20 ms for each request.
 """
 
 from __future__ import annotations
@@ -114,10 +115,10 @@ def _ranges(source: Path, get: Callable[[str, str], Any]) -> Callable[[], None]:
     return run
 
 
-def _converting(work: Path, gigabytes: float) -> dict[str, Any]:
+def _converting(work: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
     import boto3
 
-    source = sample(work / "fp8", _sizes(gigabytes), files=4)
+    source = sample(work / "fp8", _sizes(gigabytes), files=max(4, round(8 * gigabytes)))
     client = boto3.client("s3")
     client.create_bucket(Bucket=BUCKET)
     for file in source.iterdir():
@@ -151,7 +152,7 @@ def _converting(work: Path, gigabytes: float) -> dict[str, Any]:
             ),
             "convert, of a local copy": near,
         },
-        ROUNDS,
+        rounds,
     )
     show(f"converting {size / 1e9:.2f} GB from a bucket on loopback", rows, "convert s3://")
     return {"source_bytes": size, "rows": rows, "nginx": _converting_from_nginx(work, source)}
@@ -232,7 +233,7 @@ def _opening(work: Path) -> dict[str, Any]:
     return {"seconds": seconds, "own": cpu}
 
 
-def main(gigabytes: float = 2.0) -> None:
+def main(gigabytes: float = 2.0, rounds: float = ROUNDS) -> None:
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     host, port = server.stdout.readline().split()[-2:]
@@ -243,7 +244,7 @@ def main(gigabytes: float = 2.0) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as work:
             opening = _opening(Path(work))
-            converting = _converting(Path(work), gigabytes)
+            converting = _converting(Path(work), gigabytes, int(rounds))
             keep("stores", {"opening": opening, "converting": converting, "loading": _loading()})
     finally:
         server.kill()

@@ -198,6 +198,17 @@ def _first(name: str, result: dict[str, Any]) -> Iterator[Row]:
             yield Row(name, what, _time(runs["first"]), then, runs["second"] / runs["first"], "2 s more")
 
 
+def _stores(name: str, result: dict[str, Any]) -> Iterator[Row]:
+    found = result["converting"]
+    for server, rows, what in (("moto", found["rows"], "convert s3://"), ("nginx", found["nginx"], "convert http://")):
+        if rows:
+            seconds = {run: row["median"] for run, row in rows.items()}
+            size = _gigabytes(found["source_bytes"])
+            yield from _against(
+                name, f"`{what}` {size} from {server} on loopback", seconds, what, aim="0.83 x the maximum"
+            )
+
+
 MAKERS = {
     "floor": _floor,
     "kernel": _kernel,
@@ -217,6 +228,7 @@ MAKERS = {
     "moe": _ranks,
     "saving": _saving,
     "planning": _planning,
+    "stores": _stores,
 }
 
 
