@@ -299,7 +299,7 @@ def test_one_directory_reads_every_code_and_no_more(sample_fp8: Path) -> None:
 
 
 def test_wrong_total_size_is_a_defect(sample_fp8: Path, tmp_path: Path) -> None:
-    """A total_size that is not the sum of the tensors is harmless to readers, and a defect here."""
+    """A total_size that is not the sum of the tensors is a defect, harmless to readers: tensors are compared."""
     other = copy(sample_fp8, tmp_path / "other")
     index = json.loads((other / "model.safetensors.index.json").read_text())
     right = index["metadata"]["total_size"]
@@ -309,7 +309,9 @@ def test_wrong_total_size_is_a_defect(sample_fp8: Path, tmp_path: Path) -> None:
     assert type(defect).__name__ == "IndexMismatchError"
     assert defect.file == "model.safetensors.index.json"
     assert f"total_size is {right + 1}; the tensors take {right} bytes" in defect.found
-    assert not verify(sample_fp8, other).ok
+    both = verify(sample_fp8, other)
+    assert (both.ok, both.tensor_differences) == (False, ())
+    assert both.bytes_read == verify(sample_fp8, sample_fp8).bytes_read > 0
 
 
 def test_defects_of_both_sides_are_listed(sample_fp8: Path, tmp_path: Path) -> None:

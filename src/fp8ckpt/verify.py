@@ -108,19 +108,20 @@ def verify(
         raise ValueError(f"tensor_parallel={tensor_parallel}; expected at least 1, with serving")
     sides = [survey(path, follow_index=follow_index) for path in ((a,) if b is None else (a, b))]
     by_side = [[*_defects(side)] for side in sides]
-    defects = [defect for of_side in by_side for defect in of_side]
+    unsound = any(by_side)
+    defects = tuple(defect for side, found in zip(sides, by_side, strict=True) for defect in (*found, *side.slips))
     servability = examine(sides[-1], tensor_parallel=tensor_parallel) if serving else None
     if servability is not None and (count := len(by_side[-1])):
         found = f"it has {count} defect{'s' if count > 1 else ''}: an engine refuses it, or serves something else"
         failure = ServingError(found, file=sides[-1].path, expected="a sound checkpoint")
         servability = replace(servability, failures=(*servability.failures, failure))
     notes: tuple[str, ...] = ()
-    if len(sides) == 2 and not defects:
+    if len(sides) == 2 and not unsound:
         sides[1], notes = _as_in(*sides)
     job = _Job(sides, progress)
-    if defects:  # the values of a defective checkpoint mean nothing
+    if unsound:  # then values mean nothing; slips harm no reader
         return VerifyResult(
-            tuple(side.path for side in sides), len(sides[0].tensors), 0, (), tuple(defects), (), (), servability
+            tuple(side.path for side in sides), len(sides[0].tensors), 0, (), defects, (), (), servability
         )
     job.run(threads_of_this_rank(workers))
     for side in sides:
@@ -130,7 +131,7 @@ def verify(
         tensors=len(set().union(*(side.tensors for side in sides))),
         bytes_read=job.bytes_read,
         nan_codes=tuple(dict(sorted(counts.items())) for counts in job.nan_codes),
-        defects=(),
+        defects=defects,
         tensor_differences=tuple(job.differences()),
         file_differences=tuple(_file_differences(*sides)) if len(sides) == 2 else (),
         serving=servability,
@@ -156,7 +157,6 @@ def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
 
     yield from side.defects
     yield from scale_defects(side.quantized, side.cache_scales)
-    yield from side.slips  # harmless to a reader of values, and yet an invariant
 
 
 def _compared_dtype(tensors: list[Tensor]) -> str | None:

@@ -139,6 +139,18 @@ def test_two_sizes_for_the_same_modules(tmp_path: Path, quantization: dict[str, 
         block_sizes(LocalStore(tmp_path), {"quantization_config": quantization})
 
 
+def test_two_sizes_in_two_sections(tmp_path: Path) -> None:
+    """Neither is chosen of the model's and its text model's, unless they are one."""
+    config = {
+        "quantization_config": {"weight_block_size": [128, 128]},
+        "text_config": {"quantization_config": {"weight_block_size": [128, 128]}},
+    }
+    assert block_sizes(LocalStore(tmp_path), config).of(UP) == (128, 128)
+    config["text_config"]["quantization_config"]["weight_block_size"] = [64, 64]
+    with pytest.raises(ConfigError, match="several block sizes for"):
+        block_sizes(LocalStore(tmp_path), config)
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_both_keys_of_the_configuration(tmp_path: Path, key: str, nested: bool) -> None:

@@ -196,5 +196,7 @@ def flush_directory(directory: Path) -> None:
 
 def write_error(error: OSError, file: Path) -> StorageError:
     """The named error for a write that the operating system refused."""
-    remedy = remedy_for(error, "see that nothing else changes what is written there, and run it again", writing=True)
+    remedy = remedy_for(
+        error, "see that files can be made there and that nothing else changes them, and run it again", writing=True
+    )
     return StorageError(f"writing failed: {error.strerror}", file=file, remedy=remedy)

@@ -380,7 +380,7 @@ class PartialOutput:
         if etag_of(data) != seen[name][number - 1]:
             place = self._far.where
             found = f"a run before was cut off while its files appeared in {place}: other weights, by their ETags"
-            remedy = f"choose another destination, or delete what is there, and {self.partial}"
+            remedy = f"choose another destination, or save the weights of that run, which {self.partial} is of"
             raise ResumeMismatchError(found, file=name, remedy=remedy)
         return seen[name][number - 1]
 

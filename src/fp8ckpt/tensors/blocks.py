@@ -13,7 +13,14 @@ from typing import Any
 
 from fp8ckpt.errors import ConfigError, shown
 from fp8ckpt.stores.store import Store
-from fp8ckpt.tensors.config import CONFIG, MODELOPT_CONFIG, Json, modelopt_quantization, quantization_config
+from fp8ckpt.tensors.config import (
+    CONFIG,
+    MODELOPT_CONFIG,
+    Json,
+    modelopt_quantization,
+    quantization_config,
+    quantization_configs,
+)
 from fp8ckpt.tensors.groups import LINEAR, ByModule, groups, layers, quark_weights
 
 Size = tuple[int, ...]
@@ -47,7 +54,8 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
     quantization, modelopt = quantization_config(config), modelopt_quantization(store)
     grouped: ByModule[Size | None] = ByModule(quantization)
     stated: dict[str, Size | None] = {}
-    _add(stated, LINEAR, quantization.get("weight_block_size"), CONFIG)
+    for section in quantization_configs(config):
+        _add(stated, LINEAR, section.get("weight_block_size"), CONFIG)
     for file, section in ((CONFIG, quantization), (MODELOPT_CONFIG, modelopt)):
         _add(stated, LINEAR, _of_layer(section), CONFIG)
         for module, layer in layers(section):

@@ -50,13 +50,15 @@ def _sections(config: Json) -> list[Json]:
     return [config, *(value for value in nested if isinstance(value, dict))]
 
 
+def quantization_configs(config: Json) -> list[Json]:
+    """All that it states of quantization, wherever it stands and under either key; the first is the one that counts."""
+    stated = [section.get(key) for section in _sections(config) for key in QUANTIZATION_KEYS]
+    return [found for found in stated if isinstance(found, dict)]
+
+
 def quantization_config(config: Json) -> Json:
     """The ``quantization_config``, wherever it stands and under either of its keys; empty where there is none."""
-    for section in _sections(config):
-        for key in QUANTIZATION_KEYS:
-            if isinstance(found := section.get(key), dict):
-                return found
-    return {}
+    return next(iter(quantization_configs(config)), {})
 
 
 def states_powers_of_two(config: Json) -> bool:
@@ -64,8 +66,7 @@ def states_powers_of_two(config: Json) -> bool:
 
     Engines take such scales' exponents, and drop the rest.
     """
-    stated = [section.get(key) for section in _sections(config) for key in QUANTIZATION_KEYS]
-    formats = [found.get("scale_fmt") for found in stated if isinstance(found, dict)]
+    formats = [found.get("scale_fmt") for found in quantization_configs(config)]
     return any(isinstance(found, str) and found.lower() == "ue8m0" for found in formats)
 
 
