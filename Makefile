@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCUMENTING := $(VENV)/.documenting
 HOSTS := .venv-hosts
 LOWEST := .venv-lowest
 
@@ -48,9 +49,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# A link, or a name in a docstring, that leads nowhere is an error.
-docs: $(INSTALLED)
+# Once: while pip installs the package anew, nothing can import it.
+$(DOCUMENTING): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# A link, or a name in a docstring, that leads nowhere is an error.
+docs: $(DOCUMENTING)
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --conf-dir docs . docs/_site
 
 bench: $(INSTALLED)
