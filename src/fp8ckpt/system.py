@@ -95,10 +95,12 @@ def reserve(fd: int, start: int, size: int) -> None:
     os.posix_fallocate(fd, start, size)
 
 
-def lock(fd: int, *, wait: bool = False) -> bool:
-    """Take a file for this process, until it is closed; False where another has it, and this one does not ``wait``."""
+def lock(fd: int, *, wait: bool = False, shared: bool = False) -> bool:
+    """Take a file for this process, until it is closed, or together with others that ``shared`` it; False where another
+    has it, and this one does not ``wait``.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True

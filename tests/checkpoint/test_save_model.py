@@ -482,6 +482,40 @@ def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path:
 # ---------------------------------------------------------------- plain dcp.save
 
 
+@pytest.mark.parametrize("writer", [SafetensorsStorageWriter, FP8StorageWriter])
+@pytest.mark.parametrize("when", ["while", "before"])
+def test_a_rank_that_outlives_its_coordinator(
+    when: str, writer: Any, sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No save begins while the rank writes, and once one has begun, it writes nothing: its values were in that one."""
+    base = open_checkpoint(sample_fp8)
+    old = {name: base.read(name) for name in base.tensors}
+    new = {name: tensor * 2 for name, tensor in old.items()}
+    orphan, out = writer(tmp_path / "out", like=base), tmp_path / "out"
+    write = orphan._write_regions if when == "while" else orphan.write_data
+
+    def save(values: dict[str, torch.Tensor], storage: Any) -> None:
+        dcp.save(values, storage_writer=storage, no_dist=True)
+
+    def outliving(*arguments: Any) -> Any:
+        orphan.release()  # as where the coordinator died
+        if when == "while":
+            with pytest.raises(BaseException, match="OutputBusyError"):
+                save(new, writer(out, like=base))
+        else:
+            save(new, writer(out, like=base))
+        return write(*arguments)
+
+    monkeypatch.setattr(orphan, "_write_regions" if when == "while" else "write_data", outliving)
+    if when == "while":
+        save(old, orphan)
+    else:
+        with pytest.raises(BaseException, match="OutputExistsError"):
+            save(old, orphan)
+    save(old if when == "while" else new, writer(tmp_path / "expected", like=base))
+    _assert_same_directory(out, tmp_path / "expected")
+
+
 def _state() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {

@@ -219,13 +219,28 @@ def test_state_beside_what_is_whole_is_tidied_up(destination: Path) -> None:
     assert os.listdir(destination.parent) == ["out"]
 
 
+def test_ranks_outlive_the_process_that_began(destination: Path) -> None:
+    """None begins anew while one of them writes, or tells anybody to delete what is there; then none of them writes."""
+    first = begun(destination)
+    first.release()
+    with first.taking_part(first.turn), first.taking_part(first.turn):
+        for fingerprint in ({"source": "x"}, {"source": "other"}):
+            with pytest.raises(OutputBusyError, match="another process is writing it"):
+                begun(destination, fingerprint)
+    second = begun(destination)
+    with pytest.raises(OutputBusyError), first.taking_part(first.turn):
+        pytest.fail("another run has begun")
+    with second.taking_part(second.turn):
+        second.release()
+
+
 @pytest.mark.parametrize("what", ["held", "a file beside", "a file in it", "a folder in it", "a link in it"])
 def test_what_is_not_tidied_up(destination: Path, what: str) -> None:
     """State that another process holds, and whatever is not all ours, stays as it is."""
     state = died_after_the_rename(destination)
     holder = PartialOutput(destination)
     if what == "held":
-        holder._lock = holder._locked()
+        holder._lock = holder._locked("lock")
     elif what == "a file beside":
         (state.parent / "thesis.tex").write_text("mine")
     elif what == "a file in it":

@@ -134,7 +134,7 @@ class DirectoryWriter(StorageWriter):
             self.release()
             raise
         return [
-            dataclasses.replace(plan, storage_data=Shared(len(plans), own, of_rank))
+            dataclasses.replace(plan, storage_data=Shared(len(plans), self._output.turn, own, of_rank))
             for plan, own, of_rank in zip(plans, shared, stages, strict=True)
         ]
 
@@ -142,6 +142,18 @@ class DirectoryWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's regions, with as many threads as it has cores, and flush them to disk."""
         shared: Shared = plan.storage_data
+        with self._output.taking_part(shared.turn):
+            self._write_regions(plan, planner, shared)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(
+            [
+                WriteResult(index=item.index, size_in_bytes=item.tensor_storage_size() or 0, storage_data=None)
+                for item in plan.items
+            ]
+        )
+        return done
+
+    def _write_regions(self, plan: SavePlan, planner: SavePlanner, shared: Shared) -> None:
         meets = self._meets and shared.ranks > 1
         ranks = GroupRanks(self._group) if meets else Ranks()
         files = self._files(shared.stages, ranks.rank)
@@ -158,14 +170,6 @@ class DirectoryWriter(StorageWriter):
             raise
         finally:
             files.close()
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(
-            [
-                WriteResult(index=item.index, size_in_bytes=item.tensor_storage_size() or 0, storage_data=None)
-                for item in plan.items
-            ]
-        )
-        return done
 
     @kept_open()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

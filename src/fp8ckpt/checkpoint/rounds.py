@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class Shared(NamedTuple):
-    """What each rank is told: of how many it is one, what its writer must know (``own``), and in which rounds it writes
-    what; None where the output is a directory, and there is one.
+    """What each rank is told: of how many it is one, whose ``turn`` it is to write, what its writer must know
+    (``own``), and in which rounds it writes what; None where the output is a directory, and there is one.
     """
 
     ranks: int
+    turn: str
     own: Any
     stages: Stages | None
 

@@ -45,7 +45,7 @@ from fp8ckpt.output.files import OutputFile, flush_directory, open_to_write, wri
 from fp8ckpt.output.places import Kept, Part, Place, Sent
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import read_whole
-from fp8ckpt.stores.upload import AT_ONCE, Destination, destination_of, etag_of
+from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, destination_of, etag_of
 from fp8ckpt.system import lock
 
 _OUTPUT = "output"
@@ -55,6 +55,9 @@ _STATE = ".fp8ckpt"
 _PLAN = "plan.json"
 _DRAFT = "plan.json.draft"
 _LOCK = "lock"
+_WRITERS = (
+    "writers"  # the last run that began; locked by all ranks of a save while they write, and by a run that begins
+)
 _STAGED = "part-"
 _RECORDS = "done-"
 _RUN = "run"  # what a store is told of who writes there
@@ -83,6 +86,7 @@ class PartialOutput:
 
     def __init__(self, destination: str | os.PathLike[str]) -> None:
         self._lock: int | None = None
+        self.turn = ""  # of the run that `begin` began
         address = address_of(destination)
         self._far = None if address is None else destination_of(address)
         self.destination = _place(destination).absolute() if self._far is None else self._far.where
@@ -141,9 +145,14 @@ class PartialOutput:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
         _flush_parent(self.partial)  # as after the rename: what may not be read cannot be flushed
         self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
-        if self._lock is None:
+        self._lock = self._locked(_LOCK)
+        if self._lock is None or (writers := self._locked(_WRITERS)) is None:
             raise self._busy()
+        try:
+            self.turn = uuid.uuid4().hex
+            os.pwrite(writers, self.turn.encode(), 0)
+        finally:
+            os.close(writers)
         self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
         if not self.directory.exists():  # nothing was written yet, or all was, and has its name
             self.forget()
@@ -206,9 +215,24 @@ class PartialOutput:
                 raise
             raise write_error(error, self.partial) from error
 
-    def _locked(self) -> int | None:
-        """The lock, held; None where another process holds it."""
-        held = open_to_write(self._state / _LOCK, os.O_RDWR | os.O_CREAT)
+    @contextmanager
+    def taking_part(self, turn: str) -> Iterator[None]:
+        """While a rank of the run of this ``turn`` writes: it may outlive the process that began, and with it the lock,
+        so no other run begins meanwhile. Raises `OutputBusyError` where one has, `OutputExistsError` where it is done.
+        """
+        with self._named():
+            held = os.open(self._state / _WRITERS, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            lock(held, wait=True, shared=True)
+            if os.pread(held, len(turn), 0) != turn.encode():
+                raise self._busy()
+            yield
+        finally:
+            os.close(held)
+
+    def _locked(self, name: str) -> int | None:
+        """A lock, held; None where another process holds it."""
+        held = open_to_write(self._state / name, os.O_RDWR | os.O_CREAT)
         try:
             if lock(held):
                 return held
@@ -284,18 +308,19 @@ class PartialOutput:
         """Whether another process is writing: then nobody is told to delete what is there."""
         if self._lock is not None:
             return False
-        try:
-            with (self._state / _LOCK).open("rb") as file:
-                return not lock(file.fileno())
-        except OSError:
-            return False
+        for name in (_LOCK, _WRITERS):
+            with suppress(OSError), (self._state / name).open("rb") as file:
+                if not lock(file.fileno()):
+                    return True
+        return False
 
     def _busy(self) -> OutputBusyError:
         remedy = "wait for it to end"
         return OutputBusyError("another process is writing it", file=str(self.partial), remedy=remedy)
 
     def _mismatch(self, found: str) -> ResumeMismatchError:
-        remedy = f"choose another destination, or delete {self.partial} to begin anew, without what that run had done"
+        begun = self.partial if self._far is None else f"{self.partial} and {self._far.where.rstrip('/')}/{LOCK}"
+        remedy = f"choose another destination, or delete {begun} to begin anew, without what that run had done"
         return ResumeMismatchError(found, file=str(self.partial), remedy=remedy)
 
     def refuse_existing(self) -> None:
@@ -324,7 +349,7 @@ class PartialOutput:
                 return
             if not all(stat.S_ISREG(mode) and _is_state(entry) for entry, mode in found.items()):
                 return
-            if (held := self._locked()) is not None:
+            if (held := self._locked(_LOCK)) is not None:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 os.close(held)
 
@@ -496,7 +521,7 @@ def _check(text: bytes) -> bytes:
 def _is_state(entry: str) -> bool:
     """Whether a path in ``DST.partial`` is that of a file of our state."""
     return entry.startswith((f"{_STATE}/{_RECORDS}", f"{_STATE}/{_STAGED}")) or entry in {
-        f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK, _RUN, _SEEN)
+        f"{_STATE}/{name}" for name in (_PLAN, _DRAFT, _LOCK, _WRITERS, _RUN, _SEEN)
     }
 
 
