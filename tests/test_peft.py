@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from fp8ckpt import convert, load_model, load_pretrained, merge, open_checkpoint, save_model, verify
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
@@ -73,6 +74,7 @@ def trained(base: Path, directory: Path, dtype: torch.dtype = torch.float32, std
             torch.nn.init.normal_(parameter, std=std)
         elif "modules_to_save" in name or "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+            parameter.data += 0.1 * name.endswith(".bias")
     model.save_pretrained(directory)
     return model
 
@@ -132,6 +134,21 @@ def test_what_becomes_of_a_tied_head(config: dict[str, Any], *, tied: bool, tmp_
     assert any("head as well" in note for note in result.notes)
     found = open_checkpoint(tmp_path / "out").read("model.embed_tokens.weight")
     assert torch.allclose(found, embeddings.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_biases_of_modules_that_are_saved_whole(tmp_path: Path) -> None:
+    """With bias="all", PEFT saves them under two names, and those of before as well."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    OPTForCausalLM(OPTConfig(num_hidden_layers=1, vocab_size=64, **sizes)).save_pretrained(tmp_path / "base")
+    given = {"target_modules": ["q_proj"], "modules_to_save": ["final_layer_norm"], "bias": "all", "r": 2}
+    expected = trained(tmp_path / "base", tmp_path / "adapter", **given).merge_and_unload().state_dict()
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to="bf16")
+    merged = load_pretrained(tmp_path / "out").state_dict()
+    for key, value in expected.items():
+        assert torch.allclose(merged[key].float(), value, rtol=2**-8, atol=1e-6), key
+    norm = "model.decoder.final_layer_norm.bias"
+    assert not torch.equal(merged[norm].float(), open_checkpoint(tmp_path / "base").read(norm).float())
 
 
 @pytest.mark.filterwarnings("ignore")

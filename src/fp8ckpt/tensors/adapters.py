@@ -39,6 +39,8 @@ _WEIGHTS, _INDEX, _PICKLED = "adapter_model.safetensors", "adapter_model.safeten
 _PART = re.compile(r"adapter_model-\d{5}-of-(\d{5})\.safetensors")
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
+# With bias="all", PEFT saves the biases of modules in modules_to_save once more: as trained, and as they were.
+_TRAINED, _BEFORE = ".modules_to_save", ".original_module."
 _AT_ONCE = 4 << 20  # bytes; whole elements of any dtype
 
 #: What a configuration may say that changes no weight, or is answered below.
@@ -283,8 +285,12 @@ def _sorted_out(stored: Mapping[str, TensorSpan], *, dora: bool) -> tuple[list[P
         if match := _FACTOR.fullmatch(name):
             module, wrappers, what = match.groups()
             found.setdefault((module, len(wrappers) // len(_BASE_LAYER)), {})[what] = span
-        elif ".lora_" in name or tensors.setdefault(name.replace(_BASE_LAYER, ""), span) is not span:
+        elif ".lora_" in name:
             raise _unknown(span)
+        elif _BEFORE not in name:
+            same = tensors.setdefault(name.replace(_BASE_LAYER, "").replace(_TRAINED, ""), span)
+            if same is not span and not same_values(same, span):
+                raise _unknown(span)
     return [_pair(module, depth, parts, dora=dora) for (module, depth), parts in found.items()], tensors
 
 
