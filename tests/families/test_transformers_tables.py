@@ -6,11 +6,13 @@ This file fails by name when transformers moves what `families.transformers_tabl
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.core_model_loading as core
 from transformers import conversion_mapping
 
@@ -174,6 +176,30 @@ def test_infinities_of_a_configuration_are_floats() -> None:
     config = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "num_hidden_layers": 1}
     model = configured_model({**config, "time_step_limit": [0.0, {"__float__": "Infinity"}]})
     assert list(model.config.time_step_limit) == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]),
+        transformers.Sam3Config(architectures=["Sam3Model"]),  # a configuration in one that is in another
+        transformers.ApertusConfig(architectures=["ApertusForCausalLM"]),  # its activation has parameters of its own
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_dtype_asked_for_is_that_of_every_part(config: Any) -> None:
+    """Whatever the configurations of the parts state; and what is given stays as it was."""
+
+    def stating(given: dict[str, Any]) -> dict[str, Any]:
+        parts = {key: stating(part) for key, part in given.items() if key.endswith("_config") and part}
+        return {**given, **parts, "dtype": "bfloat16"}
+
+    given = stating(config.to_dict())
+    before = deepcopy(given)
+    for dtype in (torch.float32, torch.float16):
+        assert {parameter.dtype for parameter in configured_model(given, dtype).parameters()} == {dtype}
+    assert given == before
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Llama-4"])

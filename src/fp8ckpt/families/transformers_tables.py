@@ -18,6 +18,7 @@ from torch import nn
 from fp8ckpt.errors import ConfigError, UnsupportedFormatError, listed, shown
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
+from fp8ckpt.tensors.reading import stored_dtype
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,21 +55,19 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
     cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     if cls is None or not isinstance(config.get("model_type"), str):
         return None
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
     try:
         # Infinities are written as objects, which only its own reader of files makes floats of.
         stated = transformers.PreTrainedConfig._decode_special_floats(dict(config))
+        # The configurations of parts state dtypes too, by which the parts are made.
+        plain = without_quantization(CONFIG, stated, stored_dtype(dtype))
         with torch.device("meta"):
-            return cls(transformers.AutoConfig.for_model(**without_quantization(CONFIG, stated, None)))
+            return cls._from_config(transformers.AutoConfig.for_model(**plain), dtype=dtype)
     except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
         found = f"{names[0]} cannot be made of it: {shown(str(error))}"
         remedy = (
             "take the configuration that was written with these weights, or the transformers that it was written for"
         )
         raise ConfigError(found, file=CONFIG, expected="one that transformers reads", remedy=remedy) from error
-    finally:
-        torch.set_default_dtype(before)
 
 
 def distributed(model: Any, how: Any) -> Any:
