@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+)
 
 from fp8ckpt import FP8StorageReader, load_model, load_pretrained, open_checkpoint, save_model
 from fp8ckpt.errors import ConfigError, ModelMismatchError
@@ -105,3 +113,39 @@ def test_a_buffer_that_its_class_does_not_make_anew_is_named(stacked: Path) -> N
     model.model.register_buffer("mystery", torch.ones(3), persistent=False)
     with pytest.raises(ConfigError, match=r"model\.mystery: no checkpoint holds this buffer"):
         load_model(model, stacked)
+
+
+def test_buffers_that_a_model_writes_for_its_layers(tmp_path: Path) -> None:
+    """Falcon-H1's are written by the model that holds the layers, and nothing that was loaded is written over."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+    few = {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "ssm_multipliers": [0.5, 1.5, 2.0, 0.25, 3.0]}
+    _assert_as_theirs(FalconH1ForCausalLM(FalconH1Config(**size, **heads, **few)), "mup_vector", tmp_path)
+
+
+def test_buffers_of_booleans(tmp_path: Path) -> None:
+    """GPT-BigCode's mask has both of the values that there are; one that nobody makes is refused all the same."""
+    config = GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=64)
+    model = _assert_as_theirs(GPTBigCodeForCausalLM(config), "transformer.bias", tmp_path)
+    model.transformer.register_buffer("mystery", torch.ones(3, dtype=torch.bool), persistent=False)
+    with pytest.raises(ConfigError, match=r"transformer\.mystery: no checkpoint holds this buffer"):
+        load_model(model, tmp_path)
+
+
+def _assert_as_theirs(model: Any, buffer: str, path: Path) -> Any:
+    """Loaded by us, a model's parameters and buffers have the bits of ``from_pretrained``."""
+    model = model.to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()  # nothing that initializing it would give
+    model.save_pretrained(path)
+    ours, theirs = load_pretrained(path), type(model).from_pretrained(path, dtype=torch.bfloat16)
+    for found, expected in (
+        (ours.named_buffers, theirs.named_buffers),
+        (ours.named_parameters, theirs.named_parameters),
+    ):
+        assert dict(found()).keys() == dict(expected()).keys()
+        for name, tensor in found():
+            assert_same(tensor, dict(expected())[name], name)
+    assert any(name.endswith(buffer) for name, _ in ours.named_buffers())
+    return ours

@@ -6,6 +6,8 @@ A transformers model can give them their values again: that is how ``from_pretra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,33 +25,51 @@ def restore_buffers(model: nn.Module) -> None:
     does not know the value of one.
     """
     owners: dict[str, Any] = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    lost: list[tuple[str, str]] = []
+    for name, module in modules.items():
         owners[name] = module if is_pretrained(module) else owners.get(name.rpartition(".")[0])
-        lost = {
-            f"{name}.{key}".removeprefix("."): buffer
-            for key, buffer in module.named_buffers(recurse=False)
-            if key in module._non_persistent_buffers_set  # names of the state dict are not always those of modules
-        }
-        if owners[name] is not None and lost:
-            _restore(owners[name], module, lost)
-
-
-def _restore(owner: nn.Module, module: nn.Module, lost: dict[str, torch.Tensor]) -> None:
-    """What the class does not write again would stay what the memory happened to hold: a mark shows it."""
-    for buffer in lost.values():
-        buffer.fill_(_mark(buffer.dtype))
-    initialize_buffers(owner, module)
-    for name, buffer in lost.items():
-        mark = _mark(buffer.dtype)
-        left = buffer.isnan() if mark != mark else buffer == mark
-        if buffer.numel() and bool(left.all()):
+        keys = module._non_persistent_buffers_set  # names of the state dict are not always those of modules
+        own = [key for key, buffer in module.named_buffers(recurse=False) if key in keys]
+        if owners[name] is not None and own:
+            for key in own:  # what the class does not write again would stay what the memory happened to hold
+                _marked(module.get_buffer(key)).fill_(_mark(module.get_buffer(key)))
+            initialize_buffers(owners[name], module)
+            lost += ((name, key) for key in own)
+    asked: set[str] = set()
+    for name, key in lost:
+        for above in _above(name):  # a model may write the buffers of all its layers: Falcon-H1's mup_vector
+            if owners[above] is None or not _is_left(modules[name].get_buffer(key)):
+                break
+            if above not in asked:
+                asked.add(above)
+                with suppress(AttributeError):  # a stage of a pipeline lacks some of the layers that are gone through
+                    initialize_buffers(owners[above], modules[above])
+        if _is_left(modules[name].get_buffer(key)):
             raise ConfigError(
-                f"no checkpoint holds this buffer, and {type(owner).__name__} does not make it anew",
-                tensor=name,
+                f"no checkpoint holds this buffer, and {type(owners[name]).__name__} does not make it anew",
+                tensor=f"{name}.{key}".removeprefix("."),
                 remedy="build the model on its device, without to_empty()",
             )
 
 
-def _mark(dtype: torch.dtype) -> float | int:
+def _above(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _is_left(buffer: torch.Tensor) -> bool:
+    mark, marked = _mark(buffer), _marked(buffer)
+    return buffer.numel() > 0 and bool((marked.isnan() if mark != mark else marked == mark).all())
+
+
+def _marked(buffer: torch.Tensor) -> torch.Tensor:
+    """What is marked of it: of booleans, which may be both of their values, the bytes, which are 0 or 1."""
+    return buffer.view(torch.uint8) if buffer.dtype == torch.bool else buffer
+
+
+def _mark(buffer: torch.Tensor) -> float | int:
     """A value that no buffer consists of."""
+    dtype = _marked(buffer).dtype
     return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max

@@ -298,12 +298,14 @@ def initialize_buffers(model: Any, module: nn.Module) -> None:
     """Give the non-persistent buffers of one of the model's modules their values, as ``from_pretrained`` does after it
     has built a model on the meta device; what the state dict holds is left alone.
     """
+    from transformers.initialization import guard_torch_init_functions
+
     held = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}.values()
     flagged = [tensor for tensor in held if not vars(tensor).get("_is_hf_initialized")]
     for tensor in flagged:
         tensor._is_hf_initialized = True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), guard_torch_init_functions():
             model._init_weights(module)
     finally:
         for tensor in flagged:
