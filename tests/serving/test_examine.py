@@ -853,7 +853,7 @@ def test_the_command_line(sample_fp8: Path, good: Path, cli: Run) -> None:
 
 def test_importing_it_is_cheap() -> None:
     """Neither torch nor numba."""
-    assert set(heavy_modules("import fp8ckpt.serving.examine")) <= {"numpy"}
+    assert heavy_modules("import fp8ckpt.serving.examine")[0] <= {"numpy"}
 
 
 BLOCKS = {**DYNAMIC, "weight_block_size": [128, 128]}
