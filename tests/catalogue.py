@@ -27,6 +27,7 @@ SMALL = {f"{A}q_proj": (32, 24), f"{A}k_proj": (16, 24), f"{A}v_proj": (16, 24),
 PLAIN = {"model.embed_tokens": (16, 24), "lm_head": (16, 24)}
 NOT_LISTED = "unquantized Linears are not in modules_to_not_convert"
 COLUMNS = "columns that are no multiple of their block's"
+TORN = "rows that are no multiple of their block's"
 STACKS = "transformers dequantizes no stack"
 UNEQUAL = "groups of weights that are served as one have unequal scales"
 
@@ -252,7 +253,7 @@ def _blocks() -> dict[str, Row]:
         "rows that are joined, and no whole blocks": Row(
             release(SQUARES, ragged, two), "Blocks are whole",
             ("2 FP8 tensors are joined with others and are not whole blocks",),
-            (COLUMNS,),
+            (COLUMNS, TORN),
         ),
         "gated delta nets": Row(
             release(SQUARES, DENSE, fp8(BLOCK, skipped=["lm_head", *nets]), unquantized=PLAIN | nets),
@@ -354,7 +355,7 @@ def catalogue() -> dict[str, Row]:
 
 
 _OF_FOUR_BITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "DeepSeek V4 in four bits": ((), (COLUMNS,)),
+    "DeepSeek V4 in four bits": ((), (COLUMNS, TORN)),
 }
 
 

@@ -187,7 +187,7 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     convert(directory, out, to="fp8", scheme=scheme)
     checked = verify(out, serving=True)
     assert checked.serving is not None
-    notes = [n for n in checked.serving.notes if "columns that are no multiple" not in n and "stacks of exp" not in n]
+    notes = [n for n in checked.serving.notes if "no multiple of their block" not in n and "stacks of exp" not in n]
     assert (checked.defects, checked.serving.failures, notes) == ((), (), [])
 
     checkpoint = open_checkpoint(out)
@@ -465,6 +465,61 @@ def test_a_weight_is_known_by_what_it_is(
     listed = config.get("modules_to_not_convert", config.get("ignore"))
     matrices = {name for name, shape in shapes.items() if len(shape) == 2 and f"{name}.weight" not in found}
     assert matrices <= {*(listed or [])}
+
+
+T5 = {
+    "shared": (320, 128),
+    "decoder.block.0.layer.0.SelfAttention.relative_attention_bias": (32, 128),
+    "decoder.block.0.layer.0.SelfAttention.q": (128, 128),
+}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "left", "listed"),
+    [
+        (T5, {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, {*T5} - {[*T5][-1]}, {"lm_head"}),
+        (
+            {"transformer.w": (320, 128), "transformer.h.0.ffn.2": (128, 128)},
+            {"architectures": ["CTRLLMHeadModel"], "tie_word_embeddings": True, "vocab_size": 320},
+            {"transformer.w"},
+            {"lm_head"},
+        ),
+        (
+            {"text.tokens": (320, 128), f"{L}.mlp.up": (320, 128)},
+            {"text_config": {"vocab_size": 320, "tie_word_embeddings": True}},
+            {"text.tokens"},
+            {"lm_head", "language_model.lm_head"},
+        ),
+        ({"model.shared": (8, 128), f"{L}.fc1": (8, 128)}, {"model_type": "whisper"}, {"model.shared"},
+         {"proj_out"}),
+        ({"model.shared": (8, 128), f"{L}.fc1": (8, 128)}, {"tie_word_embeddings": False}, {"model.shared"}, set()),
+        ({"model.shared": (8, 128), f"{L}.fc1": (8, 128)}, {"architectures": ["BertModel"]}, {"model.shared"}, set()),
+        ({"h.0.mlp.c_fc": (128, 128), "h.0.fc1": (128, 128)}, {"decoder": {"model_type": "gpt2"}}, {"h.0.mlp.c_fc"},
+         {"lm_head"}),
+        ({"h.0.mlp.c_fc": (128, 128)}, {"model_type": "gpt_bigcode"}, set(), {"lm_head"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_embeddings_tied_heads_and_conv1d_are_no_codes(
+    scheme: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], left: set[str], listed: set[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Tables under names of their own, or of a row for each token; a head that is stored nowhere is a Linear to
+    engines, and listed.
+    """
+    convert(plain_directory(tmp_path / "plain", shapes, **config), tmp_path / "out", to="fp8", scheme=scheme)
+    found = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
+    assert found == {f"{name}.weight" for name in {*shapes} - left}
+    quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    skipped = {*(quantization.get("modules_to_not_convert") or quantization.get("ignore") or [])}
+    assert {name for name in skipped if name.endswith(("lm_head", "proj_out"))} == listed
+    assert not skipped & {name.removesuffix(".weight") for name in found}
+    assert verify(tmp_path / "out", serving=True).ok
+
+
+def test_a_model_of_conv1d_alone_is_refused(tmp_path: Path) -> None:
+    source = plain_directory(tmp_path / "plain", {"h.0.attn.c_attn": (128, 384)}, model_type="gpt2")
+    refused(UnsupportedFormatError, r"weights of Conv1D.*h\.0\.attn\.c_attn", source, tmp_path / "out")
 
 
 def test_what_cannot_be_joined_in_blocks_is_left_together(tmp_path: Path) -> None:

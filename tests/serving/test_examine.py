@@ -26,7 +26,7 @@ from fp8ckpt.serving.joining import TensorParallel
 from fp8ckpt.serving.listing import serving_config
 from fp8ckpt.serving.skip_list import SkipList, unquantized_parts
 from fp8ckpt.tensors.checkpoint import survey
-from tests.catalogue import Row, catalogue, in_four_bits
+from tests.catalogue import TORN, Row, catalogue, in_four_bits
 from tests.conftest import Run
 from tests.miniatures import families
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
@@ -164,7 +164,10 @@ def test_the_block_sample_needs_nothing(tmp_path: Path) -> None:
     result = verify(directory, serving=True)
     assert result.ok
     assert result.serving is not None
-    assert (result.serving.failures, result.serving.notes) == ((), ())
+    assert result.serving.failures == ()
+    (note,) = result.serving.notes
+    assert "kv_a_proj_with_mqa" in note
+    assert TORN in note
     assert serving_config(survey(directory), static=False) == read_config(directory)
 
 
@@ -949,6 +952,45 @@ def test_a_size_on_the_command_line(tmp_path: Path, cli: Run) -> None:
     assert done.returncode == 1
     assert json.loads(done.stdout)["serving"]["tensor_parallel"]["largest"] == 2
     assert cli("verify", "--tp", "4", directory).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "does"), [(192, "smaller ones, and reads wrong values"), (576, "refuses them"), (100, None), (256, None)]
+)
+def test_rows_that_are_no_whole_blocks_are_a_note(rows: int, does: str | None, tmp_path: Path) -> None:
+    """What transformers itself does to such codes, which have another scale in each block."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    notes = examined(build(tmp_path / "x", tiled(f"{M}.down_proj", rows, 256), BLOCKS)).notes
+    assert [TORN in note for note in notes] == ([] if does is None else [True])
+    assert does is None or notes[0].endswith(does)
+    scales = torch.arange(1.0, -(-rows // 128) + 1)[:, None]
+    wanted = scales.repeat_interleave(128, 0)[:rows].expand(rows, 256)
+    codes = torch.ones(rows, 256).to(torch.float8_e4m3fn)
+    try:
+        right = torch.equal(Fp8Dequantize(None)._dequantize_one(codes, scales.repeat(1, 2)).float(), wanted)
+    except ValueError:
+        assert does == "refuses them"
+    else:
+        assert right == (does is None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fit"),
+    [
+        ("LlamaForSequenceClassification", True),
+        ("SmolLM3ForTokenClassification", True),
+        ("Qwen2Model", True),
+        ("LlamaForCausalLM", False),
+        ("GPT2LMHeadModel", False),
+        ("Gemma3ForConditionalGeneration", False),
+    ],
+)
+def test_only_a_language_model_needs_a_head(architecture: str, fit: bool, tmp_path: Path) -> None:
+    """A classifier has a score, and an encoder has nothing."""
+    tensors = fp8("m.q") | plain(EMBEDDINGS, 8, 4)
+    config = {"tie_word_embeddings": False, "architectures": [architecture]}
+    assert (examined(build(tmp_path / "x", tensors, DYNAMIC, **config)).failures == ()) == fit
 
 
 def test_columns_that_are_no_whole_blocks_are_a_note(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError, shown
 from fp8ckpt.families.loaders import engines_that_rename_scales, is_stack, misreads_stacks
-from fp8ckpt.families.names import name_pattern
+from fp8ckpt.families.names import name_pattern, tied_heads
 from fp8ckpt.families.parallel import ragged
 from fp8ckpt.families.roles import Roles
 from fp8ckpt.families.siblings import equal_units, sibling_units
@@ -220,7 +220,10 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     stacks = [name for name in weights if is_stack(name, spans[name].shape)]
     if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
         notes.append(f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}")
-    config = {**without_quantization(CONFIG, given.config, None), "quantization_config": row.config}
+    quantization = dict(row.config)
+    if tied := tied_heads(given.config, tensors):  # Linears to an engine, which would look for their scales
+        quantization["ignore" if "ignore" in quantization else "modules_to_not_convert"] = tied
+    config = {**without_quantization(CONFIG, given.config, None), "quantization_config": quantization}
     written = Checkpoint(PLANNED, (), planned, (), config, None, None, (), ())
     texts[CONFIG] = dump_json(served(written))
     if given.index is not None or len(layouts) > 1:

@@ -18,6 +18,10 @@ RENAMED_SCALES = {
 EXPERTS_LEFT_RANDOM = {"Llama4ForCausalLM", "Llama4ForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}
 #: Models whose experts are no FP8 layer of transformers: they have biases, or lie across. Told by ``architectures``.
 EXPERTS_NEVER_FP8 = {"GptOssForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
+#: Models that multiply by ``Conv1D`` of transformers: a weight lies ``[in, out]``, and is no Linear to any engine. Told
+#: by ``model_type``, of a section too; and their modules, by the last component.
+_OF_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "jais"}
+_CONV1D = {"c_attn", "q_attn", "c_proj", "c_fc", "c_fc2"}
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 
@@ -26,6 +30,12 @@ def engines_that_rename_scales(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     stated = {name for name in (*(names if isinstance(names, list) else ()), config.get("model_type")) if name}
     return [engine for engine, models in RENAMED_SCALES.items() if models & {str(name) for name in stated}]
+
+
+def is_transposed(config: Mapping[str, Any], leaf: str) -> bool:
+    """Whether a module with this last component is a ``Conv1D`` of this model."""
+    sections = (config, *(section for section in config.values() if isinstance(section, Mapping)))
+    return leaf in _CONV1D and any(str(section.get("model_type")) in _OF_CONV1D for section in sections)
 
 
 def leaves_experts_random(config: Mapping[str, Any], names: Iterable[str]) -> bool:

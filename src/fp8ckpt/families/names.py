@@ -80,6 +80,42 @@ def ties_embeddings(config: Any) -> bool | None:
     return True in said or (False if False in said else None)
 
 
+_HAS_HEAD = re.compile(r"For\w*(LM|Generation|PreTraining)|LMHead|DoubleHeads")
+#: Heads of other names than ``lm_head``, by ``model_type``.
+_OTHER_HEADS = (
+    ("proj_out", {"whisper", "moonshine", "moonshine_streaming"}),
+    ("cls.predictions.decoder", {"bert", "big_bird", "deberta", "deberta-v2", "ernie", "megatron-bert", "roformer"}),
+    ("lm_head.decoder", {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "esm", "longformer", "mpnet"}),
+    ("lm_head.out_proj", {"t5gemma", "t5gemma2"}),
+    ("output_projection", {"biogpt", "trocr"}),
+    ("decoder", {"modernbert", "modernbert-decoder"}),
+    ("generator_lm_head", {"electra", "convbert"}),
+    ("predictions.decoder", {"albert"}),
+    ("vocab_projector", {"distilbert"}),
+    ("pred_layer.proj", {"xlm", "flaubert"}),
+    ("embed_out", {"gpt_neox_japanese"}),
+)
+
+
+def has_language_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model predicts tokens, by its ``architectures``; true where none is stated."""
+    stated = config.get("architectures")
+    named = [str(name) for name in stated] if isinstance(stated, list) else []
+    return not named or any(map(_HAS_HEAD.search, named))
+
+
+def tied_heads(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """The modules, under each name that engines may have for it, of a head that is the embeddings and that is not among
+    the tensors of these ``names``; none where the configuration ties nothing.
+    """
+    if ties_embeddings(config) is False or not has_language_head(config):
+        return []
+    heads = [head for head, models in _OTHER_HEADS if config.get("model_type") in models] or ["lm_head"]
+    if any(name.endswith(f"{head}.weight") for head in heads for name in names):
+        return []
+    return [*heads, *(f"language_model.{head}" for head in heads if isinstance(config.get("text_config"), Mapping))]
+
+
 def _stated(config: Any, key: str) -> Any:
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from fp8ckpt.families.loaders import is_transposed
 from fp8ckpt.tensors.formats import module_of
 
 Shape = tuple[int, ...]
@@ -20,7 +21,7 @@ Shape = tuple[int, ...]
 _WEIGHT = ".weight"
 #: What is left whatever its shape: what it is, and a pattern that its module's name has.
 _PARTS = (
-    ("embeddings", re.compile(r"embed|(^|\.)wte$|(^|\.)wpe$", re.IGNORECASE)),
+    ("embeddings", re.compile(r"embed|relative_attention_bias$|(^|\.)(emb|shared|wpe|wte)$", re.IGNORECASE)),
     ("norms", re.compile(r"norm", re.IGNORECASE)),
     ("convolutions", re.compile(r"conv", re.IGNORECASE)),
     (
@@ -35,6 +36,7 @@ _LEAVES = {
     "weights of sparse attention's indexer": {"weights_proj"},
 }
 _HEADS_OUTSIDE_LAYERS = {"output", "score", "classifier"}
+_VOCABULARY = re.compile(r"\w*vocab_size\w*|n_vocab")
 #: What engines build unquantized by themselves: of the heads, those by whole components of their names.
 _BUILT_PLAIN = {"gate", "router", "shared_expert_gate", *_LEAVES["projections of multi-token prediction"]}
 _BUILT_PLAIN |= _LEAVES["weights of sparse attention's indexer"]
@@ -99,6 +101,10 @@ class Roles:
             return "routers of experts"
         if leaf in _HEADS_OUTSIDE_LAYERS and not _in_layer(module):
             return "heads"
+        if not _in_layer(module) and self._shapes[name][0] in _stated(self._config, _VOCABULARY):
+            return "embeddings or heads, having a row for each token"
+        if is_transposed(self._config, leaf):
+            return "weights of Conv1D, which lie across and which no engine dequantizes"
         if self._is_per_head(name):
             return "projections to a number or two a head"
         return None
@@ -136,7 +142,7 @@ class Roles:
     @cached_property
     def _experts(self) -> dict[str, set[int]]:
         """How many experts there may be, by the module that holds them: their numbers, their stacks, their router."""
-        stated = {*_counts(self._config)}
+        stated = {*_stated(self._config, _EXPERT_COUNTS)}
         found: dict[str, set[int]] = {}
         numbers: dict[str, set[str]] = {}
         for name, shape in self._shapes.items():
@@ -183,10 +189,10 @@ def _in_layer(module: str) -> list[str]:
     return components[last + 1 :]
 
 
-def _counts(config: Mapping[str, Any]) -> Iterator[int]:
-    """The numbers of experts that a configuration states, nested too."""
+def _stated(config: Mapping[str, Any], key_of: re.Pattern[str]) -> Iterator[int]:
+    """The numbers that a configuration states under such keys, nested too."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _counts(value)
-        elif type(value) is int and _EXPERT_COUNTS.fullmatch(key):
+            yield from _stated(value, key_of)
+        elif type(value) is int and key_of.fullmatch(key):
             yield value

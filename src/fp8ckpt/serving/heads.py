@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
+from fp8ckpt.families.names import EMBEDDINGS, HEADS, has_language_head, ties_embeddings
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG
 
@@ -27,7 +27,7 @@ def tied(subject: Subject) -> Iterator[Finding]:
             remedy = "state false if the head is its own; an engine would serve the embeddings in its place"
             file, expected = head.span.file, "the same bytes, or no head"
             yield ServingError(found, tensor=name, file=file, expected=expected, remedy=remedy)
-    if ties is False and name is None and not checkpoint.defects:
+    if ties is False and name is None and not checkpoint.defects and has_language_head(checkpoint.config):
         found = "tie_word_embeddings is false, and no head is stored"
         remedy = "restore the head; or state true if it is the embeddings"
         yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)

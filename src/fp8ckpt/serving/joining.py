@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -62,6 +62,24 @@ def blocks(subject: Subject) -> Iterator[Finding]:
             "that quantize activations by such groups refuse them when the model runs, and transformers, where it "
             "dequantizes, takes the blocks for smaller ones, or refuses them"
         )
+    yield from _torn_rows(subject, shapes)
+
+
+def _torn_rows(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """What transformers makes of a last block of fewer rows: it divides the rows by the number of scales."""
+    if subject.stated is None or not subject.stated.row.by_transformers:
+        return
+    blocks = {name: block[0] for name, block in _blocks(subject).items() if len(shapes[name]) == 2}
+    torn = {name: rows for name, block in blocks.items() if (rows := shapes[name][0]) > block and rows % block}
+    taken = [name for name, rows in torn.items() if rows % -(-rows // blocks[name]) == 0]
+    refused = [name for name in torn if name not in {*taken}]
+    what = "takes the blocks for smaller ones, and reads wrong values", "refuses them"
+    for names, does in zip((taken, refused), what, strict=True):
+        if names:
+            yield (
+                f"{len(names)} FP8 tensors have rows that are no multiple of their block's ({some(names)}): "
+                f"transformers, where it dequantizes, {does}"
+            )
 
 
 def tensor_parallel(subject: Subject) -> TensorParallel | None:
