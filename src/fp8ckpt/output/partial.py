@@ -150,7 +150,7 @@ class PartialOutput:
             raise self._busy()
         try:
             self.turn = uuid.uuid4().hex
-            os.pwrite(writers, self.turn.encode(), 0)
+            os.write(writers, self.turn.encode())
         finally:
             os.close(writers)
         self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
