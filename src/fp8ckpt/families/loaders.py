@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fp8ckpt.families.names import architectures
+
 #: Models whose loader renames every ``.weight_scale_inv`` to ``.weight_scale``: the name of the one scale of a tensor,
 #: and no name of a grid of blocks. By engine; told by ``architectures`` or ``model_type``.
 RENAMED_SCALES = {
@@ -27,9 +29,8 @@ _ONE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 def engines_that_rename_scales(config: Mapping[str, Any]) -> list[str]:
     """The engines that take a ``weight_scale_inv`` of this model for the scale of a whole tensor."""
-    names = config.get("architectures")
-    stated = {name for name in (*(names if isinstance(names, list) else ()), config.get("model_type")) if name}
-    return [engine for engine, models in RENAMED_SCALES.items() if models & {str(name) for name in stated}]
+    stated = {*architectures(config), str(config.get("model_type"))}
+    return [engine for engine, models in RENAMED_SCALES.items() if models & stated]
 
 
 def is_transposed(config: Mapping[str, Any], leaf: str) -> bool:
@@ -40,7 +41,7 @@ def is_transposed(config: Mapping[str, Any], leaf: str) -> bool:
 
 def leaves_experts_random(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether transformers has no rule by which it loads the experts of a file with these tensors."""
-    return not _architectures(config).isdisjoint(EXPERTS_LEFT_RANDOM) and any(map(_ONE_EXPERT.search, names))
+    return not architectures(config).isdisjoint(EXPERTS_LEFT_RANDOM) and any(map(_ONE_EXPERT.search, names))
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:
@@ -64,9 +65,4 @@ def misreads_stacks(config: Mapping[str, Any], method: str | None) -> str | None
 
 def has_no_fp8_experts(config: Mapping[str, Any]) -> bool:
     """Whether transformers cannot hold the experts of this model in FP8, stacked as they are."""
-    return not _architectures(config).isdisjoint(EXPERTS_NEVER_FP8)
-
-
-def _architectures(config: Mapping[str, Any]) -> set[str]:
-    stated = config.get("architectures")
-    return {str(name) for name in stated} if isinstance(stated, list) else set()
+    return not architectures(config).isdisjoint(EXPERTS_NEVER_FP8)

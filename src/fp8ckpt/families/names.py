@@ -97,10 +97,15 @@ _OTHER_HEADS = (
 )
 
 
+def architectures(config: Mapping[str, Any]) -> set[str]:
+    """The classes that the configuration names; none where it names them in no list."""
+    stated = config.get("architectures")
+    return {str(name) for name in stated} if isinstance(stated, list) else set()
+
+
 def has_language_head(config: Mapping[str, Any]) -> bool:
     """Whether the model predicts tokens, by its ``architectures``; true where none is stated."""
-    stated = config.get("architectures")
-    named = [str(name) for name in stated] if isinstance(stated, list) else []
+    named = architectures(config)
     return not named or any(map(_HAS_HEAD.search, named))
 
 

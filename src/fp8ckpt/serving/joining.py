@@ -71,11 +71,10 @@ def _torn_rows(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> Itera
         return
     blocks = {name: block[0] for name, block in _blocks(subject).items() if len(shapes[name]) == 2}
     torn = {name: rows for name, block in blocks.items() if (rows := shapes[name][0]) > block and rows % block}
-    taken = [name for name, rows in torn.items() if rows % -(-rows // blocks[name]) == 0]
-    refused = [name for name in torn if name not in {*taken}]
-    what = "takes the blocks for smaller ones, and reads wrong values", "refuses them"
-    for names, does in zip((taken, refused), what, strict=True):
-        if names:
+    divides = {name: rows % -(-rows // blocks[name]) == 0 for name, rows in torn.items()}
+    outcomes = {True: "takes the blocks for smaller ones, and reads wrong values", False: "refuses them"}
+    for taken, does in outcomes.items():
+        if names := [name for name in torn if divides[name] is taken]:
             yield (
                 f"{len(names)} FP8 tensors have rows that are no multiple of their block's ({some(names)}): "
                 f"transformers, where it dequantizes, {does}"

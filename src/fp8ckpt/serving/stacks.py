@@ -21,5 +21,4 @@ def of_experts(subject: Subject) -> Iterator[Finding]:
         yield found
         return
     remedy = "leave them in BF16 (convert --scheme, --skip experts), or give each expert a tensor of its own"
-    file = stacks[0].weight.file
-    yield ServingError(found, tensor=stacks[0].name, file=file, expected="an expert a tensor", remedy=remedy)
+    yield ServingError(found, tensor=stacks[0], expected="an expert a tensor", remedy=remedy)
