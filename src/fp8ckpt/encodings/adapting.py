@@ -112,7 +112,7 @@ def _tied(adapter: Adapter, base: Checkpoint) -> Adapter:
     found = "it was trained whole, and apart from the head that it is tied to in the base"
     remedy = "train it with ensure_weight_tying=True, or merge it with PEFT (merge_and_unload), which unties them"
     expected = "one tensor for both"
-    raise UnsupportedFormatError(found, tensor=trained.name, file=trained.file, expected=expected, remedy=remedy)
+    raise UnsupportedFormatError(found, tensor=trained, expected=expected, remedy=remedy)
 
 
 def _tied_head(base: Checkpoint) -> str | None:
