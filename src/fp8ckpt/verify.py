@@ -23,14 +23,14 @@ from fp8ckpt.output.side_files import side_files
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.serving.examine import Servability, examine
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.stores.store import File, same_bytes
+from fp8ckpt.stores.store import Bytes, File, same_bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.stored import DTYPE_BITS
 from fp8ckpt.tensors.tensor import Reader, Tensor
 from fp8ckpt.workers import share
 
-_CHUNK = 1 << 20  # elements
+_CHUNK = 2 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,7 @@ class _Job:
             else:
                 # F4 and F6 are refused before; 8 elements of any dtype are whole bytes.
                 values = [buffer[: count * DTYPE_BITS[dtype] // 8] for buffer in buffers]
-                for tensor, out, reader in zip(tensors, values, readers, strict=True):
-                    tensor.elements(start, dtype, out, reader)
-                if not _equal(*values):
+                if not _same(start, dtype, tensors, values, readers):
                     self._differs(name, dtype, *values)
             self._read(readers, tensors[0].span.file.name)
 
@@ -286,6 +284,25 @@ class _Job:
                 yield TensorDifference(
                     name, "values differ", tally.elements, numel, tally.largest, tally.largest_relative
                 )
+
+
+def _same(start: int, dtype: str, tensors: list[Tensor], out: list[Bytes], readers: list[Reader]) -> bool:
+    """Whether two sides have the same elements from ``start`` on; where not, ``out`` has both. Codes that are the other
+    side's values are found to be so as they are decoded, and the result is never written.
+    """
+    last = 0 if tensors[0].scaled is not None else 1
+    tensors[1 - last].elements(start, dtype, out[1 - last], readers[1 - last])
+    scaled = tensors[last].scaled
+    if scaled is None or scaled.across:
+        tensors[last].elements(start, dtype, out[last], readers[last])
+        return _equal(*out)
+    dequantizer = readers[last].dequantizer(scaled, dtype)
+    bits, other = (out[side].view(f"u{TARGET_BYTES[dtype]}") for side in (last, 1 - last))
+    ((_, _, codes),) = scaled.run(start, bits.size, readers[last])  # a reader's room is a chunk
+    if dequantizer.gives(codes, start, other):
+        return True
+    dequantizer.flat(codes, start, bits)
+    return _equal(*out)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -41,6 +41,7 @@ class Case:
         self.grid = BlockGrid(shape, block)
         self.codes = rng.integers(0, 256, shape, np.uint8)
         self.dtype = dtype
+        self.commonest = code_dtype == "F8_E4M3"
         weight = Stored.codes(self.codes, code_dtype)
         scale = draw_scales(rng, scale_dtype, self.grid.shape)
         self.expected = np.frombuffer(dequantize(weight, scale, block, dtype), bits_dtype(dtype)).reshape(shape)
@@ -54,6 +55,12 @@ class Case:
         out = self.empty((stop - start,))
         self.dequantizer.flat(self.codes.reshape(-1)[start:stop], start, out)
         np.testing.assert_array_equal(out, self.expected.reshape(-1)[start:stop])
+        codes = self.codes.reshape(-1)[start:stop]
+        assert self.dequantizer.gives(codes, start, out) == (self.commonest and self.dtype == "BF16")
+        for at in {0, out.size // 2, out.size - 1} if out.size else ():
+            out[at] ^= 1 << at % 16
+            assert not self.dequantizer.gives(codes, start, out)
+            out[at] ^= 1 << at % 16
 
     def check_region(self, offsets: Shape, sizes: Shape, out: np.ndarray | None = None) -> None:
         window = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))

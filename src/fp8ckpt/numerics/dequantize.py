@@ -13,6 +13,7 @@ as well, exponents or e4m3, so there are 256 tables, each of which two levels of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -108,11 +109,13 @@ class Dequantizer:
         self.dtype = dtype
         self._per_byte = CODE_FORMATS[code_dtype].per_byte
         self._matrices = as_matrices(grid)
-        blocks = tuple(max(1, size) for size in self._matrices.shape)  # an empty weight has its one scale
+        self._alone = grid.per_tensor and self._per_byte == 1
+        row = BlockGrid((prod(grid.weight_shape),), (prod(grid.block_size),))
+        self._run = as_matrices(row) if self._alone else self._matrices  # with one scale, no row has an end
+        blocks = tuple(max(1, size) for size in self._run.shape)  # an empty weight has its one scale
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
         self._values = scale_values(scales, scale_dtype, factor).reshape(blocks)
         self._multiplied = code_dtype == "F8_E4M3" and dtype == "BF16"
-        self._alone = grid.per_tensor and self._per_byte == 1
         self._by_byte: tuple[Bits, U8] | None = None  # tables, and which of them is each block's
         if SCALE_DTYPES[scale_dtype] is np.uint8 and not self._alone:
             self._by_byte = (
@@ -129,14 +132,26 @@ class Dequantizer:
         """Dequantize the elements ``start`` to ``start + n`` in row-major order, whose bytes are codes u8, into out
         [n].
         """
-        if self._alone:
-            self._whole(codes, out)
-            return
-        before = start // self._per_byte
-        for part in windows(self._matrices, start, out.size):
-            first, count = bytes_of_run(start + part.elements.start, part.rows * part.cols, self._per_byte)
-            of_rows = codes[first - before :][:count].reshape(part.rows, -1)
+        for part, of_rows in self._windows(codes, start, out.size):
             self._window(of_rows, part, out[part.elements].reshape(part.rows, part.cols))
+
+    def gives(self, codes: U8, start: int, bits: Bits) -> bool:
+        """Whether `flat` would give ``bits`` [n], where a loop can tell that writes nothing; else False."""
+        return self._multiplied and all(
+            kernels.e4m3_are_bf16(of_rows, self._scales(part), *part.phase, bits[part.elements].reshape(of_rows.shape))
+            for part, of_rows in self._windows(codes, start, bits.size)
+        )
+
+    def _windows(self, codes: U8, start: int, count: int) -> Iterator[tuple[Window, U8]]:
+        """A run of elements as windows, each with its part of the bytes ``codes``."""
+        before = start // self._per_byte
+        for part in windows(self._run, start, count):
+            first, size = bytes_of_run(start + part.elements.start, part.rows * part.cols, self._per_byte)
+            yield part, codes[first - before :][:size].reshape(part.rows, -1)
+
+    def _scales(self, part: Window) -> F32:
+        """Those that meet a window [R blocks, C blocks]."""
+        return np.ascontiguousarray(self._values[part.blocks])
 
     def region(self, codes: U8, offsets: tuple[int, ...], out: Bits) -> None:
         """Dequantize the codes of a region at ``offsets`` in the full tensor; ``out`` has its sizes, any strides.
@@ -179,14 +194,13 @@ class Dequantizer:
                 kernels.look_up_blocks(codes, self._table[np.newaxis], _ONE_ID, 0, 0, part.rows, part.cols, out)
             return
         if self._multiplied and codes.flags.c_contiguous and out.flags.c_contiguous:
-            scales = np.ascontiguousarray(self._values[part.blocks])
-            kernels.multiply_e4m3_to_bf16(codes, scales, *part.phase, out)
+            kernels.multiply_e4m3_to_bf16(codes, self._scales(part), *part.phase, out)
             return
         if self._by_byte is not None:
             look_up = kernels.look_up_blocks if self._per_byte == 1 else kernels.look_up_packed
             look_up(codes, self._by_byte[0], self._by_byte[1][part.blocks], *part.phase, out)
             return
-        scales = np.ascontiguousarray(self._values[part.blocks])
+        scales = self._scales(part)
         if codes.size >= _LEAST_ELEMENTS_PER_TABLE * prod(scales.shape):
             tables = scale_table(scales.reshape(-1), self.code_dtype, self.dtype)
             ids = np.arange(scales.size, dtype=np.uint32).reshape(scales.shape)

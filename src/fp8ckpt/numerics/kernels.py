@@ -19,6 +19,7 @@ from fp8ckpt.numerics.compiled import compiled
 Array = npt.NDArray[Any]
 
 BF16, F16, F32 = 0, 1, 2  # rounding targets; constants so that numba folds them
+_SCRATCH = 4096  # elements; with codes and results they stay in the first-level cache
 
 
 @compiled(inline="always")
@@ -106,14 +107,24 @@ def _to_bf16(size: Any) -> Any:
     return np.int32(np.int32(size + np.int32(0x7FFF) + even) >> np.int32(16))
 
 
+@compiled(inline="always")
+def _e4m3_as_bf16(code: Any, scale: Any) -> Any:
+    """Bits i32 of an e4m3fn code times its scale, rounded to bfloat16; in the low half.
+
+    Each result is cast to 32 bits: what is not is 64 bits wide to numba, and half of a vector is wasted.
+    """
+    rounded = _to_bf16(np.float32(decoded(code, E4M3) * scale).view(np.int32))
+    is_nan = np.int32(np.int32(code) & np.int32(0x7F)) == np.int32(0x7F)
+    value = np.int32(0x7FC0) if is_nan else rounded
+    return np.int32(value | np.int32(np.int32(np.int32(code) & np.int32(0x80)) << np.int32(8)))
+
+
 @compiled()
 def multiply_e4m3_to_bf16(
     codes: Array, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
 ) -> None:
     """What `look_up_blocks` gives for e4m3fn codes and tables of bfloat16, in a loop that a compiler turns into vector
     instructions: codes u8 [R, C], scales f32 [R blocks, C blocks], out u16 [R, C].
-
-    Each result is cast to 32 bits: what is not is 64 bits wide to numba, and half of a vector is wasted.
     """
     rows, cols = codes.shape
     for r in range(rows):
@@ -126,13 +137,34 @@ def multiply_e4m3_to_bf16(
             part = codes[r, start:stop]
             result = out[r, start:stop]
             for i in range(part.size):
-                code = np.int32(part[i])
-                rounded = _to_bf16(np.float32(decoded(part[i], E4M3) * scale).view(np.int32))
-                is_nan = np.int32(code & np.int32(0x7F)) == np.int32(0x7F)
-                value = np.int32(0x7FC0) if is_nan else rounded
-                result[i] = np.uint16(np.int32(value | np.int32(np.int32(code & np.int32(0x80)) << np.int32(8))))
+                result[i] = np.uint16(_e4m3_as_bf16(part[i], scale))
             start = stop
             block += 1
+
+
+@compiled()
+def e4m3_are_bf16(
+    codes: Array, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, values: Array
+) -> bool:
+    """Whether that is ``values`` u16 [R, C], bit for bit; nothing is written."""
+    rows, cols = codes.shape
+    for r in range(rows):
+        block_row = (row_phase + r) // block_rows
+        start = 0
+        block = 0
+        other = np.int32(0)
+        while start < cols:
+            stop = min(cols, (block + 1) * block_cols - col_phase)
+            scale = scales[block_row, block]
+            part = codes[r, start:stop]
+            expected = values[r, start:stop]
+            for i in range(part.size):
+                other = np.int32(other | np.int32(_e4m3_as_bf16(part[i], scale) ^ np.int32(expected[i])))
+            start = stop
+            block += 1
+        if other:
+            return False
+    return True
 
 
 @compiled()
@@ -252,10 +284,18 @@ def multiply_blocks(
 
 @compiled()
 def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
-    """How many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`."""
+    """How many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`. Most runs have none: whether
+    one has any is seen 64 codes at a time.
+    """
     total = 0
-    for i in range(codes.size):
-        total += np.uint8((codes[i] & mask) - first) < count
+    for start in range(0, codes.size, _SCRATCH):
+        part = codes[start : start + _SCRATCH]
+        found = np.uint8(0)
+        for i in range(part.size):
+            found = np.uint8(found | np.uint8(np.uint8((part[i] & mask) - first) < count))
+        if found:
+            for i in range(part.size):
+                total += np.uint8((part[i] & mask) - first) < count
     return total
 
 
@@ -298,9 +338,6 @@ def raise_maxima(
             maxima[block_row, block] = max(maxima[block_row, block], largest)
             start = stop
             block += 1
-
-
-_SCRATCH = 4096  # elements; with codes and results they stay in the first-level cache
 
 
 @compiled(inline="always")
