@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -274,8 +275,8 @@ def test_the_page_stands_alone(
 
 
 def test_names_are_text_wherever_they_are_shown(tmp_path: Path) -> None:
-    """What a header holds is no markup, no formula and no line break of the page."""
-    name = 'layers.0.<script>alert(1)</script> $x_1$ & "q" \'.weight'
+    """What a header holds is no markup, no formula and no line break of the page; and no warning of a font's lack."""
+    name = 'layers.0.\u5c42 <script>alert(1)</script> $x_1$ & "q" \'.weight'
     source = tmp_path / "<b>fp8"
     source.mkdir()
     tensors = {
@@ -283,7 +284,9 @@ def test_names_are_text_wherever_they_are_shown(tmp_path: Path) -> None:
         f"{name}_scale_inv": Stored.of(np.float32(1), "F32"),
     }
     write_safetensors(source / "model.safetensors", tensors, {"format": "pt"})
-    report(source, output=tmp_path / "page.html")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report(source, output=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert "<b>fp8" not in page

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -346,7 +347,8 @@ def _svg(draw: Callable[[Figure], dict[str, str]], width: float, height: float) 
         "axes.edgecolor": _GRID, "grid.color": _GRID,
     }  # fmt: skip
     out = io.StringIO()
-    with mpl.rc_context(settings):
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it only measures: the reader's own fonts draw the text
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_visible(False)
         titles = draw(figure)

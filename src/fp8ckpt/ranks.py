@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fp8ckpt.errors import RankLostError
+from fp8ckpt.errors import Fp8CheckpointError, RankLostError
 from fp8ckpt.system import cores
 
 if TYPE_CHECKING:
@@ -68,14 +68,25 @@ class GroupRanks(Ranks):
         except Exception as caught:  # whatever it is, the other ranks must hear of it, or they wait for ever
             error = caught
         met: list[Any] = [None] * self.size
-        try:
+        with lost_ranks_named(error):
             dist.all_gather_object(met, (_portable(error), result), group=self._group)
-        except RuntimeError as lost:
-            raise RankLostError.of(lost) from (error or lost)
         for rank, (other, _) in enumerate(met):
             if other is not None:
                 raise error if rank == self.rank and error is not None else other  # one's own has its traceback
         return [result for _, result in met]
+
+
+@contextmanager
+def lost_ranks_named(own: Exception | None = None) -> Iterator[None]:
+    """Around collectives: a rank that is gone, of which torch says only how it noticed, is a `RankLostError`. What this
+    rank met before, its ``own`` error, stays its cause.
+    """
+    try:
+        yield
+    except Fp8CheckpointError:
+        raise
+    except RuntimeError as error:
+        raise RankLostError.of(error) from (own or error)
 
 
 def has_group() -> bool:

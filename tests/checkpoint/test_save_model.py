@@ -36,7 +36,7 @@ from fp8ckpt import (
 from fp8ckpt.checkpoint import checkpointing, storage_writer
 from fp8ckpt.errors import ModelMismatchError, OutputExistsError, RangeError, ResumeMismatchError, StorageError
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
-from tests.distributed import UNEVEN, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
+from tests.distributed import UNEVEN, Launched, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
 from tests.families.releases import RELEASES
 from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 from tests.support import ALL
@@ -477,6 +477,32 @@ def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path:
     save_model(model, tmp_path / "out", like=paths["uneven"])
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+
+
+_LOSES_A_RANK = """
+import os, sys
+import torch.distributed as dist
+import fp8ckpt
+from tests.distributed import fsdp, mesh
+
+dist.init_process_group("gloo")
+release, out = sys.argv[1:]
+model = fp8ckpt.load_pretrained(release, parallelize=lambda model: fsdp(model, mesh()))
+if dist.get_rank() == 1:
+    os.pwrite = lambda *arguments: os._exit(0)
+fp8ckpt.save_model(model, out, like=release)
+"""
+
+
+def test_a_rank_that_dies_is_named_on_the_others(sample_fp8: Path, tmp_path: Path) -> None:
+    """Not by what gloo says of a connection; nothing is at the destination, and the same save ends."""
+    (tmp_path / "script.py").write_text(_LOSES_A_RANK)
+    code, _, said = Launched(tmp_path / "said", 2, tmp_path / "script.py", sample_fp8, tmp_path / "out").ended()
+    assert code == 1
+    assert "fp8ckpt.errors.RankLostError: another rank ended, or did not answer" in said
+    assert not (tmp_path / "out").exists()
+    save_model(load_pretrained(sample_fp8), tmp_path / "out", like=sample_fp8)
+    assert verify(sample_fp8, tmp_path / "out").ok
 
 
 # ---------------------------------------------------------------- plain dcp.save

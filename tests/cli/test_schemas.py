@@ -39,11 +39,11 @@ def objects(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_command_has_a_schema() -> None:
-    """And there is none of a command that is no more."""
-    assert sorted(file.stem for file in SCHEMAS.glob("*.json")) == COMMANDS
+    """And there is none of a command that is no more; one is of refusals."""
+    assert sorted(file.stem for file in SCHEMAS.glob("*.json")) == sorted([*COMMANDS, "error"])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "error"])
 def test_every_field_is_explained(command: str) -> None:
     """In a sentence, or by the definition that it refers to; and every field is always there."""
     Draft202012Validator.check_schema(schema(command))
@@ -89,3 +89,14 @@ def test_what_is_printed_is_what_the_schema_says(
         errors = Draft202012Validator(schema(command)).iter_errors(json.loads(printed.stdout))
         assert [f"{error.json_path}: {error.message}" for error in errors] == []
     assert {command for command, *_ in runs} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("command", "paths"), [("inspect", ["none"]), ("convert", ["", ""]), ("sample", [""])])
+def test_a_refusal_is_json_too(command: str, paths: list[str], sample_fp8: Path, cli: Run) -> None:
+    """On stdout, with the facts apart; what stderr says does not change."""
+    arguments = [sample_fp8 / path for path in paths]
+    said, printed = cli(command, *arguments), cli(command, *arguments, "--json")
+    assert (printed.returncode, printed.stderr) == (1, said.stderr)
+    found = json.loads(printed.stdout)
+    Draft202012Validator(schema("error")).validate(found)
+    assert found["error"]["message"] in said.stderr

@@ -11,7 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.numerics.codes import SCALES
-from fp8ckpt.ranks import Ranks, has_group, ranks_of_group
+from fp8ckpt.ranks import Ranks, has_group, lost_ranks_named, ranks_of_group
 from fp8ckpt.targets import FP8, TARGETS, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
@@ -215,12 +215,13 @@ def _refuse_arguments(
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """DCP wraps what a rank raises, and tells every rank; take the named error out again.
+    """DCP wraps what a rank raises, and tells every rank; take the named error out again. What is not wrapped is of its
+    collectives.
 
     It also warns that a single process is alone, which the caller of a single process knows.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), lost_ranks_named() if has_group() else nullcontext():
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
             yield
     except CheckpointException as error:

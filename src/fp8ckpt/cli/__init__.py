@@ -20,7 +20,7 @@ from fp8ckpt.cli.convert import convert
 from fp8ckpt.cli.inspect import inspect
 from fp8ckpt.cli.merge import merge
 from fp8ckpt.cli.plan import plan
-from fp8ckpt.cli.printing import fail
+from fp8ckpt.cli.printing import fail, refuse
 from fp8ckpt.cli.report import report
 from fp8ckpt.cli.sample import sample
 from fp8ckpt.cli.verify import verify
@@ -78,7 +78,7 @@ def main() -> None:
             finally:
                 sys.stdout.flush()  # or Python does it when nobody can catch its error
         except Fp8CheckpointError as error:
-            fail(error.message)
+            refuse(error)
         except MemoryError:
             fail("there is not enough memory; --workers 1 takes the least, where there is that option")
         except OSError as error:

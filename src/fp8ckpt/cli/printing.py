@@ -34,6 +34,15 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def refuse(error: Fp8CheckpointError) -> NoReturn:
+    """End as `fail` does; where JSON was asked for, stdout has the error's facts."""
+    if "--json" in map(str.lower, sys.argv) and speaks():  # the command that took the option has ended
+        import json
+
+        print(json.dumps({"error": _plain(error)}, indent=2))
+    fail(error.message)
+
+
 @contextmanager
 def resumable(destination: Path) -> Iterator[None]:
     """A job that Ctrl-C ends says what it leaves, and how to go on."""

@@ -199,4 +199,4 @@ def write_error(error: OSError, file: Path) -> StorageError:
     remedy = remedy_for(
         error, "see that files can be made there and that nothing else changes them, and run it again", writing=True
     )
-    return StorageError(f"writing failed: {error.strerror}", file=file, remedy=remedy)
+    return StorageError(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)
