@@ -141,15 +141,17 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
         blocks = block_sizes(checkpoint.store, checkpoint.config)
     except Fp8CheckpointError:  # it is among the defects
         blocks = BlockSizes()
-    plain_bytes = sum(tensor.span.nbytes for tensor in checkpoint.tensors.values() if tensor.scaled is None)
+    schemes = _schemes(quantized, blocks)
+    plain = [tensor for tensor in checkpoint.tensors.values() if tensor.scaled is None]
+    elements = sum(scheme.elements for scheme in schemes)
     return Inspection(
         path=checkpoint.path,
         files=len(checkpoint.files),
         tensors=len(checkpoint.tensors),
-        elements=sum(tensor.numel for tensor in checkpoint.tensors.values()),
-        stored_bytes=sum(span.nbytes for header in checkpoint.files for span in header.spans),
-        bf16_bytes=plain_bytes + sum(2 * tensor.numel for tensor in quantized),
-        schemes=_schemes(quantized, blocks),
+        elements=elements + sum(tensor.numel for tensor in plain),
+        stored_bytes=sum(span.stop - span.start for header in checkpoint.files for span in header.spans),
+        bf16_bytes=2 * elements + sum(tensor.span.nbytes for tensor in plain),
+        schemes=schemes,
         unquantized=_unquantized(checkpoint, any_quantized=bool(quantized)),
         activation_scales=sum(len(tensor.activation_scales) for tensor in quantized),
         cache_scales=len(checkpoint.cache_scales),
@@ -161,26 +163,26 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
 
 
 def _schemes(quantized: list[QuantizedTensor], blocks: BlockSizes) -> tuple[Scheme, ...]:
-    groups: dict[tuple[str, str, str], list[QuantizedTensor]] = {}
+    counts: Counter[tuple[object, ...]] = Counter()
+    examples: dict[tuple[object, ...], QuantizedTensor] = {}  # of many tensors, few differ in more than their names
     for tensor in quantized:
-        key = (tensor.code_dtype, _block_of(tensor, blocks), tensor.scale.dtype)
-        groups.setdefault(key, []).append(tensor)
+        stated, scale = blocks.of(module_of(tensor.name)), tensor.scale
+        key: tuple[object, ...] = (
+            tensor.grid, stated, tensor.code_dtype, scale.dtype, scale.shape, tensor.second is None
+        )  # fmt: skip
+        counts[key] += 1
+        examples[key] = tensor
+    groups: dict[tuple[str, str, str], list[tuple[QuantizedTensor, int]]] = {}
+    for key, tensor in examples.items():
+        shared = (tensor.code_dtype, _block_of(tensor, blocks), tensor.scale.dtype)
+        groups.setdefault(shared, []).append((tensor, counts[key]))
     schemes = []
-    for (dtype, block, scale_dtype), tensors in groups.items():
-        shapes = {tensor.scale.shape for tensor in tensors}
+    for shared, tensors in groups.items():
+        shapes = {tensor.scale.shape for tensor, _ in tensors}
         shape = str(list(shapes.pop())) if len(shapes) == 1 else "various"
-        elements = sum(tensor.numel for tensor in tensors)
-        schemes.append(
-            Scheme(
-                dtype,
-                block,
-                scale_dtype,
-                shape,
-                len(tensors),
-                elements,
-                sum(span.nbytes for tensor in tensors for span in (tensor.weight, *tensor.scales)),
-            )
-        )
+        elements = sum(tensor.numel * count for tensor, count in tensors)
+        size = sum(count * span.nbytes for tensor, count in tensors for span in (tensor.weight, *tensor.scales))
+        schemes.append(Scheme(*shared, shape, sum(count for _, count in tensors), elements, size))
     return tuple(sorted(schemes, key=lambda scheme: -scheme.elements))
 
 

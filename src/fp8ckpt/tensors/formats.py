@@ -11,11 +11,10 @@ scales, which are exponents of groups of 32 (MXFP4) or e4m3 of groups of 16 (NVF
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fp8ckpt.numerics.codes import E8M0_DTYPES, F4, FP8_DTYPES
+from fp8ckpt.numerics.codes import CODE_FORMATS, E8M0_DTYPES, F4, FP8_DTYPES
 
 if TYPE_CHECKING:
     from fp8ckpt.tensors.stored import TensorSpan
@@ -79,6 +78,7 @@ ONLY_SCALES = (
 GROUPS = {**dict.fromkeys(E8M0_DTYPES, 32), "F8_E4M3": 16}
 TWO_LEVELS = "F8_E4M3"
 _BYTES = ("U8", "I8")
+MAY_BE_CODES = frozenset((*CODE_FORMATS, *_BYTES))
 
 # The same for the scales of activations: a conversion drops them, the way back carries them over.
 ACTIVATIONS = (
@@ -104,7 +104,7 @@ ATTENTION_SCALES = (
 OUTPUT_SCALE = ".output_scale"
 
 # What a file holds to say what it is. ComfyUI: a tensor of no values, or of two; and, of late, a text for each layer.
-FILE_MARKER, LAYER_MARKER = "scaled_fp8", ".comfy_quant"
+MARKERS = FILE_MARKER, LAYER_MARKER = "scaled_fp8", ".comfy_quant"
 
 # What is packed or integer, and is not read: dtypes, and endings of weights; then endings of what stands beside them.
 PACKED_DTYPES = ("F6_E2M3", "F6_E3M2")
@@ -132,18 +132,12 @@ FACTORS = (
 
 def beside(rows: Iterable[ScaleRow]) -> Callable[[str], list[tuple[ScaleRow, str]]]:
     """What gives the keys that may stand beside codes of a name, by these rows of a table."""
-    if not (rows := tuple(rows)):
-        return lambda codes: []
-
-    @lru_cache(maxsize=256)  # by the last part of a name, in which each ending lies: of many tensors there are few
-    def ending(last: str) -> list[ScaleRow]:
-        return [row for row in rows if last.endswith(row.weight)]
+    ends = [(row, row.weight, row.scale) for row in rows]
 
     def keys(codes: str) -> list[tuple[ScaleRow, str]]:
-        last = codes[max(0, codes.rfind(".")) :]
-        return [(row, codes.removesuffix(row.weight) + row.scale) for row in ending(last)]
+        return [(row, codes.removesuffix(end) + scale) for row, end, scale in ends if codes.endswith(end)]
 
-    return keys
+    return keys if ends else lambda codes: []
 
 
 def factor_key(codes: str, row: ScaleRow) -> str | None:
@@ -153,7 +147,7 @@ def factor_key(codes: str, row: ScaleRow) -> str | None:
 
 def code_dtype(span: TensorSpan, spans: Mapping[str, Any]) -> str | None:
     """The dtype of the codes that a tensor holds, or None where it holds none. ``spans``: all tensors by name."""
-    if span.dtype in FP8_DTYPES or span.dtype == F4:
+    if span.dtype in CODE_FORMATS:
         return span.dtype
     if span.dtype not in _BYTES or len(span.shape) < 2:
         return None

@@ -51,32 +51,43 @@ def pair(
     each module, and whether it speaks of quantization at all (of the cache alone, for example). With ``complete`` false
     some files could not be read, and what is missing or left over is not held against the rest.
     """
-    codes = {name: dtype for name, span in spans.items() if (dtype := formats.code_dtype(span, spans)) is not None}
+    last_parts = "\n.".join(("", *{name.rpartition(".")[2] for name in spans}, ""))
+
+    def occurs(ending: str) -> bool:  # most of the tables' do not, and each lies in the last part of a name
+        return ending + "\n" in last_parts
+
+    codes = {
+        name: dtype
+        for name, span in spans.items()
+        if span.dtype in formats.MAY_BE_CODES and (dtype := formats.code_dtype(span, spans)) is not None
+    }
     claimed, defects = _packed(spans, codes)
-    markers = tuple(span for span in spans.values() if formats.is_marker(span.name, span.dtype, span.shape))
+    marked = spans.values() if any(map(occurs, formats.MARKERS)) else ()
+    markers = tuple(span for span in marked if formats.is_marker(span.name, span.dtype, span.shape))
     claimed.update(span.name for span in markers)
-    weights = [spans[name] for name in codes if name not in claimed]
-    weights.sort(key=lambda span: codes[span.name] != F4)  # scales in FP8 are theirs, and no weights then
-    names = "\n".join(spans) + "\n"  # where endings are looked for at once: most of the tables' do not occur
+    weights = [name for name in codes if name not in claimed]
+    if F4 in codes.values():
+        weights.sort(key=lambda name: codes[name] != F4)  # scales in FP8 are theirs, and no weights then
     scales, activation_scales = (
-        formats.beside(row for row in rows if row.scale + "\n" in names)
-        for rows in (formats.SCALES, formats.ACTIVATIONS)
+        formats.beside(row for row in rows if occurs(row.scale)) for rows in (formats.SCALES, formats.ACTIVATIONS)
     )
-    has_factors = any(ending + "\n" in names for _, ending in formats.FACTORS)
+    has_factors = any(occurs(ending) for _, ending in formats.FACTORS)
     paired: dict[str, Tensor] = {}  # by the name of the codes
     near_scales: dict[str, list[str]] | None = None
-    for span in weights:
-        name = span.name
+    for name in weights:
         if name in claimed:
             continue
         claimed.add(name)
-        packed = codes[name] == F4
+        span, packed = spans[name], codes[name] == F4
         found = [
-            (row, key) for row, key in scales(name) if key in spans and (packed or spans[key].dtype not in FP8_DTYPES)
+            (row, scale)
+            for row, key in scales(name)
+            if (scale := spans.get(key)) is not None and (packed or scale.dtype not in FP8_DTYPES)
         ]
         activations = [key for _, key in activation_scales(name) if key in spans]
         claimed.update(activations)
-        claimed.update([key for _, key in found])
+        for _, scale in found:
+            claimed.add(scale.name)
         factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
         if factor is not None:
             claimed.add(factor)
@@ -84,7 +95,7 @@ def pair(
             claimed.add(second)
             defects.append(UnsupportedFormatError.of_factor(span, second))
         elif len(found) == 1:
-            row, scale = found[0][0], spans[found[0][1]]
+            row, scale = found[0]
             beside = tuple(spans[key] for key in activations)
             result: QuantizedTensor | Fp8CheckpointError
             if formats.in_kernel_order(name, scale.dtype, scale.shape, spans):
@@ -101,7 +112,7 @@ def pair(
             else:
                 paired[name] = result
         elif found:
-            defects.append(AmbiguousScaleError.of(span, [key for _, key in found]))
+            defects.append(AmbiguousScaleError.of(span, [scale.name for _, scale in found]))
         elif complete:
             if near_scales is None:
                 near_scales = _names_like_scales(spans)
@@ -111,8 +122,8 @@ def pair(
     cache_scales: list[TensorSpan] = []
     quantized = quantized or bool(weights)
     for name, span in spans.items():
-        if name in paired:
-            tensors[paired[name].name] = paired[name]
+        if (tensor := paired.get(name)) is not None:
+            tensors[tensor.name] = tensor
         elif name in claimed:
             continue
         elif quantized and formats.is_attention_scale(name, span.shape, spans):

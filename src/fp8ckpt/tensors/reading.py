@@ -6,7 +6,8 @@ The only part of this room that touches tensor values. Memory is one small buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,43 +112,53 @@ def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
     """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
 
-    The scales of a file are asked for together; memory is 8 MiB.
+    All are of one store. The scales of a file are asked for together; memory is 8 MiB.
     """
     spans = [*others]
     for tensor in tensors:
-        spans += (*tensor.scales, *tensor.activation_scales)
-    spans = [span for span in spans if span.dtype in SCALE_DTYPES and span.nbytes]
-    spans.sort(key=lambda span: (span.file.name, span.dtype, span.start))
+        spans += tensor.scales
+        spans += tensor.activation_scales
+    alike: dict[tuple[str, str], list[TensorSpan]] = {}
+    for span in spans:
+        if span.dtype in SCALE_DTYPES and span.start < span.stop:
+            alike.setdefault((span.file.name, span.dtype), []).append(span)
     buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
     defects: list[Fp8CheckpointError] = []
-    for (file, dtype), group in groupby(spans, key=lambda span: (span.file, span.dtype)):
+    for (_, dtype), group in sorted(alike.items()):
+        group.sort(key=attrgetter("start"))
         try:
             for batch in _batches(group):
-                ends = list(accumulate(part.stop - part.start for _, part in batch))
+                ends = list(accumulate(part.stop - part.start for part in batch))
                 parts = [buffer[first:last] for first, last in pairwise([0, *ends])]
-                file.store.read([part for _, part in batch], parts)
-                read = buffer[: ends[-1]].view(SCALE_DTYPES[dtype])
-                if count_bad_scales(_judged(read, dtype)):
-                    defects += _bad_scales(dict.fromkeys(span for span, _ in batch))
+                group[0].file.store.read(batch, parts)
+                if count_bad_scales(_judged(buffer[: ends[-1]].view(SCALE_DTYPES[dtype]), dtype)):
+                    defects += _bad_scales(dict.fromkeys(group))
+                    break
         except (StorageError, TruncatedFileError) as error:
             defects.append(error)
     return defects
 
 
-def _batches(spans: Iterable[TensorSpan]) -> Iterator[list[tuple[TensorSpan, ByteRange]]]:
-    """Scales by `_SCALES_AT_ONCE` bytes; one that is longer is in parts."""
-    batch: list[tuple[TensorSpan, ByteRange]] = []
-    size = 0
+def _batches(spans: list[TensorSpan]) -> Iterator[list[ByteRange]]:
+    """Where scales of one file lie, by `_SCALES_AT_ONCE` bytes: those that follow each other are one range, and one
+    that is longer is in parts.
+    """
+    name, runs = spans[0].file.name, [[spans[0].start, spans[0].start]]
     for span in spans:
-        for start in range(span.start, span.stop, _SCALES_AT_ONCE):
-            part = ByteRange(span.file.name, start, min(start + _SCALES_AT_ONCE, span.stop))
+        if span.start != runs[-1][1]:
+            runs.append([span.start, span.start])
+        runs[-1][1] = span.stop
+    batch: list[ByteRange] = []
+    size = 0
+    for first, last in runs:
+        for start in range(first, last, _SCALES_AT_ONCE):
+            part = ByteRange(name, start, min(start + _SCALES_AT_ONCE, last))
             if size + part.stop - part.start > _SCALES_AT_ONCE:
                 yield batch
                 batch, size = [], 0
-            batch.append((span, part))
+            batch.append(part)
             size += part.stop - part.start
-    if batch:
-        yield batch
+    yield batch
 
 
 def _bad_scales(spans: Iterable[TensorSpan]) -> Iterator[Fp8CheckpointError]:
