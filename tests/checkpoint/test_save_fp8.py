@@ -40,7 +40,7 @@ from fp8ckpt import (
     save_model,
     verify,
 )
-from fp8ckpt.checkpoint import checkpointing, fp8_part, fp8_storage_writer, shard_quantizing
+from fp8ckpt.checkpoint import checkpointing, exchanged, fp8_part, fp8_storage_writer
 from fp8ckpt.encodings.results import Fp8Result, QuantizationReport
 from fp8ckpt.errors import (
     Fp8CheckpointError,
@@ -119,7 +119,8 @@ def small_steps(patch: pytest.MonkeyPatch, elements: int) -> None:
     """Make what is worked on at once small, so that more blocks wait, and what the ranks exchange at once."""
     patch.setattr(fp8_part, "_LARGEST_STEP", elements)
     patch.setattr(fp8_part, "_LEAST_STEP", elements)
-    patch.setattr(shard_quantizing, "_EXCHANGED", max(1, elements // 16))
+    patch.setattr(exchanged, "_EXCHANGED", max(1, elements // 16))
+    patch.setattr(fp8_part, "_EXCHANGED", 3)
 
 
 class Case:

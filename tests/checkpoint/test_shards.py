@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp8ckpt.checkpoint.shard_quantizing import WaitingBlocks
+from fp8ckpt.checkpoint.exchanged import WaitingBlocks
 from fp8ckpt.checkpoint.shards import PIECE, Shard, cut_all, cut_waiting
 from fp8ckpt.numerics.geometry import BlockGrid, first_elements, surroundings
 from fp8ckpt.stores.memory import PLANNED

@@ -133,21 +133,10 @@ class SafetensorsStorageWriter(DirectoryWriter):
             yield {item.index.fqn: spans[item.index.fqn] for item in plan.items}
 
     def _write(self, own: dict[str, TensorSpan], planner: SavePlanner, rounds: Rounds) -> int:
-        written: list[int] = []
+        def write(items: Iterable[WriteItem]) -> int:
+            return write_plain(rounds.files, planner, ((item, own[item.index.fqn]) for item in items), _PIECE)
 
-        def work(items: Iterable[WriteItem]) -> Iterator[tuple[TensorSpan, Region, torch.Tensor]]:
-            for item in items:
-                region, tensor = region_of(item), resolved(planner, item)
-                for piece in pieces(region, _PIECE):
-                    yield own[item.index.fqn], piece, tensor[within(piece, region)]
-
-        def write(part: tuple[TensorSpan, Region, torch.Tensor]) -> None:
-            span, piece, values = part
-            written.append(write_region(rounds.files, span, piece, cast(values, span)))
-
-        for _ in rounds.write(lambda items: share(work(items), [write] * threads_of_this_rank())):
-            pass
-        return sum(written)
+        return sum(written[rounds.ranks.rank] for written in rounds.write(write))
 
     def _complete(self, layout: FileLayout, files: Files) -> int:
         """Write what is carried from the base."""
@@ -165,6 +154,26 @@ class SafetensorsStorageWriter(DirectoryWriter):
 
     def _stored_dtype(self, spec: TensorSpec) -> str:
         return self._dtype if spec.dtype in FLOATS else spec.dtype
+
+
+def write_plain(files: Files, planner: SavePlanner, items: Iterable[tuple[WriteItem, TensorSpan]], most: int) -> int:
+    """Write what is not quantized, in pieces of at most ``most`` elements, with all threads of this rank; returns how
+    many bytes.
+    """
+    written: list[int] = []
+
+    def cut() -> Iterator[tuple[TensorSpan, Region, torch.Tensor]]:
+        for item, span in items:
+            region, values = region_of(item), resolved(planner, item)
+            for piece in pieces(region, most):
+                yield span, piece, values[within(piece, region)]
+
+    def write(part: tuple[TensorSpan, Region, torch.Tensor]) -> None:
+        span, piece, values = part
+        written.append(write_region(files, span, piece, cast(values, span)))
+
+    share(cut(), [write] * threads_of_this_rank())
+    return sum(written)
 
 
 def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:

@@ -1,18 +1,19 @@
-"""What is recorded of the weights of an output while they are made, part by part, and added up later."""
+"""What is recorded of the weights of an output while they are made, part by part, added up later, and reported."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.quantize import Tally
 from fp8ckpt.output.partial import Facts
 
 
-@dataclass
+@dataclass(slots=True)
 class WeightFacts:
     """What is recorded of a weight, or of a part of it.
 
@@ -47,6 +48,31 @@ class WeightFacts:
         for block, largest in other.maxima.items():
             self.maxima[block] = max(largest, self.maxima.get(block, 0.0))
         self.inexact = sorted({*self.inexact, *other.inexact})
+
+    def report(self, name: str, *, has_base: bool) -> WeightReport:
+        """What a user is told of it."""
+        tally = self.tally
+        return WeightReport(
+            name=name,
+            elements=tally.elements,
+            moved=tally.moved if has_base else None,
+            clipped=tally.clipped,
+            outgrown=tally.outgrown if has_base else 0,
+            scales=self.kept + self.made,
+            fresh=self.made,
+            mean_error=tally.error / tally.magnitude if tally.magnitude else 0.0,
+            largest_error=tally.largest_error / tally.largest if tally.largest else 0.0,
+            fresh_factors=self.factors,
+        )
+
+
+def report_of(weights: Mapping[str, WeightFacts], carried: Collection[str], *, has_base: bool) -> QuantizationReport:
+    """The report of all weights; ``carried`` from the base are others."""
+    total = WeightFacts()
+    for facts in weights.values():
+        total.add(facts)
+    rows = tuple(facts.report(name, has_base=has_base) for name, facts in weights.items())
+    return QuantizationReport(total.report("", has_base=has_base), rows, tuple(sorted(carried)))
 
 
 def combine(facts: Iterable[Facts]) -> Facts:

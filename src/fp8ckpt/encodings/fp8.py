@@ -13,18 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.encodings.facts import WeightFacts
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
-from fp8ckpt.encodings.rule import Rule, Step
+from fp8ckpt.encodings.rule import NotFinite, Rule, Step
 from fp8ckpt.encodings.runs import Run, bands_of, runs_of
 from fp8ckpt.encodings.seen import Seen, moved_bytes
 from fp8ckpt.engine import Filled
-from fp8ckpt.errors import RangeError, WeightValueError
+from fp8ckpt.errors import Fp8CheckpointError, RangeError, WeightValueError
 from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
@@ -106,10 +106,15 @@ class QuantizingFiller:
         begin, count = (n * weight.per_byte for n in (chunk.start - weight.weight.start, chunk.nbytes))
         decided = self._decided is not None and weight.name in self._decided
         if not decided and not self._plan.fresh and self._plan.untouched(weight):
-            return self._carry(weight, begin, count, out)
-        if not weight.wide:
-            return self._quantize(weight, begin, count, out)
-        return self._encode_decided(weight, begin, count, out) if decided else self._look(weight, begin, count, out)
+            make = self._carry
+        elif not weight.wide:
+            make = self._quantize
+        else:
+            make = self._encode_decided if decided else self._look
+        try:
+            return make(weight, begin, count, out)
+        except NotFinite:
+            raise self._not_finite(weight) from None
 
     # ---------------------------------------------------------------- what is not quantized
 
@@ -198,7 +203,7 @@ class QuantizingFiller:
         self._reader.bytes_read += out.nbytes
         self.looked_and_wrote[weight.name] += out.nbytes
         if not np.isfinite(largest):
-            self._refuse_nonfinite(weight)
+            raise NotFinite
         return Filled({weight.name: asdict(WeightFacts(maxima={"0": float(largest)}))})
 
     # ---------------------------------------------------------------- weights whose chunks hold whole blocks
@@ -213,11 +218,10 @@ class QuantizingFiller:
             step = self._step(rule, weight, run)
             codes = self._room_for_codes(weight, run.first - begin, run.size, out)
             self._see_base(weight, run)
-            maxima = self._maxima(weight, step)
             before = None
             if weight.before is not None:
-                before = self._read_scales(weight.before.scale, run.blocks).reshape(maxima.shape)
-            exact = step.look(maxima, before, codes)
+                before = self._read_scales(weight.before.scale, run.blocks).reshape(step.shape)
+            maxima, exact = step.look(before, codes)
             if looking:
                 self._look_at_factor(facts, unit, maxima, exact, rule)
                 if self._plan.fresh or unit in self._outgrown:
@@ -234,13 +238,11 @@ class QuantizingFiller:
             self.looked_and_wrote[weight.name] += len(out) if write else 0
         return Filled({weight.name: asdict(facts)}, write)
 
-    def _look_at_factor(
-        self, facts: WeightFacts, unit: tuple[str, ...], maxima: F32, exact: Mask | None, rule: Rule
-    ) -> None:
+    def _look_at_factor(self, facts: WeightFacts, unit: tuple[str, ...], maxima: F32, exact: Mask, rule: Rule) -> None:
         """What decides whether the factor of before is kept."""
         largest = maxima.max(initial=0)
         facts.maxima["0"] = max(facts.maxima.get("0", 0.0), float(largest))
-        if exact is not None and not exact.all():
+        if not exact.all():
             facts.inexact = [0]
         if rule.factor is not None and scaling.outgrows(largest, rule.factor):
             self._outgrown[unit] = largest
@@ -264,7 +266,7 @@ class QuantizingFiller:
         for run in _cut(weight, begin, count):
             step = self._step(rule, weight, run)
             self._see_base(weight, run)
-            here = self._maxima(weight, step)
+            here = step.maxima()
             for block in np.flatnonzero(here):
                 at = run.blocks.start + int(block)
                 maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
@@ -300,7 +302,7 @@ class QuantizingFiller:
             if merged is None:
                 return None
             if not np.isfinite(merged.largest):
-                self._refuse_nonfinite(weight)
+                raise NotFinite
             if merged.largest:
                 facts.maxima[str(block)] = max(facts.maxima.get(str(block), 0.0), float(merged.largest))
             facts.arrival.add(merged.arrival)
@@ -374,10 +376,9 @@ class QuantizingFiller:
             facts.arrival.add(arrival)
             facts.tally.add(Tally(elements=codes.size, clipped=clipped))
             return
-        tally = step.tally(codes, scales, before)
-        if weight.before is not None:
-            old = self._old(weight, weight.before, run)
-            tally.moved = int(np.count_nonzero(old != codes))
+        old = None if weight.before is None else self._old(weight, weight.before, run)
+        tally = step.tally(codes, scales, before, old)
+        if weight.before is not None and old is not None:
             if self._plan.see:
                 was, now = (quantize.decode(step.parts, *of, weight.coding) for of in ((old, before), (codes, scales)))
                 self._seen.compare(weight.before.name, was, now, tally.moved)
@@ -409,21 +410,15 @@ class QuantizingFiller:
         parts = quantize.parts_of_run(run.grid, run.start, run.size)
         return Step(rule, self._values(weight.source, run.first, run.size), parts, run.grid)
 
-    def _maxima(self, weight: Quantization, step: Step) -> F32:
-        """The largest magnitudes. Raises `WeightValueError` where a value is not finite, with the count of all."""
-        maxima = step.maxima()
-        if not np.isfinite(maxima).all():
-            self._refuse_nonfinite(weight)
-        return maxima
-
-    def _refuse_nonfinite(self, weight: Quantization) -> NoReturn:
+    def _not_finite(self, weight: Quantization) -> Fp8CheckpointError:
+        """The refusal of a weight with values that have no code: all of it is counted."""
         tensor, count, overflown = weight.source, 0, 0
         for first in range(0, tensor.numel, STEP):
             count += quantize.count_nonfinite(self._values(tensor, first, min(STEP, tensor.numel - first)))
             overflown += 0 if self._reader.merge is None else self._reader.merge.overflown
         if overflown:
-            raise RangeError.of_merged(weight.name, tensor.span.file, overflown, "F32")
-        raise WeightValueError.of_nonfinite(weight.name, tensor.span.file, count, tensor.numel)
+            return RangeError.of_merged(weight.name, tensor.span.file, overflown, "F32")
+        return WeightValueError.of_nonfinite(weight.name, tensor.span.file, count, tensor.numel)
 
     def _values(self, tensor: Tensor, first: int, count: int) -> Values:
         """Elements ``first`` to ``first + count`` of a tensor, good until the next call."""
@@ -468,7 +463,7 @@ def rule_of(plan: QuantizingPlan, name: str) -> Rule:
     if weight.before is None:
         return Rule(name, weight.scale.dtype)
     file, remedy = weight.source.span.file, "choose a --scheme instead of the base"
-    return Rule.like(weight.before, fresh=plan.fresh, powers_of_two=plan.powers_of_two, file=file, remedy=remedy)
+    return Rule.like(weight.before, file, fresh=plan.fresh, powers_of_two=plan.powers_of_two, remedy=remedy)
 
 
 def scales_before(weight: Quantization) -> F32:

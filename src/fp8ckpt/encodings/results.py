@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fp8ckpt.encodings.facts import WeightFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +26,6 @@ class WeightReport:
     mean_error: float
     largest_error: float
     fresh_factors: int = 0
-
-    @classmethod
-    def of(cls, name: str, facts: WeightFacts, *, has_base: bool) -> WeightReport:
-        """From what was counted."""
-        tally = facts.tally
-        return cls(
-            name=name,
-            elements=tally.elements,
-            moved=tally.moved if has_base else None,
-            clipped=tally.clipped,
-            outgrown=tally.outgrown if has_base else 0,
-            scales=facts.kept + facts.made,
-            fresh=facts.made,
-            mean_error=tally.error / tally.magnitude if tally.magnitude else 0.0,
-            largest_error=tally.largest_error / tally.largest if tally.largest else 0.0,
-            fresh_factors=facts.factors,
-        )
 
 
 @dataclass(frozen=True)

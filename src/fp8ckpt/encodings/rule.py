@@ -25,6 +25,10 @@ from fp8ckpt.tensors.reading import load_factor, stored_scales
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
 
+class NotFinite(Exception):
+    """Some of the values have no code. Whoever has all of the weight says how many: `WeightValueError`."""
+
+
 class Decided(NamedTuple):
     """The scales of some blocks, as they are stored and as float32; which of them are ``kept``; and those of
     ``before``, infinite where there are none.
@@ -55,7 +59,7 @@ class Rule:
     remedy: str | None = None
 
     @classmethod
-    def like(cls, base: QuantizedTensor, *, fresh: bool, powers_of_two: bool, file: File, remedy: str) -> Rule:
+    def like(cls, base: QuantizedTensor, file: File, *, fresh: bool, powers_of_two: bool, remedy: str) -> Rule:
         """The rule of a weight that is written like one of a base. Reads the second level of its scales, if any."""
         factor, coding = load_factor(base), CODINGS[base.code_dtype]
         return cls(base.name, base.scale.dtype, coding, factor, factor, fresh, powers_of_two, file, remedy)
@@ -108,20 +112,23 @@ class Step(NamedTuple):
         return quantize.block_shape(self.grid)
 
     def maxima(self) -> F32:
-        """The largest magnitudes; NaN and infinity are above all."""
+        """The largest magnitudes. Raises `NotFinite`."""
         maxima: F32 = quantize.block_array(self.grid, np.float32)
         quantize.raise_maxima(self.parts, self.values, maxima)
+        if not np.isfinite(maxima).all():  # NaN and infinity are above all
+            raise NotFinite
         return maxima
 
-    def look(self, maxima: F32, stored: Scales | None, room: U8) -> Mask | None:
-        """Which blocks the ``stored`` scales of before give back, as far as they are here; None where nobody asks.
-        Codes are made in ``room``.
+    def look(self, stored: Scales | None, room: U8) -> tuple[F32, Mask]:
+        """What decides the scales: the largest magnitudes, and which blocks the ``stored`` scales of before give back,
+        as far as they are here; all, where nobody asks. Codes are made in ``room``.
         """
+        maxima = self.maxima()
         if stored is None or not self.rule.asks(maxima, before := self.rule.before(stored)):
-            return None
+            return maxima, np.ones(maxima.shape, np.bool_)
         codes = room[: self.values.bits.size]
         self.encode(before, codes)
-        return self.exact(before, codes)
+        return maxima, self.exact(before, codes)
 
     def encode(self, scales: F32, codes: U8) -> None:
         """Fill ``codes``, one a byte, which lie as the values do."""
@@ -132,9 +139,12 @@ class Step(NamedTuple):
         found: Mask = quantize.count_inexact(self.parts, self.values, codes, scales, self.rule.coding) == 0
         return found
 
-    def tally(self, codes: U8, scales: F32, before: F32) -> Tally:
-        """What the codes lose of the values."""
-        return quantize.tally(self.parts, self.values, codes, scales, before, self.rule.coding)
+    def tally(self, codes: U8, scales: F32, before: F32, old: U8 | None) -> Tally:
+        """What the codes lose of the values, and how many are not those of before, ``old``, if there were any."""
+        found = quantize.tally(self.parts, self.values, codes, scales, before, self.rule.coding)
+        if old is not None:
+            found.moved = int(np.count_nonzero(old.reshape(-1) != codes.reshape(-1)))
+        return found
 
 
 def units_of(weights: Iterable[QuantizedTensor]) -> list[tuple[str, ...]]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fp8ckpt.encodings.facts import WeightFacts, combine, weights_of
+from fp8ckpt.encodings.facts import WeightFacts, combine, report_of, weights_of
 from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, rule_of, scales_before
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
-from fp8ckpt.encodings.results import QuantizationReport, WeightReport
+from fp8ckpt.encodings.results import QuantizationReport
 from fp8ckpt.encodings.rule import Decided
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.engine import ExtentWriter, Progress, begin
@@ -228,11 +228,6 @@ def _wide_facts(
 
 
 def _reported(plan: QuantizingPlan, facts: Mapping[str, WeightFacts]) -> QuantizationReport:
-    total = WeightFacts()
-    weights = []
-    for name in plan.weights:
-        part = facts.get(name, WeightFacts())
-        total.add(part)
-        before = plan.weights[name].before
-        weights.append(WeightReport.of(before.name if before else name, part, has_base=plan.base is not None))
-    return QuantizationReport(WeightReport.of("", total, has_base=plan.base is not None), tuple(weights), plan.carried)
+    weights = {weight.before.name if weight.before else name: name for name, weight in plan.weights.items()}
+    found = {name: facts.get(stored, WeightFacts()) for name, stored in weights.items()}
+    return report_of(found, plan.carried, has_base=plan.base is not None)

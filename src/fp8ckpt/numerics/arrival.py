@@ -131,7 +131,7 @@ def arrive_blocks(
     sum_arrived(lanes, changed, sums, counts)
 
 
-@dataclass
+@dataclass(slots=True)
 class Arrival:
     """What became of what was to be added to ``elements`` values, ``changed`` of which are others now. Sums of squares
     and products: of the values ``before``, of the ``delta`` that was to be added, of that with what was ``added``.

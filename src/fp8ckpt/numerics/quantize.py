@@ -198,7 +198,7 @@ def count_nonfinite(values: Values) -> int:
     return int(np.count_nonzero(~np.isfinite(values.floats)))
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """What quantizing did to a number of elements.
 

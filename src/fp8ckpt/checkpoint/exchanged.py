@@ -1,0 +1,136 @@
+"""What the ranks of a save to FP8 tell each other of blocks, and of bytes, that more than one of them has a part of.
+
+Each is known by its number among those of the base, which is the same on every rank. A bounded number is exchanged at
+once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+
+from fp8ckpt.checkpoint.shards import Numbers, Shard, elements_of_block, numbers_of
+from fp8ckpt.numerics.codes import F32, U8
+from fp8ckpt.numerics.geometry import Region, bytes_of_region, surroundings, whole_blocks
+from fp8ckpt.numerics.quantize import Mask
+from fp8ckpt.output.staging import Files
+from fp8ckpt.ranks import Ranks
+from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.scaled import QuantizedTensor
+
+_EXCHANGED = 1 << 20  # blocks, or bytes, at once, over all ranks: 13 bytes each
+
+
+class WaitingBlocks:
+    """What decides the scales of the blocks that wait, by their numbers; for any number of threads."""
+
+    def __init__(self, shards: Iterable[Shard], step: int) -> None:
+        waiting: list[Numbers] = []
+        own: list[Numbers] = []
+        for shard in shards:
+            grid = shard.weight.grid
+            for part in shard.waiting(step):
+                around = surroundings(grid, *part)
+                waiting.append(shard.numbers(*around.region))
+            if shard.factor is not None:
+                waiting.append(np.array([shard.factor]))
+            whole = whole_blocks(grid, *shard.region)
+            if not shard.joined and elements_of_block(grid) > step and 0 not in whole[1]:
+                around = surroundings(grid, *whole)
+                own.append(shard.numbers(*around.region))
+        self._numbers: Numbers = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]))
+        self._maxima: F32 = np.zeros(self._numbers.size, np.float32)
+        self._exact: Mask = np.ones(self._numbers.size, np.bool_)
+        self._shared = np.flatnonzero(~np.isin(self._numbers, np.concatenate([np.empty(0, np.int64), *own])))
+        self._lock = threading.Lock()
+
+    @property
+    def shared(self) -> int:
+        """How many of them other ranks, or other weights, may have a part in."""
+        return self._shared.size
+
+    def take_in(self, numbers: Numbers, maxima: F32, exact: Mask) -> None:
+        """Take in what was found in a part of some blocks."""
+        at = np.searchsorted(self._numbers, numbers)
+        with self._lock:
+            self._maxima[at] = np.maximum(self._maxima[at], maxima)
+            self._exact[at] &= exact
+
+    def of(self, numbers: Numbers, shape: tuple[int, ...]) -> tuple[F32, Mask]:
+        """The largest magnitude of each block, and whether the scale of before gives back all of it, in this shape."""
+        at = np.searchsorted(self._numbers, numbers)
+        return self._maxima[at].reshape(shape), self._exact[at].reshape(shape)
+
+    def exchange(self, ranks: Ranks, most: int) -> None:
+        """Combine the shared ones over the ranks, none of which has more than ``most``; memory is bounded."""
+        if ranks.size == 1:
+            return
+        at_once = max(1, _EXCHANGED // ranks.size)
+        for start in range(0, most, at_once):
+            for numbers, maxima, exact in ranks.gather(partial(self._part, slice(start, start + at_once))):
+                ours = np.isin(numbers, self._numbers)
+                self.take_in(numbers[ours], maxima[ours], exact[ours])
+
+    def _part(self, part: slice) -> tuple[Numbers, F32, Mask]:
+        at = self._shared[part]
+        return self._numbers[at], self._maxima[at], self._exact[at]
+
+
+class Halves:
+    """Codes of four bits whose byte is not all in one piece: the low half may be one thread's or rank's, the high half
+    another's. The rank of the low one writes the byte. For any number of threads.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._weights = [tensor for tensor in base.quantized if tensor.per_byte > 1]
+        ends = np.cumsum([0, *(tensor.packed.numel for tensor in self._weights)])
+        self._starts = dict(zip((tensor.name for tensor in self._weights), ends.tolist(), strict=False))
+        self._ends = ends
+        self._found: dict[bool, list[tuple[Numbers, U8]]] = {False: [], True: []}  # low ones, high ones
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        """Whether the base has any such weight."""
+        return bool(self._weights)
+
+    def add(self, weight: QuantizedTensor, region: Region, codes: U8, *, high: bool) -> None:
+        """Take in codes of a region of one column, which are the high halves of their bytes, or the low ones."""
+        offsets, sizes = bytes_of_region(region, weight.per_byte)
+        at = numbers_of(weight.packed.shape, offsets, sizes) + self._starts[weight.name]
+        with self._lock:
+            self._found[high].append((at, codes.reshape(-1).copy()))
+
+    def settle(self, ranks: Ranks, files: Files) -> int:
+        """Write all bytes whose low half this rank has, together with the other ranks; returns how many."""
+        if not self._weights:
+            return 0
+        lows, highs = (self._sorted(high=high) for high in (False, True))
+        self._found = {False: [], True: []}
+        at_once = max(1, _EXCHANGED // ranks.size)
+        written = 0
+        for start in range(0, max(ranks.gather(lambda: highs[0].size)), at_once):
+            for at, codes in ranks.gather(partial(_part, highs, slice(start, start + at_once))):
+                ours = np.isin(at, lows[0])
+                place = np.searchsorted(lows[0], at[ours])
+                written += self._write(at[ours], lows[1][place] | codes[ours] << np.uint8(4), files)
+        return written
+
+    def _sorted(self, *, high: bool) -> tuple[Numbers, U8]:
+        found = self._found[high]
+        at = np.concatenate([np.empty(0, np.int64), *(numbers for numbers, _ in found)])
+        order = np.argsort(at)
+        return at[order], np.concatenate([np.empty(0, np.uint8), *(codes for _, codes in found)])[order]
+
+    def _write(self, at: Numbers, values: U8, files: Files) -> int:
+        for number, value in zip(at.tolist(), values, strict=True):
+            weight = self._weights[int(np.searchsorted(self._ends, number, side="right")) - 1]
+            place = weight.weight.start + number - self._starts[weight.name]
+            files.of(weight.weight.file.name).write(np.array([value], np.uint8), place)
+        return int(at.size)
+
+
+def _part(found: tuple[Numbers, U8], part: slice) -> tuple[Numbers, U8]:
+    return found[0][part], found[1][part]
