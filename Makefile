@@ -9,7 +9,10 @@ LOWEST := .venv-lowest
 
 .PHONY: demo test test-hosts test-lowest lint docs bench campaign clean
 
-# Python compiles what is imported when it is; pip would compile all that is there, for half of its time.
+# Python compiles what is imported when it is, and keeps it; pip would compile all that is there, for half of its time.
+# Where the environment forbids to keep it, every process of the tests would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'

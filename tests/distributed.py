@@ -17,7 +17,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import chdir
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,18 +49,14 @@ UNEVEN = Mistral3Sizes(
     vision_intermediate=37,
 )
 
-# Imported once, by the server that the ranks are forked from; nothing of it starts threads.
-_PRELOAD = (
-    "fp8ckpt.checkpoint.checkpointing",
-    "fp8ckpt.numerics.kernels",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "transformers",
-    "transformers.models.ministral3.modeling_ministral3",
-    "transformers.models.mistral3.modeling_mistral3",
-    "transformers.models.pixtral.modeling_pixtral",
-)
+ROOT = Path(__file__).parent.parent
+
+
+def serve() -> None:
+    """Start the server that ranks are forked from, where the tests can be imported."""
+    multiprocessing.set_forkserver_preload(["tests.warm"])
+    with chdir(ROOT):
+        forkserver.ensure_running()
 
 
 def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -67,7 +65,7 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
     ``function`` is importable (of a module, not of a test), and so are what it takes and returns.
     """
-    multiprocessing.set_forkserver_preload(list(_PRELOAD))
+    serve()
     with TemporaryDirectory(prefix="ranks-") as folder:
         mp.start_processes(_rank, (size, Path(folder), function, arguments), size, start_method="forkserver")
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(size)]
@@ -81,7 +79,7 @@ class Launched:
     """
 
     def __init__(self, folder: Path, size: int | None, *command: object, **environment: str) -> None:
-        multiprocessing.set_forkserver_preload(list(_PRELOAD))
+        serve()
         self._folder = folder
         folder.mkdir()
         ranks = [environment]
@@ -142,7 +140,7 @@ def _launched(output: Path, command: list[str], environment: dict[str, str]) -> 
 
 def apart(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
     """``function`` of each argument in a process of its own, two at a time, without a process group."""
-    multiprocessing.set_forkserver_preload(list(_PRELOAD))
+    serve()
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
         return list(pool.map(function, arguments))
