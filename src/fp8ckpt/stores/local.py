@@ -152,6 +152,8 @@ class LocalStore:
     def _real(self, name: str) -> str:
         """Where a name leads. Raises `OSError` where it leads nowhere, and `StorageError` where it leads away."""
         path = self._path(name)
+        if "/" not in name and modes.S_ISREG(os.lstat(path).st_mode):  # no link, in the directory itself
+            return path
         real = os.path.realpath(path, strict=True)
         if real == path or name == self._named or Path(real).is_relative_to(self._root):
             return real
