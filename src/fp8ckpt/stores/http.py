@@ -1,20 +1,27 @@
 """Files of a web server: a directory whose index page lists them (``https://host/directory/``).
 
-The client is huggingface_hub's session, so proxies and certificates are set up as for the Hub. Each range is asked for
-with ``If-Match`` where the server gives strong ETags; the version in every answer is compared, whatever it is. A user
-and a password in the URL go to that host alone: a redirect to any other is followed without them, and never from
-https to http. Where a file was found is kept for as long as it holds, so that a range is one request.
+The client is urllib3: huggingface_hub's takes five times as much of a processor for what is encrypted, all of it under
+Python's lock. Proxies and certificates are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``, ``SSL_CERT_FILE``).
+Each range is asked for with ``If-Match`` where the server gives strong ETags; the version in every answer is compared,
+whatever it is. A user and a password in the URL go to that host alone: a redirect to any other is followed without
+them, and never from https to http. Where a file was found is kept for as long as it holds, so that a range is one
+request.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
 from html.parser import HTMLParser
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
@@ -66,13 +73,13 @@ class HttpObjects:
         condition = {"If-Match": stat.version} if stat.version.startswith('"') else {}
         asked = {"Range": f"bytes={start}-{stop - 1}", **condition}
         with self.answer("GET", name, asked, listed=True) as response:
-            if response.status_code != 206:
+            if response.status != 206:
                 remedy = "fetch the files, or serve them with ranges"
                 raise StorageError(f"{self.where} serves no ranges", file=name, remedy=remedy)
             if not response.headers.get("Content-Range", "").endswith(f"/{stat.size}"):
                 raise SourceChangedError.of(name)
             self.refuse_other(name, stat, response.headers)
-            yield from response.iter_raw()
+            yield from response.stream(_PIECE, decode_content=False)
 
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
         """Raise `SourceChangedError` where an answer is of another version."""
@@ -85,30 +92,28 @@ class HttpObjects:
 
         ``listed``: whether the listing had the file, so that its absence is a change.
         """
-        from huggingface_hub import get_session
-        from huggingface_hub.errors import OfflineModeIsEnabled
+        from urllib3.exceptions import HTTPError, SSLError
 
         url, named = self._leads.get(name) or self.url(name), _origin(self.url(name))
         try:
             for _ in range(_MOST_REDIRECTS):
                 own = self.headers() if _origin(url) == named else {}
-                headers = {**own, **_ENCODED, **asked}
-                session = get_session()
-                with session.stream(method, url, headers=headers, follow_redirects=False, timeout=TIMEOUT) as response:
-                    if response.is_redirect:
-                        url = self._led_to(url, response.headers["Location"], name)
+                with closing(_asked(method, url, {**own, **_ENCODED, **asked})) as response:
+                    if location := response.get_redirect_location():
+                        response.drain_conn()
+                        url = self._led_to(url, location, name)
                         continue
-                    self._refuse(response, name, listed)
+                    self._refuse(response.status, name, listed)
                     if listed and _origin(url) != named:
                         self._leads[name] = url
                     yield response
                     return
-        except OfflineModeIsEnabled:
-            found = "huggingface_hub is told to stay offline"
-            raise StorageError(found, file=self.where, remedy="unset HF_HUB_OFFLINE, or give a local copy") from None
-        except Exception as error:
-            if not is_of_client(error):
-                raise
+        except SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
+                raise Broken("no whole answer (SSLError)") from None
+            remedy = "name the certificates of who signed its own in SSL_CERT_FILE"
+            raise StorageError("the server's certificate is not trusted", file=self.where, remedy=remedy) from None
+        except HTTPError as error:
             raise Broken(f"no whole answer ({type(error).__name__})") from None
         raise StorageError(f"more than {_MOST_REDIRECTS} redirects", file=name or self.where, remedy="check the URL")
 
@@ -123,8 +128,7 @@ class HttpObjects:
             return target._replace(netloc=urlsplit(url).netloc).geturl()
         return target.geturl()
 
-    def _refuse(self, response: Any, name: str, listed: bool) -> None:
-        status = response.status_code
+    def _refuse(self, status: int, name: str, listed: bool) -> None:
         if status >= 400 and self._leads.pop(name, None) is not None:
             raise Broken(f"the server answered {status}, where it had led to before")
         if status in (408, 429) or status >= 500:
@@ -140,6 +144,7 @@ class HttpObjects:
     def _stat(self, name: str) -> Stat:
         with self.answer("HEAD", name, {}, listed=False) as response:
             version = _version(response.headers)
+            response.drain_conn()
             size = response.headers.get("Content-Length", "")
             if not version or not size.isdigit():
                 found = f"{self.where} gives neither a size nor a version (ETag, Last-Modified)"
@@ -154,7 +159,7 @@ class HttpObjects:
             if "html" not in response.headers.get("Content-Type", ""):
                 return
             held = b""
-            for piece in response.iter_raw(_PIECE):
+            for piece in response.stream(_PIECE, decode_content=False):
                 held += piece
                 if len(held) > _LONGEST_PAGE:
                     raise StorageError("its index page is longer than any", file=self.where, remedy="check the URL")
@@ -173,11 +178,33 @@ class HttpObjects:
                 yield from self._names(folder + below, depth + 1)
 
 
-def is_of_client(error: Exception) -> bool:
-    """Whether an error is of the HTTP client, or of the connection below it: it may be another one the next time."""
-    module = type(error).__module__.partition(".")[0]
-    closed = isinstance(error, RuntimeError) and "closed" in str(error)  # by another user of the same session
-    return module in ("httpx", "httpx2", "httpcore", "httpcore2", "h11", "ssl") or closed
+def _asked(method: str, url: str, headers: Mapping[str, str]) -> Any:
+    """The answer of one request, its body not yet read. The connection is kept if it is read to its end."""
+    from urllib3.util import make_headers
+
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    own = make_headers(basic_auth=unquote(user)) if user else {}
+    proxies = {} if proxy_bypass(host) else getproxies()
+    pool = _pool(proxies.get(parts.scheme) or proxies.get("all", ""), os.getpid())
+    place = parts._replace(netloc=host).geturl()
+    return pool.request(
+        method, place, headers={**own, **headers}, timeout=TIMEOUT, retries=False, redirect=False, preload_content=False
+    )
+
+
+@cache
+def _pool(proxy: str, process: int) -> Any:
+    """A process's connections; those of the one that it was forked from are not its own."""
+    import urllib3
+
+    of_hub = import_module("httpx2" if find_spec("httpx2") else "httpx")  # certificates are found as for the Hub's own
+    known: dict[str, Any] = {"maxsize": AT_ONCE, "ssl_context": of_hub.create_ssl_context()}
+    if not proxy:
+        return urllib3.PoolManager(**known)
+    parts = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+    own = urllib3.util.make_headers(proxy_basic_auth=unquote(parts.auth)) if parts.auth else None
+    return urllib3.ProxyManager(parts._replace(auth=None).url, proxy_headers=own, **known)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

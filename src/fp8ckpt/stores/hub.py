@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.http import HttpObjects, is_of_client
+from fp8ckpt.stores.http import HttpObjects
 from fp8ckpt.stores.remote import Broken
 from fp8ckpt.stores.store import Stat
 
@@ -105,6 +105,6 @@ class HubObjects(HttpObjects):
                 f"the Hub answered {status} ({kind})", file=self.where, remedy=remedy
             ) from None
         except Exception as error:
-            if not is_of_client(error):
+            if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "ssl"):
                 raise
             raise Broken(f"no whole answer ({type(error).__name__})") from None
