@@ -231,8 +231,8 @@ def test_nobody_asks_which_tensor_it_has() -> None:
 
 def test_each_client_is_imported_where_its_store_is() -> None:
     """The local cache of the Hub by what resolves a path; safetensors nowhere."""
-    hub = {"tensors/checkpoint", "stores/hub", "stores/http"}
-    assert importers_of("huggingface_hub", typing_too=False) == hub
+    assert importers_of("huggingface_hub", typing_too=False) == {"tensors/checkpoint", "stores/hub"}
+    assert importers_of("urllib3", typing_too=True) == {"stores/http"}
     assert importers_of("boto3", typing_too=True) | importers_of("botocore", typing_too=True) == {"stores/s3"}
     assert importers_of("fsspec", typing_too=True) == {"stores/other"}
     assert not importers_of("safetensors", typing_too=True)

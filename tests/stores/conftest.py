@@ -123,7 +123,6 @@ def _far(
         hub.close()
     elif kind == "web":
         server = Server(web({f"dir/{name}": data for name, data in files.items()}))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield Far(kind, NAMED[kind].replace("HOST", server.url.removeprefix("http://")), server)
         server.close()
     else:

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -51,7 +52,7 @@ from fp8ckpt.stores.store import ByteRange
 from fp8ckpt.tensors import header
 from tests.distributed import bits
 from tests.stores.conftest import BUCKET, Far, contents
-from tests.stores.servers import Answer, Asked, Hub, Server, serving
+from tests.stores.servers import Answer, Asked, Hub, Server, ranged, serving, web
 
 ALL = pytest.mark.parametrize("far", ["s3", "hub", "web", "other"], indirect=True)
 SERVED = pytest.mark.parametrize("far", ["s3", "hub", "web"], indirect=True)
@@ -148,6 +149,7 @@ def test_requests_of_opening(far: Far) -> None:
     far.server.asked.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(header, "_FIRST", 100)
+        patch.setattr(remote, "_BLOCK", 100)
         assert open_checkpoint(far.store()).files == checkpoint.files
     assert len(_data(far)) == 2 * len(checkpoint.files)
     assert sum(asked.ranged for asked in _data(far)) == sum(8 + len(one.text) for one in checkpoint.files)
@@ -344,7 +346,7 @@ def test_what_is_announced_and_what_is_read(seed: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(ahead, "AHEAD", 256)
     monkeypatch.setattr(ahead, "GAP", draw.choice([0, 8]))
     monkeypatch.setattr(ahead, "_BATCH", draw.choice([1, 100, 1000]))
-    monkeypatch.setattr(remote, "_HEAD", 32)
+    monkeypatch.setattr(remote, "_BLOCK", 32)
     objects = _Counting({name: draw.randbytes(3000) for name in "ab"})
     store = remote.RemoteStore(objects)
     cuts = [sorted(draw.sample(range(3001), 60)) for _ in "ab"]
@@ -408,8 +410,9 @@ def test_each_fault_is_retried(far: Far, fault: str, sample_fp8: Path) -> None:
 
 @SERVED
 @pytest.mark.parametrize("fault", ["503", "reset", "short"])
-def test_what_never_comes_is_named(far: Far, fault: str) -> None:
+def test_what_never_comes_is_named(far: Far, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the last attempt: store, object, range and attempt; and no secret. The pauses before it grow."""
+    monkeypatch.setattr(remote, "_BLOCK", 1)
     checkpoint = open_checkpoint(far.store())
     tensor = next(t for t in checkpoint.quantized if t.numel > 1000)
     end = str(tensor.weight.stop - 1)
@@ -436,7 +439,7 @@ def test_faults_of_the_listing(far: Far) -> None:
 def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 faults in one conversion: the same bytes, and nothing of it is lost."""
     monkeypatch.setattr(ahead, "REQUEST", 8192)
-    monkeypatch.setattr(remote, "_HEAD", 8192)
+    monkeypatch.setattr(remote, "_BLOCK", 8192)
     draw, count = random.Random(1), [0]
     streak: dict[tuple[str, str], int] = {}
 
@@ -478,13 +481,8 @@ def test_an_object_that_changes(far: Far, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["gone", "shorter", "other"])
-def test_a_file_of_a_web_server_that_changes(what: str, sample_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_a_web_server_that_changes(what: str, sample_fp8: Path) -> None:
     """Also where the server knows no conditions, and only says what it gives."""
-    from huggingface_hub import constants
-
-    from tests.stores.servers import ranged, web
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
     changed = False
 
@@ -525,8 +523,9 @@ def test_a_kill_and_a_second_run(far: Far, converted: Path, tmp_path: Path, monk
 
 
 @SERVED
-def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path) -> None:
+def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ETags or blob ids: the same objects are taken up again, by whoever opens them; the state holds no secret."""
+    monkeypatch.setattr(remote, "_BLOCK", 8192)
     far.server.fault = lambda asked: "503" if asked.ranged > 20_000 and "=0-" not in asked.headers["range"] else None
     with pytest.raises(StorageError, match="the same command goes on from there"):
         convert(far.store(), tmp_path / "out")
@@ -586,6 +585,37 @@ def test_a_redirect_to_another_host(far: Far, monkeypatch: pytest.MonkeyPatch, s
         assert bytes(out) == (sample_fp8 / "config.json").read_bytes()[:10]
         assert "authorization" in first.asked[0].headers
     assert all("authorization" not in asked.headers for asked in far.server.asked)
+
+
+def test_a_proxy_of_the_environment(sample_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for hosts that no exception names, with its own user and password, and is not told the host's."""
+    files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
+    with serving(web(files)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://me:pass@{proxy.url.removeprefix('http://')}")
+        monkeypatch.setenv("no_proxy", "elsewhere.invalid")
+        assert open_checkpoint("http://far.invalid/dir").files
+        assert {asked.headers["proxy-authorization"] for asked in proxy.asked} == {"Basic bWU6cGFzcw=="}
+        assert all(asked.path.startswith("http://far.invalid/dir/") for asked in proxy.asked)
+        monkeypatch.setattr(remote, "wait", lambda seconds: None)
+        with pytest.raises(StorageError, match="NameResolutionError"):
+            open_checkpoint("http://elsewhere.invalid/dir")
+
+
+def test_a_certificate_is_trusted_or_refused(sample_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that its server signed is refused at once, by name, until ``SSL_CERT_FILE`` names it."""
+    own = Path(__file__).with_name("localhost.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own)
+    files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
+    with serving(web(files)) as server:
+        server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
+        url = server.url.replace("http:", "https:") + "/dir"
+        with pytest.raises(StorageError, match=r"certificate is not trusted.*SSL_CERT_FILE"):
+            open_checkpoint(url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(own))
+        http._pool.cache_clear()
+        assert verify(url, sample_fp8).ok
+    http._pool.cache_clear()
 
 
 def _address(url: str) -> Any:
@@ -675,11 +705,8 @@ def test_a_hub_id_says_how_to_stream() -> None:
         open_checkpoint("org/none")
 
 
-def test_a_server_without_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_ranges() -> None:
     """It is refused by name: the whole file for each tensor would be read."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
     def answer(asked: Asked) -> Answer:
         if asked.path.endswith("/"):

@@ -7,8 +7,8 @@
   gap is read, and thrown away, where that is cheaper than another request: up to 1 MiB, which takes about as long to
   come as a request takes to begin. So a slice of columns reads at most what its strips span; ranges that are asked for
   by different reads are joined by another rule (`fp8ckpt.stores.ahead`).
-- *Nothing twice.* What was read of the beginning of a file, up to 128 KiB, is kept: a header is followed by what is
-  small, scales and norms, and configurations are looked at by several.
+- *Nothing twice.* A short range is read, before a job announces its own, with all of the block of 128 KiB that it lies
+  in, which is kept: headers, configurations, scales, and the norms between them, are looked at by several.
 - *Whole, or a named error.* What breaks on the way (5xx, a reset, a short body, a stall) is asked for again, from the
   byte at which it broke, after growing pauses; after `ATTEMPTS` the error names store, object, range and attempt.
 - *No secrets.* Messages show the URL without user, password and query, and say in our own words what a client met.
@@ -43,7 +43,7 @@ ATTEMPTS = 8
 ATTEMPTS_TO_LIST = 4  # whoever mistyped a host waits for it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 16.0  # seconds
 TIMEOUT = 30.0  # seconds without a byte are a stall
-_HEAD, _MOST_HEADS = 128 << 10, 256  # bytes, files
+_BLOCK, _MOST_BLOCKS = 128 << 10, 256  # bytes, and how many are kept
 _FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoint; not part of it
 
 
@@ -86,7 +86,7 @@ class RemoteStore:
         self._lock = threading.Lock()
         self._listing: dict[str, Stat] | None = None
         self._windows: list[Window] = []
-        self._heads: dict[str, Bytes] = {}
+        self._blocks: dict[tuple[str, int], Bytes] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._shared = Shared.of_this_job()
 
@@ -121,9 +121,9 @@ class RemoteStore:
             left = window.take(left)
         requests = list(_requests(left))
         if len(requests) == 1:
-            self.fetch(requests[0])
+            self._fetch_or_keep(requests[0])
         elif requests:
-            futures = [self.submit(self.fetch, request) for request in requests]
+            futures = [self.submit(self._fetch_or_keep, request) for request in requests]
             try:
                 for future in futures:
                     future.result()
@@ -132,27 +132,41 @@ class RemoteStore:
                     future.cancel()
                     if not future.cancelled():
                         future.exception()
-        self._keep_heads(wanted, out)
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
         """As `fp8ckpt.stores.store.Store.ahead`."""
-        return Window(self, self._windows, ([part for part in read if not self._knows(part)] for read in reads))
+        return Window(self, self._windows, ([part for part in read if self._known(part) is None] for read in reads))
 
-    def _knows(self, part: ByteRange) -> bool:
-        """Whether a range lies in what is kept of the beginning of its file."""
-        return part.file in self._heads and part.stop <= self._heads[part.file].size
+    def _known(self, part: ByteRange) -> Bytes | None:
+        """A range, where it lies in a block that is kept."""
+        number, at = divmod(part.start, _BLOCK)
+        block = self._blocks.get((part.file, number))
+        return (
+            None if block is None or at + part.stop - part.start > block.size else block[at:][: part.stop - part.start]
+        )
 
     def _take_known(self, reads: Iterable[tuple[ByteRange, Bytes]]) -> Iterator[tuple[ByteRange, Bytes]]:
         for part, buffer in reads:
-            if self._knows(part):
-                buffer[:] = self._heads[part.file][part.start : part.stop]
-            else:
+            known = self._known(part)
+            if known is None:
                 yield part, buffer
+            else:
+                buffer[:] = known
 
-    def _keep_heads(self, wanted: Iterable[ByteRange], out: Iterable[Bytes]) -> None:
-        for part, buffer in zip(wanted, out, strict=True):
-            if part.start == 0 and part.stop <= _HEAD and not self._knows(part) and len(self._heads) < _MOST_HEADS:
-                self._heads[part.file] = buffer.copy()
+    def _fetch_or_keep(self, request: Request) -> None:
+        """Fetch a request; one that lies in a block with all of that, while there is room to keep it."""
+        number = request.start // _BLOCK
+        start = number * _BLOCK
+        stat = self.files().get(request.file)
+        full = self._windows or len(self._blocks) >= _MOST_BLOCKS
+        if full or stat is None or request.stop > min(stat.size, start + _BLOCK):
+            self.fetch(request)
+            return
+        block = np.empty(min(_BLOCK, stat.size - start), np.uint8)
+        self.fetch(Request(request.file, start, start + block.size, [(start, block)]))
+        for at, buffer in request.parts:
+            buffer[:] = block[at - start :][: buffer.size]
+        self._blocks[request.file, number] = block
 
     def refuse_changes(self) -> None:
         """As `fp8ckpt.stores.store.Store.refuse_changes`: the store is listed again."""

@@ -6,8 +6,8 @@ The only part of this room that touches tensor values. Memory is one small buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, pairwise
-from operator import attrgetter
+from itertools import accumulate, groupby, pairwise
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 
 CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
-_SCALES_AT_ONCE = 8 << 20  # bytes
+_SCALES_AT_ONCE = 32 << 20  # bytes
 
 
 def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
@@ -112,7 +112,7 @@ def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
     """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
 
-    All are of one store. The scales of a file are asked for together; memory is 8 MiB.
+    All are of one store. The scales of many files are asked for together; memory is 32 MiB.
     """
     spans = [*others]
     for tensor in tensors:
@@ -121,36 +121,30 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
     alike: dict[tuple[str, str], list[TensorSpan]] = {}
     for span in spans:
         if span.dtype in SCALE_DTYPES and span.start < span.stop:
-            alike.setdefault((span.file.name, span.dtype), []).append(span)
+            alike.setdefault((span.dtype, span.file.name), []).append(span)
     buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
     defects: list[Fp8CheckpointError] = []
-    for (_, dtype), group in sorted(alike.items()):
-        group.sort(key=attrgetter("start"))
-        try:
-            for batch in _batches(group):
-                ends = list(accumulate(part.stop - part.start for part in batch))
-                parts = [buffer[first:last] for first, last in pairwise([0, *ends])]
-                group[0].file.store.read(batch, parts)
+    suspects: dict[TensorSpan, None] = {}
+    for dtype, keys in groupby(sorted(alike), key=itemgetter(0)):
+        for batch in _batches(alike[key] for key in keys):
+            ends = list(accumulate(part.stop - part.start for part in batch))
+            parts = [buffer[first:last] for first, last in pairwise([0, *ends])]
+            try:
+                spans[0].file.store.read(batch, parts)
                 if count_bad_scales(_judged(buffer[: ends[-1]].view(SCALE_DTYPES[dtype]), dtype)):
-                    defects += _bad_scales(dict.fromkeys(group))
-                    break
-        except (StorageError, TruncatedFileError) as error:
-            defects.append(error)
-    return defects
+                    suspects |= dict.fromkeys(span for part in batch for span in alike[dtype, part.file])
+            except (StorageError, TruncatedFileError) as error:
+                defects.append(error)
+    return [*defects, *_bad_scales(suspects)]
 
 
-def _batches(spans: list[TensorSpan]) -> Iterator[list[ByteRange]]:
-    """Where scales of one file lie, by `_SCALES_AT_ONCE` bytes: those that follow each other are one range, and one
-    that is longer is in parts.
+def _batches(groups: Iterable[list[TensorSpan]]) -> Iterator[list[ByteRange]]:
+    """Where scales lie, those of a file in each group, by `_SCALES_AT_ONCE` bytes: those that follow each other are one
+    range, and one that is longer is in parts.
     """
-    name, runs = spans[0].file.name, [[spans[0].start, spans[0].start]]
-    for span in spans:
-        if span.start != runs[-1][1]:
-            runs.append([span.start, span.start])
-        runs[-1][1] = span.stop
     batch: list[ByteRange] = []
     size = 0
-    for first, last in runs:
+    for name, first, last in (run for group in groups for run in _runs(group)):
         for start in range(first, last, _SCALES_AT_ONCE):
             part = ByteRange(name, start, min(start + _SCALES_AT_ONCE, last))
             if size + part.stop - part.start > _SCALES_AT_ONCE:
@@ -158,7 +152,20 @@ def _batches(spans: list[TensorSpan]) -> Iterator[list[ByteRange]]:
                 batch, size = [], 0
             batch.append(part)
             size += part.stop - part.start
-    yield batch
+    if batch:
+        yield batch
+
+
+def _runs(spans: list[TensorSpan]) -> Iterator[ByteRange]:
+    """What follows each other in a file, as one."""
+    spans.sort(key=attrgetter("start"))
+    start = stop = spans[0].start
+    for span in spans:
+        if span.start != stop:
+            yield ByteRange(span.file.name, start, stop)
+            start = span.start
+        stop = span.stop
+    yield ByteRange(spans[0].file.name, start, stop)
 
 
 def _bad_scales(spans: Iterable[TensorSpan]) -> Iterator[Fp8CheckpointError]:
