@@ -124,127 +124,43 @@ def index(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return do
 
 
-def add(name: str, case: Case) -> None:
+def add(name: str, *case: Any) -> None:
     assert name not in CASES
-    CASES[name] = case
+    CASES[name] = Case(*case)
 
 
+# fmt: off
 # Scales that are missing, orphan, misnamed, ambiguous, of a wrong shape or dtype.
-add("scale missing", Case(change(TWO, m__q__weight_scale_inv=None), "MissingScaleError", Q, ONE, "without a scale", QS))
-add(
-    "scale of blocks missing",
-    Case(change(TWO, m__k__weight_scale_inv=None), "MissingScaleError", K, ONE, "without a scale", KS),
-)
+add("scale missing", change(TWO, m__q__weight_scale_inv=None), "MissingScaleError", Q, ONE, "without a scale", QS)
+add("scale of blocks missing", change(TWO, m__k__weight_scale_inv=None), "MissingScaleError", K, ONE, "without a scale",
+    KS)
 for misname in ("m__q__weight_scale_inverse", "m__q__scale_inv", "m__q__weight_scales"):
     name = misname.replace("__", ".")
     edit = change(TWO, **{"m__q__weight_scale_inv": None, misname: floats(0.5)})
-    add(f"scale misnamed {name}", Case(edit, "MissingScaleError", Q, ONE, f"is {name} its scale, misnamed?", QS))
-add(
-    "scale of another module's name",
-    Case(
-        change(TWO, m__q__weight_scale_inv=None, m__Q__weight_scale_inv=floats(0.5)),
-        "MissingScaleError",
-        Q,
-        ONE,
-        "without a scale",
-        QS,
-    ),
-)
-add(
-    "orphan scale",
-    Case(
-        change(TWO, m__z__weight_scale_inv=floats(1)),
-        "OrphanScaleError",
-        "m.z.weight_scale_inv",
-        TWO,
-        "a scale without a weight",
-        "m.z.weight",
-    ),
-)
-add(
-    "orphan qscale",
-    Case(
-        change(TWO, m__z__qscale_weight=floats(1)),
-        "OrphanScaleError",
-        "m.z.qscale_weight",
-        TWO,
-        "a scale without a weight",
-        "m.z.weight",
-    ),
-)
-add(
-    "orphan activation scale",
-    Case(
-        change(TWO, m__z__activation_scale=floats(1)),
-        "OrphanScaleError",
-        "m.z.activation_scale",
-        TWO,
-        "a scale without a weight",
-        "m.z.weight",
-    ),
-)
-add(
-    "scale of a BF16 weight",
-    Case(
-        change(TWO, lm_head__weight_scale_inv=floats(1)),
-        "OrphanScaleError",
-        "lm_head.weight_scale_inv",
-        TWO,
-        "a weight of dtype BF16",
-        "lm_head.weight",
-    ),
-)
-add("weight missing", Case(change(ONE, m__q__weight=None), "OrphanScaleError", QS, TWO, "a scale without a weight", Q))
-add(
-    "two scales",
-    Case(
-        change(TWO, m__q__weight_scale=floats(1)),
-        "AmbiguousScaleError",
-        Q,
-        ONE,
-        "m.q.weight_scale_inv, m.q.weight_scale",
-        "one scale",
-    ),
-)
+    add(f"scale misnamed {name}", edit, "MissingScaleError", Q, ONE, f"is {name} its scale, misnamed?", QS)
+add("scale of another module's name", change(TWO, m__q__weight_scale_inv=None, m__Q__weight_scale_inv=floats(0.5)),
+    "MissingScaleError", Q, ONE, "without a scale", QS)
+add("orphan scale", change(TWO, m__z__weight_scale_inv=floats(1)), "OrphanScaleError", "m.z.weight_scale_inv", TWO,
+    "a scale without a weight", "m.z.weight")
+add("orphan qscale", change(TWO, m__z__qscale_weight=floats(1)), "OrphanScaleError", "m.z.qscale_weight", TWO,
+    "a scale without a weight", "m.z.weight")
+add("orphan activation scale", change(TWO, m__z__activation_scale=floats(1)), "OrphanScaleError",
+    "m.z.activation_scale", TWO, "a scale without a weight", "m.z.weight")
+add("scale of a BF16 weight", change(TWO, lm_head__weight_scale_inv=floats(1)), "OrphanScaleError",
+    "lm_head.weight_scale_inv", TWO, "a weight of dtype BF16", "lm_head.weight")
+add("weight missing", change(ONE, m__q__weight=None), "OrphanScaleError", QS, TWO, "a scale without a weight", Q)
+add("two scales", change(TWO, m__q__weight_scale=floats(1)), "AmbiguousScaleError", Q, ONE,
+    "m.q.weight_scale_inv, m.q.weight_scale", "one scale")
 for shape in ((3, 2), (2, 1), (2, 3), (1, 2), (2, 2, 1), (4,), (2, 256)):
-    add(
-        f"scale shape {shape}",
-        Case(
-            change(TWO, m__k__weight_scale_inv=floats(1, *shape)),
-            "ScaleShapeError",
-            K,
-            ONE,
-            f"scale shape {shape} in {TWO} does not fit weight (256, 256) with block size (128, 128)",
-            "expected (2, 2)",
-        ),
-    )
-add(
-    "scale without elements",
-    Case(change(TWO, m__q__weight_scale_inv=floats(1, 0)), "ScaleShapeError", Q, ONE, "scale shape (0,)", "(1, 1)"),
-)
-add(
-    "blocks without a configured size",
-    Case(
-        lambda directory: (directory / "config.json").write_text("{}"),
-        "ScaleShapeError",
-        K,
-        ONE,
-        "scale shape (2, 2)",
-        "one element, or one a row",
-    ),
-)
+    add(f"scale shape {shape}", change(TWO, m__k__weight_scale_inv=floats(1, *shape)), "ScaleShapeError", K, ONE,
+        f"scale shape {shape} in {TWO} does not fit weight (256, 256) with block size (128, 128)", "expected (2, 2)")
+add("scale without elements", change(TWO, m__q__weight_scale_inv=floats(1, 0)), "ScaleShapeError", Q, ONE,
+    "scale shape (0,)", "(1, 1)")
+add("blocks without a configured size", lambda directory: (directory / "config.json").write_text("{}"),
+    "ScaleShapeError", K, ONE, "scale shape (2, 2)", "one element, or one a row")
 for dtype, itemsize in (("F64", 8), ("I32", 4), ("BOOL", 1)):
-    add(
-        f"scale dtype {dtype}",
-        Case(
-            change(TWO, m__q__weight_scale_inv=Stored(dtype, (), b"\1" * itemsize)),
-            "ScaleDtypeError",
-            Q,
-            ONE,
-            f"dtype {dtype}",
-            "F32",
-        ),
-    )
+    add(f"scale dtype {dtype}", change(TWO, m__q__weight_scale_inv=Stored(dtype, (), b"\1" * itemsize)),
+        "ScaleDtypeError", Q, ONE, f"dtype {dtype}", "F32")
 
 # Values that cannot be a scale.
 for word, value in (
@@ -256,144 +172,52 @@ for word, value in (
     ("-0.5", -0.5),
 ):
     for dtype in ("F32", "BF16") if value != -0.5 else ("F16",):
-        add(
-            f"{dtype} scale {word}",
-            Case(
-                change(TWO, m__q__weight_scale_inv=floats(value, dtype=dtype)),
-                "ScaleValueError",
-                QS,
-                TWO,
-                f"the first {word}",
-                "finite and positive",
-            ),
-        )
+        add(f"{dtype} scale {word}", change(TWO, m__q__weight_scale_inv=floats(value, dtype=dtype)), "ScaleValueError",
+            QS, TWO, f"the first {word}", "finite and positive")
     spoilt = np.full((2, 2), 0.25, np.float32)
     spoilt[1, 0] = value
-    add(
-        f"one block's scale {word}",
-        Case(
-            change(TWO, m__k__weight_scale_inv=Stored.of(spoilt, "F32")),
-            "ScaleValueError",
-            KS,
-            TWO,
-            f"1 of 4 scales cannot be a scale, the first {word} at (1, 0)",
-            "finite and positive",
-        ),
-    )
-    add(
-        f"activation scale {word}",
-        Case(
-            change(TWO, m__q__activation_scale=floats(value, dtype="BF16")),
-            "ScaleValueError",
-            "m.q.activation_scale",
-            TWO,
-            f"the first {word}",
-            "finite and positive",
-        ),
-    )
+    add(f"one block's scale {word}", change(TWO, m__k__weight_scale_inv=Stored.of(spoilt, "F32")), "ScaleValueError",
+        KS, TWO, f"1 of 4 scales cannot be a scale, the first {word} at (1, 0)", "finite and positive")
+    add(f"activation scale {word}", change(TWO, m__q__activation_scale=floats(value, dtype="BF16")), "ScaleValueError",
+        "m.q.activation_scale", TWO, f"the first {word}", "finite and positive")
 for dtype in ("U8", "F8_E8M0"):
-    add(
-        f"exponent 255 in {dtype}",
-        Case(
-            change(TWO, m__k__weight_scale_inv=Stored.codes(np.array([[127, 127], [255, 1]], np.uint8), dtype)),
-            "ScaleValueError",
-            KS,
-            TWO,
-            "the first nan at (1, 0)",
-            "finite and positive",
-        ),
-    )
+    add(f"exponent 255 in {dtype}",
+        change(TWO, m__k__weight_scale_inv=Stored.codes(np.array([[127, 127], [255, 1]], np.uint8), dtype)),
+        "ScaleValueError", KS, TWO, "the first nan at (1, 0)", "finite and positive")
 
 # Files that are cut off or too long.
-add(
-    "data cut off",
-    Case(
-        raw(ONE, lambda data: data[:-3]), "TruncatedFileError", None, ONE, "the file holds", "bytes, as the header says"
-    ),
-)
-add(
-    "header cut off",
-    Case(raw(ONE, lambda data: data[:40]), "TruncatedFileError", None, ONE, "the file holds 40", "at least"),
-)
-add(
-    "length cut off",
-    Case(
-        raw(ONE, lambda data: data[:5]),
-        "TruncatedFileError",
-        None,
-        ONE,
-        "the file holds 5 bytes",
-        "at least the 8 bytes",
-    ),
-)
-add(
-    "empty file",
-    Case(raw(TWO, lambda _: b""), "TruncatedFileError", None, TWO, "the file holds 0 bytes", "at least the 8 bytes"),
-)
-add(
-    "bytes after the end",
-    Case(raw(TWO, lambda data: data + b"\0"), "HeaderError", None, TWO, "1 bytes follow the last tensor", "a file of"),
-)
-add(
-    "Git LFS pointer",
-    Case(
-        raw(ONE, lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
-        "HeaderError",
-        None,
-        ONE,
-        "the header claims",
-        "at most 100000000",
-    ),
-)
+add("data cut off", raw(ONE, lambda data: data[:-3]), "TruncatedFileError", None, ONE, "the file holds",
+    "bytes, as the header says")
+add("header cut off", raw(ONE, lambda data: data[:40]), "TruncatedFileError", None, ONE, "the file holds 40",
+    "at least")
+add("length cut off", raw(ONE, lambda data: data[:5]), "TruncatedFileError", None, ONE, "the file holds 5 bytes",
+    "at least the 8 bytes")
+add("empty file", raw(TWO, lambda _: b""), "TruncatedFileError", None, TWO, "the file holds 0 bytes",
+    "at least the 8 bytes")
+add("bytes after the end", raw(TWO, lambda data: data + b"\0"), "HeaderError", None, TWO,
+    "1 bytes follow the last tensor", "a file of")
+add("Git LFS pointer", raw(ONE, lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+    "HeaderError", None, ONE, "the header claims", "at most 100000000")
 
 # Headers that lie.
-add(
-    "header longer than any",
-    Case(
-        raw(ONE, lambda data: b"\xff" * 8 + data[8:]),
-        "HeaderError",
-        None,
-        ONE,
-        "claims 18446744073709551615 bytes",
-        "at most 100000000",
-    ),
-)
-add(
-    "header is no JSON",
-    Case(raw(ONE, text_header(b'{"a":')), "HeaderError", None, ONE, "not valid JSON", "a JSON object"),
-)
-add(
-    "header is not UTF-8",
-    Case(raw(ONE, text_header(b'{"\xff": 1}')), "HeaderError", None, ONE, "not valid JSON", "a JSON object"),
-)
-add(
-    "header is an array",
-    Case(raw(ONE, text_header(b"[]")), "HeaderError", None, ONE, "the JSON is a list", "an object"),
-)
-add(
-    "header nests too deep",
-    Case(raw(ONE, text_header(b"[" * 100_000)), "HeaderError", None, ONE, "not valid JSON", "a JSON object"),
-)
-add(
-    "metadata is no text",
-    Case(header(ONE, lambda e: e.update(__metadata__={"format": 1})), "HeaderError", None, ONE, "__metadata__"),
-)
-add(
-    "offsets hold too few bytes",
-    Case(header(ONE, entry(Q, data_offsets=[0, 959])), "HeaderError", Q, ONE, "[0, 959] hold 959 bytes", "960"),
-)
-add(
-    "offsets go backwards",
-    Case(header(ONE, entry(Q, data_offsets=[960, 0])), "HeaderError", Q, ONE, "[960, 0] hold -960 bytes", "960"),
-)
-add(
-    "offsets are negative",
-    Case(header(ONE, entry(Q, data_offsets=[-960, 0])), "HeaderError", Q, ONE, "[-960, 0] hold 960 bytes"),
-)
-add(
-    "offsets beyond the file",
-    Case(header(ONE, entry(Q, data_offsets=[2**60, 2**60 + 960])), "HeaderError", Q, ONE, "begins at byte"),
-)
+add("header longer than any", raw(ONE, lambda data: b"\xff" * 8 + data[8:]), "HeaderError", None, ONE,
+    "claims 18446744073709551615 bytes", "at most 100000000")
+add("header is no JSON", raw(ONE, text_header(b'{"a":')), "HeaderError", None, ONE, "not valid JSON", "a JSON object")
+add("header is not UTF-8", raw(ONE, text_header(b'{"\xff": 1}')), "HeaderError", None, ONE, "not valid JSON",
+    "a JSON object")
+add("header is an array", raw(ONE, text_header(b"[]")), "HeaderError", None, ONE, "the JSON is a list", "an object")
+add("header nests too deep", raw(ONE, text_header(b"[" * 100_000)), "HeaderError", None, ONE, "not valid JSON",
+    "a JSON object")
+add("metadata is no text", header(ONE, lambda e: e.update(__metadata__={"format": 1})), "HeaderError", None, ONE,
+    "__metadata__")
+add("offsets hold too few bytes", header(ONE, entry(Q, data_offsets=[0, 959])), "HeaderError", Q, ONE,
+    "[0, 959] hold 959 bytes", "960")
+add("offsets go backwards", header(ONE, entry(Q, data_offsets=[960, 0])), "HeaderError", Q, ONE,
+    "[960, 0] hold -960 bytes", "960")
+add("offsets are negative", header(ONE, entry(Q, data_offsets=[-960, 0])), "HeaderError", Q, ONE,
+    "[-960, 0] hold 960 bytes")
+add("offsets beyond the file", header(ONE, entry(Q, data_offsets=[2**60, 2**60 + 960])), "HeaderError", Q, ONE,
+    "begins at byte")
 for name, offsets in (
     ("fractions", [0, 960.0]),
     ("text", ["0", "960"]),
@@ -402,64 +226,32 @@ for name, offsets in (
     ("nothing", None),
     ("truth values", [False, 960]),
 ):
-    add(
-        f"offsets are {name}",
-        Case(header(ONE, entry(Q, data_offsets=offsets)), "HeaderError", Q, ONE, "is malformed", "two data offsets"),
-    )
-add(
-    "offsets missing",
-    Case(header(ONE, lambda e: e[Q].pop("data_offsets")), "HeaderError", Q, ONE, "is malformed", "two data offsets"),
-)
-add(
-    "entry is no object",
-    Case(header(ONE, lambda e: e.update({Q: 5})), "HeaderError", Q, ONE, "the entry 5 is malformed", "a dtype"),
-)
-add("shape too large", Case(header(ONE, entry(Q, shape=[40, 25])), "HeaderError", Q, ONE, "hold 960 bytes", "1000"))
-add(
-    "shape beyond all numbers",
-    Case(
-        header(ONE, entry(Q, shape=[2**62, 2**62, 2**62, 2**62])),
-        "HeaderError",
-        Q,
-        ONE,
-        "hold 960 bytes",
-        "an impossible number of",
-    ),
-)
-add(
-    "dimension beyond 64 bits",
-    Case(header(ONE, entry(Q, shape=[2**64, 0])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"),
-)
-add(
-    "dimension negative",
-    Case(header(ONE, entry(Q, shape=[-40, -24])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"),
-)
-add(
-    "dimension a fraction",
-    Case(header(ONE, entry(Q, shape=[40.0, 24])), "HeaderError", Q, ONE, "is malformed", "a shape of whole numbers"),
-)
-add("dtype of another size", Case(header(ONE, entry(Q, dtype="BF16")), "HeaderError", Q, ONE, "hold 960 bytes", "1920"))
-add(
-    "dtype unknown",
-    Case(header(ONE, entry(Q, dtype="F8_E3M4")), "HeaderError", Q, ONE, "unknown dtype F8_E3M4", "one of BOOL"),
-)
-add(
-    "dtype in lower case",
-    Case(header(ONE, entry(Q, dtype="bf16")), "HeaderError", Q, ONE, "unknown dtype bf16", "one of BOOL"),
-)
-add("dtype a number", Case(header(ONE, entry(Q, dtype=8)), "HeaderError", Q, ONE, "is malformed", "a dtype"))
-add(
-    "spans overlap",
-    Case(header(ONE, entry(K, data_offsets=[0, 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte"),
-)
-add(
-    "spans overlap by a byte",
-    Case(header(ONE, entry(K, data_offsets=[959, 959 + 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte"),
-)
-add(
-    "spans leave a hole",
-    Case(header(ONE, lambda e: e.pop(Q)), "HeaderError", K, ONE, "leaves a hole of 960 bytes after the header", "byte"),
-)
+    add(f"offsets are {name}", header(ONE, entry(Q, data_offsets=offsets)), "HeaderError", Q, ONE, "is malformed",
+        "two data offsets")
+add("offsets missing", header(ONE, lambda e: e[Q].pop("data_offsets")), "HeaderError", Q, ONE, "is malformed",
+    "two data offsets")
+add("entry is no object", header(ONE, lambda e: e.update({Q: 5})), "HeaderError", Q, ONE, "the entry 5 is malformed",
+    "a dtype")
+add("shape too large", header(ONE, entry(Q, shape=[40, 25])), "HeaderError", Q, ONE, "hold 960 bytes", "1000")
+add("shape beyond all numbers", header(ONE, entry(Q, shape=[2**62, 2**62, 2**62, 2**62])), "HeaderError", Q, ONE,
+    "hold 960 bytes", "an impossible number of")
+add("dimension beyond 64 bits", header(ONE, entry(Q, shape=[2**64, 0])), "HeaderError", Q, ONE, "is malformed",
+    "a shape of whole numbers")
+add("dimension negative", header(ONE, entry(Q, shape=[-40, -24])), "HeaderError", Q, ONE, "is malformed",
+    "a shape of whole numbers")
+add("dimension a fraction", header(ONE, entry(Q, shape=[40.0, 24])), "HeaderError", Q, ONE, "is malformed",
+    "a shape of whole numbers")
+add("dtype of another size", header(ONE, entry(Q, dtype="BF16")), "HeaderError", Q, ONE, "hold 960 bytes", "1920")
+add("dtype unknown", header(ONE, entry(Q, dtype="F8_E3M4")), "HeaderError", Q, ONE, "unknown dtype F8_E3M4",
+    "one of BOOL")
+add("dtype in lower case", header(ONE, entry(Q, dtype="bf16")), "HeaderError", Q, ONE, "unknown dtype bf16",
+    "one of BOOL")
+add("dtype a number", header(ONE, entry(Q, dtype=8)), "HeaderError", Q, ONE, "is malformed", "a dtype")
+add("spans overlap", header(ONE, entry(K, data_offsets=[0, 65536])), "HeaderError", K, ONE, f"overlaps {Q}", "byte")
+add("spans overlap by a byte", header(ONE, entry(K, data_offsets=[959, 959 + 65536])), "HeaderError", K, ONE,
+    f"overlaps {Q}", "byte")
+add("spans leave a hole", header(ONE, lambda e: e.pop(Q)), "HeaderError", K, ONE,
+    "leaves a hole of 960 bytes after the header", "byte")
 
 
 def twice_in_a_header(data: bytes) -> bytes:
@@ -474,237 +266,65 @@ def twice_in_files(directory: Path) -> None:
     change(TWO, m__q__weight=codes(40, 24))(directory)
 
 
-add(
-    "name twice in a header",
-    Case(raw(ONE, twice_in_a_header), "HeaderError", Q, ONE, "the name occurs twice", "each name once"),
-)
-add("name in two files", Case(twice_in_files, "HeaderError", Q, TWO, f"it is in {ONE} as well", "each name once"))
-add(
-    "name in two files, no index",
-    Case(
-        lambda d: (twice_in_files(d), (d / INDEX).unlink()),
-        "HeaderError",
-        Q,
-        TWO,
-        f"it is in {ONE} as well",
-        "each name once",
-    ),
-)
+add("name twice in a header", raw(ONE, twice_in_a_header), "HeaderError", Q, ONE, "the name occurs twice",
+    "each name once")
+add("name in two files", twice_in_files, "HeaderError", Q, TWO, f"it is in {ONE} as well", "each name once")
+add("name in two files, no index", lambda d: (twice_in_files(d), (d / INDEX).unlink()), "HeaderError", Q, TWO,
+    f"it is in {ONE} as well", "each name once")
 
 # An index that disagrees, or leaves the directory.
 agree = "the index and the headers to agree"
-add(
-    "index lists a tensor that is nowhere",
-    Case(
-        index(lambda i: i["weight_map"].update({"m.z": ONE})),
-        "IndexMismatchError",
-        "m.z",
-        INDEX,
-        f"{ONE} does not hold this tensor",
-        agree,
-    ),
-)
-add(
-    "index lacks a tensor",
-    Case(
-        index(lambda i: i["weight_map"].pop("lm_head.weight")),
-        "IndexMismatchError",
-        "lm_head.weight",
-        INDEX,
-        f"{ONE} holds a tensor that the index {INDEX} does not list",
-        agree,
-    ),
-)
-add(
-    "index lacks a scale",
-    Case(index(lambda i: i["weight_map"].pop(QS)), "IndexMismatchError", QS, INDEX, "does not list", agree),
-)
-add(
-    "index names the wrong file",
-    Case(
-        index(lambda i: i["weight_map"].update({Q: TWO})),
-        "IndexMismatchError",
-        Q,
-        INDEX,
-        f"says {TWO}, and it is in {ONE}",
-        agree,
-    ),
-)
-add(
-    "index names a missing file",
-    Case(lambda d: (d / TWO).unlink(), "IndexMismatchError", QS, INDEX, f"the file {TWO} is not there", TWO),
-)
-add(
-    "index does not name a file",
-    Case(
-        lambda d: write_safetensors(d / "more.safetensors", {"x": floats(1)}),
-        "IndexMismatchError",
-        None,
-        "more.safetensors",
-        "does not name this file",
-    ),
-)
+add("index lists a tensor that is nowhere", index(lambda i: i["weight_map"].update({"m.z": ONE})), "IndexMismatchError",
+    "m.z", INDEX, f"{ONE} does not hold this tensor", agree)
+add("index lacks a tensor", index(lambda i: i["weight_map"].pop("lm_head.weight")), "IndexMismatchError",
+    "lm_head.weight", INDEX, f"{ONE} holds a tensor that the index {INDEX} does not list", agree)
+add("index lacks a scale", index(lambda i: i["weight_map"].pop(QS)), "IndexMismatchError", QS, INDEX, "does not list",
+    agree)
+add("index names the wrong file", index(lambda i: i["weight_map"].update({Q: TWO})), "IndexMismatchError", Q, INDEX,
+    f"says {TWO}, and it is in {ONE}", agree)
+add("index names a missing file", lambda d: (d / TWO).unlink(), "IndexMismatchError", QS, INDEX,
+    f"the file {TWO} is not there", TWO)
+add("index does not name a file", lambda d: write_safetensors(d / "more.safetensors", {"x": floats(1)}),
+    "IndexMismatchError", None, "more.safetensors", "does not name this file")
 for name in ("../evil.safetensors", "/etc/passwd", "sub/a.safetensors", "..\\a.safetensors", "..", ".", "", "a\0b"):
-    add(
-        f"index leaves the directory by {name!r}",
-        Case(
-            index(lambda i, name=name: i["weight_map"].update({Q: name})),
-            "IndexMismatchError",
-            None,
-            INDEX,
-            "it names the file",
-            "the name of a file in the directory",
-        ),
-    )
-add(
-    "index is no JSON",
-    Case(
-        lambda d: (d / INDEX).write_text('{"weight_map": {'),
-        "IndexMismatchError",
-        None,
-        INDEX,
-        "not valid JSON",
-        "JSON",
-    ),
-)
-add(
-    "index has no weight_map",
-    Case(index(lambda i: i.pop("weight_map")), "IndexMismatchError", None, INDEX, "no weight_map", "weight_map"),
-)
-add(
-    "index maps to numbers",
-    Case(
-        index(lambda i: i["weight_map"].update({Q: 1})),
-        "IndexMismatchError",
-        None,
-        INDEX,
-        "no weight_map",
-        "weight_map",
-    ),
-)
-add(
-    "index lists a tensor twice",
-    Case(
-        lambda d: (d / INDEX).write_text(
-            json.dumps(json.loads((d / INDEX).read_text())).replace(
-                '"weight_map": {', f'"weight_map": {{"{Q}": "{TWO}", '
-            )
-        ),
-        "IndexMismatchError",
-        Q,
-        INDEX,
-        "the name occurs twice",
-        "each name once",
-    ),
-)
-add(
-    "a part is missing, no index",
-    Case(
-        lambda d: ((d / INDEX).unlink(), (d / TWO).unlink()),
-        "IndexMismatchError",
-        None,
-        ONE,
-        f"the part {TWO} is not there",
-        "all of the 2 parts",
-    ),
-)
+    add(f"index leaves the directory by {name!r}", index(lambda i, name=name: i["weight_map"].update({Q: name})),
+        "IndexMismatchError", None, INDEX, "it names the file", "the name of a file in the directory")
+add("index is no JSON", lambda d: (d / INDEX).write_text('{"weight_map": {'), "IndexMismatchError", None, INDEX,
+    "not valid JSON", "JSON")
+add("index has no weight_map", index(lambda i: i.pop("weight_map")), "IndexMismatchError", None, INDEX, "no weight_map",
+    "weight_map")
+add("index maps to numbers", index(lambda i: i["weight_map"].update({Q: 1})), "IndexMismatchError", None, INDEX,
+    "no weight_map", "weight_map")
+add("index lists a tensor twice",
+    raw(INDEX, lambda data: data.replace(b'"weight_map": {', f'"weight_map": {{"{Q}": "{TWO}", '.encode())),
+    "IndexMismatchError", Q, INDEX, "the name occurs twice", "each name once")
+add("a part is missing, no index", lambda d: ((d / INDEX).unlink(), (d / TWO).unlink()), "IndexMismatchError", None,
+    ONE, f"the part {TWO} is not there", "all of the 2 parts")
 
 # Codes of four bits, and packed weights that are none.
 packed = "FP8, MXFP4 or NVFP4"
-add(
-    "four bits without a scale",
-    Case(
-        change(ONE, m__z__weight=Stored("F4", (4, 32), bytes(64))),
-        "MissingScaleError",
-        "m.z.weight",
-        ONE,
-        "without a scale",
-        "m.z.weight_scale",
-    ),
-)
-add(
-    "FP6",
-    Case(
-        change(ONE, m__z__weight=Stored("F6_E2M3", (4, 4), bytes(12))),
-        "UnsupportedFormatError",
-        "m.z.weight",
-        ONE,
-        "packed",
-        packed,
-    ),
-)
-add(
-    "NVFP4 without its factor",
-    Case(
-        change(ONE, m__z__weight=Stored("U8", (4, 16), bytes(64)), m__z__weight_scale=codes(4, 2)),
-        "MissingScaleError",
-        "m.z.weight",
-        ONE,
-        "without a scale",
-        "m.z.weight_scale_2",
-    ),
-)
-add(
-    "NVFP4 with a factor that is none",
-    Case(
-        change(
-            ONE,
-            m__z__weight_packed=Stored("U8", (4, 16), bytes(64)),
-            m__z__weight_scale=Stored("F8_E4M3", (4, 2), b"\x38" * 8),
-            m__z__weight_global_scale=floats(0, 1),
-        ),
-        "ScaleValueError",
-        "m.z.weight_global_scale",
-        ONE,
-        "the first 0.0",
-        "finite and positive",
-    ),
-)
-add(
-    "MXFP4 in other groups",
-    Case(
-        change(
-            ONE, m__up_blocks=Stored("U8", (2, 4, 1, 8), bytes(64)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)
-        ),
-        "ScaleShapeError",
-        "m.up_blocks",
-        ONE,
-        "block size (32,)",
-        "",
-    ),
-)
-add(
-    "MXFP4 with a scale that is NaN",
-    Case(
-        change(
-            ONE,
-            m__z__weight=Stored("I8", (4, 16), bytes(64)),
-            m__z__scale=Stored("F8_E8M0", (4, 1), b"\x7f\x7f\xff\x7f"),
-        ),
-        "ScaleValueError",
-        "m.z.scale",
-        ONE,
-        "the first nan at (2, 0)",
-        "finite and positive",
-    ),
-)
-add(
-    "INT8",
-    Case(
-        change(ONE, m__z__weight=Stored("I8", (4, 4), bytes(16)), m__z__weight_scale=floats(1, 4, 1)),
-        "UnsupportedFormatError",
-        "m.z.weight",
-        ONE,
-        "integer",
-        packed,
-    ),
-)
-add(
-    "a second factor beside FP8",
-    Case(
-        change(ONE, m__q__weight_scale_2=floats(1)), "UnsupportedFormatError", Q, ONE, "m.q.weight_scale_2", "one scale"
-    ),
-)
+add("four bits without a scale", change(ONE, m__z__weight=Stored("F4", (4, 32), bytes(64))), "MissingScaleError",
+    "m.z.weight", ONE, "without a scale", "m.z.weight_scale")
+add("FP6", change(ONE, m__z__weight=Stored("F6_E2M3", (4, 4), bytes(12))), "UnsupportedFormatError", "m.z.weight", ONE,
+    "packed", packed)
+add("NVFP4 without its factor",
+    change(ONE, m__z__weight=Stored("U8", (4, 16), bytes(64)), m__z__weight_scale=codes(4, 2)), "MissingScaleError",
+    "m.z.weight", ONE, "without a scale", "m.z.weight_scale_2")
+add("NVFP4 with a factor that is none",
+    change(ONE, m__z__weight_packed=Stored("U8", (4, 16), bytes(64)), m__z__weight_global_scale=floats(0, 1),
+        m__z__weight_scale=Stored("F8_E4M3", (4, 2), b"\x38" * 8)),
+    "ScaleValueError", "m.z.weight_global_scale", ONE, "the first 0.0", "finite and positive")
+add("MXFP4 in other groups",
+    change(ONE, m__up_blocks=Stored("U8", (2, 4, 1, 8), bytes(64)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)),
+    "ScaleShapeError", "m.up_blocks", ONE, "block size (32,)", "")
+add("MXFP4 with a scale that is NaN",
+    change(ONE, m__z__weight=Stored("I8", (4, 16), bytes(64)),
+        m__z__scale=Stored("F8_E8M0", (4, 1), b"\x7f\x7f\xff\x7f")),
+    "ScaleValueError", "m.z.scale", ONE, "the first nan at (2, 0)", "finite and positive")
+add("INT8", change(ONE, m__z__weight=Stored("I8", (4, 4), bytes(16)), m__z__weight_scale=floats(1, 4, 1)),
+    "UnsupportedFormatError", "m.z.weight", ONE, "integer", packed)
+add("a second factor beside FP8", change(ONE, m__q__weight_scale_2=floats(1)), "UnsupportedFormatError", Q, ONE,
+    "m.q.weight_scale_2", "one scale")
 
 # Configuration.
 for file in ("config.json", "hf_quant_config.json"):
@@ -714,66 +334,20 @@ for file in ("config.json", "hf_quant_config.json"):
         ("empty", b""),
         ("NaN", b'{"a": NaN}'),
     ):
-        add(
-            f"{file} {word}",
-            Case(
-                lambda d, file=file, text=text: (d / file).write_bytes(text),
-                "ConfigError",
-                None,
-                file,
-                "not valid JSON",
-                "a JSON object",
-            ),
-        )
-    add(
-        f"{file} a list",
-        Case(
-            lambda d, file=file: (d / file).write_text("[]"),
-            "ConfigError",
-            None,
-            file,
-            "the JSON is a list",
-            "an object",
-        ),
-    )
-add(
-    "config.json has a key twice",
-    Case(
-        lambda d: (d / "config.json").write_text(
-            '{"quantization_config": {}, "quantization_config": {"weight_block_size": [128, 128]}}'
-        ),
-        "ConfigError",
-        "quantization_config",
-        "config.json",
-        "the name occurs twice",
-        "each name once",
-    ),
-)
+        add(f"{file} {word}", lambda d, file=file, text=text: (d / file).write_bytes(text), "ConfigError", None, file,
+            "not valid JSON", "a JSON object")
+    add(f"{file} a list", lambda d, file=file: (d / file).write_text("[]"), "ConfigError", None, file,
+        "the JSON is a list", "an object")
+add("config.json has a key twice",
+    raw("config.json", lambda _: b'{"quantization_config": {}, "quantization_config": {"weight_block_size": [8, 8]}}'),
+    "ConfigError", "quantization_config", "config.json", "the name occurs twice", "each name once")
 for size in ([0, 128], [128.0, 128], "128", [], [-1, 1], [True, 128], 128, {"a": 1}, [[128], 128]):
-    add(
-        f"block size {size!r}",
-        Case(
-            lambda d, size=size: (d / "config.json").write_text(
-                json.dumps({"quantization_config": {"weight_block_size": size}})
-            ),
-            "ConfigError",
-            None,
-            "config.json",
-            "the block size is",
-            "positive whole numbers",
-        ),
-    )
-add(
-    "two block sizes",
-    Case(
-        lambda d: (d / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "MXFP8"}}'),
-        "ConfigError",
-        None,
-        "config.json",
-        "several block sizes",
-        "one",
-    ),
-)
+    add(f"block size {size!r}",
+        raw("config.json", lambda _, s=size: json.dumps({"quantization_config": {"weight_block_size": s}}).encode()),
+        "ConfigError", None, "config.json", "the block size is", "positive whole numbers")
+add("two block sizes", lambda d: (d / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "MXFP8"}}'),
+    "ConfigError", None, "config.json", "several block sizes", "one")
+# fmt: on
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,22 +17,13 @@ from tests.conftest import Run
 from tests.oracle import Stored, read_directory, read_safetensors
 
 LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     "mlp.down_proj",
-)
+)  # fmt: skip
 SIDE_FILES = {
-    "README.md",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json",
-}
+}  # fmt: skip
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -41,17 +32,10 @@ def tree(directory: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(
-    ("layout", "text", "others"),
-    [
-        ("identity", "model.language_model", ("model.vision_tower.", "model.multi_modal_projector.", "lm_head.weight")),
-        (
-            "nested",
-            "language_model.model",
-            ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.weight"),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("layout", "text", "others"), [
+    ("identity", "model.language_model", ("model.vision_tower.", "model.multi_modal_projector.", "lm_head.weight")),
+    ("nested", "language_model.model", ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.weight")),
+])  # fmt: skip
 def test_key_layouts(layout: str, text: str, others: tuple[str, ...], tmp_path: Path) -> None:
     """The names of either release: every text Linear is FP8 with two 0-d BF16 scales, everything else BF16 without."""
     stored = read_directory(sample(tmp_path / "fp8", layout=layout))

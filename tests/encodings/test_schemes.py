@@ -269,39 +269,36 @@ def test_the_output_is_a_base(scheme: str, source: Source, tmp_path: Path) -> No
 LINEAR, OTHER = (16, 8), (8,)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "dtype", "expected"),
-    [
-        ("model.layers.0.self_attn.o_proj.weight", LINEAR, "BF16", True),
-        ("model.layers.0.self_attn.o_proj.weight", LINEAR, "F64", False),
-        ("model.layers.0.self_attn.o_proj.weight", LINEAR, "I8", False),
-        ("model.layers.0.self_attn.o_proj.weight", (0, 8), "BF16", False),
-        ("model.layers.0.self_attn.o_proj.bias", OTHER, "BF16", False),
-        ("model.layers.0.mlp.experts.7.w2.weight", LINEAR, "F32", True),
-        ("model.layers.0.mlp.shared_experts.down_proj.weight", LINEAR, "BF16", True),
-        ("model.layers.0.feed_forward.experts.gate_up_proj", (2, 16, 8), "BF16", True),
-        ("model.layers.0.mlp.experts.gate_up_proj_bias", (2, 16), "BF16", False),
-        ("model.layers.0.mlp.gate.weight", LINEAR, "BF16", False),
-        ("model.layers.0.block_sparse_moe.router.weight", LINEAR, "BF16", False),
-        ("model.layers.0.mlp.shared_expert_gate.weight", (1, 8), "BF16", False),
-        ("model.layers.0.post_attention_layernorm.weight", OTHER, "BF16", False),
-        ("model.layers.0.linear_attn.conv1d.weight", (8, 1, 4), "BF16", False),
-        ("model.layers.0.linear_attn.A_log", LINEAR, "BF16", False),
-        ("model.layers.61.eh_proj.weight", LINEAR, "BF16", False),
-        ("model.layers.61.shared_head.head.weight", LINEAR, "BF16", False),
-        ("model.layers.0.self_attn.indexer.weights_proj.weight", LINEAR, "BF16", False),
-        ("model.embed_tokens.weight", LINEAR, "BF16", False),
-        ("lm_head.weight", LINEAR, "BF16", False),
-        ("language_model.lm_head.weight", LINEAR, "BF16", False),
-        ("score.weight", LINEAR, "BF16", False),
-        ("model.vision_tower.transformer.layers.0.attention.q_proj.weight", LINEAR, "BF16", False),
-        ("model.visual.blocks.0.attn.qkv.weight", LINEAR, "BF16", False),
-        ("vit.encoder.layers.0.fc1.weight", LINEAR, "BF16", False),
-        ("audio_tower.layers.0.fc1.weight", LINEAR, "BF16", False),
-        ("model.multi_modal_projector.linear_1.weight", LINEAR, "BF16", False),
-        ("model.mm_projector.0.weight", LINEAR, "BF16", False),
-    ],
-)
+@pytest.mark.parametrize(("name", "shape", "dtype", "expected"), [
+    ("model.layers.0.self_attn.o_proj.weight", LINEAR, "BF16", True),
+    ("model.layers.0.self_attn.o_proj.weight", LINEAR, "F64", False),
+    ("model.layers.0.self_attn.o_proj.weight", LINEAR, "I8", False),
+    ("model.layers.0.self_attn.o_proj.weight", (0, 8), "BF16", False),
+    ("model.layers.0.self_attn.o_proj.bias", OTHER, "BF16", False),
+    ("model.layers.0.mlp.experts.7.w2.weight", LINEAR, "F32", True),
+    ("model.layers.0.mlp.shared_experts.down_proj.weight", LINEAR, "BF16", True),
+    ("model.layers.0.feed_forward.experts.gate_up_proj", (2, 16, 8), "BF16", True),
+    ("model.layers.0.mlp.experts.gate_up_proj_bias", (2, 16), "BF16", False),
+    ("model.layers.0.mlp.gate.weight", LINEAR, "BF16", False),
+    ("model.layers.0.block_sparse_moe.router.weight", LINEAR, "BF16", False),
+    ("model.layers.0.mlp.shared_expert_gate.weight", (1, 8), "BF16", False),
+    ("model.layers.0.post_attention_layernorm.weight", OTHER, "BF16", False),
+    ("model.layers.0.linear_attn.conv1d.weight", (8, 1, 4), "BF16", False),
+    ("model.layers.0.linear_attn.A_log", LINEAR, "BF16", False),
+    ("model.layers.61.eh_proj.weight", LINEAR, "BF16", False),
+    ("model.layers.61.shared_head.head.weight", LINEAR, "BF16", False),
+    ("model.layers.0.self_attn.indexer.weights_proj.weight", LINEAR, "BF16", False),
+    ("model.embed_tokens.weight", LINEAR, "BF16", False),
+    ("lm_head.weight", LINEAR, "BF16", False),
+    ("language_model.lm_head.weight", LINEAR, "BF16", False),
+    ("score.weight", LINEAR, "BF16", False),
+    ("model.vision_tower.transformer.layers.0.attention.q_proj.weight", LINEAR, "BF16", False),
+    ("model.visual.blocks.0.attn.qkv.weight", LINEAR, "BF16", False),
+    ("vit.encoder.layers.0.fc1.weight", LINEAR, "BF16", False),
+    ("audio_tower.layers.0.fc1.weight", LINEAR, "BF16", False),
+    ("model.multi_modal_projector.linear_1.weight", LINEAR, "BF16", False),
+    ("model.mm_projector.0.weight", LINEAR, "BF16", False),
+])  # fmt: skip
 @pytest.mark.parametrize("scheme", ["per-tensor", "channel"])
 def test_what_is_quantized(
     scheme: str, name: str, shape: tuple[int, ...], dtype: str, expected: bool, tmp_path: Path
@@ -433,19 +430,14 @@ def plain_directory(directory: Path, shapes: dict[str, tuple[int, ...]], **confi
 DELTA_NET = {f"{L}.linear_attn.{leaf}": (64, 128) for leaf in ("in_proj_ba", "in_proj_a", "in_proj_b")}
 
 
-@pytest.mark.parametrize(
-    ("shapes", "quantized"),
-    [
-        ({f"{L}.block_sparse_moe.router.layer": (4, 128), f"{L}.mlp.gate.wg": (4, 128), **DELTA_NET}, set()),
-        ({f"{L}.linear_attn.in_proj_qkvz": (256, 128)}, {f"{L}.linear_attn.in_proj_qkvz.weight"}),
-        (
-            {f"{L}.block_sparse_moe.input_linear": (4, 256, 128), f"{L}.moe.up_proj": (4, 128, 128)},
-            {f"{L}.block_sparse_moe.input_linear.weight", f"{L}.moe.up_proj.weight"},
-        ),
-        ({f"{L}.mlp.experts.w13|": (4, 256, 128)}, {f"{L}.mlp.experts.w13"}),
-        ({f"{L}.conv.mix": (4, 128, 3), f"{L}.mlp.other": (2, 3, 4, 5)}, set()),
-    ],
-)
+@pytest.mark.parametrize(("shapes", "quantized"), [
+    ({f"{L}.block_sparse_moe.router.layer": (4, 128), f"{L}.mlp.gate.wg": (4, 128), **DELTA_NET}, set()),
+    ({f"{L}.linear_attn.in_proj_qkvz": (256, 128)}, {f"{L}.linear_attn.in_proj_qkvz.weight"}),
+    ({f"{L}.block_sparse_moe.input_linear": (4, 256, 128), f"{L}.moe.up_proj": (4, 128, 128)},
+     {f"{L}.block_sparse_moe.input_linear.weight", f"{L}.moe.up_proj.weight"}),
+    ({f"{L}.mlp.experts.w13|": (4, 256, 128)}, {f"{L}.mlp.experts.w13"}),
+    ({f"{L}.conv.mix": (4, 128, 3), f"{L}.mlp.other": (2, 3, 4, 5)}, set()),
+])  # fmt: skip
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_weight_is_known_by_what_it_is(
     scheme: str, shapes: dict[str, tuple[int, ...]], quantized: set[str], tmp_path: Path

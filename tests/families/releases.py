@@ -202,76 +202,38 @@ class Release:
 
 
 _TEXT = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 96,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "max_position_embeddings": 128, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 _MOE = {**_TEXT, "moe_intermediate_size": 40, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 _RAGGED = {"hidden_size": 160, "intermediate_size": 200}
 _LATENT = {
-    **_MOE,
-    **_RAGGED,
-    "moe_intermediate_size": 136,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 48,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
+    **_MOE, **_RAGGED, "moe_intermediate_size": 136, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 2,
+    "topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+}  # fmt: skip
 _LATENT.pop("head_dim"), _LATENT.pop("num_experts"), _LATENT.pop("num_local_experts")
 _QWEN_VISION = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
-}
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+}  # fmt: skip
 _PROJ = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = ("w1", "w3", "w2")
 _HYBRID = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-    "shared_expert_intermediate_size": 48,
-    "decoder_sparse_step": 1,
-}
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+    "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1,
+}  # fmt: skip
 _NESTED = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(vision|multi)", r"\1"),
     (r"^lm_head", "language_model.lm_head"),
 )
 _PIXTRAL = {
-    "model_type": "pixtral",
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "head_dim": 16,
-    "image_size": 56,
-    "patch_size": 14,
-}
+    "model_type": "pixtral", "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48,
+    "num_attention_heads": 2, "head_dim": 16, "image_size": 56, "patch_size": 14,
+}  # fmt: skip
 
 
 def _mistral3(tied: bool = False) -> dict[str, Any]:
@@ -285,103 +247,43 @@ RELEASES = {
     "Mistral3 nested tied": Release("Mistral3ForConditionalGeneration", _mistral3(True), SCALAR, PER_TENSOR, _NESTED),
     "Ministral3 text": Release("Ministral3ForCausalLM", _TEXT, SCALAR, PER_TENSOR),
     "Qwen3": Release("Qwen3ForCausalLM", {**_TEXT, **_RAGGED, "tie_word_embeddings": False}, SQUARES, BLOCK),
-    "Qwen3 tied, head stored": Release(
-        "Qwen3ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, SQUARES, BLOCK, head=True
-    ),
+    "Qwen3 tied, head stored": Release("Qwen3ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, SQUARES, BLOCK,
+        head=True),
     "Qwen3 tied": Release("Qwen3ForCausalLM", {**_TEXT, "tie_word_embeddings": True}, SQUARES, BLOCK),
-    "Qwen3-MoE": Release(
-        "Qwen3MoeForCausalLM", {**_MOE, **_RAGGED, "moe_intermediate_size": 136}, SQUARES, BLOCK, experts=_PROJ
-    ),
-    "Qwen3-VL": Release(
-        "Qwen3VLForConditionalGeneration", {"text_config": _TEXT, "vision_config": _QWEN_VISION}, SQUARES, BLOCK
-    ),
-    "Qwen3-VL-MoE": Release(
-        "Qwen3VLMoeForConditionalGeneration",
-        {"text_config": _MOE, "vision_config": _QWEN_VISION},
-        SQUARES,
-        BLOCK,
-        experts=_PROJ,
-        understood=False,
-    ),
-    "Qwen3-Next": Release(
-        "Qwen3NextForCausalLM", {**_MOE, **_HYBRID}, SQUARES, BLOCK, experts=_PROJ, mtp="mtp.layers.0."
-    ),
-    "Qwen3.5-MoE": Release(
-        "Qwen3_5MoeForConditionalGeneration",
-        {"text_config": {**_MOE, **_HYBRID}, "vision_config": _QWEN_VISION},
-        SQUARES,
-        BLOCK,
-        experts=_PROJ,
-        mtp="mtp.layers.0.",
-    ),
-    "DeepSeek-V3": Release(
-        "DeepseekV3ForCausalLM",
-        {**_LATENT, "num_nextn_predict_layers": 1},
-        SQUARES_F32,
-        BLOCK,
-        experts=_PROJ,
-        mtp="model.layers.2.",
-    ),
-    "GLM-4.5-MoE": Release(
-        "Glm4MoeForCausalLM",
-        {**_LATENT, "head_dim": 16, "num_nextn_predict_layers": 1},
-        ROWS,
-        _compressed("channel", True),
-        experts=_PROJ,
-        mtp="model.layers.2.",
-    ),
-    "MiniMax-M2": Release(
-        "MiniMaxM2ForCausalLM",
-        {**_MOE, **_RAGGED, "rotary_dim": 8},
-        SQUARES_F32,
-        BLOCK,
-        ((r"\.mlp\.", ".block_sparse_moe."), (r"gate\.e_score", "e_score")),
-        _MIXTRAL,
-        rounded=("gate.weight",),
-    ),
-    "Mixtral": Release(
-        "MixtralForCausalLM", _MOE, ONE, _compressed("tensor", False), ((r"\.mlp\.", ".block_sparse_moe."),), _MIXTRAL
-    ),
+    "Qwen3-MoE": Release("Qwen3MoeForCausalLM", {**_MOE, **_RAGGED, "moe_intermediate_size": 136}, SQUARES, BLOCK,
+        experts=_PROJ),
+    "Qwen3-VL": Release("Qwen3VLForConditionalGeneration", {"text_config": _TEXT, "vision_config": _QWEN_VISION},
+        SQUARES, BLOCK),
+    "Qwen3-VL-MoE": Release("Qwen3VLMoeForConditionalGeneration", {"text_config": _MOE, "vision_config": _QWEN_VISION},
+        SQUARES, BLOCK, experts=_PROJ, understood=False),
+    "Qwen3-Next": Release("Qwen3NextForCausalLM", {**_MOE, **_HYBRID}, SQUARES, BLOCK, experts=_PROJ,
+        mtp="mtp.layers.0."),
+    "Qwen3.5-MoE": Release("Qwen3_5MoeForConditionalGeneration",
+        {"text_config": {**_MOE, **_HYBRID}, "vision_config": _QWEN_VISION}, SQUARES, BLOCK, experts=_PROJ,
+        mtp="mtp.layers.0."),
+    "DeepSeek-V3": Release("DeepseekV3ForCausalLM", {**_LATENT, "num_nextn_predict_layers": 1}, SQUARES_F32, BLOCK,
+        experts=_PROJ, mtp="model.layers.2."),
+    "GLM-4.5-MoE": Release("Glm4MoeForCausalLM", {**_LATENT, "head_dim": 16, "num_nextn_predict_layers": 1}, ROWS,
+        _compressed("channel", True), experts=_PROJ, mtp="model.layers.2."),
+    "MiniMax-M2": Release("MiniMaxM2ForCausalLM", {**_MOE, **_RAGGED, "rotary_dim": 8}, SQUARES_F32, BLOCK,
+        ((r"\.mlp\.", ".block_sparse_moe."), (r"gate\.e_score", "e_score")), _MIXTRAL, rounded=("gate.weight",)),
+    "Mixtral": Release("MixtralForCausalLM", _MOE, ONE, _compressed("tensor", False),
+        ((r"\.mlp\.", ".block_sparse_moe."),), _MIXTRAL),
     "Llama, compressed-tensors dynamic": Release("LlamaForCausalLM", _TEXT, ROWS_BF16, _compressed("channel", True)),
     "Llama, compressed-tensors static": Release("LlamaForCausalLM", _TEXT, ONE, _compressed("tensor", False)),
-    "Llama, fbgemm": Release(
-        "LlamaForCausalLM", _TEXT, ROWS, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
-    ),
+    "Llama, fbgemm": Release("LlamaForCausalLM", _TEXT, ROWS,
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "Llama, ModelOpt": Release("LlamaForCausalLM", _TEXT, MODELOPT, {}, cache=True, modelopt=True),
-    "Llama-4": Release(
-        "Llama4ForConditionalGeneration",
-        {
-            "text_config": {
-                **_MOE,
-                "intermediate_size_mlp": 96,
-                "intermediate_size": 40,
-                "interleave_moe_layer_step": 2,
-            },
-            "vision_config": {
-                "num_hidden_layers": 1,
-                "hidden_size": 32,
-                "intermediate_size": 128,
-                "num_attention_heads": 2,
-                "vision_output_dim": 32,
-                "image_size": 56,
-                "patch_size": 14,
-                "projector_input_dim": 32,
-                "projector_output_dim": 32,
-            },
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        ROWS_BF16,
-        _compressed("channel", True),
-        experts=_PROJ,
-        transposed=True,
-        understood=False,
-    ),
-    "Mistral4": Release(
-        "Mistral4ForCausalLM", {**_LATENT, "num_local_experts": 4, "n_routed_experts": 4}, EXPERTS, PER_TENSOR
-    ),
-}
+    "Llama-4": Release("Llama4ForConditionalGeneration",
+        {"text_config": {**_MOE, "intermediate_size_mlp": 96, "intermediate_size": 40, "interleave_moe_layer_step": 2},
+         "vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 128,
+                           "num_attention_heads": 2, "vision_output_dim": 32, "image_size": 56, "patch_size": 14,
+                           "projector_input_dim": 32, "projector_output_dim": 32},
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        ROWS_BF16, _compressed("channel", True), experts=_PROJ, transposed=True, understood=False),
+    "Mistral4": Release("Mistral4ForCausalLM", {**_LATENT, "num_local_experts": 4, "n_routed_experts": 4}, EXPERTS,
+        PER_TENSOR),
+}  # fmt: skip
 
 
 def experts_apart(tensors: dict[str, Stored]) -> dict[str, Stored]:

@@ -10,22 +10,16 @@ from fp8ckpt import open_checkpoint, sample
 from fp8ckpt.families.names import IDENTITY, LAYOUTS, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED, KeyLayout, find_layout
 
 VLM = [
-    "model.language_model.embed_tokens.weight",
-    "model.language_model.layers.10.self_attn.q_proj.weight",
-    "model.language_model.norm.weight",
-    "model.vision_tower.patch_conv.weight",
-    "model.multi_modal_projector.linear_1.weight",
-    "lm_head.weight",
-]
+    "model.language_model.embed_tokens.weight", "model.language_model.layers.10.self_attn.q_proj.weight",
+    "model.language_model.norm.weight", "model.vision_tower.patch_conv.weight",
+    "model.multi_modal_projector.linear_1.weight", "lm_head.weight",
+]  # fmt: skip
 TEXT = ["model.embed_tokens.weight", "model.layers.10.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"]
 NESTED_ON_DISK = [
-    "language_model.model.embed_tokens.weight",
-    "language_model.model.layers.10.self_attn.q_proj.weight",
-    "language_model.model.norm.weight",
-    "vision_tower.patch_conv.weight",
-    "multi_modal_projector.linear_1.weight",
+    "language_model.model.embed_tokens.weight", "language_model.model.layers.10.self_attn.q_proj.weight",
+    "language_model.model.norm.weight", "vision_tower.patch_conv.weight", "multi_modal_projector.linear_1.weight",
     "language_model.lm_head.weight",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,13 @@ def test_one_element_spans_the_whole_tensor(weight: Shape, scale: Shape, block: 
     assert grid.shape == (1,) * len(weight)
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "block", "expected"),
-    [
-        ((40, 24), (40,), None, (1, 24)),
-        ((40, 24), (40,), (128, 128), (1, 24)),
-        ((3, 20, 16), (3,), None, (1, 20, 16)),
-        ((40,), (40,), None, (1,)),
-        ((24, 24), (24,), None, (1, 24)),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "block", "expected"), [
+    ((40, 24), (40,), None, (1, 24)),
+    ((40, 24), (40,), (128, 128), (1, 24)),
+    ((3, 20, 16), (3,), None, (1, 20, 16)),
+    ((40,), (40,), None, (1,)),
+    ((24, 24), (24,), None, (1, 24)),
+])  # fmt: skip
 def test_a_vector_belongs_to_dimension_0(weight: Shape, scale: Shape, block: Shape | None, expected: Shape) -> None:
     """Rule 2: a 1-D scale of more than one element is one scale a row."""
     assert infer_grid(weight, scale, block) == BlockGrid(weight, expected)
@@ -58,18 +55,15 @@ def test_scales_of_a_weight_without_elements() -> None:
     assert infer_grid((0, 6), (1, 6), None) is None
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "expected"),
-    [
-        ((40, 24), (40, 1), (1, 24)),
-        ((40, 24), (1, 24), (40, 1)),
-        ((40, 24), (40, 24), (1, 1)),
-        ((3, 20, 16), (3, 1, 1), (1, 20, 16)),
-        ((3, 20, 16), (3, 1, 16), (1, 20, 1)),
-        ((3, 20, 16), (3, 20, 1), (1, 1, 16)),
-        ((1, 8), (1, 8), (1, 1)),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "expected"), [
+    ((40, 24), (40, 1), (1, 24)),
+    ((40, 24), (1, 24), (40, 1)),
+    ((40, 24), (40, 24), (1, 1)),
+    ((3, 20, 16), (3, 1, 1), (1, 20, 16)),
+    ((3, 20, 16), (3, 1, 16), (1, 20, 1)),
+    ((3, 20, 16), (3, 20, 1), (1, 1, 16)),
+    ((1, 8), (1, 8), (1, 1)),
+])  # fmt: skip
 def test_each_dimension_is_spanned_or_single(weight: Shape, scale: Shape, expected: Shape) -> None:
     """Rule 3: per dimension, scale 1 means "spans it" and scale = weight means block 1; no configuration is needed."""
     assert infer_grid(weight, scale, None) == BlockGrid(weight, expected)
@@ -97,14 +91,11 @@ def test_the_configured_block_tiles_the_last_dimensions(
     assert infer_grid(weight, scale, block) == BlockGrid(weight, expected)
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "expected"),
-    [
-        ((256, 384), (2, 1, 3, 1), (128, 128)),
-        ((300, 200), (3, 1, 2, 1), (128, 128)),
-        ((3, 130, 200), (3, 1, 2, 1, 2, 1), (1, 128, 128)),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "expected"), [
+    ((256, 384), (2, 1, 3, 1), (128, 128)),
+    ((300, 200), (3, 1, 2, 1), (128, 128)),
+    ((3, 130, 200), (3, 1, 2, 1, 2, 1), (1, 128, 128)),
+])  # fmt: skip
 def test_modelopt_scales_of_twice_the_rank_are_squeezed(weight: Shape, scale: Shape, expected: Shape) -> None:
     """ModelOpt writes ``[ob, 1, ib, 1]``: the ones between are dropped."""
     assert infer_grid(weight, scale, (128, 128)) == BlockGrid(weight, expected)

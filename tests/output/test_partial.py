@@ -397,20 +397,10 @@ def test_a_record_that_was_cut_off(destination: Path, cut: int) -> None:
     second.release()
 
 
-@pytest.mark.parametrize(
-    "junk",
-    [
-        b"\xff\xfe\n",
-        b"[1]\n",
-        b"7\n",
-        b"{}\n",
-        b'{"extent": [1], "facts": {}}\n',
-        b'{"extent": 9}\n',
-        b"\0\0\0\0",
-        b"null\n",
-        b"[" * 100_000 + b"\n",
-    ],
-)
+@pytest.mark.parametrize("junk", [
+    b"\xff\xfe\n", b"[1]\n", b"7\n", b"{}\n", b'{"extent": [1], "facts": {}}\n', b'{"extent": 9}\n', b"\0\0\0\0",
+    b"null\n", b"[" * 100_000 + b"\n",
+])  # fmt: skip
 def test_junk_among_the_records(destination: Path, junk: bytes) -> None:
     """What is no record is passed over: the extent is written again."""
     first = begun(destination)

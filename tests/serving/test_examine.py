@@ -211,33 +211,24 @@ def q(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("edit", "found"),
-    [
-        (lambda c: c.pop("quantization_config"), "the weights are FP8, and no configuration says so"),
-        (lambda c: q(c).pop("quant_method"), "quant_method is missing"),
-        (lambda c: q(c).pop("activation_scheme"), "activation_scheme is missing"),
-        (lambda c: q(c).update(activation_scheme="sometimes"), "activation_scheme is sometimes"),
-        (lambda c: q(c).update(activation_scheme="dynamic"), "14 of 14 FP8 tensors have an activation scale"),
-        (
-            lambda c: q(c)["modules_to_not_convert"].remove(VISION),
-            f"1 unquantized Linears are not in modules_to_not_convert: {VISION}",
-        ),
-        (
-            lambda c: q(c)["modules_to_not_convert"].remove("model.vision_tower"),
-            "1 parts of the model that hold nothing FP8 are not in modules_to_not_convert: model.vision_tower",
-        ),
-        (lambda c: q(c)["modules_to_not_convert"].append(UP), f"1 FP8 tensors are in modules_to_not_convert: {UP}"),
-        (lambda c: q(c)["modules_to_not_convert"].append("up_proj"), "2 FP8 tensors are in modules_to_not_convert"),
-        (lambda c: q(c)["modules_to_not_convert"].append(LAYER), "7 FP8 tensors are in modules_to_not_convert"),
-        (lambda c: q(c)["modules_to_not_convert"].append("*down_proj"), "2 FP8 tensors are in modules_to_not_convert"),
-        (
-            lambda c: q(c)["modules_to_not_convert"].append(r"re:.*layers\.0.*down_proj"),
-            "1 FP8 tensors are in modules_to_not_convert",
-        ),
-        (lambda c: c.update(tie_word_embeddings=True), "the head is not model.language_model.embed_tokens.weight"),
-    ],
-)
+@pytest.mark.parametrize(("edit", "found"), [
+    (lambda c: c.pop("quantization_config"), "the weights are FP8, and no configuration says so"),
+    (lambda c: q(c).pop("quant_method"), "quant_method is missing"),
+    (lambda c: q(c).pop("activation_scheme"), "activation_scheme is missing"),
+    (lambda c: q(c).update(activation_scheme="sometimes"), "activation_scheme is sometimes"),
+    (lambda c: q(c).update(activation_scheme="dynamic"), "14 of 14 FP8 tensors have an activation scale"),
+    (lambda c: q(c)["modules_to_not_convert"].remove(VISION),
+     f"1 unquantized Linears are not in modules_to_not_convert: {VISION}"),
+    (lambda c: q(c)["modules_to_not_convert"].remove("model.vision_tower"),
+     "1 parts of the model that hold nothing FP8 are not in modules_to_not_convert: model.vision_tower"),
+    (lambda c: q(c)["modules_to_not_convert"].append(UP), f"1 FP8 tensors are in modules_to_not_convert: {UP}"),
+    (lambda c: q(c)["modules_to_not_convert"].append("up_proj"), "2 FP8 tensors are in modules_to_not_convert"),
+    (lambda c: q(c)["modules_to_not_convert"].append(LAYER), "7 FP8 tensors are in modules_to_not_convert"),
+    (lambda c: q(c)["modules_to_not_convert"].append("*down_proj"), "2 FP8 tensors are in modules_to_not_convert"),
+    (lambda c: q(c)["modules_to_not_convert"].append(r"re:.*layers\.0.*down_proj"),
+     "1 FP8 tensors are in modules_to_not_convert"),
+    (lambda c: c.update(tie_word_embeddings=True), "the head is not model.language_model.embed_tokens.weight"),
+])  # fmt: skip
 def test_a_wrong_configuration_is_named(good: Path, edit: Callable[[dict[str, Any]], object], found: str) -> None:
     """Each statement that an engine reads, missing or wrong."""
     assert verify(good, serving=True).ok
@@ -382,15 +373,12 @@ def test_each_module_has_the_activation_scales_of_its_own_group(o: bool, up: boo
         assert (examined(build(tmp_path / name, tensors, quantization)).failures == ()) == fit
 
 
-@pytest.mark.parametrize(
-    ("method", "key", "entry"),
-    [
-        ("compressed-tensors", "ignore", "re:.*router.*"),
-        ("modelopt", "exclude_modules", "*router*"),
-        ("fbgemm_fp8", "modules_to_not_convert", "a.router_x"),
-        ("mxfp8", "ignored_layers", "a"),
-    ],
-)
+@pytest.mark.parametrize(("method", "key", "entry"), [
+    ("compressed-tensors", "ignore", "re:.*router.*"),
+    ("modelopt", "exclude_modules", "*router*"),
+    ("fbgemm_fp8", "modules_to_not_convert", "a.router_x"),
+    ("mxfp8", "ignored_layers", "a"),
+])  # fmt: skip
 def test_other_families_keep_their_own_list(method: str, key: str, entry: str, tmp_path: Path) -> None:
     """Each unquantized Linear is matched by the family's own list, which is completed; no prefixes, no other key."""
     tensors = fp8("m.q") | plain("a.router_x") | plain("lm_head")
@@ -571,27 +559,18 @@ def drop_format(directory: Path) -> None:
     write_safetensors(file, read_safetensors(file), {"made_by": "a test"})
 
 
-@pytest.mark.parametrize(
-    ("spoil", "file", "found"),
-    [
-        (add_consolidated, "consolidated.safetensors", "Mistral's own copy of the weights stands beside the others"),
-        (write("params.json"), "params.json", "Mistral's own configuration stands beside"),
-        (write("pytorch_model.bin"), "pytorch_model.bin", "weights of another kind"),
-        (write("x.gguf"), "x.gguf", "weights of another kind"),
-        (write("original.pth"), "original.pth", "weights of another kind"),
-        (
-            write("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'),
-            "hf_quant_config.json",
-            "it states quantization by ModelOpt, and config.json states fp8",
-        ),
-        (
-            lambda d: (d / "model.safetensors.index.json").unlink(),
-            "model-00001-of-00003.safetensors",
-            "3 safetensors files without an index",
-        ),
-        (drop_format, None, "the metadata does not say what wrote it, in 1 of 3 files"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "file", "found"), [
+    (add_consolidated, "consolidated.safetensors", "Mistral's own copy of the weights stands beside the others"),
+    (write("params.json"), "params.json", "Mistral's own configuration stands beside"),
+    (write("pytorch_model.bin"), "pytorch_model.bin", "weights of another kind"),
+    (write("x.gguf"), "x.gguf", "weights of another kind"),
+    (write("original.pth"), "original.pth", "weights of another kind"),
+    (write("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'), "hf_quant_config.json",
+     "it states quantization by ModelOpt, and config.json states fp8"),
+    (lambda d: (d / "model.safetensors.index.json").unlink(), "model-00001-of-00003.safetensors",
+     "3 safetensors files without an index"),
+    (drop_format, None, "the metadata does not say what wrote it, in 1 of 3 files"),
+])  # fmt: skip
 def test_files_that_would_be_served_instead(
     good: Path, spoil: Callable[[Path], object], file: str | None, found: str
 ) -> None:
@@ -613,25 +592,19 @@ def test_a_trainers_files_are_no_weights(good: Path) -> None:
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 
 
-@pytest.mark.parametrize(
-    ("tied", "head", "found"),
-    [
-        (True, None, None),
-        (True, plain(HEAD, 8, 4), None),
-        (
-            True,
-            {f"{HEAD}.weight": Stored.of(np.full((8, 4), 2, np.float32), "BF16")},
-            "the head is not model.embed_tokens.weight",
-        ),
-        (True, {f"{HEAD}.weight": Stored.of(np.ones((8, 4), np.float32), "F32")}, "the head is not"),
-        (True, plain(HEAD, 9, 4), "the head is not"),
-        (True, fp8(HEAD, 8, 4), "the head is not"),
-        (False, plain(HEAD, 9, 4), None),
-        (False, None, "tie_word_embeddings is false, and no head is stored"),
-        (None, None, None),
-        (None, plain(HEAD, 9, 4), None),
-    ],
-)
+@pytest.mark.parametrize(("tied", "head", "found"), [
+    (True, None, None),
+    (True, plain(HEAD, 8, 4), None),
+    (True, {f"{HEAD}.weight": Stored.of(np.full((8, 4), 2, np.float32), "BF16")},
+     "the head is not model.embed_tokens.weight"),
+    (True, {f"{HEAD}.weight": Stored.of(np.ones((8, 4), np.float32), "F32")}, "the head is not"),
+    (True, plain(HEAD, 9, 4), "the head is not"),
+    (True, fp8(HEAD, 8, 4), "the head is not"),
+    (False, plain(HEAD, 9, 4), None),
+    (False, None, "tie_word_embeddings is false, and no head is stored"),
+    (None, None, None),
+    (None, plain(HEAD, 9, 4), None),
+])  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True])
 def test_tied_heads(
     tied: bool | None, head: dict[str, Stored] | None, found: str | None, nested: bool, tmp_path: Path
@@ -871,15 +844,12 @@ def tiled(module: str, *shape: int, value: float = 0.5) -> dict[str, Stored]:
 M = "model.layers.0.mlp"
 
 
-@pytest.mark.parametrize(
-    ("rows", "fit", "largest", "reason"),
-    [
-        (192, False, None, None),
-        (1536, True, 4, f"with 8, {M}.gate_proj.weight has 192 rows, and its blocks 128"),
-        (128, True, 1, f"with 2, {M}.gate_proj.weight has 64 rows, and its blocks 128"),
-        (64 * 128, True, 64, None),
-    ],
-)
+@pytest.mark.parametrize(("rows", "fit", "largest", "reason"), [
+    (192, False, None, None),
+    (1536, True, 4, f"with 8, {M}.gate_proj.weight has 192 rows, and its blocks 128"),
+    (128, True, 1, f"with 2, {M}.gate_proj.weight has 64 rows, and its blocks 128"),
+    (64 * 128, True, 64, None),
+])  # fmt: skip
 def test_blocks_that_are_joined_or_shared_out(
     rows: int, fit: bool, largest: int | None, reason: str | None, tmp_path: Path
 ) -> None:
@@ -975,17 +945,14 @@ def test_rows_that_are_no_whole_blocks_are_a_note(rows: int, does: str | None, t
         assert right == (does is None)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "fit"),
-    [
-        ("LlamaForSequenceClassification", True),
-        ("SmolLM3ForTokenClassification", True),
-        ("Qwen2Model", True),
-        ("LlamaForCausalLM", False),
-        ("GPT2LMHeadModel", False),
-        ("Gemma3ForConditionalGeneration", False),
-    ],
-)
+@pytest.mark.parametrize(("architecture", "fit"), [
+    ("LlamaForSequenceClassification", True),
+    ("SmolLM3ForTokenClassification", True),
+    ("Qwen2Model", True),
+    ("LlamaForCausalLM", False),
+    ("GPT2LMHeadModel", False),
+    ("Gemma3ForConditionalGeneration", False),
+])  # fmt: skip
 def test_only_a_language_model_needs_a_head(architecture: str, fit: bool, tmp_path: Path) -> None:
     """A classifier has a score, and an encoder has nothing."""
     tensors = fp8("m.q") | plain(EMBEDDINGS, 8, 4)
@@ -1051,20 +1018,17 @@ def test_blocks_of_mistral3_by_a_name_that_its_loader_renames(tmp_path: Path) ->
     assert examined(build(tmp_path / "e", tiled("m.o_proj", 256, 128), BLOCKS, architectures=["X"])).notes == ()
 
 
-@pytest.mark.parametrize(
-    ("method", "more", "fit"),
-    [
-        ("quark", {"exclude": ["lm_head"], "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, True),
-        ("quark", {"exclude": ["lm_head", "*router*"]}, True),
-        ("quark", {"exclude": ["x"]}, False),
-        ("w8a8_fp8", {}, True),
-        ("fbgemm_fp8", {"modules_to_not_convert": ["lm_head"]}, True),
-        ("ptpc_fp8", {}, True),
-        ("torchao", {"quant_type": {"default": {}}}, True),
-        ("modelopt_mixed", {"ignore": ["lm_head"]}, True),
-        ("something_new", {"ignore": []}, True),
-    ],
-)
+@pytest.mark.parametrize(("method", "more", "fit"), [
+    ("quark", {"exclude": ["lm_head"], "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, True),
+    ("quark", {"exclude": ["lm_head", "*router*"]}, True),
+    ("quark", {"exclude": ["x"]}, False),
+    ("w8a8_fp8", {}, True),
+    ("fbgemm_fp8", {"modules_to_not_convert": ["lm_head"]}, True),
+    ("ptpc_fp8", {}, True),
+    ("torchao", {"quant_type": {"default": {}}}, True),
+    ("modelopt_mixed", {"ignore": ["lm_head"]}, True),
+    ("something_new", {"ignore": []}, True),
+])  # fmt: skip
 def test_methods_that_engines_serve(method: str, more: dict[str, Any], fit: bool, tmp_path: Path) -> None:
     """Each is known, with its own skip list; one that is not is a note, and nothing is asked of it."""
     channel = {"m.q_proj.weight_scale": Stored.of(np.ones((4, 1), np.float32), "F32")}
@@ -1141,16 +1105,13 @@ def old_rule(module: str, entries: list[str]) -> bool:
     return any(re.match(entry, module) is not None or module.endswith(entry) for entry in entries)
 
 
-@pytest.mark.parametrize(
-    ("entries", "version"),
-    [
-        (["model.layers.1"], "5.18"),
-        (["model.layers.1.mlp.gate"], "5.18"),
-        (["gate_proj_x", "ate_proj"], "5.23"),
-        (["model.layers.1.mlp.gate$"], None),
-        (["model.layers.2"], None),
-    ],
-)
+@pytest.mark.parametrize(("entries", "version"), [
+    (["model.layers.1"], "5.18"),
+    (["model.layers.1.mlp.gate"], "5.18"),
+    (["gate_proj_x", "ate_proj"], "5.23"),
+    (["model.layers.1.mlp.gate$"], None),
+    (["model.layers.2"], None),
+])  # fmt: skip
 def test_an_entry_is_read_as_each_version_of_transformers_does(
     entries: list[str], version: str | None, tmp_path: Path
 ) -> None:

@@ -551,23 +551,20 @@ def test_an_unknown_tensor(two: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["m.q.weight", "lm_head.weight"])
-@pytest.mark.parametrize(
-    ("offsets", "sizes"),
-    [
-        ((0,), (1,)),
-        ((0, 0, 0), (1, 1, 1)),
-        ((), ()),
-        ((-1, 0), (1, 1)),
-        ((0, 0), (-1, 1)),
-        ((0, 0), (1000, 1)),
-        ((1000, 0), (0, 0)),
-        ((1000, 0), None),
-        ((16, 0), (1000, 8)),
-        ((0, 0), (1,)),
-        (None, (1,)),
-        (None, (1000, 1)),
-    ],
-)
+@pytest.mark.parametrize(("offsets", "sizes"), [
+    ((0,), (1,)),
+    ((0, 0, 0), (1, 1, 1)),
+    ((), ()),
+    ((-1, 0), (1, 1)),
+    ((0, 0), (-1, 1)),
+    ((0, 0), (1000, 1)),
+    ((1000, 0), (0, 0)),
+    ((1000, 0), None),
+    ((16, 0), (1000, 8)),
+    ((0, 0), (1,)),
+    (None, (1,)),
+    (None, (1000, 1)),
+])  # fmt: skip
 def test_regions_outside_the_tensor(
     two: Path, name: str, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None
 ) -> None:
@@ -714,20 +711,13 @@ def test_files_that_change_after_opening(two: Path) -> None:
 
 
 _BAD_SCALES = {
-    "F32": {
-        "NaN": 0x7FC00000,
-        "-NaN": 0xFFC00001,
-        "inf": 0x7F800000,
-        "-inf": 0xFF800000,
-        "0": 0,
-        "-0": 1 << 31,
-        "-1": 0xBF800000,
-    },
+    "F32": {"NaN": 0x7FC00000, "-NaN": 0xFFC00001, "inf": 0x7F800000, "-inf": 0xFF800000, "0": 0, "-0": 1 << 31,
+        "-1": 0xBF800000},
     "BF16": {"NaN": 0x7FC0, "-NaN": 0xFF81, "inf": 0x7F80, "-inf": 0xFF80, "0": 0, "-0": 1 << 15, "-1": 0xBF80},
     "F16": {"NaN": 0x7E00, "-NaN": 0xFC01, "inf": 0x7C00, "-inf": 0xFC00, "0": 0, "-0": 1 << 15, "-1": 0xBC00},
     "U8": {"NaN": 255},
     "F8_E8M0": {"NaN": 255},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(dtype, kind) for dtype, kinds in _BAD_SCALES.items() for kind in kinds])

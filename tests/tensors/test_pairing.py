@@ -141,20 +141,10 @@ def test_the_order_given_is_kept() -> None:
     assert list(paired(tensors).tensors) == names
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "m.hc_attn_scale",
-        "m.hc_ffn_scale",
-        "m.norm.scale",
-        "logit_scale",
-        "m.logit_scale",
-        "m.layer_scale",
-        "m.scale",
-        "scale",
-        "m.rotary.inv_scale",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "m.hc_attn_scale", "m.hc_ffn_scale", "m.norm.scale", "logit_scale", "m.logit_scale", "m.layer_scale", "m.scale",
+    "scale", "m.rotary.inv_scale",
+])  # fmt: skip
 @pytest.mark.parametrize(
     "beside", [{}, {"m.q.weight": W, "m.q.scale": ("F8_E8M0", (2, 2))}], ids=["alone", "beside FP8"]
 )
@@ -183,21 +173,18 @@ Q = "l.0.attn.q_proj"
 QUANTIZED: dict[str, Spec] = {f"{Q}.weight": W, f"{Q}.weight_scale": S}
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("l.0.attn.kv_scale", ()),
-        ("l.0.attn.kv_scale", (1,)),
-        ("l.0.attn.k_scale", (1, 1, 1)),
-        ("l.0.attn.v_scale", (8, 1, 1)),
-        ("l.0.attn.q_scale", (1, 8, 1, 1)),
-        ("l.0.attn.q_scale", ()),
-        ("l.0.attn.prob_output_scale", ()),
-        (f"{Q}.output_scale", (1,)),
-        (f"{Q}.k_scale", ()),
-        ("l.0.attention.q_fake_quantizer.qscale_act", ()),
-    ],
-)
+@pytest.mark.parametrize(("name", "shape"), [
+    ("l.0.attn.kv_scale", ()),
+    ("l.0.attn.kv_scale", (1,)),
+    ("l.0.attn.k_scale", (1, 1, 1)),
+    ("l.0.attn.v_scale", (8, 1, 1)),
+    ("l.0.attn.q_scale", (1, 8, 1, 1)),
+    ("l.0.attn.q_scale", ()),
+    ("l.0.attn.prob_output_scale", ()),
+    (f"{Q}.output_scale", (1,)),
+    (f"{Q}.k_scale", ()),
+    ("l.0.attention.q_fake_quantizer.qscale_act", ()),
+])  # fmt: skip
 def test_scales_of_attention(name: str, shape: tuple[int, ...]) -> None:
     """One value, or one a head, under a name of theirs: no tensors where anything is quantized, else tensors."""
     result = paired({**QUANTIZED, name: ("F32", shape)})
@@ -263,20 +250,17 @@ def test_missing_and_double_names_of_torchao() -> None:
     assert defect.tensor == "m.weight"
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "dtype", "block"),
-    [
-        ((256, 384), (2, 3), "F32", (128, 128)),
-        ((256, 384), (256, 3), "BF16", (1, 128)),
-        ((3, 256, 384), (3, 2, 3), "F32", (1, 128, 128)),
-        ((256, 384), (), "F8_E8M0", (256, 384)),
-        ((256, 384), (3, 3), "F32", ScaleShapeError),
-        ((256, 384), (6,), "F32", ScaleShapeError),
-        ((256, 384), (0, 3), "F32", ScaleShapeError),
-        ((256, 384), (256, 12), "U8", UnsupportedFormatError),
-        ((256, 384), (256, 12), "F8_E8M0", UnsupportedFormatError),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "dtype", "block"), [
+    ((256, 384), (2, 3), "F32", (128, 128)),
+    ((256, 384), (256, 3), "BF16", (1, 128)),
+    ((3, 256, 384), (3, 2, 3), "F32", (1, 128, 128)),
+    ((256, 384), (), "F8_E8M0", (256, 384)),
+    ((256, 384), (3, 3), "F32", ScaleShapeError),
+    ((256, 384), (6,), "F32", ScaleShapeError),
+    ((256, 384), (0, 3), "F32", ScaleShapeError),
+    ((256, 384), (256, 12), "U8", UnsupportedFormatError),
+    ((256, 384), (256, 12), "F8_E8M0", UnsupportedFormatError),
+])  # fmt: skip
 def test_blocks_of_torchao(weight: Any, scale: Any, dtype: str, block: Any) -> None:
     """They divide the weight, and the shapes say their size; exponents may be in the order of a kernel."""
     tensors: dict[str, Spec] = {"m._weight_qdata": ("F8_E4M3", weight), "m._weight_scale": (dtype, scale)}
@@ -381,15 +365,12 @@ def test_an_orphan_activation_scale(end: str) -> None:
     assert defect.tensor == f"a.{end}"
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("weight_scale_inv", "weight_scale"),
-        ("weight_scale", "scale"),
-        ("weight_scale_inv", "qscale_weight"),
-        ("qscale_weight", "scale"),
-    ],
-)
+@pytest.mark.parametrize(("first", "second"), [
+    ("weight_scale_inv", "weight_scale"),
+    ("weight_scale", "scale"),
+    ("weight_scale_inv", "qscale_weight"),
+    ("qscale_weight", "scale"),
+])  # fmt: skip
 def test_an_ambiguous_scale(first: str, second: str) -> None:
     """Two scales for one weight: both are named, none is chosen."""
     defect = only_defect({"a.weight": W, f"a.{first}": S, f"a.{second}": S}, AmbiguousScaleError)
@@ -409,19 +390,16 @@ def test_a_scale_of_a_foreign_dtype(dtype: str) -> None:
     assert defect.expected == "one of F32, BF16, F16, U8, F8_E8M0"
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "block", "expected"),
-    [
-        ((256, 256), (2, 1), (128, 128), "(2, 2)"),
-        ((256, 256), (3, 2), (128, 128), "(2, 2)"),
-        ((300, 200), (2, 1), (128, 128), "(3, 2)"),
-        ((24, 100), (24, 3), (1, 32), "(24, 4)"),
-        ((3, 130, 200), (3, 2, 1), (128, 128), "(3, 2, 2)"),
-        ((256, 256), (2, 2), None, "one element, or one a row"),
-        ((256, 256), (255,), None, "one element, or one a row"),
-        ((256,), (2,), (128, 128), "one element, or one a row"),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "block", "expected"), [
+    ((256, 256), (2, 1), (128, 128), "(2, 2)"),
+    ((256, 256), (3, 2), (128, 128), "(2, 2)"),
+    ((300, 200), (2, 1), (128, 128), "(3, 2)"),
+    ((24, 100), (24, 3), (1, 32), "(24, 4)"),
+    ((3, 130, 200), (3, 2, 1), (128, 128), "(3, 2, 2)"),
+    ((256, 256), (2, 2), None, "one element, or one a row"),
+    ((256, 256), (255,), None, "one element, or one a row"),
+    ((256,), (2,), (128, 128), "one element, or one a row"),
+])  # fmt: skip
 def test_a_scale_of_a_wrong_shape(
     weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, ...] | None, expected: str
 ) -> None:
@@ -601,30 +579,16 @@ def test_names_that_only_end_like_those_of_packed_weights() -> None:
 
 PACKED: dict[str, tuple[str, dict[str, Spec]]] = {
     "F6 in the header": ("m.q.weight", {"m.q.weight": ("F6_E2M3", (64, 64)), "m.q.weight_scale": ("F8_E8M0", (64, 2))}),
-    "compressed-tensors INT4": (
-        "m.q.weight_packed",
-        {
-            "m.q.weight_packed": ("I32", (64, 8)),
-            "m.q.weight_scale": ("BF16", (64, 1)),
-            "m.q.weight_shape": ("I64", (2,)),
-        },
-    ),
+    "compressed-tensors INT4": ("m.q.weight_packed",
+     {"m.q.weight_packed": ("I32", (64, 8)), "m.q.weight_scale": ("BF16", (64, 1)), "m.q.weight_shape": ("I64", (2,))}),
     "INT8": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.weight_scale": ("F32", (64, 1))}),
-    "bitsandbytes in four bits": (
-        "m.q.weight",
-        {"m.q.weight": ("U8", (2048, 1)), "m.q.weight.absmax": ("U8", (64,)), "m.q.weight.quant_map": ("F32", (16,))},
-    ),
+    "bitsandbytes in four bits": ("m.q.weight",
+     {"m.q.weight": ("U8", (2048, 1)), "m.q.weight.absmax": ("U8", (64,)), "m.q.weight.quant_map": ("F32", (16,))}),
     "bitsandbytes": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.SCB": ("F32", (64,))}),
-    "GPTQ": (
-        "m.q.qweight",
-        {
-            "m.q.qweight": ("I32", (8, 64)),
-            "m.q.qzeros": ("I32", (1, 8)),
-            "m.q.scales": ("F16", (1, 64)),
-            "m.q.g_idx": ("I32", (64,)),
-        },
-    ),
-}
+    "GPTQ": ("m.q.qweight",
+     {"m.q.qweight": ("I32", (8, 64)), "m.q.qzeros": ("I32", (1, 8)), "m.q.scales": ("F16", (1, 64)),
+      "m.q.g_idx": ("I32", (64,))}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PACKED)
