@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -160,7 +160,8 @@ class ExtentWriter:
     def _finish(self, i: int, extent: Extent, opened: _OpenExtent) -> None:
         sent = opened.place.flush()
         for name in extent.beside:
-            flush(self._output, name)
+            with closing(OutputFile(self._output.directory / name)) as file:
+                file.flush()
         self._output.record(self._writer, i, self._combine(opened.facts[k] for k in sorted(opened.facts)), sent)
         self._open.pop(i).place.close()
         if self._finishing is not None:
@@ -188,12 +189,3 @@ class _Worker:
         """Return when all is written; raises what that met."""
         while self._under_way:
             self._under_way.popleft().result()
-
-
-def flush(output: PartialOutput, name: str) -> None:
-    """Return when all that was written to a file of the output is on disk."""
-    file = OutputFile(output.directory / name)
-    try:
-        file.flush()
-    finally:
-        file.close()

@@ -76,7 +76,7 @@ def test_cuts_tile_the_weight(seed: int, joined: bool) -> None:
         len({i for i, shard in enumerate(shards) if (of_element[_slices(shard.region)] == number).any()})
         for number in numbers.flat
     ]
-    assert waiting.shared == (numbers.size if joined else sum(count > 1 for count in parts))
+    assert waiting.shared.size == (numbers.size if joined else sum(count > 1 for count in parts))
     assert set(of_element[waited == 1]) >= {
         number for number, count in zip(numbers.flat, parts, strict=True) if count > 1
     }

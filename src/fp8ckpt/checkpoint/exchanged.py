@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -25,32 +25,26 @@ _EXCHANGED = 1 << 20  # blocks, or bytes, at once, over all ranks: 13 bytes each
 
 
 class WaitingBlocks:
-    """What decides the scales of the blocks that wait, by their numbers; for any number of threads."""
+    """What decides the scales of the blocks that wait, by their numbers; for any number of threads. ``shared``: which
+    of them, in order, other ranks, or other weights, may have a part in.
+    """
 
     def __init__(self, shards: Iterable[Shard], step: int) -> None:
         waiting: list[Numbers] = []
         own: list[Numbers] = []
         for shard in shards:
             grid = shard.weight.grid
-            for part in shard.waiting(step):
-                around = surroundings(grid, *part)
-                waiting.append(shard.numbers(*around.region))
+            waiting += (shard.numbers(*surroundings(grid, *part).region) for part in shard.waiting(step))
             if shard.factor is not None:
                 waiting.append(np.array([shard.factor]))
             whole = whole_blocks(grid, *shard.region)
             if not shard.joined and elements_of_block(grid) > step and 0 not in whole[1]:
-                around = surroundings(grid, *whole)
-                own.append(shard.numbers(*around.region))
+                own.append(shard.numbers(*surroundings(grid, *whole).region))
         self._numbers: Numbers = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]))
         self._maxima: F32 = np.zeros(self._numbers.size, np.float32)
         self._exact: Mask = np.ones(self._numbers.size, np.bool_)
-        self._shared = np.flatnonzero(~np.isin(self._numbers, np.concatenate([np.empty(0, np.int64), *own])))
+        self.shared = np.flatnonzero(~np.isin(self._numbers, np.concatenate([np.empty(0, np.int64), *own])))
         self._lock = threading.Lock()
-
-    @property
-    def shared(self) -> int:
-        """How many of them other ranks, or other weights, may have a part in."""
-        return self._shared.size
 
     def take_in(self, numbers: Numbers, maxima: F32, exact: Mask) -> None:
         """Take in what was found in a part of some blocks."""
@@ -64,18 +58,17 @@ class WaitingBlocks:
         at = np.searchsorted(self._numbers, numbers)
         return self._maxima[at].reshape(shape), self._exact[at].reshape(shape)
 
-    def exchange(self, ranks: Ranks, most: int) -> None:
-        """Combine the shared ones over the ranks, none of which has more than ``most``; memory is bounded."""
+    def exchange(self, ranks: Ranks) -> None:
+        """Combine the shared ones over the ranks, in bounded memory."""
         if ranks.size == 1:
             return
-        at_once = max(1, _EXCHANGED // ranks.size)
-        for start in range(0, most, at_once):
-            for numbers, maxima, exact in ranks.gather(partial(self._part, slice(start, start + at_once))):
+        for part in _in_turn(ranks, self.shared.size):
+            for numbers, maxima, exact in ranks.gather(partial(self._part, part)):
                 ours = np.isin(numbers, self._numbers)
                 self.take_in(numbers[ours], maxima[ours], exact[ours])
 
     def _part(self, part: slice) -> tuple[Numbers, F32, Mask]:
-        at = self._shared[part]
+        at = self.shared[part]
         return self._numbers[at], self._maxima[at], self._exact[at]
 
 
@@ -92,10 +85,6 @@ class Halves:
         self._found: dict[bool, list[tuple[Numbers, U8]]] = {False: [], True: []}  # low ones, high ones
         self._lock = threading.Lock()
 
-    def __bool__(self) -> bool:
-        """Whether the base has any such weight."""
-        return bool(self._weights)
-
     def add(self, weight: QuantizedTensor, region: Region, codes: U8, *, high: bool) -> None:
         """Take in codes of a region of one column, which are the high halves of their bytes, or the low ones."""
         offsets, sizes = bytes_of_region(region, weight.per_byte)
@@ -104,18 +93,18 @@ class Halves:
             self._found[high].append((at, codes.reshape(-1).copy()))
 
     def settle(self, ranks: Ranks, files: Files) -> int:
-        """Write all bytes whose low half this rank has, together with the other ranks; returns how many."""
+        """Write all bytes whose low half this rank has, together with the other ranks, and flush; returns how many."""
         if not self._weights:
             return 0
         lows, highs = (self._sorted(high=high) for high in (False, True))
         self._found = {False: [], True: []}
-        at_once = max(1, _EXCHANGED // ranks.size)
         written = 0
-        for start in range(0, max(ranks.gather(lambda: highs[0].size)), at_once):
-            for at, codes in ranks.gather(partial(_part, highs, slice(start, start + at_once))):
+        for part in _in_turn(ranks, highs[0].size):
+            for at, codes in ranks.gather(partial(_part, highs, part)):
                 ours = np.isin(at, lows[0])
                 place = np.searchsorted(lows[0], at[ours])
                 written += self._write(at[ours], lows[1][place] | codes[ours] << np.uint8(4), files)
+        ranks.gather(files.flush)
         return written
 
     def _sorted(self, *, high: bool) -> tuple[Numbers, U8]:
@@ -130,6 +119,13 @@ class Halves:
             place = weight.weight.start + number - self._starts[weight.name]
             files.of(weight.weight.file.name).write(np.array([value], np.uint8), place)
         return int(at.size)
+
+
+def _in_turn(ranks: Ranks, count: int) -> Iterator[slice]:
+    """Parts of what each rank has ``count`` of, until all of it was had on every rank."""
+    at_once = max(1, _EXCHANGED // ranks.size)
+    for start in range(0, max(ranks.gather(lambda: count)), at_once):
+        yield slice(start, start + at_once)
 
 
 def _part(found: tuple[Numbers, U8], part: slice) -> tuple[Numbers, U8]:

@@ -27,7 +27,6 @@ from fp8ckpt.numerics import quantize
 from fp8ckpt.ranks import BEYOND, threads_of_this_rank
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
-from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.workers import share
 
 _LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
@@ -53,12 +52,6 @@ class PartDone(NamedTuple):
     report: QuantizationReport | None
 
 
-class _Wrote(NamedTuple):
-    nonfinite: set[str]
-    bytes_written: int
-    base_bytes_read: int
-
-
 class Part:
     """What one rank does in one save. ``fresh``: no scale is kept. ``report``: count what quantizing does."""
 
@@ -79,12 +72,10 @@ class Part:
         self._fresh = fresh
         self._threads = threads_of_this_rank()
         self._step = min(_LARGEST_STEP, max(_LEAST_STEP, BEYOND // self._threads // BYTES_OF_STEP))
-        self._shards: list[Shard] = []  # of all rounds
-        self._waiting = WaitingBlocks((), self._step)
         self._halves = Halves(base)
-        self._numbers = number_blocks(base)
-        rule = partial(Rule.like, fresh=fresh, powers_of_two=states_powers_of_two(base.config), remedy=_REMEDY)
-        self._rule_of = lru_cache(maxsize=4 * self._threads)(lambda weight: rule(weight, weight.scale.file))
+        self._shards: list[Shard] = []  # of all rounds
+        self._quantizers: list[ShardQuantizer] = []
+        self._bytes_written = 0
         self._counting = report
         self._facts: dict[str, WeightFacts] = {}
         self._lock = threading.Lock()
@@ -92,57 +83,55 @@ class Part:
     def run(self) -> PartDone:
         """Look, exchange, write. All ranks meet at each step, whatever each has to do."""
         ranks = self._rounds.ranks
-        looked = ranks.gather(self._look)
-        self._refuse_nonfinite([nonfinite for nonfinite, _ in looked])
-        self._waiting.exchange(ranks, max(shared for _, shared in looked))
-        written = base_bytes_read = 0
-        for wrote in self._rounds.write(self._write):
-            self._refuse_nonfinite([one.nonfinite for one in wrote])
-            written += wrote[ranks.rank].bytes_written + self._settle()
-            base_bytes_read += sum(one.base_bytes_read for one in wrote)
-        return PartDone(written, base_bytes_read, self._report() if self._counting else None)
+        waiting = ranks.together(self._plan)
+        self._refuse_nonfinite(ranks.gather(self._look))
+        waiting.exchange(ranks)
+        for nonfinite in self._rounds.write(self._write):
+            self._refuse_nonfinite(nonfinite)
+            self._bytes_written += self._halves.settle(ranks, self._rounds.files)
+        written, base_read = self._bytes_written, 0
+        for quantizer in self._quantizers:
+            written += quantizer.bytes_written
+            base_read += quantizer.base_bytes_read
+        return PartDone(written, sum(ranks.gather(lambda: base_read)), self._report() if self._counting else None)
 
-    def _settle(self) -> int:
-        """Write the bytes that lie in two pieces."""
-        ranks, files = self._rounds.ranks, self._rounds.files
-        settled = self._halves.settle(ranks, files)
-        if self._halves:
-            ranks.gather(files.flush)
-        return settled
+    def _plan(self) -> WaitingBlocks:
+        """Which shards this rank has, and which of their blocks wait."""
+        blocks, factors = number_blocks(self._base)
+        for item in (item for items in self._rounds.items for item in items):
+            weight = self._base.tensors[item.index.fqn].scaled
+            if weight is not None:
+                leader = self._task.leader.get(weight.name)
+                factor = factors.get(leader or weight.name)
+                number = blocks[weight.name if factor is not None else leader or weight.name]
+                self._shards.append(Shard(item, weight, number, factor is None and leader is not None, factor))
+        waiting = WaitingBlocks(self._shards, self._step)
+        rule = partial(
+            Rule.like, fresh=self._fresh, powers_of_two=states_powers_of_two(self._base.config), remedy=_REMEDY
+        )
+        rule_of = lru_cache(maxsize=4 * self._threads)(lambda weight: rule(weight, weight.scale.file))
+        count = self._count if self._counting else None
+        self._quantizers = [
+            ShardQuantizer(self._rounds.files, waiting, self._halves, rule_of=rule_of, count=count, step=self._step)
+            for _ in range(self._threads)
+        ]
+        return waiting
 
-    def _look(self) -> tuple[set[str], int]:
-        self._shards = list(self._shards_of(item for items in self._rounds.items for item in items))
-        self._waiting = WaitingBlocks(self._shards, self._step)
-        quantizers = self._quantizers()
-        share(self._cuts(self._shards, cut_unknown), [quantizer.look for quantizer in quantizers])
-        return set().union(*(quantizer.nonfinite for quantizer in quantizers)), self._waiting.shared
+    def _look(self) -> set[str]:
+        share(self._cuts(self._shards, cut_unknown), [quantizer.look for quantizer in self._quantizers])
+        return self._nonfinite()
 
-    def _shards_of(self, items: Iterable[WriteItem]) -> Iterator[Shard]:
-        for item in items:
-            tensor = self._base.tensors[item.index.fqn]
-            if tensor.scaled is not None:
-                yield self._shard(item, tensor.scaled)
-
-    def _shard(self, item: WriteItem, weight: QuantizedTensor) -> Shard:
-        name, numbers = weight.name, self._numbers
-        leader = self._task.leader.get(name, name)
-        if weight.second is None:
-            return Shard(item, weight, numbers[leader], name in self._task.leader)
-        of_leader = self._base.tensors[leader].scaled
-        assert of_leader is not None
-        return Shard(item, weight, numbers[name], False, numbers[leader] + prod(of_leader.grid.shape))
-
-    def _write(self, items: Sequence[WriteItem]) -> _Wrote:
-        quantizers = self._quantizers()
-        share(self._cuts(self._shards_of(items), cut_all), [quantizer.write for quantizer in quantizers])
+    def _write(self, items: Sequence[WriteItem]) -> set[str]:
+        now = {id(item) for item in items}
+        shards = (shard for shard in self._shards if id(shard.item) in now)
+        share(self._cuts(shards, cut_all), [quantizer.write for quantizer in self._quantizers])
         tensors = ((item, self._base.tensors[item.index.fqn]) for item in items)
         plain = ((item, tensor.span) for item, tensor in tensors if tensor.scaled is None)
-        written = write_plain(self._rounds.files, self._planner, plain, self._step)
-        return _Wrote(
-            set().union(*(quantizer.nonfinite for quantizer in quantizers)),
-            written + sum(quantizer.bytes_written for quantizer in quantizers),
-            sum(quantizer.base_bytes_read for quantizer in quantizers),
-        )
+        self._bytes_written += write_plain(self._rounds.files, self._planner, plain, self._step)
+        return self._nonfinite()
+
+    def _nonfinite(self) -> set[str]:
+        return set().union(*(quantizer.nonfinite for quantizer in self._quantizers))
 
     def _count(self, name: str, facts: WeightFacts) -> None:
         with self._lock:
@@ -184,13 +173,6 @@ class Part:
         shards = [shard for shard in self._shards if shard.weight.name == name]
         values = ((shard, shard.in_order(resolved(self._planner, shard.item))) for shard in shards)
         return sum(count_nonfinite(shard, of_shard, self._step) for shard, of_shard in values)
-
-    def _quantizers(self) -> list[ShardQuantizer]:
-        count = self._count if self._counting else None
-        of_each = self._rounds.files, self._waiting, self._halves
-        return [
-            ShardQuantizer(*of_each, rule_of=self._rule_of, count=count, step=self._step) for _ in range(self._threads)
-        ]
 
     def _cuts(self, shards: Iterable[Shard], cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
         for shard in shards:

@@ -74,13 +74,18 @@ def numbers_of(shape: tuple[int, ...], first: tuple[int, ...], count: tuple[int,
     return found
 
 
-def number_blocks(base: Checkpoint) -> dict[str, int]:
-    """The number of each weight's first block: the same on every rank that has the base."""
-    numbers, following = {}, 0
+def number_blocks(base: Checkpoint) -> tuple[dict[str, int], dict[str, int]]:
+    """The number of each weight's first block, and of its factor, if it has one: the same on every rank that has the
+    base.
+    """
+    blocks, factors, following = {}, {}, 0
     for tensor in base.quantized:
-        numbers[tensor.name] = following
-        following += max(prod(tensor.grid.shape), 1) + (tensor.second is not None)  # the factor's is the last
-    return numbers
+        blocks[tensor.name] = following
+        following += max(prod(tensor.grid.shape), 1)
+        if tensor.second is not None:
+            factors[tensor.name] = following
+            following += 1
+    return blocks, factors
 
 
 class Cut(NamedTuple):

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.numerics.arrival import Arrival
@@ -29,14 +31,19 @@ class WeightFacts:
     kept: int = 0
     made: int = 0
     factors: int = 0
-    maxima: dict[str, float] = field(default_factory=dict)
+    maxima: dict[int, float] = field(default_factory=dict)
     inexact: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, recorded: Mapping[str, Any]) -> WeightFacts:
-        """From what was recorded."""
-        parts = {"tally": Tally(**recorded["tally"]), "arrival": Arrival(**recorded["arrival"])}
-        return cls(**{**recorded, **parts})
+        """From what was recorded: JSON, in which the numbers of blocks are text."""
+        tally, arrival = Tally(**recorded["tally"]), Arrival(**recorded["arrival"])
+        maxima = {int(block): largest for block, largest in recorded["maxima"].items()}
+        return cls(**{**recorded, "tally": tally, "arrival": arrival, "maxima": maxima})
+
+    def meet(self, block: int, largest: np.float32) -> None:
+        """Take in the largest magnitude of some part of a block."""
+        self.maxima[block] = max(self.maxima.get(block, 0.0), float(largest))
 
     def add(self, other: WeightFacts) -> None:
         self.tally.add(other.tally)

@@ -204,7 +204,7 @@ class QuantizingFiller:
         self.looked_and_wrote[weight.name] += out.nbytes
         if not np.isfinite(largest):
             raise NotFinite
-        return Filled({weight.name: asdict(WeightFacts(maxima={"0": float(largest)}))})
+        return Filled({weight.name: asdict(WeightFacts(maxima={0: float(largest)}))})
 
     # ---------------------------------------------------------------- weights whose chunks hold whole blocks
 
@@ -213,82 +213,83 @@ class QuantizingFiller:
         looking = rule.factor is not None and self._decided is None
         if self._decided is not None and isinstance(new := self._decided.get(weight.name), Factor):
             rule = rule.under(new)
-        unit = self._plan.unit_of.get(weight.name, ())
-        for run in _cut(weight, begin, count):
-            step = self._step(rule, weight, run)
-            codes = self._room_for_codes(weight, run.first - begin, run.size, out)
+        for run, step, codes in self._steps(rule, weight, begin, count, out):
             self._see_base(weight, run)
             before = None
             if weight.before is not None:
                 before = self._read_scales(weight.before.scale, run.blocks).reshape(step.shape)
             maxima, exact = step.look(before, codes)
             if looking:
-                self._look_at_factor(facts, unit, maxima, exact, rule)
-                if self._plan.fresh or unit in self._outgrown:
+                self._look_at_factor(facts, weight, rule, maxima, exact)
+                if not self._may_keep(weight):
                     continue
             decided = rule.decide(maxima, before, exact)
             facts.kept += int(np.count_nonzero(decided.kept))
             facts.made += int(np.count_nonzero(~decided.kept))
             step.encode(decided.scales, codes)
-            self._put(weight, codes, run.first - begin, out)
             self._write_scales(weight.scale, run.blocks.start, decided.stored)
             self._report(facts, weight, run, step, codes, decided.scales, decided.before)
-        write = not looking or not (self._plan.fresh or unit in self._outgrown)
-        if looking:
-            self.looked_and_wrote[weight.name] += len(out) if write else 0
-        return Filled({weight.name: asdict(facts)}, write)
+        return self._looked(weight, facts, out) if looking else Filled({weight.name: asdict(facts)})
 
-    def _look_at_factor(self, facts: WeightFacts, unit: tuple[str, ...], maxima: F32, exact: Mask, rule: Rule) -> None:
+    def _look_at_factor(self, facts: WeightFacts, weight: Quantization, rule: Rule, maxima: F32, exact: Mask) -> None:
         """What decides whether the factor of before is kept."""
         largest = maxima.max(initial=0)
-        facts.maxima["0"] = max(facts.maxima.get("0", 0.0), float(largest))
+        facts.meet(0, largest)
         if not exact.all():
             facts.inexact = [0]
         if rule.factor is not None and scaling.outgrows(largest, rule.factor):
-            self._outgrown[unit] = largest
+            self._outgrown[self._plan.unit_of[weight.name]] = largest
+
+    # ---------------------------------------------------------------- the first pass
+
+    def _may_keep(self, weight: Quantization) -> bool:
+        """Whether the scales of before may still be those of all of a unit, and what is encoded with them of use."""
+        return not self._plan.fresh and self._plan.unit_of[weight.name] not in self._outgrown
+
+    def _note_outgrown(self, weight: Quantization, maxima: F32, before: F32) -> None:
+        """Note a unit that these magnitudes show to have outgrown its scales of before."""
+        if not scaling.within(maxima, before, weight.coding).all():
+            unit = self._plan.unit_of[weight.name]
+            self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), maxima.max())
+
+    def _looked(self, weight: Quantization, facts: WeightFacts, out: U8) -> Filled:
+        """What the first pass has of a weight of a unit."""
+        write = self._may_keep(weight)
+        self.looked_and_wrote[weight.name] += out.nbytes if write else 0
+        return Filled({weight.name: asdict(facts)}, write)
 
     # ---------------------------------------------------------------- wide weights
 
     def _look(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         """The first pass: how large the values are, and the codes that they have if the scales of before are kept."""
         facts, rule = WeightFacts(), self._rule_of(weight.name)
-        unit = self._plan.unit_of[weight.name]
-        if (self._plan.fresh or unit in self._outgrown) and (largest := self._largest(weight, unit, begin, count)):
-            facts.maxima["0"] = largest
-            return Filled({weight.name: asdict(facts)}, write=False)
+        if not self._may_keep(weight) and (largest := self._largest(weight, begin, count)):
+            facts.meet(0, largest)
+            return self._looked(weight, facts, out)
         before_all = self._scales_before(weight).reshape(-1)
         if not self._plan.fresh and (merged := self._merge(weight, begin, count, before_all, out)) is not None:
-            blocks = list(map(int, merged.maxima))
-            here, before = np.array([*merged.maxima.values()], np.float32), before_all[blocks]
+            here, before = np.array([*merged.maxima.values()], np.float32), before_all[[*merged.maxima]]
             if not rule.asks(here, before):
-                return self._looked(weight, merged, here, before, count)
-        maxima: dict[int, np.float32] = {}
-        for run in _cut(weight, begin, count):
-            step = self._step(rule, weight, run)
+                self._note_outgrown(weight, here, before)
+                return self._looked(weight, merged, out)
+        for run, step, codes in self._steps(rule, weight, begin, count, out):
             self._see_base(weight, run)
             here = step.maxima()
             for block in np.flatnonzero(here):
-                at = run.blocks.start + int(block)
-                maxima[at] = max(maxima.get(at, np.float32(0)), here.reshape(-1)[block])
+                facts.meet(run.blocks.start + int(block), here.reshape(-1)[block])
             # One scale is new once an element lies beyond it; of several, each is asked whether it gives its own block
             # back.
-            if self._plan.fresh or (unit in self._outgrown and weight.grid.per_tensor):
+            if self._plan.fresh or (weight.grid.per_tensor and not self._may_keep(weight)):
                 continue
-            codes = self._room_for_codes(weight, run.first - begin, run.size, out)
             before = before_all[run.blocks].reshape(here.shape)
             step.encode(before, codes)
-            self._put(weight, codes, run.first - begin, out)
             if rule.asks(here, before):
                 inexact = np.flatnonzero(~step.exact(before, codes))
                 facts.inexact = sorted({*facts.inexact, *(run.blocks.start + int(block) for block in inexact)})
-            if not scaling.within(here, before, weight.coding).all():
-                self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), here.max())
-            elif unit not in self._outgrown:
+            self._note_outgrown(weight, here, before)
+            if self._may_keep(weight):
                 self._report(facts, weight, run, step, codes, before, before)
-        facts.maxima = {str(block): float(largest) for block, largest in maxima.items()}
-        write = not self._plan.fresh and unit not in self._outgrown
-        self.looked_and_wrote[weight.name] += count if write else 0
-        return Filled({weight.name: asdict(facts)}, write)
+        return self._looked(weight, facts, out)
 
     def _merge(self, weight: Quantization, begin: int, count: int, scales: F32, out: U8) -> WeightFacts | None:
         """Codes with ``scales`` [n] by the short way, and their facts; None where there is none."""
@@ -304,32 +305,23 @@ class QuantizingFiller:
             if not np.isfinite(merged.largest):
                 raise NotFinite
             if merged.largest:
-                facts.maxima[str(block)] = max(facts.maxima.get(str(block), 0.0), float(merged.largest))
+                facts.meet(block, merged.largest)
             facts.arrival.add(merged.arrival)
             facts.tally.add(Tally(elements=run.size, clipped=merged.clipped))
         return facts
 
-    def _looked(self, weight: Quantization, facts: WeightFacts, here: F32, before: F32, count: int) -> Filled:
-        """What the first pass found of some elements that were encoded with their scales of before."""
-        unit = self._plan.unit_of[weight.name]
-        if not scaling.within(here, before, weight.coding).all():
-            self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), here.max())
-        if unit in self._outgrown:
-            return Filled({weight.name: asdict(WeightFacts(maxima=facts.maxima))}, write=False)
-        self.looked_and_wrote[weight.name] += count
-        return Filled({weight.name: asdict(facts)})
-
-    def _largest(self, weight: Quantization, unit: tuple[str, ...], begin: int, count: int) -> float:
+    def _largest(self, weight: Quantization, begin: int, count: int) -> np.float32:
         """The largest magnitude of some elements, or one that is not above what is known of the unit, by the short way;
         0 where there is none.
         """
+        unit = self._plan.unit_of[weight.name]
         known = self._outgrown.get(unit, np.float32(0))
         found = None if weight.merged is None else weight.merged.largest(begin, count, known, self._reader)
         if found is None or not np.isfinite(found):
-            return 0.0
+            return np.float32(0)
         if unit in self._outgrown:
             self._outgrown[unit] = max(known, found)
-        return float(found)
+        return found
 
     def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         """The second pass: the codes that the values have with scales that were decided on."""
@@ -339,32 +331,32 @@ class QuantizingFiller:
         assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
         if (merged := self._merge(weight, begin, count, scales_all, out)) is not None:
             return Filled({weight.name: asdict(replace(merged, maxima={}))})
-        for run in _cut(weight, begin, count):
-            step = self._step(rule, weight, run)
-            codes = self._room_for_codes(weight, run.first - begin, run.size, out)
+        for run, step, codes in self._steps(rule, weight, begin, count, out):
             before, scales = (of_all[run.blocks].reshape(step.shape) for of_all in (before_all, scales_all))
             step.encode(scales, codes)
-            self._put(weight, codes, run.first - begin, out)
             self._report(facts, weight, run, step, codes, scales, before)
         return Filled({weight.name: asdict(facts)})
 
     # ---------------------------------------------------------------- what both share
 
-    def _room_for_codes(self, weight: Quantization, at: int, size: int, out: U8) -> U8:
-        """Where ``size`` codes from element ``at`` of ``out`` on are encoded, one a byte: in place, if a byte is one
-        code.
+    def _steps(
+        self, rule: Rule, weight: Quantization, begin: int, count: int, out: U8
+    ) -> Iterator[tuple[Run, Step, U8]]:
+        """What is worked on at once of a chunk: where it lies, its values, and where its codes are to be made, one a
+        byte: in ``out``, or what is then packed there. Rows are whole bytes, and so are runs.
         """
-        if weight.per_byte == 1:
-            return out[at : at + size]
-        if self._unpacked.size < size:
-            self._unpacked = np.empty(size, np.uint8)
-        return self._unpacked[:size]
-
-    def _put(self, weight: Quantization, codes: U8, at: int, out: U8) -> None:
-        """Pack codes that were not encoded in place. Rows are whole bytes, and so are runs."""
-        if weight.per_byte > 1:
-            at //= weight.per_byte
-            out[at : at + codes.size // weight.per_byte] = quantize.pack(codes)
+        for run in _cut(weight, begin, count):
+            parts = quantize.parts_of_run(run.grid, run.start, run.size)
+            step = Step(rule, self._values(weight.source, run.first, run.size), parts, run.grid)
+            target = out[(run.first - begin) // weight.per_byte :][: run.size // weight.per_byte]
+            if weight.per_byte == 1:
+                yield run, step, target
+                continue
+            if self._unpacked.size < run.size:
+                self._unpacked = np.empty(run.size, np.uint8)
+            codes = self._unpacked[: run.size]
+            yield run, step, codes
+            target[:] = quantize.pack(codes)
 
     def _report(
         self, facts: WeightFacts, weight: Quantization, run: Run, step: Step, codes: U8, scales: F32, before: F32
@@ -405,10 +397,6 @@ class QuantizingFiller:
             self.base_bytes_read += nbytes
             self._base_at = at
         return before.one_a_byte(self._base_codes[:nbytes])
-
-    def _step(self, rule: Rule, weight: Quantization, run: Run) -> Step:
-        parts = quantize.parts_of_run(run.grid, run.start, run.size)
-        return Step(rule, self._values(weight.source, run.first, run.size), parts, run.grid)
 
     def _not_finite(self, weight: Quantization) -> Fp8CheckpointError:
         """The refusal of a weight with values that have no code: all of it is counted."""

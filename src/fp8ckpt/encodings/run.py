@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
@@ -151,7 +152,7 @@ def _factor_of_unit(
     """The new factor of the members of a unit; nothing where they keep theirs. Either is written here."""
     before = rule_of(plan, members[0].name).factor
     assert before is not None
-    largest = np.float32(max(part.maxima.get("0", 0.0) for part in facts))
+    largest = np.float32(max(part.maxima.get(0, 0.0) for part in facts))
     exact = not any(part.inexact for part in facts)
     factor = scaling.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
     kept = factor is before
@@ -169,7 +170,7 @@ def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[Weig
     flat = maxima.reshape(-1)
     for part in facts:
         for block, largest in part.maxima.items():
-            flat[int(block)] = max(flat[int(block)], np.float32(largest))
+            flat[block] = max(flat[block], np.float32(largest))
     exact = np.ones(maxima.size, np.bool_)
     exact[[block for part in facts for block in part.inexact]] = False
     before = None if weight.before is None else load_scales(weight.before).reshape(maxima.shape)
@@ -177,12 +178,9 @@ def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[Weig
 
 
 def _write_scales(output: PartialOutput, span: TensorSpan, stored: Stored) -> None:
-    file = OutputFile(output.directory / span.file.name)
-    try:
+    with closing(OutputFile(output.directory / span.file.name)) as file:
         file.write(np.ascontiguousarray(stored).view(np.uint8), span.start)
         file.flush()
-    finally:
-        file.close()
 
 
 def _publish(
