@@ -2,7 +2,8 @@
 
 Prints JSON: the seconds of a first load, into fresh memory, and of a second into the same memory, where the way has
 one; the peak of private memory beyond what the process held before; the model's bytes, and a checksum of every
-parameter. Under torchrun the model is sharded with FSDP2. Imports nothing of the benchmarks, so that it runs in a
+parameter. Under torchrun the model is sharded with FSDP2. The way ``touch`` writes zeros into the model, and is the
+floor of the others. Imports nothing of the benchmarks, so that it runs in a
 peer's environment.
 """
 
@@ -116,6 +117,13 @@ def main() -> None:
 
         def load_model() -> None:
             fp8ckpt.load_model(model, SOURCE)
+
+    elif KIND == "touch":
+        model = build()
+
+        def load_model() -> None:
+            for parameter in model.parameters():
+                parameter.detach().zero_()
 
     elif KIND == "adapter":
         import fp8ckpt

@@ -24,6 +24,7 @@ from fp8ckpt.system import HUGE_PAGE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TOUCH = "zeros into the model's memory"  # the floor of loading: what the pages cost
 
 # Python of the environment that `make test-hosts` makes; its peers are measured if it is there.
 HOSTS_PYTHON = ROOT / ".venv-hosts" / "bin" / "python"

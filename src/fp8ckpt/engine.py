@@ -17,9 +17,11 @@ from functools import partial
 from itertools import cycle
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from fp8ckpt.output import extents as cutting
 from fp8ckpt.output.extents import Chunk, Extent
-from fp8ckpt.output.files import ALIGNMENT, OutputFile, aligned_buffer
+from fp8ckpt.output.files import ALIGNMENT, OutputFile, OutputFiles, aligned_buffer
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
 from fp8ckpt.output.places import Place
@@ -41,11 +43,20 @@ def begin(plan: OutputPlan, output: PartialOutput, ranks: Ranks, extents: Mappin
     return ranks.first(lambda: plan.begin(output, extents.values()))
 
 
+class Beside(NamedTuple):
+    """Bytes of an output file that are in no chunk."""
+
+    file: str
+    start: int
+    data: Bytes
+
+
 class Filled(NamedTuple):
-    """What became of a chunk: facts, and whether there is anything to write."""
+    """What became of a chunk: facts, and whether there is anything to write; what is to be written ``beside`` it."""
 
     facts: Facts
     write: bool = True
+    beside: tuple[Beside, ...] = ()
 
 
 class Filler(Protocol):
@@ -53,9 +64,6 @@ class Filler(Protocol):
 
     def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         """Fill ``out`` with the bytes of a chunk of an output file."""
-
-    def close(self) -> None:
-        """Release what the filler holds."""
 
 
 _Chunk = tuple[int, int]  # (number of the extent, number of the chunk in it)
@@ -65,6 +73,7 @@ _Chunk = tuple[int, int]  # (number of the extent, number of the chunk in it)
 class _OpenExtent:
     place: Place
     facts: dict[int, Facts] = field(default_factory=dict)  # by chunk
+    beside: list[Beside] = field(default_factory=list)
 
 
 class ExtentWriter:
@@ -108,8 +117,6 @@ class ExtentWriter:
                     worker.wait()
                 self._leave_unfinished(0)
         finally:
-            for filler in fillers:
-                filler.close()
             for extent in self._open.values():
                 extent.place.close()
 
@@ -142,6 +149,7 @@ class ExtentWriter:
             opened.place.write(out, chunk.start)
         with self._lock:
             opened.facts[k] = filled.facts
+            opened.beside += filled.beside
             last = len(opened.facts) == len(extent.chunks)
         if self._finishing is None:
             self._report(extent, chunk.nbytes)
@@ -158,6 +166,7 @@ class ExtentWriter:
                 self._progress(self._written, self._total, f"{doing} {extent.layout.name}")
 
     def _finish(self, i: int, extent: Extent, opened: _OpenExtent) -> None:
+        _write_beside(self._output, opened.beside)
         sent = opened.place.flush()
         for name in extent.beside:
             with closing(OutputFile(self._output.directory / name)) as file:
@@ -189,3 +198,18 @@ class _Worker:
         """Return when all is written; raises what that met."""
         while self._under_way:
             self._under_way.popleft().result()
+
+
+def _write_beside(output: PartialOutput, parts: list[Beside]) -> None:
+    """Write those that follow each other at once: each write that is not of whole pages waits for all others of its
+    file.
+    """
+    runs: list[list[Beside]] = []
+    for part in sorted(parts, key=lambda part: (part.file, part.start)):
+        last = runs[-1][-1] if runs else None
+        if last is None or (last.file, last.start + last.data.nbytes) != (part.file, part.start):
+            runs.append([])
+        runs[-1].append(part)
+    with closing(OutputFiles(output.directory)) as files:
+        for run in runs:
+            files.of(run[0].file).write(np.concatenate([part.data for part in run]), run[0].start)

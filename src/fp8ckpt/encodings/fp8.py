@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
 from fp8ckpt.encodings.rule import NotFinite, Rule, Step
 from fp8ckpt.encodings.runs import Run, bands_of, runs_of
 from fp8ckpt.encodings.seen import Seen, moved_bytes
-from fp8ckpt.engine import Filled
+from fp8ckpt.engine import Beside, Filled
 from fp8ckpt.errors import Fp8CheckpointError, RangeError, WeightValueError
 from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.arrival import Arrival
@@ -31,7 +30,6 @@ from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
 from fp8ckpt.output.extents import Chunk, met
-from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.reading import load_dequantizer
@@ -57,7 +55,6 @@ class QuantizingFiller:
     def __init__(
         self,
         plan: QuantizingPlan,
-        directory: Path,
         rule_of: Callable[[str], Rule],
         scales_before: Callable[[Quantization], F32],
         outgrown: dict[tuple[str, ...], np.float32],
@@ -65,7 +62,6 @@ class QuantizingFiller:
         decided: Mapping[str, F32 | Factor] | None = None,
     ) -> None:
         self._plan = plan
-        self._directory = directory
         self._rule_of = rule_of
         self._scales_before = scales_before
         self._outgrown = outgrown
@@ -76,7 +72,7 @@ class QuantizingFiller:
         self._base_at: tuple[str, int, int] | None = None  # which they are
         self._seen = Seen()
         self._unpacked = np.empty(0, np.uint8)
-        self._scale_file: OutputFile | None = None
+        self._scales: list[Beside] = []
         self._reader = Reader(READ_AT_ONCE, dequantizer)
         self._reader.passing = self._count if plan.see else None
         self.base_bytes_read = 0
@@ -91,11 +87,12 @@ class QuantizingFiller:
         """Fill ``out`` with the bytes of a chunk of an output file; the facts are those of the weight, if it is
         of one, or of what was merged; and what was seen.
         """
-        self._seen = Seen()
-        facts, write = self._fill(layout, chunk, out)
+        self._seen, self._scales = Seen(), []
+        facts, write, _ = self._fill(layout, chunk, out)
+        seen = self._seen.recorded()
         if self._decided is not None and facts.keys().isdisjoint(self._decided):
-            return Filled({"weights": {}, "seen": {}}, write)  # beside what is written again: it was counted before
-        return Filled({"weights": facts, "seen": self._seen.recorded()}, write)
+            facts, seen = {}, {}  # beside what is written again: it was counted before
+        return Filled({"weights": facts, "seen": seen}, write, tuple(self._scales))
 
     def _fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
         weight = None
@@ -426,19 +423,9 @@ class QuantizingFiller:
         return stored.view(SCALE_DTYPES[span.dtype])
 
     def _write_scales(self, span: TensorSpan, first: int, stored: Stored) -> None:
-        """Write the scales from block ``first`` on."""
-        file = self._directory / span.file.name
-        if self._scale_file is None or self._scale_file.file != file:
-            if self._scale_file is not None:
-                self._scale_file.close()
-            self._scale_file = OutputFile(file)
+        """Have the scales from block ``first`` on written."""
         data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
-        self._scale_file.write(data, span.start + first * stored.itemsize)
-
-    def close(self) -> None:
-        if self._scale_file is not None:
-            self._scale_file.close()
-            self._scale_file = None
+        self._scales.append(Beside(span.file.name, span.start + first * stored.itemsize, data))
 
 
 def _cut(weight: Quantization, begin: int, count: int) -> Iterator[Run]:

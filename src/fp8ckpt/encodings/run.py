@@ -84,7 +84,7 @@ def run(
         extents: Mapping[int, Extent], decided: Mapping[str, F32 | Factor] | None
     ) -> tuple[int, int, Counter[str]]:
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
-        filler = partial(QuantizingFiller, plan, output.directory, rules, before, outgrown, dequantizer, decided)
+        filler = partial(QuantizingFiller, plan, rules, before, outgrown, dequantizer, decided)
         fillers = [filler() for _ in range(workers)]
         with plan.ahead(mine.values()):
             ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
