@@ -28,7 +28,7 @@ from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken
 from fp8ckpt.stores.store import Stat
 
-_PIECE = 1 << 18  # bytes
+_PIECE = 1 << 19  # bytes
 _MOST_REDIRECTS = 5
 _DEEPEST = 8  # folders
 _LONGEST_PAGE = 16 << 20  # bytes

@@ -26,7 +26,7 @@ from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken
 from fp8ckpt.stores.store import Stat
 
-_PIECE = 1 << 18  # bytes; longer ones take fresh memory each
+_PIECE = 1 << 19  # bytes; longer ones take fresh memory each
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 _RUN = "fp8ckpt-run"  # what an object says of who began its upload
