@@ -36,7 +36,17 @@ from tests.checkpoint.test_one_rank_fails import Held, plain
 from tests.distributed import mesh, run
 from tests.stores.conftest import BUCKET, contents
 from tests.stores.servers import Asked, Server
-from tests.stores.test_upload import PART, URL, _at_first_completion, _interrupted, _parts, _there, client, trained
+from tests.stores.test_upload import (
+    PART,
+    URL,
+    _at_first_completion,
+    _interrupted,
+    _parts,
+    _there,
+    client,
+    opaque,
+    trained,
+)
 from tests.test_four_bits import FAMILIES, write_plain
 from tests.test_four_bits import trained as trained_in_four_bits
 
@@ -233,12 +243,15 @@ def test_many_random_faults(
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
 def test_other_values_after_a_cut_in_completing(
-    s3: Server, client: Any, trained: Path, caplog: pytest.LogCaptureFixture
+    encrypted: bool, s3: Server, client: Any, trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a run was cut off in making visible is completed by the same save, and by no other; and the log says how
-    far a save is.
+    """What a run was cut off in making visible is completed by the same save, and by no other, also where ETags are no
+    digests; and the log says how far a save is.
     """
+    if encrypted:
+        opaque(s3)
     state = _state(trained / "trained", lambda tensor: tensor)
     caplog.set_level(logging.INFO, "fp8ckpt.checkpoint")
     at = _at_first_completion()
@@ -247,7 +260,7 @@ def test_other_values_after_a_cut_in_completing(
     assert len([record for record in caplog.records if "bytes are on their way" in record.message]) > 4
     other = {name: tensor + 1 for name, tensor in state.items()}
     with pytest.raises(
-        ResumeMismatchError, match=r"a run before was cut off while .*: other weights, by their ETags.*choose another"
+        ResumeMismatchError, match=r"a run before was cut off while .*: other weights, by their MD5s.*choose another"
     ):
         save_model(Held(other), URL, like=trained / "fp8")
     save_model(Held(state), URL, like=trained / "fp8")

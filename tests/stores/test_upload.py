@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -31,7 +32,9 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.output import extents
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.stores import upload
+from fp8ckpt.stores import remote, upload
+from fp8ckpt.stores.address import Address
+from fp8ckpt.stores.s3 import S3Objects
 from fp8ckpt.stores.upload import LOCK
 from tests.distributed import Launched
 from tests.stores.conftest import BUCKET, contents
@@ -188,7 +191,7 @@ def test_answers_that_are_lost(s3: Server, client: Any, sample_fp8: Path, conver
     assert _there(client) == contents(converted)
 
 
-def _opaque(server: Server) -> None:
+def opaque(server: Server) -> None:
     """As stores that encrypt with keys of their own do it: no ETag is an MD5."""
     answer, of_parts = server._answer, dict[bytes, bytes]()
 
@@ -197,7 +200,7 @@ def _opaque(server: Server) -> None:
             text = text.replace(old, new)
         return text
 
-    def opaque(asked: Asked) -> Answer:
+    def encrypted(asked: Asked) -> Answer:
         ours = {new: old for old, new in of_parts.items()}
         found = answer(asked._replace(body=replaced(asked.body, ours)) if asked.method == "POST" else asked)
         etag = found.headers.get("ETag", "").strip('"')
@@ -206,14 +209,14 @@ def _opaque(server: Server) -> None:
         headers = {**found.headers, "ETag": f'"z{etag[1:]}"'} if etag else found.headers
         return Answer(found.status, headers, replaced(found.body, of_parts) if "uploadId" in asked.path else found.body)
 
-    server._answer = opaque
+    server._answer = encrypted
 
 
 def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
     """Cut off among the parts, then in completing, with the answer lost: what was sent is not again, what was completed
     is known for ours, and what is somebody else's is not.
     """
-    _opaque(s3)
+    opaque(s3)
     _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
     s3.fault = lambda asked: None
     before, lost = _parts(s3), [False]
@@ -483,6 +486,26 @@ def test_what_can_never_be_whole_is_taken_away(s3: Server, client: Any, trained:
     assert os.listdir() == ["bad"]
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
     assert "Contents" not in client.list_objects_v2(Bucket=BUCKET)
+
+
+def test_a_part_that_comes_after_its_upload_was_aborted(s3: Server, client: Any) -> None:
+    """S3 may keep what was on its way: it is looked for, and the upload aborted again until nothing is there."""
+    uploads = S3Objects(Address("s3", f"{BUCKET}/x"))
+    late = uploads.begin("late", "run")
+    uploads.put_part("late", late, 1, b"abc", hashlib.md5(b"abc").digest())
+    answer, aborts = s3._answer, 0
+
+    def keeping(asked: Asked) -> Answer:
+        nonlocal aborts
+        aborts += asked.method == "DELETE"
+        return Answer(204, {}, b"") if asked.method == "DELETE" and aborts < 3 else answer(asked)
+
+    s3._answer = keeping
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "wait", lambda seconds: None)
+        upload.Destination(uploads).give_up(["late"])
+    assert aborts == 3
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
 
 
 def test_ranks_write_one_output(s3: Server, client: Any, trained: Path) -> None:

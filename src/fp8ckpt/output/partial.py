@@ -45,7 +45,7 @@ from fp8ckpt.output.files import OutputFile, flush_directory, open_to_write, wri
 from fp8ckpt.output.places import Kept, Part, Place, Sent
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import read_whole
-from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, destination_of, etag_of
+from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, There, destination_of
 from fp8ckpt.system import lock
 
 _OUTPUT = "output"
@@ -395,22 +395,22 @@ class PartialOutput:
         """Where a part is while ranks write it, by its place among the parts of all files."""
         return self._state / f"{_STAGED}{place}"
 
-    def send(self, name: str, number: int, data: bytes) -> str:
-        """Send a part of a file, and return its ETag; any process, any thread. Raises `ResumeMismatchError` where a run
+    def send(self, name: str, number: int, data: bytes) -> There:
+        """Send a part of a file; any process, any thread. Raises `ResumeMismatchError` where a run
         was cut off in completing other ones.
         """
         assert self._far is not None
         if (seen := self._seen_before) is None:
             return self._far.send(name, number, data)
-        if etag_of(data) != seen[name][number - 1]:
+        if hashlib.md5(data).hexdigest() != seen[name][number - 1].md5:
             place = self._far.where
-            found = f"a run before was cut off while its files appeared in {place}: other weights, by their ETags"
+            found = f"a run before was cut off while its files appeared in {place}: other weights, by their MD5s"
             remedy = f"choose another destination, or save the weights of that run, which {self.partial} is of"
             raise ResumeMismatchError(found, file=name, remedy=remedy)
         return seen[name][number - 1]
 
     @cached_property
-    def _seen_before(self) -> dict[str, list[str]] | None:
+    def _seen_before(self) -> dict[str, list[There]] | None:
         return self._seen()
 
     def publish(self) -> None:
@@ -426,11 +426,13 @@ class PartialOutput:
     def _upload(self, far: Destination) -> None:
         found = [path for path in self.directory.rglob("*") if path.is_file()]
         names = sorted((path.relative_to(self.directory).as_posix() for path in found), key=_last)
-        if (etags := self._seen()) is None:
+        seen = self._seen()
+        if new := seen is None:
             far.refuse_existing()
-            etags = self._send_rest(far, [name for name in names if name.endswith(".safetensors")])
-            write_whole(self._state / _SEEN, json.dumps([far.where, etags]).encode())
-        else:
+            seen = self._send_rest(far, [name for name in names if name.endswith(".safetensors")])
+            write_whole(self._state / _SEEN, json.dumps([far.where, seen]).encode())
+        etags = {name: [part.etag for part in parts] for name, parts in seen.items()}
+        if not new:
             far.refuse_others(etags)
         for name, of_parts in etags.items():
             far.finish(name, of_parts)
@@ -439,8 +441,8 @@ class PartialOutput:
                 far.put(name, (self.directory / name).read_bytes())
         far.release()
 
-    def _send_rest(self, far: Destination, names: Collection[str]) -> dict[str, list[str]]:
-        """Send what is kept here, and return the ETags of all parts of all files."""
+    def _send_rest(self, far: Destination, names: Collection[str]) -> dict[str, list[There]]:
+        """Send what is kept here, and return all parts of all files."""
         far.begin(names)
         parts: dict[str, dict[int, Sent]] = {name: {} for name in names}
         for _, sent in self._recorded().values():
@@ -449,21 +451,23 @@ class PartialOutput:
 
         def send(sent: Sent) -> None:
             data = _read(self.directory / sent.name, sent.start, sent.stop)
-            parts[sent.name][sent.number] = sent._replace(etag=far.send(sent.name, sent.number, data))
+            parts[sent.name][sent.number] = sent._replace(**far.send(sent.name, sent.number, data)._asdict())
 
         kept = [sent for of_file in parts.values() for sent in of_file.values() if not sent.etag]
         far.each(kept, send)
-        return {name: [of_file[k].etag for k in range(1, len(of_file) + 1)] for name, of_file in parts.items()}
+        return {name: [There(*of_file[k][-2:]) for k in range(1, len(of_file) + 1)] for name, of_file in parts.items()}
 
-    def _seen(self) -> dict[str, list[str]] | None:
-        """The ETags of the parts of each file, where objects at the destination may be ours: a run was cut off between
+    def _seen(self) -> dict[str, list[There]] | None:
+        """The parts of each file, where objects at the destination may be ours: a run was cut off between
         the first and the last of them.
         """
         place = self._state / _SEEN
         if self._far is None or not place.is_file():
             return None
-        where, etags = json.loads(read_whole(place))
-        return etags if where == self._far.where else None
+        where, seen = json.loads(read_whole(place))
+        if where != self._far.where:
+            return None
+        return {name: [There(*part) for part in parts] for name, parts in seen.items()}
 
     def _rename(self, destination: Path) -> None:
         try:

@@ -19,13 +19,14 @@ from fp8ckpt.stores.upload import Destination
 
 
 class Sent(NamedTuple):
-    """A part of a file that is for a store: its ``etag`` there, "" while it is kept here."""
+    """A part of a file that is for a store: its ``etag`` there and its MD5, "" while it is kept here."""
 
     name: str
     number: int
     start: int
     stop: int
-    etag: str
+    etag: str = ""
+    md5: str = ""
 
 
 class Place(Protocol):
@@ -46,7 +47,7 @@ class Kept:
 
     def __init__(self, file: Path, extent: Extent) -> None:
         self._file = OutputFile(file)
-        self._sent = Sent(extent.layout.name, extent.number, extent.start, extent.stop, "")
+        self._sent = Sent(extent.layout.name, extent.number, extent.start, extent.stop)
 
     def write(self, data: Bytes, offset: int) -> None:
         self._file.write(data, offset)
@@ -81,7 +82,7 @@ class Part:
         if self._left:
             return None
         layout, _, number, start, stop, _, again = self._extent
-        return Sent(layout.name, number, start, stop, self._far.send(layout.name, number, self._held, again=again))
+        return Sent(layout.name, number, start, stop, *self._far.send(layout.name, number, self._held, again=again))
 
     def close(self) -> None:
         del self._bytes

@@ -216,8 +216,8 @@ class Staging:
 
     def _send(self, part: Part) -> None:
         file = self._output.staged(part.place)
-        etag = self._output.send(part.name, part.number, file.read_bytes())
-        sent = Sent(part.name, part.number, part.start, part.stop, etag)
+        there = self._output.send(part.name, part.number, file.read_bytes())
+        sent = Sent(part.name, part.number, part.start, part.stop, *there)
         self._output.record(self._writer, part.place, {}, sent)
         file.unlink()
 

@@ -25,7 +25,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken
+from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met
 from fp8ckpt.stores.store import Stat
 
 _PIECE = 1 << 19  # bytes
@@ -37,6 +37,8 @@ _ENCODED = {"Accept-Encoding": "identity"}  # a range is of the bytes themselves
 
 class HttpObjects:
     """The files below a URL."""
+
+    permission = "check the URL, and the user and the password in it"
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -92,7 +94,7 @@ class HttpObjects:
 
         ``listed``: whether the listing had the file, so that its absence is a change.
         """
-        from urllib3.exceptions import HTTPError, SSLError
+        from urllib3.exceptions import HTTPError
 
         url, named = self._leads.get(name) or self.url(name), _origin(self.url(name))
         try:
@@ -108,13 +110,8 @@ class HttpObjects:
                         self._leads[name] = url
                     yield response
                     return
-        except SSLError as error:
-            if "CERTIFICATE_VERIFY_FAILED" not in str(error):
-                raise Broken("no whole answer (SSLError)") from None
-            remedy = "name the certificates of who signed its own in SSL_CERT_FILE"
-            raise StorageError("the server's certificate is not trusted", file=self.where, remedy=remedy) from None
         except HTTPError as error:
-            raise Broken(f"no whole answer ({type(error).__name__})") from None
+            raise met(error, self.where) from None
         raise StorageError(f"more than {_MOST_REDIRECTS} redirects", file=name or self.where, remedy="check the URL")
 
     def _led_to(self, url: str, location: str, name: str) -> str:
@@ -138,8 +135,7 @@ class HttpObjects:
         if status in (404, 410):
             raise CheckpointNotFoundError(f"the server answered {status}", file=self.where, remedy="check the URL")
         if status >= 400:
-            remedy = "check the URL and what it asks for (a token: hf auth login; a user and a password)"
-            raise StorageError(f"{self.where} answered {status}", file=name or None, remedy=remedy)
+            raise StorageError(f"{self.where} answered {status}", file=name or None, remedy=self.permission)
 
     def _stat(self, name: str) -> Stat:
         with self.answer("HEAD", name, {}, listed=False) as response:

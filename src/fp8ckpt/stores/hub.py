@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.http import HttpObjects
-from fp8ckpt.stores.remote import Broken
+from fp8ckpt.stores.remote import Broken, met
 from fp8ckpt.stores.store import Stat
 
 _PLACE = re.compile(r"([^/@]+(?:/[^/@]+)?)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/([^@]*))?")
@@ -24,6 +24,8 @@ _PLACE = re.compile(r"([^/@]+(?:/[^/@]+)?)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+
 
 class HubObjects(HttpObjects):
     """The files of a model of the Hub, or of a folder of it."""
+
+    permission = "check name and revision; for what is private or gated, ask for access on its page, and hf auth login"
 
     def __init__(self, address: Address, commit: str | None = None) -> None:
         self._address = address
@@ -100,11 +102,9 @@ class HubObjects(HttpObjects):
             if status >= 500 or status in (408, 429):
                 raise Broken(f"the Hub answered {status}") from None
             kind = re.sub(r"Error$", "", type(error).__name__)
-            remedy = "check name and revision; for what is private or gated, hf auth login"
-            raise CheckpointNotFoundError(
-                f"the Hub answered {status} ({kind})", file=self.where, remedy=remedy
-            ) from None
+            found = f"the Hub answered {status} ({kind})"
+            raise CheckpointNotFoundError(found, file=self.where, remedy=self.permission) from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "ssl"):
                 raise
-            raise Broken(f"no whole answer ({type(error).__name__})") from None
+            raise met(error, self.where) from None

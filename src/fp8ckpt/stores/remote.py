@@ -57,6 +57,25 @@ class Broken(Exception):
         self.remedy = remedy
 
 
+_PLACE = "check the URL, the endpoint (AWS_ENDPOINT_URL, HF_ENDPOINT) and this machine's network"
+_MET = {
+    "NameResolutionError": ("no host of that name is known here", _PLACE),
+    "NewConnectionError": ("nothing answers there", _PLACE),
+    "ConnectError": ("nothing answers there", _PLACE),  # huggingface_hub's client says no more
+    "ProxyError": ("the proxy does not answer", "see HTTPS_PROXY and NO_PROXY"),
+    "SSLError": ("the server does not speak https there", "check whether the URL should begin with http://"),
+}
+
+
+def met(error: BaseException, where: str) -> Exception:
+    """What a client met on the way, in our own words: its own may hold a secret."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        remedy = "name the certificates of who signed its own in SSL_CERT_FILE (for s3://, in AWS_CA_BUNDLE)"
+        return StorageError("the server's certificate is not trusted", file=where, remedy=remedy)
+    kind = type(error).__name__
+    return Broken(*_MET.get(kind, (f"no whole answer ({kind})",)))
+
+
 class Objects(Protocol):
     """The client of one kind of store. For any number of threads; each call is one attempt."""
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,7 @@ from fp8ckpt.errors import (
     UnsupportedStoreError,
 )
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken
+from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met
 from fp8ckpt.stores.store import Stat
 
 _PIECE = 1 << 19  # bytes; longer ones take fresh memory each
@@ -44,8 +44,15 @@ _REMEDIES = {
     "InvalidAccessKeyId": "check the credentials: the store does not know this key",
     "SignatureDoesNotMatch": "check the credentials: the secret is not that of the key",
     "RequestTimeTooSkewed": "set this machine's clock, and run it again",
-    "PermanentRedirect": "say in AWS_DEFAULT_REGION in which region the bucket is",
-    "TemporaryRedirect": "say in AWS_DEFAULT_REGION in which region the bucket is",
+    **dict.fromkeys(
+        (
+            "PermanentRedirect",
+            "TemporaryRedirect",
+            "AuthorizationHeaderMalformed",
+            "IllegalLocationConstraintException",
+        ),
+        "say in AWS_DEFAULT_REGION in which region the bucket is",
+    ),
     "NoSuchBucket": "check the URL, or make the bucket first",
 }
 _making = threading.Lock()  # boto3's sessions are not for several threads
@@ -202,9 +209,12 @@ class S3Objects:
         return True
 
     def abort(self, name: str, upload: str) -> None:
-        """Give up an upload."""
+        """Give up an upload; again, where a part was on its way, which S3 keeps until it is told once more."""
+        of = {"Bucket": self.bucket, "Key": self.key(name), "UploadId": upload}
         with self.errors(name, writing=True), suppress(self.client.exceptions.NoSuchUpload):
-            self.client.abort_multipart_upload(Bucket=self.bucket, Key=self.key(name), UploadId=upload)
+            self.client.abort_multipart_upload(**of)
+            if self.client.list_parts(**of).get("Parts"):
+                raise Broken("parts that were on their way are there")
 
     def etag_of_parts(self, etags: Sequence[str]) -> str | None:
         """The ETag of an object of these parts, where ETags are MD5s."""
@@ -246,11 +256,51 @@ class S3Objects:
         with self.errors(name, writing=True):
             self.client.delete_object(Bucket=self.bucket, Key=self.key(name))
 
-    def errors(self, name: str | None, *, writing: bool = False, making: bool = False) -> _Errors:
+    @contextmanager
+    def errors(self, name: str | None, *, writing: bool = False, making: bool = False) -> Iterator[None]:
         """Turns what boto3 raises into our own words: its texts may hold URLs with credentials. ``making``: the client,
         which says `ValueError` to an endpoint that is none.
         """
-        return _Errors(self.where, name, writing, making)
+        try:
+            yield
+        except RecursionError:  # boto3 follows it again and again, where no region is said
+            found, remedy = "the store leads to another region, over and over", _REMEDIES["PermanentRedirect"]
+            raise StorageError(found, file=self.where, remedy=remedy) from None
+        except Exception as error:
+            own = type(error).__module__.startswith(("botocore", "boto3", "urllib3"))
+            if not (own or (making and isinstance(error, ValueError))):
+                raise
+            raise self._worded(error, name, writing) from None
+
+    def _worded(self, error: Any, name: str | None, writing: bool) -> Exception:
+        if not isinstance(getattr(error, "response", None), dict):
+            from botocore import exceptions
+
+            broken = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
+            if isinstance(error, broken) or "urllib3" in str(type(error)):
+                cause = getattr(error, "kwargs", {}).get("error")  # it says more, if it is urllib3's
+                return met(cause if isinstance(cause, Exception) else error, self.where)
+            remedy = "see how boto3 is set up here (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
+            return StorageError(f"boto3 refuses ({type(error).__name__})", file=self.where, remedy=remedy)
+        code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
+        found = f"the store answered {status} {'' if code == str(status) else code}".rstrip()
+        if (status >= 500 and status != 501) or status in (408, 429) or code in _LATER:
+            return Broken(found, *([_REMEDIES[code]] if code in _REMEDIES else []))
+        if name is not None and not writing and status in (404, 412, 416):
+            return SourceChangedError.of(name)
+        remedy = _REMEDIES.get(code) or ("check the URL" if status == 404 else self._permission(writing))
+        if status == 404 and not writing:
+            return CheckpointNotFoundError(found, file=self.where, remedy=remedy)
+        return StorageError(found, file=self.where if name is None else f"{self.where}/{name}", remedy=remedy)
+
+    def _permission(self, writing: bool) -> str:
+        """What to do where the store refuses, and does not say why."""
+        from botocore import UNSIGNED
+
+        if self.client.meta.config.signature_version is UNSIGNED:
+            return "no credentials were found here, as buckets that are not public want them: set AWS_PROFILE"
+        needed = "list, get, put and delete objects, and to upload in parts" if writing else "list and get objects"
+        return f"check the credentials and the region; it takes the permissions to {needed}"
 
 
 def _status(error: Any) -> int:
@@ -260,49 +310,3 @@ def _status(error: Any) -> int:
 
 def _md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data).digest()).decode()
-
-
-class _Errors:
-    def __init__(self, where: str, name: str | None, writing: bool, making: bool) -> None:
-        self._where = where
-        self._name = name
-        self._writing = writing
-        self._making = making
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is RecursionError:  # boto3 follows it again and again, where no region is said
-            found, remedy = "the store leads to another region, over and over", _REMEDIES["PermanentRedirect"]
-            raise StorageError(found, file=self._where, remedy=remedy) from None
-        own = kind is not None and kind.__module__.startswith(("botocore", "boto3", "urllib3"))
-        if kind is None or not (own or (self._making and kind is ValueError)):
-            return
-        response = getattr(error, "response", None)
-        if not isinstance(response, dict):
-            from botocore import exceptions
-
-            broken = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
-            if isinstance(error, broken) or "urllib3" in str(kind):
-                raise Broken(f"no whole answer ({kind.__name__})") from None
-            remedy = "see how boto3 is set up here (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
-            raise StorageError(f"boto3 refuses ({kind.__name__})", file=self._where, remedy=remedy) from None
-        code = str(response.get("Error", {}).get("Code", ""))
-        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        code = "" if code == str(status) else f" {code}"
-        if (status >= 500 and status != 501) or status in (408, 429) or code.strip() in _LATER:
-            raise Broken(f"the store answered {status}{code}", *_remedy(code)) from None
-        if self._name is not None and not self._writing and status in (404, 412, 416):
-            raise SourceChangedError.of(self._name) from None
-        found = f"the store answered {status}{code}"
-        if status == 404 and not self._writing:
-            [remedy] = _remedy(code) or ["check the URL"]
-            raise CheckpointNotFoundError(found, file=self._where, remedy=remedy) from None
-        [remedy] = _remedy(code) or ["check the credentials, the region and their permissions"]
-        file = self._where if self._name is None else f"{self._where}/{self._name}"
-        raise StorageError(found, file=file, remedy=remedy) from None
-
-
-def _remedy(code: str) -> list[str]:
-    """What to do about an error of the store, where it is known."""
-    return [_REMEDIES[code.strip()]] if code.strip() in _REMEDIES else []

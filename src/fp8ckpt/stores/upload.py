@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
@@ -34,6 +34,13 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 6  # parts on their way; each is in memory
 LOCK = ".fp8ckpt-lock"
+
+
+class There(NamedTuple):
+    """A part that a store has: its ETag, and the MD5 of its bytes, which is the ETag unless the store encrypts."""
+
+    etag: str
+    md5: str
 
 
 class Uploads(Protocol):
@@ -158,14 +165,14 @@ class Destination:
                 self._there[name] = parts
             return self._there[name]
 
-    def send(self, name: str, number: int, data: Data, *, again: bool = False) -> str:
-        """Send a part, unless another run did; returns its ETag. ``again``: it was sent with other bytes, too."""
-        digest = hashlib.md5(data).digest()
-        etag = f'"{digest.hex()}"'
-        if not again and self.there(name).get(number) == etag:
-            return etag
-        upload = self._begun()[name]
-        return self._do(f"writing part {number} of", name, self._client.put_part, name, upload, number, data, digest)
+    def send(self, name: str, number: int, data: Data, *, again: bool = False) -> There:
+        """Send a part, unless another run did. ``again``: it was sent with other bytes, too."""
+        digest = hashlib.md5(data)
+        etag = f'"{digest.hexdigest()}"'
+        if again or self.there(name).get(number) != etag:
+            step = partial(self._client.put_part, name, self._begun()[name], number, data, digest.digest())
+            etag = self._do(f"writing part {number} of", name, step)
+        return There(etag, digest.hexdigest())
 
     def refuse_others(self, etags: Mapping[str, Sequence[str]]) -> None:
         """Raise `OutputExistsError` where an object is there that is not made of the file's parts."""
@@ -205,11 +212,6 @@ class Destination:
 
     def _do(self, doing: str, name: str | None, step: Callable[..., T], *arguments: Any) -> T:
         return attempted(partial(step, *arguments), ATTEMPTS, f"{doing} {self.where}", name)
-
-
-def etag_of(data: Data) -> str:
-    """The ETag of a part, where that is its MD5."""
-    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 def destination_of(address: Address) -> Destination:
