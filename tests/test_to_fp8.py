@@ -27,6 +27,7 @@ from fp8ckpt.errors import (
     UnsupportedFormatError,
     WeightValueError,
 )
+from fp8ckpt.output.files import OutputFile
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from tests.catalogue import Row, catalogue
 from tests.miniatures import Family, families
@@ -699,3 +700,22 @@ def test_the_partition_is_the_base_s(tmp_path: Path) -> None:
         assert ours.read_bytes()[:length] == file.read_bytes()[:length]
         assert ours.read_bytes() != file.read_bytes()
     assert (tmp_path / "out" / INDEX).read_bytes() == (base / INDEX).read_bytes()
+
+
+def test_scales_are_written_once_an_extent(sample_block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small write waits for the large ones of its file: no band of a weight writes its scales by itself."""
+    convert(sample_block, tmp_path / "bf16")
+    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", 1)
+    write, begun = OutputFile.write, set()
+
+    def counted(file: OutputFile, data: Any, offset: int) -> None:
+        begun.add((file.file.name, offset))
+        write(file, data, offset)
+
+    monkeypatch.setattr(OutputFile, "write", counted)
+    convert(tmp_path / "bf16", tmp_path / "fp8", like=sample_block)
+    scales = [tensor.scale for tensor in open_checkpoint(tmp_path / "fp8").quantized]
+    assert max(span.shape[0] for span in scales) > 1
+    assert not [
+        span.name for span in scales for at in range(span.start + 1, span.stop) if (span.file.name, at) in begun
+    ]

@@ -107,6 +107,9 @@ def _to_bf16(size: Any) -> Any:
     return np.int32(np.int32(size + np.int32(0x7FFF) + even) >> np.int32(16))
 
 
+_GROUP = 32  # of MXFP8: so short a loop is a tenth faster if its length is known when it is compiled
+
+
 @compiled(inline="always")
 def _e4m3_as_bf16(code: Any, scale: Any) -> Any:
     """Bits i32 of an e4m3fn code times its scale, rounded to bfloat16; in the low half.
@@ -127,10 +130,16 @@ def multiply_e4m3_to_bf16(
     instructions: codes u8 [R, C], scales f32 [R blocks, C blocks], out u16 [R, C].
     """
     rows, cols = codes.shape
+    groups = cols // _GROUP if block_cols == _GROUP and col_phase == 0 else 0
     for r in range(rows):
         block_row = (row_phase + r) // block_rows
-        start = 0
-        block = 0
+        for group in range(groups):
+            at = _GROUP * group
+            part, result, scale = codes[r, at : at + _GROUP], out[r, at : at + _GROUP], scales[block_row, group]
+            for i in range(_GROUP):
+                result[i] = np.uint16(_e4m3_as_bf16(part[i], scale))
+        start = groups * _GROUP
+        block = groups
         while start < cols:
             stop = min(cols, (block + 1) * block_cols - col_phase)
             scale = scales[block_row, block]
