@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.wrappers import plain_name
+from fp8ckpt.families.tied import tied_sets
 from fp8ckpt.families.transformers_tables import is_distributed
 
 
@@ -17,13 +18,11 @@ def _tied_by_configuration(model: nn.Module) -> dict[str, str]:
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Names of parameters that are one, or that the configuration says should be; the source first."""
+    """Disjoint sets of names of parameters that are one, or that the configuration says should be; the source first."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(plain_name(name))
-    return [[source, target] for target, source in _tied_by_configuration(model).items()] + [
-        group for group in groups.values() if len(group) > 1
-    ]
+    return tied_sets(groups.values(), _tied_by_configuration(model))
 
 
 def tie(model: Any) -> None:
