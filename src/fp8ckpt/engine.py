@@ -39,7 +39,8 @@ def begin(plan: OutputPlan, output: PartialOutput, ranks: Ranks, extents: Mappin
     """Begin an output together: all ranks plan the same one, and the first makes it. Returns what was done before, as
     the first rank saw it: others may be writing by the time that the last one looks.
     """
-    refuse_unlike(ranks.gather(lambda: plan.said(output)))
+    if ranks.size > 1:
+        refuse_unlike(ranks.gather(lambda: plan.said(output)))
     return ranks.first(lambda: plan.begin(output, extents.values()))
 
 

@@ -22,7 +22,7 @@
     ├── OutputExistsError         (FileExistsError)  the destination is there already
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── RankLostError             (RuntimeError)  another rank ended, or did not answer
-    ├── RanksDifferError          (ValueError)  ranks that write one output together were not asked for the same
+    ├── RanksDifferError          (ValueError)  ranks that load or write together were not given the same
     ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
     ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
     ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
@@ -538,7 +538,9 @@ class RankLostError(Fp8CheckpointError, RuntimeError):
 
 
 class RanksDifferError(Fp8CheckpointError, ValueError):
-    """Ranks that write one output together were not asked for the same output, or not by the same version."""
+    """Ranks that make one thing together were not asked for the same, read different checkpoints, or run different
+    versions.
+    """
 
     @classmethod
     def of(cls, what: str, rank: int, other: object, first: object) -> RanksDifferError:

@@ -90,7 +90,21 @@ def bf16(path: Path) -> Path:
     return path.with_name("bf16")
 
 
+def copies(path: Path) -> Path:
+    """Copies of one checkpoint, each at its own path, of which the last rank's is stale: other codes, equal scales."""
+    return path.with_name("stale") if dist.get_rank() else good(path)
+
+
 DIFFER: dict[str, Job] = {
+    "load_model, a stale copy": lambda path, out: load_model(Held(tensors(good(path))), copies(path)),
+    "load_pretrained, a stale copy": lambda path, out: load_pretrained(copies(path)),
+    "FP8StorageReader, a stale copy": lambda path, out: plain(
+        lambda: load(tensors(good(path)), storage_reader=FP8StorageReader(copies(path)))
+    ),
+    "convert, a stale copy": lambda path, out: convert(copies(path), out),
+    "save_model, a stale base": lambda path, out: save_model(
+        Held(tensors(good(path))), out, to="fp8", like=copies(path)
+    ),
     "convert, another dtype": lambda path, out: convert(good(path), out, to=last("fp16", "bf16")),
     "convert, another destination": lambda path, out: convert(good(path), last(out.with_name("other"), out)),
     "convert, another source": lambda path, out: convert(last(bf16(path), good(path)), out),
@@ -161,6 +175,13 @@ def test_all_ranks_raise_the_same_error(sample_fp8: Path, tmp_path: Path) -> Non
     shutil.copytree(sample_fp8, tmp_path / "fp8")
     damaged = Path(shutil.copytree(sample_fp8, tmp_path / "damaged"))
     max(damaged.glob("*.safetensors")).write_bytes(b"cut off")
+    stale = Path(shutil.copytree(sample_fp8, tmp_path / "stale"))
+    for tensor in open_checkpoint(stale).quantized:
+        with (stale / tensor.span.file.name).open("r+b") as file:
+            file.seek(tensor.span.start)
+            codes = file.read(tensor.span.nbytes)
+            file.seek(tensor.span.start)
+            file.write(bytes(code ^ 1 for code in codes))
     before = sorted(file.name for file in tmp_path.iterdir())
     one, other = run(2, _attempt, list(JOBS), tmp_path)
     assert one == other

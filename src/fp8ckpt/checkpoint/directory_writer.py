@@ -231,7 +231,7 @@ class DirectoryWriter(StorageWriter):
     def _said(self) -> dict[str, Any]:
         """What this rank says of the output, and the others must say as well."""
         base = self._base_of_output()
-        read = None if base is None else contents_of(base)
+        read = contents_of(base) if base is not None and has_group() else None
         said = {**said_of(self._output), "the writer": type(self).__name__, "what is read": read}
         if self._meets and has_group():
             said["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)

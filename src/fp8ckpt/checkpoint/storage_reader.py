@@ -9,13 +9,15 @@ Its life, as DCP calls it:
 1. ``reset(path)``                      a new load begins
 2. ``read_metadata()``                  headers only; every defect is found here, before the first data byte
 3. ``set_up_storage_reader(...)``       on every rank
-4. ``prepare_local_plan(plan)``         nothing to add: a `ReadItem` has its region in coordinates of the full tensor
-5. ``prepare_global_plan(plans)``       nothing to add
+4. ``prepare_local_plan(plan)``         what this rank's copy is; a `ReadItem` has its region in coordinates of the full
+                                        tensor
+5. ``prepare_global_plan(plans)``       coordinator: check that all ranks read copies of one checkpoint
 6. ``read_data(plan, planner)``         reads this rank's regions, with as many threads as the rank has cores
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -39,7 +41,8 @@ from torch.futures import Future
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
 from fp8ckpt.errors import Fp8CheckpointError, RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
-from fp8ckpt.ranks import threads_of_this_rank
+from fp8ckpt.output.plan import contents_of, refuse_unlike
+from fp8ckpt.ranks import has_group, threads_of_this_rank
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import ByteRange
@@ -116,10 +119,16 @@ class FP8StorageReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up: every rank opens the checkpoint for itself."""
 
+    @kept_open()
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        """The plan with what this rank's copy of the checkpoint is; of a process alone, as it is."""
+        if not has_group():
+            return plan
+        return dataclasses.replace(plan, storage_data={"what is read": contents_of(self.checkpoint)})
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Coordinator: raise `RanksDifferError` where ranks would load parts of different checkpoints."""
+        refuse_unlike([plan.storage_data or {} for plan in plans])
         return plans
 
     @kept_open()

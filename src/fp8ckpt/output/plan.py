@@ -5,12 +5,17 @@ up.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zlib import crc32
+
+import numpy as np
 
 from fp8ckpt.errors import OutputExistsError, RanksDifferError
 from fp8ckpt.output import extents
@@ -19,10 +24,13 @@ from fp8ckpt.output.files import copy_whole, create, write_whole
 from fp8ckpt.output.forecast import Forecast, Room, bytes_read_for, measured_rate, room_for
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import Facts, PartialOutput
-from fp8ckpt.stores.store import File
+from fp8ckpt.stores.store import ByteRange, File
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
 from fp8ckpt.version import __version__
+
+_SAMPLES = 512  # tensors of which contents_of() reads some bytes
+_SAMPLE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -178,12 +186,34 @@ def _versions(checkpoint: Checkpoint) -> dict[str, list[Any]]:
     return {name: [*files[name], texts.get(name)] for name in names}
 
 
-def contents_of(checkpoint: Checkpoint) -> str:
-    """A digest of the headers: what ranks can compare that read copies of a checkpoint, each on its own disk."""
-    digest = hashlib.sha256()
-    for header in checkpoint.files:
-        digest.update(f"{header.file.name}\0{header.size}\0".encode() + header.text)
-    return digest.hexdigest()
+def contents_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What ranks can compare that read copies of a checkpoint, each on its own disk: digests of the configuration, of
+    the headers with the names and sizes of files, and of bytes in the middle of tensors, of all or of some hundreds.
+    Of a store that is far away, its files' versions instead of bytes.
+    """
+    names = [[[header.file.name, header.size] for header in checkpoint.files], sorted(checkpoint.tensors)]
+    said = {
+        "headers": _digest_of([json.dumps(names).encode(), *(header.text for header in checkpoint.files)]),
+        "configuration": _digest_of([json.dumps(checkpoint.config, sort_keys=True).encode()]),
+    }
+    if checkpoint.store.path is None:
+        return {**said, "versions": _digest_of([header.file.stat.version.encode() for header in checkpoint.files])}
+    spans = [span for header in checkpoint.files for span in header.spans if span.nbytes]
+    spans = sorted(
+        nsmallest(_SAMPLES, spans, key=lambda span: crc32(span.name.encode(errors="replace"))),
+        key=lambda span: span.whole,
+    )
+    sizes = [min(_SAMPLE, span.nbytes) for span in spans]
+    starts = [span.start + (span.nbytes - size) // 2 for span, size in zip(spans, sizes, strict=True)]
+    found = np.empty(sum(sizes), np.uint8)
+    parts = np.split(found, np.cumsum(sizes)[:-1])
+    wanted = [ByteRange(span.file.name, at, at + n) for span, at, n in zip(spans, starts, sizes, strict=True)]
+    checkpoint.store.read(wanted, parts)
+    return {**said, "bytes": _digest_of([found.tobytes()])}
+
+
+def _digest_of(texts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def said_of(output: PartialOutput) -> dict[str, Any]:
@@ -192,7 +222,7 @@ def said_of(output: PartialOutput) -> dict[str, Any]:
 
 
 def refuse_unlike(said: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `RanksDifferError` unless all ranks, in their order, say the same of the output that they write."""
+    """Raise `RanksDifferError` unless all ranks, in their order, say the same of what they make together."""
     for rank, other in enumerate(said):
         for what in {**said[0], **other}:
             if other.get(what) != said[0].get(what):
