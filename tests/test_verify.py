@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fp8ckpt import convert, sample, verify
+from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.verify import TensorDifference
 from tests.conftest import Run
@@ -227,6 +228,30 @@ def test_nan_codes_are_counted_on_each_side(tmp_path: Path) -> None:
         result = verify(*pair)
         assert result.ok
         assert result.nan_codes == counts
+
+
+def test_two_of_fp8_are_compared_by_what_their_codes_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal codes under equal scales are not decoded; under others all but zeros differ, and equal values of other
+    codes and scales do not; one other code, or sign of zero, is one element.
+    """
+    codes = np.full((30, 40), 0x38, np.uint8)  # 1.0
+    codes[0, 0] = 0
+
+    def written(name: str, codes: np.ndarray, scale: float) -> Path:
+        tensors = {WEIGHT: Stored.codes(codes), SCALE: Stored.of(np.float32(scale) * np.ones(()), "F32")}
+        return Family(tensors, {}, {WEIGHT: (SCALE, (30, 40))}).write(tmp_path / name)
+
+    other, halved = codes.copy(), np.where(codes, codes - 8, 0).astype(np.uint8)
+    other[0, 0], other[29, 39] = 0x80, 0x39
+    source = written("source", codes, 2)
+    for name, side, scale, differing in (
+        ("twice", codes, 4, 1199), ("halved", halved, 4, None), ("other", other, 2, 2)
+    ):  # fmt: skip
+        found = verify(source, written(name, side, scale)).tensor_differences
+        assert [difference.elements for difference in found] == ([differing] if differing else [])
+    monkeypatch.setattr(Dequantizer, "flat", None)
+    monkeypatch.setattr(Dequantizer, "gives", None)
+    assert verify(source, written("same", codes, 2)).ok
 
 
 def test_config_that_differs(sample_fp8: Path, bf16: Path) -> None:

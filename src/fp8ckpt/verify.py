@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8ckpt.engine import Progress
 from fp8ckpt.errors import Fp8CheckpointError, ServingError
@@ -29,6 +29,9 @@ from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load
 from fp8ckpt.tensors.stored import DTYPE_BITS
 from fp8ckpt.tensors.tensor import Reader, Tensor
 from fp8ckpt.workers import share
+
+if TYPE_CHECKING:
+    from fp8ckpt.numerics.dequantize import Dequantizer
 
 _CHUNK = 2 << 20  # elements
 
@@ -208,6 +211,7 @@ class _Job:
         from fp8ckpt.tensors.reading import load_dequantizer
 
         self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
+        self._alike = lru_cache(maxsize=4 * workers)(self._are_alike)
         tensors = [side.tensors[name] for name in self._todo for side in self.sides]
         reads = (read for tensor in tensors for read in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
         self._total = sum(stop - start for _, start, stop in reads)
@@ -236,11 +240,17 @@ class _Job:
             else:
                 # F4 and F6 are refused before; 8 elements of any dtype are whole bytes.
                 values = [buffer[: count * DTYPE_BITS[dtype] // 8] for buffer in buffers]
-                if not _same(start, dtype, tensors, values, readers):
+                if not _same(start, dtype, tensors, values, readers, self._alike(name)):
                     self._differs(name, dtype, *values)
             self._read(readers, tensors[0].span.file.name)
 
         return compare
+
+    def _are_alike(self, name: str) -> bool:
+        """Whether equal codes are equal values: both sides have them, and the same scales."""
+        scaled = [side.tensors[name].scaled for side in self.sides]
+        found = [self._dequantizer(tensor, self._todo[name]) for tensor in scaled if tensor is not None]
+        return len(found) == 2 and found[0].alike(found[1])
 
     def _read(self, readers: list[Reader], file: str) -> None:
         """Add up what one worker met since it was last asked."""
@@ -286,22 +296,30 @@ class _Job:
                 )
 
 
-def _same(start: int, dtype: str, tensors: list[Tensor], out: list[Bytes], readers: list[Reader]) -> bool:
-    """Whether two sides have the same elements from ``start`` on; where not, ``out`` has both. Codes that are the other
-    side's values are found to be so as they are decoded, and the result is never written.
+def _same(start: int, dtype: str, tensors: list[Tensor], out: list[Bytes], readers: list[Reader], alike: bool) -> bool:
+    """Whether two sides have the same elements from ``start`` on; where not, ``out`` has both.
+
+    No values are made of codes that are the other side's, if these are scaled ``alike``, nor of codes that are found to
+    be the other side's values as they are decoded.
     """
-    last = 0 if tensors[0].scaled is not None else 1
-    tensors[1 - last].elements(start, dtype, out[1 - last], readers[1 - last])
-    scaled = tensors[last].scaled
-    if scaled is None or scaled.across:
-        tensors[last].elements(start, dtype, out[last], readers[last])
-        return _equal(*out)
-    dequantizer = readers[last].dequantizer(scaled, dtype)
-    bits, other = (out[side].view(f"u{TARGET_BYTES[dtype]}") for side in (last, 1 - last))
-    ((_, _, codes),) = scaled.run(start, bits.size, readers[last])  # a reader's room is a chunk
-    if dequantizer.gives(codes, start, other):
+    codes: dict[int, tuple[Dequantizer, Bytes]] = {}
+    for i, (tensor, reader) in enumerate(zip(tensors, readers, strict=True)):
+        if (scaled := tensor.scaled) is not None and not scaled.across:
+            count = out[i].size // TARGET_BYTES[dtype]
+            ((_, _, found),) = scaled.run(start, count, reader)  # all at once: a reader's room is a chunk
+            codes[i] = reader.dequantizer(scaled, dtype), found
+    if alike and len(codes) == 2 and _equal(codes[0][1], codes[1][1]):
         return True
-    dequantizer.flat(codes, start, bits)
+    last = min(codes, default=1)
+    for i in (1 - last, last):
+        if i not in codes:
+            tensors[i].elements(start, dtype, out[i], readers[i])
+            continue
+        dequantizer, found = codes[i]
+        bits, other = (out[side].view(f"u{TARGET_BYTES[dtype]}") for side in (i, 1 - i))
+        if i == last and dequantizer.gives(found, start, other):
+            return True
+        dequantizer.flat(found, start, bits)
     return _equal(*out)
 
 

@@ -128,6 +128,11 @@ class Dequantizer:
         """The scales as float32, in the grid's shape."""
         return self._values.reshape(self.grid.shape)
 
+    def alike(self, other: Dequantizer) -> bool:
+        """Whether the other gives the same values for the same codes."""
+        same = (self.grid, self.code_dtype, self.dtype) == (other.grid, other.code_dtype, other.dtype)
+        return same and np.array_equal(self._values, other._values)
+
     def flat(self, codes: U8, start: int, out: Bits) -> None:
         """Dequantize the elements ``start`` to ``start + n`` in row-major order, whose bytes are codes u8, into out
         [n].
