@@ -14,8 +14,8 @@ held asks for itself, and what it asked for is not fetched again: nobody waits f
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -81,12 +81,14 @@ def joined(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
 @dataclass(eq=False)
 class _Fetched:
     """A request that was begun: its bytes, and how many of them nobody has taken yet. ``memory`` is another one's when
-    it was ``given`` back and no thread is ``reading`` it.
+    it was ``given`` back and no thread is ``reading`` it. ``parts`` are in order.
     """
 
+    file: str
     size: int
     left: int
     memory: Bytes
+    parts: list[_Part] = field(default_factory=list)
     future: Future[None] = field(default_factory=Future)
     reading: int = 0
     given: bool = False
@@ -123,6 +125,7 @@ class Window:
         self._next: list[Wanted] | None = None
         self._held = 0
         self._spare: list[Bytes] = []
+        self._fetched: list[_Fetched] = []
         self._parts: dict[str, list[_Part]] = {}
         self._passed: dict[str, list[tuple[int, int]]] = {}
 
@@ -134,7 +137,7 @@ class Window:
         self._windows.remove(self)
         with self._lock:
             self._groups = iter(())
-            fetched = {part.fetched for parts in self._parts.values() for part in parts}
+            fetched = self._fetched
             self._parts.clear()
             self._spare.clear()
         for one in fetched:
@@ -147,8 +150,9 @@ class Window:
         with self._lock:
             for wanted, out in reads:
                 self._look_up(wanted, out, found, rest)
+        for fetched in {id(one.fetched): one.fetched for one in found}.values():
+            fetched.future.result()
         for one in found:
-            one.fetched.future.result()
             one.out[:] = one.held
         with self._lock:
             for one in found:
@@ -189,16 +193,18 @@ class Window:
         part.left -= count
         part.fetched.left -= count
         if count and not part.fetched.left:
-            self._give_back(lambda fetched: fetched is part.fetched)
+            self._give_back(part.fetched)
 
-    def _give_back(self, given: Callable[[_Fetched], bool]) -> None:
-        for file, parts in self._parts.items():
-            back = [part for part in parts if given(part.fetched)]
-            self._held -= sum(part.buffer.nbytes for part in back)
-            self._parts[file] = [part for part in parts if not given(part.fetched)]
-            for fetched in {id(part.fetched): part.fetched for part in back}.values():
-                fetched.given = True
-                self._spare_of(fetched)
+    def _give_back(self, fetched: _Fetched) -> None:
+        self._fetched.remove(fetched)
+        self._held -= sum(part.buffer.nbytes for part in fetched.parts)
+        parts = self._parts[fetched.file]
+        if fetched.parts:
+            low = bisect_left(parts, fetched.parts[0].start, key=_start)
+            high = bisect_right(parts, fetched.parts[-1].start, key=_start)
+            parts[low:high] = [part for part in parts[low:high] if part.fetched is not fetched]
+        fetched.given = True
+        self._spare_of(fetched)
 
     def _spare_of(self, fetched: _Fetched) -> None:
         """Have the memory of a request for another one, once nobody reads it."""
@@ -214,13 +220,16 @@ class Window:
             self._spare.pop(0)
         return np.empty(size, np.uint8)
 
-    def _keep_small_rests(self) -> None:
-        """Take what is small, and left, out of requests that were nearly all taken: scales beside values."""
-        for part in (part for parts in self._parts.values() for part in parts):
-            given = part.fetched.size > _SMALL and part.fetched.left * _REST < part.fetched.size
-            if given and part.left and part.buffer.nbytes <= _SMALL and part.fetched.future.done():
-                part.buffer = part.buffer.copy()
-                part.fetched = _Fetched(part.left, part.left, part.buffer, part.fetched.future)
+    def _make_room(self) -> None:
+        """Give back what was nearly all taken. What is small, and left, is kept: scales beside values."""
+        for fetched in [one for one in self._fetched if one.size > _SMALL and one.left * _REST < one.size]:
+            for part in fetched.parts if fetched.future.done() else ():
+                if part.left and part.buffer.nbytes <= _SMALL:
+                    part.buffer = part.buffer.copy()
+                    part.fetched = _Fetched(fetched.file, part.left, part.left, part.buffer, [part], fetched.future)
+                    self._fetched.append(part.fetched)
+            fetched.parts = [part for part in fetched.parts if part.fetched is fetched]
+            self._give_back(fetched)
 
     def _fill(self) -> None:
         """Begin as many requests as may be held."""
@@ -234,8 +243,7 @@ class Window:
                         continue
                 size = sum(part.stop - part.start for part in group or ())
                 if group is not None and self._held + size > AHEAD:
-                    self._keep_small_rests()
-                    self._give_back(lambda fetched: fetched.size > _SMALL and fetched.left * _REST < fetched.size)
+                    self._make_room()
                 if group is None or (self._held and self._held + size > AHEAD):
                     self._next = group
                     return
@@ -243,17 +251,23 @@ class Window:
                 self._begin(group, size)
 
     def _begin(self, group: list[Wanted], size: int) -> None:
-        buffer, done = self._memory(size), 0
-        fetched = _Fetched(size, size, buffer)
-        parts: list[tuple[int, Bytes]] = []
-        held = self._parts.setdefault(group[0].file, [])
-        for _, start, stop, _ in group:
-            piece = buffer[done : done + stop - start]
-            parts.append((start, piece))
-            insort(held, _Part(start, stop, piece, fetched, piece.size), key=_start)
+        file, start, stop = group[0].file, group[0].start, group[-1].stop
+        fetched = _Fetched(file, size, size, self._memory(size))
+        done = 0
+        for _, low, high, _ in group:
+            piece = fetched.memory[done : done + high - low]
+            fetched.parts.append(_Part(low, high, piece, fetched, piece.size))
             done += piece.size
+        held = self._parts.setdefault(file, [])
+        at = bisect_right(held, start, key=_start)
+        if at == len(held) or held[at].start >= stop:
+            held[at:at] = fetched.parts
+        else:  # between the parts of others
+            for part in fetched.parts:
+                insort(held, part, key=_start)
+        self._fetched.append(fetched)
         self._held += size
-        request = Request(group[0].file, group[0].start, group[-1].stop, parts)
+        request = Request(file, start, stop, [(part.start, part.buffer) for part in fetched.parts])
         fetched.future = self._store.submit(self._store.fetch, request)
 
     def _planned(self, reads: Iterator[Sequence[ByteRange]]) -> Iterator[list[Wanted]]:
