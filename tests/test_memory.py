@@ -40,11 +40,11 @@ for job in json.loads(sys.argv[1]):
 
 
 def assert_bounded(found: list[int], torch_alone: int) -> None:
-    """Two workers stay within the budget at both sizes, the small ones first, and the larger one takes as much as the
-    smaller, to 32 MiB.
+    """Two workers stay within the budget at both sizes, and the larger one takes as much as the smaller, to 32 MiB;
+    ``found`` begins with those of the miniature, which imports and compiles what the others need.
     """
-    half = len(found) // 2
-    for first, second in zip(found[:half], found[half:], strict=True):
+    each = len(found) // 3
+    for first, second in zip(found[each:-each], found[-each:], strict=True):
         assert first > torch_alone  # it is measured at all
         assert max(first, second) - torch_alone <= BUDGET
         assert second - first < 32 << 20
@@ -57,20 +57,21 @@ def torch_alone() -> int:
 
 
 def sizes(scheme: str, factor: int) -> Mistral3Sizes | DeepseekSizes:
-    """About 75 MB of FP8 at factor 1, in weights that are larger than any buffer."""
+    """About 48 MB of FP8 at factor 1, in weights that are larger than any buffer."""
     if scheme == "block":
-        return DeepseekSizes(layers=factor, dense_layers=factor, hidden=2048, intermediate=12000, vocabulary=512)
-    return Mistral3Sizes(layers=factor, hidden=2048, intermediate=10240, heads=16, kv_heads=4, head_dim=128)
+        return DeepseekSizes(layers=factor, dense_layers=factor, hidden=2048, intermediate=6160, vocabulary=512)
+    return Mistral3Sizes(layers=factor, hidden=2048, intermediate=6144, heads=16, kv_heads=4, head_dim=128)
 
 
 @pytest.fixture(scope="module", params=["per-tensor", "block"])
 def checkpoints(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Path]]:
-    """A checkpoint of about 75 MB, and one of four times as much."""
+) -> Iterator[tuple[Path, Path, Path]]:
+    """A miniature, a checkpoint of about 48 MB, and one of four times as much."""
     folder = tmp_path_factory.mktemp("memory")
     # Holes read as zeros, and cost neither time nor disk to make.
     yield (
+        sample(folder / "tiny", type(sizes(request.param, 1))(), files=1, sparse=True),
         sample(folder / "small", sizes(request.param, 1), files=1, sparse=True),
         sample(folder / "large", sizes(request.param, 4), files=1, sparse=True),
     )
@@ -103,8 +104,8 @@ def trained(base: Path, destination: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trainings(checkpoints: tuple[Path, Path]) -> dict[Path, Path]:
-    """A training of each of the two."""
+def trainings(checkpoints: tuple[Path, Path, Path]) -> dict[Path, Path]:
+    """A training of each."""
     return {base: trained(base, base.with_name(f"{base.name}-trained")) for base in checkpoints}
 
 
@@ -113,10 +114,10 @@ def stored(directory: Path) -> int:
 
 
 def test_peak_memory_is_bounded_and_does_not_grow(
-    checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path
+    checkpoints: tuple[Path, Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
     """Of everything that only reads, or writes BF16."""
-    assert stored(checkpoints[1]) > 3.5 * stored(checkpoints[0]) > 200 << 20
+    assert stored(checkpoints[2]) > 3.5 * stored(checkpoints[1]) > 128 << 20
     jobs = []
     for source in checkpoints:
         jobs += [
@@ -129,7 +130,7 @@ def test_peak_memory_is_bounded_and_does_not_grow(
 
 
 def test_peak_memory_to_fp8(
-    checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
+    checkpoints: tuple[Path, Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
     """The same on the way back, whether scales are kept or made, weights written once or twice, a report of each."""
     config = json.loads((checkpoints[0] / "config.json").read_text())
@@ -145,10 +146,10 @@ def test_peak_memory_to_fp8(
         ]
         outputs += [(base, to) for to in out]
     assert_bounded(peaks(*jobs), torch_alone)
-    assert all(stored(to) > 0.9 * stored(base) for base, to in outputs)
+    assert all(stored(to) > 0.9 * stored(base) for base, to in outputs[-6:])
 
 
-def test_peak_memory_of_merging(checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path) -> None:
+def test_peak_memory_of_merging(checkpoints: tuple[Path, Path, Path], torch_alone: int, tmp_path: Path) -> None:
     """An adapter of every matrix of the multilayer perceptrons takes no more of a larger model."""
     jobs = []
     for base in checkpoints:
