@@ -173,3 +173,19 @@ def read_directory(directory: Path) -> dict[str, Stored]:
         for file in sorted(directory.glob("*.safetensors"))
         for name, tensor in read_safetensors(file).items()
     }
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {
+        file.relative_to(directory).as_posix(): file.read_bytes()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def assert_same_tree(found: Path, expected: Path) -> None:
+    """The same files with the same bytes."""
+    one, two = tree(found), tree(expected)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []

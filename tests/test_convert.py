@@ -25,7 +25,7 @@ from fp8ckpt.tensors.config import QUANTIZATION_KEYS, metadata_without_quantizat
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.conftest import Run
 from tests.miniatures import Family, families
-from tests.oracle import NUMPY, Stored, dequantize, read_directory, read_safetensors, write_safetensors
+from tests.oracle import NUMPY, Stored, dequantize, read_directory, read_safetensors, tree, write_safetensors
 
 FAMILIES = families()
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -33,15 +33,6 @@ TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 INDEX = "model.safetensors.index.json"
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
 WEIGHT, SCALE = "m.q.weight", "m.q.weight_scale_inv"
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {
-        file.relative_to(directory).as_posix(): file.read_bytes()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
 
 
 def one_weight(

@@ -42,7 +42,7 @@ from tests import oracle
 from tests.checkpoint.test_save_fp8 import assert_same_report, plain_save, small_steps, tensors_of
 from tests.distributed import run
 from tests.miniatures import Family, Packed, four_bits
-from tests.oracle import Stored, read_directory, write_safetensors
+from tests.oracle import Stored, read_directory, tree, write_safetensors
 from tests.support import examples
 from tests.test_convert import cut
 
@@ -315,7 +315,7 @@ def test_a_group_with_a_scale_of_zero_is_zeros(name: str, codes: str, tmp_path: 
     assert result.report is not None
     assert (result.report.total.fresh, result.report.total.clipped) == (0, 0)
     assert verify(source, tmp_path / "c").ok
-    assert (files_of(tmp_path / "c") == files_of(source)) == (codes == "zeros")
+    assert (tree(tmp_path / "c") == tree(source)) == (codes == "zeros")
     trained = read_directory(tmp_path / "b")
     stored = next(iter(family.packed))
     values = trained[family.name(stored)].array.astype(np.float32) + np.float32(1)
@@ -341,10 +341,6 @@ def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:
     return directory
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
-
-
 @pytest.mark.parametrize("to", TARGETS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_not_trained_comes_back_byte_for_byte(name: str, to: str, tmp_path: Path) -> None:
@@ -352,7 +348,7 @@ def test_what_was_not_trained_comes_back_byte_for_byte(name: str, to: str, tmp_p
     source = FAMILIES[name].write(tmp_path / "fp4")
     convert(source, tmp_path / "plain", to=to)
     result = convert(tmp_path / "plain", tmp_path / "back", like=source)
-    assert files_of(tmp_path / "back") == files_of(source)
+    assert tree(tmp_path / "back") == tree(source)
     assert isinstance(result, Fp8Result)
     assert result.report is not None
     total = result.report.total
@@ -377,7 +373,7 @@ def test_weights_of_any_shape_come_back(rows: int, pairs: int, two_levels: bool,
         Family(tensors, {}, {}).write(release, files=1)
         convert(release, plain)
         convert(plain, back, like=release)
-        assert files_of(back) == files_of(release)
+        assert tree(back) == tree(release)
 
 
 @pytest.mark.parametrize("scales", ["reuse", "fresh"])
@@ -402,13 +398,13 @@ def test_trained_values_go_back_as_the_oracle(
         assert written[family.blocks[stored][0]].data == of_groups
     cut(monkeypatch, 4096, 1)
     convert(source, tmp_path / "pages", to="fp8", like=base, scales=scales, workers=2)
-    assert files_of(tmp_path / "pages") == files_of(tmp_path / "out")
+    assert tree(tmp_path / "pages") == tree(tmp_path / "out")
     state = tensors_of(source)
     for step in (1 << 19, 100):
         small_steps(monkeypatch, step)
         saved = plain_save(state, tmp_path / f"saved {step}", base, scales=scales)
         assert_same_report(saved.report, result.report)
-        assert files_of(tmp_path / f"saved {step}") == files_of(tmp_path / "out")
+        assert tree(tmp_path / f"saved {step}") == tree(tmp_path / "out")
 
 
 def save_in_shards(source: Path, base: Path, destination: Path, dim: int) -> int:
@@ -438,7 +434,7 @@ def test_shards_that_cut_a_group_or_a_byte_in_two(name: str, size: int, dim: int
     base, source = family.write(tmp_path / "fp4"), write_plain(tmp_path / "source", tensors)
     convert(source, tmp_path / "expected", like=base)
     written = run(size, save_in_shards, source, base, tmp_path / "out", dim)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert sum(written) == sum(len(tensor.data) for tensor in family.tensors.values())
 
 
@@ -531,12 +527,12 @@ def test_a_new_factor_is_the_librarys_and_the_siblings(
     again = convert(source, tmp_path / "pages", like=base, scales=scales, workers=2)
     assert isinstance(again, Fp8Result)
     assert_same_report(again.report, result.report)
-    assert files_of(tmp_path / "pages") == files_of(tmp_path / "out")
+    assert tree(tmp_path / "pages") == tree(tmp_path / "out")
     for step in (1 << 19, 100):
         small_steps(monkeypatch, step)
         saved = plain_save(tensors_of(source), tmp_path / f"saved {step}", base, scales=scales)
         assert_same_report(saved.report, result.report)
-        assert files_of(tmp_path / f"saved {step}") == files_of(tmp_path / "out")
+        assert tree(tmp_path / f"saved {step}") == tree(tmp_path / "out")
 
 
 def test_rows_that_no_chunk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,7 +551,7 @@ def test_rows_that_no_chunk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                     convert(source, at / "cut", like=base)
             else:
                 convert(source, at / "cut", like=base, workers=2)
-                assert files_of(at / "cut") == files_of(at / "out")
+                assert tree(at / "cut") == tree(at / "out")
 
 
 def test_a_base_in_four_bits_is_no_source(tmp_path: Path) -> None:
@@ -669,4 +665,4 @@ def test_gpt_oss_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     for name in ("bf16", "theirs"):
         convert(tmp_path / name, tmp_path / f"{name} back", like=release)
         assert read_directory(tmp_path / f"{name} back") == read_directory(release)
-    assert files_of(tmp_path / "ours") == files_of(tmp_path / "bf16 back") == files_of(release)
+    assert tree(tmp_path / "ours") == tree(tmp_path / "bf16 back") == tree(release)

@@ -38,7 +38,7 @@ from fp8ckpt.tensors.tensor import Reader
 from tests.adapters import F32, PREFIX, factors, merged, values, write_adapter
 from tests.conftest import Run
 from tests.miniatures import Family, families, four_bits
-from tests.oracle import NUMPY, Stored, read_directory, write_safetensors
+from tests.oracle import NUMPY, Stored, read_directory, tree, write_safetensors
 from tests.stopping import CHUNKS, run_until
 from tests.support import examples
 from tests.test_four_bits import with_siblings
@@ -50,10 +50,6 @@ E4M3 = {
 }
 WRITTEN = E4M3 | four_bits()  # the families that merges go back to
 SCALING = 2.0
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def floats(family: Family, weight: str) -> F32:

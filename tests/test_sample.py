@@ -14,7 +14,7 @@ from fp8ckpt.errors import OutputExistsError
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.conftest import Run
-from tests.oracle import Stored, read_directory, read_safetensors
+from tests.oracle import Stored, read_directory, read_safetensors, tree
 
 LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
@@ -24,12 +24,6 @@ SIDE_FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json",
 }  # fmt: skip
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
-    }
 
 
 @pytest.mark.parametrize(("layout", "text", "others"), [

@@ -34,6 +34,7 @@ from tests.miniatures import Family, families
 from tests.oracle import (
     NUMPY,
     Stored,
+    assert_same_tree,
     dequantize,
     fresh_scale,
     maxima,
@@ -42,6 +43,7 @@ from tests.oracle import (
     read_safetensors,
     scale_floats,
     spread,
+    tree,
     write_safetensors,
 )
 from tests.support import ALL, each
@@ -61,21 +63,6 @@ NESTED = [
     ("language_model.lm_head.", "lm_head."),
 ]
 INDEX = "model.safetensors.index.json"
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {
-        file.relative_to(directory).as_posix(): file.read_bytes()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
-
-
-def assert_same_tree(found: Path, expected: Path) -> None:
-    one, two = tree(found), tree(expected)
-    assert one.keys() == two.keys()
-    assert [name for name in one if one[name] != two[name]] == []
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:

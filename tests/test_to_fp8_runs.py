@@ -29,11 +29,20 @@ from tests.campaign.trial import STEPS, digests
 from tests.conftest import Run
 from tests.distributed import Launched
 from tests.miniatures import COMPRESSED, Family, codes, families, scales
-from tests.oracle import Stored, quantize, read_directory, read_safetensors, spread, write_safetensors
+from tests.oracle import (
+    Stored,
+    assert_same_tree,
+    quantize,
+    read_directory,
+    read_safetensors,
+    spread,
+    tree,
+    write_safetensors,
+)
 from tests.stopping import CHUNK, CHUNKS, run_until
 from tests.support import ALL, examples
 from tests.test_resume import GOES_ON, fail_after
-from tests.test_to_fp8 import assert_same_tree, cut, expected_scale, steps, tree, write_plain
+from tests.test_to_fp8 import cut, expected_scale, steps, write_plain
 
 
 class Died(BaseException):

@@ -17,6 +17,7 @@ import pytest
 from fp8ckpt import convert, merge, open_checkpoint
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.distributed import Launched
+from tests.oracle import tree
 
 # The command line with small extents, so that a miniature has work for every rank, and with the faults a test asks for.
 SCRIPT = """
@@ -80,12 +81,6 @@ dist.destroy_process_group()
 if rank == 0:
     print("bytes read:", results[0][0])
 """
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(directory).as_posix(): file.read_bytes() for file in directory.rglob("*") if file.is_file()
-    }
 
 
 def torchrun(ranks: int, *command: object, **environment: str) -> subprocess.Popen[str]:

@@ -57,19 +57,9 @@ from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictA
 from fp8ckpt.sample import Mistral3Sizes
 from tests.distributed import UNEVEN, fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
 from tests.miniatures import Family
-from tests.oracle import Stored, read_directory
+from tests.oracle import Stored, assert_same_tree, read_directory
 from tests.support import ALL, each, pairs
-from tests.test_to_fp8 import (
-    E4M3,
-    OTHERS,
-    UE8M0,
-    assert_same_tree,
-    grown,
-    powers_of_two,
-    siblings,
-    trained,
-    write_plain,
-)
+from tests.test_to_fp8 import E4M3, OTHERS, UE8M0, grown, powers_of_two, siblings, trained, write_plain
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MODES = ("reuse", "fresh")

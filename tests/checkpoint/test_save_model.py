@@ -38,7 +38,7 @@ from fp8ckpt.errors import ModelMismatchError, OutputExistsError, RangeError, Re
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import UNEVEN, Launched, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
 from tests.families.releases import RELEASES
-from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.oracle import Stored, assert_same_tree, read_directory, read_safetensors, tree, write_safetensors
 from tests.support import ALL
 
 
@@ -52,20 +52,6 @@ def paths(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             convert(found[name], root / f"{name}-{to}", to=to)
             found[f"{name} {to}"] = root / f"{name}-{to}"
     return found
-
-
-def _files(directory: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(directory).as_posix(): file.read_bytes()
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-    }
-
-
-def _assert_same_directory(found: Path, expected: Path) -> None:
-    one, two = _files(found), _files(expected)
-    assert one.keys() == two.keys()
-    assert [name for name in one if one[name] != two[name]] == []
 
 
 def _tensor_bytes(directory: Path) -> int:
@@ -89,10 +75,10 @@ def test_load_then_save_equals_convert(name: str, to: str, paths: dict[str, Path
     """With the base, in one process: every file of the directory is the one that `convert` writes, byte for byte."""
     model = load_pretrained(paths[name], dtype=torch.float32)  # rounded once, when it is saved
     done = save_model(model, tmp_path / "out", to=to, like=paths[name])
-    _assert_same_directory(tmp_path / "out", paths[f"{name} {to}"])
+    assert_same_tree(tmp_path / "out", paths[f"{name} {to}"])
     weights = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert (done.to, done.destination) == (to, tmp_path / "out")
-    assert (done.files, done.bytes_written) == (len(_files(tmp_path / "out")), sum(weights))
+    assert (done.files, done.bytes_written) == (len(tree(tmp_path / "out")), sum(weights))
     assert done.tensors == len(model.state_dict())
     assert verify(paths[name], tmp_path / "out").ok
     assert not (tmp_path / "out.partial").exists()
@@ -115,13 +101,13 @@ def test_what_a_base_says_beside_its_tensors(to: str, sample_fp8: Path, tmp_path
     convert(base, tmp_path / "expected", to=to)
     model = load_pretrained(base, dtype=torch.float32)
     save_model(model, tmp_path / "out", to=to, like=base)
-    _assert_same_directory(tmp_path / "out", tmp_path / "expected")
+    assert_same_tree(tmp_path / "out", tmp_path / "expected")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert (index["metadata"]["x"], index["metadata"]["total_parameters"] > 2) == ("kept", True)
     state = {name: checkpoint.read(name) for checkpoint in [open_checkpoint(base)] for name in checkpoint.tensors}
     dcp.save(state, storage_writer=SafetensorsStorageWriter(tmp_path / "plain", dtype="bf16", like=base), no_dist=True)
     convert(base, tmp_path / "expected-bf16")
-    _assert_same_directory(tmp_path / "plain", tmp_path / "expected-bf16")
+    assert_same_tree(tmp_path / "plain", tmp_path / "expected-bf16")
 
 
 def test_threads_is_the_former_name_of_workers(paths: dict[str, Path]) -> None:
@@ -145,7 +131,7 @@ def test_base_is_the_former_name_of_like(paths: dict[str, Path], tmp_path: Path)
             call()
         assert warned[0].filename == __file__
     for name in ("one", "two"):
-        _assert_same_directory(tmp_path / name, paths["uneven bf16"])
+        assert_same_tree(tmp_path / name, paths["uneven bf16"])
     with pytest.raises(TypeError, match="one of them"):
         save_model(model, tmp_path / "five", like=base, base=base)
     with pytest.raises(TypeError, match="needs like"):
@@ -157,7 +143,7 @@ def test_adapter_and_checkpointer(paths: dict[str, Path], tmp_path: Path) -> Non
     model = load_pretrained(paths["uneven"])
     model.state_dict_adapter = Mistral3FP8StateDictAdapter.from_checkpoint(paths["uneven"])
     Checkpointer().save_model(model, tmp_path / "out", like=open_checkpoint(paths["uneven"]))
-    _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+    assert_same_tree(tmp_path / "out", paths["uneven bf16"])
 
 
 def test_changed_weights_are_saved(paths: dict[str, Path], tmp_path: Path) -> None:
@@ -276,7 +262,7 @@ def test_tied_models(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
         model = load_pretrained(source)
         save_model(model, tmp_path / f"out-{head}", like=source)
         convert(source, tmp_path / f"converted-{head}")
-        _assert_same_directory(tmp_path / f"out-{head}", tmp_path / f"converted-{head}")
+        assert_same_tree(tmp_path / f"out-{head}", tmp_path / f"converted-{head}")
     save_model(model, tmp_path / "alone")
     assert read_directory(tmp_path / "alone").keys() == model.state_dict().keys() - {"lm_head.weight"}
     again, info = Mistral3ForConditionalGeneration.from_pretrained(
@@ -446,7 +432,7 @@ def test_no_space_leaves_no_destination(
             save_model(model, tmp_path / "out", like=paths["uneven"])
     assert not (tmp_path / "out").exists()
     save_model(model, tmp_path / "out", like=paths["uneven"])
-    _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+    assert_same_tree(tmp_path / "out", paths["uneven bf16"])
 
 
 # ---------------------------------------------------------------- killed
@@ -476,7 +462,7 @@ def test_what_a_killed_save_left_is_taken_over(paths: dict[str, Path], tmp_path:
         save_model(model, tmp_path / "out", to="fp32", like=paths["uneven"])
     save_model(model, tmp_path / "out", like=paths["uneven"])
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    _assert_same_directory(tmp_path / "out", paths["uneven bf16"])
+    assert_same_tree(tmp_path / "out", paths["uneven bf16"])
 
 
 _LOSES_A_RANK = """
@@ -539,7 +525,7 @@ def test_a_rank_that_outlives_its_coordinator(
         with pytest.raises(BaseException, match="OutputExistsError"):
             save(old, orphan)
     save(old if when == "while" else new, writer(tmp_path / "expected", like=base))
-    _assert_same_directory(out, tmp_path / "expected")
+    assert_same_tree(out, tmp_path / "expected")
 
 
 def _state() -> dict[str, torch.Tensor]:
@@ -652,9 +638,9 @@ def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> N
     for name in outputs:
         assert sum(counts[name] for counts in written) == _tensor_bytes(root / name), name
         if name == "tied":
-            _assert_same_directory(root / name, tmp_path / "tied bf16")
+            assert_same_tree(root / name, tmp_path / "tied bf16")
         elif name != "alone":
-            _assert_same_directory(root / name, paths[name.split()[0] + " bf16"])
+            assert_same_tree(root / name, paths[name.split()[0] + " bf16"])
     if "alone" in outputs:
         again = Mistral3ForConditionalGeneration.from_pretrained(root / "alone", dtype=torch.bfloat16)
         expected = open_checkpoint(paths["identity"])
@@ -707,7 +693,7 @@ def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> No
         assert told[1].startswith("StorageError: ")
         assert told[2] == "nothing was raised"
         assert told[3].startswith("ModelMismatchError: ")
-    _assert_same_directory(tmp_path / "full", paths["uneven bf16"])
+    assert_same_tree(tmp_path / "full", paths["uneven bf16"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "there"]
 
 

@@ -17,7 +17,7 @@ from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError
 from tests.conftest import Run
 from tests.distributed import rewrite
 from tests.families.releases import RELEASES
-from tests.oracle import Stored, read_directory
+from tests.oracle import Stored, read_directory, tree
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -39,10 +39,6 @@ def back(source: Path, base: Path, destination: Path, **how: Any) -> Fp8Result:
     result = convert(source, destination, to="fp8", like=base, **how)
     assert isinstance(result, Fp8Result)
     return result
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 @pytest.mark.parametrize("scales", ["reuse", "fresh"])
@@ -77,7 +73,7 @@ def test_mtp_layers_that_were_trained_are_not_carried(made: Path, tmp_path: Path
     with pytest.raises(ModelMismatchError, match=r": 7 tensors are only in the base"):
         back(source, base, tmp_path / "back", carry="eh_proj")
     result = back(source, base, tmp_path / "back", carry=r"layers\.2\.")
-    assert files_of(tmp_path / "back") == files_of(base)
+    assert tree(tmp_path / "back") == tree(base)
     assert result.report is not None
     assert len(result.report.carried) == 8
 
@@ -94,7 +90,7 @@ def test_what_is_missing_for_no_known_reason_is_named(made: Path, tmp_path: Path
     done = cli(*arguments, "--carry", r"layers\.1\.mlp|^lm_head")
     assert done.returncode == 0, done.stderr
     assert "note: 4 tensors that the source lacks are carried from the base: lm_head.weight" in done.stdout
-    assert files_of(tmp_path / "back") == files_of(base)
+    assert tree(tmp_path / "back") == tree(base)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +167,7 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(mad
     base, plain = made / "Qwen3 tied", made / "Qwen3 tied, bf16"
     copy = rewrite(plain, tmp_path / "copy", lambda t: t | {HEAD: t[EMBEDDINGS]})
     result = back(copy, base, tmp_path / "back")
-    assert files_of(tmp_path / "back") == files_of(base)
+    assert tree(tmp_path / "back") == tree(base)
     assert "lm_head.weight of the source is its embeddings, and is not stored, as in the base" in result.notes
     own = rewrite(plain, tmp_path / "own", lambda t: t | {HEAD: Stored.of(t[EMBEDDINGS].array * 2, "BF16")})
     with pytest.raises(
@@ -227,4 +223,4 @@ def test_a_resized_vocabulary_is_refused_with_what_to_do_and_that_works(made: Pa
     assert loaded.model.embed_tokens.weight.equal(model.model.embed_tokens.weight)
     model.resize_token_embeddings(tokens)
     save_model(model, tmp_path / "as it was", to="fp8", like=base)
-    assert files_of(tmp_path / "as it was") == files_of(base)
+    assert tree(tmp_path / "as it was") == tree(base)

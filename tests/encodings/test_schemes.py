@@ -18,8 +18,18 @@ from safetensors import safe_open
 from fp8ckpt import convert, open_checkpoint, sample, verify
 from fp8ckpt.errors import Fp8CheckpointError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
-from tests.oracle import Stored, fresh_scale, maxima, quantize, read_directory, read_safetensors, write_safetensors
-from tests.test_to_fp8 import assert_same_tree, cut, steps, tree
+from tests.oracle import (
+    Stored,
+    assert_same_tree,
+    fresh_scale,
+    maxima,
+    quantize,
+    read_directory,
+    read_safetensors,
+    tree,
+    write_safetensors,
+)
+from tests.test_to_fp8 import cut, steps
 
 SCHEMES = ("per-tensor", "block", "channel")
 ENDING = {"per-tensor": "_scale_inv", "block": "_scale_inv", "channel": "_scale"}

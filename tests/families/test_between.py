@@ -24,7 +24,7 @@ from fp8ckpt.output import like
 from tests.conftest import Run
 from tests.distributed import rewrite
 from tests.families.releases import RELEASES, experts_apart
-from tests.oracle import Stored, read_directory
+from tests.oracle import Stored, read_directory, tree
 
 STACKED = [name for name, release in RELEASES.items() if release.experts]
 OTHERS = ["Mistral3 nested tied", "Qwen3 tied, head stored", "Mistral4"]
@@ -39,10 +39,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layout in ("file", "model"):
             convert(root / name, root / f"{name}, {layout}", layout=layout)
     return root
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 @pytest.mark.parametrize("name", [*STACKED, *OTHERS])
@@ -68,7 +64,7 @@ def test_stacked_and_not_are_converted_and_compared(name: str, made: Path, tmp_p
     """
     base, stacked = made / name, made / f"{name}, model"
     result = convert(stacked, tmp_path / "back", to="fp8", like=base)
-    assert files_of(tmp_path / "back") == files_of(base)
+    assert tree(tmp_path / "back") == tree(base)
     other = read_directory(stacked).keys() != open_checkpoint(base).tensors.keys()
     assert any("in another way in the source" in note for note in result.notes) == (name in STACKED)
     for pair in ((base, stacked), (stacked, base), (made / f"{name}, file", stacked)):
@@ -115,8 +111,8 @@ def test_trained_experts_become_the_codes_that_they_have_apart(
     for layout in ("file", "model"):
         source = rewrite(made / f"{name}, {layout}", tmp_path / layout, trained)
         convert(source, tmp_path / f"{layout} back", to="fp8", like=made / name, scales=scales)
-    assert files_of(tmp_path / "file back") == files_of(tmp_path / "model back")
-    assert files_of(tmp_path / "file back") != files_of(made / name)
+    assert tree(tmp_path / "file back") == tree(tmp_path / "model back")
+    assert tree(tmp_path / "file back") != tree(made / name)
 
 
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Llama-4", "Mixtral"])
@@ -129,9 +125,9 @@ def test_pieces_of_any_size_give_the_same(
     monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", 1000)
     monkeypatch.setattr("fp8ckpt.encodings.fp8.READ_AT_ONCE", 64)
     convert(made / name, tmp_path / "model", layout="model", workers=3)
-    assert files_of(tmp_path / "model") == files_of(made / f"{name}, model")
+    assert tree(tmp_path / "model") == tree(made / f"{name}, model")
     convert(tmp_path / "model", tmp_path / "back", to="fp8", like=made / name)
-    assert files_of(tmp_path / "back") == files_of(made / name)
+    assert tree(tmp_path / "back") == tree(made / name)
 
 
 def test_a_base_may_be_stacked_where_the_source_is_not(made: Path, tmp_path: Path) -> None:
@@ -141,7 +137,7 @@ def test_a_base_may_be_stacked_where_the_source_is_not(made: Path, tmp_path: Pat
     stacks = [name for name, tensor in read_directory(made / "Mistral4, file").items() if len(tensor.shape) == 3]
     assert not stacks or not read_directory(source).keys() & set(stacks)
     result = convert(source, tmp_path / "back", to="fp8", like=made / "Mistral4")
-    assert files_of(tmp_path / "back") == files_of(made / "Mistral4")
+    assert tree(tmp_path / "back") == tree(made / "Mistral4")
     assert f"{len(stacks)} tensors are stacked, cut or named in another way in the source" in result.notes
     assert verify(source, made / "Mistral4").ok
 
@@ -182,7 +178,7 @@ def test_what_is_cut_off_goes_on_from_there(
         with pytest.raises(StorageError):
             convert(made / source, out, workers=1, **arguments)
     assert convert(made / source, out, **arguments).bytes_resumed > 10 << 12
-    assert files_of(out) == files_of(tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_a_conversion_is_in_several_files_where_it_is_large(
@@ -219,7 +215,7 @@ def test_the_command_line_says_it(made: Path, tmp_path: Path, cli: Run, capsys: 
     base = made / "Llama-4"
     done = cli("convert", base, tmp_path / "bf16", "--layout", "model")
     assert done.returncode == 0, done.stderr
-    assert files_of(tmp_path / "bf16") == files_of(made / "Llama-4, model")
+    assert tree(tmp_path / "bf16") == tree(made / "Llama-4, model")
     refused = cli("convert", tmp_path / "bf16", tmp_path / "x", "--to", "fp8", "--like", base, "--layout", "model")
     assert refused.returncode == 2
     print_compared(verify(base, tmp_path / "bf16"))

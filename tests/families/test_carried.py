@@ -11,7 +11,7 @@ from fp8ckpt import load_pretrained, save_model
 from fp8ckpt.errors import ModelMismatchError
 from fp8ckpt.families.carried import mtp_tensors
 from tests.families.releases import RELEASES
-from tests.oracle import read_directory
+from tests.oracle import read_directory, tree
 
 NAMES = {  # a tensor, a configuration, whether it is of an MTP layer
     "numbered": ("model.layers.61.eh_proj.weight", {"num_hidden_layers": 61, "num_nextn_predict_layers": 1}, True),
@@ -44,10 +44,6 @@ def test_mtp_layers_are_known_by_name_or_number(case: str) -> None:
     assert mtp_tensors([name], config) == ({name} if expected else set())
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
 @pytest.mark.parametrize("to", ["fp8", "bf16"])
 def test_what_is_missing_for_no_known_reason_is_carried_only_where_it_is_said(to: str, tmp_path: Path) -> None:
     """A model without its head is refused, by a message that names the option; with it, the head is the base's."""
@@ -62,9 +58,9 @@ def test_what_is_missing_for_no_known_reason_is_carried_only_where_it_is_said(to
     with pytest.raises(ModelMismatchError, match=r"4 tensors are only in the base"):
         save_model(model, tmp_path / "out", to=to, like=path, carry="lm_head")
     save_model(model, tmp_path / "out", to=to, like=path, carry=r"lm_head|layers\.1\.mlp\.experts\.\d+\.down_proj")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     if to == "fp8":
-        assert files_of(tmp_path / "out") == files_of(path)
+        assert tree(tmp_path / "out") == tree(path)
 
 
 def test_what_the_base_lacks_is_no_matter_of_carrying(tmp_path: Path) -> None:

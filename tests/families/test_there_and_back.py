@@ -24,7 +24,7 @@ from fp8ckpt import convert, load_pretrained, open_checkpoint, save_model
 from fp8ckpt.convert import Fp8Result
 from tests.distributed import assert_same, mesh, run, whole
 from tests.families.releases import RELEASES
-from tests.oracle import read_directory
+from tests.oracle import read_directory, tree
 from tests.support import ALL, each
 
 PROMPT = torch.arange(3, 11)[None]
@@ -44,10 +44,6 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=PROMPT).logits
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
 def assert_loaded(model: nn.Module, name: str, path: Path) -> None:
     """Every tensor of the state dict is what the release holds, stacked by hand."""
     state = model.state_dict()
@@ -65,7 +61,7 @@ def assert_released(directory: Path, name: str, path: Path) -> None:
     assert all(key.endswith((*rounded, "correction_bias")) for key in differ)
     assert bool(differ) == bool(rounded)
     if not differ:
-        assert files_of(directory) == files_of(path)
+        assert tree(directory) == tree(path)
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -122,7 +118,7 @@ def test_save_model_gives_the_release_back(
     if not release.rounded:
         convert(path, tmp_path / "plain")
         save_model(model, tmp_path / "bf16", like=path)
-        assert files_of(tmp_path / "bf16") == files_of(tmp_path / "plain")
+        assert tree(tmp_path / "bf16") == tree(tmp_path / "plain")
 
 
 # ---------------------------------------------------------------- sharded
@@ -184,7 +180,7 @@ def _there_and_back(root: Path, out: Path, name: str, sharding: str) -> None:
     assert_loaded(model, name, root / name)
     save_model(model, out, to="fp8", like=root / name)
     if not RELEASES[name].rounded:
-        assert files_of(out) == files_of(root / name)
+        assert tree(out) == tree(root / name)
 
 
 def _all_there_and_back(root: Path, out: Path, cases: list[tuple[str, str]]) -> None:
