@@ -32,7 +32,7 @@ for job in json.loads(sys.argv[1]):
     print("peak", next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
     command = [sys.executable, "-c", script, json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found = [int(line.split()[1]) << 10 for line in done.stdout.splitlines() if line.startswith("peak")]
     assert len(found) == len(jobs)
@@ -117,7 +117,7 @@ def test_peak_memory_is_bounded_and_does_not_grow(
     checkpoints: tuple[Path, Path, Path], torch_alone: int, tmp_path: Path
 ) -> None:
     """Of everything that only reads, or writes BF16."""
-    assert stored(checkpoints[2]) > 3.5 * stored(checkpoints[1]) > 128 << 20
+    assert stored(checkpoints[2]) > 3 * stored(checkpoints[1]) > 120 << 20
     jobs = []
     for source in checkpoints:
         jobs += [
