@@ -41,10 +41,10 @@ class Answer(NamedTuple):
 
 class Server:
     """Answers requests in threads. ``asked``: all of them; ``fault``: what goes wrong with one, if anything does;
-    "lost": it is done, and the answer does not say so.
+    "lost": it is done, and the answer does not say so; "other": what is given, and said to be, is another range.
     """
 
-    FAULTS = ("503", "reset", "short", "stall")
+    FAULTS = ("503", "reset", "short", "stall", "other")
 
     def __init__(self, answer: Callable[[Asked], Answer]) -> None:
         self.asked: list[Asked] = []
@@ -64,6 +64,10 @@ class Server:
                 if server.latency:
                     server.delay.wait(server.latency)
                 fault = server.fault(asked)
+                if fault == "other" and asked.ranged:
+                    first, last = map(int, asked.headers["range"].removeprefix("bytes=").split("-"))
+                    by = -1 if first else 1
+                    asked = asked._replace(headers={**asked.headers, "range": f"bytes={first + by}-{last + by}"})
                 answer = Answer(503, {}, b"") if fault == "503" else server._answer(asked)
                 with suppress(ConnectionError):
                     self._send(Answer(503, {}, b"") if fault == "lost" else answer, fault)

@@ -409,7 +409,7 @@ def test_each_fault_is_retried(far: Far, fault: str, sample_fp8: Path) -> None:
 
 
 @SERVED
-@pytest.mark.parametrize("fault", ["503", "reset", "short"])
+@pytest.mark.parametrize("fault", ["503", "reset", "short", "other"])
 def test_what_never_comes_is_named(far: Far, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the last attempt: store, object, range and attempt; and no secret. The pauses before it grow."""
     monkeypatch.setattr(remote, "_BLOCK", 1)
@@ -425,6 +425,60 @@ def test_what_never_comes_is_named(far: Far, fault: str, monkeypatch: pytest.Mon
     assert "secret" not in message
     assert len(far.pauses) == 7
     assert all(2 * far.pauses[i + 2] > 3 * far.pauses[i] for i in range(4))
+
+
+@S3
+@pytest.mark.parametrize("times", [2, 1000])
+def test_an_answer_with_all_of_the_object(far: Far, times: int, converted: Path, tmp_path: Path) -> None:
+    """In place of a range: it is asked for again, and in the end named; what was written is kept."""
+    store, left = far.store(), [times]
+    answer = far.server._answer
+
+    def whole(asked: Asked) -> Answer:
+        if asked.ranged and left[0] and (tmp_path / "out.partial").exists():
+            left[0] -= 1
+            asked = asked._replace(headers={key: value for key, value in asked.headers.items() if key != "range"})
+        return answer(asked)
+
+    checkpoint = open_checkpoint(store)
+    far.server._answer = whole
+    if times == 2:
+        convert(checkpoint, tmp_path / "out")
+        assert contents(tmp_path / "out") == contents(converted)
+    else:
+        with pytest.raises(StorageError, match="attempt 8: the answer is no range"):
+            convert(checkpoint, tmp_path / "out")
+        assert os.listdir(tmp_path) == ["out.partial"]
+
+
+def test_what_brings_something_is_no_failed_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that shortens every answer takes as many requests as it takes, without pauses that grow."""
+    monkeypatch.setattr(remote, "_PROGRESS", 10)
+    objects, pauses = _Counting({"a": bytes(range(200))}), list[float]()
+    get = objects.get
+    monkeypatch.setattr(objects, "get", lambda name, start, stop, stat: get(name, start, min(stop, start + 10), stat))
+    out = np.zeros(200, np.uint8)
+    remote.RemoteStore(objects, pauses.append).read([ByteRange("a", 0, 200)], [out])
+    assert bytes(out) == objects.files["a"]
+    assert len(pauses) == 19
+    assert max(pauses) <= 0.25
+
+
+@pytest.mark.parametrize(("said", "pause"), [("40", 40.0), ("86400", 300.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0)])
+@WEB
+def test_a_server_that_wants_to_be_left_alone(far: Far, said: str, pause: float, sample_fp8: Path) -> None:
+    """What Retry-After asks for is waited for, within reason."""
+    store, left, answer = far.store(), [1], far.server._answer
+    store.files()
+
+    def busy(asked: Asked) -> Answer:
+        left[0] -= 1
+        return Answer(429, {"Retry-After": said}, b"") if left[0] >= 0 else answer(asked)
+
+    far.server._answer = busy
+    assert open_checkpoint(store).tensors.keys() == open_checkpoint(sample_fp8).tensors.keys()
+    assert len(far.pauses) == 1
+    assert pause <= far.pauses[0] <= max(pause, 1.0)
 
 
 @pytest.mark.parametrize("far", ["s3", "web"], indirect=True)  # huggingface_hub asks again by itself
@@ -449,7 +503,7 @@ def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypat
             return None
         count[0] += 1
         streak[key] = streak.get(key, 0) + 1
-        return draw.choice(["503", "reset", "short"])
+        return draw.choice(["503", "reset", "short", "other"])
 
     store = far.store()
     store.files()
@@ -508,6 +562,29 @@ def test_a_file_of_a_web_server_that_changes(what: str, sample_fp8: Path) -> Non
 
 
 @S3
+def test_ctrl_c_while_the_store_is_silent(far: Far, tmp_path: Path) -> None:
+    """What waits for it is not waited for: exit 130, and what was written is named."""
+    out = tmp_path / "out"
+    code = "from fp8ckpt.cli import main, printing; printing._GRACE = 0.1\n"
+    code += f"import sys; sys.argv = ['fp8ckpt', 'convert', {far.url!r}, {str(out)!r}]\n"
+    code += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); main()"
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+    def silent(asked: Asked) -> str | None:
+        if not asked.ranged or not (tmp_path / "out.partial").exists():
+            return None
+        os.kill(child.pid, signal.SIGINT)
+        return "stall"
+
+    far.server.fault = silent
+    _, said = child.communicate(timeout=25)  # a stall is one after thirty seconds
+    assert child.returncode == 130
+    assert (
+        said == f"fp8ckpt: interrupted; what was written is in {out}.partial, and the same command goes on from there\n"
+    )
+
+
+@S3
 def test_a_kill_and_a_second_run(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle, by the request that it makes then: the second run ends with the same bytes."""
     code = "from fp8ckpt.output import extents; extents.CHUNK = 4096; extents.EXTENT = 16384\n"
@@ -556,7 +633,7 @@ def test_the_token_goes_to_the_hub_alone(far: Far, sample_fp8: Path, caplog: pyt
 
 
 @HUB
-def test_a_signed_place_that_holds_no_more(far: Far, sample_fp8: Path) -> None:
+def test_a_signed_place_that_holds_no_more(far: Far, sample_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the Hub led to is used until it is refused, and asked for again then."""
     assert far.hub is not None
     checkpoint, near = open_checkpoint(far.store()), open_checkpoint(sample_fp8)
@@ -565,7 +642,21 @@ def test_a_signed_place_that_holds_no_more(far: Far, sample_fp8: Path) -> None:
     assert checkpoint.read(name).equal(near.read(name))
     assert len(far.hub.hub.asked) == before
     far.hub.signature = "2"
-    assert checkpoint.read(name).equal(near.read(name))
+    meet, left = threading.Barrier(2, timeout=20), [2]
+
+    def together(asked: Asked) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            meet.wait()
+
+    far.server.fault = together
+    monkeypatch.setattr(remote, "_BLOCK", 1)
+    several = [
+        tensor.name for tensor in checkpoint.quantized if tensor.weight.file == checkpoint.quantized[0].weight.file
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for name, read in zip(several[:2], pool.map(checkpoint.read, several[:2]), strict=True):
+            assert read.equal(near.read(name))
 
 
 @WEB

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, resumable, share, size, table
+from fp8ckpt.cli.printing import (
+    answer,
+    answer_forecast,
+    interruptible,
+    print_nan_codes,
+    print_notes,
+    share,
+    size,
+    table,
+)
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -110,7 +119,7 @@ def convert(
             forecast = plan_convert(source, destination, **arguments)
         answer_forecast(forecast, as_json=as_json, quiet=quiet)
         return
-    with resumable(destination), usage(), progress("converting", quiet=quiet) as reported:
+    with interruptible(destination), usage(), progress("converting", quiet=quiet) as reported:
         result = run(source, destination, **arguments, report_html=report_html, workers=workers, progress=reported)
     page = None if report_html is None else report_html.absolute()
     answer(result, lambda found: _print(found, page), as_json=as_json, quiet=quiet, page=page)

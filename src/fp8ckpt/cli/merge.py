@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast, print_nan_codes, print_notes, resumable, share, size, table
+from fp8ckpt.cli.printing import (
+    answer,
+    answer_forecast,
+    interruptible,
+    print_nan_codes,
+    print_notes,
+    share,
+    size,
+    table,
+)
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -67,7 +76,7 @@ def merge(
             forecast = plan_merge(base, adapters, destination, **how)
         answer_forecast(forecast, as_json=as_json, quiet=quiet)
         return
-    with resumable(destination), usage(), progress("merging", quiet=quiet) as reported:
+    with interruptible(destination), usage(), progress("merging", quiet=quiet) as reported:
         result = run(base, adapters, destination, **how, workers=workers, progress=reported)
     answer(result, _print, as_json=as_json, quiet=quiet)
 

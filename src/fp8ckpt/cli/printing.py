@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 from fp8ckpt.errors import Fp8CheckpointError, shown
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MOST_OF_A_KIND = 20  # lines
+_GRACE = 2.0  # seconds
 _STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}  # numbers of the terminal's own
 
 
@@ -44,17 +48,39 @@ def refuse(error: Fp8CheckpointError) -> NoReturn:
 
 
 @contextmanager
-def resumable(destination: Path) -> Iterator[None]:
-    """A job that Ctrl-C ends says what it leaves, and how to go on."""
+def interruptible(destination: Path | None = None) -> Iterator[None]:
+    """Ctrl-C ends a job within seconds; one that writes says what it leaves, and how to go on.
+
+    What is under way is waited for, and no longer than `_GRACE`: a store or a disk may be silent, and a run may be cut
+    off at any moment.
+    """
+
+    def leave() -> None:
+        if speaks():
+            from fp8ckpt.convert import kept_of
+
+            kept = None if destination is None else kept_of(destination)
+            where = f"; what was written is in {shown(kept)}, and the same command goes on from there" if kept else ""
+            print(f"fp8ckpt: interrupted{where}", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_GRACE, leave)
+        timer.daemon = True
+        timer.start()
+        if callable(before):
+            before(number, frame)  # raises KeyboardInterrupt
+
+    if before is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        from fp8ckpt.convert import kept_of
-
-        kept = kept_of(destination)
-        where = f"; what was written is in {shown(kept)}, and the same command goes on from there" if kept else ""
-        print(f"fp8ckpt: interrupted{where}", file=sys.stderr)
-        sys.exit(130)
+        leave()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def answer(result: T, print_text: Callable[[T], None], *, as_json: bool, quiet: bool, **more: object) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fp8ckpt.cli.options import Json, Plan, Quiet, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast
+from fp8ckpt.cli.printing import answer, answer_forecast, interruptible
 from fp8ckpt.cli.progress import progress
 
 
@@ -56,7 +56,7 @@ def sample(
     changed = {name: size for name, size in given.items() if size is not None}
     if foreign := sorted(changed.keys() - known):
         raise typer.BadParameter(f"--{foreign[0].replace('_', '-')} does not go with --scheme {scheme}")
-    with usage():
+    with interruptible(), usage():
         sizes = dataclasses.replace(family.true_shape() if true_shape else family(), **changed)
         if plan:
             forecast = plan_sample(destination, sizes, layout=layout, files=files, sparse=sparse)

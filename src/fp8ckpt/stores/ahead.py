@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 AHEAD = 192 << 20  # bytes; with what threads read beside it, all stays below 256 MiB
 REQUEST = 16 << 20  # bytes; at most of one request
-GAP = 1 << 20  # bytes that are read over rather than asking twice, within one read
+GAP = 128 << 10  # bytes that are read over rather than asking twice, within one read
 _BETWEEN_READS = 16  # what is read over between two reads is at most one part in so many of what comes before it
 _NEAR = 64  # bytes that are read over in any case: scales of one value have others, and norms, between them
 _BATCH = 3 * REQUEST  # bytes that are looked at together

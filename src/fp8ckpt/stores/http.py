@@ -25,7 +25,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met
+from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_range
 from fp8ckpt.stores.store import Stat
 
 _PIECE = 1 << 19  # bytes
@@ -78,8 +78,7 @@ class HttpObjects:
             if response.status != 206:
                 remedy = "fetch the files, or serve them with ranges"
                 raise StorageError(f"{self.where} serves no ranges", file=name, remedy=remedy)
-            if not response.headers.get("Content-Range", "").endswith(f"/{stat.size}"):
-                raise SourceChangedError.of(name)
+            refuse_other_range(response.headers.get("Content-Range"), start, stop, name, stat)
             self.refuse_other(name, stat, response.headers)
             yield from response.stream(_PIECE, decode_content=False)
 
@@ -96,8 +95,9 @@ class HttpObjects:
         """
         from urllib3.exceptions import HTTPError
 
-        url, named = self._leads.get(name) or self.url(name), _origin(self.url(name))
+        led = self._leads.get(name)
         try:
+            url, named = led or self.url(name), _origin(self.url(name))
             for _ in range(_MOST_REDIRECTS):
                 own = self.headers() if _origin(url) == named else {}
                 with closing(_asked(method, url, {**own, **_ENCODED, **asked})) as response:
@@ -105,11 +105,17 @@ class HttpObjects:
                         response.drain_conn()
                         url = self._led_to(url, location, name)
                         continue
-                    self._refuse(response.status, name, listed)
+                    if led is not None and response.status >= 400:  # such links hold for a while
+                        if self._leads.get(name) == led:
+                            del self._leads[name]
+                        raise Broken(f"the server answered {response.status}, where it had led to before")
+                    self._refuse(response, name, listed)
                     if listed and _origin(url) != named:
                         self._leads[name] = url
                     yield response
                     return
+        except ValueError as error:
+            raise no_request(error, self.where) from None
         except HTTPError as error:
             raise met(error, self.where) from None
         raise StorageError(f"more than {_MOST_REDIRECTS} redirects", file=name or self.where, remedy="check the URL")
@@ -125,16 +131,15 @@ class HttpObjects:
             return target._replace(netloc=urlsplit(url).netloc).geturl()
         return target.geturl()
 
-    def _refuse(self, status: int, name: str, listed: bool) -> None:
-        if status >= 400 and self._leads.pop(name, None) is not None:
-            raise Broken(f"the server answered {status}, where it had led to before")
+    def _refuse(self, response: Any, name: str, listed: bool) -> None:
+        status = response.status
         if status in (408, 429) or status >= 500:
-            raise Broken(f"the server answered {status}")
+            raise Broken(f"the server answered {status}", after=response.headers.get("Retry-After"))
         if listed and status in (404, 410, 412, 416):
             raise SourceChangedError.of(name)
         if status in (404, 410):
             raise CheckpointNotFoundError(f"the server answered {status}", file=self.where, remedy="check the URL")
-        if status >= 400:
+        if status >= 300:
             raise StorageError(f"{self.where} answered {status}", file=name or None, remedy=self.permission)
 
     def _stat(self, name: str) -> Stat:
@@ -172,6 +177,12 @@ class HttpObjects:
                 yield folder + below
             elif depth < _DEEPEST:
                 yield from self._names(folder + below, depth + 1)
+
+
+def no_request(error: ValueError, where: str) -> StorageError:
+    """A URL that is none, or a token that no header can hold: nothing was asked."""
+    remedy = "check the URL, where its server leads to, and the token"
+    return StorageError(f"no request can be made of it ({type(error).__name__})", file=where, remedy=remedy)
 
 
 def _asked(method: str, url: str, headers: Mapping[str, str]) -> Any:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.http import HttpObjects
+from fp8ckpt.stores.http import HttpObjects, no_request
 from fp8ckpt.stores.remote import Broken, met
 from fp8ckpt.stores.store import Stat
 
@@ -40,7 +40,7 @@ class HubObjects(HttpObjects):
         self._folder = f"{folder}/" if folder else ""
         self._commit = commit
         self._leads = {}
-        self._etags: dict[str, str] = {}
+        self._etags: dict[tuple[str, str | None], str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HubObjects, (self._address, self._commit)
@@ -79,9 +79,9 @@ class HubObjects(HttpObjects):
             }
 
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
-        """The commit decides what a file is; and whoever serves it gives it one ETag."""
-        etag = headers.get("ETag", "").removeprefix("W/")
-        if headers.get("X-Repo-Commit", self._commit) != self._commit or self._etags.setdefault(name, etag) != etag:
+        """The commit decides what a file is; and each host that serves it gives it one ETag."""
+        etag, by = headers.get("ETag", "").removeprefix("W/"), (name, urlsplit(self._leads.get(name, "")).hostname)
+        if headers.get("X-Repo-Commit", self._commit) != self._commit or self._etags.setdefault(by, etag) != etag:
             raise SourceChangedError.of(name)
 
     @contextmanager
@@ -97,6 +97,8 @@ class HubObjects(HttpObjects):
             raise UnsupportedStoreError(
                 "it is no model of the Hub", file=self.where, expected="hf://org/name or hf://org/name@revision"
             ) from None
+        except ValueError as error:
+            raise no_request(error, self.where) from None
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status >= 500 or status in (408, 429):

@@ -4,13 +4,14 @@
 - *One version.* The listing gives each object's size and ETag (or blob id), and every request is for that version:
   whatever else is there by then is a `SourceChangedError`, and never a mix.
 - *Few requests, many at once.* Ranges of one read that follow each other are joined into requests of at most 16 MiB. A
-  gap is read, and thrown away, where that is cheaper than another request: up to 1 MiB, which takes about as long to
-  come as a request takes to begin. So a slice of columns reads at most what its strips span; ranges that are asked for
-  by different reads are joined by another rule (`fp8ckpt.stores.ahead`).
+  gap is read, and thrown away, where that is cheaper than another request: up to 128 KiB, which takes about as long to
+  come as a request costs where so many are under way. So a slice of columns reads at most what its strips span; ranges
+  that are asked for by different reads are joined by another rule (`fp8ckpt.stores.ahead`).
 - *Nothing twice.* A short range is read, before a job announces its own, with all of the block of 128 KiB that it lies
   in, which is kept: headers, configurations, scales, and the norms between them, are looked at by several.
-- *Whole, or a named error.* What breaks on the way (5xx, a reset, a short body, a stall) is asked for again, from the
-  byte at which it broke, after growing pauses; after `ATTEMPTS` the error names store, object, range and attempt.
+- *Whole, or a named error.* What breaks on the way (5xx, a reset, a short body, a stall, another range than was asked
+  for) is asked for again, from the byte at which it broke, after growing pauses, or those that the server wants; after
+  `ATTEMPTS` that brought nothing the error names store, object, range and attempt.
 - *No secrets.* Messages show the URL without user, password and query, and say in our own words what a client met.
 
 Bytes go straight into the caller's buffers: what is thrown away takes no memory.
@@ -19,6 +20,7 @@ Bytes go straight into the caller's buffers: what is thrown away takes no memory
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from bisect import bisect_right
@@ -42,19 +44,41 @@ AT_ONCE = 32  # requests
 ATTEMPTS = 8
 ATTEMPTS_TO_LIST = 4  # whoever mistyped a host waits for it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 16.0  # seconds
+_MOST_PATIENT = 300.0  # seconds; for so long a pause that a server asks for is made: the Hub counts over five minutes
+_PROGRESS = 64 << 10  # bytes; an attempt that brought so many does not count
 TIMEOUT = 30.0  # seconds without a byte are a stall
 _BLOCK, _MOST_BLOCKS = 128 << 10, 256  # bytes, and how many are kept
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoint; not part of it
 
 
 class Broken(Exception):
     """A request came to nothing, or to a part; it may do better the next time. In words without secrets; ``remedy``:
-    what to do if it never does.
+    what to do if it never does; ``after``: seconds that the server wants to be left alone for.
     """
 
-    def __init__(self, found: str, remedy: str = "see whether the store answers, and run it again") -> None:
+    def __init__(
+        self, found: str, remedy: str = "see whether the store answers, and run it again", *, after: str | None = None
+    ) -> None:
         super().__init__(found)
         self.remedy = remedy
+        self.after = min(float(after), _MOST_PATIENT) if after and after.isdigit() else 0.0
+        self.brought = 0  # bytes, before it broke
+
+
+def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat: Stat) -> None:
+    """Hold the ``Content-Range`` of an answer against what was asked for; an answer may be shorter.
+
+    Raises `Broken` where it is another range, or none, and `SourceChangedError` where it is of another size.
+    """
+    match = _CONTENT_RANGE.fullmatch(said or "")
+    if match is None:
+        raise Broken("the answer is no range", "fetch the files, or read them where ranges are served")
+    first, last, size = match.groups()
+    if size not in (str(stat.size), "*"):
+        raise SourceChangedError.of(name)
+    if int(first) != start or int(last) >= stop:
+        raise Broken(f"the answer is of bytes {first}-{last}")
 
 
 _PLACE = "check the URL, the endpoint (AWS_ENDPOINT_URL, HF_ENDPOINT) and this machine's network"
@@ -220,10 +244,15 @@ class RemoteStore:
         filling = _Filling(request)
 
         def attempt() -> None:
-            for data in self._objects.get(request.file, filling.at, request.stop, stat):
-                filling.take(data)
-            if filling.at < request.stop:
-                raise Broken(f"the body ended at byte {filling.at}")
+            begun = filling.at
+            try:
+                for data in self._objects.get(request.file, begun, request.stop, stat):
+                    filling.take(data)
+                if filling.at < request.stop:
+                    raise Broken(f"the body ended at byte {filling.at}")
+            except Broken as error:
+                error.brought = filling.at - begun
+                raise
 
         what = f"bytes {request.start}-{request.stop - 1} of {self.where}"
         attempted(attempt, ATTEMPTS, f"reading {what}", request.file, self._pause)
@@ -236,17 +265,21 @@ class RemoteStore:
 def attempted(
     step: Callable[[], T], most: int, doing: str, file: str | None, pause: Callable[[float], None] | None = None
 ) -> T:
-    """What a step gives, in at most so many attempts. Raises `StorageError` after the last; ``doing`` says what."""
-    for count in range(1, most + 1):
+    """What a step gives, in at most so many attempts that bring nothing. Raises `StorageError` after the last;
+    ``doing`` says what.
+    """
+    count = 0
+    while True:
         try:
             return step()
         except Broken as error:
+            count = 1 if error.brought >= _PROGRESS else count + 1
             if count == most:
                 found = f"{doing} failed at attempt {count}: {error}"
                 raise StorageError(found, file=file, remedy=error.remedy) from None
-        longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
-        (pause or wait)(longest * random.uniform(0.5, 1))  # or all requests of all ranks come again at once
-    raise AssertionError("at least one attempt")
+            longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
+            pauses = longest * random.uniform(0.5, 1)  # or all requests of all ranks come again at once
+            (pause or wait)(max(pauses, error.after))
 
 
 def _restored(objects: Objects, listing: dict[str, Stat] | None) -> RemoteStore:

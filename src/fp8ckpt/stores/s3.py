@@ -23,7 +23,7 @@ from fp8ckpt.errors import (
     UnsupportedStoreError,
 )
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met
+from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_range
 from fp8ckpt.stores.store import Stat
 
 _PIECE = 1 << 19  # bytes; longer ones take fresh memory each
@@ -130,8 +130,9 @@ class S3Objects:
                 Bucket=self.bucket, Key=self.key(name), Range=f"bytes={start}-{stop - 1}", IfMatch=stat.version
             )
             try:
-                if answer["ETag"] != stat.version or not answer.get("ContentRange", "").endswith(f"/{stat.size}"):
+                if answer.get("ETag", stat.version) != stat.version:
                     raise SourceChangedError.of(name)
+                refuse_other_range(answer.get("ContentRange"), start, stop, name, stat)
                 while piece := answer["Body"].read(_PIECE):
                     yield piece
             finally:
