@@ -465,7 +465,7 @@ def test_what_brings_something_is_no_failed_attempt(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("said", "pause"), [("40", 40.0), ("86400", 300.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0)])
-@WEB
+@pytest.mark.parametrize("far", ["s3", "web"], indirect=True)
 def test_a_server_that_wants_to_be_left_alone(far: Far, said: str, pause: float, sample_fp8: Path) -> None:
     """What Retry-After asks for is waited for, within reason."""
     store, left, answer = far.store(), [1], far.server._answer

@@ -286,7 +286,8 @@ class S3Objects:
         code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
         found = f"the store answered {status} {'' if code == str(status) else code}".rstrip()
         if (status >= 500 and status != 501) or status in (408, 429) or code in _LATER:
-            return Broken(found, *([_REMEDIES[code]] if code in _REMEDIES else []))
+            after = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
+            return Broken(found, *([_REMEDIES[code]] if code in _REMEDIES else []), after=after)
         if name is not None and not writing and status in (404, 412, 416):
             return SourceChangedError.of(name)
         remedy = _REMEDIES.get(code) or ("check the URL" if status == 404 else self._permission(writing))
