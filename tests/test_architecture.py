@@ -20,18 +20,9 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in R
 JOBS = ("convert", "inspect", "merge", "plan", "report", "sample", "verify")
 
 _BELOW_CHECKPOINT = {
-    "engine",
-    "encodings",
-    "families",
-    "output",
-    "tensors",
-    "stores",
-    "numerics",
-    "ranks",
-    "workers",
-    "system",
+    "engine", "encodings", "families", "output", "tensors", "stores", "numerics", "ranks", "workers", "system",
     "targets",
-}
+}  # fmt: skip
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
 ARROWS = {
@@ -62,42 +53,12 @@ ARROWS = {
 WITHOUT_ERRORS = {"errors", "version", "targets", "numerics", "__main__"}
 
 PUBLIC = [
-    "Assembly",
-    "Checkpoint",
-    "Checkpointer",
-    "ConvertResult",
-    "FP8StorageReader",
-    "FP8StorageWriter",
-    "Forecast",
-    "Fp8CheckpointError",
-    "Fp8Result",
-    "Inspection",
-    "MergeResult",
-    "Piece",
-    "PlainResult",
-    "Plan",
-    "QuantizedTensor",
-    "Report",
-    "SafetensorsStorageWriter",
-    "StateDictAdapter",
-    "TensorSpan",
-    "VerifyResult",
-    "__version__",
-    "convert",
-    "inspect",
-    "load_model",
-    "load_pretrained",
-    "merge",
-    "open_checkpoint",
-    "plan",
-    "plan_convert",
-    "plan_merge",
-    "plan_sample",
-    "report",
-    "sample",
-    "save_model",
-    "verify",
-]
+    "Assembly", "Checkpoint", "Checkpointer", "ConvertResult", "FP8StorageReader", "FP8StorageWriter", "Forecast",
+    "Fp8CheckpointError", "Fp8Result", "Inspection", "MergeResult", "Piece", "PlainResult", "Plan", "QuantizedTensor",
+    "Report", "SafetensorsStorageWriter", "StateDictAdapter", "TensorSpan", "VerifyResult", "__version__", "convert",
+    "inspect", "load_model", "load_pretrained", "merge", "open_checkpoint", "plan", "plan_convert", "plan_merge",
+    "plan_sample", "report", "sample", "save_model", "verify",
+]  # fmt: skip
 
 
 class Import(NamedTuple):
@@ -376,18 +337,8 @@ def test_the_heavy_check_can_fail() -> None:
 
 
 READERS = {
-    "open",
-    "fdopen",
-    "walk",
-    "scandir",
-    "listdir",
-    "pread",
-    "preadv",
-    "read_text",
-    "read_bytes",
-    "glob",
-    "rglob",
-}
+    "open", "fdopen", "walk", "scandir", "listdir", "pread", "preadv", "read_text", "read_bytes", "glob", "rglob",
+}  # fmt: skip
 READERS |= {"iterdir", "cmp", "memmap", "fromfile"}
 
 

@@ -345,23 +345,20 @@ def test_names_of_any_kind_are_spelled_as_safetensors_does(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("to", TARGETS)
-@pytest.mark.parametrize(
-    ("weight_shape", "scale_shape", "block"),
-    [
-        ((0, 16), (), (1, 1)),
-        ((0, 16), (1,), (1, 1)),
-        ((16, 0), (1, 1), (1, 1)),
-        ((0, 16), (0, 1), (1, 16)),
-        ((0, 256), (0, 2), (128, 128)),
-        ((), (), ()),
-        ((), (1,), ()),
-        ((5,), (), (5,)),
-        ((5,), (1,), (5,)),
-        ((5,), (5,), (1,)),
-        ((1,), (1,), (1,)),
-        ((1, 1), (1, 1), (1, 1)),
-    ],
-)
+@pytest.mark.parametrize(("weight_shape", "scale_shape", "block"), [
+    ((0, 16), (), (1, 1)),
+    ((0, 16), (1,), (1, 1)),
+    ((16, 0), (1, 1), (1, 1)),
+    ((0, 16), (0, 1), (1, 16)),
+    ((0, 256), (0, 2), (128, 128)),
+    ((), (), ()),
+    ((), (1,), ()),
+    ((5,), (), (5,)),
+    ((5,), (1,), (5,)),
+    ((5,), (5,), (1,)),
+    ((1,), (1,), (1,)),
+    ((1, 1), (1, 1), (1, 1)),
+])  # fmt: skip
 def test_empty_scalar_and_vector_weights(
     weight_shape: tuple[int, ...], scale_shape: tuple[int, ...], block: tuple[int, ...], to: str, tmp_path: Path
 ) -> None:
@@ -435,19 +432,13 @@ def test_every_family_in_pages_equals_the_oracle(name: str, tmp_path: Path, monk
     assert read_directory(tmp_path / "out") == family.expected("F32")
 
 
-@pytest.mark.parametrize(
-    ("metadata", "kept"),
-    [
-        (
-            {"_quantization_metadata": "{}", "quantization_config": "{}", "modelspec.title": "x"},
-            {"modelspec.title": "x"},
-        ),
-        ({"tensor_names": '["m.weight", "format", 3]', "m.weight": "{}", "n": "1"}, {"n": "1"}),
-        ({"tensor_names": "[[", "m.weight": "x"}, None),
-        ({"tensor_names": "[" * 100_000, "m.weight": "x"}, None),
-        ({"tensor_names": '"a, b"', "m.weight": "x"}, None),
-    ],
-)
+@pytest.mark.parametrize(("metadata", "kept"), [
+    ({"_quantization_metadata": "{}", "quantization_config": "{}", "modelspec.title": "x"}, {"modelspec.title": "x"}),
+    ({"tensor_names": '["m.weight", "format", 3]', "m.weight": "{}", "n": "1"}, {"n": "1"}),
+    ({"tensor_names": "[[", "m.weight": "x"}, None),
+    ({"tensor_names": "[" * 100_000, "m.weight": "x"}, None),
+    ({"tensor_names": '"a, b"', "m.weight": "x"}, None),
+])  # fmt: skip
 def test_what_metadata_says_of_quantization_goes(metadata: dict[str, str], kept: dict[str, str] | None) -> None:
     """And nothing else: what only looks like torchao's list of names is kept."""
     given = {**metadata, "format": "pt"}

@@ -107,22 +107,19 @@ def test_blocks(sample_block: Path) -> None:
     assert set(rows["BF16", "stored without a scale"].modules) == {"lm_head.weight", "model.layers.*.mlp.gate.weight"}
 
 
-@pytest.mark.parametrize(
-    ("entry", "listed"),
-    [
-        ("lm_head", True),
-        ("m.lm_head", False),
-        ("head", False),
-        ("m", False),
-        ("re:.*head$", True),
-        ("re:head", False),
-        ("re:(", False),
-        ("*head", True),
-        ("lm*", True),
-        ("l*d", True),
-        ("m*x", False),
-    ],
-)
+@pytest.mark.parametrize(("entry", "listed"), [
+    ("lm_head", True),
+    ("m.lm_head", False),
+    ("head", False),
+    ("m", False),
+    ("re:.*head$", True),
+    ("re:head", False),
+    ("re:(", False),
+    ("*head", True),
+    ("lm*", True),
+    ("l*d", True),
+    ("m*x", False),
+])  # fmt: skip
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules"])
 def test_skip_lists(key: str, entry: str, listed: bool, tmp_path: Path) -> None:
     """An entry of a skip list speaks of a module by name, ancestor, leaf, wildcard or pattern, and of no other."""
@@ -231,20 +228,17 @@ def test_command_line(sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
     assert cli("inspect").returncode == 2
 
 
-@pytest.mark.parametrize(
-    ("shape", "scale", "stated", "block"),
-    [
-        ((128, 128), (1, 1), (128, 128), "128 x 128"),
-        ((64, 300), (1, 3), (128, 128), "128 x 128"),
-        ((300, 64), (3, 1), (128, 128), "128 x 128"),
-        ((128, 128), (), (128, 128), "per tensor"),
-        ((128, 128), (1,), (128, 128), "per tensor"),
-        ((3, 128, 128), (3, 1, 1), (128, 128), "1 x 128 x 128"),
-        ((24, 32), (24, 1), (1, 32), "1 x 32"),
-        ((24, 32), (24, 1), None, "1 x all"),
-        ((24, 32), (24, 1), (128, 128), "1 x all"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "scale", "stated", "block"), [
+    ((128, 128), (1, 1), (128, 128), "128 x 128"),
+    ((64, 300), (1, 3), (128, 128), "128 x 128"),
+    ((300, 64), (3, 1), (128, 128), "128 x 128"),
+    ((128, 128), (), (128, 128), "per tensor"),
+    ((128, 128), (1,), (128, 128), "per tensor"),
+    ((3, 128, 128), (3, 1, 1), (128, 128), "1 x 128 x 128"),
+    ((24, 32), (24, 1), (1, 32), "1 x 32"),
+    ((24, 32), (24, 1), None, "1 x all"),
+    ((24, 32), (24, 1), (128, 128), "1 x all"),
+])  # fmt: skip
 def test_a_block_is_named_by_its_size(
     shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, ...] | None, block: str, tmp_path: Path
 ) -> None:

@@ -131,17 +131,14 @@ def test_what_models_have_no_place_for_is_left_out(tmp_path: Path) -> None:
     assert [rank.tensors for rank in found.ranks] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    ("mesh", "message"),
-    [
-        ({"ranks": 0}, "ranks is 0"),
-        ({"ranks": 4, "tp": -1}, "tp is -1"),
-        ({"ranks": 6, "tp": 4}, "6 ranks are no multiple of tp \\* pp = 4"),
-        ({"ranks": 4, "pp": 4}, "pp is 4, and the model has 2 layers"),
-        ({"ranks": 4, "pp": 2, "ep": 4}, "a divisor of the 2 ranks of a stage"),
-        ({"ranks": 4, "ep": 4}, "the model has no experts"),
-    ],
-)
+@pytest.mark.parametrize(("mesh", "message"), [
+    ({"ranks": 0}, "ranks is 0"),
+    ({"ranks": 4, "tp": -1}, "tp is -1"),
+    ({"ranks": 6, "tp": 4}, "6 ranks are no multiple of tp \\* pp = 4"),
+    ({"ranks": 4, "pp": 4}, "pp is 4, and the model has 2 layers"),
+    ({"ranks": 4, "pp": 2, "ep": 4}, "a divisor of the 2 ranks of a stage"),
+    ({"ranks": 4, "ep": 4}, "the model has no experts"),
+])  # fmt: skip
 def test_sizes_that_do_not_go_together(mesh: dict[str, int], message: str, sample_fp8: Path) -> None:
     """Each is named."""
     with pytest.raises(ValueError, match=message):

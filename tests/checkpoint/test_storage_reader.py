@@ -349,13 +349,8 @@ def _dtensors(paths: dict[str, str]) -> dict[str, int]:
 
 
 _ON_MANY_RANKS = [
-    "per-tensor 0-d BF16",
-    "per-channel [o,1]",
-    "block 128 ragged F32",
-    "experts in blocks",
-    "MXFP8 U8",
-    "ModelOpt 4-D",
-]
+    "per-tensor 0-d BF16", "per-channel [o,1]", "block 128 ragged F32", "experts in blocks", "MXFP8 U8", "ModelOpt 4-D",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(3, list(FAMILIES)), (8, _ON_MANY_RANKS)], ids=["3", "8"])

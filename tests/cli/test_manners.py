@@ -71,18 +71,15 @@ def test_short_help(command: tuple[str, ...], cli: Run) -> None:
     assert cli(*command, "-h").stdout == cli(*command, "--help").stdout != ""
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ("BF16", "bf16"),
-        ("bfloat16", "bf16"),
-        ("torch.bfloat16", "bf16"),
-        ("Float16", "fp16"),
-        ("half", "fp16"),
-        ("FLOAT32", "fp32"),
-        ("f32", "fp32"),
-    ],
-)
+@pytest.mark.parametrize(("given", "meant"), [
+    ("BF16", "bf16"),
+    ("bfloat16", "bf16"),
+    ("torch.bfloat16", "bf16"),
+    ("Float16", "fp16"),
+    ("half", "fp16"),
+    ("FLOAT32", "fp32"),
+    ("f32", "fp32"),
+])  # fmt: skip
 def test_dtypes_by_their_usual_names(given: str, meant: str, sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
     """Any case, and the names that torch, safetensors and people use."""
     done = cli("convert", sample_fp8, tmp_path / "out", "--to", given, "--json")
@@ -97,17 +94,14 @@ def test_the_way_back_by_other_names(sample_fp8: Path, tmp_path: Path, cli: Run)
     assert read_directory(tmp_path / "a") == read_directory(tmp_path / "b")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "hint"),
-    [
-        (("inspekt", "x"), "Did you mean 'inspect'?"),
-        (("convert", "a", "b", "--wokers", "2"), "--workers"),
-        (("convert", "a", "b", "--to", "bf15"), "did you mean bf16? expected one of bf16, fp16, fp32, fp8"),
-        (("convert", "a", "b", "--to", "int4"), "expected one of bf16, fp16, fp32, fp8"),
-        (("convert", "a", "b", "--to", "fp8", "--scheme", "blok"), "did you mean block?"),
-        (("sample", "a", "--layout", "nestd"), "did you mean nested?"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "hint"), [
+    (("inspekt", "x"), "Did you mean 'inspect'?"),
+    (("convert", "a", "b", "--wokers", "2"), "--workers"),
+    (("convert", "a", "b", "--to", "bf15"), "did you mean bf16? expected one of bf16, fp16, fp32, fp8"),
+    (("convert", "a", "b", "--to", "int4"), "expected one of bf16, fp16, fp32, fp8"),
+    (("convert", "a", "b", "--to", "fp8", "--scheme", "blok"), "did you mean block?"),
+    (("sample", "a", "--layout", "nestd"), "did you mean nested?"),
+])  # fmt: skip
 def test_did_you_mean(arguments: tuple[str, ...], hint: str, cli: Run, tmp_path: Path) -> None:
     """A slip is answered by what was probably meant, as wrong usage, and nothing is made."""
     done = cli(*arguments, cwd=tmp_path)
