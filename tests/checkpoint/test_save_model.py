@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException
-from transformers import Mistral3ForConditionalGeneration
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Mistral3ForConditionalGeneration
 
 import fp8ckpt
 from fp8ckpt import (
@@ -192,6 +192,29 @@ def test_without_a_base_it_loads_in_transformers(
     for name, tensor in again.state_dict().items():
         assert_same(tensor, model.state_dict()[name].to(dtype), name)
     assert again.config.dtype == dtype
+
+
+def test_what_is_rounded_without_a_base_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the class keeps in float32 stays; what else has more bits than are asked for is named, in notes and log."""
+    config = DeepseekV3Config(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=8,
+        num_attention_heads=2, num_key_value_heads=2, vocab_size=64, first_k_dense_replace=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=2, topk_group=1,
+        architectures=["DeepseekV3ForCausalLM"],
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).to(torch.bfloat16)
+    kept, rounded = "model.layers.1.mlp.gate.e_score_correction_bias", "model.norm.weight"
+    model.model.layers[1].mlp.gate.e_score_correction_bias = torch.full((8,), 1 + 2**-20)
+    model.model.norm.weight.data = torch.full((32,), 1 + 2**-20)
+    result = save_model(model, tmp_path / "saved")
+    stored = read_directory(tmp_path / "saved")
+    assert (stored[kept].dtype, stored[rounded].dtype) == ("F32", "BF16")
+    assert stored[kept].data == model.state_dict()[kept].numpy().tobytes()
+    assert result.notes == (f"1 tensors are rounded to BF16: {rounded}",)
+    assert result.notes[0] in caplog.text
+    loaded = load_pretrained(tmp_path / "saved").state_dict()
+    assert torch.equal(loaded[kept], model.state_dict()[kept])
+    assert save_model(model, tmp_path / "whole", to="fp32").notes == ()
 
 
 def test_files_end_where_they_are_told(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFile
 from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.families.transformers_tables import is_pretrained, kept_in_float32
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.ranks import Ranks, has_group, lost_ranks_named, ranks_of_group
 from fp8ckpt.targets import FP8, TARGETS, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.config import CONFIG, dump_json, without_quantization
+from fp8ckpt.tensors.reading import torch_dtype
 
 
 class Checkpointer:
@@ -118,7 +120,8 @@ class Checkpointer:
         that the model came from, the base: it decides names, files, the dtype of tensors that it does not hold as FP8,
         configuration and side files; what is written is what ``convert(like, ..., to=to)`` would make of it with the
         model's values. Without it, names are the model's own, files end at ``max_file_bytes`` (default: 5 GB), and the
-        configuration is ``model.config``. ``base`` is the former name of ``like``.
+        configuration is ``model.config``; what the model's class keeps in float32, and the model too, is stored so, and
+        the result's notes and a warning name what else is rounded. ``base`` is the former name of ``like``.
 
         What the model has no place for is carried from the base: the layers that predict further tokens (MTP), what its
         class declares to ignore, and tensors whose names match the regular expression ``carry``. The log lists it.
@@ -157,11 +160,13 @@ class Checkpointer:
                 )
             else:
                 side_files = None if checkpoint is not None else SideFiles(_configuration_of(own, TARGETS[to]))
+                keep = _kept(own, plan.state, torch_dtype(TARGETS[to])) if checkpoint is None else []
                 writer = SafetensorsStorageWriter(
                     path,
                     dtype=to,
                     like=checkpoint,
                     carry=plan.carry,
+                    keep=keep,
                     side_files=side_files,
                     max_file_bytes=max_file_bytes,
                     process_group=self._group,
@@ -229,6 +234,12 @@ def _named_errors() -> Iterator[None]:
             if isinstance(cause, Fp8CheckpointError):
                 raise cause from error
         raise
+
+
+def _kept(model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
+    """What is stored in float32 as the model holds it, whatever the rest is: what transformers would load so."""
+    held = [name for name, tensor in state.items() if tensor.dtype == torch.float32]
+    return kept_in_float32(model, dtype, held) if is_pretrained(model) else []
 
 
 def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:

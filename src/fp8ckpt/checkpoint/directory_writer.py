@@ -79,6 +79,7 @@ class DirectoryWriter(StorageWriter):
         self._schedule: Schedule | None = None
         self._tensors = 0
         self._carried: Collection[str] = ()  # from the base
+        self._notes: list[str] = []
         self.bytes_written = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,6 +97,7 @@ class DirectoryWriter(StorageWriter):
         self.release()
         if checkpoint_id is not None:
             self._output = PartialOutput(checkpoint_id)
+        self._notes = []
         self.bytes_written = 0
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -209,9 +211,7 @@ class DirectoryWriter(StorageWriter):
         """What all ranks did, once it is done; None on every rank but the coordinator."""
         if self._plan is None:
             return None
-        notes: tuple[str, ...] = ()
-        if self._carried:
-            notes = (f"{len(self._carried)} tensors of the base are carried from it: {listed(self._carried)}",)
+        carried = f"{len(self._carried)} tensors of the base are carried from it: {listed(self._carried)}"
         return ConvertResult(
             destination=self._output.destination,
             to=to,
@@ -220,7 +220,7 @@ class DirectoryWriter(StorageWriter):
             bytes_read=0,
             bytes_written=self._plan.nbytes,
             bytes_resumed=0,
-            notes=notes,
+            notes=(*([carried] if self._carried else []), *self._notes),
             seconds=seconds,
         )
 

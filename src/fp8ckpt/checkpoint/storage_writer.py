@@ -6,6 +6,7 @@ makes; each region is cast to its stored dtype piece by piece as it is written.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,9 @@ from fp8ckpt.checkpoint.directory_writer import (
     resolved,
     write_region,
 )
-from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers
+from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
 from fp8ckpt.checkpoint.rounds import Rounds
-from fp8ckpt.errors import RangeError
+from fp8ckpt.errors import RangeError, listed
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.dequantize import bits_dtype
@@ -46,6 +47,8 @@ from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.workers import share
 
+logger = logging.getLogger(__name__)
+
 _PIECE = 4 << 20  # elements that are cast and written at once
 
 
@@ -64,9 +67,9 @@ class SafetensorsStorageWriter(DirectoryWriter):
     the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8, and the side files,
     as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names of tensors that are
     taken from it where the state dict lacks them; those of MTP layers always are. Without ``like``, ``side_files`` go
-    beside the weights, and a new file begins at ``max_file_bytes`` (default: 5 GB). ``process_group``: the one that
-    ``dcp.save`` is given, where ``path`` is of a store. ``bytes_written`` counts this
-    rank's tensor bytes.
+    beside the weights, a new file begins at ``max_file_bytes`` (default: 5 GB), the tensors ``keep`` keep the dtype
+    that they have, and a warning names those that are rounded. ``process_group``: the one that ``dcp.save`` is given,
+    where ``path`` is of a store. ``bytes_written`` counts this rank's tensor bytes.
 
     Raises, on every rank: `ModelMismatchError` for other tensors, shapes or kinds of values than those of ``like``, and
     `RangeError` for finite values that the stored dtype cannot hold. Through ``dcp.save`` they come inside torch's
@@ -86,6 +89,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         dtype: str | torch.dtype = "bf16",
         like: CheckpointLike | None = None,
         carry: Collection[str] = (),
+        keep: Collection[str] = (),
         side_files: SideFiles | None = None,
         max_file_bytes: int | None = None,
         process_group: ProcessGroup | None = None,
@@ -97,6 +101,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         if self._like is not None and (max_file_bytes is not None or side_files is not None):
             raise ValueError("max_file_bytes and side_files go without like, which decides the files")
         self._carry = carry
+        self._keep = keep
         self._side_files = side_files or SideFiles()
         self._max_file_bytes = DEFAULT_FILE_BYTES if max_file_bytes is None else max_file_bytes
 
@@ -106,8 +111,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
         return self._like
 
     def _said(self) -> dict[str, Any]:
-        own = {"dtype": self._dtype, "carry": sorted(self._carry), "max_file_bytes": self._max_file_bytes}
-        return {**super()._said(), **own}
+        names = {"carry": sorted(self._carry), "keep": sorted(self._keep)}
+        return {**super()._said(), **names, "dtype": self._dtype, "max_file_bytes": self._max_file_bytes}
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()
@@ -116,6 +121,12 @@ class SafetensorsStorageWriter(DirectoryWriter):
             refuse_other_kinds(tensors, base)
             return OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
         specs = [spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()]
+        rounded = [
+            spec.name for spec in specs if rounds(torch_dtype(tensors[spec.name].dtype), torch_dtype(spec.dtype))
+        ]
+        if rounded:
+            self._notes.append(f"{len(rounded)} tensors are rounded to {self._dtype}: {listed(rounded)}")
+            logger.warning("%s: %s", self._output.destination, self._notes[-1])
         layouts = lay_out_in_files(specs, self._max_file_bytes)
         texts = dict(self._side_files.texts)
         if len(layouts) > 1:
@@ -153,7 +164,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         return sum(span.nbytes for span in carried)
 
     def _stored_dtype(self, spec: TensorSpec) -> str:
-        return self._dtype if spec.dtype in FLOATS else spec.dtype
+        return self._dtype if spec.dtype in FLOATS and spec.name not in self._keep else spec.dtype
 
 
 def write_plain(files: Files, planner: SavePlanner, items: Iterable[tuple[WriteItem, TensorSpan]], most: int) -> int:

@@ -283,15 +283,18 @@ _RULES: dict[str, Callable[..., Assembly | tuple[Assembly, ...]]] = {
 }
 
 
+def kept_in_float32(model: Any, dtype: torch.dtype, names: Iterable[str]) -> list[str]:
+    """The tensors that ``from_pretrained(dtype=dtype)`` keeps in float32: by the patterns that the classes list."""
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    return [name for name in names if any(pattern.search(name) for pattern in patterns)]
+
+
 def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
-    """Make float32 of what ``from_pretrained(dtype=dtype)`` keeps in float32: the patterns that the model's classes
-    list. The model is on the meta device.
-    """
-    patterns = {pattern.replace("*", ".*"): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        kept = next((patterns[pattern] for pattern in patterns if re.search(pattern, name)), None)
-        if kept is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(kept)
+    """Make float32 of what ``from_pretrained(dtype=dtype)`` keeps in float32. The model is on the meta device."""
+    held = model.state_dict(keep_vars=True)
+    for name in kept_in_float32(model, dtype, held):
+        if held[name].is_floating_point():
+            held[name].data = held[name].data.to(torch.float32)
 
 
 def initialize_buffers(model: Any, module: nn.Module) -> None:
