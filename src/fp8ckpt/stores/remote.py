@@ -236,7 +236,7 @@ class RemoteStore:
             found, expected = f"the object ends at byte {stat.size}", f"at least {request.stop} bytes"
             raise TruncatedFileError(found, file=request.file, expected=expected, remedy="look for a whole copy")
         if self._shared is not None and reads_over(request):
-            self._shared.fetch(request, f"{self.where} {stat.version}", partial(self._fetch, stat))
+            self._shared.fetch(request, f"{self.where} {stat.version}", stat.size, partial(self._fetch, stat))
         else:
             self._fetch(stat, request)
 

@@ -31,6 +31,7 @@ from fp8ckpt.system import lock, reserve
 
 SHARED = 256 << 20  # bytes
 BLOCK = 16 << 20  # bytes
+_EDGE = 64 << 10  # bytes; ranges end at multiples, or the last strip of the rank beside this one were a request
 _STATE = 4096  # bytes, behind those of the block: which of them are there, and how many were taken
 _MEMORY = Path("/dev/shm")
 
@@ -64,9 +65,9 @@ class Shared:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a rank that still needs it fetches for itself
         return cls(folder)
 
-    def fetch(self, request: Request, version: str, fetch: Fetch) -> None:
+    def fetch(self, request: Request, version: str, size: int, fetch: Fetch) -> None:
         """Fill the buffers of a request; ``fetch`` asks the store, ``version`` is of the object, whatever store it is
-        in.
+        in, and ``size`` its bytes.
         """
         for begin in range(request.start // BLOCK * BLOCK, request.stop, BLOCK):
             parts = list(_within(request.parts, begin, begin + BLOCK))
@@ -74,7 +75,7 @@ class Shared:
                 wanted = Request(request.file, parts[0][0], parts[-1][0] + parts[-1][1].size, parts)
                 name = hashlib.sha256(f"{version}\0{request.file}\0{begin}".encode()).hexdigest()
                 try:
-                    fetched = self._fetch(wanted, begin, self._folder / name, fetch)
+                    fetched = self._fetch(wanted, begin, min(begin + BLOCK, size), self._folder / name, fetch)
                 except Fp8CheckpointError:
                     raise
                 except OSError:  # of the shared memory
@@ -82,23 +83,27 @@ class Shared:
                 if not fetched:
                     fetch(wanted)
 
-    def _fetch(self, wanted: Request, begin: int, file: Path, fetch: Fetch) -> bool:
+    def _fetch(self, wanted: Request, begin: int, end: int, file: Path, fetch: Fetch) -> bool:
         with _locked(file) as fd:
             have, taken = _state_of(fd)
             if not have and len(os.listdir(self._folder)) * BLOCK > SHARED:
                 file.unlink()
                 return False
             os.ftruncate(fd, BLOCK + _STATE)
-            for low, high in _missing(have, wanted.start, wanted.stop):
+            missing = _missing(have, wanted.start, wanted.stop)
+            if missing:
+                first, last = missing[0][0], missing[-1][1]
+                missing = _missing(have, max(begin, first - first % _EDGE), min(end, last + -last % _EDGE))
+            for low, high in missing:
                 reserve(fd, low - begin, high - low)
             block = np.frombuffer(mmap.mmap(fd, BLOCK), np.uint8)
-            for low, high in _missing(have, wanted.start, wanted.stop):
+            for low, high in missing:
                 fetch(Request(wanted.file, low, high, [(low, block[low - begin : high - begin])]))
                 have = sorted([*have, (low, high)])
             for start, out in wanted.parts:
                 out[:] = block[start - begin :][: out.size]
                 taken += out.size
-            if taken >= sum(high - low for low, high in have):
+            if taken >= sum(high - low for low, high in have) - 2 * _EDGE:
                 file.unlink()
             else:
                 os.pwrite(fd, json.dumps([have, taken]).encode().ljust(_STATE), BLOCK)
