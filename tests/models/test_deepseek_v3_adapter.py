@@ -22,6 +22,7 @@ from fp8ckpt import FP8StorageReader, StateDictAdapter, open_checkpoint
 from fp8ckpt.errors import ScaleShapeError, ScaleValueError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.models.deepseek_v3 import state_dict_adapter as module
 from fp8ckpt.models.deepseek_v3.state_dict_adapter import DeepseekV3FP8StateDictAdapter
+from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.tensors.reading import torch_dtype
 from tests.distributed import assert_same, bits, mesh, rewrite, run
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
@@ -334,20 +335,27 @@ def test_edges_of_shards_need_not_be_edges_of_blocks(blocks: Path, ranks: int) -
     run(ranks, _on_ranks, blocks)
 
 
-def _nan_on_the_last_rank() -> str:
-    weight = torch.ones(200, 4)
-    weight[199, 1] = float("nan")
-    sharded = distribute_tensor(weight, mesh(), [Shard(0)])
-    try:
-        DeepseekV3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", sharded, quantization=True)
-    except WeightValueError as error:
-        dist.barrier()
-        return str(error)
-    return "nothing was raised"
+def _nan_on_the_last_rank() -> list[str]:
+    told = []
+    for adapter, dtype in (
+        (DeepseekV3FP8StateDictAdapter, torch.float32),
+        (Mistral3FP8StateDictAdapter, torch.bfloat16),
+    ):
+        weight = torch.ones(200, 4, dtype=dtype)
+        weight[199, 1] = float("nan")
+        sharded = distribute_tensor(weight, mesh(), [Shard(0)])
+        try:
+            adapter().convert_single_tensor_to_hf("a.weight", sharded, quantization=True)
+        except WeightValueError as error:
+            dist.barrier()
+            told.append(str(error))
+    return told
 
 
 def test_what_is_not_finite_on_one_rank_is_refused_on_all() -> None:
-    """One rank's NaN raises `WeightValueError` on every rank; none waits for ever."""
-    for message in run(2, _nan_on_the_last_rank):
-        assert message.startswith("a.weight: ")
-        assert "not finite" in message
+    """One rank's NaN raises `WeightValueError` on every rank, of either adapter; none waits for ever."""
+    for told in run(2, _nan_on_the_last_rank):
+        assert len(told) == 2
+        for message in told:
+            assert message.startswith("a.weight: ")
+            assert "not finite" in message
