@@ -14,7 +14,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from fp8ckpt import convert, load_model, load_pretrained, merge, open_checkpoint, save_model, verify
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from tests.families.releases import RELEASES
-from tests.oracle import read_directory
+from tests.families.test_tied import built
+from tests.oracle import read_directory, read_safetensors, write_safetensors
 from tests.test_four_bits import gpt_oss
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -107,33 +108,56 @@ def test_merged_by_peft_and_by_us(case: str, tmp_path: Path) -> None:
     assert result.merged == len(merged) > 0
 
 
+TIED = {
+    "Gemma2ForCausalLM": ("model.embed_tokens", "lm_head"),
+    "OPTForCausalLM": ("model.decoder.embed_tokens", "lm_head"),
+    "WhisperForConditionalGeneration": ("model.decoder.embed_tokens", "proj_out"),
+    "BloomForCausalLM": ("transformer.word_embeddings", "lm_head"),
+    "GPTNeoXForCausalLM": ("gpt_neox.embed_in", "lm_head"),
+    "CamembertForCausalLM": ("roberta.embeddings.word_embeddings", "lm_head.decoder"),
+    "T5ForConditionalGeneration": ("shared", "lm_head"),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("config", "tied"),
-    [
-        ({"target_modules": ["embed_tokens"]}, True),
-        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
-        ({"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, True),
-        ({"modules_to_save": ["embed_tokens"]}, False),
-        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
-    ],
-)
-def test_what_becomes_of_a_tied_head(config: dict[str, Any], *, tied: bool, tmp_path: Path) -> None:
-    """Where PEFT's merge leaves embeddings and head one tensor, so does ours, and a note says so; where it parts them,
-    for which the base has no room, it is refused.
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("name", TIED)
+def test_what_becomes_of_a_tied_head(name: str, *, twice: bool, tmp_path: Path) -> None:
+    """Whatever it is called, and whether the base stores it or not: where PEFT's merge leaves embeddings and head one
+    tensor, so does ours, and a note says so; where it parts them, for which the base has no room, it is refused. So are
+    factors of the head, with which PEFT changes the embeddings; those that are tied themselves are merged once.
     """
-    base = RELEASES["Qwen3 tied"].write(tmp_path / "base")
-    model = trained(base, tmp_path / "adapter", **{"target_modules": ["q_proj"]} | config).merge_and_unload()
-    head, embeddings = (model.state_dict()[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    assert head.equal(embeddings) == tied
-    if not tied:
-        with pytest.raises(UnsupportedFormatError, match=r"apart from the head that it is tied to .* unties them"):
-            merge(base, tmp_path / "adapter", tmp_path / "out")
-        return
-    result = merge(base, tmp_path / "adapter", tmp_path / "out", to="bf16")
-    assert any("head as well" in note for note in result.notes)
-    found = open_checkpoint(tmp_path / "out").read("model.embed_tokens.weight")
-    assert torch.allclose(found, embeddings.bfloat16(), rtol=2**-7, atol=1e-6)
+    embeddings, head = TIED[name]
+    built(name).save_pretrained(tmp_path / "base")
+    if twice:
+        file = tmp_path / "base/model.safetensors"
+        stored = read_safetensors(file)
+        write_safetensors(file, {**stored, f"{head}.weight": stored[f"{embeddings}.weight"]}, {"format": "pt"})
+
+    def merged(number: int, text: str | None, **config: Any) -> None:
+        adapter, out = tmp_path / f"adapter {number}", tmp_path / f"out {number}"
+        model = trained(tmp_path / "base", adapter, **config)
+        if text is not None:
+            with pytest.raises(UnsupportedFormatError, match=text):
+                merge(tmp_path / "base", adapter, out)
+            return
+        layer = model.get_base_model().get_submodule(embeddings)
+        whole = "modules_to_save" in config
+        expected = layer.weight if whole else layer.base_layer.weight + layer.get_delta_weight("default")
+        notes = merge(tmp_path / "base", adapter, out, to="bf16").notes
+        assert any(f"{head}.weight" in note and "as well" in note for note in notes)
+        found = load_pretrained(out)
+        for one in (found.get_submodule(embeddings), found.get_submodule(head)):
+            assert torch.allclose(one.weight.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6)
+
+    linears = {"target_modules": r".*\.(query_key_value|q_proj|query|q)$", "r": 2}
+    merged(0, "apart from what it is tied to.*unties them", **linears, modules_to_save=[embeddings])
+    merged(1, None, target_modules=[embeddings], r=2)
+    merged(2, f"{head}.weight is .*would change with it", target_modules=[head], r=2)
+    merged(3, f"{head}.weight is .*would change with it", target_modules=[embeddings, head], r=2)
+    if embeddings.endswith("embed_tokens"):  # the names of which PEFT knows that they are tied
+        merged(4, None, **linears, modules_to_save=[embeddings], ensure_weight_tying=True)
+        merged(5, None, target_modules=[embeddings], r=2, ensure_weight_tying=True)
 
 
 @pytest.mark.filterwarnings("ignore")

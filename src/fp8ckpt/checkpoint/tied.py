@@ -19,10 +19,8 @@ def _tied_by_configuration(model: nn.Module) -> dict[str, str]:
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
     """Disjoint sets of names of parameters that are one, or that the configuration says should be; the source first."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(plain_name(name))
-    return tied_sets(groups.values(), _tied_by_configuration(model))
+    named = model.named_parameters(remove_duplicate=False)
+    return tied_sets(((plain_name(name), parameter) for name, parameter in named), model)
 
 
 def tie(model: Any) -> None:

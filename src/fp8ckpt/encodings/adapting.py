@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fp8ckpt.encodings.tying import as_one
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
-from fp8ckpt.families.between import parts_of_model
-from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
+from fp8ckpt.families.between import Tied, parts_of_model
 from fp8ckpt.families.stacks import Shapes, answers
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.tensors.adapters import Adapter, Pair, same_values
@@ -52,14 +52,15 @@ class _Changes:
         self.norms: Norms | None = None  # of columns
 
 
-def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTensor]:
-    """The tensors of the base that adapters change, by name.
+def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] = ()) -> dict[str, MergedTensor]:
+    """The tensors of the base that adapters change, by name. ``tied``: what is one tensor in the model.
 
     Raises `ModelMismatchError` for a key without an answer in the base, or of other shapes; `UnsupportedFormatError`
     for what cannot be merged.
     """
     shapes = base.shapes
-    adapters = [_tied(adapter, base) for adapter in adapters]
+    for one in tied:
+        adapters = [as_one(adapter, base, one) for adapter in adapters]
     uses = [use for adapter in adapters for use in _uses(adapter, _with_parameters(adapter, shapes, base))]
     spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}
     keys = {use.target: use.pair.a for use in uses} | spans
@@ -90,40 +91,11 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, MergedTe
         found[name] = MergedTensor(
             tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude, change.norms
         )
-    embeddings = next((name for name in EMBEDDINGS if name in found), None)
-    if embeddings is not None and (head := _tied_head(base)) and head not in found:
-        found[head] = replace(found[embeddings], base=base.tensors[head])
+    for one in tied:
+        if one.stored[0] in found:
+            copies = {name: base.tensors[name] for name in one.stored if name not in found}
+            found |= {name: replace(found[one.stored[0]], base=tensor) for name, tensor in copies.items()}
     return found
-
-
-def _tied(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """An adapter without the head that PEFT saves once more beside embeddings that were trained whole, where the base
-    has one tensor for both. Raises `UnsupportedFormatError` where they were trained apart: PEFT gives the model a head
-    of its own then.
-    """
-    embeddings, head = (next((name for name in of if name in adapter.tensors), "") for of in (EMBEDDINGS, HEADS))
-    factored = any(embeddings == f"{pair.module}.weight" for pair in adapter.pairs)
-    if not embeddings or factored or (of_base := _tied_head(base)) is None:
-        return adapter
-    trained = adapter.tensors[embeddings]
-    if head and same_values(trained, adapter.tensors[head]):
-        kept = {name: span for name, span in adapter.tensors.items() if of_base or name != head}
-        return replace(adapter, tensors=kept)
-    found = "it was trained whole, and apart from the head that it is tied to in the base"
-    remedy = "train it with ensure_weight_tying=True, or merge it with PEFT (merge_and_unload), which unties them"
-    expected = "one tensor for both"
-    raise UnsupportedFormatError(found, tensor=trained, expected=expected, remedy=remedy)
-
-
-def _tied_head(base: Checkpoint) -> str | None:
-    """The head that is tied to the embeddings, as a base stores it beside them; empty where it does not, and None where
-    it is not tied, or not the same.
-    """
-    embeddings, head = (next((name for name in of if name in base.tensors), "") for of in (EMBEDDINGS, HEADS))
-    if not embeddings or not ties_embeddings(base.config):
-        return None
-    same = not head or same_values(base.tensors[embeddings].span, base.tensors[head].span)
-    return head if same else None
 
 
 def _nbytes(span: TensorSpan) -> int:

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units
-from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
+from fp8ckpt.encodings.tying import is_one, tied_notes
+from fp8ckpt.families.between import tied_tensors
 from fp8ckpt.families.siblings import sibling_units
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.like import BaseLayout, PlainLayout
@@ -49,7 +50,10 @@ def plan_merging(
     refuse_shared(output, base, "base")
     for adapter in adapters:
         refuse_shared(output, adapter.checkpoint, "adapter")
-    changed = adapted(base, adapters)
+    asked = {name for adapter in adapters for name in (*adapter.tensors, *(pair.module for pair in adapter.pairs))}
+    sets = tied_tensors(base.config, base.shapes, asked)
+    tied = [one for one in sets if is_one(one, base)]
+    changed = adapted(base, adapters, tied)
     if to == FP8:
         refuse_base(base, "merge --to bf16, and quantize that: convert --to fp8 --scheme SCHEME")
         specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in changed.items()}
@@ -59,7 +63,7 @@ def plan_merging(
         refuse_nonfinite(adapter)
     inputs = (base, *(adapter.checkpoint for adapter in adapters))
     arguments = {"job": "merge", "to": to, "fresh": fresh, "adapters": [adapter.fingerprint for adapter in adapters]}
-    notes = (*_tied_notes(base, changed), *_side_file_notes(base, adapters))
+    notes = (*tied_notes(sets, tied, changed), *_side_file_notes(base, adapters))
     if to != FP8:
         layouts, texts, copies = PlainLayout.of(base, TARGETS[to])
         tensors: dict[str, Tensor] = {**base.tensors, **changed}
@@ -109,18 +113,6 @@ def _weights(
     units = tuple(unit for unit in joint_units(weights.values()) if not touched.isdisjoint(unit))
     together = touched.union(*units)
     return {name: weight for name, weight in weights.items() if name in together}, units
-
-
-def _tied_notes(base: Checkpoint, changed: Mapping[str, MergedTensor]) -> Iterator[str]:
-    """An adapter of embeddings that are the head as well, or that the head is a copy of."""
-    tensor = next((name for name in EMBEDDINGS if name in changed), None)
-    if tensor is None or not ties_embeddings(base.config):
-        return
-    head = next((name for name in HEADS if name in base.tensors), None)
-    if head is None or head in changed:
-        yield f"{tensor} is the model's head as well, which changes with it, as where PEFT merges"
-    else:
-        yield f"{head} is stored beside {tensor}, which it is said to be tied to: only the latter was merged"
 
 
 def _side_file_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:

@@ -7,12 +7,15 @@ each file's tensors make the model's. One of these assemblies is turned round, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.families.kinds import parts_of
+from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
+from fp8ckpt.families.tied import tied_sets
 from fp8ckpt.tensors.assembly import Assembly, composed, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG
@@ -127,6 +130,48 @@ def parts_of_model(given: Checkpoint) -> dict[str, Assembly]:
         if (model := configured_model(given.config)) is not None:
             return assemble(model, _shapes_of(model), given.shapes).parts
     return {}
+
+
+class Tied(NamedTuple):
+    """One tensor of a model that has several names. ``names``: of which, and under its names on disk, with the one that
+    it is stored as, empty where it is not; ``size``: how many of them are the model's.
+    """
+
+    names: dict[str, str]
+    size: int
+
+    @property
+    def stored(self) -> list[str]:
+        return list(dict.fromkeys(filter(None, self.names.values())))
+
+    def others(self, stored: str) -> list[str]:
+        """Its names beside one that it is stored as."""
+        return [name for name, on_disk in self.names.items() if on_disk != stored]
+
+
+def tied_tensors(config: Mapping[str, Any], stored: Shapes, asked: Collection[str]) -> list[Tied]:
+    """What is tied in a model with this configuration, of which a file holds the tensors ``stored``: by transformers'
+    own table, or where that does not know the model by the names that most language models have. Nothing is looked up
+    where all that is ``asked`` for lies in layers.
+    """
+    if ties_embeddings(config) is False or all(parts_of(name)[1] is not None for name in asked):
+        return []
+    model = None
+    if has_transformers():
+        from fp8ckpt.families.transformers_tables import assemble, configured_model
+
+        with suppress(ConfigError):
+            model = configured_model(config)
+    if model is None:
+        known = [next((name for name in of if name in stored), of[0]) for of in (EMBEDDINGS, HEADS)]
+        return [Tied({name: name if name in stored else "" for name in known}, 2)] if ties_embeddings(config) else []
+    made = assemble(model, _shapes_of(model), stored).parts
+    on_disk = {name: assembly.pieces[0].source for name, assembly in made.items() if len(assembly.pieces) == 1}
+    found = []
+    for names in tied_sets(model.named_parameters(remove_duplicate=False), model):
+        own = {name: on_disk.get(name, "") for name in names}
+        found.append(Tied({**own, **{name: name for name in own.values() if name}}, len(names)))
+    return found
 
 
 def has_transformers() -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
-def tied_sets(shared: Iterable[list[str]], configured: Mapping[str, str]) -> list[list[str]]:
-    """Disjoint sets of names, the source of each first. ``shared``: names of what is one tensor already;
-    ``configured``: {target: source}, what transformers ties.
+def tied_sets(parameters: Iterable[tuple[str, Any]], model: Any) -> list[list[str]]:
+    """Disjoint sets of names of a model's ``parameters`` that are one, or that transformers' configuration of the
+    ``model`` says should be; the source of each first, whose name is the one to store.
     """
+    shared: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        shared.setdefault(id(parameter), []).append(name)
+    configured: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     of_name: dict[str, list[str]] = {}
-    for names in (*([source, target] for target, source in configured.items()), *shared):
+    for names in (*([source, target] for target, source in configured.items()), *shared.values()):
         joined = list(dict.fromkeys(one for name in names for one in of_name.get(name, [name])))
         of_name.update(dict.fromkeys(joined, joined))
     sets = {id(names): names for names in of_name.values() if len(names) > 1}.values()

@@ -179,6 +179,21 @@ def same_values(one: TensorSpan, other: TensorSpan) -> bool:
     return True
 
 
+def same_product(one: Pair, other: Pair) -> bool:
+    """Whether two pairs add the same to one tensor, of which one may take it for an embedding and one for a Linear."""
+    turned = one.embedding != other.embedding
+    pairs = ((one.a, other.b if turned else other.a), (one.b, other.a if turned else other.b))
+    if one.magnitude is not None or other.magnitude is not None or any(a.numel != b.numel for a, b in pairs):
+        return False
+    return all(np.array_equal(_matrix(a), _matrix(b).T if turned else _matrix(b)) for a, b in pairs)
+
+
+def _matrix(span: TensorSpan) -> F32:
+    raw = np.empty(span.nbytes, np.uint8)
+    span.read(raw, 0)
+    return _floats(raw, span.dtype).reshape(span.shape)
+
+
 # ---------------------------------------------------------------- the configuration
 
 

@@ -1,0 +1,77 @@
+"""Adapters of tied weights: PEFT saves each name that was trained, and a base has one tensor for all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from fp8ckpt.errors import UnsupportedFormatError, listed, shown
+from fp8ckpt.families.between import Tied
+from fp8ckpt.families.stacks import answers
+from fp8ckpt.tensors.adapters import Adapter, same_product, same_values
+from fp8ckpt.tensors.checkpoint import Checkpoint
+
+
+def is_one(tied: Tied, base: Checkpoint) -> bool:
+    """Whether a base stores it, and all that it stores of it is the same."""
+    spans = [base.tensors[name].span for name in tied.stored]
+    return bool(spans) and all(same_values(spans[0], span) for span in spans[1:])
+
+
+def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
+    """An adapter of the one tensor that a base has for all names of what is tied in it.
+
+    Raises `UnsupportedFormatError` where it was trained under some of them only: whole, PEFT gives the model a tensor
+    for each; by factors, the one that the names share would be another for those that were not trained.
+    """
+    pairs = {f"{pair.module}.weight": pair for pair in adapter.pairs}
+    names = _names(pairs.keys() | adapter.tensors.keys(), base, tied)
+    stored = tied.stored[0]
+    kept = next((key for key, name in names.items() if name == stored), "")
+    whole = {key: adapter.tensors[key] for key in names if key in adapter.tensors}
+    trained = {key: span for key, span in whole.items() if not same_values(span, base.tensors[stored].span)}
+    if trained:
+        first = next(iter(trained.values()))
+        apart = bool(trained.keys() - pairs.keys()) and len(trained) < tied.size
+        if apart or not all(same_values(first, span) for span in trained.values()):
+            raise UnsupportedFormatError(
+                f"it was trained whole, and apart from what it is tied to in the base: {listed(tied.others(stored))}",
+                tensor=first,
+                expected="the same values for all",
+                remedy="train it with ensure_weight_tying=True; or merge it with PEFT (merge_and_unload), which unties "
+                "them, state tie_word_embeddings false there, and quantize that by a --scheme",
+            )
+    for key in names.keys() & pairs.keys():
+        if kept not in pairs or not same_product(pairs[key], pairs[kept]):
+            raise UnsupportedFormatError(
+                f"factors of a part of what is tied in the base: {shown(key)} is {shown(stored)} there, which would "
+                "change with it, and was trained without",
+                tensor=pairs[key].a,
+                expected="the same factors for all, or those of the embeddings alone",
+                remedy="train the embeddings with ensure_weight_tying=True; or serve the adapter beside the base, "
+                "which parts the two; or untie them before training, and merge into that",
+            )
+    others = names.keys() - {kept}
+    return replace(
+        adapter,
+        pairs=tuple(pair for pair in adapter.pairs if f"{pair.module}.weight" not in others),
+        tensors={key: span for key, span in adapter.tensors.items() if key not in others},
+    )
+
+
+def _names(keys: Collection[str], base: Checkpoint, tied: Tied) -> dict[str, str]:
+    """Of the keys of an adapter, those of what is tied, each with its name in the base."""
+    disk = {key: made.pieces[0].source for key, made in answers(keys, base.shapes).items()}
+    found = {key: tied.names.get(key, tied.names.get(disk.get(key, ""))) for key in sorted(keys)}
+    return {key: name for key, name in found.items() if name is not None}
+
+
+def tied_notes(sets: Collection[Tied], one: Collection[Tied], changed: Collection[str]) -> Iterator[str]:
+    """What changes with a merged tensor, being tied to it (``one``), or does not, as the base stores another."""
+    for tied in sets:
+        name = next((name for name in tied.stored if name in changed), None)
+        others = [] if name is None else tied.others(name)
+        if others and tied in one:
+            yield f"{name} is {listed(others)} as well, which changes with it"
+        elif others and not any(other in changed for other in others):
+            yield f"{listed(others)} is stored beside {name}, which it is said to be tied to: only that one was merged"
