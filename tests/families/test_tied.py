@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from fp8ckpt import save_model
+from fp8ckpt import load_pretrained, save_model
 from tests.distributed import assert_same
 from tests.oracle import read_directory
 
@@ -35,9 +35,37 @@ TIED: dict[str, dict[str, Any]] = {
     "BartForConditionalGeneration": _PAIR,
     "WhisperForConditionalGeneration": {**_PAIR, "num_mel_bins": 8, "max_source_positions": 16,
                                         "max_target_positions": 16, "decoder_start_token_id": 1},
+    "Zamba2ForCausalLM": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+                          "attention_head_dim": 16, "layers_block_type": ["mamba", "hybrid", "mamba", *["hybrid"] * 2],
+                          "num_mem_blocks": 2, "mamba_d_state": 8, "mamba_headdim": 16, "n_mamba_heads": 4,
+                          "mamba_ngroups": 1, "adapter_rank": 4},
     "Gemma2ForCausalLM": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
                           "num_attention_heads": 4, "num_key_value_heads": 2},
 }  # fmt: skip
+
+
+def _without_sources(model: Any) -> Any:
+    """The last stage of a pipeline, which holds heads and none of the embeddings."""
+    for source in {*model.all_tied_weights_keys.values()}:
+        owner, _, leaf = source.rpartition(".")[0].rpartition(".")
+        if source.startswith("model.layers."):
+            owner, leaf = "model.layers", source.split(".")[2]
+        if "bias" not in source:
+            setattr(model.get_submodule(owner), leaf, torch.nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_stage_without_the_embeddings_has_its_head_from_them(name: str, tmp_path: Path) -> None:
+    """So has a stage with the second of two shared blocks."""
+    whole = built(name)
+    whole.save_pretrained(tmp_path / "whole")
+    stage = load_pretrained(tmp_path / "whole", parallelize=_without_sources, partial=True)
+    held, expected = stage.state_dict(), whole.state_dict()
+    assert {*whole.all_tied_weights_keys} & held.keys()
+    assert not {name for name in whole.all_tied_weights_keys.values() if "bias" not in name} & held.keys()
+    for key, tensor in held.items():
+        assert_same(tensor, expected[key], key)
 
 
 def built(name: str) -> Any:

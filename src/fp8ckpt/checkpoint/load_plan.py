@@ -43,10 +43,16 @@ class LoadPlan:
         self._refuse_copies()
         stored = self.checkpoint.shapes
         self.named = self._native
-        if (assembled := assemble(model, self._native, stored)) is None:
+        self._tied = tied_groups(model)
+        if (assembled := assemble(model, self._with_absent(), stored)) is None:
             self.named = dict(model.state_dict_adapter.to_hf(dict(self._native)))  # type: ignore[union-attr, operator]  # a host's
             assembled = of_names(self.named, stored)
         self._assemblies = assembled.parts
+        for group in self._tied:
+            made = [assembled.parts[name] for name in group if name in assembled.parts]
+            held = [name for name in group if name in self._native]
+            if made and held and not assembled.parts.keys() & {*held}:
+                self._assemblies[held[0]] = made[0]
         self._sources, self.twice = self._find_sources()
         self._carried = assembled.ignored | mtp_tensors(assembled.unused, self.checkpoint.config)
         self._refuse_mismatches(assembled.unused - self._carried if not partial else set())
@@ -65,6 +71,12 @@ class LoadPlan:
         tensors = {name: torch.empty_like(self.named[first]) for name, first in self.twice.items()}
         return tensors, [part for name, tensor in tensors.items() for part in parts_of(tensor, self._assemblies[name])]
 
+    def _with_absent(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, and what they are tied to that another stage of a pipeline holds."""
+        groups = [(group, [name for name in group if name in self._native]) for group in self._tied]
+        absent = {name: self._native[held[0]] for group, held in groups if held for name in group}
+        return {**absent, **self._native}
+
     def _find_sources(self) -> tuple[dict[str, str], dict[str, str]]:
         """For each tensor the one by whose assembly it is filled, if any: its own, or that of one it is tied to. And
         those that are on disk twice.
@@ -72,7 +84,7 @@ class LoadPlan:
         of_tensor = {id(tensor): name for name, tensor in self.named.items()}
         sources = {name: name for name in self.named if name in self._assemblies}
         twice: dict[str, str] = {}
-        for group in tied_groups(self.model):
+        for group in self._tied:
             held = [self._native[name] for name in group if name in self._native]
             names = [of_tensor[id(tensor)] for tensor in held if id(tensor) in of_tensor]
             present = [name for name in names if name in self._assemblies]
