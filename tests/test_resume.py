@@ -29,8 +29,9 @@ from fp8ckpt.errors import (
     TruncatedFileError,
 )
 from fp8ckpt.output.forecast import Room
-from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.plan import OutputPlan
+from fp8ckpt.output.state import Facts
 from tests.campaign.trial import digests
 from tests.conftest import Run
 from tests.stopping import run_until

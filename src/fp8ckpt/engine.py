@@ -23,9 +23,10 @@ from fp8ckpt.output import extents as cutting
 from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import ALIGNMENT, OutputFile, OutputFiles, aligned_buffer
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.places import Place
 from fp8ckpt.output.plan import OutputPlan, refuse_unlike
+from fp8ckpt.output.state import Facts
 from fp8ckpt.ranks import Ranks
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.workers import share
@@ -91,21 +92,24 @@ class ExtentWriter:
         extents: Mapping[int, Extent],
         combine: Callable[[Iterable[Facts]], Facts],
         progress: Progress | None,
+        before: int,
     ) -> None:
         self._output = output
         self._writer = writer
         self._extents = extents
         self._combine = combine
         self._progress = progress
-        self._total = sum(extent.nbytes for extent in extents.values())
-        self._written = 0
+        self._total = before + sum(extent.nbytes for extent in extents.values())
+        self._written = before
         self._open: dict[int, _OpenExtent] = {}
         self._lock = threading.Lock()
         self._finishing: Executor | None = None
         self._unfinished: deque[Future[None]] = deque()
 
-    def run(self, fillers: Sequence[Filler]) -> None:
-        """Write them all, with a worker thread a filler; the first error stops every worker, and is raised."""
+    def run(self, fillers: Sequence[Filler]) -> int:
+        """Write them all, with a worker thread a filler; the first error stops every worker, and is raised. Returns how
+        many bytes are written, with those of ``before``.
+        """
         try:
             with ExitStack() as threads:
                 if self._output.at_once:
@@ -117,6 +121,7 @@ class ExtentWriter:
                 for worker in workers:
                     worker.wait()
                 self._leave_unfinished(0)
+            return self._written
         finally:
             for extent in self._open.values():
                 extent.place.close()

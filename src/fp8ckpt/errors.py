@@ -514,6 +514,23 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
     shapes.
     """
 
+    @classmethod
+    def of_shape(
+        cls, tensor: str, file: object, found: tuple[int, ...], base: tuple[int, ...], what: str
+    ) -> ModelMismatchError:
+        """A tensor of ``what`` (the "source", the "model") that is of another shape than the base's."""
+        remedy = "give its own base"
+        if len(found) == 2 and found[1:] == base[1:]:
+            instead = (
+                "quantize the source with --scheme, which keeps its own configuration and tokenizer"
+                if what == "source"
+                else "save it in bf16 without like, put the tokenizer beside it, and convert that with --scheme"
+            )
+            remedy += "; for a vocabulary that was resized, which the base's configuration and tokenizer are not of: "
+            remedy += f"{instead}; or resize it back: model.resize_token_embeddings({base[0]})"
+        expected = f"{base}, as in the base"
+        return cls(f"shape {found} in the {what}", tensor=tensor, file=file, expected=expected, remedy=remedy)
+
 
 class ServingError(Fp8CheckpointError, ValueError):
     """A serving engine would refuse the directory, or serve something else than what is in it."""
@@ -522,9 +539,25 @@ class ServingError(Fp8CheckpointError, ValueError):
 class OutputExistsError(Fp8CheckpointError, FileExistsError):
     """The destination exists, and is never overwritten."""
 
+    @classmethod
+    def of_destination(cls, destination: object) -> OutputExistsError:
+        remedy = "choose another one, or move it away"
+        return cls("the destination exists", file=str(destination), expected="no such path", remedy=remedy)
+
+    @classmethod
+    def of_foreign(cls, partial: object, found: str) -> OutputExistsError:
+        """``found``: what stands where the output would be written, and is not ours."""
+        expected = "a path that is free, to write to until the output is whole"
+        remedy = "move it away, or choose another destination"
+        return cls(found, file=str(partial), expected=expected, remedy=remedy)
+
 
 class OutputBusyError(Fp8CheckpointError, RuntimeError):
     """Another process is writing the same destination."""
+
+    @classmethod
+    def of(cls, partial: object) -> OutputBusyError:
+        return cls("another process is writing it", file=str(partial), remedy="wait for it to end")
 
 
 class RankLostError(Fp8CheckpointError, RuntimeError):
@@ -552,6 +585,24 @@ class RanksDifferError(Fp8CheckpointError, ValueError):
 
 class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
     """A partial output is there, and belongs to another conversion."""
+
+    @classmethod
+    def of_other(cls, partial: object, begun: str, found: str) -> ResumeMismatchError:
+        """``begun``: all that the other run left, which may be deleted."""
+        remedy = f"choose another destination, or delete {begun} to begin anew, without what that run had done"
+        return cls(found, file=str(partial), remedy=remedy)
+
+    @classmethod
+    def of_strange(cls, partial: object, found: str) -> ResumeMismatchError:
+        """``found``: what is in a partial output, and no run of ours left it so."""
+        return cls(found, file=str(partial), remedy="move it away, or choose another destination")
+
+    @classmethod
+    def of_other_weights(cls, file: str, where: str, partial: object) -> ResumeMismatchError:
+        """A run was cut off in completing the parts of ``file``, and these are others."""
+        found = f"a run before was cut off while its files appeared in {where}: other weights, by their MD5s"
+        remedy = f"choose another destination, or save the weights of that run, which {partial} is of"
+        return cls(found, file=file, remedy=remedy)
 
 
 class UnsupportedSystemError(Fp8CheckpointError, ImportError):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fp8ckpt.checkpoint.exchanged import WaitingBlocks
-from fp8ckpt.checkpoint.shards import PIECE, Shard, cut_all, cut_waiting
+from fp8ckpt.checkpoint.shards import PIECE, Shard, cut
 from fp8ckpt.numerics.geometry import BlockGrid, first_elements, surroundings
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.stores.store import File
@@ -53,20 +53,20 @@ def test_cuts_tile_the_weight(seed: int, joined: bool) -> None:
         assert prod(shard.region[1]) == 0 or set(shard.numbers(*_met(grid, shard.region))) == set(
             of_element[_slices(shard.region)].flat
         )
-        for cut in cut_all(shard, torch.empty(shard.region[1]), step):
-            assert prod(cut.region[1]) <= max(PIECE * step, 1)
-            steps = list(cut.steps(step))
-            assert sum(prod(sizes) for _, sizes in steps) == prod(cut.region[1])
+        for piece in cut(shard, torch.empty(shard.region[1]), step, waiting=False):
+            assert prod(piece.region[1]) <= max(PIECE * step, 1)
+            steps = list(piece.steps(step))
+            assert sum(prod(sizes) for _, sizes in steps) == prod(piece.region[1])
             for region in steps:
                 assert prod(region[1]) <= max(step, 1)
                 times[_slices(region)] += 1
                 owned += list(shard.numbers(*first_elements(grid, *region)))
-                if cut.whole:
+                if piece.whole:
                     assert not joined
                     blocks = of_element[_slices(region)]
                     assert np.isin(of_element, blocks).sum() == blocks.size
-        for cut in cut_waiting(shard, torch.empty(shard.region[1]), step):
-            waited[_slices(cut.region)] += 1
+        for piece in cut(shard, torch.empty(shard.region[1]), step, waiting=True):
+            waited[_slices(piece.region)] += 1
     assert (times == 1).all()
     assert sorted(owned) == list(numbers.flat)
     if largest_block > step or joined:

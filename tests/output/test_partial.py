@@ -12,6 +12,7 @@ import pytest
 
 from fp8ckpt.errors import OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
 from fp8ckpt.output import partial as module
+from fp8ckpt.output import state
 from fp8ckpt.output.partial import PartialOutput, partial_of
 
 PLAN = {"source": "abc", "dtype": "BF16", "sizes": [1, 2]}
@@ -240,7 +241,7 @@ def test_what_is_not_tidied_up(destination: Path, what: str) -> None:
     state = died_after_the_rename(destination)
     holder = PartialOutput(destination)
     if what == "held":
-        holder._lock = holder._locked("lock")
+        holder._lock = holder.state.locked("lock")
     elif what == "a file beside":
         (state.parent / "thesis.tex").write_text("mine")
     elif what == "a file in it":
@@ -438,13 +439,13 @@ def test_all_is_flushed_before_the_rename(destination: Path, monkeypatch: pytest
 
 def test_the_plan_is_never_half_written(destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash while the plan is written leaves no plan, and the next run begins anew."""
-    write_whole = module.write_whole
+    write_whole = state.write_whole
 
     def torn(file: Path, data: bytes) -> None:
         write_whole(file, data[: len(data) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_whole", torn)
+    monkeypatch.setattr(state, "write_whole", torn)
     output = PartialOutput(destination)
     with pytest.raises(KeyboardInterrupt):
         output.begin(PLAN, NAMES)

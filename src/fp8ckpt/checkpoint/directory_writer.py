@@ -130,7 +130,7 @@ class DirectoryWriter(StorageWriter):
             stages = [found.stages(layouts, rank, len(plans), of_rank) for rank, of_rank in enumerate(names)]
         try:
             self._plan.begin(self._output)
-            self._output.forget()
+            self._output.state.forget()
             shared = self._shared_out(plans, self._plan)
         except BaseException:
             self.release()

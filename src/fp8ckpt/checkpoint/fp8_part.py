@@ -5,25 +5,25 @@ scales, where there are any; write. All ranks meet after each step.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from fp8ckpt.checkpoint.directory_writer import resolved
 from fp8ckpt.checkpoint.exchanged import Halves, WaitingBlocks
 from fp8ckpt.checkpoint.rounds import Rounds
-from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, count_nonfinite
-from fp8ckpt.checkpoint.shards import Cut, Shard, cut_all, cut_unknown, number_blocks
+from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, values_of_part
+from fp8ckpt.checkpoint.shards import Cut, Shard, cut, number_blocks
 from fp8ckpt.checkpoint.storage_writer import write_plain
 from fp8ckpt.encodings.facts import WeightFacts, report_of
 from fp8ckpt.encodings.results import QuantizationReport
 from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.errors import WeightValueError
 from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.geometry import pieces, within
 from fp8ckpt.ranks import BEYOND, threads_of_this_rank
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
@@ -44,26 +44,14 @@ class Task(NamedTuple):
     carried: Collection[str]
 
 
-class PartDone(NamedTuple):
-    """``bytes_written`` by this rank; ``base_bytes_read``, codes, and the report, of all ranks together."""
-
-    bytes_written: int
-    base_bytes_read: int
-    report: QuantizationReport | None
-
-
 class Part:
-    """What one rank does in one save. ``fresh``: no scale is kept. ``report``: count what quantizing does."""
+    """What one rank does in one save. ``fresh``: no scale is kept. ``report``: count what quantizing does.
+
+    Once it has run: the ``report``, if one was asked for, and ``base_bytes_read``, codes, are of all ranks together.
+    """
 
     def __init__(
-        self,
-        base: Checkpoint,
-        task: Task,
-        planner: SavePlanner,
-        rounds: Rounds,
-        *,
-        fresh: bool,
-        report: bool,
+        self, base: Checkpoint, task: Task, planner: SavePlanner, rounds: Rounds, *, fresh: bool, report: bool
     ) -> None:
         self._base = base
         self._task = task
@@ -77,11 +65,15 @@ class Part:
         self._quantizers: list[ShardQuantizer] = []
         self._bytes_written = 0
         self._counting = report
+        self.report: QuantizationReport | None = None
+        self.base_bytes_read = 0
         self._facts: dict[str, WeightFacts] = {}
         self._lock = threading.Lock()
 
-    def run(self) -> PartDone:
-        """Look, exchange, write. All ranks meet at each step, whatever each has to do."""
+    def run(self) -> int:
+        """Look, exchange, write; returns how many bytes this rank wrote. All ranks meet at each step, whatever each has
+        to do.
+        """
         ranks = self._rounds.ranks
         waiting = ranks.together(self._plan)
         self._refuse_nonfinite(ranks.gather(self._look))
@@ -89,11 +81,9 @@ class Part:
         for nonfinite in self._rounds.write(self._write):
             self._refuse_nonfinite(nonfinite)
             self._bytes_written += self._halves.settle(ranks, self._rounds.files)
-        written, base_read = self._bytes_written, 0
-        for quantizer in self._quantizers:
-            written += quantizer.bytes_written
-            base_read += quantizer.base_bytes_read
-        return PartDone(written, sum(ranks.gather(lambda: base_read)), self._report() if self._counting else None)
+        self.base_bytes_read = sum(ranks.gather(lambda: sum(one.base_bytes_read for one in self._quantizers)))
+        self.report = self._report() if self._counting else None
+        return self._bytes_written + sum(one.bytes_written for one in self._quantizers)
 
     def _plan(self) -> WaitingBlocks:
         """Which shards this rank has, and which of their blocks wait."""
@@ -118,13 +108,13 @@ class Part:
         return waiting
 
     def _look(self) -> set[str]:
-        share(self._cuts(self._shards, cut_unknown), [quantizer.look for quantizer in self._quantizers])
+        share(self._cuts(self._shards, waiting=True), [quantizer.look for quantizer in self._quantizers])
         return self._nonfinite()
 
     def _write(self, items: Sequence[WriteItem]) -> set[str]:
         now = {id(item) for item in items}
         shards = (shard for shard in self._shards if id(shard.item) in now)
-        share(self._cuts(shards, cut_all), [quantizer.write for quantizer in self._quantizers])
+        share(self._cuts(shards, waiting=False), [quantizer.write for quantizer in self._quantizers])
         tensors = ((item, self._base.tensors[item.index.fqn]) for item in items)
         plain = ((item, tensor.span) for item, tensor in tensors if tensor.scaled is None)
         self._bytes_written += write_plain(self._rounds.files, self._planner, plain, self._step)
@@ -171,9 +161,15 @@ class Part:
 
     def _count_nonfinite(self, name: str) -> int:
         shards = [shard for shard in self._shards if shard.weight.name == name]
-        values = ((shard, shard.in_order(resolved(self._planner, shard.item))) for shard in shards)
-        return sum(count_nonfinite(shard, of_shard, self._step) for shard, of_shard in values)
+        return sum(
+            quantize.count_nonfinite(values_of_part(values[within(piece, shard.region)]))
+            for shard in shards
+            for values in [shard.in_order(resolved(self._planner, shard.item))]
+            for piece in pieces(shard.region, self._step)
+        )
 
-    def _cuts(self, shards: Iterable[Shard], cut: Callable[[Shard, torch.Tensor, int], Iterator[Cut]]) -> Iterator[Cut]:
+    def _cuts(self, shards: Iterable[Shard], *, waiting: bool) -> Iterator[Cut]:
+        """What is written of shards, or what of it is ``waiting``: all, where a factor is to be decided."""
         for shard in shards:
-            yield from cut(shard, shard.in_order(resolved(self._planner, shard.item)), self._step)
+            values = shard.in_order(resolved(self._planner, shard.item))
+            yield from cut(shard, values, self._step, waiting=waiting and shard.factor is None)

@@ -133,10 +133,9 @@ class FP8StorageWriter(DirectoryWriter):
 
     def _write(self, own: Task, planner: SavePlanner, rounds: Rounds) -> int:
         part = Part(self._base_of_output(), own, planner, rounds, fresh=self._fresh, report=self._counting)
-        done = part.run()
-        self._carried = own.carried
-        self.report, self.base_bytes_read = done.report, done.base_bytes_read
-        return done.bytes_written
+        written = part.run()
+        self._carried, self.report, self.base_bytes_read = own.carried, part.report, part.base_bytes_read
+        return written
 
     def reported(self, done: ConvertResult) -> Fp8Result:
         """The result with what only a save to FP8 has: the report above all, which is the same on every rank."""

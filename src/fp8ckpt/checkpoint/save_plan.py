@@ -19,7 +19,6 @@ from fp8ckpt.checkpoint.wrappers import refuse_what_hides
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
-from fp8ckpt.output.matching import remedy_for_shape
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.reading import torch_dtype
@@ -85,13 +84,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     parts = {name: assembled.parts.get(name) or Assembly.whole(name, tensor.shape) for name, tensor in state.items()}
     for name, tensor in state.items():
         if base is not None and parts[name].shape != tuple(tensor.shape):
-            raise ModelMismatchError(
-                f"shape {tuple(tensor.shape)} in the model",
-                tensor=name,
-                file=base.path,
-                expected=f"{parts[name].shape}, as in the base",
-                remedy=remedy_for_shape(tuple(tensor.shape), parts[name].shape, "model"),
-            )
+            raise ModelMismatchError.of_shape(name, base.path, tuple(tensor.shape), parts[name].shape, "model")
     if base is not None:
         _warn_of_fewer_bits(state, parts, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

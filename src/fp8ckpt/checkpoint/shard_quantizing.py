@@ -25,16 +25,7 @@ from fp8ckpt.encodings.facts import WeightFacts
 from fp8ckpt.encodings.rule import NotFinite, Rule, Step
 from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import SCALE_DTYPES, U8, Factor
-from fp8ckpt.numerics.geometry import (
-    Region,
-    Surroundings,
-    bytes_of_region,
-    first_elements,
-    pieces,
-    runs,
-    surroundings,
-    within,
-)
+from fp8ckpt.numerics.geometry import Region, Surroundings, bytes_of_region, first_elements, runs, surroundings, within
 from fp8ckpt.numerics.quantize import Scales, Values
 from fp8ckpt.output.files import ALIGNMENT, aligned_buffer
 from fp8ckpt.output.staging import Files
@@ -158,7 +149,7 @@ class ShardQuantizer:
         weight = cut.shard.weight
         around = surroundings(weight.grid, *region)
         parts = quantize.parts_of_region(around.grid, around.offsets, region[1])
-        step = Step(rule, _values(cut.values[within(region, cut.shard.region)]), parts, around.grid)
+        step = Step(rule, values_of_part(cut.values[within(region, cut.shard.region)]), parts, around.grid)
         before = np.empty(step.shape, SCALE_DTYPES[rule.dtype])
         of_grid = weight.scale._replace(shape=weight.grid.shape)
         of_grid.read_region(around.region, before.reshape(-1).view(np.uint8))
@@ -193,14 +184,7 @@ class ShardQuantizer:
             self.bytes_written += weight.second.span.nbytes
 
 
-def count_nonfinite(shard: Shard, values: torch.Tensor, step: int) -> int:
-    """How many elements of a shard are NaN or infinite."""
-    return sum(
-        quantize.count_nonfinite(_values(values[within(piece, shard.region)])) for piece in pieces(shard.region, step)
-    )
-
-
-def _values(part: torch.Tensor) -> Values:
+def values_of_part(part: torch.Tensor) -> Values:
     """Contiguous and on the CPU; no more than the part is copied."""
     part = part.to("cpu").contiguous()
     return quantize.values_of(bytes_of(part), stored_dtype(part.dtype) or "")

@@ -103,23 +103,14 @@ class Cut(NamedTuple):
         return pieces(self.region, most)
 
 
-def cut_unknown(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
-    """What must be looked at before anything can be written: all of it, where a factor is to be decided."""
-    return (cut_waiting if shard.factor is None else cut_all)(shard, values, step)
-
-
-def cut_waiting(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
-    """What must be looked at before it can be written."""
+def cut(shard: Shard, values: torch.Tensor, step: int, *, waiting: bool) -> Iterator[Cut]:
+    """All of a shard, or what of it is ``waiting``: what must be looked at before it can be written."""
+    if not waiting:
+        for region in _pieces_of_blocks(shard.weight.grid, shard.inner(step), PIECE * step):
+            yield Cut(shard, values, region, whole=True)
     for part in shard.waiting(step):
         for region in pieces(part, PIECE * step):
             yield Cut(shard, values, region, whole=False)
-
-
-def cut_all(shard: Shard, values: torch.Tensor, step: int) -> Iterator[Cut]:
-    """All of a shard."""
-    for region in _pieces_of_blocks(shard.weight.grid, shard.inner(step), PIECE * step):
-        yield Cut(shard, values, region, whole=True)
-    yield from cut_waiting(shard, values, step)
 
 
 def elements_of_block(grid: BlockGrid) -> int:

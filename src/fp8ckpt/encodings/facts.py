@@ -12,7 +12,7 @@ from fp8ckpt.encodings.results import QuantizationReport, WeightReport
 from fp8ckpt.encodings.seen import Seen
 from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.quantize import Tally
-from fp8ckpt.output.partial import Facts
+from fp8ckpt.output.state import Facts
 
 
 @dataclass(slots=True)

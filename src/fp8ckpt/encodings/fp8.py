@@ -74,7 +74,7 @@ class QuantizingFiller:
         self._unpacked = np.empty(0, np.uint8)
         self._scales: list[Beside] = []
         self._reader = Reader(READ_AT_ONCE, dequantizer)
-        self._reader.passing = self._count if plan.see else None
+        self._reader.passing = (lambda tensor, codes: self._seen.count(tensor, codes)) if plan.see else None
         self.base_bytes_read = 0
         self.looked_and_wrote: Counter[str] = Counter()  # bytes of wide weights that the first pass wrote
 
@@ -145,10 +145,6 @@ class QuantizingFiller:
             facts.setdefault(span.name, WeightFacts()).arrival.add(arrival)
         for name, count in reader.nonfinite.items():
             facts.setdefault(name, WeightFacts()).nan_codes += count
-
-    def _count(self, tensor: QuantizedTensor, codes: U8) -> None:
-        """Count the codes of a weight that is dequantized, as they are read."""
-        self._seen.count(tensor, codes)
 
     def _see_plain(self, span: TensorSpan, offset: int, out: Bytes) -> None:
         """Count the codes of a weight that is the base's, and hold what else was stored against what the base has."""

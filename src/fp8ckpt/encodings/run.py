@@ -78,16 +78,17 @@ def run(
     # Neighbouring chunks are of one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
     outgrown: dict[tuple[str, ...], np.float32] = {}
-    steps = _Steps(progress)
+    written = 0  # by the first pass, to which the second adds
 
     def write(
         extents: Mapping[int, Extent], decided: Mapping[str, F32 | Factor] | None
     ) -> tuple[int, int, Counter[str]]:
+        nonlocal written
         mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
         filler = partial(QuantizingFiller, plan, rules, before, outgrown, dequantizer, decided)
         fillers = [filler() for _ in range(workers)]
         with plan.ahead(mine.values()):
-            ExtentWriter(output, ranks.rank, mine, combine, steps.of(mine)).run(fillers)
+            written = ExtentWriter(output, ranks.rank, mine, combine, progress, written).run(fillers)
         plan.output.refuse_changes()
         wrote = sum((filler.looked_and_wrote for filler in fillers), Counter())
         return sum(filler.bytes_read for filler in fillers), sum(filler.base_bytes_read for filler in fillers), wrote
@@ -103,21 +104,6 @@ def run(
     read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
     report = _reported(plan, facts) if plan.report else None
     return Written(plan, read, base_read, rewritten, resumed, report, facts, seen)
-
-
-class _Steps:
-    """Progress over both passes: the second adds to the bytes to be written."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._before = 0
-
-    def of(self, extents: Mapping[int, Extent]) -> Progress | None:
-        if self._progress is None:
-            return None
-        progress, before = self._progress, self._before
-        self._before += sum(extent.nbytes for extent in extents.values())
-        return lambda done, total, doing: progress(before + done, before + total, doing)
 
 
 def _facts(output: PartialOutput, extents: Mapping[int, object]) -> tuple[dict[str, WeightFacts], Seen]:

@@ -56,27 +56,8 @@ def refuse_other_tensors(
         raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
     for name, tensor in base.tensors.items():
         if name not in carried and found[name].shape != tensor.shape:
-            raise ModelMismatchError(
-                f"shape {found[name].shape}",
-                tensor=name,
-                file=_file_of(found[name]),
-                expected=f"{tensor.shape}, as in the base",
-                remedy=remedy_for_shape(found[name].shape, tensor.shape, what),
-            )
+            raise ModelMismatchError.of_shape(name, _file_of(found[name]), found[name].shape, tensor.shape, what)
     return carried
-
-
-def remedy_for_shape(found: tuple[int, ...], expected: tuple[int, ...], what: str) -> str:
-    """What to do about a tensor of ``what`` (the "source", the "model") that is of another shape than the base's."""
-    remedy = "give its own base"
-    if len(found) != 2 or found[1:] != expected[1:]:
-        return remedy
-    if what == "source":
-        instead = "quantize the source with --scheme, which keeps its own configuration and tokenizer"
-    else:
-        instead = "save it in bf16 without like, put the tokenizer beside it, and convert that with --scheme"
-    resized = f"for a vocabulary that was resized, which the base's configuration and tokenizer are not of: {instead}"
-    return f"{remedy}; {resized}; or resize it back: model.resize_token_embeddings({expected[0]})"
 
 
 def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], base: Checkpoint) -> None:

@@ -23,7 +23,9 @@ from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import copy_whole, create, write_whole
 from fp8ckpt.output.forecast import Forecast, Room, bytes_read_for, measured_rate, room_for
 from fp8ckpt.output.layout import FileLayout
-from fp8ckpt.output.partial import Facts, PartialOutput
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.standing import identities
+from fp8ckpt.output.state import Facts
 from fp8ckpt.stores.store import ByteRange, File
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
@@ -73,7 +75,7 @@ class OutputPlan:
         self._look(output, written).refuse_too_little()
         output.begin(self._fingerprint(output), self.names, [layout.name for layout in self.layouts])
         if not self._is_laid_out(output):
-            output.forget()
+            output.state.forget()
         for layout in self.layouts:
             create(output.directory / layout.name, layout.size)
         for name, text in self.texts.items():
@@ -248,7 +250,7 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
 
 def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
     """Raise where one of these files or directories stands at ``DST.partial``, or in it, or is linked to what is."""
-    written = output.identities()
+    written = identities(output.partial)
     if not written:
         return
     for path in read:

@@ -191,8 +191,8 @@ class Staging:
         with self._lock:
             file = self._open.get(place)
             if kept := file is not None or len(self._open) < _MOST_OPEN:
-                file = self._open[place] = file or OutputFile(self._output.staged(place), passing=True)
-        file = file or OutputFile(self._output.staged(place), passing=True)
+                file = self._open[place] = file or OutputFile(self._output.state.staged(place), passing=True)
+        file = file or OutputFile(self._output.state.staged(place), passing=True)
         file.write(data, offset)
         if not kept:
             file.close()
@@ -215,7 +215,7 @@ class Staging:
             self._open.popitem()[1].close()
 
     def _send(self, part: Part) -> None:
-        file = self._output.staged(part.place)
+        file = self._output.state.staged(part.place)
         there = self._output.send(part.name, part.number, file.read_bytes())
         sent = Sent(part.name, part.number, part.start, part.stop, *there)
         self._output.record(self._writer, part.place, {}, sent)

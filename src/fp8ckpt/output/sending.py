@@ -1,0 +1,128 @@
+"""An output that goes to a store: what is kept of it here while its parts are sent, and how its files appear there.
+
+Parts are sent as they are made, and no object is seen before all are there. Then the uploads are completed, file by
+file, what makes a checkpoint of files last; a run that was cut off in that is gone on with by one of the same parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+from fp8ckpt.errors import Fp8CheckpointError, ResumeMismatchError, StorageError
+from fp8ckpt.output.places import Sent
+from fp8ckpt.output.state import State
+from fp8ckpt.stores.upload import Destination, There
+
+
+class Sending:
+    """The life of one output at the destination ``far``. ``directory`` is what is kept of it in ``partial``."""
+
+    def __init__(self, far: Destination, state: State, directory: Path, partial: Path) -> None:
+        self._far = far
+        self._state = state
+        self._directory = directory
+        self._partial = partial
+        self._uploads: Collection[str] = ()
+
+    def begin(self, uploads: Collection[str]) -> None:
+        """Begin, or go on with, the ``uploads`` of files in parts."""
+        self._uploads = uploads
+        run, new = self._state.run()
+        try:
+            self._far.hold(run)
+        except Fp8CheckpointError:  # another run's place, or one where we may not write
+            if new:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+        if self.seen() is None:
+            self._far.begin(uploads)
+            self._drop_lost()
+
+    def _drop_lost(self) -> None:
+        """Drop the records of what the store does not have, or no longer. Of a part that was sent again, the last."""
+        recorded = self._state.records()
+        last = {(sent.name, sent.number): sent.etag for _, sent in recorded.values() if sent is not None}
+        lost = {part for part, etag in last.items() if etag and self._far.there(part[0]).get(part[1]) != etag}
+        if lost:
+            self._state.keep_only({i: one for i, one in recorded.items() if one[1] is None or one[1][:2] not in lost})
+
+    def refuse_existing(self) -> None:
+        """Raise where anything stands there, but for what a run of ours was cut off in completing."""
+        if self.seen() is None:
+            self._far.refuse_existing()
+
+    def seen(self) -> dict[str, list[There]] | None:
+        """The parts of each file, where objects at the destination may be ours: a run was cut off between
+        the first and the last of them.
+        """
+        return self._state.seen(self._far.where)
+
+    @cached_property
+    def _seen_before(self) -> dict[str, list[There]] | None:
+        return self.seen()
+
+    def send(self, name: str, number: int, data: bytes) -> There:
+        """Send a part of a file. Raises `ResumeMismatchError` where a run was cut off in completing other ones.
+        """
+        if (seen := self._seen_before) is None:
+            return self._far.send(name, number, data)
+        if hashlib.md5(data).hexdigest() != seen[name][number - 1].md5:
+            raise ResumeMismatchError.of_other_weights(name, self._far.where, self._partial)
+        return seen[name][number - 1]
+
+    def publish(self) -> None:
+        """Send what is left here, and have all files appear."""
+        found = [path for path in self._directory.rglob("*") if path.is_file()]
+        names = sorted((path.relative_to(self._directory).as_posix() for path in found), key=_last)
+        seen = self.seen()
+        if new := seen is None:
+            self._far.refuse_existing()
+            seen = self._send_rest([name for name in names if name.endswith(".safetensors")])
+            self._state.keep_seen(self._far.where, seen)
+        etags = {name: [part.etag for part in parts] for name, parts in seen.items()}
+        if not new:
+            self._far.refuse_others(etags)
+        for name, of_parts in etags.items():
+            self._far.finish(name, of_parts)
+        for name in names:
+            if name not in etags:
+                self._far.put(name, (self._directory / name).read_bytes())
+        self._far.release()
+
+    def _send_rest(self, names: Collection[str]) -> dict[str, list[There]]:
+        """Send what is kept here, and return all parts of all files."""
+        self._far.begin(names)
+        parts: dict[str, dict[int, Sent]] = {name: {} for name in names}
+        for _, sent in self._state.records().values():
+            if sent is not None:
+                parts[sent.name][sent.number] = sent
+
+        def send(sent: Sent) -> None:
+            data = _read(self._directory / sent.name, sent.start, sent.stop)
+            parts[sent.name][sent.number] = sent._replace(**self._far.send(sent.name, sent.number, data)._asdict())
+
+        kept = [sent for of_file in parts.values() for sent in of_file.values() if not sent.etag]
+        self._far.each(kept, send)
+        return {name: [There(*of_file[k][-2:]) for k in range(1, len(of_file) + 1)] for name, of_file in parts.items()}
+
+    def give_up(self) -> None:
+        """Remove what was sent."""
+        with suppress(StorageError):  # the caller hears of what came before
+            self._far.give_up(self._uploads)
+        self._far.release()
+
+
+def _read(file: Path, start: int, stop: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
+
+
+def _last(name: str) -> tuple[bool, bool, str]:
+    """Sorts what makes a checkpoint of files behind all else: the index, then the configuration."""
+    return name == "config.json", name.endswith(".index.json"), name

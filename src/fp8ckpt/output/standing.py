@@ -1,0 +1,64 @@
+"""What stands where an output would be written: ours, as a run left it, or somebody else's. Nothing is followed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+
+from fp8ckpt.errors import OutputExistsError, ResumeMismatchError
+from fp8ckpt.output.files import write_error
+from fp8ckpt.output.state import LOCK, STATE, is_state
+
+OUTPUT = "output"  # the folder that becomes the destination
+
+
+def refuse_foreign(partial: Path, names: Collection[str]) -> None:
+    """Raise where something stands at ``partial`` that we did not make, or that holds more than we made. ``names``: of
+    the files of the output. Nothing is made or changed.
+    """
+    if not os.path.lexists(partial):
+        return
+    if not stat.S_ISDIR(os.lstat(partial).st_mode):
+        raise OutputExistsError.of_foreign(partial, "it is no directory")
+    if os.path.ismount(partial):
+        found = "another file system is mounted there, out of which no output can be renamed"
+        raise OutputExistsError.of_foreign(partial, found)
+    top = set(os.listdir(partial))
+    if top and not (STATE in top and stat.S_ISDIR(os.lstat(partial / STATE).st_mode)):
+        found = f"fp8ckpt did not make it: it holds {min(top)}, and no {STATE}/"
+        raise OutputExistsError.of_foreign(partial, found)
+    ours = {f"{OUTPUT}/{name}" for name in names}
+    folders = {parent.as_posix() for name in (*ours, f"{STATE}/{LOCK}") for parent in PurePosixPath(name).parents}
+    for entry, status in entries(partial):
+        if stat.S_ISDIR(status.st_mode):
+            known = entry in folders
+        else:
+            known = stat.S_ISREG(status.st_mode) and (entry in ours or is_state(entry))
+        shown = entry.removeprefix(OUTPUT + "/")
+        if not known:
+            raise ResumeMismatchError.of_strange(partial, f"it holds {shown}, which this output does not have")
+        if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
+            raise ResumeMismatchError.of_strange(partial, f"{shown} in it is a file of another name as well")
+
+
+def identities(partial: Path) -> set[tuple[int, int]]:
+    """The device and inode numbers of ``partial``, and of all that is in it."""
+    try:
+        found = [os.lstat(partial)] if os.path.lexists(partial) else []
+        if found and stat.S_ISDIR(found[0].st_mode):
+            found += [status for _, status in entries(partial)]
+    except OSError as error:
+        raise write_error(error, partial) from error
+    return {(one.st_dev, one.st_ino) for one in found}
+
+
+def entries(directory: Path, folder: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """All that is in a directory, by its path in it; links are not followed."""
+    with os.scandir(directory / folder) as scanned:
+        found = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in scanned)
+    for name, status in found:
+        yield folder + name, status
+        if stat.S_ISDIR(status.st_mode):
+            yield from entries(directory, f"{folder}{name}/")
