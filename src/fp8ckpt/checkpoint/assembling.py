@@ -1,5 +1,10 @@
 """How a model's tensors are made of those on disk: by its state_dict_adapter, by transformers' own tables, or by the
 names that are found in the file.
+
+The way of a family's load: `assemble` here asks the adapter (``assemblies``), or runs the conversions of the installed
+transformers on symbols (`fp8ckpt.families.transformers_tables`), or takes the table of prefixes under which most names
+are found (`fp8ckpt.families.names`). Each gives an `Assembly` a tensor, which is all that follows: planners cut it by
+shard, and the reader fills the pieces. Without a model, experts are stacked by their names (`fp8ckpt.families.stacks`).
 """
 
 from __future__ import annotations

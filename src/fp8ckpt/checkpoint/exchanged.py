@@ -79,10 +79,9 @@ class Halves:
 
     def __init__(self, base: Checkpoint) -> None:
         self._weights = [tensor for tensor in base.quantized if tensor.per_byte > 1]
-        ends = np.cumsum([0, *(tensor.packed.numel for tensor in self._weights)])
-        self._starts = dict(zip((tensor.name for tensor in self._weights), ends.tolist(), strict=False))
-        self._ends = ends
-        self._found: dict[bool, list[tuple[Numbers, U8]]] = {False: [], True: []}  # low ones, high ones
+        self._ends = np.cumsum([0, *(tensor.packed.numel for tensor in self._weights)])
+        self._starts = {tensor.name: int(start) for tensor, start in zip(self._weights, self._ends, strict=False)}
+        self._found: tuple[list[tuple[Numbers, U8]], list[tuple[Numbers, U8]]] = [], []  # low ones, high ones
         self._lock = threading.Lock()
 
     def add(self, weight: QuantizedTensor, region: Region, codes: U8, *, high: bool) -> None:
@@ -96,8 +95,8 @@ class Halves:
         """Write all bytes whose low half this rank has, together with the other ranks, and flush; returns how many."""
         if not self._weights:
             return 0
-        lows, highs = (self._sorted(high=high) for high in (False, True))
-        self._found = {False: [], True: []}
+        lows, highs = map(_in_order, self._found)
+        self._found = [], []
         written = 0
         for part in _in_turn(ranks, highs[0].size):
             for at, codes in ranks.gather(partial(_part, highs, part)):
@@ -106,12 +105,6 @@ class Halves:
                 written += self._write(at[ours], lows[1][place] | codes[ours] << np.uint8(4), files)
         ranks.gather(files.flush)
         return written
-
-    def _sorted(self, *, high: bool) -> tuple[Numbers, U8]:
-        found = self._found[high]
-        at = np.concatenate([np.empty(0, np.int64), *(numbers for numbers, _ in found)])
-        order = np.argsort(at)
-        return at[order], np.concatenate([np.empty(0, np.uint8), *(codes for _, codes in found)])[order]
 
     def _write(self, at: Numbers, values: U8, files: Files) -> int:
         for number, value in zip(at.tolist(), values, strict=True):
@@ -126,6 +119,12 @@ def _in_turn(ranks: Ranks, count: int) -> Iterator[slice]:
     at_once = max(1, _EXCHANGED // ranks.size)
     for start in range(0, max(ranks.gather(lambda: count)), at_once):
         yield slice(start, start + at_once)
+
+
+def _in_order(found: list[tuple[Numbers, U8]]) -> tuple[Numbers, U8]:
+    at = np.concatenate([np.empty(0, np.int64), *(numbers for numbers, _ in found)])
+    order = np.argsort(at)
+    return at[order], np.concatenate([np.empty(0, np.uint8), *(codes for _, codes in found)])[order]
 
 
 def _part(found: tuple[Numbers, U8], part: slice) -> tuple[Numbers, U8]:

@@ -147,7 +147,7 @@ class Part:
         return report_of(total, self._task.carried, has_base=True)
 
     def _facts_of(self, names: Sequence[str]) -> dict[str, WeightFacts]:
-        return {name: self._facts[name] for name in names if name in self._facts}
+        return {name: self._facts.pop(name) for name in names if name in self._facts}
 
     def _refuse_nonfinite(self, met: list[set[str]]) -> None:
         """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and
