@@ -67,8 +67,7 @@ class Sending:
         return self.seen()
 
     def send(self, name: str, number: int, data: bytes) -> There:
-        """Send a part of a file. Raises `ResumeMismatchError` where a run was cut off in completing other ones.
-        """
+        """Send a part of a file. Raises `ResumeMismatchError` where a run was cut off in completing other ones."""
         if (seen := self._seen_before) is None:
             return self._far.send(name, number, data)
         if hashlib.md5(data).hexdigest() != seen[name][number - 1].md5:
