@@ -26,7 +26,11 @@ _PARTS = (
     ("convolutions", re.compile(r"conv", re.IGNORECASE)),
     (
         "parts of vision or audio towers and projectors",
-        re.compile(r"vision|visual|vit\b|image|audio|projector|merger|connector|mm_", re.IGNORECASE),
+        re.compile(
+            r"vision|visual|vit\b|image|audio|video|projector|merger|connector|mm_|aligner|q_?former|resampler"
+            r"|language_projection",
+            re.IGNORECASE,
+        ),
     ),
 )
 #: The same by the last component of the name: anywhere, and outside layers only.
@@ -36,6 +40,11 @@ _LEAVES = {
     "weights of sparse attention's indexer": {"weights_proj"},
 }
 _HEADS_OUTSIDE_LAYERS = {"output", "score", "classifier"}
+#: A component of the names of whatever a head is made of, outside layers: ``lm_head.dense``, ``predictions.transform``.
+_PARTS_OF_HEADS = re.compile(r"(\w+_)?(head|predictions|pooler|vocab_transform)")
+#: What a tower without a name of its own begins with, and the text model beside it.
+_NAMELESS_TOWERS = (("blocks.", "layers."), ("encoder.", "language_model."))
+_TOWER_CONFIG = re.compile(r"(vision|audio|encoder)_config")
 _VOCABULARY = re.compile(r"\w*vocab_size\w*|n_vocab")
 #: What engines build unquantized by themselves: of the heads, those by whole components of their names.
 _BUILT_PLAIN = {"gate", "router", "shared_expert_gate", *_LEAVES["projections of multi-token prediction"]}
@@ -45,9 +54,13 @@ _HEADS_BUILT_PLAIN = (".lm_head", ".output", ".shared_head.head")
 _ROUTER = re.compile(r"gate|\w*router\w*|\w*experts?_gate", re.IGNORECASE)
 _ROUTER_LEAF = re.compile(r"wg|gating|(gate|gating)_net(work)?", re.IGNORECASE)
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
+_ROUTER_IN_ATTENTION = re.compile(r"\w*router\w*", re.IGNORECASE)
 #: A gated delta net's projections to one or two numbers a head: too small for blocks, and BF16 in all releases.
 _PER_HEAD = re.compile(r"in_proj_(ba|ab|a|b)")
 _DECAY_RATES = ".A_log"
+#: A gate of attention, which has a row for each head or for each number of each.
+_GATE_OF_HEADS = re.compile(r"g_proj|gate(_proj)?")
+_HEAD_COUNTS = re.compile(r"(n|num)_(attention_)?heads?")
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _EXPERT_COUNTS = re.compile(r"(moe_)?(n|num)_(local_|routed_|moe_)?experts")
 _NO_STACK = ("bias", "scale", "scales", "blocks", "scale_inv")
@@ -89,6 +102,8 @@ class Roles:
         module, rank = module_of(name), len(self._shapes[name])
         if (part := _part_of(module)) is not None:
             return part
+        if module.startswith(self._nameless_towers):
+            return _PARTS[-1][0]
         if self.is_stack(name):
             return None
         if rank > 2:
@@ -99,7 +114,7 @@ class Roles:
                 return reason
         if self._is_router(name):
             return "routers of experts"
-        if leaf in _HEADS_OUTSIDE_LAYERS and not _in_layer(module):
+        if not _in_layer(module) and (leaf in _HEADS_OUTSIDE_LAYERS or _is_in_head(module)):
             return "heads"
         if not _in_layer(module) and self._shapes[name][0] in _stated(self._config, _VOCABULARY):
             return "embeddings or heads, having a row for each token"
@@ -112,7 +127,7 @@ class Roles:
     def _is_router(self, name: str) -> bool:
         path = _in_layer(module_of(name)) or module_of(name).split(".")
         if any(_ATTENTION.search(part) for part in path):
-            return False
+            return any(_ROUTER_IN_ATTENTION.fullmatch(part) for part in path)
         if self._is_named_a_router(path, name):
             return True
         rows, columns = self._shapes[name]
@@ -130,9 +145,18 @@ class Roles:
         parent, _, leaf = module_of(name).rpartition(".")
         if _PER_HEAD.fullmatch(leaf):
             return True
+        rows = self._shapes[name][0]
+        if _GATE_OF_HEADS.fullmatch(leaf) and _ATTENTION.search(parent) and rows in _stated(self._config, _HEAD_COUNTS):
+            return True
         rates = self._shapes.get(parent + _DECAY_RATES, ())
         heads = max(rates, default=0)
-        return heads > 1 and rates.count(1) == len(rates) - 1 and self._shapes[name][0] in (heads, 2 * heads)
+        return heads > 1 and rates.count(1) == len(rates) - 1 and rows in (heads, 2 * heads)
+
+    @cached_property
+    def _nameless_towers(self) -> tuple[str, ...]:
+        if not any(map(_TOWER_CONFIG.fullmatch, self._config)):
+            return ()
+        return tuple(tower for tower, text in _NAMELESS_TOWERS if any(name.startswith(text) for name in self._shapes))
 
     def _experts_beside(self, module: str) -> set[int]:
         """How many experts there may be in the two modules next above ``module``."""
@@ -176,6 +200,10 @@ def is_built_plain(module: str) -> bool:
 
 def _part_of(module: str) -> str | None:
     return next((what for what, pattern in _PARTS if pattern.search(module)), None)
+
+
+def _is_in_head(module: str) -> bool:
+    return any(_PARTS_OF_HEADS.fullmatch(part) for part in module.split("."))
 
 
 def _holds_experts(component: str) -> bool:
