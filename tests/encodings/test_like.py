@@ -17,6 +17,7 @@ from fp8ckpt.errors import Fp8CheckpointError, ModelMismatchError
 from tests.conftest import Run
 from tests.distributed import rewrite
 from tests.families.releases import RELEASES
+from tests.families.test_tied import TIED, built
 from tests.oracle import Stored, read_directory, tree
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -141,7 +142,10 @@ def test_a_tied_head_that_the_base_stores_is_the_sources_embeddings(
     found, before = read_directory(tmp_path / "back"), read_directory(base)
     assert found[HEAD] == found[EMBEDDINGS] == read_directory(source)[EMBEDDINGS]
     assert {name for name in before if found[name] != before[name]} == {HEAD, EMBEDDINGS}
-    assert "lm_head.weight, which the source does not store, is its embeddings, as in the base" in result.notes
+    assert (
+        "lm_head.weight, which the source does not store, is its model.embed_tokens.weight, as in the base"
+        in result.notes
+    )
 
 
 @pytest.mark.parametrize("why", ["not tied", "another head"])
@@ -168,7 +172,10 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(mad
     copy = rewrite(plain, tmp_path / "copy", lambda t: t | {HEAD: t[EMBEDDINGS]})
     result = back(copy, base, tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)
-    assert "lm_head.weight of the source is its embeddings, and is not stored, as in the base" in result.notes
+    assert (
+        "lm_head.weight of the source is its model.embed_tokens.weight, and is not stored, as in the base"
+        in result.notes
+    )
     own = rewrite(plain, tmp_path / "own", lambda t: t | {HEAD: Stored.of(t[EMBEDDINGS].array * 2, "BF16")})
     with pytest.raises(
         ModelMismatchError, match=r"^lm_head.weight in .*: it is not model.embed_tokens.weight, and the base"
@@ -177,6 +184,26 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(mad
     untied = rewrite(base, tmp_path / "untied", config=says(False))
     with pytest.raises(ModelMismatchError, match=r"1 only in the source; the first is lm_head"):
         back(copy, untied, tmp_path / "own-back")
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_copy_of_what_is_tied_is_left_out_whatever_its_name(name: str, tmp_path: Path) -> None:
+    """So is one that the base stores and the source does not: the table of transformers' class says which are one."""
+    model, release, fp8 = built(name), tmp_path / "release", tmp_path / "fp8"
+    model.save_pretrained(release)
+    convert(release, fp8, to="fp8", scheme="channel")
+    convert(fp8, tmp_path / "once")
+    tied = {key: source for key, source in model.all_tied_weights_keys.items() if "layers" not in key}
+    copies = rewrite(tmp_path / "once", tmp_path / "twice", lambda t: t | {k: t[source] for k, source in tied.items()})
+    back(copies, fp8, tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(fp8)
+    twice = rewrite(fp8, tmp_path / "fp8 twice", lambda t: t | {k: t[s] for k, s in tied.items()})
+    back(tmp_path / "once", twice, tmp_path / "back twice")
+    assert read_directory(tmp_path / "back twice") == read_directory(twice)
+    head = next(iter(tied))
+    own = rewrite(copies, tmp_path / "own", lambda t: t | {head: Stored.of(t[head].array * 2, "BF16")})
+    with pytest.raises(ModelMismatchError, match=f"^{head} in .*: it is not .*a --scheme"):
+        back(own, fp8, tmp_path / "own back")
 
 
 def test_what_has_fewer_bits_than_in_the_base_is_said(made: Path, tmp_path: Path) -> None:

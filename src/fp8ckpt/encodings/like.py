@@ -6,14 +6,14 @@ order, down to the text of every header, configuration and side files. Only valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
-from fp8ckpt.families.between import has_transformers, translated
+from fp8ckpt.families.between import Tied, embeddings_and_head, has_transformers, tied_tensors, translated
 from fp8ckpt.families.carried import carriable
-from fp8ckpt.families.names import EMBEDDINGS, HEADS, find_layout, name_pattern, ties_embeddings
+from fp8ckpt.families.names import LAYOUTS, find_layout, name_pattern, ties_embeddings
 from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import in_fewer_bits, refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput
@@ -89,12 +89,15 @@ def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tupl
     """The source's tensors under the names and in the stackings of the base, as far as it has them, and notes."""
     naming = find_layout(given.tensors, base.tensors)
     tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
-    tensors, notes = _with_tied_head(tensors, base)
+    tied = tied_tensors(base.config, base.shapes, tensors.keys() ^ base.tensors.keys())
+    if not tied and ties_embeddings(base.config) is None:  # then equal bytes say it
+        tied = [embeddings_and_head(base.shapes)]
+    tensors, notes = _tied_as_in(tensors, base, tied)
     if tensors.keys() <= base.tensors.keys() or base.tensors.keys() <= tensors.keys():
         return tensors, notes
     if (found := translated(given, base)) is None:
         return tensors, notes
-    tensors, notes = _with_tied_head(found.tensors, base)
+    tensors, notes = _tied_as_in(found.tensors, base, tied)
     return tensors, (f"{found.made} tensors are stacked, cut or named in another way in the source", *notes)
 
 
@@ -106,31 +109,37 @@ def _in_order(given: Tensor, base: QuantizedTensor) -> Tensor:
     return JoinedTensor(name, Assembly.whole(name, given.shape).transpose(rank - 2, rank - 1), {name: given})
 
 
-def _with_tied_head(tensors: dict[str, Tensor], base: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The source's tensors with the head as the base has it, stored or not, where it is the embeddings; and a note.
+def _tied_as_in(
+    tensors: dict[str, Tensor], base: Checkpoint, tied: Sequence[Tied]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The source's tensors with what is tied as the base has it, under each name or under one; and notes.
 
-    A base that stores the head says itself, by equal bytes, that the two are one. Raises `ModelMismatchError` where the
+    A base that stores it twice says itself, by equal bytes, that the two are one. Raises `ModelMismatchError` where the
     base has no place for a head that is no longer the embeddings.
     """
-    head = next((name for name in HEADS if (name in tensors) != (name in base.tensors)), None)
-    embeddings = next((name for name in EMBEDDINGS if name in tensors and name in base.tensors), None)
-    if head is None or embeddings is None or ties_embeddings(base.config) is False:
-        return tensors, ()
-    if head in base.tensors:
-        if not same_bits(base.tensors[head], base.tensors[embeddings]):
-            return tensors, ()
-        note = f"{head}, which the source does not store, is its embeddings, as in the base"
-        return {**tensors, head: tensors[embeddings]}, (note,)
-    if not same_bits(tensors[head], tensors[embeddings]):
-        raise ModelMismatchError(
-            f"it is not {shown(embeddings)}, and the base, where the two are one, stores no head",
-            tensor=head,
-            file=tensors[head].span.file,
-            expected="the same values",
-            remedy="tie the two before the model is saved, or quantize it by a --scheme instead",
-        )
-    note = f"{head} of the source is its embeddings, and is not stored, as in the base"
-    return {name: tensor for name, tensor in tensors.items() if name != head}, (note,)
+    tensors, notes = dict(tensors), []
+    for one in tied:
+        kept = next((name for name in one.stored if name in tensors), None)
+        if kept is None:
+            continue
+        for name in one.stored:
+            if name not in tensors and same_bits(base.tensors[name], base.tensors[kept]):
+                tensors[name] = tensors[kept]
+                notes.append(f"{name}, which the source does not store, is its {kept}, as in the base")
+        for name in tensors.keys() - base.tensors.keys():
+            if not any(layout.hf_to_native(name) in one.names for layout in LAYOUTS):
+                continue
+            if not same_bits(tensors[name], tensors[kept]):
+                raise ModelMismatchError(
+                    f"it is not {shown(kept)}, and the base, where the two are one, stores no other",
+                    tensor=name,
+                    file=tensors[name].span.file,
+                    expected="the same values",
+                    remedy="tie the two before the model is saved, or quantize it by a --scheme instead",
+                )
+            del tensors[name]
+            notes.append(f"{name} of the source is its {kept}, and is not stored, as in the base")
+    return tensors, tuple(notes)
 
 
 def _cache_notes(base: Checkpoint) -> list[str]:

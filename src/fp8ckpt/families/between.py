@@ -163,8 +163,7 @@ def tied_tensors(config: Mapping[str, Any], stored: Shapes, asked: Collection[st
         with suppress(ConfigError):
             model = configured_model(config)
     if model is None:
-        known = [next((name for name in of if name in stored), of[0]) for of in (EMBEDDINGS, HEADS)]
-        return [Tied({name: name if name in stored else "" for name in known}, 2)] if ties_embeddings(config) else []
+        return [embeddings_and_head(stored)] if ties_embeddings(config) else []
     made = assemble(model, _shapes_of(model), stored).parts
     on_disk = {name: assembly.pieces[0].source for name, assembly in made.items() if len(assembly.pieces) == 1}
     found = []
@@ -172,6 +171,12 @@ def tied_tensors(config: Mapping[str, Any], stored: Shapes, asked: Collection[st
         own = {name: on_disk.get(name, "") for name in names}
         found.append(Tied({**own, **{name: name for name in own.values() if name}}, len(names)))
     return found
+
+
+def embeddings_and_head(stored: Collection[str]) -> Tied:
+    """The two under the names that most language models have for them."""
+    names = [next((name for name in known if name in stored), known[0]) for known in (EMBEDDINGS, HEADS)]
+    return Tied({name: name if name in stored else "" for name in names}, 2)
 
 
 def has_transformers() -> bool:
