@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import json
 import mmap
 import os
 import shutil
@@ -32,7 +31,6 @@ from fp8ckpt.system import lock, reserve
 SHARED = 256 << 20  # bytes
 BLOCK = 16 << 20  # bytes
 _EDGE = 64 << 10  # bytes; ranges end at multiples, or the last strip of the rank beside this one were a request
-_STATE = 4096  # bytes, behind those of the block: which of them are there, and how many were taken
 _MEMORY = Path("/dev/shm")
 
 Parts = list[tuple[int, Bytes]]
@@ -78,7 +76,7 @@ class Shared:
                     fetched = self._fetch(wanted, begin, min(begin + BLOCK, size), self._folder / name, fetch)
                 except Fp8CheckpointError:
                     raise
-                except OSError:  # of the shared memory
+                except (OSError, ValueError):  # of the shared memory
                     fetched = False
                 if not fetched:
                     fetch(wanted)
@@ -89,7 +87,8 @@ class Shared:
             if not have and len(os.listdir(self._folder)) * BLOCK > SHARED:
                 file.unlink()
                 return False
-            os.ftruncate(fd, BLOCK + _STATE)
+            if not have:
+                os.ftruncate(fd, BLOCK)
             missing = _missing(have, wanted.start, wanted.stop)
             if missing:
                 first, last = missing[0][0], missing[-1][1]
@@ -99,14 +98,16 @@ class Shared:
             block = np.frombuffer(mmap.mmap(fd, BLOCK), np.uint8)
             for low, high in missing:
                 fetch(Request(wanted.file, low, high, [(low, block[low - begin : high - begin])]))
-                have = sorted([*have, (low, high)])
+                have = _with(have, low, high)
             for start, out in wanted.parts:
                 out[:] = block[start - begin :][: out.size]
                 taken += out.size
             if taken >= sum(high - low for low, high in have) - 2 * _EDGE:
                 file.unlink()
             else:
-                os.pwrite(fd, json.dumps([have, taken]).encode().ljust(_STATE), BLOCK)
+                state = np.array([(taken, 0), *have], np.int64)
+                os.pwrite(fd, state, BLOCK)
+                os.ftruncate(fd, BLOCK + state.nbytes)
             return True
 
 
@@ -141,12 +142,18 @@ def _locked(file: Path) -> Iterator[int]:
 
 
 def _state_of(fd: int) -> tuple[list[tuple[int, int]], int]:
-    """Which bytes of a block are there, and how many were taken."""
-    text = os.pread(fd, _STATE, BLOCK).rstrip(b"\0")
-    if not text:
-        return [], 0
-    have, taken = json.loads(text)
+    """Which bytes of a block are there, and how many were taken: what stands behind it."""
+    state = np.frombuffer(os.pread(fd, max(0, os.fstat(fd).st_size - BLOCK), BLOCK), np.int64).reshape(-1, 2)
+    [(taken, _), *have] = state.tolist() or [(0, 0)]
     return [(low, high) for low, high in have], taken
+
+
+def _with(have: Sequence[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
+    """The ranges and one more, in order; those that touch are one."""
+    before = [one for one in have if one[1] < low]
+    after = [one for one in have if one[0] > high]
+    touched = [(low, high), *have[len(before) : len(have) - len(after)]]
+    return [*before, (min(touched)[0], max(high for _, high in touched)), *after]
 
 
 def _within(parts: Sequence[tuple[int, Bytes]], begin: int, end: int) -> Iterator[tuple[int, Bytes]]:
