@@ -1,7 +1,8 @@
 """What a user names: a path of this machine, or the URL of a store. It is the one or the other by its form alone.
 
-``scheme:/`` begins a URL, with one slash or two (a `Path` of a URL has lost the second); so does the scheme of a
-well-known store with a colon. A folder that is really called so is named by its absolute path.
+``scheme:/`` begins a URL, with one slash or two (a `Path` of a URL has lost the second). What else looks like the name
+of a store is refused: its scheme with a colon alone, anything that ends in a colon before the first slash, URLs in each
+other (``simplecache::s3://``), ARNs. A folder that is really called so is named with ``./``, or by its absolute path.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import NamedTuple
 from fp8ckpt.errors import UnsupportedStoreError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
-_WITHOUT_SLASHES = re.compile(r"(s3a?|gs|gcs|az|abfss?|hf|https?|file):(.*)", re.DOTALL | re.IGNORECASE)
+_ODD = re.compile(
+    r"((?:s3[an]?|gs|gcs|az|abfss?|hf|https?|file|dbfs|hdfs|s?ftp|arn|(?:simple|file|block)cache|zip|tar)(?=:)"
+    r"|[^/]+(?=:/)(?<!^.)):+/*(.*)", re.DOTALL | re.IGNORECASE
+)  # fmt: skip
+_CHAINED = re.compile(r"::[A-Za-z][A-Za-z0-9+.-]+:/")
+_HAS_CONTAINERS = ("hf", "abfs", "abfss")  # what stands before the "@" is no secret
 
 
 class Address(NamedTuple):
@@ -24,22 +30,33 @@ class Address(NamedTuple):
     rest: str
 
     def __str__(self) -> str:
-        """The URL as messages, logs and files may show it: without a user, a password and a query."""
-        rest = re.split(r"[?#]", self.rest, maxsplit=1)[0]
-        authority, slash, path = rest.partition("/")
-        return f"{self.scheme}://{authority.rpartition('@')[2] if self.scheme != 'hf' else authority}{slash}{path}"
+        """The URL as messages, logs and files may show it: without a user, a password and a query. Where it cannot be
+        told which part is a password, no part is shown.
+        """
+        authority, slash, path = self.rest.partition("/")
+        user, at, host = authority.rpartition("@")
+        if re.search(r"[?#;]", user) or ("@" in path and (at or ":" in authority)):
+            return f"{self.scheme}://..."
+        named = self.scheme in _HAS_CONTAINERS and ":" not in user and not user.startswith("hf_")  # so tokens begin
+        shown = f"{authority if named else host}{slash}{path}"
+        return f"{self.scheme}://{re.split('[?#;]', shown, maxsplit=1)[0]}"
 
 
 def address_of(path: str | os.PathLike[str]) -> Address | None:
     """The store's URL that a user gave; None for a path of this machine."""
     text = os.fspath(path)
-    if (match := _URL.fullmatch(text)) is not None:
+    match = _URL.fullmatch(text)
+    if match is not None and not _CHAINED.search(text):
         return Address(match[1].lower(), match[3])
-    if (match := _WITHOUT_SLASHES.fullmatch(text)) is not None:
-        address = Address(match[1].lower(), match[2])
-        found, remedy = f"it begins with {match[1]}: and is no URL", "for a local path, write ./ before it"
-        raise UnsupportedStoreError(found, file=str(address), expected=f"{address.scheme}://...", remedy=remedy)
-    return None
+    if match is None and (match := _ODD.fullmatch(text)) is None:
+        return None
+    scheme = match[1].rpartition("@")[2].lower()
+    raise UnsupportedStoreError(
+        "it looks like a store's URL, and is none",
+        file=str(Address(scheme, match[match.re.groups])),
+        expected="scheme://..., as s3://bucket/prefix",
+        remedy="for a local path, write ./ before it",
+    )
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

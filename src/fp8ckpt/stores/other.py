@@ -15,6 +15,7 @@ from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import Broken
 from fp8ckpt.stores.store import Stat
 
+_PACKAGES = {"smbclient": "smbprotocol", "libarchive": "libarchive-c"}  # of modules of another name
 # What clients call the version of an object, the surest first.
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "md5", "LastModified", "last_modified", "updated",
              "mtime", "modified", "created")  # fmt: skip
@@ -43,13 +44,17 @@ class OtherObjects:
         try:
             client, path = url_to_fs(f"{scheme}://{self._address.rest}", use_listings_cache=False)
         except ImportError as error:
-            package = known_implementations[scheme]["class"].partition(".")[0]
+            missing = getattr(error.__cause__, "name", None) or error.name or known_implementations[scheme]["class"]
+            module = missing.partition(".")[0]
+            package = _PACKAGES.get(module, module)
             raise MissingPackageError(
                 f"reading {scheme}:// needs {package}", file=self.where, remedy=f"pip install {package}"
             ) from error
         except Exception as error:  # whatever a client says, it may say it with a secret
-            found = f"its client refuses ({type(error).__name__})"
-            raise StorageError(found, file=self.where, remedy="see how it is set up here") from None
+            found, remedy = f"its client refuses ({type(error).__name__})", "see how it is set up here"
+            if isinstance(error, TypeError):  # as Databricks', which is made with an instance and a token
+                found, remedy = "its client takes more than a URL", "copy it here, or mount it, and give the path"
+            raise StorageError(found, file=self.where, remedy=remedy) from None
         return client, path.rstrip("/")
 
     def list(self) -> Mapping[str, Stat]:

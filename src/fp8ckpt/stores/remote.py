@@ -144,8 +144,8 @@ class RemoteStore:
     def __hash__(self) -> int:
         return hash(self.where)
 
-    def _key(self) -> tuple[type, str]:
-        return type(self._objects), self.where
+    def _key(self) -> object:  # with what is not shown of the URL
+        return self._objects.__reduce__()
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process makes its own connections, to the same versions
         return _restored, (self._objects, self._listing)

@@ -64,7 +64,7 @@ class S3Objects:
     def __init__(self, address: Address) -> None:
         bucket, _, prefix = address.rest.partition("/")
         self.where = str(address)
-        if not _BUCKET.fullmatch(bucket) or "?" in prefix or "#" in prefix:
+        if not _BUCKET.fullmatch(bucket) or set("?#;") & set(prefix):
             remedy = "give credentials and endpoint as boto3 takes them (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
             raise UnsupportedStoreError(
                 "it is no bucket and prefix", file=self.where, expected="s3://bucket/prefix", remedy=remedy

@@ -106,7 +106,7 @@ class Shared:
                 file.unlink()
             else:
                 state = np.array([(taken, 0), *have], np.int64)
-                os.pwrite(fd, state, BLOCK)
+                os.pwrite(fd, state.tobytes(), BLOCK)
                 os.ftruncate(fd, BLOCK + state.nbytes)
             return True
 
@@ -144,7 +144,7 @@ def _locked(file: Path) -> Iterator[int]:
 def _state_of(fd: int) -> tuple[list[tuple[int, int]], int]:
     """Which bytes of a block are there, and how many were taken: what stands behind it."""
     state = np.frombuffer(os.pread(fd, max(0, os.fstat(fd).st_size - BLOCK), BLOCK), np.int64).reshape(-1, 2)
-    [(taken, _), *have] = state.tolist() or [(0, 0)]
+    [[taken, _], *have] = state.tolist() or [[0, 0]]
     return [(low, high) for low, high in have], taken
 
 
