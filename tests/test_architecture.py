@@ -38,7 +38,7 @@ ARROWS = {
     "serving": {"families", "tensors", "stores", "numerics", "output"},
     "encodings": {"engine", "families", "output", "tensors", "stores", "numerics", "ranks", "targets"},
     "engine": {"output", "tensors", "stores", "numerics", "workers", "ranks"},
-    "output": {"tensors", "stores", "numerics", "system", "version"},
+    "output": {"tensors", "stores", "numerics", "system", "version", "workers"},
     "families": {"tensors"},
     "tensors": {"stores", "numerics"},
     "stores": {"numerics", "system", "workers"},

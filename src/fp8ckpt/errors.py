@@ -593,6 +593,12 @@ class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
         return cls(found, file=str(partial), remedy=remedy)
 
     @classmethod
+    def of_elsewhere(cls, partial: object, where: str) -> ResumeMismatchError:
+        """A run that goes elsewhere has a destination of the same last name: no reason to delete anything."""
+        remedy = "run this in another directory, or choose a destination of another last name"
+        return cls(f"it is of a run that goes to {where}", file=str(partial), remedy=remedy)
+
+    @classmethod
     def of_strange(cls, partial: object, found: str) -> ResumeMismatchError:
         """``found``: what is in a partial output, and no run of ours left it so."""
         return cls(found, file=str(partial), remedy="move it away, or choose another destination")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.output import extents
 from fp8ckpt.output.layout import FileLayout
+from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.stores import remote, upload
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.s3 import S3Objects
@@ -257,13 +259,38 @@ def test_a_bucket_that_may_be_read_only(s3: Server, client: Any, sample_fp8: Pat
     assert os.listdir() == []
 
 
-def test_parts_of_another_run_are_not_taken(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
-    """An upload that somebody else began: its parts are compared, and what differs is sent."""
+def _of_a_stranger(client: Any, key: str, body: bytes) -> str:
+    of = {"Bucket": BUCKET, "Key": key}
+    upload = client.create_multipart_upload(**of, ContentType="text/x-theirs", Metadata={"owner": "they"})["UploadId"]
+    client.upload_part(**of, UploadId=upload, PartNumber=1, Body=body)
+    return str(upload)
+
+
+def test_uploads_of_others_are_left_alone(
+    s3: Server, client: Any, sample_fp8: Path, converted: Path, trained: Path
+) -> None:
+    """Begun before ours, or while ours was cut off: not a part, a type or a word of it is in the result; and where
+    ours are given up, theirs are not.
+    """
     key = "models/out/model-00001-of-00003.safetensors"
-    upload = client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
-    client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * PART)
+    body = (converted / Path(key).name).read_bytes()[:PART]
+    theirs = {_of_a_stranger(client, key, body)}
+    _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
+    s3.forget()
+    theirs.add(_of_a_stranger(client, key, body))
+    everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
+    made = client.head_object(Bucket=BUCKET, Key=key)
+    assert (_there(client), list(made["Metadata"])) == (contents(converted), ["fp8ckpt-run"])
+    assert made["ContentType"] != "text/x-theirs"
+    assert everything - 20 <= sum(_parts(s3).values()) <= everything - 20 + upload.AT_ONCE
+    theirs.add(_of_a_stranger(client, "models/bad/model.safetensors", body))
+    with pytest.raises(WeightValueError):
+        convert(_not_finite(trained), f"s3://{BUCKET}/models/bad", to="fp8", scheme="per-tensor")
+    left = client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]
+    assert {one["UploadId"] for one in left} == theirs
+    for one in left:
+        client.abort_multipart_upload(Bucket=BUCKET, Key=one["Key"], UploadId=one["UploadId"])
 
 
 @pytest.mark.parametrize("name", ["config.json", "x/y"])
@@ -274,6 +301,8 @@ def test_nothing_is_overwritten(s3: Server, client: Any, name: str, sample_fp8: 
         convert(sample_fp8, URL)
     assert os.listdir() == []
     assert _there(client) == {name: b"x"}
+    for folder in ("", "assets/"):  # as consoles make them; they are no files of a checkpoint
+        client.put_object(Bucket=BUCKET, Key=f"models/out-2/{folder}", Body=b"")
     convert(sample_fp8, URL + "-2")
     with pytest.raises(OutputExistsError, match="inside the source s3://bucket/models/out-2"):
         convert(f"{URL}-2/", URL + "-2/within")  # what is below a source is taken for its own
@@ -281,16 +310,75 @@ def test_nothing_is_overwritten(s3: Server, client: Any, name: str, sample_fp8: 
 
 
 def test_a_place_of_the_same_last_name_does_not_go_on(
-    s3: Server, client: Any, sample_fp8: Path, converted: Path
+    s3: Server, client: Any, sample_fp8: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state in the working directory has the last name alone; what it has sent elsewhere is not lost."""
+    """The state in the working directory has the last name alone; what it has sent elsewhere is not lost, and nobody is
+    told to delete it, or a lock that is not its own.
+    """
     _interrupted(s3, _at_first_completion(), lambda: convert(sample_fp8, URL))
     s3.forget()
     for other in (f"s3://{BUCKET}/elsewhere/out", "out"):
-        with pytest.raises(ResumeMismatchError, match=r"it goes to s3://bucket/models/out"):
+        with pytest.raises(ResumeMismatchError, match=r"goes to s3://bucket/models/out; run this in another") as caught:
             convert(sample_fp8, other)
+        assert "delete" not in str(caught.value)
     convert(sample_fp8, URL + "/")
     assert _there(client) == contents(converted)
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialOutput, "publish", _raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(sample_fp8, "here")
+    here = Path("here").absolute()
+    with pytest.raises(ResumeMismatchError, match=f"goes to {here}; run this in another") as caught:
+        convert(sample_fp8, f"s3://{BUCKET}/here")
+    assert "delete" not in str(caught.value)
+    convert(sample_fp8, "here")
+    assert contents(Path("here")) == contents(converted)
+
+
+def test_small_files_are_copied_several_at_once(s3: Server, client: Any, sample_fp8: Path) -> None:
+    """From a store and to it; what makes a checkpoint of them comes last, one after the other."""
+    _put(client, sample_fp8)
+    for i in range(8):
+        client.put_object(Bucket=BUCKET, Key=f"models/src/notes/{i}", Body=b"x" * (i + 1))
+    pair = threading.Barrier(2, timeout=5)
+
+    def wait_for_another(asked: Asked) -> None:
+        if "/notes/" in asked.path:
+            pair.wait()
+
+    s3.fault = wait_for_another
+    convert(f"s3://{BUCKET}/models/src", URL)
+    there = _there(client)
+    assert [there[f"notes/{i}"] for i in range(8)] == [b"x" * (i + 1) for i in range(8)]
+    put = [asked.path.partition("?")[0].rpartition("/")[2] for asked in s3.asked if asked.method == "PUT"]
+    assert put[-2:] == ["model.safetensors.index.json", "config.json"]
+
+
+def test_what_no_job_reads_may_change(s3: Server, client: Any, sample_fp8: Path) -> None:
+    """A log below the prefix that grows: nothing to verify; but a conversion copies it."""
+    _put(client, sample_fp8)
+    client.put_object(Bucket=BUCKET, Key="models/src/train.log", Body=b"1")
+    source, seen = f"s3://{BUCKET}/models/src", [b"1"]
+
+    def grow(asked: Asked) -> None:
+        if asked.ranged:
+            seen.append(b"1")
+            client.put_object(Bucket=BUCKET, Key="models/src/train.log", Body=b"".join(seen))
+
+    s3.fault = grow
+    assert verify(source).ok
+    assert len(seen) > 5
+    with pytest.raises(SourceChangedError, match=r"train\.log"):
+        convert(source, "out")
+
+
+def _put(client: Any, directory: Path) -> None:
+    for name, data in contents(directory).items():
+        client.put_object(Bucket=BUCKET, Key=f"models/src/{name}", Body=data)
+
+
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_came_between(s3: Server, client: Any, sample_fp8: Path) -> None:
@@ -439,7 +527,7 @@ def _at_part(at: int) -> Any:
 
 def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, converted: Path, tmp_path: Path) -> None:
     """From two machines: the second is refused, and the first one's output is its own. Where the state of a run was
-    lost, its lock is what says so; without it, another run takes up the parts that are there.
+    lost, its lock is what says so; without it, another run begins anew.
     """
     _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
     s3.forget()
@@ -452,7 +540,9 @@ def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, converted: 
     everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
     convert(sample_fp8, URL)
     assert _there(client) == contents(converted)
-    assert 0 < sum(_parts(s3).values()) <= everything - 20 + upload.AT_ONCE
+    assert sum(_parts(s3).values()) == everything
+    for one in client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]:  # of the first
+        client.abort_multipart_upload(Bucket=BUCKET, Key=one["Key"], UploadId=one["UploadId"])
 
 
 @pytest.mark.parametrize("known", ["no", "refused"])
@@ -476,13 +566,8 @@ def test_a_store_without_conditions(
 
 def test_what_can_never_be_whole_is_taken_away(s3: Server, client: Any, trained: Path) -> None:
     """A weight that is not finite: the parts that are there are aborted, and others may write there."""
-    tensors = load_file(next((trained / "trained").glob("*.safetensors")))
-    name = max(name for name in tensors if name.endswith("proj.weight"))
-    tensors[name][0, 0] = torch.nan
-    Path("bad").mkdir()
-    save_file(tensors, "bad/model.safetensors")
     with pytest.raises(WeightValueError):
-        convert("bad", URL, to="fp8", scheme="per-tensor")
+        convert(_not_finite(trained), URL, to="fp8", scheme="per-tensor")
     assert os.listdir() == ["bad"]
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
     assert "Contents" not in client.list_objects_v2(Bucket=BUCKET)
@@ -501,11 +586,21 @@ def test_a_part_that_comes_after_its_upload_was_aborted(s3: Server, client: Any)
         return Answer(204, {}, b"") if asked.method == "DELETE" and aborts < 3 else answer(asked)
 
     s3._answer = keeping
+    Path("own").write_text(f'["late", "{late}"]')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "wait", lambda seconds: None)
-        upload.Destination(uploads).give_up(["late"])
+        upload.Destination(uploads, Path("own")).give_up(["late"])
     assert aborts == 3
     assert "Uploads" not in client.list_multipart_uploads(Bucket=BUCKET)
+
+
+def _not_finite(trained: Path) -> Path:
+    tensors = load_file(next((trained / "trained").glob("*.safetensors")))
+    name = max(name for name in tensors if name.endswith("proj.weight"))
+    tensors[name][0, 0] = torch.nan
+    Path("bad").mkdir()
+    save_file(tensors, "bad/model.safetensors")
+    return Path("bad")
 
 
 def test_ranks_write_one_output(s3: Server, client: Any, trained: Path) -> None:

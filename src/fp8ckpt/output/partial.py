@@ -74,12 +74,11 @@ class PartialOutput:
         self._lock: int | None = None
         self.turn = ""  # of the run that `begin` began
         address = address_of(destination)
-        self._far = None if address is None else destination_of(address)
-        self.destination = _place(destination).absolute() if self._far is None else self._far.where
         self.partial = partial_of(destination).absolute()
         self.directory = self.partial / OUTPUT
         self.state = State(self.partial / STATE)
-        far = self._far
+        self._far = far = None if address is None else destination_of(address, self.state.uploads)
+        self.destination = _place(destination).absolute() if far is None else far.where
         self._sending = None if far is None else Sending(far, self.state, self.directory, self.partial)
 
     @property
@@ -157,7 +156,7 @@ class PartialOutput:
             if self.directory.exists() and (before := self._recorded_plan()) != now:
                 if self._lock is None and self.state.is_locked():  # then nobody is told to delete what is there
                     raise OutputBusyError.of(self.partial)
-                raise self._mismatch(_difference(before, now))
+                raise self._differs(before, now)
 
     def _told(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
         """The fingerprint, and where in a store it goes: of that, ``DST.partial`` has only the last name."""
@@ -196,9 +195,16 @@ class PartialOutput:
         except (JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise self._mismatch("its state cannot be read") from None
 
-    def _mismatch(self, found: str) -> ResumeMismatchError:
-        far = "" if self._far is None else f" and {self._far.where.rstrip('/')}/{LOCK_OF_STORE}"
-        return ResumeMismatchError.of_other(self.partial, f"{self.partial}{far}", found)
+    def _mismatch(self, found: str, held: str = "") -> ResumeMismatchError:
+        return ResumeMismatchError.of_other(self.partial, f"{self.partial}{held}", found)
+
+    def _differs(self, before: Any, now: Mapping[str, Any]) -> ResumeMismatchError:
+        other = before.get("destination") if isinstance(before, dict) else None
+        if isinstance(before, dict) and other != now.get("destination"):
+            goes = shown(other) if other else str(self.partial.with_suffix(""))
+            return ResumeMismatchError.of_elsewhere(self.partial, goes)
+        held = "" if self._far is None else f" and {self._far.where.rstrip('/')}/{LOCK_OF_STORE}"
+        return self._mismatch(_difference(before, now), held)
 
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` where anything stands at the destination, a broken link included; in a store, but
@@ -311,8 +317,6 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
     """Why a partial output is not taken up: a file that has changed since, if others have not."""
     general = "it is of another source, another target dtype, other options or another version"
-    if isinstance(before, dict) and (other := before.get("destination")) != now.get("destination"):
-        return f"it goes to {shown(other) if other else 'this machine'}"
     if not isinstance(before, dict) or {**before, "sources": None} != {**now, "sources": None}:
         return general
     pairs = zip(before["sources"], now["sources"], strict=False) if isinstance(before.get("sources"), list) else ()

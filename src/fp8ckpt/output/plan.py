@@ -30,6 +30,9 @@ from fp8ckpt.stores.store import ByteRange, File
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
 from fp8ckpt.version import __version__
+from fp8ckpt.workers import share
+
+_COPIED_AT_ONCE = 8  # files of a store that is far away; each takes a buffer
 
 _SAMPLES = 512  # tensors of which contents_of() reads some bytes
 _SAMPLE = 4096  # bytes
@@ -80,8 +83,9 @@ class OutputPlan:
             create(output.directory / layout.name, layout.size)
         for name, text in self.texts.items():
             write_whole(output.directory / name, text)
-        for name, file in self.copies.items():
-            copy_whole(file, output.directory / name)
+        at_once = max((file.store.at_once for file in self.copies.values()), default=1)
+        copy = [lambda copied: copy_whole(copied[1], output.directory / copied[0])] * min(at_once, _COPIED_AT_ONCE)
+        share(self.copies.items(), copy)
         return output.records()
 
     def forecast(

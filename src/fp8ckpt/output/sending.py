@@ -88,9 +88,11 @@ class Sending:
             self._far.refuse_others(etags)
         for name, of_parts in etags.items():
             self._far.finish(name, of_parts)
-        for name in names:
-            if name not in etags:
-                self._far.put(name, (self._directory / name).read_bytes())
+        small = [name for name in names if name not in etags]
+        first = [name for name in small if not any(_last(name)[:2])]
+        self._far.each(first, lambda name: self._far.put(name, self._directory / name))
+        for name in small[len(first) :]:
+            self._far.put(name, self._directory / name)
         self._far.release()
 
     def _send_rest(self, names: Collection[str]) -> dict[str, list[There]]:

@@ -32,13 +32,14 @@ _DRAFT = "plan.json.draft"
 _STAGED = "part-"
 _RECORDS = "done-"
 _RUN = "run"  # what a store is told of who writes there
+_UPLOADS = "uploads"  # which of a store's are ours
 _SEEN = "seen"  # the destination and the parts of its files, from before the first is seen until the last is
 
 
 def is_state(entry: str) -> bool:
     """Whether a path in ``DST.partial`` is that of a file of our state."""
     return entry.startswith((f"{STATE}/{_RECORDS}", f"{STATE}/{_STAGED}")) or entry in {
-        f"{STATE}/{name}" for name in (_PLAN, _DRAFT, LOCK, WRITERS, _RUN, _SEEN)
+        f"{STATE}/{name}" for name in (_PLAN, _DRAFT, LOCK, WRITERS, _RUN, _UPLOADS, _SEEN)
     }
 
 
@@ -130,6 +131,11 @@ class State:
         if new := not (self.at / _RUN).is_file():
             write_whole(self.at / _RUN, uuid.uuid4().hex.encode())
         return read_whole(self.at / _RUN).decode(), new
+
+    @property
+    def uploads(self) -> Path:
+        """Where a `fp8ckpt.stores.upload.Destination` keeps which uploads are ours."""
+        return self.at / _UPLOADS
 
     def seen(self, where: str) -> dict[str, list[There]] | None:
         """The parts of each file, once objects at ``where`` may be ours; else None."""

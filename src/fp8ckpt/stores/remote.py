@@ -35,7 +35,7 @@ import numpy as np
 from fp8ckpt.errors import SourceChangedError, StorageError
 from fp8ckpt.stores.ahead import Request, Wanted, Window, joined
 from fp8ckpt.stores.shared import Shared, reads_over
-from fp8ckpt.stores.store import ByteRange, Bytes, Stat
+from fp8ckpt.stores.store import ByteRange, Bytes, Files, Stat
 
 T = TypeVar("T")
 wait = time.sleep
@@ -128,6 +128,8 @@ class RemoteStore:
         self._pause = pause
         self._lock = threading.Lock()
         self._listing: dict[str, Stat] | None = None
+        self._looked_at: set[str] = set()
+        self._files = Files(self._listed, self._look)
         self._windows: list[Window] = []
         self._blocks: dict[tuple[str, int], Bytes] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -152,10 +154,18 @@ class RemoteStore:
 
     def files(self) -> Mapping[str, Stat]:
         """As `fp8ckpt.stores.store.Store.files`; the store is listed once, and versions are those of that time."""
+        self._listed()
+        return self._files
+
+    def _listed(self) -> dict[str, Stat]:
         with self._lock:
             if self._listing is None:
                 self._listing = self._list()
             return self._listing
+
+    def _look(self, name: str) -> Stat | None:
+        self._looked_at.add(name)
+        return self._listed().get(name)
 
     def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
         """As `fp8ckpt.stores.store.Store.read`; what was announced by `ahead` is taken from there."""
@@ -213,8 +223,8 @@ class RemoteStore:
 
     def refuse_changes(self) -> None:
         """As `fp8ckpt.stores.store.Store.refuse_changes`: the store is listed again."""
-        now, seen = self._list(), self.files()
-        for name in seen:
+        now, seen = self._list(), self._listed()
+        for name in sorted(self._looked_at & seen.keys()):
             if now.get(name) != seen[name]:
                 raise SourceChangedError.of(name)
 

@@ -10,10 +10,11 @@ import base64
 import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from io import BytesIO
+from typing import Any, BinaryIO
 
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
@@ -141,14 +142,13 @@ class S3Objects:
     # ---------------------------------------------------------------- as fp8ckpt.stores.upload.Uploads
 
     def is_empty(self, but: str) -> bool:
-        """Whether there is no object below the prefix, nor one of its name."""
+        """Whether there is no object below the prefix, nor one of its name; a console's folders are none."""
         with self.errors(None):
-            below = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.key(""), MaxKeys=2)
-            named = (
-                self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1) if self.prefix else {}
-            )
-        keys = {entry["Key"] for found in (below, named) for entry in found.get("Contents", ())} - {self.key(but)}
-        return not any(key == self.prefix or key.startswith(self.key("")) for key in keys)
+            below = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.key(""))
+            if any(not key.endswith("/") and key != self.key(but) for page in below for key in _keys(page)):
+                return False
+            named = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        return not self.prefix or self.prefix not in _keys(named)
 
     def made_by(self, name: str) -> tuple[str, str] | None:
         """ETag and run of an object that is there."""
@@ -161,14 +161,14 @@ class S3Objects:
                 return None
         return str(found["ETag"]), str(found.get("Metadata", {}).get(_RUN, ""))
 
-    def begun(self) -> Mapping[str, str]:
+    def begun(self) -> Collection[tuple[str, str]]:
         """Uploads that were not finished."""
         with self.errors(None):
             pages = self.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=self.key("")
             )
             entries = [entry for page in pages for entry in page.get("Uploads", ())]
-        return {entry["Key"].removeprefix(self.key("")): entry["UploadId"] for entry in entries}
+        return [(entry["Key"].removeprefix(self.key("")), entry["UploadId"]) for entry in entries]
 
     def begin(self, name: str, run: str) -> str:
         """Begin an upload."""
@@ -224,10 +224,13 @@ class S3Objects:
         digests = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
         return f'"{hashlib.md5(digests).hexdigest()}-{len(etags)}"'
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, file: BinaryIO) -> None:
         """Make an object at once."""
+        file.seek(0)
+        md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()  # type: ignore[arg-type]
+        file.seek(0)
         with self.errors(name, writing=True):
-            self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=data, ContentMD5=_md5(data))
+            self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=file, ContentMD5=md5)
 
     def put_new(self, name: str, data: bytes) -> bool:
         """Make an object if there is none."""
@@ -241,7 +244,7 @@ class S3Objects:
                     raise Broken("another request makes it at this moment") from None
                 if _status(error) != 501:
                     raise
-                self.put(name, data)
+                self.put(name, BytesIO(data))
         return True
 
     def text(self, name: str) -> bytes | None:
@@ -305,10 +308,10 @@ class S3Objects:
         return f"check the credentials and the region; it takes the permissions to {needed}"
 
 
+def _keys(page: Mapping[str, Any]) -> list[str]:
+    return [entry["Key"] for entry in page.get("Contents", ())]
+
+
 def _status(error: Any) -> int:
     """The HTTP status of what boto3 raised."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _md5(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data).digest()).decode()

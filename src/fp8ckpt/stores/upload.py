@@ -4,10 +4,10 @@ Each file of weights is one multipart upload, its parts the extents in which it 
 parts of all files are there. Then the files are completed, then the small ones are put, and the index and the
 configuration at the end: until then, nothing there looks like a checkpoint.
 
-A run that was cut off is gone on with: a part that is there already, and whose ETag is the MD5 of what is to be there,
-is not sent again. So whatever an upload holds that another run left, the result holds our bytes. The store compares the
-MD5 of each part and of each file with what it got. One that encrypts may give other ETags: then a part is there that
-the state says was sent, and a file is ours if it says that our run began its upload.
+A run that was cut off is gone on with: which uploads it began is recorded here, and one that is not is somebody else's
+and left alone. A part that is there already, and whose ETag is the MD5 of what is to be there, is not sent again. The
+store compares the MD5 of each part and of each file with what it got. One that encrypts may give other ETags: then a
+part is there that the state says was sent, and a file is ours if it says that our run began its upload.
 
 Whoever writes holds the object `LOCK`, which is made only where there is none (``If-None-Match``), and names the run.
 """
@@ -15,14 +15,16 @@ Whoever writes holds the object `LOCK`, which is made only where there is none (
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
-from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError
+from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError, remedy_for
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import ATTEMPTS, attempted
 from fp8ckpt.workers import share
@@ -56,8 +58,8 @@ class Uploads(Protocol):
     def made_by(self, name: str) -> tuple[str, str] | None:
         """Of an object that is there, its ETag and the run that began its upload."""
 
-    def begun(self) -> Mapping[str, str]:
-        """Uploads that were not finished, by the name of the object; of several, the last."""
+    def begun(self) -> Collection[tuple[str, str]]:
+        """Uploads that were not finished, whoever began them, with the names of their objects."""
 
     def begin(self, name: str, run: str) -> str:
         """Begin an upload; the object will say which run it is of."""
@@ -77,7 +79,7 @@ class Uploads(Protocol):
     def etag_of_parts(self, etags: Sequence[str]) -> str | None:
         """The ETag of an object of these parts, where ETags are MD5s."""
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, file: BinaryIO) -> None:
         """Make an object at once."""
 
     def put_new(self, name: str, data: bytes) -> bool:
@@ -91,10 +93,11 @@ class Uploads(Protocol):
 
 
 class Destination:
-    """The place of an output in a store. For any number of threads."""
+    """The place of an output in a store; the file ``own`` says which uploads are ours. For any number of threads."""
 
-    def __init__(self, client: Uploads) -> None:
+    def __init__(self, client: Uploads, own: Path) -> None:
         self._client = client
+        self._own = own
         self._lock = threading.Lock()
         self._uploads: dict[str, str] = {}
         self._there: dict[str, Mapping[int, str]] = {}
@@ -102,7 +105,7 @@ class Destination:
         self._knows_conditions = True
 
     def __reduce__(self) -> tuple[Any, ...]:  # for the process of an asynchronous save
-        return Destination, (self._client,)
+        return Destination, (self._client, self._own)
 
     @property
     def where(self) -> str:
@@ -144,7 +147,16 @@ class Destination:
         begun = self._begun()
 
         def begin(name: str) -> None:
-            self._uploads[name] = self._do("writing", name, self._client.begin, name, self._run)
+            upload = self._do("writing", name, self._client.begin, name, self._run)
+            with self._lock:
+                self._uploads[name] = upload
+                try:
+                    with self._own.open("a") as file:
+                        file.write(f"\n{json.dumps([name, upload])}\n")  # the first newline ends one that was cut off
+                except OSError as error:
+                    remedy = remedy_for(error, "see that files can be made there, and run it again", writing=True)
+                    found = f"writing failed: {error.strerror}"
+                    raise StorageError(found, file=str(self._own), remedy=remedy) from error
 
         self.each((name for name in names if name not in begun), begin)
 
@@ -196,30 +208,39 @@ class Destination:
             raise OutputExistsError(other, file=name, expected="what the run before made", remedy=remedy)
         return found is not None
 
-    def put(self, name: str, data: bytes) -> None:
-        """Make a small file."""
-        self._do("writing", name, self._client.put, name, data)
+    def put(self, name: str, file: Path) -> None:
+        """Make an object of a file at once, without holding it in memory."""
+        with file.open("rb") as opened:
+            self._do("writing", name, self._client.put, name, opened)
 
     def each(self, items: Iterable[T], step: Callable[[T], object]) -> None:
         """Take a step for each item, as many at once as the store takes sooner so."""
         share(items, [step] * AT_ONCE)
 
     def _begun(self) -> Mapping[str, str]:
+        """Our uploads that were not finished, by the names of their objects."""
         with self._lock:
-            if not self._uploads:
-                self._uploads = dict(self._do("looking at", None, self._client.begun))
+            if not self._uploads and self._own.exists():
+                own: dict[str, str] = {}
+                for line in self._own.read_text().splitlines():
+                    with suppress(ValueError):
+                        own.update([json.loads(line)])
+                there = set(self._do("looking at", None, self._client.begun))
+                self._uploads = {name: upload for name, upload in own.items() if (name, upload) in there}
             return self._uploads
 
     def _do(self, doing: str, name: str | None, step: Callable[..., T], *arguments: Any) -> T:
         return attempted(partial(step, *arguments), ATTEMPTS, f"{doing} {self.where}", name)
 
 
-def destination_of(address: Address) -> Destination:
-    """The place of a URL. Raises `UnsupportedStoreError` where a store takes no files in parts."""
+def destination_of(address: Address, own: Path) -> Destination:
+    """The place of a URL; ``own`` says which uploads are ours. Raises `UnsupportedStoreError` where a store
+    takes no files in parts.
+    """
     if address.scheme in ("s3", "s3a"):
         from fp8ckpt.stores.s3 import S3Objects
 
-        return Destination(S3Objects(address._replace(scheme="s3")))
+        return Destination(S3Objects(address._replace(scheme="s3")), own)
     remedy = "write to a local directory, and copy it there with the store's own client"
     if address.scheme == "hf":
         remedy = "write to a local directory, and upload it: hf upload"
