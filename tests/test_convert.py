@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 import fp8ckpt.output.extents as writing
-from fp8ckpt import convert, inspect, open_checkpoint, plan_convert, sample
+from fp8ckpt import FP8StorageReader, convert, inspect, open_checkpoint, plan_convert, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.tensors.config import QUANTIZATION_KEYS, metadata_without_quantization
@@ -648,3 +651,23 @@ def test_all_numpy_dtypes_of_unquantized_tensors_pass_through(tmp_path: Path) ->
     family = one_weight(all_codes(5, 3), scalar(0.5), (5, 3), **plain)
     convert(family.write(tmp_path / "fp8"), tmp_path / "out", to="fp16")
     assert read_directory(tmp_path / "out") == family.expected("F16")
+
+
+@pytest.mark.parametrize(("to", "scale"), [("bf16", 1e36), ("fp32", 1e36), ("fp16", 200.0)])
+def test_finite_codes_that_become_infinite_are_refused(to: str, scale: float, tmp_path: Path) -> None:
+    """Whoever reads them; where no code is so large that it would, and for codes that are infinite, nothing is said."""
+    codes = np.full((8, 16), 0x38, np.uint8)  # 1.0
+    small = one_weight(Stored.codes(codes), Stored.of(np.full((), scale), "F32"), (8, 16)).write(tmp_path / "small")
+    convert(small, tmp_path / "small-out", to=to)
+    codes[3, 5] = 0x7E  # 448
+    family = one_weight(Stored.codes(codes), Stored.of(np.full((), scale), "F32"), (8, 16))
+    large = family.write(tmp_path / "large")
+    target = torch.empty(8, 16, dtype=getattr(torch, TORCH_NAMES[to]))
+    with pytest.raises(RangeError, match=rf"^{WEIGHT} in .*: 1 elements"):
+        convert(large, tmp_path / "large-out", to=to)
+    with pytest.raises(CheckpointException, match=rf"{WEIGHT} in .*: 1 elements of finite codes go beyond"):
+        dcp.load({WEIGHT: target}, storage_reader=FP8StorageReader(large), no_dist=True)
+    codes[3, 5] = 0x7C  # infinity in e5m2
+    infinite = one_weight(Stored.codes(codes, "F8_E5M2"), Stored.of(np.full((), 1.0), "F32"), (8, 16))
+    dcp.load({WEIGHT: target}, storage_reader=FP8StorageReader(infinite.write(tmp_path / "infinite")), no_dist=True)
+    assert int(target.isinf().sum()) == 1

@@ -77,7 +77,11 @@ class RegionLoader:
             region, out = tensor.scaled.of_codes(region), target.mT if tensor.scaled.across else target
             for piece, packed in tensor.scaled.codes(region, self._reader):
                 codes = _codes_of(tensor.scaled, piece, packed, buffer)
-                dequantize_on_device(codes.to(target.device), dequantizer, piece[0], out[within(piece, region)])
+                values = out[within(piece, region)]
+                dequantize_on_device(codes.to(target.device), dequantizer, piece[0], values)
+                if dequantizer.may_overflow:
+                    infinite = values.isinf() & codes.to(torch.float32).isfinite().to(values.device)
+                    tensor.scaled.refuse_overflow(int(infinite.sum()), dtype)
         else:
             found = f"a target of dtype {target.dtype} for a quantized tensor"
             expected = "one of " + ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())

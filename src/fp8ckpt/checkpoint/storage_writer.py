@@ -196,15 +196,19 @@ def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:
     given = stored_dtype(values.dtype) or ""
     if given == span.dtype:
         return bytes_of(values)
-    overflown = 0
+    beyond = 0  # float32
     if given not in TARGET_BYTES:  # float64, which no kernel takes
         finite = values.isfinite()
-        values, given = values.to(torch.float32), "F32"
-        overflown = int((finite & ~values.isfinite()).sum())
+        values = values.to(torch.float32)
+        beyond = int((finite & ~values.isfinite()).sum())
     stored = np.empty(values.numel(), bits_dtype(span.dtype))
-    overflown += quantize.round_to(quantize.values_of(bytes_of(values), given).floats, span.dtype, stored)
+    as_floats = quantize.values_of(bytes_of(values), stored_dtype(values.dtype) or "").floats
+    overflown = beyond + quantize.round_to(as_floats, span.dtype, stored)
     if overflown:
         found = f"finite values of {given} do not fit {span.dtype}, {overflown} of them in one piece"
-        remedy = "save in bf16 or fp32; where it is the base that says the dtype, without like"
+        wider = {"F16": "save in bf16 or fp32", "BF16": "save in fp32"}.get(span.dtype)
+        remedy = f"{wider}; where it is the base that says the dtype, without like"
+        if beyond or wider is None:
+            remedy = "look why they are so large: no dtype to save in holds them"
         raise RangeError(found, tensor=span, expected=f"values within {span.dtype}", remedy=remedy)
     return stored.view(np.uint8)

@@ -36,6 +36,9 @@ from fp8ckpt.numerics.codes import (
 from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, bytes_of_run, window, windows
 
 ROUNDING = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
+#: The least magnitudes that round to infinity, and its bits.
+_OVERFLOW = {"BF16": (2 - 2**-8) * 2.0**127, "F16": 65520.0, "F32": (2 - 2**-24) * 2.0**127}
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _LEAST_ELEMENTS_PER_TABLE = 1024  # filling a table costs about as much as 400 look-ups
 
 Bits = npt.NDArray[Any]  # u16 or u32: the bit patterns of the target dtype
@@ -127,6 +130,20 @@ class Dequantizer:
     def scales(self) -> F32:
         """The scales as float32, in the grid's shape."""
         return self._values.reshape(self.grid.shape)
+
+    @cached_property
+    def may_overflow(self) -> bool:
+        """Whether a finite code under the largest scale has a value beyond the target dtype."""
+        codes = code_values(self.code_dtype)
+        largest = float(codes[np.isfinite(codes)].max())
+        return float(self._values.max(initial=0)) * largest >= _OVERFLOW[self.dtype]
+
+    def count_overflown(self, codes: U8, bits: Bits) -> int:
+        """How many of the values that it gave, ``bits``, are infinite and not those of infinite ``codes``."""
+        infinite = np.isinf(code_values(self.code_dtype)) if self._per_byte == 1 else np.zeros(256, np.bool_)
+        magnitudes = bits & (np.iinfo(bits.dtype).max >> 1)
+        count = np.count_nonzero(magnitudes == _INFINITY[self.dtype])
+        return int(count - (np.count_nonzero(infinite[codes]) if infinite.any() else 0))
 
     def alike(self, other: Dequantizer) -> bool:
         """Whether the other gives the same values for the same codes."""

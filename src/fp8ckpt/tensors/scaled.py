@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import CODE_FORMATS, TARGET_BYTES
 from fp8ckpt.numerics.geometry import BlockGrid, Region, Shape, boxes, bytes_of_region, bytes_of_run, pieces, within
 from fp8ckpt.stores.store import ByteRange, Bytes
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from fp8ckpt.tensors.tensor import Reader
 
 _LOGICAL = "BF16"
-_FP16_OVERFLOW = 65520.0  # the least magnitude that rounds to infinity in float16
 
 
 def turned(shape: Shape) -> Shape:
@@ -122,6 +122,8 @@ class QuantizedTensor(NamedTuple):
         for piece, codes in self.codes(region, reader):
             at: tuple[Any, ...] = (*within(piece, region), ...)  # a view, of no dimensions too
             dequantizer.region(codes, piece[0], out[at])
+            if dequantizer.may_overflow:
+                self.refuse_overflow(dequantizer.count_overflown(codes, out[at]), dtype)
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
         bits = out.view(f"u{TARGET_BYTES[dtype]}")
@@ -132,7 +134,18 @@ class QuantizedTensor(NamedTuple):
             return
         dequantizer = reader.dequantizer(self, dtype)
         for first, count, codes in self.run(start, bits.size, reader):
-            dequantizer.flat(codes, first, bits[first - start :][:count])
+            part = bits[first - start :][:count]
+            dequantizer.flat(codes, first, part)
+            if dequantizer.may_overflow:
+                self.refuse_overflow(dequantizer.count_overflown(codes, part), dtype)
+
+    def refuse_overflow(self, count: int, dtype: str) -> None:
+        """Raise `RangeError` where finite codes have values beyond a dtype."""
+        if count:
+            remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
+            raise RangeError(
+                f"{count} elements of finite codes go beyond the largest {dtype}", tensor=self, remedy=remedy
+            )
 
     def run(self, start: int, count: int, reader: Reader) -> Iterator[tuple[int, int, Bytes]]:
         """The bytes of the codes of a run of elements in row-major order, piece by piece: (first element, elements,
@@ -174,12 +187,8 @@ class QuantizedTensor(NamedTuple):
 
     def count_overflown(self, reader: Reader) -> int:
         """How many finite codes have values beyond float16. Codes are read only if the scales allow that any has."""
-        from fp8ckpt.numerics.codes import code_values
-
         dequantizer = reader.dequantizer(self, "F16")
-        values = code_values(self.code_dtype)
-        infinite = np.isinf(values)
-        if float(dequantizer.scales.max(initial=0)) * float(values[np.isfinite(values)].max()) < _FP16_OVERFLOW:
+        if not dequantizer.may_overflow:
             return 0
         halves = np.empty(reader.room.size, np.uint16)
         count = 0
@@ -187,7 +196,5 @@ class QuantizedTensor(NamedTuple):
         for piece, codes in self.codes(((0,) * len(shape), shape), reader):
             bits = halves[: prod(piece[1])].reshape(piece[1])
             dequantizer.region(codes, piece[0], bits)
-            count += int(np.count_nonzero(np.isinf(bits.view(np.float16))))
-            if infinite.any():  # of a code that is a byte
-                count -= int(np.count_nonzero(infinite[codes]))
+            count += dequantizer.count_overflown(codes, bits)
         return count
