@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from fp8ckpt import load_pretrained, save_model
+from fp8ckpt.errors import ModelMismatchError
 from tests.distributed import assert_same
 from tests.oracle import read_directory
 
@@ -66,6 +67,8 @@ def test_a_stage_without_the_embeddings_has_its_head_from_them(name: str, tmp_pa
     assert not {name for name in whole.all_tied_weights_keys.values() if "bias" not in name} & held.keys()
     for key, tensor in held.items():
         assert_same(tensor, expected[key], key)
+    with pytest.raises(ModelMismatchError, match=r"is tied to .*, which this stage .*\(model.lm_head = None\)"):
+        save_model(stage, tmp_path / "out", like=tmp_path / "whole")
 
 
 def built(name: str) -> Any:

@@ -78,7 +78,10 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
         assembled = Assembled({}, set(), set())
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
         in_base = {name for name, made in tensors.items() if made.keys() <= stored.keys()}
-    tied = _tied_elsewhere(model, native, in_base)
+    groups = tied_groups(model)
+    if base is not None:
+        _refuse_of_other_stages(groups, native, in_base)
+    tied = _tied_elsewhere(groups, native, in_base)
     state = {hf: made for name, of_one in tensors.items() if name not in tied for hf, made in of_one.items()}
     # What the base lacks goes under its own name, for the writer to refuse.
     parts = {name: assembled.parts.get(name) or Assembly.whole(name, tensor.shape) for name, tensor in state.items()}
@@ -98,10 +101,23 @@ def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, t
     return adapter.convert_single_tensor_to_hf(name, tensor, quantization=False)  # type: ignore[no-any-return]  # a host's
 
 
-def _tied_elsewhere(model: nn.Module, native: Collection[str], in_base: Collection[str]) -> dict[str, str]:
+def _refuse_of_other_stages(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> None:
+    """What a stage of a pipeline holds of a tied tensor that the base has under the name of another stage's."""
+    for source, *targets in groups:
+        mine = [name for name in targets if name in native]
+        if mine and source not in native and not any(name in in_base for name in mine):
+            raise ModelMismatchError(
+                f"it is tied to {source}, which this stage of the model does not hold",
+                tensor=mine[0],
+                expected="both in one stage, where they can be compared",
+                remedy="take it out of this stage once the two are the same (model.lm_head = None), for one is stored",
+            )
+
+
+def _tied_elsewhere(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> dict[str, str]:
     """Tensors that are stored under the names that they are tied to, and those names; in one order on all ranks."""
     left_out: dict[str, str] = {}
-    for group in tied_groups(model):
+    for group in groups:
         present = [name for name in group if name in native]
         kept = [name for name in present if name in in_base] or present[:1]
         left_out |= {name: kept[0] for name in present if name not in kept}
