@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import urllib3
 from safetensors.torch import save_file
 
 from fp8ckpt import (
@@ -616,6 +618,28 @@ def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path, monke
 
 
 # ---------------------------------------------------------------- secrets, and who gets them
+
+
+@SERVED
+def test_no_log_holds_what_clients_sign_and_send(
+    far: Far, sample_fp8: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not theirs at DEBUG, either, whoever asks for it: but what they do for others is logged as ever."""
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "session-secret")
+    caplog.set_level(logging.DEBUG)
+    checkpoint = open_checkpoint(far.url)
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+    assert far.server.fetched
+    basic = base64.b64encode(b"user:secret").decode()
+    shown = [one for one in ("secret", "Signature", "AKIAUSER", basic, Hub.TOKEN) if one in caplog.text]
+    assert shown == []
+    if far.kind == "s3":
+        far.s3.list_objects_v2(Bucket=BUCKET)
+        assert "AKIAUSER" in caplog.text
+    else:
+        urllib3.request("HEAD", far.server.url)
+        assert "HEAD / " in caplog.text
 
 
 @HUB

@@ -27,6 +27,7 @@ from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageE
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_range
 from fp8ckpt.stores.store import Stat
+from fp8ckpt.stores.unlogged import THREADS
 
 _PIECE = 1 << 19  # bytes
 _MOST_REDIRECTS = 5
@@ -67,7 +68,7 @@ class HttpObjects:
         if not names:
             remedy = "give a directory whose index page lists its files; for a model of the Hub, hf://org/name"
             raise CheckpointNotFoundError("its page lists no files", file=self.where, remedy=remedy)
-        with ThreadPoolExecutor(AT_ONCE, "fp8ckpt-store") as pool:
+        with ThreadPoolExecutor(AT_ONCE, THREADS) as pool:
             return dict(zip(names, pool.map(self._stat, names), strict=True))
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:

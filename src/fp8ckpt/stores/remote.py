@@ -36,6 +36,7 @@ from fp8ckpt.errors import SourceChangedError, StorageError
 from fp8ckpt.stores.ahead import Request, Wanted, Window, joined
 from fp8ckpt.stores.shared import Shared, reads_over
 from fp8ckpt.stores.store import ByteRange, Bytes, Files, Stat
+from fp8ckpt.stores.unlogged import THREADS, unlogged
 
 T = TypeVar("T")
 wait = time.sleep
@@ -232,7 +233,7 @@ class RemoteStore:
         """Have a step done by one of the threads that wait for requests."""
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(AT_ONCE, "fp8ckpt-store")
+                self._pool = ThreadPoolExecutor(AT_ONCE, THREADS)
             return self._pool.submit(step, item)
 
     def fetch(self, request: Request) -> None:
@@ -281,7 +282,8 @@ def attempted(
     count = 0
     while True:
         try:
-            return step()
+            with unlogged():
+                return step()
         except Broken as error:
             count = 1 if error.brought >= _PROGRESS else count + 1
             if count == most:

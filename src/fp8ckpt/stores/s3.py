@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from fp8ckpt.errors import (
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_range
 from fp8ckpt.stores.store import Stat
+from fp8ckpt.stores.unlogged import heed
 
 _PIECE = 1 << 19  # bytes; longer ones take fresh memory each
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
@@ -109,7 +111,9 @@ class S3Objects:
                 response_checksum_validation="when_required",
                 **unsigned,
             )
-            return session.client("s3", config=config)
+            client = session.client("s3", config=config)
+            heed(name for name in list(logging.root.manager.loggerDict) if name.startswith("botocore"))
+            return client
 
     def list(self) -> Mapping[str, Stat]:
         """As `fp8ckpt.stores.remote.Objects.list`."""

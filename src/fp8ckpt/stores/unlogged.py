@@ -1,0 +1,48 @@
+"""What clients log of our requests below the level of a warning: signatures, tokens, signed URLs. It goes nowhere;
+what the same clients do for others is logged as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+THREADS = "fp8ckpt-store"  # how the names of threads begin that do nothing but our requests
+_NAMES = (
+    "urllib3.connection", "urllib3.connectionpool", "urllib3.poolmanager", "urllib3.util.retry",
+    *(name + two + part for two in ("", "2") for name, part in (
+        ("httpx", ""), ("httpcore", ".connection"), ("httpcore", ".http11"), ("httpcore", ".http2"),
+        ("httpcore", ".proxy"), ("httpcore", ".socks"))),
+)  # fmt: skip
+_here = threading.local()
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """While the context lasts, what this thread asks of a store is not logged."""
+    before = getattr(_here, "ours", False)
+    _here.ours = True
+    try:
+        yield
+    finally:
+        _here.ours = before
+
+
+class _OfOthers(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = getattr(_here, "ours", False) or (record.threadName or "").startswith(THREADS)
+        return record.levelno >= logging.WARNING or not ours
+
+
+_OF_OTHERS = _OfOthers()
+
+
+def heed(names: Iterable[str]) -> None:
+    """Have these loggers tell our requests from those of others."""
+    for name in names:
+        logging.getLogger(name).addFilter(_OF_OTHERS)
+
+
+heed(_NAMES)
