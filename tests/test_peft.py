@@ -145,7 +145,8 @@ def test_what_becomes_of_a_tied_head(name: str, *, twice: bool, tmp_path: Path) 
         whole = "modules_to_save" in config
         expected = layer.weight if whole else layer.base_layer.weight + layer.get_delta_weight("default")
         notes = merge(tmp_path / "base", adapter, out, to="bf16").notes
-        assert any(f"{head}.weight" in note and "as well" in note for note in notes)
+        [note] = [note for note in notes if f"{head}.weight" in note and "as well" in note]
+        assert ("added once" in note) == (not whole and "ensure_weight_tying" in config)
         found = load_pretrained(out)
         for one in (found.get_submodule(embeddings), found.get_submodule(head)):
             assert torch.allclose(one.weight.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6)

@@ -63,7 +63,7 @@ def plan_merging(
         refuse_nonfinite(adapter)
     inputs = (base, *(adapter.checkpoint for adapter in adapters))
     arguments = {"job": "merge", "to": to, "fresh": fresh, "adapters": [adapter.fingerprint for adapter in adapters]}
-    notes = (*tied_notes(sets, tied, changed), *_side_file_notes(base, adapters))
+    notes = (*tied_notes(base, adapters, sets, tied, changed), *_side_file_notes(base, adapters))
     if to != FP8:
         layouts, texts, copies = PlainLayout.of(base, TARGETS[to])
         tensors: dict[str, Tensor] = {**base.tensors, **changed}

@@ -31,11 +31,12 @@ def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
     whole = {key: adapter.tensors[key] for key in names if key in adapter.tensors}
     trained = {key: span for key, span in whole.items() if not same_values(span, base.tensors[stored].span)}
     if trained:
-        first = next(iter(trained.values()))
+        key, first = next(iter(trained.items()))
+        others = [name for name in list(tied.names)[: tied.size] if name != key]
         apart = bool(trained.keys() - pairs.keys()) and len(trained) < tied.size
         if apart or not all(same_values(first, span) for span in trained.values()):
             raise UnsupportedFormatError(
-                f"it was trained whole, and apart from what it is tied to in the base: {listed(tied.others(stored))}",
+                f"it was trained whole, and apart from what it is tied to in the base: {listed(others)}",
                 tensor=first,
                 expected="the same values for all",
                 remedy="train it with ensure_weight_tying=True; or merge it with PEFT (merge_and_unload), which unties "
@@ -51,11 +52,11 @@ def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
                 remedy="train the embeddings with ensure_weight_tying=True; or serve the adapter beside the base, "
                 "which parts the two; or untie them before training, and merge into that",
             )
-    others = names.keys() - {kept}
+    dropped = names.keys() - {kept}
     return replace(
         adapter,
-        pairs=tuple(pair for pair in adapter.pairs if f"{pair.module}.weight" not in others),
-        tensors={key: span for key, span in adapter.tensors.items() if key not in others},
+        pairs=tuple(pair for pair in adapter.pairs if f"{pair.module}.weight" not in dropped),
+        tensors={key: span for key, span in adapter.tensors.items() if key not in dropped},
     )
 
 
@@ -66,12 +67,21 @@ def _names(keys: Collection[str], base: Checkpoint, tied: Tied) -> dict[str, str
     return {key: name for key, name in found.items() if name is not None}
 
 
-def tied_notes(sets: Collection[Tied], one: Collection[Tied], changed: Collection[str]) -> Iterator[str]:
+def tied_notes(
+    base: Checkpoint,
+    adapters: Collection[Adapter],
+    sets: Collection[Tied],
+    one: Collection[Tied],
+    changed: Collection[str],
+) -> Iterator[str]:
     """What changes with a merged tensor, being tied to it (``one``), or does not, as the base stores another."""
+    factored = [{f"{pair.module}.weight" for pair in adapter.pairs} for adapter in adapters]
     for tied in sets:
+        once = any(len(_names(keys, base, tied)) > 1 for keys in factored)
+        added = ", by factors that are added once (PEFT's merge_and_unload adds those of each name)" if once else ""
         name = next((name for name in tied.stored if name in changed), None)
         others = [] if name is None else tied.others(name)
         if others and tied in one:
-            yield f"{name} is {listed(others)} as well, which changes with it"
+            yield f"{name} is {listed(others)} as well, which changes with it{added}"
         elif others and not any(other in changed for other in others):
             yield f"{listed(others)} is stored beside {name}, which it is said to be tied to: only that one was merged"
