@@ -619,6 +619,17 @@ def test_tied_heads(
     assert [failure.found[: len(found or "")] for failure in failures] == ([] if found is None else [found])
 
 
+def test_heads_of_other_names_and_sections(tmp_path: Path) -> None:
+    """DeepSeek-V4 calls it ``head``; and where two sections contradict each other, the one that ties is named."""
+    tensors = fp8("m.q") | plain(EMBEDDINGS, 8, 4)
+    named = build(tmp_path / "a", tensors | plain("head", 9, 4), DYNAMIC, tie_word_embeddings=False)
+    assert not any("no head is stored" in failure.found for failure in examined(named).failures)
+    both: dict[str, Any] = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
+    failures = examined(build(tmp_path / "b", tensors | plain(HEAD, 9, 4), DYNAMIC, **both)).failures
+    said = "text_config says tie_word_embeddings, though config.json itself says false"
+    assert [failure.found for failure in failures] == [f"the head is not {EMBEDDINGS}.weight, and {said}"]
+
+
 def test_a_tied_head_is_compared_to_its_end(tmp_path: Path) -> None:
     """A difference in the last byte, beyond the first piece that is read."""
     values = np.ones((1500, 2000), np.float32)

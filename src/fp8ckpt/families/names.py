@@ -140,7 +140,7 @@ NESTED_MODELS = frozenset(
     {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}
 )
 #: The head and the embeddings of a language model, under the names that they have on disk.
-HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight")
+HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "head.weight")
 EMBEDDINGS = (
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",

@@ -23,8 +23,13 @@ def tied(subject: Subject) -> Iterator[Finding]:
     if ties and name is not None:
         head = checkpoint.tensors[name]
         if not same_bits(head, embeddings):
-            found = f"the head is not {shown(embeddings.name)}, and {CONFIG} says tie_word_embeddings"
-            remedy = "state false if the head is its own; an engine would serve the embeddings in its place"
+            said = f"{CONFIG} says tie_word_embeddings"
+            if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this one, vLLM the other
+                said = f"text_config says tie_word_embeddings, though {CONFIG} itself says false"
+            found = f"the head is not {shown(embeddings.name)}, and {said}"
+            remedy = (
+                "state false in all of it if the head is its own; an engine would serve the embeddings in its place"
+            )
             file, expected = head.span.file, "the same bytes, or no head"
             yield ServingError(found, tensor=name, file=file, expected=expected, remedy=remedy)
     if ties is False and name is None and not checkpoint.defects and has_language_head(checkpoint.config):
