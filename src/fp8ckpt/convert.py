@@ -25,7 +25,7 @@ from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.targets import FP8, refuse_other, target_of
+from fp8ckpt.targets import FP8, refuse_count, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ def _checked(how: Asked, workers: int | None) -> Asked:
     refuse_other("layout", how.layout, LAYOUTS)
     if to == FP8 and how.layout != FILE:
         raise ValueError(f"layout={how.layout!r} goes with bf16, fp16 and fp32: for fp8, like or scheme decides it")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}; expected at least 1")
+    refuse_count("workers", workers)
     refuse_other("scales", scales, SCALES)
     if scheme is not None:
         refuse_other("scheme", scheme, SCHEMES)

@@ -24,7 +24,7 @@ from fp8ckpt.output.forecast import Forecast
 from fp8ckpt.output.partial import PartialOutput, writing
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Store
-from fp8ckpt.targets import FP8, refuse_other, target_of
+from fp8ckpt.targets import FP8, refuse_count, refuse_other, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def _checked(
     several = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
     adapters = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
     to = None if to is None else target_of(to, TO)
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}; expected at least 1")
+    refuse_count("workers", workers)
     refuse_other("scales", scales, SCALES)
     if to == "bf16" and (scales != "reuse" or serving):
         raise ValueError("scales and serving go with to='fp8', and not with to='bf16'")

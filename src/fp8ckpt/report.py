@@ -31,6 +31,7 @@ from fp8ckpt.output.partial import partial_of
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
+from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
 from fp8ckpt.tensors.reading import load_dequantizer, load_factor, load_scales, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
@@ -139,6 +140,7 @@ def report(
     """
     from fp8ckpt.figures import page_of
 
+    refuse_count("workers", workers)
     page = refuse_page(output)
     sides = [open_checkpoint(path) for path in ((a,) if b is None else (a, b))]
     for side in sides:

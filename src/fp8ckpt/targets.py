@@ -31,6 +31,12 @@ def target_of(given: object, among: Iterable[str] = (*TARGETS, FP8), argument: s
     return name
 
 
+def refuse_count(argument: str, given: object) -> None:
+    """Raise `ValueError` for an argument that is given, and is no whole number of at least 1."""
+    if given is not None and not (hasattr(given, "__index__") and given.__index__() >= 1):
+        raise ValueError(f"{argument}={given!r}; expected at least 1")
+
+
 def refuse_other(argument: str, given: str, among: Iterable[str]) -> None:
     """Raise `ValueError` for an argument that is none of these words."""
     if given not in (known := tuple(among)):

@@ -24,6 +24,7 @@ from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.serving.examine import Servability, examine
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes, File, same_bytes
+from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.stored import DTYPE_BITS
@@ -107,6 +108,7 @@ def verify(
     >>> fp8ckpt.verify("sample-fp8", "sample-bf16").ok
     True
     """
+    refuse_count("workers", workers)
     if tensor_parallel is not None and (not serving or tensor_parallel < 1):
         raise ValueError(f"tensor_parallel={tensor_parallel}; expected at least 1, with serving")
     sides = [survey(path, follow_index=follow_index) for path in ((a,) if b is None else (a, b))]

@@ -29,13 +29,16 @@ from fp8ckpt import (
     Checkpointer,
     FP8StorageReader,
     StateDictAdapter,
+    convert,
     load_model,
     load_pretrained,
     open_checkpoint,
     sample,
+    save_model,
+    verify,
 )
 from fp8ckpt.checkpoint import checkpointing
-from fp8ckpt.errors import ConfigError, MissingScaleError, ModelMismatchError, ScaleValueError
+from fp8ckpt.errors import ConfigError, MissingScaleError, ModelMismatchError, RegionError, ScaleValueError
 from fp8ckpt.families.names import find_layout
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from tests.distributed import UNEVEN, assert_same, bits, fsdp, local, mesh, rewrite, run, stage, tp, tp_fsdp, whole
@@ -353,7 +356,7 @@ def test_wrapped_models_are_what_they_wrap(tmp_path: Path) -> None:
     saved = open_checkpoint(tmp_path / "bf16")
     assert saved.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert_same(saved.read(name), tensor.to(torch.bfloat16))
+        assert_same(saved.read(name), tensor)  # what is float32 is so by its class
     assert saved.config["architectures"] == ["DeepseekV3ForCausalLM"]
 
 
@@ -407,6 +410,32 @@ def test_mismatches_are_refused_before_any_data(case: str, paths: dict[str, Path
     assert all(bool((parameter == 3).all()) for parameter in held)
 
 
+def test_memory_that_cannot_hold_it_is_refused(tmp_path: Path) -> None:
+    """Two parameters in one memory, unless they are equal on disk; elements in one place; tensors of inference mode."""
+    rng = np.random.default_rng(0)
+    stored = {f"{name}.weight": Stored.of(rng.standard_normal((4, 6)), "F32") for name in ("up", "gate")}
+    write_safetensors(tmp_path / "differ.safetensors", stored)
+    write_safetensors(tmp_path / "equal.safetensors", dict.fromkeys(stored, stored["up.weight"]))
+
+    def model() -> nn.ModuleDict:
+        return nn.ModuleDict({"up": nn.Linear(6, 4, bias=False), "gate": nn.Linear(6, 4, bias=False)})
+
+    one = model()
+    one["gate"].weight.data = one["up"].weight.data
+    with pytest.raises(ModelMismatchError, match=r"gate\.weight.*on disk they differ"):
+        load_model(one, tmp_path / "differ.safetensors")
+    load_model(one, tmp_path / "equal.safetensors")
+    assert torch.equal(one["gate"].weight, torch.from_numpy(stored["up.weight"].array.copy()))
+    expanded = model()
+    expanded["up"].weight = nn.Parameter(torch.zeros(1, 6).expand(4, 6))
+    with pytest.raises(ModelMismatchError, match=r"up\.weight: its 24 elements lie in the memory of 6"):
+        load_model(expanded, tmp_path / "differ.safetensors")
+    with torch.inference_mode():
+        frozen = model()
+    with pytest.raises(ModelMismatchError, match="inference mode"):
+        load_model(frozen, tmp_path / "differ.safetensors")
+
+
 def test_a_long_list_is_cut(paths: dict[str, Path]) -> None:
     """Ten names, and how many more there are."""
     model = nn.Linear(2, 2)
@@ -417,6 +446,29 @@ def test_a_long_list_is_cut(paths: dict[str, Path]) -> None:
         ModelMismatchError, match=rf"{count} of its tensors are not in the model: .* and {count - 10} more"
     ):
         load_model(nn.Module(), paths["identity"])
+
+
+def test_arguments_that_are_none_are_refused(paths: dict[str, Path], tmp_path: Path) -> None:
+    """By a line that names them, whatever they are."""
+    path = paths["identity"]
+    for stated in (-1, True, 3, {}):
+        rewrite(path, tmp_path / str(stated), config=lambda held, stated=stated: held.update(architectures=stated))
+        with pytest.raises(ConfigError, match="architectures is"):
+            load_pretrained(tmp_path / str(stated))
+    other: Any = 3
+    with pytest.raises(TypeError, match="parallelize=3"):
+        load_pretrained(path, parallelize=other)
+    with pytest.raises(TypeError, match="parallelize returned 3"):
+        load_pretrained(path, parallelize=lambda model: other)
+    for size in ("5GB", 0, -1):
+        with pytest.raises(ValueError, match="max_file_bytes="):
+            save_model(nn.Linear(2, 2), tmp_path / "saved", max_file_bytes=size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="workers='a'"):
+        convert(path, tmp_path / "out", workers="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="workers='a'"):
+        verify(path, path, workers="a")  # type: ignore[arg-type]
+    with pytest.raises(RegionError, match=r"offsets \(0\.5, 0\)"):
+        open_checkpoint(path).read("lm_head.weight", offsets=(0.5, 0))  # type: ignore[arg-type]
 
 
 def test_defects_of_the_checkpoint_surface_by_name(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class LoadPlan:
         remedy = "materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds"
         self._native = tensors_of(model, remedy)
         self._refuse_copies()
+        self._refuse_memory()
         stored = self.checkpoint.shapes
         self.named = self._native
         self._tied = tied_groups(model)
@@ -91,6 +92,14 @@ class LoadPlan:
             if present:
                 sources.update((name, present[0]) for name in names if name not in self._assemblies)
                 twice.update((name, present[0]) for name in present[1:])
+        at: dict[tuple[int, ...], str] = {}  # two may be one in memory without being one parameter
+        for name in (name for name in sources if sources[name] == name and name not in twice):
+            local = _local(self.named[name])
+            if (
+                local.numel()
+                and (first := at.setdefault((local.data_ptr(), *local.shape, *local.stride()), name)) != name
+            ):
+                twice[name] = first
         return sources, twice
 
     def _refuse_mismatches(self, unused: set[str]) -> None:
@@ -124,6 +133,21 @@ class LoadPlan:
                 expected="its own tensors",
                 remedy="load it before it is wrapped in FullyShardedDataParallel, or shard it with fully_shard (FSDP2)",
             )
+
+    def _refuse_memory(self) -> None:
+        """What is loaded into tensors that nothing can be written into, or all of whose elements are not their own."""
+        remedy = "build the model outside of torch.inference_mode()"
+        for name, tensor in self._native.items():
+            local = _local(tensor)
+            if local.is_inference() and not torch.is_inference_mode_enabled():
+                raise ModelMismatchError(
+                    "it was made in inference mode, and cannot be filled", tensor=name, remedy=remedy
+                )
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+            if local.numel() > reach:
+                found = f"its {local.numel()} elements lie in the memory of {reach}"
+                remedy = "give it memory of its own: tensor.contiguous()"
+                raise ModelMismatchError(found, tensor=name, expected="a place for each", remedy=remedy)
 
     def _refuse_codes(self) -> None:
         """A parameter of an FP8 dtype would be given codes, without the scales that they mean something by."""
@@ -190,7 +214,8 @@ class LoadPlan:
                     found,
                     tensor=name,
                     file=self.checkpoint.path,
-                    remedy="if it is its own, build the model with tie_word_embeddings false",
+                    remedy="if it is its own, give it memory of its own, and build the model with "
+                    "tie_word_embeddings false",
                 )
 
     def finish(self) -> None:

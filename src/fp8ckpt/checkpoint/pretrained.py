@@ -57,7 +57,12 @@ def load_pretrained(
         if parallelize is None:
             sharded: Any = model
         elif callable(parallelize):
-            sharded = parallelize(model) or model
+            made: object = parallelize(model)
+            if not isinstance(made, nn.Module | None):
+                raise TypeError(f"parallelize returned {made!r}; expected the model, or None")
+            sharded = made or model
+        elif not hasattr(parallelize, "tp_size"):
+            raise TypeError(f"parallelize={parallelize!r}; expected a function of the model, or a DistributedConfig")
         else:
             sharded = distributed(model, parallelize)
         return sharded.to_empty(device=device)

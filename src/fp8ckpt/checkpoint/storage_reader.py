@@ -47,6 +47,7 @@ from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import ByteRange
 from fp8ckpt.system import hint_huge_pages
+from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
@@ -82,6 +83,7 @@ class FP8StorageReader(StorageReader):
         self._checkpoint = path if isinstance(path, Checkpoint) else None
         if threads is not None:
             warnings.warn("threads= is now workers=, as in convert", DeprecationWarning, stacklevel=2)
+        refuse_count("workers", workers)
         self._threads = workers or threads
         self.bytes_read = 0
 

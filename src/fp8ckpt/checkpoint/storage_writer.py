@@ -40,7 +40,7 @@ from fp8ckpt.output.staging import Files
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.targets import TARGETS, target_of
+from fp8ckpt.targets import TARGETS, refuse_count, target_of
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype
@@ -96,6 +96,7 @@ class SafetensorsStorageWriter(DirectoryWriter):
         base: CheckpointLike | None = None,
     ) -> None:
         super().__init__(path, process_group)
+        refuse_count("max_file_bytes", max_file_bytes)
         self._dtype = TARGETS[target_of(dtype, TARGETS, "dtype")]
         self._like = given_like(like, base)
         if self._like is not None and (max_file_bytes is not None or side_files is not None):

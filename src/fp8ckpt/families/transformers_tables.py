@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fp8ckpt.errors import ConfigError, UnsupportedFormatError, listed, shown
+from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError, listed, shown
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
 from fp8ckpt.tensors.reading import stored_dtype
@@ -51,19 +51,20 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
     """
     import transformers
 
-    names = config.get("architectures") or [None]
-    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    stated = config.get("architectures")
+    name = stated[0] if isinstance(stated, list) and stated and isinstance(stated[0], str) else ""
+    cls = getattr(transformers, name, None) if name else None
     if cls is None or not isinstance(config.get("model_type"), str):
         return None
     try:
         # Infinities are written as objects, which only its own reader of files makes floats of.
-        stated = transformers.PreTrainedConfig._decode_special_floats(dict(config))
+        decoded = transformers.PreTrainedConfig._decode_special_floats(dict(config))
         # The configurations of parts state dtypes too, by which the parts are made.
-        plain = without_quantization(CONFIG, stated, stored_dtype(dtype))
+        plain = without_quantization(CONFIG, decoded, stored_dtype(dtype))
         with torch.device("meta"):
             return cls._from_config(transformers.AutoConfig.for_model(**plain), dtype=dtype)
     except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
-        found = f"{names[0]} cannot be made of it: {shown(str(error))}"
+        found = f"{name} cannot be made of it: {shown(str(error))}"
         remedy = (
             "take the configuration that was written with these weights, or the transformers that it was written for"
         )
@@ -79,8 +80,16 @@ def distributed(model: Any, how: Any) -> Any:
         parameter = model.get_parameter(target)
         apart = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
         setattr(model.get_submodule(owner), leaf, apart)
-    how, _, meshes = model.prepare_distribute_model(how)
-    return model.maybe_distribute_model(model, how, meshes)
+    try:
+        prepared, _, meshes = model.prepare_distribute_model(how)
+        return model.maybe_distribute_model(model, prepared, meshes)
+    except Exception as error:  # of many kinds: each plan of each class is applied in a way of its own
+        sizes = [f"{key}={size}" for key, size in vars(how).items() if key.endswith("_size") and size not in (None, 1)]
+        found = f"DistributedConfig({', '.join(sizes)}) cannot be applied: {type(error).__name__}: {shown(error)}"
+        remedy = "combine other sizes, or give a function that shards the model"
+        raise ModelMismatchError(
+            found, expected=f"what transformers can make of {type(model).__name__}", remedy=remedy
+        ) from error
 
 
 def is_distributed(model: Any) -> bool:

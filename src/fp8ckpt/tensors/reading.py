@@ -39,9 +39,14 @@ def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple
     if len(offsets) == len(shape):
         whole = tuple(dim - start for dim, start in zip(shape, offsets, strict=True))
         sizes = tuple(sizes) if sizes is not None else whole
-        if len(sizes) == len(shape) and all(
-            min(start, size) >= 0 and start + size <= dim
-            for start, size, dim in zip(offsets, sizes, shape, strict=True)
+        whole_numbers = all(hasattr(number, "__index__") for number in (*offsets, *sizes))
+        if (
+            whole_numbers
+            and len(sizes) == len(shape)
+            and all(
+                min(start, size) >= 0 and start + size <= dim
+                for start, size, dim in zip(offsets, sizes, shape, strict=True)
+            )
         ):
             return offsets, sizes
     found = f"offsets {offsets} and sizes {sizes} reach outside the tensor"
