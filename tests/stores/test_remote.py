@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import ssl
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,8 @@ from fp8ckpt.numerics.geometry import Region
 from fp8ckpt.sample import DeepseekSizes
 from fp8ckpt.stores import ahead, http, remote, shared
 from fp8ckpt.stores import s3 as s3_module
-from fp8ckpt.stores.store import ByteRange
+from fp8ckpt.stores.ahead import Window
+from fp8ckpt.stores.store import ByteRange, Stat
 from fp8ckpt.tensors import header
 from tests.distributed import bits
 from tests.stores.conftest import BUCKET, Far, contents
@@ -615,6 +619,46 @@ def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path, monke
     far.server.forget()
     convert(far.url, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(converted)
+
+
+class _Bytes:
+    """An object of any bytes."""
+
+    where = "memory://x"
+
+    def list(self) -> dict[str, Stat]:
+        return {"x": Stat(1 << 30, "1")}
+
+    def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
+        yield bytes(stop - start)
+
+
+def test_what_was_taken_is_freed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python comes to look for circles: what is held and what is not freed yet stay within the bound."""
+    monkeypatch.setattr(ahead, "AHEAD", 1 << 20)
+    monkeypatch.setattr(ahead, "REQUEST", 1 << 18)
+    memory, made, most = Window._memory, [], 0
+
+    def watched(window: Window, size: int) -> Any:
+        found = memory(window, size)
+        made.append((weakref.ref(found), found.nbytes))
+        return found
+
+    monkeypatch.setattr(Window, "_memory", watched)
+    sizes = [(100 + 37 * i % 150) << 10 for i in range(60)]  # the memory of one is not that of another
+    stops = np.cumsum([size + (1 << 20) for size in sizes]).tolist()
+    ranges = [ByteRange("x", stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+    gc.disable()
+    try:
+        store = remote.RemoteStore(_Bytes())
+        with store.ahead([one] for one in ranges):
+            for one in ranges:
+                store.read([one], [np.empty(one.stop - one.start, np.uint8)])
+                live = {id(found): size for ref, size in made if (found := ref()) is not None}
+                most = max(most, sum(live.values()))
+    finally:
+        gc.enable()
+    assert (1 << 19) < most <= (1 << 20) + (1 << 18)
 
 
 # ---------------------------------------------------------------- secrets, and who gets them

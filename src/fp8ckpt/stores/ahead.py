@@ -203,6 +203,7 @@ class Window:
             low = bisect_left(parts, fetched.parts[0].start, key=_start)
             high = bisect_right(parts, fetched.parts[-1].start, key=_start)
             parts[low:high] = [part for part in parts[low:high] if part.fetched is not fetched]
+        fetched.parts.clear()  # each of them knows the request: what is in a circle is freed late
         fetched.given = True
         self._spare_of(fetched)
 
