@@ -19,7 +19,8 @@ import torch
 import transformers
 from tests.distributed import assert_same, run
 from tests.families.releases import RELEASES, Release
-from tests.families.test_there_and_back import SHARDINGS, assert_loaded, assert_released, files_of, logits
+from tests.families.test_there_and_back import SHARDINGS, assert_loaded, assert_released, logits
+from tests.oracle import tree
 from transformers.distributed import DistributedConfig
 
 from benchmarks.measuring import ROOT
@@ -93,7 +94,7 @@ def _save_model(row: Row) -> str:
     assert_released(row.out("saved fp8"), row.name, row.path)
     save_model(row.held["ours"], row.out("saved bf16"), like=row.path)
     if not row.release.rounded:
-        assert files_of(row.out("saved bf16")) == files_of(row.out("file"))
+        assert tree(row.out("saved bf16")) == tree(row.out("file"))
     return _all_but(row)
 
 
@@ -106,7 +107,7 @@ def _by_transformers(row: Row) -> str:
 
 def _stacked(row: Row) -> str:
     convert(row.out("model"), row.out("unstacked"), to="fp8", like=row.path)
-    assert files_of(row.out("unstacked")) == files_of(row.path)
+    assert tree(row.out("unstacked")) == tree(row.path)
     assert verify(row.path, row.out("model")).ok
     assert verify(row.out("model"), row.path).ok
     return YES
