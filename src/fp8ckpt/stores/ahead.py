@@ -13,6 +13,7 @@ held asks for itself, and what it asked for is not fetched again: nobody waits f
 
 from __future__ import annotations
 
+import mmap
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ from fp8ckpt.stores.store import ByteRange, Bytes
 if TYPE_CHECKING:
     from fp8ckpt.stores.remote import RemoteStore
 
-AHEAD = 192 << 20  # bytes; with what threads read beside it, all stays below 256 MiB
+AHEAD = 144 << 20  # bytes; with what a conversion takes beside it, all stays below 256 MiB
 REQUEST = 16 << 20  # bytes; at most of one request
 GAP = 128 << 10  # bytes that are read over rather than asking twice, within one read
 _BETWEEN_READS = 16  # what is read over between two reads is at most one part in so many of what comes before it
@@ -219,7 +220,11 @@ class Window:
             return self._spare.pop(fits[0])
         while self._spare and self._held + sum(spare.size for spare in self._spare) + size > AHEAD:
             self._spare.pop(0)
-        return np.empty(size, np.uint8)
+        if size <= _SMALL:
+            return np.empty(size, np.uint8)
+        return np.frombuffer(
+            mmap.mmap(-1, size), np.uint8
+        )  # given back at once, and as a whole: malloc would keep some
 
     def _make_room(self) -> None:
         """Give back what was nearly all taken. What is small, and left, is kept: scales beside values."""
