@@ -45,7 +45,8 @@ from fp8ckpt.output.partial import PartialOutput
 publish = PartialOutput.publish
 
 def noted(self):
-    Path(os.environ["NOTES"]).write_text(" ".join(sorted(file.name for file in self._state.glob("done-*"))))
+    records = (self.partial / ".fp8ckpt").glob("done-*")
+    Path(os.environ["NOTES"]).write_text(" ".join(sorted(file.name for file in records)))
     publish(self)
 
 PartialOutput.publish = noted

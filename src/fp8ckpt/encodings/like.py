@@ -130,6 +130,8 @@ def _tied_as_in(
             if not any(layout.hf_to_native(name) in one.names for layout in LAYOUTS):
                 continue
             if not same_bits(tensors[name], tensors[kept]):
+                if len(one.stored) > 1:  # a name of another model's
+                    continue
                 raise ModelMismatchError(
                     f"it is not {shown(kept)}, and the base, where the two are one, stores no other",
                     tensor=name,
