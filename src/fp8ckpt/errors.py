@@ -648,6 +648,13 @@ class StorageError(Fp8CheckpointError, OSError):
         remedy = remedy_for(error, "restore the file", writing=False)
         return cls(f"{failed}: {error.strerror}", file=file, remedy=remedy)
 
+    @classmethod
+    def of_writing(cls, error: OSError, file: object) -> StorageError:
+        """The message has all of the path: its last part may be ours, and unknown to the user."""
+        otherwise = "see that files can be made there and that nothing else changes them, and run it again"
+        remedy = remedy_for(error, otherwise, writing=True)
+        return cls(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)
+
 
 class NoRoomError(StorageError):
     """The disk has less room than the output needs. Nothing was written."""

@@ -25,7 +25,7 @@ from fp8ckpt.errors import OutputExistsError, StorageError
 from fp8ckpt.families.kinds import Place, places
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.numerics.quantize import Tally
-from fp8ckpt.output.files import write_error, write_whole
+from fp8ckpt.output.files import write_whole
 from fp8ckpt.output.forecast import room_for
 from fp8ckpt.output.partial import partial_of
 from fp8ckpt.ranks import threads_of_this_rank
@@ -183,7 +183,7 @@ def _publish(page: Path, text: str) -> None:
         partial.rename(page)
     except OSError as error:  # a named error of writing is one, too
         partial.unlink(missing_ok=True)
-        raise error if isinstance(error, StorageError) else write_error(error, page) from error
+        raise error if isinstance(error, StorageError) else StorageError.of_writing(error, page) from error
 
 
 class _Job:

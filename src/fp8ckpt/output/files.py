@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp8ckpt.errors import StorageError, remedy_for
+from fp8ckpt.errors import StorageError
 from fp8ckpt.stores.local import refuse_irregular
 from fp8ckpt.stores.store import Bytes, File
 from fp8ckpt.system import HUGE_PAGE, MOST_AT_ONCE, flush, flush_data
@@ -78,14 +78,14 @@ class OutputFile:
                 if error.errno == errno.EINVAL and fd == self._direct:
                     fd = self._cached  # opened for direct writes, and yet refuses one of this alignment
                     continue
-                raise write_error(error, self.file) from error
+                raise StorageError.of_writing(error, self.file) from error
 
     def flush(self) -> None:
         """Return when all that was written is on disk."""
         try:
             flush_data(self._cached)
         except OSError as error:
-            raise write_error(error, self.file) from error
+            raise StorageError.of_writing(error, self.file) from error
 
     def close(self) -> None:
         """Release the descriptors; does not flush."""
@@ -94,7 +94,7 @@ class OutputFile:
                 if fd is not None:
                     os.close(fd)
             except OSError as error:  # of a write that a file server had put off
-                raise write_error(error, self.file) from error
+                raise StorageError.of_writing(error, self.file) from error
 
 
 class OutputFiles:
@@ -133,7 +133,7 @@ def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
             raise StorageError(
                 "it is a link", file=file, expected="a file", remedy="move it away, and run it again"
             ) from error
-        raise write_error(error, file) from error
+        raise StorageError.of_writing(error, file) from error
     try:
         refuse_irregular(os.fstat(fd), file.name)
     except BaseException:
@@ -148,7 +148,7 @@ def create(file: Path, size: int) -> None:
     try:
         os.ftruncate(fd, size)
     except OSError as error:
-        raise write_error(error, file) from error
+        raise StorageError.of_writing(error, file) from error
     finally:
         os.close(fd)
 
@@ -163,7 +163,7 @@ def copy_whole(source: File, file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise write_error(error, file) from error
+        raise StorageError.of_writing(error, file) from error
     _write_pieces(file, (piece.data for piece in source.pieces()))
 
 
@@ -175,11 +175,11 @@ def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
                 while done < len(piece):
                     done += stream.write(piece[done:]) or 0
             except OSError as error:
-                raise write_error(error, file) from error
+                raise StorageError.of_writing(error, file) from error
         try:
             flush(stream.fileno())
         except OSError as error:
-            raise write_error(error, file) from error
+            raise StorageError.of_writing(error, file) from error
 
 
 def flush_directory(directory: Path) -> None:
@@ -192,11 +192,3 @@ def flush_directory(directory: Path) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def write_error(error: OSError, file: Path) -> StorageError:
-    """The named error for a write that the operating system refused."""
-    remedy = remedy_for(
-        error, "see that files can be made there and that nothing else changes them, and run it again", writing=True
-    )
-    return StorageError(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)

@@ -39,7 +39,7 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.output import extents, standing
 from fp8ckpt.output.extents import Extent
-from fp8ckpt.output.files import OutputFile, flush_directory, write_error
+from fp8ckpt.output.files import OutputFile, flush_directory
 from fp8ckpt.output.places import Kept, Part, Place, Sent
 from fp8ckpt.output.sending import Sending
 from fp8ckpt.output.standing import OUTPUT, entries
@@ -172,7 +172,7 @@ class PartialOutput:
                 self.refuse_existing()
             if isinstance(error, Fp8CheckpointError):
                 raise
-            raise write_error(error, self.partial) from error
+            raise StorageError.of_writing(error, self.partial) from error
 
     @contextmanager
     def taking_part(self, turn: str) -> Iterator[None]:
@@ -269,7 +269,7 @@ class PartialOutput:
         except OSError as error:
             if isinstance(error, OutputExistsError):
                 raise
-            raise write_error(error, self.directory) from error
+            raise StorageError.of_writing(error, self.directory) from error
 
     def discard(self) -> None:
         """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""

@@ -7,8 +7,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from fp8ckpt.errors import OutputExistsError, ResumeMismatchError
-from fp8ckpt.output.files import write_error
+from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError
 from fp8ckpt.output.state import LOCK, STATE, is_state
 
 OUTPUT = "output"  # the folder that becomes the destination
@@ -50,7 +49,7 @@ def identities(partial: Path) -> set[tuple[int, int]]:
         if found and stat.S_ISDIR(found[0].st_mode):
             found += [status for _, status in entries(partial)]
     except OSError as error:
-        raise write_error(error, partial) from error
+        raise StorageError.of_writing(error, partial) from error
     return {(one.st_dev, one.st_ino) for one in found}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8ckpt.errors import StorageError
-from fp8ckpt.output.files import flush_directory, open_to_write, write_error, write_whole
+from fp8ckpt.output.files import flush_directory, open_to_write, write_whole
 from fp8ckpt.output.places import Sent
 from fp8ckpt.stores.local import read_whole
 from fp8ckpt.stores.upload import There
@@ -107,7 +107,7 @@ class State:
         except StorageError:
             raise
         except OSError as error:
-            raise write_error(error, self.at) from error
+            raise StorageError.of_writing(error, self.at) from error
 
     def keep_only(self, records: Records) -> None:
         """Have these records, and no others."""

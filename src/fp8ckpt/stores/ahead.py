@@ -222,9 +222,8 @@ class Window:
             self._spare.pop(0)
         if size <= _SMALL:
             return np.empty(size, np.uint8)
-        return np.frombuffer(
-            mmap.mmap(-1, size), np.uint8
-        )  # given back at once, and as a whole: malloc would keep some
+        # It is given back at once, and as a whole: malloc would keep some of it.
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
     def _make_room(self) -> None:
         """Give back what was nearly all taken. What is small, and left, is kept: scales beside values."""

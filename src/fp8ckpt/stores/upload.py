@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
-from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError, remedy_for
+from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import ATTEMPTS, attempted
 from fp8ckpt.workers import share
@@ -154,9 +154,7 @@ class Destination:
                     with self._own.open("a") as file:
                         file.write(f"\n{json.dumps([name, upload])}\n")  # the first newline ends one that was cut off
                 except OSError as error:
-                    remedy = remedy_for(error, "see that files can be made there, and run it again", writing=True)
-                    found = f"writing failed: {error.strerror}"
-                    raise StorageError(found, file=str(self._own), remedy=remedy) from error
+                    raise StorageError.of_writing(error, self._own) from error
 
         self.each((name for name in names if name not in begun), begin)
 
