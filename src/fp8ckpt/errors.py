@@ -347,6 +347,14 @@ class ConfigError(_JsonError):
     """``config.json`` (or ``hf_quant_config.json``, ``params.json``) cannot be understood."""
 
     @classmethod
+    def of_quantization(cls, file: str, stated: object) -> ConfigError:
+        """A statement of quantization that is no object."""
+        remedy = "state what the file that came with these weights states"
+        return cls(
+            f"what it states of quantization is {shown(repr(stated))}", file=file, expected="an object", remedy=remedy
+        )
+
+    @classmethod
     def of_block_size(cls, file: str, found: str, expected: str) -> ConfigError:
         """A block size that is none, or one of several for the same modules."""
         return cls(found, file=file, expected=expected, remedy="state the one that the scales were made with")

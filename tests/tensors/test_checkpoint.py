@@ -462,6 +462,18 @@ def test_block_sizes_that_are_none(two: Path, size: object) -> None:
     refused(two, ConfigError)
 
 
+@pytest.mark.parametrize("stated", [[{"weight_block_size": [128, 128]}], "fp8", 8, True])
+@pytest.mark.parametrize(
+    ("file", "key"), [("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")]
+)
+def test_quantization_that_is_no_object(tmp_path: Path, file: str, key: str, stated: object) -> None:
+    """What is stated of quantization is an object, or it is the one defect: no scale is blamed for it."""
+    source = BLOCK.write(tmp_path / "checkpoint")
+    (source / file).write_text(json.dumps({key: stated}))
+    error = refused(source, ConfigError, "of quantization")
+    assert (error.file, error.expected) == (file, "an object")
+
+
 def test_several_block_sizes(two: Path) -> None:
     """Two that differ cannot both be meant."""
     groups = {str(i): {"weights": {"block_structure": [size, size]}} for i, size in enumerate((64, 128))}

@@ -23,6 +23,7 @@ from fp8ckpt.errors import (
     Fp8CheckpointError,
     HeaderError,
     IndexMismatchError,
+    ScaleShapeError,
     StorageError,
     UnknownTensorError,
     shown,
@@ -204,6 +205,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     except (ConfigError, StorageError) as error:
         defects.append(error)
         config, blocks, quantized = {}, BlockSizes(), False
+    understood = not defects  # else nobody knows which block sizes are right
     index_name, index = None, None
     on_disk = names = [single] if single else safetensors_in(store)
     if single:
@@ -235,7 +237,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     if index is not None and index_name is not None:
         compare_index(index_name, index, spans, complete, defects, slips)
     pairing = pair(spans, blocks, quantized=quantized, complete=complete)
-    defects += pairing.defects
+    defects += [error for error in pairing.defects if understood or not isinstance(error, ScaleShapeError)]
     return Checkpoint(
         store=store,
         files=tuple(headers),

@@ -51,9 +51,12 @@ def _sections(config: Json) -> list[Json]:
 
 
 def quantization_configs(config: Json) -> list[Json]:
-    """All that it states of quantization, wherever it stands and under either key; the first is the one that counts."""
-    stated = [section.get(key) for section in _sections(config) for key in QUANTIZATION_KEYS]
-    return [found for found in stated if isinstance(found, dict)]
+    """All that it states of quantization, wherever it stands and under either key; the first is the one that counts.
+    Raises `ConfigError` for a statement that is no object.
+    """
+    return [
+        _object(CONFIG, section[key]) for section in _sections(config) for key in QUANTIZATION_KEYS if section.get(key)
+    ]
 
 
 def quantization_config(config: Json) -> Json:
@@ -78,9 +81,14 @@ def states_quantization(store: Store, config: Json) -> bool:
 
 
 def modelopt_quantization(store: Store) -> Json:
-    """The ``quantization`` of ModelOpt's own file; empty where there is none."""
-    found = (load_json(store, MODELOPT_CONFIG) or {}).get("quantization")
-    return found if isinstance(found, dict) else {}
+    """The ``quantization`` of ModelOpt's own file; empty where there is none. Raises `ConfigError` as that."""
+    return _object(MODELOPT_CONFIG, (load_json(store, MODELOPT_CONFIG) or {}).get("quantization") or {})
+
+
+def _object(file: str, stated: object) -> Json:
+    if not isinstance(stated, dict):
+        raise ConfigError.of_quantization(file, stated)
+    return stated
 
 
 def skip_patterns(store: Store, config: Json) -> tuple[str, ...]:
