@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fp8ckpt.families.carried import mtp_tensors
-from fp8ckpt.families.names import ties_embeddings
 from fp8ckpt.families.sharing import Shape, Sharing, sharing
+from fp8ckpt.families.tied import ties_embeddings
 from fp8ckpt.ranks import BEYOND
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint

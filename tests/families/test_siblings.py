@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8ckpt.families.siblings import FUSED_LEAVES, sibling_units
+from fp8ckpt.families.parallel import FUSED_LEAVES, sibling_units
 
 
 @pytest.mark.parametrize("leaves", FUSED_LEAVES)

@@ -15,8 +15,9 @@ import numpy as np
 
 from fp8ckpt.encodings.tying import as_one
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
-from fp8ckpt.families.between import Tied, parts_of_model
+from fp8ckpt.families.between import parts_of_model
 from fp8ckpt.families.stacks import Shapes, answers
+from fp8ckpt.families.tied import Tied
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.tensors.adapters import Adapter, Pair, same_values
 from fp8ckpt.tensors.assembly import NEW, Assembly, Piece, reversed_assemblies

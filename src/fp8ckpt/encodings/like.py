@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed, shown
-from fp8ckpt.families.between import Tied, embeddings_and_head, has_transformers, tied_tensors, translated
+from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.carried import carriable
-from fp8ckpt.families.names import LAYOUTS, find_layout, name_pattern, ties_embeddings
+from fp8ckpt.families.names import LAYOUTS, find_layout, name_pattern
+from fp8ckpt.families.tied import Tied, embeddings_and_head, tied_tensors, ties_embeddings
 from fp8ckpt.output.like import BaseLayout
 from fp8ckpt.output.matching import in_fewer_bits, refuse_base, refuse_other_dtypes, refuse_other_tensors
 from fp8ckpt.output.partial import PartialOutput

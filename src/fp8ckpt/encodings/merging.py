@@ -12,8 +12,8 @@ from dataclasses import replace
 from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units
 from fp8ckpt.encodings.tying import is_one, tied_notes
-from fp8ckpt.families.between import tied_tensors
-from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.families.parallel import sibling_units
+from fp8ckpt.families.tied import tied_tensors
 from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.like import BaseLayout, PlainLayout
 from fp8ckpt.output.matching import refuse_base, refuse_other_dtypes

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fp8ckpt.errors import RangeError
-from fp8ckpt.families.siblings import equal_units
+from fp8ckpt.families.parallel import equal_units
 from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import F32, U8, Factor, count_bad_scales, scale_values
 from fp8ckpt.numerics.geometry import BlockGrid

@@ -12,10 +12,10 @@ from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError, shown
 from fp8ckpt.families.loaders import engines_that_rename_scales, is_stack, misreads_stacks
-from fp8ckpt.families.names import name_pattern, tied_heads
-from fp8ckpt.families.parallel import ragged
+from fp8ckpt.families.names import name_pattern
+from fp8ckpt.families.parallel import equal_units, ragged, sibling_units
 from fp8ckpt.families.roles import Roles
-from fp8ckpt.families.siblings import equal_units, sibling_units
+from fp8ckpt.families.tied import tied_heads
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.geometry import BlockGrid, Shape, tiled
 from fp8ckpt.output.layout import TensorSpec, index_text, lay_out_again

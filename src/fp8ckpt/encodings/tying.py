@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from fp8ckpt.errors import UnsupportedFormatError, listed, shown
-from fp8ckpt.families.between import Tied
 from fp8ckpt.families.stacks import answers
+from fp8ckpt.families.tied import Tied
 from fp8ckpt.tensors.adapters import Adapter, same_product, same_values
 from fp8ckpt.tensors.checkpoint import Checkpoint
 

@@ -7,20 +7,20 @@ each file's tensors make the model's. One of these assemblies is turned round, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError
-from fp8ckpt.families.kinds import parts_of
-from fp8ckpt.families.names import EMBEDDINGS, HEADS, ties_embeddings
-from fp8ckpt.families.tied import tied_sets
 from fp8ckpt.tensors.assembly import Assembly, composed, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG
 from fp8ckpt.tensors.joined import joined_tensors
 from fp8ckpt.tensors.tensor import Tensor
+
+if TYPE_CHECKING:
+    from fp8ckpt.families.transformers_tables import Assembled
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -75,19 +75,15 @@ def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
             file=str(given.path),
             remedy="pip install 'fp8ckpt[hf]'",
         )
-    from fp8ckpt.families.transformers_tables import assemble, configured_model
-
-    if (model := configured_model(given.config)) is None:
+    if (known := _configured(given.config)) is None:
         found = f"its configuration names {given.config.get('architectures') or 'no model'}"
         raise UnsupportedFormatError(found, file=f"{given.path}/{CONFIG}", expected="a model that transformers knows")
-    own, stored = _shapes_of(model), given.shapes
-    made = assemble(model, own, stored)
+    made = known.assembled(given.shapes)
     for name, assembly in made.parts.items():
-        if assembly.shape != own[name]:
-            raise ModelMismatchError(
-                f"shape {assembly.shape}", tensor=name, file=given.path, expected=f"{own[name]}, as in the model"
-            )
-        if (defect := assembly.defect(stored)) is not None:
+        if assembly.shape != known.shapes[name]:
+            expected = f"{known.shapes[name]}, as in the model"
+            raise ModelMismatchError(f"shape {assembly.shape}", tensor=name, file=given.path, expected=expected)
+        if (defect := assembly.defect(given.shapes)) is not None:
             raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name, file=given.path)
     return {**joined_tensors(made.parts, given.tensors), **{name: given.tensors[name] for name in made.unused}}
 
@@ -96,17 +92,9 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
     """Of the tensors ``wanted``, those that can be made of the ones ``given``, and how; None where transformers does
     not know a model of this configuration.
     """
-    if not has_transformers():
+    if (known := known_model(config)) is None:
         return None
-    from fp8ckpt.families.transformers_tables import assemble, configured_model
-
-    model = None
-    with suppress(ConfigError):
-        model = configured_model(config)
-    if model is None:
-        return None
-    own = _shapes_of(model)
-    there, here = assemble(model, own, wanted), assemble(model, own, given)
+    there, here = known.assembled(wanted), known.assembled(given)
     for name, assembly in there.parts.items():
         if name in here.parts and here.parts[name].shape != assembly.shape:
             raise ModelMismatchError(f"shape {here.parts[name].shape}", tensor=name, expected=f"{assembly.shape}")
@@ -122,67 +110,38 @@ def parts_of_model(given: Checkpoint) -> dict[str, Assembly]:
     """How the tensors of a checkpoint's model are made of its own; none where transformers is not installed, or does
     not know the model.
     """
-    if not has_transformers():
-        return {}
-    from fp8ckpt.families.transformers_tables import assemble, configured_model
+    known = known_model(given.config)
+    return {} if known is None else known.assembled(given.shapes).parts
 
+
+class Known(NamedTuple):
+    """A ``model`` that transformers knows, without values, and the ``shapes`` of its tensors."""
+
+    model: Any
+    shapes: Shapes
+
+    def assembled(self, stored: Shapes) -> Assembled:
+        """How its tensors are made of those ``stored``."""
+        from fp8ckpt.families.transformers_tables import assemble
+
+        return assemble(self.model, self.shapes, stored)
+
+
+def known_model(config: Mapping[str, Any]) -> Known | None:
+    """The model that a configuration names; None where transformers is not installed, or makes none of it."""
     with suppress(ConfigError):
-        if (model := configured_model(given.config)) is not None:
-            return assemble(model, _shapes_of(model), given.shapes).parts
-    return {}
+        return _configured(config) if has_transformers() else None
+    return None
 
 
-class Tied(NamedTuple):
-    """One tensor of a model that has several names. ``names``: of which, and under its names on disk, with the one that
-    it is stored as, empty where it is not; ``size``: how many of them are the model's.
-    """
+def _configured(config: Mapping[str, Any]) -> Known | None:
+    from fp8ckpt.families.transformers_tables import configured_model
 
-    names: dict[str, str]
-    size: int
-
-    @property
-    def stored(self) -> list[str]:
-        return list(dict.fromkeys(filter(None, self.names.values())))
-
-    def others(self, stored: str) -> list[str]:
-        """Its names beside one that it is stored as."""
-        return [name for name, on_disk in self.names.items() if on_disk != stored]
-
-
-def tied_tensors(config: Mapping[str, Any], stored: Shapes, asked: Collection[str]) -> list[Tied]:
-    """What is tied in a model with this configuration, of which a file holds the tensors ``stored``: by transformers'
-    own table, or where that does not know the model by the names that most language models have. Nothing is looked up
-    where all that is ``asked`` for lies in layers.
-    """
-    if ties_embeddings(config) is False or all(parts_of(name)[1] is not None for name in asked):
-        return []
-    model = None
-    if has_transformers():
-        from fp8ckpt.families.transformers_tables import assemble, configured_model
-
-        with suppress(ConfigError):
-            model = configured_model(config)
-    if model is None:
-        return [embeddings_and_head(stored)] if ties_embeddings(config) else []
-    made = assemble(model, _shapes_of(model), stored).parts
-    on_disk = {name: assembly.pieces[0].source for name, assembly in made.items() if len(assembly.pieces) == 1}
-    found = []
-    for names in tied_sets(model.named_parameters(remove_duplicate=False), model):
-        own = {name: on_disk.get(name, "") for name in names}
-        found.append(Tied({**own, **{name: name for name in own.values() if name}}, len(names)))
-    return found
-
-
-def embeddings_and_head(stored: Collection[str]) -> Tied:
-    """The two under the names that most language models have for them."""
-    names = [next((name for name in known if name in stored), known[0]) for known in (EMBEDDINGS, HEADS)]
-    return Tied({name: name if name in stored else "" for name in names}, 2)
+    if (model := configured_model(config)) is None:
+        return None
+    return Known(model, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
 def has_transformers() -> bool:
     """Whether transformers is installed, whose tables are gone by."""
     return find_spec("transformers") is not None
-
-
-def _shapes_of(model: Any) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

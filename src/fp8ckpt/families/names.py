@@ -67,61 +67,19 @@ def released_layout(config: Any) -> KeyLayout:
     """The layout in which a Mistral3 model is released, by its configuration (an object, or the mapping of
     ``config.json``): for want of a file, whose names would say it.
     """
-    text = _stated(config, "text_config")
-    identity = _stated(text, "model_type") == "ministral3" and _stated(text, "num_hidden_layers") == _IDENTITY_LAYERS
+    text = stated(config, "text_config")
+    identity = stated(text, "model_type") == "ministral3" and stated(text, "num_hidden_layers") == _IDENTITY_LAYERS
     return IDENTITY if identity else NESTED
-
-
-def ties_embeddings(config: Any) -> bool | None:
-    """Whether a model's head is its embeddings, as its configuration or the text section of it says; None where neither
-    does.
-    """
-    said = [_stated(section, "tie_word_embeddings") for section in (config, _stated(config, "text_config"))]
-    return True in said or (False if False in said else None)
-
-
-_HAS_HEAD = re.compile(r"For\w*(LM|Generation|PreTraining)|LMHead|DoubleHeads")
-#: Heads of other names than ``lm_head``, by ``model_type``.
-_OTHER_HEADS = (
-    ("proj_out", {"whisper", "moonshine", "moonshine_streaming"}),
-    ("cls.predictions.decoder", {"bert", "big_bird", "deberta", "deberta-v2", "ernie", "megatron-bert", "roformer"}),
-    ("lm_head.decoder", {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "esm", "longformer", "mpnet"}),
-    ("lm_head.out_proj", {"t5gemma", "t5gemma2"}),
-    ("output_projection", {"biogpt", "trocr"}),
-    ("decoder", {"modernbert", "modernbert-decoder"}),
-    ("generator_lm_head", {"electra", "convbert"}),
-    ("predictions.decoder", {"albert"}),
-    ("vocab_projector", {"distilbert"}),
-    ("pred_layer.proj", {"xlm", "flaubert"}),
-    ("embed_out", {"gpt_neox_japanese"}),
-)
 
 
 def architectures(config: Mapping[str, Any]) -> set[str]:
     """The classes that the configuration names; none where it names them in no list."""
-    stated = config.get("architectures")
-    return {str(name) for name in stated} if isinstance(stated, list) else set()
+    named = config.get("architectures")
+    return {str(name) for name in named} if isinstance(named, list) else set()
 
 
-def has_language_head(config: Mapping[str, Any]) -> bool:
-    """Whether the model predicts tokens, by its ``architectures``; true where none is stated."""
-    named = architectures(config)
-    return not named or any(map(_HAS_HEAD.search, named))
-
-
-def tied_heads(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """The modules, under each name that engines may have for it, of a head that is the embeddings and that is not among
-    the tensors of these ``names``; none where the configuration ties nothing.
-    """
-    if ties_embeddings(config) is False or not has_language_head(config):
-        return []
-    heads = [head for head, models in _OTHER_HEADS if config.get("model_type") in models] or ["lm_head"]
-    if any(name.endswith(f"{head}.weight") for head in heads for name in names):
-        return []
-    return [*heads, *(f"language_model.{head}" for head in heads if isinstance(config.get("text_config"), Mapping))]
-
-
-def _stated(config: Any, key: str) -> Any:
+def stated(config: Any, key: str) -> Any:
+    """What a configuration, an object or a mapping, has under a key; None where it has nothing."""
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
@@ -139,18 +97,11 @@ def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
 NESTED_MODELS = frozenset(
     {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}
 )
-#: The head and the embeddings of a language model, under the names that they have on disk.
-HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "head.weight")
-EMBEDDINGS = (
-    "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
-    "model.embed_tokens.weight",
-)
 
 
 def layout_on_disk(names: Iterable[str], config: Mapping[str, Any]) -> KeyLayout:
     """The layout of a checkpoint: nested if names on disk are, and the model is one that has such or is not stated."""
-    stated = config.get("model_type")
-    if stated is not None and stated not in NESTED_MODELS:
+    kind = config.get("model_type")
+    if kind is not None and kind not in NESTED_MODELS:
         return IDENTITY
     return NESTED if any(name.startswith("language_model.model.") for name in names) else IDENTITY

@@ -18,6 +18,27 @@ from fp8ckpt.tensors.formats import module_of
 
 Shape = tuple[int, ...]
 
+# What the releases of a family leave unquantized, by the ends of names, for adapters that there are before a file.
+#: Ends of weights' names in Mistral3. Endings, not modules: the last is of "model.language_model.norm.weight", too.
+MISTRAL3 = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "model.norm.weight",
+)
+#: Modules of Mistral3, whole, where it sees.
+MISTRAL3_TOWERS = ("model.vision_tower", "model.multi_modal_projector")
+#: The same of DeepSeek V3: embeddings, heads, norms, routers, and the projection of multi-token prediction.
+DEEPSEEK_V3 = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "norm.weight",
+    "mlp.gate.weight",
+    "eh_proj.weight",
+    "shared_head.head.weight",
+)
+
 _WEIGHT = ".weight"
 #: What is left whatever its shape: what it is, and a pattern that its module's name has.
 _PARTS = (

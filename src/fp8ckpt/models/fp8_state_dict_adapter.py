@@ -20,7 +20,7 @@ from fp8ckpt.checkpoint.state_dict_adapter import StateDictAdapter
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.families.names import ties_embeddings
+from fp8ckpt.families.tied import ties_embeddings
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.tensors.reading import load_scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.names import EMBEDDINGS, HEADS, has_language_head, ties_embeddings
+from fp8ckpt.families.tied import HEADS, embeddings_and_head, has_language_head, ties_embeddings
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG
 
@@ -16,23 +16,17 @@ def tied(subject: Subject) -> Iterator[Finding]:
 
     checkpoint = subject.checkpoint
     ties = ties_embeddings(checkpoint.config)
-    name = next((name for name in HEADS if name in checkpoint.tensors), None)
-    embeddings = next((tensor for name in EMBEDDINGS if (tensor := checkpoint.tensors.get(name)) is not None), None)
+    embeddings, head = map(checkpoint.tensors.get, embeddings_and_head(checkpoint.tensors).names)
     if embeddings is None:  # not a language model, or one file of several
         return
-    if ties and name is not None:
-        head = checkpoint.tensors[name]
-        if not same_bits(head, embeddings):
-            said = f"{CONFIG} says tie_word_embeddings"
-            if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this one, vLLM the other
-                said = f"text_config says tie_word_embeddings, though {CONFIG} itself says false"
-            found = f"the head is not {shown(embeddings.name)}, and {said}"
-            remedy = (
-                "state false in all of it if the head is its own; an engine would serve the embeddings in its place"
-            )
-            file, expected = head.span.file, "the same bytes, or no head"
-            yield ServingError(found, tensor=name, file=file, expected=expected, remedy=remedy)
-    if ties is False and name is None and not checkpoint.defects and has_language_head(checkpoint.config):
+    if ties and head is not None and not same_bits(head, embeddings):
+        said = f"{CONFIG} says tie_word_embeddings"
+        if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this one, vLLM the other
+            said = f"text_config says tie_word_embeddings, though {CONFIG} itself says false"
+        found = f"the head is not {shown(embeddings.name)}, and {said}"
+        remedy = "state false in all of it if the head is its own; an engine would serve the embeddings in its place"
+        yield ServingError(found, tensor=head, expected="the same bytes, or no head", remedy=remedy)
+    if ties is False and head is None and not checkpoint.defects and has_language_head(checkpoint.config):
         found = "tie_word_embeddings is false, and no head is stored"
         remedy = "restore the head; or state true if it is the embeddings"
         yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)

@@ -8,8 +8,7 @@ from functools import partial
 from itertools import takewhile
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged
-from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged, sibling_units
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.blocks import block_sizes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.siblings import sibling_units
+from fp8ckpt.families.parallel import sibling_units
 from fp8ckpt.output.like import with_needless_dimensions
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors import config as configuration

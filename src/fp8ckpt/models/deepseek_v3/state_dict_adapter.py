@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.families.unquantized import DEEPSEEK_V3
+from fp8ckpt.families.roles import DEEPSEEK_V3
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, identity
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from fp8ckpt.checkpoint.quantized_dtensors import dequantize
-from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout, ties_embeddings
-from fp8ckpt.families.unquantized import MISTRAL3, MISTRAL3_TOWERS
+from fp8ckpt.families.names import IDENTITY, NESTED, KeyLayout, released_layout
+from fp8ckpt.families.roles import MISTRAL3, MISTRAL3_TOWERS
+from fp8ckpt.families.tied import ties_embeddings
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.models.fp8_state_dict_adapter import identity as _identity
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
