@@ -502,6 +502,12 @@ class RangeError(Fp8CheckpointError, OverflowError):
     """Finite values do not fit the range of the target dtype."""
 
     @classmethod
+    def of_codes(cls, tensor: str | Readable, count: int, dtype: str) -> RangeError:
+        """Finite codes whose scales take them beyond ``dtype``."""
+        remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
+        return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
+
+    @classmethod
     def of_merged(cls, tensor: str | Readable, file: object, count: int, dtype: str) -> RangeError:
         """Sums of a base and its adapters that ``dtype`` cannot hold."""
         remedy = "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it"

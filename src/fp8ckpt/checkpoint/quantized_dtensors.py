@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fp8ckpt.checkpoint.regions import dequantize_on_device
+from fp8ckpt.checkpoint.regions import count_overflown, dequantize_on_device
 from fp8ckpt.encodings.rule import Rule
-from fp8ckpt.errors import ScaleShapeError, ScaleValueError, WeightValueError
+from fp8ckpt.errors import RangeError, ScaleShapeError, ScaleValueError, WeightValueError
 from fp8ckpt.numerics.codes import F32, FP8_SCALES, SCALE_DTYPES, TARGET_BYTES, count_bad_scales, scale_values
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.numerics.geometry import BlockGrid, infer_grid, pieces, within
@@ -35,7 +35,7 @@ def dequantize(
     """The values of FP8 codes, by the contract, as a new tensor of the weight's device and placements.
 
     ``scale``: of any dtype that files have, one element or a grid of ``block_size``; whole, or a DTensor. Raises
-    `ScaleShapeError` and `ScaleValueError`.
+    `ScaleShapeError` and `ScaleValueError`, and `RangeError` where finite codes have values beyond the dtype.
     """
     whole = (scale.full_tensor() if isinstance(scale, DTensor) else scale).detach().cpu().contiguous()
     scale_dtype = stored_dtype(whole.dtype) or ""
@@ -69,6 +69,8 @@ def dequantize(
             for piece in pieces(region, _ON_DEVICE):
                 part = within(piece, region)
                 dequantize_on_device(codes[part], dequantizer, piece[0], values[part])
+        if dequantizer.may_overflow and (overflown := count_overflown(codes, values)):
+            raise RangeError.of_codes(name, overflown, dequantizer.dtype)
     return like(weight, values.to(dtype))
 
 

@@ -80,8 +80,7 @@ class RegionLoader:
                 values = out[within(piece, region)]
                 dequantize_on_device(codes.to(target.device), dequantizer, piece[0], values)
                 if dequantizer.may_overflow:
-                    infinite = values.isinf() & codes.to(torch.float32).isfinite().to(values.device)
-                    tensor.scaled.refuse_overflow(int(infinite.sum()), dtype)
+                    tensor.scaled.refuse_overflow(count_overflown(codes.to(values.device), values), dtype)
         else:
             found = f"a target of dtype {target.dtype} for a quantized tensor"
             expected = "one of " + ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())
@@ -121,6 +120,11 @@ def dequantize_on_device(
     values = codes.to(torch.float32)
     values *= expanded_scales(dequantizer, offsets, tuple(codes.shape), codes.device)
     target.copy_(values)
+
+
+def count_overflown(codes: torch.Tensor, values: torch.Tensor) -> int:
+    """How many values are infinite and not those of infinite codes, element by element, on one device."""
+    return int((values.isinf() & codes.to(torch.float32).isfinite()).sum())
 
 
 def expanded_scales(

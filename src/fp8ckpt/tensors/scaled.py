@@ -142,10 +142,7 @@ class QuantizedTensor(NamedTuple):
     def refuse_overflow(self, count: int, dtype: str) -> None:
         """Raise `RangeError` where finite codes have values beyond a dtype."""
         if count:
-            remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
-            raise RangeError(
-                f"{count} elements of finite codes go beyond the largest {dtype}", tensor=self, remedy=remedy
-            )
+            raise RangeError.of_codes(self, count, dtype)
 
     def run(self, start: int, count: int, reader: Reader) -> Iterator[tuple[int, int, Bytes]]:
         """The bytes of the codes of a run of elements in row-major order, piece by piece: (first element, elements,
