@@ -1,0 +1,88 @@
+"""Every refusal has a name::
+
+    Fp8CheckpointError
+    ├── CheckpointNotFoundError   (FileNotFoundError)  no such directory, file or cached hub id
+    ├── HeaderError               (ValueError)  a safetensors header that is malformed or lies
+    │   └── TruncatedFileError                  the file holds fewer bytes than its header says
+    ├── IndexMismatchError        (ValueError)  the index and the headers disagree
+    ├── ConfigError               (ValueError)  config.json cannot be understood
+    ├── MissingScaleError         (ValueError)  an FP8 weight without a scale
+    ├── OrphanScaleError          (ValueError)  a scale without an FP8 weight
+    ├── AmbiguousScaleError       (ValueError)  two scales for one weight
+    ├── ScaleShapeError           (ValueError)  a scale that does not tile its weight
+    ├── ScaleDtypeError           (ValueError)  a scale of a dtype that no FP8 family uses
+    ├── ScaleValueError           (ValueError)  a scale that is NaN, infinite, zero or negative
+    ├── WeightValueError          (ValueError)  a weight that cannot be quantized: it is not finite
+    ├── UnsupportedFormatError    (ValueError)  packed or integer weights: recognised, not handled
+    ├── UnknownTensorError        (KeyError)    no tensor of that name
+    ├── RegionError               (IndexError)  offsets and sizes outside the tensor
+    ├── RangeError                (OverflowError)  finite codes that the target dtype cannot hold
+    ├── ModelMismatchError        (ValueError)  the model and the checkpoint do not hold the same tensors
+    ├── ServingError              (ValueError)  a serving engine would refuse the directory, or serve something else
+    ├── OutputExistsError         (FileExistsError)  the destination is there already
+    ├── OutputBusyError           (RuntimeError)  another process is writing the destination
+    ├── RankLostError             (RuntimeError)  another rank ended, or did not answer
+    ├── RanksDifferError          (ValueError)  ranks that load or write together were not given the same
+    ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
+    ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
+    ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
+    ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
+    ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read, or written
+    └── StorageError              (OSError)     the disk refused a read or a write, or what should be a file is none
+        └── NoRoomError                         the disk has less room than the output needs
+
+Each message has the form *tensor, file, found, expected, what to do*, on one line. Names that come from a file are
+shown with control characters escaped and shortened, so that no input can break the line.
+"""
+
+from fp8ckpt.errors.base import Fp8CheckpointError, listed, shown
+from fp8ckpt.errors.files import (
+    SAME_PLACE,
+    CheckpointNotFoundError,
+    ConfigError,
+    HeaderError,
+    IndexMismatchError,
+    SourceChangedError,
+    TruncatedFileError,
+)
+from fp8ckpt.errors.outputs import (
+    OutputBusyError,
+    OutputExistsError,
+    RankLostError,
+    RanksDifferError,
+    ResumeMismatchError,
+)
+from fp8ckpt.errors.scales import (
+    AmbiguousScaleError,
+    MissingScaleError,
+    OrphanScaleError,
+    ScaleDtypeError,
+    ScaleShapeError,
+    ScaleValueError,
+    UnsupportedFormatError,
+)
+from fp8ckpt.errors.system import (
+    MissingPackageError,
+    NoRoomError,
+    StorageError,
+    UnsupportedStoreError,
+    UnsupportedSystemError,
+)
+from fp8ckpt.errors.values import (
+    ModelMismatchError,
+    RangeError,
+    RegionError,
+    ServingError,
+    UnknownTensorError,
+    WeightValueError,
+)
+
+__all__ = [
+    "SAME_PLACE", "AmbiguousScaleError", "CheckpointNotFoundError", "ConfigError", "Fp8CheckpointError",
+    "HeaderError", "IndexMismatchError", "MissingPackageError", "MissingScaleError", "ModelMismatchError",
+    "NoRoomError", "OrphanScaleError", "OutputBusyError", "OutputExistsError", "RangeError", "RankLostError",
+    "RanksDifferError", "RegionError", "ResumeMismatchError", "ScaleDtypeError", "ScaleShapeError",
+    "ScaleValueError", "ServingError", "SourceChangedError", "StorageError", "TruncatedFileError",
+    "UnknownTensorError", "UnsupportedFormatError", "UnsupportedStoreError", "UnsupportedSystemError",
+    "WeightValueError", "listed", "shown",
+]  # fmt: skip

@@ -1,0 +1,129 @@
+"""What all errors have in common: five facts, from which the one line is made, and how names are shown in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Protocol, Self
+
+_MOST_NAMES = 10  # in one message
+_LONGEST_NAME = 200  # characters; a header may hold names of megabytes
+
+
+def shown(text: object) -> str:
+    """``text`` as it may appear inside a one-line message."""
+    clean = str(text)[: _LONGEST_NAME + 1]
+    if not clean.isprintable():
+        escaped = (c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in clean)
+        clean = "".join(escaped)
+    return clean if len(clean) <= _LONGEST_NAME else clean[:_LONGEST_NAME] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of the names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
+
+
+class Fp8CheckpointError(Exception):
+    """Base of all errors raised by fp8ckpt.
+
+    Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None). A tensor
+    of a checkpoint may be given itself, which says its file, too.
+
+    >>> try:
+    ...     fp8ckpt.open_checkpoint("nowhere/at/all")
+    ... except fp8ckpt.Fp8CheckpointError as error:
+    ...     print(type(error).__name__, error.remedy)
+    CheckpointNotFoundError check the path
+    """
+
+    expected: str | None = None  # a class may have one that holds wherever no other is given
+    remedy: str | None = None
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "fp8ckpt.errors"  # as users import it, whichever file of this room it stands in
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        tensor: str | Readable | None = None,
+        file: object = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        if tensor is not None and not isinstance(tensor, str):
+            file, tensor = tensor.span.file, tensor.name
+        self.tensor = tensor
+        self.file = None if file is None else str(getattr(file, "name", file))
+        self.found = found
+        self.expected = expected or self.expected
+        self.remedy = remedy or self.remedy
+        super().__init__(found)
+
+    @property
+    def message(self) -> str:
+        """The one line that says it all. Composed when it is asked for: a hostile file has 200,000 defects."""
+        subject = " in ".join(shown(part) for part in (self.tensor, self.file) if part is not None)
+        message = f"{subject}: {self.found}" if subject else self.found
+        if self.expected is not None:
+            message += f"; expected {self.expected}"
+        return message if self.remedy is None else f"{message}; {self.remedy}"
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What it says besides ``found``, by the names of the arguments."""
+        return {"tensor": self.tensor, "file": self.file, "expected": self.expected, "remedy": self.remedy}
+
+    def but(self, **other: str | None) -> Self:
+        """The same error with some of its `facts` replaced."""
+        return type(self)(self.found, **{**self.facts, **other})
+
+    def advising(self, more: str) -> Self:
+        """The same error, with more that can be done about it."""
+        return self.but(remedy=more if self.remedy is None else f"{self.remedy}; {more}")
+
+    def __str__(self) -> str:  # KeyError would print the repr, OSError its errno
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:  # survives the pickling that ranks and processes need
+        return partial(type(self), self.found, **self.facts), ()
+
+
+class Named(Protocol):
+    """What has a name: a file of a store, or a path."""
+
+    @property
+    def name(self) -> str:
+        """As a message shows it."""
+
+
+class Stored(Protocol):
+    """What a message says of a stored tensor: its key, where it lies, dtype and shape as the header has them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def file(self) -> Named: ...
+
+    @property
+    def span(self) -> Stored: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Readable(Protocol):
+    """A tensor of a checkpoint: what is stored of it, whole or in codes, is its ``span``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def span(self) -> Stored: ...

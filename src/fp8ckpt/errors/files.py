@@ -1,0 +1,189 @@
+"""What is wrong with the files of a checkpoint: headers, the index, configurations.
+
+A file that is not what it should be may be of a release or the user's own: nothing is fetched into a directory of other
+weights, nothing is removed, and nothing is stated that the weights were not made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+from fp8ckpt.errors.base import Fp8CheckpointError, Named, Stored, shown
+
+COPY = "compare it with what it was copied from, or have it written anew"
+SAME_PLACE = "get it from where the other files came from, and from nowhere else"
+_INDEX = "take the index that was written with these files; without any, all files are read"
+_ANEW = "have it written anew"
+_FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
+
+
+class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the given path, nor a cached one of that hub id."""
+
+
+class SourceChangedError(Fp8CheckpointError, RuntimeError):
+    """A file of a checkpoint was written to, replaced or removed after it was opened: what was read may be a mix."""
+
+    expected = "the file as it was"
+    remedy = "run it again once nothing writes to the file"
+
+    @classmethod
+    def of(cls, file: str) -> Self:
+        return cls("it changed after it was opened", file=file)
+
+
+class _JsonError(Fp8CheckpointError, ValueError):
+    """JSON that is none, or is more than it may be: the part that headers and configurations have in common."""
+
+    @classmethod
+    def of_text(cls, file: Named, found: str, expected: str) -> Self:
+        return cls(found, file=file, expected=expected, remedy=COPY)
+
+    @classmethod
+    def of_key(cls, file: Named, key: str) -> Self:
+        remedy = f"{_ANEW}: it does not say which of the two is meant"
+        return cls("the name occurs twice", tensor=key, file=file, expected="each name once", remedy=remedy)
+
+
+class ConfigError(_JsonError):
+    """``config.json`` (or ``hf_quant_config.json``, ``params.json``) cannot be understood."""
+
+    @classmethod
+    def of_quantization(cls, file: str, stated: object) -> Self:
+        """A statement of quantization that is no object."""
+        found = f"what it states of quantization is {shown(repr(stated))}"
+        remedy = "state what the file that came with these weights states"
+        return cls(found, file=file, expected="an object", remedy=remedy)
+
+    @classmethod
+    def of_block_size(cls, file: str, found: str, expected: str) -> Self:
+        """A block size that is none, or one of several for the same modules."""
+        return cls(found, file=file, expected=expected, remedy="state the one that the scales were made with")
+
+
+class HeaderError(_JsonError):
+    """A safetensors header is malformed, or claims what cannot be."""
+
+    remedy = COPY
+
+    @classmethod
+    def of_length(cls, file: Named, length: int, most: int) -> Self:
+        remedy = f"if it is meant to be a safetensors file, {COPY}"
+        return cls(f"the header claims {length} bytes", file=file, expected=f"at most {most}", remedy=remedy)
+
+    @classmethod
+    def of_metadata(cls, file: Named) -> Self:
+        return cls("__metadata__ is something else", file=file, expected="a map of text to text", remedy=_ANEW)
+
+    @classmethod
+    def of_entry(cls, file: Named, tensor: str, entry: str) -> Self:
+        """``entry``: what stands for the tensor, as JSON."""
+        found, expected = (
+            f"the entry {shown(entry)} is malformed",
+            "a dtype, a shape of whole numbers and two data offsets",
+        )
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy=_ANEW)
+
+    @classmethod
+    def of_dtype(cls, file: Named, tensor: str, dtype: str, known: Iterable[str]) -> Self:
+        found, expected = f"unknown dtype {shown(dtype)}", f"one of {', '.join(known)}"
+        remedy = "use the tool that wrote it, or a newer version of fp8ckpt"
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_offsets(cls, file: Named, tensor: str, offsets: tuple[int, int], needed: str) -> Self:
+        """``offsets`` of the data; ``needed``: what they should hold."""
+        begin, end = offsets
+        found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
+        return cls(found, tensor=tensor, file=file, expected=needed)
+
+    @classmethod
+    def of_place(cls, stored: Stored, start: int, end: int, previous: str) -> Self:
+        """``start``: where the tensor's data begins; ``end``: where it should, after ``previous``."""
+        what = "overlaps" if start < end else f"leaves a hole of {start - end} bytes after"
+        found = f"its data begins at byte {start} and {what} {shown(previous)}"
+        return cls(found, tensor=stored, expected=f"byte {end}")
+
+    @classmethod
+    def of_rest(cls, file: Named, rest: int, end: int) -> Self:
+        """Bytes that belong to no tensor; the data ends at ``end``."""
+        return cls(f"{rest} bytes follow the last tensor", file=file, expected=f"a file of {end} bytes")
+
+    @classmethod
+    def of_many(cls, file: Named, most: int) -> Self:
+        return cls(f"more than {most} defects; the rest was not looked at", file=file)
+
+    @classmethod
+    def of_two(cls, stored: Stored, other: str) -> Self:
+        """The tensor ``stored`` is in the file or under the key ``other`` as well."""
+        remedy = "open the one file that is meant, or write an index that names the model's files"
+        return cls(f"it is in {shown(other)} as well", tensor=stored, expected="each name once", remedy=remedy)
+
+    @classmethod
+    def of_halves(cls, stored: Stored) -> Self:
+        found = f"{stored.dtype} {stored.shape} in four bits has rows that are no whole bytes"
+        return cls(found, tensor=stored, expected="rows of an even number of elements")
+
+
+class TruncatedFileError(HeaderError):
+    """A file holds fewer bytes than its header describes."""
+
+    @classmethod
+    def of(cls, file: Named, found: str, least: str) -> Self:
+        return cls(found, file=file, expected=least)
+
+
+class IndexMismatchError(Fp8CheckpointError, ValueError):
+    """The index and the files' own headers disagree, or the index names a file outside the directory."""
+
+    @classmethod
+    def of_unnamed(cls, file: str, index: str) -> Self:
+        remedy = f"{_FOLLOW} copies this file as it is"
+        return cls(f"the index {index} does not name this file", file=file, expected="every file in it", remedy=remedy)
+
+    @classmethod
+    def of_place(cls, tensor: str, index: str, listed: str | None, actual: str | None) -> Self:
+        """A tensor that is ``listed`` for another file than the ``actual`` one; either may be none."""
+        remedy = _INDEX
+        if listed is None:
+            found = f"{shown(actual)} holds a tensor that the index {index} does not list"
+            remedy = f"{_FOLLOW} leaves this tensor out"
+        elif actual is None:
+            found = f"{shown(listed)} does not hold this tensor, and the index {index} says that it does"
+        else:
+            found = f"the index {index} says {shown(listed)}, and it is in {shown(actual)}"
+        return cls(found, tensor=tensor, file=index, expected="the index and the headers to agree", remedy=remedy)
+
+    @classmethod
+    def of_json(cls, index: str, error: Fp8CheckpointError) -> Self:
+        return cls(error.found, **{**error.facts, "file": index})
+
+    @classmethod
+    def of_kind(cls, index: str) -> Self:
+        expected = '{"weight_map": {tensor: file}}'
+        return cls("it has no weight_map of names to files", file=index, expected=expected, remedy=_INDEX)
+
+    @classmethod
+    def of_path(cls, index: str, name: str) -> Self:
+        remedy = "do not use this checkpoint unless you know who wrote it"
+        expected = "the name of a file in the directory"
+        return cls(f"it names the file {shown(name)}", file=index, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_absent(cls, index: str, tensor: str, name: str, where: str) -> Self:
+        """It names a file that is not there, for the tensor among others."""
+        found, expected = f"the file {shown(name)} is not there", f"{shown(name)} in {where}"
+        return cls(found, tensor=tensor, file=index, expected=expected, remedy=f"{SAME_PLACE}; or {_INDEX}")
+
+    @classmethod
+    def of_part(cls, file: str, part: str, count: int) -> Self:
+        """One of ``count`` parts is not there, by the name of another."""
+        found, expected = f"the part {shown(part)} is not there", f"all of the {count} parts"
+        return cls(found, file=file, expected=expected, remedy=SAME_PLACE)
+
+    @classmethod
+    def of_size(cls, index: str, stated: object, actual: int) -> Self:
+        """A ``total_size`` that is not the tensors' own, in bytes."""
+        found = f"metadata.total_size is {shown(stated)}; the tensors take {actual} bytes"
+        return cls(found, file=index, remedy="nothing reads it wrong; convert writes the index anew")

@@ -1,0 +1,122 @@
+"""What is wrong with the scales of a weight, and formats that are recognised and not read.
+
+Whoever knows with which scales the codes were made is who wrote the file: no remedy guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+from fp8ckpt.errors.base import Fp8CheckpointError, Stored, shown
+from fp8ckpt.errors.files import COPY
+
+_SAME_TOOL = "use the tool that wrote it"
+
+
+class MissingScaleError(Fp8CheckpointError, ValueError):
+    """An FP8 weight has no scale: its codes are not its values."""
+
+    remedy = (
+        "look for it in the other files that belong to this one, or under another name; "
+        "if the weights were only cast to FP8, without any, use the tool that did: fp8ckpt cannot know"
+    )
+
+    @classmethod
+    def of(cls, weight: Stored, expected: str, near: str | None) -> Self:
+        """``expected``: the name that its scale could have; ``near``: what may be it under another name."""
+        misnamed = "" if near is None else f" (is {shown(near)} its scale, misnamed?)"
+        return cls(f"{weight.dtype} weight without a scale{misnamed}", tensor=weight, expected=shown(expected))
+
+
+class OrphanScaleError(Fp8CheckpointError, ValueError):
+    """A scale belongs to no FP8 weight."""
+
+    remedy = "look for the weight in the other files that belong to this one, or ask who wrote it what became of it"
+
+    @classmethod
+    def of(cls, scale: Stored, weight: str, stored: Stored | None) -> Self:
+        """``weight``: the name of the weight that it could scale; ``stored``: what is there instead of FP8."""
+        found = "a scale without a weight"
+        if stored is not None:
+            found = f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
+        return cls(found, tensor=scale, expected=f"an FP8 tensor {shown(weight)}")
+
+
+class AmbiguousScaleError(Fp8CheckpointError, ValueError):
+    """More than one tensor could be the scale of one weight."""
+
+    expected = "one scale"
+    remedy = "ask who wrote the file which of them the codes were made with"
+
+    @classmethod
+    def of(cls, weight: Stored, scales: Sequence[str]) -> Self:
+        return cls(f"its scale could be any of {', '.join(shown(key) for key in scales)}", tensor=weight)
+
+
+class ScaleShapeError(Fp8CheckpointError, ValueError):
+    """A scale does not tile its weight."""
+
+    @classmethod
+    def of(cls, weight: Stored, scale: Stored, block_size: tuple[int, ...] | None, fit: tuple[int, ...] | None) -> Self:
+        """``block_size``: the module's, as the configuration states it; ``fit``: the scales' shape that it asks for."""
+        found = f"scale shape {scale.shape} in {shown(scale.file.name)} does not fit weight {weight.shape}"
+        if fit is None:
+            expected = "one element, or one a row"
+            remedy = "if they are of blocks, state the size that they were made with (weight_block_size in config.json)"
+            if scale.dtype in ("U8", "F8_E8M0"):
+                remedy += "; ComfyUI's exponents are in another order, and not read"
+        else:
+            found += f" with block size {block_size}"
+            expected = str(fit)
+            remedy = "see whether the configuration is that of these weights; if it is, the scales are not"
+        return cls(found, tensor=weight, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_group(cls, weight: Stored, scale: Stored, stated: int, group: int) -> Self:
+        """``stated``: how many codes of four bits the configuration has share a scale; ``group``: how many do."""
+        found = f"scale shape {scale.shape} in {shown(scale.file.name)} is of groups of {group}, group_size is {stated}"
+        remedy = "state the group_size of the scales, wherever a configuration file has one: engines size them by it"
+        expected = f"group_size {group}, by the scales' dtype {scale.dtype}"
+        return cls(found, tensor=weight, expected=expected, remedy=remedy)
+
+
+class ScaleDtypeError(Fp8CheckpointError, ValueError):
+    """A scale has a dtype that no FP8 family uses."""
+
+    remedy = _SAME_TOOL
+
+    @classmethod
+    def of(cls, weight: Stored, scale: Stored, known: Iterable[str]) -> Self:
+        found = f"its scale {shown(scale.name)} in {shown(scale.file.name)} has dtype {scale.dtype}"
+        return cls(found, tensor=weight, expected=f"one of {', '.join(known)}")
+
+
+class ScaleValueError(Fp8CheckpointError, ValueError):
+    """A scale is NaN, infinite, zero or negative."""
+
+    @classmethod
+    def of(cls, scale: Stored, found: str) -> Self:
+        """``found``: how many cannot be scales, and the first of them."""
+        return cls(found, tensor=scale, expected="finite and positive", remedy=COPY)
+
+
+class UnsupportedFormatError(Fp8CheckpointError, ValueError):
+    """Packed or integer quantization: recognised, and not handled."""
+
+    @classmethod
+    def of_packed(cls, weight: Stored) -> Self:
+        found = f"{weight.dtype} {weight.shape} is packed or integer (INT8, INT4, FP6), which fp8ckpt does not read"
+        return cls(found, tensor=weight, expected="FP8, MXFP4 or NVFP4", remedy=_SAME_TOOL)
+
+    @classmethod
+    def of_factor(cls, weight: Stored, second: str) -> Self:
+        """``second``: the name of what scales the codes besides their scale."""
+        found = f"{shown(second)} is a second factor or a zero point, which fp8ckpt does not apply"
+        return cls(found, tensor=weight, expected="one scale", remedy=_SAME_TOOL)
+
+    @classmethod
+    def of_order(cls, weight: Stored, scale: Stored) -> Self:
+        """``scale``: exponents of blocks that may be stored in a kernel's order."""
+        found = f"the {scale.dtype} scales {shown(scale.name)} may be in the order of a kernel, not that of the blocks"
+        return cls(found, tensor=weight, expected="float scales, or one", remedy=_SAME_TOOL)

@@ -1,0 +1,85 @@
+"""What is asked of tensors, and cannot be: a name, a region, a dtype, a code, a model's shape, an engine's rule."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from fp8ckpt.errors.base import Fp8CheckpointError, Readable
+
+
+class UnknownTensorError(Fp8CheckpointError, KeyError):
+    """The checkpoint has no tensor of that name."""
+
+    @classmethod
+    def of(cls, name: str, where: object, count: int) -> Self:
+        expected, remedy = f"one of its {count} logical tensors", "fp8ckpt inspect --tensor REGEX lists them"
+        return cls("the checkpoint has no such tensor", tensor=name, file=where, expected=expected, remedy=remedy)
+
+
+class RegionError(Fp8CheckpointError, IndexError):
+    """Offsets and sizes reach outside the tensor."""
+
+
+class WeightValueError(Fp8CheckpointError, ValueError):
+    """A weight holds NaN or infinity, and has no FP8 code."""
+
+    @classmethod
+    def of(cls, tensor: str, file: object, found: str) -> Self:
+        """``found``: how many elements are no numbers; ``file``: where they are read, None for those of a model."""
+        causes = "training that diverged, or NaN codes of an FP8 source (verify counts them)"
+        remedy = f"find out where they come from: {causes}"
+        return cls(found, tensor=tensor, file=file, expected="finite weights", remedy=remedy)
+
+    @classmethod
+    def of_nonfinite(cls, tensor: str, file: object, count: int, numel: int) -> Self:
+        return cls.of(tensor, file, f"{count} of {numel} elements are NaN or infinite, and have no code")
+
+
+class RangeError(Fp8CheckpointError, OverflowError):
+    """Finite values do not fit the range of the target dtype."""
+
+    @classmethod
+    def of_codes(cls, tensor: str | Readable, count: int, dtype: str) -> Self:
+        """Finite codes whose scales take them beyond ``dtype``."""
+        remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
+        return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
+
+    @classmethod
+    def of_merged(cls, tensor: str | Readable, file: object, count: int, dtype: str) -> Self:
+        """Sums of a base and its adapters that ``dtype`` cannot hold."""
+        remedy = "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it"
+        found = f"{count} merged values do not fit {dtype}"
+        return cls(found, tensor=tensor, file=file, expected="an adapter of this base", remedy=remedy)
+
+    @classmethod
+    def of_scale(cls, dtype: str, tensor: str, file: object, remedy: str | None, *, factor: bool) -> Self:
+        """A new scale that ``dtype`` cannot hold, under the weight's ``factor`` or alone."""
+        under = " under the weight's factor" if factor else ""
+        found = f"its values need a scale beyond the range of {dtype}{under}"
+        expected = "values that the base's scale dtype can scale"
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+
+class ModelMismatchError(Fp8CheckpointError, ValueError):
+    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other
+    shapes.
+    """
+
+    @classmethod
+    def of_shape(cls, tensor: str, file: object, found: tuple[int, ...], base: tuple[int, ...], what: str) -> Self:
+        """A tensor of ``what`` (the "source", the "model") that is of another shape than the base's."""
+        remedy = "give its own base"
+        if len(found) == 2 and found[1:] == base[1:]:
+            instead = (
+                "quantize the source with --scheme, which keeps its own configuration and tokenizer"
+                if what == "source"
+                else "save it in bf16 without like, put the tokenizer beside it, and convert that with --scheme"
+            )
+            remedy += "; for a vocabulary that was resized, which the base's configuration and tokenizer are not of: "
+            remedy += f"{instead}; or resize it back: model.resize_token_embeddings({base[0]})"
+        expected = f"{base}, as in the base"
+        return cls(f"shape {found} in the {what}", tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+
+class ServingError(Fp8CheckpointError, ValueError):
+    """A serving engine would refuse the directory, or serve something else than what is in it."""
