@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from fp8ckpt.encodings.facts import WeightFacts
     from fp8ckpt.encodings.recipes import QuantizingPlan
     from fp8ckpt.encodings.run import Written
-    from fp8ckpt.ranks import Ranks
 
 TO = (FP8, "bf16")
 #: What PEFT wrote, by its directory; or several, each alone or as (directory, weight).
@@ -131,12 +131,14 @@ def merge(
     >>> result.merged, result.report.total.arrived > 0.99
     (1, True)
     """
+    from fp8ckpt.encodings.run import run
     from fp8ckpt.ranks import ranks_of_this_job, threads_of_this_rank
 
     with writing(destination) as output, ranks_of_this_job() as ranks:
-        how = ranks.together(lambda: _checked(base, adapter, to, scales, serving, follow_index, workers))
-        threads = threads_of_this_rank(workers)
-        return _merge(how, output, threads, progress, ranks)
+        begun = time.monotonic()
+        how = ranks.together(partial(_checked, base, adapter, to, scales, serving, follow_index, workers))
+        done = run(lambda: how.plan(output), output, threads_of_this_rank(workers), progress, ranks)
+        return _result(done, output.destination, how.to, time.monotonic() - begun)
 
 
 def _checked(
@@ -148,7 +150,7 @@ def _checked(
     follow_index: bool,
     workers: int | None,
 ) -> _Merging:
-    """The arguments in one form. Raises `ValueError` for what does not go together."""
+    """The arguments in one form, the base open. Raises `ValueError` for what does not go together."""
     several = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
     adapters = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
     to = None if to is None else target_of(to, TO)
@@ -158,17 +160,26 @@ def _checked(
         raise ValueError("scales and serving go with to='fp8', and not with to='bf16'")
     if not adapters:
         raise ValueError("adapter=[]; expected at least one")
-    return _Merging(base, adapters, to, scales == "fresh", serving, follow_index)
+    opened = open_checkpoint(base, follow_index=follow_index)
+    return _Merging(opened, adapters, to or (FP8 if opened.quantized else "bf16"), scales == "fresh", serving)
 
 
 @dataclass(frozen=True)
 class _Merging:
-    base: CheckpointLike
+    base: Checkpoint
     adapters: Sequence[tuple[str | Path | Store, float]]
-    to: str | None
+    to: str
     fresh: bool
     serving: bool
-    follow_index: bool
+
+    def plan(self, output: PartialOutput) -> QuantizingPlan:
+        from fp8ckpt.encodings.merging import plan_merging
+        from fp8ckpt.serving.listing import served_config
+        from fp8ckpt.tensors.adapters import open_adapter
+
+        adapters = [open_adapter(path, weight) for path, weight in self.adapters]
+        served = served_config if self.serving else None
+        return plan_merging(self.base, adapters, output, self.to, fresh=self.fresh, served=served)
 
 
 def plan_merge(
@@ -190,39 +201,19 @@ def plan_merge(
     """
     from fp8ckpt.ranks import ranks_of_this_job
 
-    def planned() -> Forecast:
-        how = _checked(base, adapter, to, scales, serving, follow_index, None)
-        output = PartialOutput(destination)
-        opened = open_checkpoint(base, follow_index=follow_index)
-        return _plan(how, opened, output, how.to or (FP8 if opened.quantized else "bf16")).forecast(output)
-
+    output = PartialOutput(destination)
     with ranks_of_this_job() as ranks:
-        return ranks.first(planned)
+        how = partial(_checked, base, adapter, to, scales, serving, follow_index, None)
+        return ranks.first(lambda: how().plan(output).forecast(output))
 
 
-def _plan(how: _Merging, base: Checkpoint, output: PartialOutput, to: str) -> QuantizingPlan:
-    from fp8ckpt.encodings.merging import plan_merging
-    from fp8ckpt.serving.listing import served_config
-    from fp8ckpt.tensors.adapters import open_adapter
-
-    adapters = [open_adapter(path, weight) for path, weight in how.adapters]
-    served = served_config if how.serving else None
-    return plan_merging(base, adapters, output, to, fresh=how.fresh, served=served)
-
-
-def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progress | None, ranks: Ranks) -> MergeResult:
-    from fp8ckpt.encodings.run import run
-
-    begun = time.monotonic()
-    base = ranks.together(lambda: open_checkpoint(how.base, follow_index=how.follow_index))
-    to = how.to or (FP8 if base.quantized else "bf16")
-    done = run(lambda: _plan(how, base, output, to), output, workers, progress, ranks)
+def _result(done: Written, destination: Path | str, to: str, seconds: float) -> MergeResult:
     report = _report(done)
     return MergeResult(
-        destination=output.destination,
+        destination=destination,
         to=to,
         files=len(done.plan.output.names),
-        tensors=len(base.tensors),
+        tensors=len(done.plan.source.tensors),
         merged=len(report.weights),
         bytes_read=done.bytes_read,
         bytes_written=done.plan.output.nbytes,
@@ -231,7 +222,7 @@ def _merge(how: _Merging, output: PartialOutput, workers: int, progress: Progres
         nan_codes=done.nan_codes,
         report=report,
         notes=(*done.plan.notes, *_notes(report, to, done.plan)),
-        seconds=time.monotonic() - begun,
+        seconds=seconds,
     )
 
 

@@ -5,17 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import (
-    answer,
-    answer_forecast,
-    interruptible,
-    print_nan_codes,
-    print_notes,
-    share,
-    size,
-    table,
-)
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Serving, Workers, target, usage, word
+from fp8ckpt.cli.printing import answer, answer_forecast, interruptible, print_nan_codes, print_written, share, table
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -36,13 +27,9 @@ def convert(
     ],
     to: Annotated[
         str | None,
-        word(
-            "bf16",
-            "fp16",
-            "fp32",
-            "fp8",
-            also=DTYPES,
-            instead=dict.fromkeys(FOUR_BITS, "leave out --to, and give --like BASE, whose four bits are written"),
+        target(
+            *("bf16", "fp16", "fp32", "fp8"),
+            four_bits="leave out --to, and give --like BASE, whose four bits are written",
             help="What quantized weights become, bf16 if not said; or fp8, the way back.",
         ),
     ] = None,
@@ -75,9 +62,7 @@ def convert(
             help="Also draw the page of `fp8ckpt report SRC DST` (or BASE DST), counted in the same pass.",
         ),
     ] = None,
-    serving: Annotated[
-        bool, typer.Option("--serving", help="With --like: put right what engines trip over in the base's own files.")
-    ] = False,
+    serving: Serving = False,
     only: Annotated[
         str | None, typer.Option(metavar="REGEX", help="With --scheme: quantize only weights with this in their names.")
     ] = None,
@@ -133,11 +118,7 @@ def _print(result: "ConvertResult", page: Path | None) -> None:
         did = f"{result.dequantized} dequantized to {result.to}, {result.dropped_scales} scales dropped, "
     elif isinstance(result, Fp8Result):
         did = f"{result.quantized} quantized, "
-    written = f"{result.tensors} tensors in {size(result.bytes_written)}"
-    print(f"{result.destination}: {written}, {did}{result.seconds:.1f} s")
-    if result.bytes_resumed:
-        print(f"{size(result.bytes_resumed)} were there from an earlier run")
-    print_notes(result.notes)
+    print_written(result, did)
     if isinstance(result, PlainResult):
         print_nan_codes(result.nan_codes)
     elif isinstance(result, Fp8Result) and result.report is not None:

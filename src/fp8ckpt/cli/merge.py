@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import DTYPES, FOUR_BITS, SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Workers, usage, word
-from fp8ckpt.cli.printing import (
-    answer,
-    answer_forecast,
-    interruptible,
-    print_nan_codes,
-    print_notes,
-    share,
-    size,
-    table,
-)
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Serving, Workers, target, usage, word
+from fp8ckpt.cli.printing import answer, answer_forecast, interruptible, print_nan_codes, print_written, share, table
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -36,11 +27,9 @@ def merge(
     ] = None,
     to: Annotated[
         str | None,
-        word(
-            "fp8",
-            "bf16",
-            also=DTYPES,
-            instead=dict.fromkeys(FOUR_BITS, "leave out --to: BASE's own layout is written, its four bits too"),
+        target(
+            *("fp8", "bf16"),
+            four_bits="leave out --to: BASE's own layout is written, its four bits too",
             help="BASE's own layout (where it is FP8), or its weights dequantized.",
         ),
     ] = None,
@@ -50,9 +39,7 @@ def merge(
             "reuse", "fresh", help="Keep BASE's scale where merged values fit it, or make those of merged weights new."
         ),
     ] = "reuse",
-    serving: Annotated[
-        bool, typer.Option("--serving", help="Put right what engines trip over in BASE's own files.")
-    ] = False,
+    serving: Serving = False,
     follow_index: FollowIndex = False,
     plan: Plan = False,
     workers: Workers = None,
@@ -93,11 +80,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _print(result: MergeResult) -> None:
-    written = f"{result.tensors} tensors in {size(result.bytes_written)}"
-    print(f"{result.destination}: {written}, {result.merged} merged, to {result.to}, {result.seconds:.1f} s")
-    if result.bytes_resumed:
-        print(f"{size(result.bytes_resumed)} were there from an earlier run")
-    print_notes(result.notes)
+    print_written(result, f"{result.merged} merged, to {result.to}, ")
     if result.nan_codes:
         print_nan_codes(result.nan_codes)
     _print_report(result.report)

@@ -1,7 +1,7 @@
 """What several commands take, said once: arguments, options, and words that have more than one spelling."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -12,8 +12,7 @@ from fp8ckpt.targets import SPELLINGS
 
 SOURCE_HELP = "A directory, a safetensors file, a hub id in the local cache, or the URL of a store (s3://, hf://, ...)."
 
-DTYPES = {prefix + name: target for name, target in SPELLINGS.items() for prefix in ("", "torch.")}
-FOUR_BITS = ("fp4", "mxfp4", "nvfp4")
+_DTYPES = {prefix + name: target for name, target in SPELLINGS.items() for prefix in ("", "torch.")}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[
@@ -25,46 +24,39 @@ FollowIndex = Annotated[
 Plan = Annotated[
     bool, typer.Option("--plan", help="Say what would be read and written, and whether there is room. Writes nothing.")
 ]
+Serving = Annotated[bool, typer.Option("--serving", help="Put right what engines trip over in BASE's own files.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker threads (default: the cores). Changes speed, never output.")
 ]
 
 
-def word(
-    *names: str,
-    also: dict[str, str] | None = None,
-    instead: dict[str, str] | None = None,
-    option: str | None = None,
-    help: str,
-) -> Any:
+def word(*names: str, also: dict[str, str] | None = None, instead: dict[str, str] | None = None, help: str) -> Any:
     """An option whose value is one of ``names``, in any case; ``also``: other spellings, and the name each stands for;
     ``instead``: what is no value, and what to do where it was meant.
-
-    ``option`` is the option's own name, where the parameter's will not do.
     """
-    flags = () if option is None else (option,)
     known = {name: name for name in names} | {other: name for other, name in (also or {}).items() if name in names}
+
+    def parse(given: str) -> str:
+        spelling = given.lower().replace("_", "-")
+        if spelling in known:
+            return known[spelling]
+        if instead and spelling in instead:
+            raise typer.BadParameter(f"{given!r}: {instead[spelling]}")
+        near = difflib.get_close_matches(spelling, known, 1)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        raise typer.BadParameter(f"{given!r}: {hint}expected one of {', '.join(names)}")
+
     return typer.Option(
-        *flags,
-        parser=_one_of(names, known, instead or {}),
+        parser=parse,
         metavar=f"[{'|'.join(names)}]",
         autocompletion=lambda incomplete: [name for name in names if name.startswith(incomplete.lower())],
         help=help,
     )
 
 
-def _one_of(names: tuple[str, ...], known: dict[str, str], instead: dict[str, str]) -> Callable[[str], str]:
-    def parse(given: str) -> str:
-        spelling = given.lower().replace("_", "-")
-        if spelling in known:
-            return known[spelling]
-        if spelling in instead:
-            raise typer.BadParameter(f"{given!r}: {instead[spelling]}")
-        near = difflib.get_close_matches(spelling, known, 1)
-        hint = f"did you mean {known[near[0]]}? " if near else ""
-        raise typer.BadParameter(f"{given!r}: {hint}expected one of {', '.join(names)}")
-
-    return parse
+def target(*names: str, four_bits: str, help: str) -> Any:
+    """A `word` for what tensors become; ``four_bits``: what to do where that was meant."""
+    return word(*names, also=_DTYPES, instead=dict.fromkeys(("fp4", "mxfp4", "nvfp4"), four_bits), help=help)
 
 
 @contextmanager

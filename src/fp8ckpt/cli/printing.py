@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 from fp8ckpt.errors import Fp8CheckpointError, shown
 
 if TYPE_CHECKING:
+    from fp8ckpt.encodings.results import ConvertResult
+    from fp8ckpt.merge import MergeResult
     from fp8ckpt.output.forecast import Forecast
 
 T = TypeVar("T")
@@ -162,6 +164,15 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
         columns = zip(row, widths, right, strict=True)
         line = "  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in columns).rstrip()
         print("  " + (line if i else styled(line, "bold")))
+
+
+def print_written(result: ConvertResult | MergeResult, did: str) -> None:
+    """Print what a job wrote, and what a user should know of it."""
+    written = f"{result.tensors} tensors in {size(result.bytes_written)}"
+    print(f"{result.destination}: {written}, {did}{result.seconds:.1f} s")
+    if result.bytes_resumed:
+        print(f"{size(result.bytes_resumed)} were there from an earlier run")
+    print_notes(result.notes)
 
 
 def print_first(lines: Iterable[tuple[str, str]]) -> None:
