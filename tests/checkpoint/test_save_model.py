@@ -195,14 +195,16 @@ def test_without_a_base_it_loads_in_transformers(
 
 
 def test_what_is_rounded_without_a_base_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the class keeps in float32 stays; what else has more bits than are asked for is named, in notes and log."""
+    """What the class keeps in float32 stays; what else has more bits than are asked for is named, in notes and log. Its
+    bare configuration gets the name of its class, or nobody could load what was saved.
+    """
     config = DeepseekV3Config(
         num_hidden_layers=2, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=8,
         num_attention_heads=2, num_key_value_heads=2, vocab_size=64, first_k_dense_replace=1, q_lora_rank=8,
         kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_group=2, topk_group=1,
-        architectures=["DeepseekV3ForCausalLM"],
     )  # fmt: skip
     model = DeepseekV3ForCausalLM(config).to(torch.bfloat16)
+    model.__class__ = type("FSDPDeepseekV3ForCausalLM", (DeepseekV3ForCausalLM,), {})  # as fully_shard() does
     kept, rounded = "model.layers.1.mlp.gate.e_score_correction_bias", "model.norm.weight"
     model.model.layers[1].mlp.gate.e_score_correction_bias = torch.full((8,), 1 + 2**-20)
     model.model.norm.weight.data = torch.full((32,), 1 + 2**-20)

@@ -243,11 +243,15 @@ def _kept(model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtyp
 
 
 def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:
-    """The configuration files of a transformers model; nothing for any other."""
+    """The configuration files of a transformers model; nothing for any other. A model that was made of a configuration,
+    and not loaded, is named there as transformers would name it.
+    """
     files: dict[str, bytes] = {}
     for attribute, name in (("config", CONFIG), ("generation_config", "generation_config.json")):
         held: Any = getattr(model, attribute, None)
         if hasattr(held, "to_json_string"):
             text = json.loads(held.to_json_string())
+            if name == CONFIG and is_pretrained(model) and not text.get("architectures"):
+                text["architectures"] = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 puts that before it
             files[name] = dump_json(without_quantization(CONFIG, text, dtype) if name == CONFIG else text)
     return files
