@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fp8ckpt.errors import Fp8CheckpointError, ServingError
-from fp8ckpt.serving import heads, joining, leftovers, listing, scales, stacks, statements
+from fp8ckpt.serving import joining, leftovers, listing, scales, statements
 from fp8ckpt.serving.joining import TensorParallel
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -31,9 +31,9 @@ _QUANTIZED: tuple[Check, ...] = (
     joining.mixed,
     joining.blocks,
     scales.of_siblings,
-    stacks.of_experts,
+    statements.stacks_of_experts,
 )
-_READABLE: tuple[Check, ...] = (statements.not_quantized, statements.contradictions, heads.tied)
+_READABLE: tuple[Check, ...] = (statements.not_quantized, statements.contradictions, statements.tied_head)
 _ANY: tuple[Check, ...] = (leftovers.second_copies, leftovers.index_and_metadata)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,25 +57,18 @@ def of_activations(subject: Subject) -> Iterator[Finding]:
     for stated, tensors in static.items():
         having = [tensor for tensor in tensors if tensor.activation_scales]
         lacking = [tensor for tensor in tensors if not tensor.activation_scales]
+        count = len(subject.quantized)
         if lacking and (stated == {True} or (having and not stated)):
-            yield _lacking(subject, lacking, "one for each, " + (f"by {subject.file}" if stated else "or for none"))
+            found = f"{len(lacking)} of {count} FP8 tensors have no activation scale"
+            expected = "one for each, " + (f"by {subject.file}" if stated else "or for none")
+            remedy = "restore them, or leave out all and state dynamic, where the method has that"
+            remedy += ": engines take a missing one for a senseless number"
+            yield ServingError(found, tensor=lacking[0], expected=expected, remedy=remedy)
         if having and stated == {False}:
-            yield _needless(subject, having)
-
-
-def _lacking(subject: Subject, lacking: Sequence[QuantizedTensor], expected: str) -> ServingError:
-    found = f"{len(lacking)} of {len(subject.quantized)} FP8 tensors have no activation scale"
-    remedy = "restore them, or leave out all and state dynamic, where the method has that"
-    remedy += ": engines take a missing one for a senseless number"
-    return ServingError(found, tensor=lacking[0], expected=expected, remedy=remedy)
-
-
-def _needless(subject: Subject, having: Sequence[QuantizedTensor]) -> ServingError:
-    found = f"{len(having)} of {len(subject.quantized)} FP8 tensors have an activation scale"
-    remedy = "leave them out; or state static, where the method has that and every FP8 tensor has one"
-    first = having[0].activation_scales[0]
-    expected = f"none, by {subject.file}"
-    return ServingError(found, tensor=having[0].name, file=first.file, expected=expected, remedy=remedy)
+            found = f"{len(having)} of {count} FP8 tensors have an activation scale"
+            first, expected = having[0].activation_scales[0], f"none, by {subject.file}"
+            remedy = "leave them out; or state static, where the method has that and every FP8 tensor has one"
+            yield ServingError(found, tensor=having[0].name, file=first.file, expected=expected, remedy=remedy)
 
 
 def powers_of_two(subject: Subject) -> Iterator[Finding]:

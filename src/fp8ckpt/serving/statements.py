@@ -1,18 +1,20 @@
-"""What the configuration states of quantization, against the tensors that there are."""
+"""What the configuration states, of quantization and of tied heads, against the tensors that there are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from fp8ckpt.errors import ServingError, shown
-from fp8ckpt.families.loaders import engines_that_rename_scales
+from fp8ckpt.families.loaders import engines_that_rename_scales, has_no_fp8_experts, is_stack, misreads_stacks
 from fp8ckpt.families.roles import is_built_plain
+from fp8ckpt.families.tied import HEADS, embeddings_and_head, has_language_head, ties_embeddings
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.serving.skip_list import SkipList, unquantized_linears
 from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_method, some, strings
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
+from fp8ckpt.tensors.reading import same_bits
 
 _INTEGERS = ("I8", "U8", "I16", "I32", "U32")
 
@@ -145,3 +147,37 @@ def contradictions(subject: Subject) -> Iterator[Finding]:
         found = f"it states quantization by ModelOpt, and {CONFIG} states {shown(stated)}"
         remedy = "move away the file that does not speak of these weights"
         yield ServingError(found, file=MODELOPT_CONFIG, expected="one method", remedy=remedy)
+
+
+def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
+    """Experts are a tensor each, where the model has no other layers in FP8; a note for other stacks."""
+    stacks = [t for t in subject.quantized if is_stack(t.name, t.shape) and t.weight.dtype in FP8_DTYPES]
+    stated, config = subject.stated, subject.checkpoint.config
+    if not stacks or stated is None or (misread := misreads_stacks(config, stated.method)) is None:
+        return
+    found = f"{len(stacks)} stacks of experts are FP8 ({some(tensor.name for tensor in stacks)}): {misread}"
+    if not has_no_fp8_experts(config):
+        yield found
+        return
+    remedy = "leave them in BF16 (convert --scheme, --skip experts), or give each expert a tensor of its own"
+    yield ServingError(found, tensor=stacks[0], expected="an expert a tensor", remedy=remedy)
+
+
+def tied_head(subject: Subject) -> Iterator[Finding]:
+    """The head against ``tie_word_embeddings``."""
+    checkpoint = subject.checkpoint
+    ties = ties_embeddings(checkpoint.config)
+    embeddings, head = map(checkpoint.tensors.get, embeddings_and_head(checkpoint.tensors).names)
+    if embeddings is None:  # not a language model, or one file of several
+        return
+    if ties and head is not None and not same_bits(head, embeddings):
+        said = f"{CONFIG} says tie_word_embeddings"
+        if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this one, vLLM the other
+            said = f"text_config says tie_word_embeddings, though {CONFIG} itself says false"
+        found = f"the head is not {shown(embeddings.name)}, and {said}"
+        remedy = "state false in all of it if the head is its own; an engine would serve the embeddings in its place"
+        yield ServingError(found, tensor=head, expected="the same bytes, or no head", remedy=remedy)
+    if ties is False and head is None and not checkpoint.defects and has_language_head(checkpoint.config):
+        found = "tie_word_embeddings is false, and no head is stored"
+        remedy = "restore the head; or state true if it is the embeddings"
+        yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)
