@@ -19,7 +19,9 @@ STACKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-_ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+_WITH = {leaf: (stack, leaves) for stack, ways in STACKS.items() for leaves in ways for leaf in leaves}
+#: The matrix of one expert: what holds the experts, the expert's number, the leaf.
+ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 
 
 def answers(wanted: Collection[str], stored: Shapes) -> dict[str, Assembly]:
@@ -52,15 +54,19 @@ def stacked(name: str, stored: Shapes) -> Assembly | None:
     return None
 
 
+def stack_with(name: str) -> str | None:
+    """The stack that the matrix of one expert is a part of; None for what is none."""
+    one = ONE_EXPERT.fullmatch(name)
+    return f"{one[1]}.{_WITH[one[3]][0]}" if one is not None and one[3] in _WITH else None
+
+
 def unstacked(name: str, stored: Shapes) -> Assembly | None:
     """The matrix of one expert, of a stack [E, out, in]; None where there is none."""
-    if (one := _ONE_EXPERT.fullmatch(name)) is None:
+    one, stack = ONE_EXPERT.fullmatch(name), stack_with(name)
+    if one is None or stack is None:
         return None
-    stem, expert, leaf = one[1], int(one[2]), one[3]
-    for stack, ways in STACKS.items():
-        shape = stored.get(f"{stem}.{stack}", ())
-        for leaves in ways:
-            if leaf in leaves and len(shape) == 3 and expert < shape[0] and shape[1] % len(leaves) == 0:
-                whole = Assembly.whole(f"{stem}.{stack}", shape).narrow(0, expert, 1).squeeze(0)
-                return whole.chunk(len(leaves))[leaves.index(leaf)]
-    return None
+    expert, leaf, leaves = int(one[2]), one[3], _WITH[one[3]][1]
+    shape = stored.get(stack, ())
+    if len(shape) != 3 or expert >= shape[0] or shape[1] % len(leaves):
+        return None
+    return Assembly.whole(stack, shape).narrow(0, expert, 1).squeeze(0).chunk(len(leaves))[leaves.index(leaf)]

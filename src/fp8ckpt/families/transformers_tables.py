@@ -16,16 +16,13 @@ import torch
 from torch import nn
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError, listed, shown
+from fp8ckpt.families.stacks import ONE_EXPERT, stack_with, stacked
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
 from fp8ckpt.tensors.reading import stored_dtype
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Where transformers has no conversion for experts that are one tensor each in the file: the leaf names of the gate, up
-# and down projections of one expert.
-_EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 # Whether a class holds experts as [E, in, out]; other classes say it themselves, in ``is_transposed``.
 _TRANSPOSED = {"Llama4TextExperts": True}
 
@@ -174,7 +171,7 @@ def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
 
 def _refuse_gaps(target: str, names: list[str]) -> None:
     """transformers stacks experts in their order, whatever their numbers are."""
-    numbers = [int(one[2]) for one in map(_ONE_EXPERT.fullmatch, names) if one is not None]
+    numbers = [int(one[2]) for one in map(ONE_EXPERT.fullmatch, names) if one is not None]
     absent = sorted(set(range(max(numbers, default=0))) - {*numbers})
     if absent:
         found = f"its experts go up to number {max(numbers)}, and {listed(map(str, absent))} are not there"
@@ -192,27 +189,23 @@ def _unmade(target: str, sources: Iterable[str], error: Exception) -> Unsupporte
 
 def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Assembly], unused: dict[str, str]) -> None:
     """Stack the experts that no rule of transformers has stacked."""
-    found: dict[str, dict[str, dict[int, str]]] = {}
+    found: dict[str, dict[str, str]] = {}  # by stack, its matrices under the model's names, and their own
     for name, target in unused.items():
-        if (one := _ONE_EXPERT.fullmatch(target)) is not None:
-            found.setdefault(one[1], {}).setdefault(one[3], {})[int(one[2])] = name
-    for experts, leaves in found.items():
-        for gate, up, down in _EXPERTS:
-            for target, joined in ((f"{experts}.gate_up_proj", (gate, up)), (f"{experts}.down_proj", (down,))):
-                if target in own and target not in parts and all(leaf in leaves for leaf in joined):
-                    names = [[leaves[leaf][i] for i in sorted(leaves[leaf])] for leaf in joined]
-                    numbers = {i for leaf in joined for i in leaves[leaf]}
-                    try:
-                        if numbers != set(range(own[target][0])):
-                            raise ValueError(f"{own[target][0]} experts have other numbers")
-                        stacks = [Assembly.stack([Assembly.whole(n, stored[n]) for n in of_leaf]) for of_leaf in names]
-                        stacked = Assembly.concatenate(stacks, 1)
-                    except ValueError as error:
-                        raise _unmade(target, [name for of_leaf in names for name in of_leaf], error) from error
-                    module = model.get_submodule(experts)
-                    parts[target] = stacked.transpose(1, 2) if _is_transposed(module, target, stacked, own) else stacked
-                    for name in (name for of_leaf in names for name in of_leaf):
-                        del unused[name]
+        if (stack := stack_with(target)) in own and stack not in parts:
+            found.setdefault(str(stack), {})[target] = name
+    for stack, disk in found.items():
+        experts, *_ = own[stack]
+        try:
+            made = stacked(stack, {target: stored[name] for target, name in disk.items()})
+            if made is None or made.shape[0] != experts or len(made.pieces) != len(disk):
+                raise ValueError(f"{experts} experts have other numbers")
+        except ValueError as error:
+            raise _unmade(stack, disk.values(), error) from error
+        module = model.get_submodule(stack.rpartition(".")[0])
+        made = made.renamed(disk)
+        parts[stack] = made.transpose(1, 2) if _is_transposed(module, stack, made, own) else made
+        for name in disk.values():
+            del unused[name]
 
 
 def _is_transposed(module: nn.Module, target: str, stacked: Assembly, own: Shapes) -> bool:
