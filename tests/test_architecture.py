@@ -21,7 +21,7 @@ JOBS = ("convert", "inspect", "merge", "plan", "report", "sample", "verify")
 
 _BELOW_CHECKPOINT = {
     "engine", "encodings", "families", "output", "tensors", "stores", "numerics", "ranks", "workers", "system",
-    "targets",
+    "targets", "walk",
 }  # fmt: skip
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
@@ -38,6 +38,7 @@ ARROWS = {
     "serving": {"families", "tensors", "stores", "numerics", "output"},
     "encodings": {"engine", "families", "output", "tensors", "stores", "numerics", "ranks", "targets"},
     "engine": {"output", "tensors", "stores", "numerics", "workers", "ranks"},
+    "walk": {"engine", "tensors", "workers"},
     "output": {"tensors", "stores", "numerics", "system", "version", "workers"},
     "families": {"tensors"},
     "tensors": {"stores", "numerics"},

@@ -389,7 +389,7 @@ def test_a_conversion_draws_in_the_same_pass(
     if "like" in how:
         how = {**how, "like": paths[how["like"]]}
     with monkeypatch.context() as patch:
-        patch.delattr(sys.modules["fp8ckpt.report"]._Job, "run")
+        patch.delattr(sys.modules["fp8ckpt.report"].Walk, "run")
         convert(paths[source], tmp_path / "out", **how, report_html=tmp_path / "drawn.html", workers=2)
     found = report(paths[first], tmp_path / "out", output=tmp_path / "page.html")
     drawn, expected = (replace(page, changes=None, bytes_read=0) for page in (pages[0], found))

@@ -8,12 +8,9 @@ kind and layer, not for each weight. What is drawn, and how, is in `fp8ckpt.figu
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,14 +30,12 @@ from fp8ckpt.stores.address import local_path
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint, raise_first
-from fp8ckpt.tensors.reading import load_dequantizer, load_factor, load_scales, scale_defects
+from fp8ckpt.tensors.reading import load_factor, load_scales, scale_defects
 from fp8ckpt.tensors.scale_ranges import ScaleRange, scale_range
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS
-from fp8ckpt.tensors.tensor import Reader, Tensor
-from fp8ckpt.workers import share
-
-_CHUNK = 1 << 20  # elements
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
+from fp8ckpt.walk import CHUNK, Step, Walk
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def report(
     for side in sides:
         raise_first(scale_defects(side.quantized, side.cache_scales))
     job = _Job(sides, progress)
-    job.run(threads_of_this_rank(workers))
+    job.walk.run(threads_of_this_rank(workers), job.step_of)
     found = job.found()
     _publish(page, page_of(found))
     return found
@@ -192,9 +187,6 @@ class _Job:
     def __init__(self, sides: Sequence[Checkpoint], progress: Progress | None, seen: Seen | None = None) -> None:
         self._sides = sides
         self._coded = next((side for side in sides if side.quantized), sides[0])
-        self._progress = progress
-        self._bytes_read = 0
-        self._lock = threading.Lock()
         self._seen = seen or Seen()
         self._apart: list[str] = []
         self._compared: list[str] = []
@@ -204,63 +196,26 @@ class _Job:
                 self._compared.append(name)
             elif len(sides) == 2:
                 self._apart.append(name)
+        coded = {tensor.name: [self._coded.tensors[tensor.name]] for tensor in self._coded.quantized}
+        self.walk = Walk(coded | {name: [side.tensors[name] for side in sides] for name in self._compared}, progress)
 
-    def run(self, workers: int) -> None:
-        self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-        names = list(dict.fromkeys([*self._compared, *(tensor.name for tensor in self._coded.quantized)]))
-        self._total = sum(side.tensors[name].span.nbytes for name in names for side in self._sides_with(name))
-        chunks = (
-            (name, start) for name in names for start in range(0, self._sides_with(name)[0].tensors[name].numel, _CHUNK)
-        )
-        with ExitStack() as announced:
-            for side in self._sides:
-                spans = (side.tensors[name].span for name in names if side in self._sides_with(name))
-                announced.enter_context(side.store.ahead([span.whole] for span in spans))
-            share(chunks, [self._counter() for _ in range(workers)])
-
-    def _sides_with(self, name: str) -> Sequence[Checkpoint]:
-        """The sides of which a tensor is read: both, or the one whose codes are counted."""
-        if name in self._apart or len(self._sides) == 1:
-            return [self._coded]
-        return self._sides
-
-    def _counter(self) -> Callable[[tuple[str, int]], None]:
+    def step_of(self, dequantizer: DequantizerOf) -> tuple[Step, list[Reader]]:
         """One worker, with buffers of its own."""
-        readers = [(np.empty(_CHUNK * 8, np.uint8), Reader(_CHUNK, self._dequantizer)) for _ in self._sides]
+        readers = [Reader(CHUNK, dequantizer) for _ in self._sides]
+        buffers = [np.empty(CHUNK * 8, np.uint8) for _ in readers]
 
-        def count(chunk: tuple[str, int]) -> None:
-            name, start = chunk
-            sides, seen = self._sides_with(name), Seen()
-            tensors = [side.tensors[name] for side in sides]
-            parts = [self._read(tensors, i, start, *readers[i]) for i in range(len(tensors))]
-            for side, tensor, part in zip(sides, tensors, parts, strict=True):
-                if side is self._coded and tensor.scaled is not None:
+        def step(name: str, start: int, count: int) -> None:
+            seen, tensors = Seen(), self.walk.tensors[name]
+            parts = [_part(tensors, i, start, count, buffers[i], readers[i]) for i in range(len(tensors))]
+            for tensor, part in zip(tensors, parts, strict=True):
+                if tensor.scaled is not None and tensor is self._coded.tensors[name]:
                     seen.count(tensor.scaled, part.codes)
             if len(parts) == 2:
                 _compare(seen, name, tensors, parts)
-            with self._lock:
+            with self.walk.lock:
                 self._seen.add(seen)
 
-        return count
-
-    def _read(self, tensors: Sequence[Tensor], which: int, start: int, room: Bytes, reader: Reader) -> _Part:
-        """A chunk of one of the tensors; of one that is alone its codes, and not its values."""
-        tensor, codes = tensors[which], list[Bytes]()
-        size = min(_CHUNK, tensor.numel - start)
-        reader.passing = lambda _, part: codes.append(part.reshape(-1).copy())
-        dtype = tensor.dtype if tensor.scaled is None else _compared(tensors)
-        values = room[: size * DTYPE_BITS[dtype] // 8]
-        if len(tensors) == 2:
-            tensor.elements(start, dtype, values, reader)
-        elif tensor.scaled is not None:
-            for _ in tensor.scaled.run(start, size, reader):
-                pass
-        with self._lock:
-            self._bytes_read += reader.bytes_read
-            reader.bytes_read = 0
-            if self._progress is not None:
-                self._progress(self._bytes_read, self._total, f"reading {tensor.span.file.name}")
-        return _Part(dtype, values, np.concatenate(codes) if codes else room[:0])
+        return step, readers
 
     def found(self) -> Report:
         """What was counted, and what headers and scales say."""
@@ -274,7 +229,7 @@ class _Job:
             codes={dtype: tuple(counts.tolist()) for dtype, counts in sorted(self._seen.codes.items())},
             changes=tuple(self._changes(at)) if len(self._sides) == 2 else None,
             apart=tuple(self._apart),
-            bytes_read=self._bytes_read,
+            bytes_read=self.walk.bytes_read,
         )
 
     def _weight(self, tensor: QuantizedTensor, place: Place) -> WeightRow:
@@ -314,6 +269,20 @@ class _Part(NamedTuple):
     @property
     def floats(self) -> F32:
         return scale_values(self.values.view(SCALE_DTYPES[self.dtype]), self.dtype)
+
+
+def _part(tensors: Sequence[Tensor], which: int, start: int, count: int, room: Bytes, reader: Reader) -> _Part:
+    """A chunk of one of the tensors; of one that is alone its codes, and not its values."""
+    tensor, codes = tensors[which], list[Bytes]()
+    reader.passing = lambda _, part: codes.append(part.reshape(-1).copy())
+    dtype = tensor.dtype if tensor.scaled is None else _compared(tensors)
+    values = room[: count * DTYPE_BITS[dtype] // 8]
+    if len(tensors) == 2:
+        tensor.elements(start, dtype, values, reader)
+    elif tensor.scaled is not None:
+        for _ in tensor.scaled.run(start, count, reader):
+            pass
+    return _Part(dtype, values, np.concatenate(codes) if codes else room[:0])
 
 
 def _compare(seen: Seen, name: str, tensors: Sequence[Tensor], parts: Sequence[_Part]) -> None:

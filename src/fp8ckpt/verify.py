@@ -7,9 +7,8 @@ last one is also examined for what serving engines need beyond that.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,13 +27,14 @@ from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
 from fp8ckpt.tensors.stored import DTYPE_BITS
-from fp8ckpt.tensors.tensor import Reader, Tensor
-from fp8ckpt.workers import share
+from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
+from fp8ckpt.walk import CHUNK, Step, Walk
 
 if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Dequantizer
 
-_CHUNK = 2 << 20  # elements
+
+_PAIRS = 16  # of tensors whose scales are compared once for all of their chunks
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,18 @@ def verify(
     notes: tuple[str, ...] = ()
     if len(sides) == 2 and not unsound:
         sides[1], notes = _as_in(*sides)
-    job = _Job(sides, progress)
     if unsound:  # then values mean nothing; slips harm no reader
         return VerifyResult(
             tuple(side.path for side in sides), len(sides[0].tensors), 0, (), defects, (), (), servability
         )
-    job.run(threads_of_this_rank(workers))
+    job = _Comparison(sides, progress)
+    job.walk.run(threads_of_this_rank(workers), job.step_of)
     for side in sides:
         side.store.refuse_changes()
     return VerifyResult(
         paths=tuple(side.path for side in sides),
         tensors=len(set().union(*(side.tensors for side in sides))),
-        bytes_read=job.bytes_read,
+        bytes_read=job.walk.bytes_read,
         nan_codes=tuple(dict(sorted(counts.items())) for counts in job.nan_codes),
         defects=defects,
         tensor_differences=tuple(job.differences()),
@@ -184,18 +184,15 @@ class _Tally:
     largest_relative: float | None = None
 
 
-class _Job:
-    """The comparison of two sides, or the reading of one, in chunks of elements."""
+class _Comparison:
+    """Two sides held against each other, or one looked through."""
 
     def __init__(self, sides: list[Checkpoint], progress: Progress | None) -> None:
-        self.sides = sides
-        self.progress = progress
-        self.bytes_read = 0
-        self.nan_codes: list[dict[str, int]] = [{} for _ in sides]
+        self.nan_codes: list[Counter[str]] = [Counter() for _ in sides]
         self._incomparable: list[TensorDifference] = []
         self._tallies: dict[str, _Tally] = {}
-        self._lock = threading.Lock()
-        self._todo: dict[str, str] = {}  # tensor: compared dtype
+        self._dtypes: dict[str, str] = {}  # in which tensors are compared
+        self._alike = lru_cache(maxsize=_PAIRS)(_alike)
         for name in dict.fromkeys(name for side in sides for name in side.tensors):
             found = [side.tensors.get(name) for side in sides]
             present = [tensor for tensor in found if tensor is not None]
@@ -207,64 +204,32 @@ class _Job:
                     TensorDifference(name, " against ".join(_described(tensor) for tensor in present))
                 )
             elif len(sides) == 2 or present[0].scaled:  # alone, only codes have something to say
-                self._todo[name] = dtype
+                self._dtypes[name] = dtype
+        self.walk = Walk({name: [side.tensors[name] for side in sides] for name in self._dtypes}, progress)
 
-    def run(self, workers: int) -> None:
-        from fp8ckpt.tensors.reading import load_dequantizer
-
-        self._dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)
-        self._alike = lru_cache(maxsize=4 * workers)(self._are_alike)
-        tensors = [side.tensors[name] for name in self._todo for side in self.sides]
-        reads = (read for tensor in tensors for read in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
-        self._total = sum(stop - start for _, start, stop in reads)
-        chunks = ((name, start) for name in self._todo for start in range(0, self.sides[0].tensors[name].numel, _CHUNK))
-        with ExitStack() as announced:
-            for side in self.sides:
-                spans = (side.tensors[name].span for name in self._todo)
-                announced.enter_context(side.store.ahead([span.whole] for span in spans))
-            share(chunks, [self._comparer() for _ in range(workers)])
-
-    def _comparer(self) -> Callable[[tuple[str, int]], None]:
+    def step_of(self, dequantizer: DequantizerOf) -> tuple[Step, list[Reader]]:
         """One worker, with buffers of its own."""
         import numpy as np
 
-        readers = [Reader(_CHUNK, self._dequantizer, counting=True) for _ in self.sides]
-        buffers = [np.empty(_CHUNK * 8, np.uint8) for _ in self.sides]
+        readers = [Reader(CHUNK, dequantizer, counting=True) for _ in self.nan_codes]
+        buffers = [np.empty(CHUNK * 8, np.uint8) for _ in readers]
 
-        def compare(chunk: tuple[str, int]) -> None:
-            name, start = chunk
-            dtype = self._todo[name]
-            tensors = [side.tensors[name] for side in self.sides]
-            count = min(_CHUNK, tensors[0].numel - start)
+        def step(name: str, start: int, count: int) -> None:
+            tensors, dtype = self.walk.tensors[name], self._dtypes[name]
             if len(tensors) == 1 and tensors[0].scaled is not None:  # its codes have something to say, not its values
                 for _ in tensors[0].scaled.run(start, count, readers[0]):
                     pass
             else:
                 # F4 and F6 are refused before; 8 elements of any dtype are whole bytes.
                 values = [buffer[: count * DTYPE_BITS[dtype] // 8] for buffer in buffers]
-                if not _same(start, dtype, tensors, values, readers, self._alike(name)):
+                if not _same(start, dtype, tensors, values, readers, self._alike):
                     self._differs(name, dtype, *values)
-            self._read(readers, tensors[0].span.file.name)
+            with self.walk.lock:
+                for reader, counts in zip(readers, self.nan_codes, strict=True):
+                    counts.update(reader.nonfinite)
+                    reader.nonfinite.clear()
 
-        return compare
-
-    def _are_alike(self, name: str) -> bool:
-        """Whether equal codes are equal values: both sides have them, and the same scales."""
-        scaled = [side.tensors[name].scaled for side in self.sides]
-        found = [self._dequantizer(tensor, self._todo[name]) for tensor in scaled if tensor is not None]
-        return len(found) == 2 and found[0].alike(found[1])
-
-    def _read(self, readers: list[Reader], file: str) -> None:
-        """Add up what one worker met since it was last asked."""
-        with self._lock:
-            for reader, counts in zip(readers, self.nan_codes, strict=True):
-                for name, count in reader.nonfinite.items():
-                    counts[name] = counts.get(name, 0) + count
-                reader.nonfinite.clear()
-                self.bytes_read += reader.bytes_read
-                reader.bytes_read = 0
-            if self.progress is not None:
-                self.progress(self.bytes_read, self._total, f"reading {file}")
+        return step, readers
 
     def _differs(self, name: str, dtype: str, a: Any, b: Any) -> None:
         import numpy as np
@@ -280,7 +245,7 @@ class _Job:
                 size = np.maximum(np.abs(left[finite]), np.abs(right[finite]))
                 largest = float(distance.max())
                 relative = float(np.divide(distance, size, out=np.zeros_like(size), where=size > 0).max())
-        with self._lock:
+        with self.walk.lock:
             tally = self._tallies.setdefault(name, _Tally())
             tally.elements += int(np.count_nonzero(unequal))
             for attribute, value in (("largest", largest), ("largest_relative", relative)):
@@ -290,19 +255,29 @@ class _Job:
     def differences(self) -> Iterator[TensorDifference]:
         """All differing tensors, in the order of the first side."""
         yield from self._incomparable
-        for name in self._todo:
+        for name, (tensor, *_) in self.walk.tensors.items():
             if tally := self._tallies.get(name):
-                numel = self.sides[0].tensors[name].numel
                 yield TensorDifference(
-                    name, "values differ", tally.elements, numel, tally.largest, tally.largest_relative
+                    name, "values differ", tally.elements, tensor.numel, tally.largest, tally.largest_relative
                 )
 
 
-def _same(start: int, dtype: str, tensors: list[Tensor], out: list[Bytes], readers: list[Reader], alike: bool) -> bool:
+def _alike(a: Dequantizer, b: Dequantizer) -> bool:
+    return a.alike(b)
+
+
+def _same(
+    start: int,
+    dtype: str,
+    tensors: Sequence[Tensor],
+    out: list[Bytes],
+    readers: list[Reader],
+    alike: Callable[[Dequantizer, Dequantizer], bool],
+) -> bool:
     """Whether two sides have the same elements from ``start`` on; where not, ``out`` has both.
 
-    No values are made of codes that are the other side's, if these are scaled ``alike``, nor of codes that are found to
-    be the other side's values as they are decoded.
+    No values are made of codes that are the other side's, if these are scaled alike, nor of codes that are found to be
+    the other side's values as they are decoded.
     """
     codes: dict[int, tuple[Dequantizer, Bytes]] = {}
     for i, (tensor, reader) in enumerate(zip(tensors, readers, strict=True)):
@@ -310,7 +285,7 @@ def _same(start: int, dtype: str, tensors: list[Tensor], out: list[Bytes], reade
             count = out[i].size // TARGET_BYTES[dtype]
             ((_, _, found),) = scaled.run(start, count, reader)  # all at once: a reader's room is a chunk
             codes[i] = reader.dequantizer(scaled, dtype), found
-    if alike and len(codes) == 2 and _equal(codes[0][1], codes[1][1]):
+    if len(codes) == 2 and alike(codes[0][0], codes[1][0]) and _equal(codes[0][1], codes[1][1]):
         return True
     last = min(codes, default=1)
     for i in (1 - last, last):
