@@ -57,9 +57,7 @@ class LoadPlan:
         self._sources, self.twice = self._find_sources()
         self._carried = assembled.ignored | mtp_tensors(assembled.unused, self.checkpoint.config)
         self._refuse_mismatches(assembled.unused - self._carried if not partial else set())
-        self._refuse_codes()
-        if not narrow:
-            self._refuse_rounding()
+        self._refuse_dtypes(narrow)
         self.parts = [
             part
             for name, tensor in self.named.items()
@@ -104,75 +102,40 @@ class LoadPlan:
 
     def _refuse_mismatches(self, unused: set[str]) -> None:
         where = self.checkpoint.path
-        missing = [name for name in self.named if name not in self._sources]
-        if missing:
-            remedy = "load another checkpoint, or give the model a state_dict_adapter that knows its names"
-            raise ModelMismatchError(
-                f"{len(missing)} tensors of the model are not in it: {listed(missing)}", file=where, remedy=remedy
-            )
+        if missing := [name for name in self.named if name not in self._sources]:
+            raise ModelMismatchError.of_absent(missing, where)
         if unused:
-            remedy = "if the model is meant to be only a part of it, say partial=True"
-            raise ModelMismatchError(
-                f"{len(unused)} of its tensors are not in the model: {listed(unused)}", file=where, remedy=remedy
-            )
+            raise ModelMismatchError.of_unused(unused, where)
         for name, tensor in self.named.items():
-            expected = self._assemblies[self._sources[name]].shape
-            if tuple(tensor.shape) != tuple(expected):
-                raise ModelMismatchError(
-                    f"shape {tuple(tensor.shape)} in the model", tensor=name, file=where, expected=f"{tuple(expected)}"
-                )
+            found, expected = tuple(tensor.shape), self._assemblies[self._sources[name]].shape
+            if found != tuple(expected):
+                raise ModelMismatchError(f"shape {found} in the model", tensor=name, file=where, expected=f"{expected}")
 
     def _refuse_copies(self) -> None:
         """What is loaded into copies of its tensors, a model would not have."""
         held = {0, *map(_storage, (*self.model.parameters(), *self.model.buffers()))}
-        copies = [name for name, tensor in self._native.items() if _storage(tensor) not in held]
-        if copies:
-            raise ModelMismatchError(
-                f"its state_dict() gives copies of {len(copies)} tensors, which nothing can be loaded into: "
-                f"{listed(copies)}",
-                expected="its own tensors",
-                remedy="load it before it is wrapped in FullyShardedDataParallel, or shard it with fully_shard (FSDP2)",
-            )
+        if copies := [name for name, tensor in self._native.items() if _storage(tensor) not in held]:
+            raise ModelMismatchError.of_copies(copies)
 
     def _refuse_memory(self) -> None:
         """What is loaded into tensors that nothing can be written into, or all of whose elements are not their own."""
-        remedy = "build the model outside of torch.inference_mode()"
         for name, tensor in self._native.items():
             local = _local(tensor)
             if local.is_inference() and not torch.is_inference_mode_enabled():
-                raise ModelMismatchError(
-                    "it was made in inference mode, and cannot be filled", tensor=name, remedy=remedy
-                )
+                raise ModelMismatchError.of_inference(name)
             reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
             if local.numel() > reach:
-                found = f"its {local.numel()} elements lie in the memory of {reach}"
-                remedy = "give it memory of its own: tensor.contiguous()"
-                raise ModelMismatchError(found, tensor=name, expected="a place for each", remedy=remedy)
+                raise ModelMismatchError.of_memory(name, local.numel(), reach)
 
-    def _refuse_codes(self) -> None:
-        """A parameter of an FP8 dtype would be given codes, without the scales that they mean something by."""
+    def _refuse_dtypes(self, narrow: bool) -> None:
+        """A parameter of an FP8 dtype would be given codes alone; and plain values must not lose any in passing."""
         for name, tensor in self.named.items():
-            sources = {piece.source for piece in self._assemblies[self._sources[name]].pieces}
-            if tensor.dtype.itemsize == 1 and any(self.checkpoint.tensors[one].scaled is not None for one in sources):
-                raise ModelMismatchError(
-                    f"a parameter of dtype {tensor.dtype}",
-                    tensor=name,
-                    expected="bfloat16, float16 or float32, in which values are loaded, scales and all",
-                    remedy="cast it first",
-                )
-
-    def _refuse_rounding(self) -> None:
-        """What is stored as plain values must not lose any of them in passing."""
-        for name, tensor in self.named.items():
-            for source_name in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
-                source = self.checkpoint.tensors[source_name]
-                if source.scaled is None and rounds(torch_dtype(source.dtype), tensor.dtype):
-                    raise ModelMismatchError(
-                        f"{source.dtype} on disk, and {tensor.dtype} in the model",
-                        tensor=source,
-                        expected="a dtype that holds every value of the stored one",
-                        remedy="keep this parameter in the stored dtype, or say narrow=True to have it rounded",
-                    )
+            for source in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
+                stored = self.checkpoint.tensors[source]
+                if stored.scaled is not None and tensor.dtype.itemsize == 1:
+                    raise ModelMismatchError.of_codes(name, tensor.dtype)
+                if stored.scaled is None and not narrow and rounds(torch_dtype(stored.dtype), tensor.dtype):
+                    raise ModelMismatchError.of_rounding(stored, (stored.dtype, tensor.dtype))
 
     def log(self) -> None:
         """The pre-flight lines: what this rank will hold, what it will read, and what that takes beyond it; and what is
@@ -210,13 +173,7 @@ class LoadPlan:
             loaded = _local(self.named[self.twice[name]]), _local(tensor)
             if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
                 found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
-                raise ModelMismatchError(
-                    found,
-                    tensor=name,
-                    file=self.checkpoint.path,
-                    remedy="if it is its own, give it memory of its own, and build the model with "
-                    "tie_word_embeddings false",
-                )
+                raise ModelMismatchError.of_two(name, self.checkpoint.path, found)
 
     def finish(self) -> None:
         """Tied names, names that an adapter made new tensors of, and buffers that no checkpoint holds."""
@@ -240,15 +197,9 @@ def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
     """
     held = {plain_name(name): one for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
     if sharded := [name for name, tensor in held.items() if type(tensor).__name__ == "ShardedTensor"]:
-        raise ModelMismatchError(
-            f"{len(sharded)} tensors are ShardedTensors, the first {shown(sharded[0])}",
-            expected="tensors, or DTensors",
-            remedy="shard it with fully_shard (FSDP2); to save what FullyShardedDataParallel wraps, set its "
-            "state_dict_type to FULL_STATE_DICT",
-        )
-    on_meta = [name for name, tensor in held.items() if tensor.is_meta]
-    if on_meta:
-        raise ModelMismatchError(f"{len(on_meta)} tensors are on the meta device: {listed(on_meta)}", remedy=remedy)
+        raise ModelMismatchError.of_sharded(sharded)
+    if on_meta := [name for name, tensor in held.items() if tensor.is_meta]:
+        raise ModelMismatchError.of_meta(on_meta, remedy)
     return held
 
 

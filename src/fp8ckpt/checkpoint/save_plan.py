@@ -44,14 +44,7 @@ class SavePlan(NamedTuple):
         """
         differ = [name for name, kept in self.tied.items() if _differ(self.native[name], self.native[kept])]
         if differ:
-            kept = self.tied[differ[0]]
-            raise ModelMismatchError(
-                f"the configuration ties it to {kept}, under whose name the two are stored, and they differ",
-                tensor=differ[0],
-                expected="the same values",
-                remedy="tie the two before training: model.tie_weights(); a head of its own is saved without like, "
-                "from a model that was built with tie_word_embeddings false",
-            )
+            raise ModelMismatchError.of_apart(differ[0], self.tied[differ[0]])
 
 
 def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> SavePlan:
@@ -69,11 +62,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
         tensors = {name: {name: tensor} for name, tensor in native.items()}
         in_base = set(assembled.parts)
     elif not hasattr(adapter, "convert_single_tensor_to_hf"):
-        raise ModelMismatchError(
-            "its state_dict_adapter says only by assemblies what its tensors are called on disk",
-            expected="a base, of whose tensors they are made",
-            remedy="give like=, the checkpoint that it came from",
-        )
+        raise ModelMismatchError.of_adapter()
     else:
         assembled = Assembled({}, set(), set())
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
@@ -106,12 +95,7 @@ def _refuse_of_other_stages(groups: list[list[str]], native: Collection[str], in
     for source, *targets in groups:
         mine = [name for name in targets if name in native]
         if mine and source not in native and not any(name in in_base for name in mine):
-            raise ModelMismatchError(
-                f"it is tied to {source}, which this stage of the model does not hold",
-                tensor=mine[0],
-                expected="both in one stage, where they can be compared",
-                remedy="take it out of this stage once the two are the same (model.lm_head = None), for one is stored",
-            )
+            raise ModelMismatchError.of_stage(mine[0], source)
 
 
 def _tied_elsewhere(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> dict[str, str]:

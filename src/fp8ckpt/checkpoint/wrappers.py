@@ -45,10 +45,6 @@ def refuse_what_hides(model: nn.Module, remedy: str) -> None:
     """Raise `ModelMismatchError` for a model that holds adapters of PEFT, or that DeepSpeed has taken the values of."""
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if getattr(model, "peft_config", None) or "BaseTunerLayer" in classes:
-        raise ModelMismatchError("it holds adapters of PEFT beside its weights", remedy=remedy)
+        raise ModelMismatchError.of_peft(remedy)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ModelMismatchError(
-            "DeepSpeed has shared out its parameters (ZeRO 3), and they have no values here",
-            expected="whole parameters, or DTensors",
-            remedy="shard it with fully_shard (FSDP2) instead, or use ZeRO 1 or 2",
-        )
+        raise ModelMismatchError.of_deepspeed()

@@ -45,6 +45,7 @@ from fp8ckpt.errors.files import (
     SourceChangedError,
     TruncatedFileError,
 )
+from fp8ckpt.errors.models import ModelMismatchError
 from fp8ckpt.errors.outputs import (
     OutputBusyError,
     OutputExistsError,
@@ -69,7 +70,6 @@ from fp8ckpt.errors.system import (
     UnsupportedSystemError,
 )
 from fp8ckpt.errors.values import (
-    ModelMismatchError,
     RangeError,
     RegionError,
     ServingError,

@@ -60,26 +60,5 @@ class RangeError(Fp8CheckpointError, OverflowError):
         return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
 
-class ModelMismatchError(Fp8CheckpointError, ValueError):
-    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other
-    shapes.
-    """
-
-    @classmethod
-    def of_shape(cls, tensor: str, file: object, found: tuple[int, ...], base: tuple[int, ...], what: str) -> Self:
-        """A tensor of ``what`` (the "source", the "model") that is of another shape than the base's."""
-        remedy = "give its own base"
-        if len(found) == 2 and found[1:] == base[1:]:
-            instead = (
-                "quantize the source with --scheme, which keeps its own configuration and tokenizer"
-                if what == "source"
-                else "save it in bf16 without like, put the tokenizer beside it, and convert that with --scheme"
-            )
-            remedy += "; for a vocabulary that was resized, which the base's configuration and tokenizer are not of: "
-            remedy += f"{instead}; or resize it back: model.resize_token_embeddings({base[0]})"
-        expected = f"{base}, as in the base"
-        return cls(f"shape {found} in the {what}", tensor=tensor, file=file, expected=expected, remedy=remedy)
-
-
 class ServingError(Fp8CheckpointError, ValueError):
     """A serving engine would refuse the directory, or serve something else than what is in it."""

@@ -1,0 +1,121 @@
+"""A model and a checkpoint that do not hold the same tensors, or a model that cannot be filled, or written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Self
+
+from fp8ckpt.errors.base import Fp8CheckpointError, Readable, listed, shown
+
+_SHARD = "shard it with fully_shard (FSDP2)"
+
+
+class ModelMismatchError(Fp8CheckpointError, ValueError):
+    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other
+    shapes.
+    """
+
+    @classmethod
+    def of_shape(cls, tensor: str, file: object, found: tuple[int, ...], base: tuple[int, ...], what: str) -> Self:
+        """A tensor of ``what`` (the "source", the "model") that is of another shape than the base's."""
+        remedy = "give its own base"
+        if len(found) == 2 and found[1:] == base[1:]:
+            instead = (
+                "quantize the source with --scheme, which keeps its own configuration and tokenizer"
+                if what == "source"
+                else "save it in bf16 without like, put the tokenizer beside it, and convert that with --scheme"
+            )
+            remedy += "; for a vocabulary that was resized, which the base's configuration and tokenizer are not of: "
+            remedy += f"{instead}; or resize it back: model.resize_token_embeddings({base[0]})"
+        expected = f"{base}, as in the base"
+        return cls(f"shape {found} in the {what}", tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_absent(cls, names: Collection[str], file: object) -> Self:
+        """Tensors of the model that the checkpoint ``file`` lacks."""
+        remedy = "load another checkpoint, or give the model a state_dict_adapter that knows its names"
+        return cls(f"{len(names)} tensors of the model are not in it: {listed(names)}", file=file, remedy=remedy)
+
+    @classmethod
+    def of_unused(cls, names: Collection[str], file: object) -> Self:
+        """Tensors of the checkpoint ``file`` that the model lacks."""
+        remedy = "if the model is meant to be only a part of it, say partial=True"
+        return cls(f"{len(names)} of its tensors are not in the model: {listed(names)}", file=file, remedy=remedy)
+
+    @classmethod
+    def of_two(cls, tensor: str, file: object, found: str) -> Self:
+        """One of two that the model has as one, and that differ; ``found``: which is the other."""
+        remedy = "if it is its own, give it memory of its own, and build the model with tie_word_embeddings false"
+        return cls(found, tensor=tensor, file=file, remedy=remedy)
+
+    @classmethod
+    def of_copies(cls, names: Collection[str]) -> Self:
+        what = f"its state_dict() gives copies of {len(names)} tensors, which nothing can be loaded into"
+        remedy = f"load it before it is wrapped in FullyShardedDataParallel, or {_SHARD}"
+        return cls(f"{what}: {listed(names)}", expected="its own tensors", remedy=remedy)
+
+    @classmethod
+    def of_inference(cls, tensor: str) -> Self:
+        remedy = "build the model outside of torch.inference_mode()"
+        return cls("it was made in inference mode, and cannot be filled", tensor=tensor, remedy=remedy)
+
+    @classmethod
+    def of_memory(cls, tensor: str, numel: int, reach: int) -> Self:
+        """A tensor of ``numel`` elements in the memory of fewer."""
+        found, remedy = f"its {numel} elements lie in the memory of {reach}", "give it memory of its own"
+        return cls(found, tensor=tensor, expected="a place for each", remedy=f"{remedy}: tensor.contiguous()")
+
+    @classmethod
+    def of_codes(cls, tensor: str, dtype: object) -> Self:
+        """A parameter that would be given codes, without the scales that they mean something by."""
+        expected = "bfloat16, float16 or float32, in which values are loaded, scales and all"
+        return cls(f"a parameter of dtype {dtype}", tensor=tensor, expected=expected, remedy="cast it first")
+
+    @classmethod
+    def of_rounding(cls, stored: Readable, dtypes: tuple[str, object]) -> Self:
+        """A tensor of one of the dtypes on disk, and of the other in the model, which holds fewer values."""
+        expected = "a dtype that holds every value of the stored one"
+        remedy = "keep this parameter in the stored dtype, or say narrow=True to have it rounded"
+        return cls("{} on disk, and {} in the model".format(*dtypes), tensor=stored, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_sharded(cls, names: Collection[str]) -> Self:
+        """Tensors that torch had before DTensor."""
+        found = f"{len(names)} tensors are ShardedTensors, the first {shown(next(iter(names)))}"
+        save = "to save what FullyShardedDataParallel wraps, set its state_dict_type to FULL_STATE_DICT"
+        return cls(found, expected="tensors, or DTensors", remedy=f"{_SHARD}; {save}")
+
+    @classmethod
+    def of_meta(cls, names: Collection[str], remedy: str) -> Self:
+        return cls(f"{len(names)} tensors are on the meta device: {listed(names)}", remedy=remedy)
+
+    @classmethod
+    def of_apart(cls, tensor: str, kept: str) -> Self:
+        """A tensor that was trained apart from the one whose name it is stored under."""
+        found = f"the configuration ties it to {kept}, under whose name the two are stored, and they differ"
+        own = "a head of its own is saved without like, from a model that was built with tie_word_embeddings false"
+        remedy = f"tie the two before training: model.tie_weights(); {own}"
+        return cls(found, tensor=tensor, expected="the same values", remedy=remedy)
+
+    @classmethod
+    def of_stage(cls, tensor: str, source: str) -> Self:
+        """A tensor that is stored under the name of another stage's."""
+        found = f"it is tied to {source}, which this stage of the model does not hold"
+        remedy = "take it out of this stage once the two are the same (model.lm_head = None), for one is stored"
+        return cls(found, tensor=tensor, expected="both in one stage, where they can be compared", remedy=remedy)
+
+    @classmethod
+    def of_adapter(cls) -> Self:
+        found = "its state_dict_adapter says only by assemblies what its tensors are called on disk"
+        remedy = "give like=, the checkpoint that it came from"
+        return cls(found, expected="a base, of whose tensors they are made", remedy=remedy)
+
+    @classmethod
+    def of_peft(cls, remedy: str) -> Self:
+        return cls("it holds adapters of PEFT beside its weights", remedy=remedy)
+
+    @classmethod
+    def of_deepspeed(cls) -> Self:
+        found = "DeepSpeed has shared out its parameters (ZeRO 3), and they have no values here"
+        remedy = "shard it with fully_shard (FSDP2) instead, or use ZeRO 1 or 2"
+        return cls(found, expected="whole parameters, or DTensors", remedy=remedy)
