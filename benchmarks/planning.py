@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 from benchmarks.measuring import keep
 from fp8ckpt import Checkpoint, open_checkpoint, sample
 from fp8ckpt.checkpoint.assembling import assemble
-from fp8ckpt.checkpoint.load_plan import LoadPlan, tensors_of
+from fp8ckpt.checkpoint.live import tensors_of
+from fp8ckpt.checkpoint.load_plan import LoadPlan
 from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part, parts_of
 from fp8ckpt.families.transformers_tables import configured_model
 from fp8ckpt.sample import DeepseekSizes

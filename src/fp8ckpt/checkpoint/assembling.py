@@ -9,13 +9,13 @@ shard, and the reader fills the pieces. Without a model, experts are stacked by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fp8ckpt.checkpoint.wrappers import plain_name
+from fp8ckpt.checkpoint.live import plain_name
 from fp8ckpt.errors import ModelMismatchError
 from fp8ckpt.families.names import IDENTITY, LAYOUTS, KeyLayout, find_layout
 from fp8ckpt.families.transformers_tables import Assembled, Shapes, is_pretrained
@@ -34,59 +34,43 @@ def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shape
     adapter: Any = getattr(model, "state_dict_adapter", None)
     if adapter is None:
         made = _of_pretrained(model, own, stored) or of_names(own, stored, find_layout(own, stored))
-    elif (given := _of_adapter(adapter, own, stored)) is not None:
-        made = Assembled(dict(given), set(), set())
+    elif (given := adapter.assemblies(own, stored) if hasattr(adapter, "assemblies") else None) is not None:
+        made = Assembled.of(given, stored)
     else:
         return None
     for name, assembly in made.parts.items():
         if (defect := assembly.defect(stored)) is not None:
             raise ModelMismatchError(f"its assembly has {defect}", tensor=name, remedy="mend the state_dict_adapter")
-    return _with_unused(made, stored)
+    return made
 
 
 def of_names(own: Iterable[str], stored: Shapes, layout: KeyLayout = IDENTITY) -> Assembled:
     """Each tensor is one of the file's, perhaps under another name."""
     found = {name: hf for name in own if (hf := layout.native_to_hf(name)) in stored}
-    parts = {name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}
-    return _with_unused(Assembled(parts, set(), set()), stored)
-
-
-def _with_unused(made: Assembled, stored: Shapes) -> Assembled:
-    used = {piece.source for assembly in made.parts.values() for piece in assembly.pieces}
-    return made._replace(unused=stored.keys() - used)
-
-
-def _of_adapter(adapter: Any, own: Shapes, stored: Shapes) -> Mapping[str, Assembly] | None:
-    make: Callable[[Shapes, Shapes], Mapping[str, Assembly] | None] | None = getattr(adapter, "assemblies", None)
-    return make(own, stored) if make is not None else None
-
-
-def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(prefix, module) of the outermost transformers models."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        prefix = f"{plain_name(name)}.".removeprefix(".")
-        if is_pretrained(module) and not any(prefix.startswith(outer) for outer in found):
-            found.append(prefix)
-            yield prefix, module
+    return Assembled.of({name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}, stored)
 
 
 def _of_pretrained(model: nn.Module, own: Shapes, stored: Shapes) -> Assembled | None:
     """By transformers' tables, for the one of its models that ``model`` is or holds. Where that is the text model of a
     file that holds more, the file's names are taken for the text model's.
     """
-    roots = list(pretrained_models(model))
+    roots: dict[str, nn.Module] = {}  # the outermost, by what their tensors' names begin with
+    for name, module in model.named_modules():
+        prefix = f"{plain_name(name)}.".removeprefix(".")
+        if is_pretrained(module) and not prefix.startswith(tuple(roots)):
+            roots[prefix] = module
     if len(roots) != 1:
         return None
-    [(prefix, root)] = roots
+    [(prefix, root)] = roots.items()
     inner = {name.removeprefix(prefix): shape for name, shape in own.items() if name.startswith(prefix)}
     best = assemble_pretrained(root, inner, stored)
-    for layout in LAYOUTS[1:] if 2 * len(best.parts) < len(inner) else ():
+    parts, ignored = best.parts, best.ignored
+    for layout in LAYOUTS[1:] if 2 * len(parts) < len(inner) else ():
         disk = {layout.hf_to_native(name): name for name in stored}
         made = assemble_pretrained(root, inner, {name: stored[hf] for name, hf in disk.items()})
-        if len(made.parts) > len(best.parts):
+        if len(made.parts) > len(parts):
             parts = {name: assembly.renamed(disk) for name, assembly in made.parts.items()}
-            best = Assembled(parts, set(), {disk[name] for name in made.ignored})
-    parts = {prefix + name: assembly for name, assembly in best.parts.items()}
+            ignored = {disk[name] for name in made.ignored}
+    parts = {prefix + name: assembly for name, assembly in parts.items()}
     outside = {name: Assembly.whole(name, stored[name]) for name in own.keys() - parts.keys() if name in stored}
-    return best._replace(parts={**parts, **outside})
+    return Assembled.of({**parts, **outside}, stored, ignored)

@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like
 from fp8ckpt.checkpoint.fp8_storage_writer import FP8StorageWriter
+from fp8ckpt.checkpoint.live import unwrapped
 from fp8ckpt.checkpoint.load_plan import LoadPlan
 from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part
 from fp8ckpt.checkpoint.save_plan import SavePlan, plan_save
 from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFiles
-from fp8ckpt.checkpoint.wrappers import unwrapped
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.families.transformers_tables import is_pretrained, kept_in_float32

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.assembling import assemble, of_names
 from fp8ckpt.checkpoint.buffers import restore_buffers
+from fp8ckpt.checkpoint.live import local_part, refuse_what_hides, tensors_of, tie, tied_groups
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import rounds
-from fp8ckpt.checkpoint.tied import tie, tied_groups
-from fp8ckpt.checkpoint.wrappers import plain_name, refuse_what_hides
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.carried import mtp_tensors
 from fp8ckpt.ranks import BEYOND
@@ -92,7 +90,7 @@ class LoadPlan:
                 twice.update((name, present[0]) for name in present[1:])
         at: dict[tuple[int, ...], str] = {}  # two may be one in memory without being one parameter
         for name in (name for name in sources if sources[name] == name and name not in twice):
-            local = _local(self.named[name])
+            local = local_part(self.named[name])
             if (
                 local.numel()
                 and (first := at.setdefault((local.data_ptr(), *local.shape, *local.stride()), name)) != name
@@ -120,7 +118,7 @@ class LoadPlan:
     def _refuse_memory(self) -> None:
         """What is loaded into tensors that nothing can be written into, or all of whose elements are not their own."""
         for name, tensor in self._native.items():
-            local = _local(tensor)
+            local = local_part(tensor)
             if local.is_inference() and not torch.is_inference_mode_enabled():
                 raise ModelMismatchError.of_inference(name)
             reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
@@ -141,7 +139,7 @@ class LoadPlan:
         """The pre-flight lines: what this rank will hold, what it will read, and what that takes beyond it; and what is
         left where it is.
         """
-        held = sum(_local(tensor).nbytes for tensor in self.named.values())
+        held = sum(local_part(tensor).nbytes for tensor in self.named.values())
         read = 0
         for part in self.parts:
             source = self.checkpoint.tensors[part.source]
@@ -165,12 +163,12 @@ class LoadPlan:
     def _shares(self, name: str) -> bool:
         """Whether the tensor is on disk twice, and one with that which is loaded: parallelized, they may be two."""
         first = self.twice.get(name)
-        return first is not None and _local(self.named[name]).data_ptr() == _local(self.named[first]).data_ptr()
+        return first is not None and local_part(self.named[name]).data_ptr() == local_part(self.named[first]).data_ptr()
 
     def compare(self, second: Mapping[str, torch.Tensor]) -> None:
         """Tied tensors that are on disk twice must be equal there."""
         for name, tensor in second.items():
-            loaded = _local(self.named[self.twice[name]]), _local(tensor)
+            loaded = local_part(self.named[self.twice[name]]), local_part(tensor)
             if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
                 found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
                 raise ModelMismatchError.of_two(name, self.checkpoint.path, found)
@@ -190,24 +188,7 @@ class LoadPlan:
         restore_buffers(self.model)
 
 
-def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a model's state dict, under the names that they have without wrappers.
-
-    Raises `ModelMismatchError`, with the ``remedy``, where some have no values.
-    """
-    held = {plain_name(name): one for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
-    if sharded := [name for name, tensor in held.items() if type(tensor).__name__ == "ShardedTensor"]:
-        raise ModelMismatchError.of_sharded(sharded)
-    if on_meta := [name for name, tensor in held.items() if tensor.is_meta]:
-        raise ModelMismatchError.of_meta(on_meta, remedy)
-    return held
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _storage(tensor: torch.Tensor) -> int:
     """The address of its values; 0 where it has none."""
-    local = _local(tensor)
+    local = local_part(tensor)
     return local.untyped_storage().data_ptr() if local.numel() else 0

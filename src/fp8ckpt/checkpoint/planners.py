@@ -155,12 +155,7 @@ class AssemblyLoadPlanner(LoadPlanner):
         return LoadPlan([_read_item(i, part) for i, part in enumerate(self._parts)])
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """There is nothing but tensors."""
-        raise NotImplementedError
-
-    def resolve_bytes(self, read_item: ReadItem) -> io.BytesIO:
-        """There is nothing but tensors."""
-        raise NotImplementedError
+        """Never called: there is nothing but tensors."""
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         assert read_item.dest_index.index is not None  # _read_item() set it

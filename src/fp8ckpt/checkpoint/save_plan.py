@@ -11,11 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fp8ckpt.checkpoint.assembling import assemble
-from fp8ckpt.checkpoint.load_plan import tensors_of
+from fp8ckpt.checkpoint.live import refuse_what_hides, tensors_of, tied_groups
 from fp8ckpt.checkpoint.planners import AssemblySavePlanner
 from fp8ckpt.checkpoint.regions import rounds
-from fp8ckpt.checkpoint.tied import tied_groups
-from fp8ckpt.checkpoint.wrappers import refuse_what_hides
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
@@ -64,7 +62,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     elif not hasattr(adapter, "convert_single_tensor_to_hf"):
         raise ModelMismatchError.of_adapter()
     else:
-        assembled = Assembled({}, set(), set())
+        assembled = Assembled.of({}, stored)
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
         in_base = {name for name, made in tensors.items() if made.keys() <= stored.keys()}
     groups = tied_groups(model)

@@ -36,6 +36,12 @@ class Assembled(NamedTuple):
     unused: set[str]
     ignored: set[str]
 
+    @classmethod
+    def of(cls, parts: Mapping[str, Assembly], stored: Shapes, ignored: Iterable[str] = ()) -> Assembled:
+        """``stored``: all that there is in the file."""
+        used = {piece.source for assembly in parts.values() for piece in assembly.pieces}
+        return cls(dict(parts), stored.keys() - used, set(ignored))
+
 
 def is_pretrained(module: Any) -> bool:
     """Whether it is one of transformers' models, which have a configuration; it need not be imported for that."""
@@ -132,7 +138,7 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     _stack_experts(model, own, stored, parts, unused)
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     ignored = {name for name, target in unused.items() if any(re.search(p, target) for p in patterns)}
-    return Assembled(parts, set(unused), ignored)
+    return Assembled.of(parts, stored, ignored)
 
 
 def _conversions(model: Any) -> list[Any]:
