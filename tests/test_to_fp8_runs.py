@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8ckpt import convert, open_checkpoint, sample, verify
+from fp8ckpt.encodings.fp8 import QuantizingFiller
 from fp8ckpt.errors import ResumeMismatchError, StorageError
+from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
@@ -134,7 +136,7 @@ def test_ctrl_c_and_the_same_command_again(
 
 @pytest.mark.parametrize("scales", ["reuse", "fresh"])
 def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When all was looked at and nothing decided: the rerun reads only what the second pass writes."""
+    """When all was looked at and nothing written again: the rerun reads only what the second pass writes."""
     cut(monkeypatch, 4096, 4)
 
     def died(*_: object) -> None:
@@ -143,6 +145,7 @@ def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, mo
     how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "scales": scales}
     whole = convert(small / "trained", tmp_path / "whole", **how)
     with monkeypatch.context() as patch:
+        patch.setattr("fp8ckpt.encodings.units.Units.recorded", lambda *_: {})
         patch.setattr("fp8ckpt.encodings.run._decide", died)
         with pytest.raises(Died):
             convert(small / "trained", tmp_path / "out", **how)
@@ -261,32 +264,42 @@ def test_a_record_that_the_disk_cuts_short(
     assert_same_tree(tmp_path / "out", small / "undisturbed")
 
 
-def test_a_second_pass_whose_first_lost_a_record_is_done_again(
+def test_the_second_pass_stands_where_all_of_the_first_does(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut some records may be gone: what the second pass wrote stands only if all of the first does."""
+    """After a power cut some records may be gone, of either pass: a unit of which something is looked at again is
+    written again, also when the next run dies in the midst of it; others are left.
+    """
     cut(monkeypatch, 8 << 10, 2)
 
     def died(_: object) -> None:
         raise Died
 
+    def run(out: Path) -> Any:
+        return convert(small / "trained", out, to="fp8", like=small / "fp8", workers=1)
+
+    report = run(tmp_path / "whole").report
     with monkeypatch.context() as patch:
         patch.setattr(PartialOutput, "publish", died)
         with pytest.raises(Died):
-            convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
-    record = tmp_path / "out.partial/.fp8ckpt/done-0"
-    kept, lost = [], 0
-    for line in filter(None, record.read_text().split("\n")):
-        weights = json.loads(line.partition(" ")[2])[1]["weights"].values()
-        maxima = [value for facts in weights for value in facts["maxima"].values()]
-        if maxima and max(maxima) < 1000:  # of the first pass, and with nothing in it that has outgrown its scale
-            lost += 1
-        else:
-            kept.append(line)
-    assert lost
-    record.write_text("\n".join(kept) + "\n")
-    convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
-    assert_same_tree(tmp_path / "out", small / "undisturbed")
+            run(tmp_path / "cut")
+    again = sum(2 * row.elements for row in report.weights if row.fresh)
+    lines = [line for line in (tmp_path / "cut.partial/.fp8ckpt/done-0").read_text().split("\n") if line]
+    for seed in range(40 if ALL else 10):
+        rng = np.random.default_rng(seed)
+        lost = rng.choice(len(lines), int(rng.choice([1, 1, 4, len(lines) // 2])), replace=False)
+        out = tmp_path / f"out{seed}"
+        shutil.copytree(tmp_path / "cut.partial", f"{out}.partial")
+        left = "\n".join(line for i, line in enumerate(lines) if i not in lost)
+        Path(f"{out}.partial/.fp8ckpt/done-0").write_text(f"{left}\n")
+        with monkeypatch.context() as patch:
+            fail_after(patch, "pwrite", int(rng.integers(1, 6 * lost.size)), errno.EIO)
+            with pytest.raises(StorageError):
+                run(out)
+        result = run(out)
+        assert result.report == report
+        assert_same_tree(out, small / "undisturbed")
+        assert lost.size > 1 or result.bytes_read < again / 2
 
 
 @pytest.mark.parametrize("change", ["scales", "report", "base", "scheme", "to", "source", "serving"])
@@ -347,6 +360,32 @@ def test_workers_change_no_byte_and_no_number(
         assert_same_tree(other.destination, results[0].destination)
         assert other.report == results[0].report
         assert (other.bytes_read, other.bytes_written) == (results[0].bytes_read, results[0].bytes_written)
+
+
+@pytest.mark.parametrize("how", [{"scales": "fresh"}, {"scheme": "per-tensor"}, {}])
+def test_weights_are_written_while_others_are_looked_at(
+    how: dict[str, str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that cores look while the disk writes: a weight whose scale is new is written as soon as all of it, and of its
+    siblings, was looked at, in turn with the looks at others.
+    """
+    cut(monkeypatch, 4096, 2)
+    filled: list[tuple[bool, str]] = []
+    fill = QuantizingFiller.fill
+
+    def noted(filler: QuantizingFiller, extent: Extent, chunk: Chunk, out: Any) -> Any:
+        filled.append((extent.again, extent.layout.spans[min(chunk.first, len(extent.layout.spans) - 1)].name))
+        return fill(filler, extent, chunk, out)
+
+    monkeypatch.setattr(QuantizingFiller, "fill", noted)
+    like = {} if "scheme" in how else {"like": small / "fp8"}
+    convert(small / "trained", tmp_path / "out", to="fp8", workers=1, report=False, **how, **like)  # type: ignore[arg-type]
+    places = {again: [i for i, (second, _) in enumerate(filled) if second == again] for again in (False, True)}
+    last_looks = {name: i for i, (again, name) in enumerate(filled) if not again}
+    assert all(last_looks[filled[i][1]] < i for i in places[True])
+    meanwhile = [i for i in places[True] if i < places[False][-1]]
+    assert len(meanwhile) > len(places[True]) / 2
+    assert sum(not filled[i - 1][0] for i in meanwhile) > len(meanwhile) / 2
 
 
 def test_wide_weights_of_many_blocks_are_decided_block_by_block(

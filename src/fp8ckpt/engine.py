@@ -2,19 +2,19 @@
 
 A worker thread has a chunk (`fp8ckpt.output.extents`) filled into one of its own reused buffers, and fills the next
 one while a thread beside it writes that at its offset: cores and disk work at once. Once all chunks of an extent are on
-disk, it is recorded. What fills a chunk is the job's own business (`Filler`).
+disk, it is recorded, and others may follow from what was found (``then``): they are filled in turn with those that are
+left. What fills a chunk is the job's own business (`Filler`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,6 @@ import numpy as np
 from fp8ckpt.output import extents as cutting
 from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import ALIGNMENT, OutputFile, OutputFiles, aligned_buffer
-from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.places import Place
 from fp8ckpt.output.plan import OutputPlan, refuse_unlike
@@ -36,13 +35,27 @@ _BUFFERS = 2  # of a worker: one is filled while the other is written
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
 
-def begin(plan: OutputPlan, output: PartialOutput, ranks: Ranks, extents: Mapping[int, Extent]) -> dict[int, Facts]:
+def begin(
+    plan: OutputPlan,
+    output: PartialOutput,
+    ranks: Ranks,
+    extents: Mapping[int, Extent],
+    stale: Callable[[Mapping[int, Facts]], Collection[int]],
+) -> dict[int, Facts]:
     """Begin an output together: all ranks plan the same one, and the first makes it. Returns what was done before, as
-    the first rank saw it: others may be writing by the time that the last one looks.
+    the first rank saw it: others may be writing by the time that the last one looks. ``stale``: which of that no longer
+    stands; it is forgotten before anything is written.
     """
     if ranks.size > 1:
         refuse_unlike(ranks.gather(lambda: plan.said(output)))
-    return ranks.first(lambda: plan.begin(output, extents.values()))
+
+    def begun() -> dict[int, Facts]:
+        done = plan.begin(output, extents.values())
+        if lost := stale(done):
+            output.forget(lost)
+        return {i: facts for i, facts in done.items() if i not in lost}
+
+    return ranks.first(begun)
 
 
 class Beside(NamedTuple):
@@ -64,8 +77,8 @@ class Filled(NamedTuple):
 class Filler(Protocol):
     """One worker's means of making output bytes."""
 
-    def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes of a chunk of an output file."""
+    def fill(self, extent: Extent, chunk: Chunk, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes of a chunk of an extent."""
 
 
 _Chunk = tuple[int, int]  # (number of the extent, number of the chunk in it)
@@ -81,8 +94,9 @@ class _OpenExtent:
 class ExtentWriter:
     """Writes extents of a partial output, by their numbers, and records each with its facts once it is on disk.
 
-    ``combine`` makes the facts of an extent of those of its chunks, which come in order. Where an output takes the
-    last step of several extents at once, threads beside the work take them.
+    ``combine`` makes the facts of an extent of those of its chunks, which come in order; ``then`` says which others
+    follow, now that these were recorded of one. Where an output takes the last step of several extents at once, threads
+    beside the work take them.
     """
 
     def __init__(
@@ -91,17 +105,21 @@ class ExtentWriter:
         writer: int,
         extents: Mapping[int, Extent],
         combine: Callable[[Iterable[Facts]], Facts],
+        then: Callable[[int, Facts], Mapping[int, Extent]],
         progress: Progress | None,
         before: int,
     ) -> None:
         self._output = output
         self._writer = writer
-        self._extents = extents
+        self._extents = dict(extents)
         self._combine = combine
+        self._then = then
         self._progress = progress
         self._total = before + sum(extent.nbytes for extent in extents.values())
         self._written = before
         self._open: dict[int, _OpenExtent] = {}
+        self._left = deque(extents)
+        self._following: deque[int] = deque()
         self._lock = threading.Lock()
         self._finishing: Executor | None = None
         self._unfinished: deque[Future[None]] = deque()
@@ -117,48 +135,65 @@ class ExtentWriter:
                     threads.callback(self._finishing.shutdown, cancel_futures=True)
                 writing = threads.enter_context(ThreadPoolExecutor(len(fillers), "fp8ckpt-writing"))
                 workers = [_Worker(self, filler, writing) for filler in fillers]
-                share(self._chunks(), [worker.fill for worker in workers])
-                for worker in workers:
-                    worker.wait()
-                self._leave_unfinished(0)
+                while self._left or self._following:  # those that follow from the last ones come when these are written
+                    share(self._chunks(), [worker.fill for worker in workers])
+                    for worker in workers:
+                        worker.wait()
+                    self._leave_open(-1)
             return self._written
         finally:
             for extent in self._open.values():
                 extent.place.close()
 
     def _chunks(self) -> Iterator[_Chunk]:
-        for i, extent in self._extents.items():
-            self._leave_unfinished(self._output.at_once)
-            self._open[i] = _OpenExtent(self._output.place(extent))
-            for k in range(len(extent.chunks)):
-                yield i, k
+        """Of those that are left and of those that follow a chunk in turn: what is only looked at keeps the cores at
+        work while the disk has what follows.
+        """
+        taken: tuple[deque[_Chunk], ...] = (deque(), deque())
+        while self._left or self._following or any(taken):
+            for extents, chunks in zip((self._following, self._left), taken, strict=True):
+                if extents and not chunks:
+                    self._leave_open(self._output.at_once)
+                    i = extents.popleft()
+                    self._open[i] = _OpenExtent(self._output.place(self._extents[i]))
+                    chunks.extend((i, k) for k in range(len(self._extents[i].chunks)))
+                if chunks:
+                    yield chunks.popleft()
 
-    def _leave_unfinished(self, most: int) -> None:
-        """Wait until so few extents are being finished; raises what that met."""
-        while len(self._unfinished) > most:
+    def _leave_open(self, most: int) -> None:
+        """Wait until so few extents are open, or none is being finished; raises what that met."""
+        while self._unfinished and len(self._open) > most:
             self._unfinished.popleft().result()
 
-    def filled(self, filler: Filler, buffer: Bytes, of: _Chunk) -> Callable[[], None]:
-        """Fill a chunk; what is returned writes it, and is to be called before the buffer is used again."""
+    def filled(self, filler: Filler, buffer: Bytes, of: _Chunk) -> Callable[[], None] | None:
+        """Fill a chunk; what is returned writes it, if it is to be written, and is to be called before the buffer is
+        used again.
+        """
         i, k = of
         extent = self._extents[i]
         chunk = extent.chunks[k]
         # As it lies on disk, so that it can be written directly.
         out = buffer[chunk.start % ALIGNMENT :][: chunk.nbytes]
-        return partial(self._write, of, out, filler.fill(extent.layout, chunk, out))
+        filled = filler.fill(extent, chunk, out)
+        if filled.write:
+            return partial(self._write, of, out, filled)
+        self._done(of, filled)
+        return None
 
     def _write(self, of: _Chunk, out: Bytes, filled: Filled) -> None:
         i, k = of
+        self._open[i].place.write(out, self._extents[i].chunks[k].start)
+        self._done(of, filled)
+
+    def _done(self, of: _Chunk, filled: Filled) -> None:
+        i, k = of
         extent, opened = self._extents[i], self._open[i]
-        chunk = extent.chunks[k]
-        if filled.write:
-            opened.place.write(out, chunk.start)
         with self._lock:
             opened.facts[k] = filled.facts
             opened.beside += filled.beside
             last = len(opened.facts) == len(extent.chunks)
         if self._finishing is None:
-            self._report(extent, chunk.nbytes)
+            self._report(extent, extent.chunks[k].nbytes)
             if last:
                 self._finish(i, extent, opened)
         elif last:
@@ -177,8 +212,14 @@ class ExtentWriter:
         for name in extent.beside:
             with closing(OutputFile(self._output.directory / name)) as file:
                 file.flush()
-        self._output.record(self._writer, i, self._combine(opened.facts[k] for k in sorted(opened.facts)), sent)
+        facts = self._combine(opened.facts[k] for k in sorted(opened.facts))
+        self._output.record(self._writer, i, facts, sent)
         self._open.pop(i).place.close()
+        following = self._then(i, facts)
+        with self._lock:
+            self._extents |= following
+            self._total += sum(other.nbytes for other in following.values())
+            self._following += following
         if self._finishing is not None:
             self._report(extent, extent.nbytes)
 
@@ -190,15 +231,17 @@ class _Worker:
         self._writer = writer
         self._filler = filler
         self._writing = writing
-        self._buffers = cycle([aligned_buffer(cutting.CHUNK + ALIGNMENT) for _ in range(_BUFFERS)])
+        self._buffers = deque(aligned_buffer(cutting.CHUNK + ALIGNMENT) for _ in range(_BUFFERS))
         self._under_way: deque[Future[None]] = deque()
 
     def fill(self, of: _Chunk) -> None:
         """Fill a chunk, and leave it to be written. Raises what an earlier one met."""
         if len(self._under_way) == _BUFFERS:
             self._under_way.popleft().result()
-        write = self._writer.filled(self._filler, next(self._buffers), of)
-        self._under_way.append(self._writing.submit(write))
+        write = self._writer.filled(self._filler, self._buffers[0], of)
+        if write is not None:
+            self._buffers.rotate()
+            self._under_way.append(self._writing.submit(write))
 
     def wait(self) -> None:
         """Return when all is written; raises what that met."""

@@ -29,7 +29,7 @@ from fp8ckpt.numerics.arrival import Arrival
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, U8, Factor
 from fp8ckpt.numerics.dequantize import bits_dtype
 from fp8ckpt.numerics.quantize import Mask, Tally, Values, values_of
-from fp8ckpt.output.extents import Chunk, met
+from fp8ckpt.output.extents import Chunk, Extent, met
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.reading import load_dequantizer
@@ -48,8 +48,8 @@ class QuantizingFiller:
     """One worker's reading and quantizing, with buffers of its own.
 
     ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, with how
-    large it is, so that nobody encodes more of them in vain. ``decided``: in the second pass, the scales [n] of each
-    wide weight, and the factors of others.
+    large it is, so that nobody encodes more of them in vain. ``decided``, which grows: the scales [n] of each wide
+    weight that is written again, and the factors of others.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class QuantizingFiller:
         scales_before: Callable[[Quantization], F32],
         outgrown: dict[tuple[str, ...], np.float32],
         dequantizer: DequantizerOf,
-        decided: Mapping[str, F32 | Factor] | None = None,
+        decided: Mapping[str, F32 | Factor],
     ) -> None:
         self._plan = plan
         self._rule_of = rule_of
@@ -70,6 +70,7 @@ class QuantizingFiller:
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
         self._base_at: tuple[str, int, int] | None = None  # which they are
+        self._again = False  # whether this is the second pass
         self._seen = Seen()
         self._unpacked = np.empty(0, np.uint8)
         self._scales: list[Beside] = []
@@ -83,14 +84,14 @@ class QuantizingFiller:
         """Bytes of what is converted, and of what is carried."""
         return self._reader.bytes_read
 
-    def fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes of a chunk of an output file; the facts are those of the weight, if it is
-        of one, or of what was merged; and what was seen.
+    def fill(self, extent: Extent, chunk: Chunk, out: Bytes) -> Filled:
+        """Fill ``out`` with the bytes of a chunk of an extent; the facts are those of the weight, if it is of one, or
+        of what was merged; and what was seen.
         """
-        self._seen, self._scales = Seen(), []
-        facts, write, _ = self._fill(layout, chunk, out)
+        self._seen, self._scales, self._again = Seen(), [], extent.again
+        facts, write, _ = self._fill(extent.layout, chunk, out)
         seen = self._seen.recorded()
-        if self._decided is not None and facts.keys().isdisjoint(self._decided):
+        if self._again and facts.keys().isdisjoint(self._decided):
             facts, seen = {}, {}  # beside what is written again: it was counted before
         return Filled({"weights": facts, "seen": seen}, write, tuple(self._scales))
 
@@ -101,7 +102,7 @@ class QuantizingFiller:
         if weight is None:
             return Filled({name: asdict(facts) for name, facts in self._copy(layout, chunk, out).items()})
         begin, count = (n * weight.per_byte for n in (chunk.start - weight.weight.start, chunk.nbytes))
-        decided = self._decided is not None and weight.name in self._decided
+        decided = weight.name in self._decided
         if not decided and not self._plan.fresh and self._plan.untouched(weight):
             make = self._carry
         elif not weight.wide:
@@ -203,8 +204,8 @@ class QuantizingFiller:
 
     def _quantize(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         facts, rule = WeightFacts(), self._rule_of(weight.name)
-        looking = rule.factor is not None and self._decided is None
-        if self._decided is not None and isinstance(new := self._decided.get(weight.name), Factor):
+        looking = rule.factor is not None and not self._again
+        if isinstance(new := self._decided.get(weight.name), Factor):
             rule = rule.under(new)
         for run, step, codes in self._steps(rule, weight, begin, count, out):
             self._see_base(weight, run)
@@ -318,7 +319,6 @@ class QuantizingFiller:
 
     def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
         """The second pass: the codes that the values have with scales that were decided on."""
-        assert self._decided is not None
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
         assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
@@ -377,7 +377,7 @@ class QuantizingFiller:
 
     def _see_base(self, weight: Quantization, run: Run) -> None:
         """Count the codes that a run of elements had, at first sight."""
-        if self._plan.see and self._decided is None and weight.before is not None:
+        if self._plan.see and not self._again and weight.before is not None:
             self._seen.count(weight.before, self._old(weight, weight.before, run))
 
     def _old(self, weight: Quantization, before: QuantizedTensor, run: Run) -> U8:

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
 from math import prod
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ from fp8ckpt.tensors.merged import MergedTensor
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor, bytes_of_values
+
+Unit = tuple[str, ...]  # the names of weights that have one scale, or one factor, together
 
 
 class Quantization(NamedTuple):
@@ -108,7 +109,7 @@ class QuantizingPlan:
     base: Checkpoint | None
     weights: Mapping[str, Quantization]
     plain: Mapping[str, Tensor]
-    units: tuple[tuple[str, ...], ...]
+    units: tuple[Unit, ...]
     fresh: bool
     report: bool
     see: bool = False
@@ -122,7 +123,7 @@ class QuantizingPlan:
         return bool(self.merged) and weight.name not in self.merged
 
     @cached_property
-    def unit_of(self) -> dict[str, tuple[str, ...]]:
+    def unit_of(self) -> dict[str, Unit]:
         """The unit of each weight of ``units``."""
         return {name: unit for unit in self.units for name in unit}
 
@@ -178,28 +179,27 @@ class QuantizingPlan:
             made[name] = (looks + self.merged.get(name, 1) - 1) * bytes_of_values(weight.source) + compared
         return made
 
-    def second_pass(self, first: Mapping[int, Extent], *, in_parts: bool) -> dict[str, dict[int, Extent]]:
-        """The extents of each weight of ``units``, in which it is written again if its scales turn out to be others; by
-        numbers that go on from those of the ``first`` pass. ``in_parts``: an extent is written whole, with all that is
-        in it.
+    def units_in(self, extent: Extent) -> set[Unit]:
+        """The units of which an extent has some of the bytes."""
+        names = (span.name for chunk in extent.chunks for span, _, _ in met(extent.layout, chunk))
+        return {self.unit_of[name] for name in names if name in self.unit_of}
+
+    def second_pass(self, first: Mapping[int, Extent], *, in_parts: bool) -> dict[int, Extent]:
+        """The extents in which weights of ``units`` are written again if their scales turn out to be others; by numbers
+        that go on from those of the ``first`` pass. ``in_parts``: an extent is written whole, with all that is in it.
         """
-        numbers = count(len(first))
-        found: dict[str, dict[int, Extent]] = {name: {} for name in self.unit_of}
-        if in_parts:
-            for extent in first.values():
-                spans = (span for chunk in extent.chunks for span, _, _ in met(extent.layout, chunk))
-                if here := {span.name for span in spans} & found.keys():
-                    number = next(numbers)
-                    for name in here:
-                        found[name][number] = extent._replace(again=True)
-            return found
-        for layout in self.output.layouts:
+        found: list[Extent] = []
+        if in_parts and self.units:
+            found += (extent for extent in first.values() if self.units_in(extent))
+        for layout in () if in_parts else self.output.layouts:
             for place, span in enumerate(layout.spans):
-                if span.name in found:
+                if span.name in self.unit_of:
                     cut = (Chunk(*piece, place) for piece in _cut_weight(self.weights[span.name]))
-                    for extent in extents_of(layout, cut, cutting.EXTENT):
-                        found[span.name][next(numbers)] = extent._replace(beside=tuple(self._beside(extent)))
-        return found
+                    found += (
+                        extent._replace(beside=tuple(self._beside(extent)))
+                        for extent in extents_of(layout, cut, cutting.EXTENT)
+                    )
+        return {i: extent._replace(again=True) for i, extent in enumerate(found, len(first))}
 
     def _beside(self, extent: Extent) -> set[str]:
         """The other files that the scales of an extent's weights lie in."""
@@ -292,7 +292,7 @@ def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Te
     return found
 
 
-def joint_units(weights: Iterable[Quantization]) -> Iterator[tuple[str, ...]]:
+def joint_units(weights: Iterable[Quantization]) -> Iterator[Unit]:
     """The names of wide weights, and of those with a factor: those of one scale, or one factor, with the siblings that
     share it; each other is alone.
     """

@@ -1,14 +1,15 @@
-"""A plan carried out: two passes at most, with what is decided between them.
+"""A plan carried out: in two passes at most, with what is decided between them.
 
 The first pass writes everything; a wide weight whose scale of before does not fit is only looked at, and so is one of
-two levels of scales that outgrows its factor. Then, of the facts that were recorded, the scales of the wide weights and
-the factors follow, and those weights are written. Both passes are resumed by their extents, and shared among ranks.
+two levels of scales that outgrows its factor. Of the facts that were recorded of all of a unit (`Units`) follow the
+scales of its wide weights, and the factors, and those weights are written, while others are looked at: cores and disk
+work at once. Both passes are resumed by their extents, and shared among ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,17 +20,18 @@ import numpy as np
 
 from fp8ckpt.encodings.facts import WeightFacts, combine, report_of, weights_of
 from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, rule_of, scales_before
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan
+from fp8ckpt.encodings.recipes import QuantizingPlan
 from fp8ckpt.encodings.results import QuantizationReport
 from fp8ckpt.encodings.rule import Decided
 from fp8ckpt.encodings.seen import Seen
+from fp8ckpt.encodings.units import Units, decide, is_new
 from fp8ckpt.engine import ExtentWriter, Progress, begin
-from fp8ckpt.numerics import quantize, scaling
-from fp8ckpt.numerics.codes import F32, Factor
+from fp8ckpt.numerics import quantize
+from fp8ckpt.numerics.codes import Factor
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.tensors.reading import load_dequantizer, load_scales
+from fp8ckpt.tensors.reading import load_dequantizer
 from fp8ckpt.tensors.stored import TensorSpan
 
 if TYPE_CHECKING:
@@ -68,39 +70,42 @@ def run(
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
     first = plan.extents(output.extent)
-    second = plan.second_pass(first, in_parts=output.in_parts)
-    done = begin(plan.output, output, ranks, first)
-    # Records may be lost in a power cut, and then the first pass writes over the second.
-    if not first.keys() <= done.keys():
-        done = {i: facts for i, facts in done.items() if i in first}
+    units = Units(plan, first, plan.second_pass(first, in_parts=output.in_parts))
+    done = begin(plan.output, output, ranks, first, units.stale)
+    units.begin(done)
     rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))
     before = lru_cache(maxsize=4 * workers)(scales_before)
     # Neighbouring chunks are of one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
     outgrown: dict[tuple[str, ...], np.float32] = {}
+    # What comes from afar is announced in the order in which it is read.
+    near = all(checkpoint.store.at_once == 1 for checkpoint in plan.output.inputs)
     written = 0  # by the first pass, to which the second adds
 
-    def write(
-        extents: Mapping[int, Extent], decided: Mapping[str, F32 | Factor] | None
-    ) -> tuple[int, int, Counter[str]]:
+    def write(extents: Mapping[int, Extent], done: Container[int]) -> tuple[int, int, Counter[str]]:
         nonlocal written
-        mine = {i: extents[i] for i in [i for i in extents if i not in done][ranks.rank :: ranks.size]}
-        filler = partial(QuantizingFiller, plan, rules, before, outgrown, dequantizer, decided)
+        left = [i for i in extents if i not in done]
+        # Neighbours: what one rank has looked at alone, it can decide.
+        part = slice(*(len(left) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1)))
+        mine = {i: extents[i] for i in left[part]}
+        filler = partial(QuantizingFiller, plan, rules, before, outgrown, dequantizer, units.scales)
         fillers = [filler() for _ in range(workers)]
+        then = units.recorded if near else lambda *_: {}
         with plan.ahead(mine.values()):
-            written = ExtentWriter(output, ranks.rank, mine, combine, progress, written).run(fillers)
+            written = ExtentWriter(output, ranks.rank, mine, combine, then, progress, written).run(fillers)
         plan.output.refuse_changes()
         wrote = sum((filler.looked_and_wrote for filler in fillers), Counter())
         return sum(filler.bytes_read for filler in fillers), sum(filler.base_bytes_read for filler in fillers), wrote
 
-    looked = ranks.gather(lambda: write(first, None))
-    decided = ranks.first(lambda: _decide(plan, output, first))
-    again = {i: extent for name in decided for i, extent in second[name].items()}
-    scales = {name: found if isinstance(found, Factor) else found.scales.reshape(-1) for name, found in decided.items()}
-    counts = looked + (ranks.gather(lambda: write(again, scales)) if again else [])
-    rewritten = sum(wrote[name] for _, _, wrote in looked for name in decided)
+    counts = ranks.gather(lambda: write(first, done))
+    decided, now_done = ranks.first(lambda: (_decide(plan, output, first), {*output.records()}))
+    units.use(decided)
+    again = units.written_by(decided)
+    if not again.keys() <= now_done:  # what ranks have looked at together, or a run before
+        counts += ranks.gather(lambda: write(again, now_done))
+    rewritten = sum(wrote[name] for _, _, wrote in counts for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
-    facts, seen = ranks.first(lambda: _publish(plan, output, first, decided, second))
+    facts, seen = ranks.first(lambda: _publish(plan, output, first, decided, again))
     read, base_read = (sum(column) for column in zip(*(count[:2] for count in counts), strict=True))
     report = _reported(plan, facts) if plan.report else None
     return Written(plan, read, base_read, rewritten, resumed, report, facts, seen)
@@ -113,54 +118,22 @@ def _facts(output: PartialOutput, extents: Mapping[int, object]) -> tuple[dict[s
 
 
 def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Decided | Factor]:
-    """The scales, or the factors, of the weights that must be written again; those of the others, which keep theirs,
+    """The scales, or the factors, of the weights that must be written again; all scales that depend on the first pass
     are written here.
     """
     facts, _ = _facts(output, first)
     decided: dict[str, Decided | Factor] = {}
     for unit in plan.units:
-        members = [plan.weights[name] for name in unit]
-        of_unit = [facts.get(name, WeightFacts()) for name in unit]
-        if members[0].factor is not None:
-            decided |= _factor_of_unit(plan, output, members, of_unit)
-            continue
-        found = _scales_of_unit(plan, members[0], of_unit)
-        for weight in members:
-            _write_scales(output, weight.scale, found.stored)
-            if not found.kept.all():
+        found = decide(plan, unit, facts)
+        for weight in (plan.weights[name] for name in unit):
+            if isinstance(found, Decided):
+                _write_scales(output, weight.scale, found.stored)
+            elif factor := found or rule_of(plan, weight.name).factor:
+                assert weight.factor is not None
+                _write_scales(output, weight.factor, factor.value.reshape(1))
+            if found is not None and is_new(found) and weight.weight.nbytes:
                 decided[weight.name] = found
-    return {name: found for name, found in decided.items() if plan.weights[name].weight.nbytes}
-
-
-def _factor_of_unit(
-    plan: QuantizingPlan, output: PartialOutput, members: list[Quantization], facts: list[WeightFacts]
-) -> dict[str, Factor]:
-    """The new factor of the members of a unit; nothing where they keep theirs. Either is written here."""
-    before = rule_of(plan, members[0].name).factor
-    assert before is not None
-    largest = np.float32(max(part.maxima.get(0, 0.0) for part in facts))
-    exact = not any(part.inexact for part in facts)
-    factor = scaling.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
-    kept = factor is before
-    for weight in members:
-        written = rule_of(plan, weight.name).factor if kept else factor
-        assert weight.factor is not None
-        assert written is not None
-        _write_scales(output, weight.factor, written.value.reshape(1))
-    return {} if kept else {weight.name: factor for weight in members}
-
-
-def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[WeightFacts]) -> Decided:
-    """The scales of each member of the unit of ``weight``, of the facts of all."""
-    maxima: F32 = quantize.block_array(weight.grid, np.float32)
-    flat = maxima.reshape(-1)
-    for part in facts:
-        for block, largest in part.maxima.items():
-            flat[block] = max(flat[block], np.float32(largest))
-    exact = np.ones(maxima.size, np.bool_)
-    exact[[block for part in facts for block in part.inexact]] = False
-    before = None if weight.before is None else load_scales(weight.before).reshape(maxima.shape)
-    return rule_of(plan, weight.name).decide(maxima, before, exact.reshape(maxima.shape))
+    return decided
 
 
 def _write_scales(output: PartialOutput, span: TensorSpan, stored: Stored) -> None:
@@ -174,7 +147,7 @@ def _publish(
     output: PartialOutput,
     first: Mapping[int, Extent],
     decided: Mapping[str, Decided | Factor],
-    second: Mapping[str, Mapping[int, Extent]],
+    second: Mapping[int, Extent],
 ) -> tuple[dict[str, WeightFacts], Seen]:
     """The last step: the facts of a report, and what was seen, of the records before they go; and the name."""
     facts: dict[str, WeightFacts] = {}
@@ -183,7 +156,7 @@ def _publish(
         facts, seen = _facts(output, first)
         for name in plan.unit_of:
             facts[name] = _wide_facts(plan, name, facts.get(name, WeightFacts()), decided)
-        again, seen_again = _facts(output, {i: extent for name in decided for i, extent in second[name].items()})
+        again, seen_again = _facts(output, second)
         for name, part in again.items():
             facts[name].tally, facts[name].arrival = part.tally, part.arrival
         for name in seen_again.changes:

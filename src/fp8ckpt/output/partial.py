@@ -244,6 +244,10 @@ class PartialOutput:
         """
         self.state.record(writer, extent, facts, sent)
 
+    def forget(self, extents: Collection[int]) -> None:
+        """Take these extents for not written; by the process that begins, before any of them is."""
+        self.state.keep_only({i: one for i, one in self.state.records().items() if i not in extents})
+
     def send(self, name: str, number: int, data: bytes) -> There:
         """Send a part of a file; any process, any thread. See `Sending.send`."""
         assert self._sending is not None

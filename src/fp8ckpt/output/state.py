@@ -116,6 +116,7 @@ class State:
         for file in self.at.glob(_RECORDS + "*"):
             if file.name != f"{_RECORDS}0":
                 file.unlink()
+        flush_directory(self.at)  # none comes back after what follows
 
     def forget(self) -> None:
         """Take no extent for written: the files that the records speak of are not there."""

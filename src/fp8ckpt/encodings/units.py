@@ -1,0 +1,132 @@
+"""What may be written twice: the weights of a plan's units. Which scales, or which factor, they need is known once all
+of a unit was looked at; where those of before do not fit, all of its weights are written again, at once.
+
+What was found is recorded with the extents of the first pass, so that a run which was cut off decides the same. What
+the second pass wrote stands as long as nothing of its unit is looked at again, which writes over it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from fp8ckpt.encodings.facts import WeightFacts
+from fp8ckpt.encodings.fp8 import rule_of
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, Unit
+from fp8ckpt.encodings.rule import Decided
+from fp8ckpt.numerics import quantize, scaling
+from fp8ckpt.numerics.codes import F32, Factor
+from fp8ckpt.output.extents import Extent
+from fp8ckpt.output.state import Facts
+from fp8ckpt.tensors.reading import load_scales
+
+
+class Units:
+    """Which extents of the ``first`` pass look at each unit of a plan, and which of the ``second`` write it again.
+
+    ``scales``: of the weights that are written again: the scales [n] of a wide one, and the factors of others.
+    """
+
+    def __init__(self, plan: QuantizingPlan, first: Mapping[int, Extent], second: Mapping[int, Extent]) -> None:
+        self._plan = plan
+        self._first = first
+        self._second = second
+        self._looks: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
+        self._writes: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
+        for extents, of_unit in ((first, self._looks), (second, self._writes)):
+            for i, extent in extents.items() if plan.units else ():
+                for unit in plan.units_in(extent):
+                    of_unit[unit].add(i)
+        self.scales: dict[str, F32 | Factor] = {}
+        self._left: dict[Unit, set[int]] = {}
+        self._found: dict[str, WeightFacts] = {}
+        self._decided: set[Unit] = set()
+        self._lock = threading.Lock()
+
+    def stale(self, done: Mapping[int, Facts]) -> set[int]:
+        """What was ``done`` by a second pass of units that are looked at again."""
+        again = (unit for unit, looks in self._looks.items() if not looks <= done.keys())
+        return {i for unit in again for i in self._writes[unit]} & done.keys()
+
+    def written_by(self, names: Iterable[str]) -> dict[int, Extent]:
+        """The extents in which these weights are written again."""
+        found = {i for name in names for i in self._writes[self._plan.unit_of[name]]}
+        return {i: self._second[i] for i in sorted(found)}
+
+    def begin(self, done: Mapping[int, Facts]) -> None:
+        """Go on from what was ``done``. Units of which all was looked at are left to whoever has the records."""
+        self._left = {unit: left for unit, looks in self._looks.items() if (left := looks - done.keys())}
+        for i in done.keys() & self._first.keys():
+            self._take(done[i])
+
+    def recorded(self, i: int, facts: Facts) -> dict[int, Extent]:
+        """Take in what was recorded of an extent. Returns those in which units are written again that are decided with
+        it, as nothing of them is left to be looked at.
+        """
+        if i in self._second or not self._left:
+            return {}
+        with self._lock:
+            self._take(facts)
+            last = [unit for unit in self._plan.units_in(self._first[i]) if self._is_last(i, unit)]
+            for unit in last:
+                found = {name: self._found.pop(name) for name in unit if name in self._found}
+                self.use(dict.fromkeys(unit, decide(self._plan, unit, found)))
+                self._decided.add(unit)
+            written = {j: self._second[j] for unit in last for j in sorted(self._writes[unit])}
+            return {j: extent for j, extent in written.items() if self._is_ready(extent)}
+
+    def use(self, decided: Mapping[str, Decided | Factor | None]) -> None:
+        """Have weights written with these scales, and factors, where they are new."""
+        for name, found in decided.items():
+            if found is not None and is_new(found):
+                self.scales[name] = found if isinstance(found, Factor) else found.scales.reshape(-1)
+
+    def _is_last(self, i: int, unit: Unit) -> bool:
+        """Whether an extent was the last that looks at a unit."""
+        self._left[unit].discard(i)
+        return not self._left[unit]
+
+    def _is_ready(self, extent: Extent) -> bool:
+        """Whether all units of an extent are decided, and some are written again."""
+        units = self._plan.units_in(extent)
+        return units <= self._decided and any(name in self.scales for unit in units for name in unit)
+
+    def _take(self, facts: Facts) -> None:
+        for name, part in facts["weights"].items():
+            if self._plan.unit_of.get(name) in self._left:
+                self._found.setdefault(name, WeightFacts()).add(WeightFacts.of(part))
+
+
+def decide(plan: QuantizingPlan, unit: Unit, found: Mapping[str, WeightFacts]) -> Decided | Factor | None:
+    """The scales of each member of a unit, or their factor, of what was ``found`` of all; None: their own factors of
+    before are kept.
+    """
+    members = [plan.weights[name] for name in unit]
+    facts = [found.get(name, WeightFacts()) for name in unit]
+    if members[0].factor is None:
+        return _scales_of_unit(plan, members[0], facts)
+    before = rule_of(plan, unit[0]).factor
+    assert before is not None
+    largest = np.float32(max(part.maxima.get(0, 0.0) for part in facts))
+    exact = not any(part.inexact for part in facts)
+    factor = scaling.choose_factor(largest, before, exact=exact, fresh=plan.fresh)
+    return None if factor is before else factor
+
+
+def is_new(decided: Decided | Factor | None) -> bool:
+    """Whether what has these scales, or this factor, must be written again."""
+    return not decided.kept.all() if isinstance(decided, Decided) else decided is not None
+
+
+def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[WeightFacts]) -> Decided:
+    maxima: F32 = quantize.block_array(weight.grid, np.float32)
+    flat = maxima.reshape(-1)
+    for part in facts:
+        for block, largest in part.maxima.items():
+            flat[block] = max(flat[block], np.float32(largest))
+    exact = np.ones(maxima.size, np.bool_)
+    exact[[block for part in facts for block in part.inexact]] = False
+    before = None if weight.before is None else load_scales(weight.before).reshape(maxima.shape)
+    return rule_of(plan, weight.name).decide(maxima, before, exact.reshape(maxima.shape))
