@@ -332,12 +332,15 @@ def test_a_scale_misnamed_by_case_or_module() -> None:
     assert {type(defect) for defect in result.defects} == {MissingScaleError, OrphanScaleError}
 
 
-@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "qscale_weight"])
-def test_an_orphan_scale(end: str) -> None:
-    """A scale whose weight is not there."""
+@pytest.mark.parametrize(("end", "weight"), [
+    ("weight_scale_inv", "weight"), ("weight_scale", "weight"), ("qscale_weight", "weight"),
+    ("weight_scale_2", "weight"), ("weight_global_scale", "weight_packed"),
+])  # fmt: skip
+def test_an_orphan_scale(end: str, weight: str) -> None:
+    """A scale, or a second one, whose weight is not there."""
     defect = only_defect({f"a.{end}": S, "b.weight": ("BF16", (4, 4))}, OrphanScaleError)
     assert defect.tensor == f"a.{end}"
-    assert defect.expected == "an FP8 tensor a.weight"
+    assert defect.expected == f"an FP8 tensor a.{weight}"
     assert "without a weight" in defect.found
 
 
@@ -348,6 +351,11 @@ def test_the_scale_of_a_weight_that_is_not_fp8(end: str, dtype: str) -> None:
     defect = only_defect({"a.weight": (dtype, (4, 4)), f"a.{end}": S}, OrphanScaleError)
     assert defect.tensor == f"a.{end}"
     assert dtype in defect.found
+
+
+def test_blocks_of_no_elements() -> None:
+    """Shapes that even blocks would divide, and that hold nothing, have no blocks."""
+    only_defect({"a._weight_qdata": ("F8_E4M3", (0, 4)), "a._weight_scale": ("F32", (2, 1))}, ScaleShapeError)
 
 
 def test_an_orphan_of_fused_experts() -> None:
@@ -634,7 +642,7 @@ def test_many_weights_without_scales() -> None:
     """50,000 defects take a moment, not a quadratic time."""
     tensors = spans_of({f"model.layers.{i}.q.weight": W for i in range(50_000)})
     start = time.monotonic()
-    result = pair(tensors, (128, 128))
+    result = pair(tensors, BlockSizes((128, 128)))
     assert time.monotonic() - start < 10
     assert len(result.defects) == 50_000
     assert not result.tensors
@@ -649,7 +657,7 @@ def test_many_misnamed_scales(module: str) -> None:
         tensors[module.format(i=i) + f".scale_of_w{i}"] = S
     spans = spans_of(tensors)
     start = time.monotonic()
-    result = pair(spans, None)
+    result = pair(spans, BlockSizes())
     assert time.monotonic() - start < 20
     assert len(result.defects) == 25_000
 

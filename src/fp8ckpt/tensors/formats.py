@@ -105,11 +105,14 @@ OUTPUT_SCALE = ".output_scale"
 
 # What a file holds to say what it is. ComfyUI: a tensor of no values, or of two; and, of late, a text for each layer.
 MARKERS = FILE_MARKER, LAYER_MARKER = "scaled_fp8", ".comfy_quant"
+# What stands in the names of a checkpoint whose scales may be in the order in which a kernel reads them.
+ORDERED = (_TORCHAO, LAYER_MARKER)
 
 # What is packed or integer, and is not read: dtypes, and endings of weights; then endings of what stands beside them.
 PACKED_DTYPES = ("F6_E2M3", "F6_E3M2")
 PACKED_WEIGHTS = (".weight_packed", ".qweight")  # compressed-tensors; GPTQ and AWQ
 INTEGERS = ("I8", "U8", "I32", "U32")
+MAY_BE_PACKED = frozenset((*PACKED_DTYPES, *INTEGERS))
 INTEGER_SCALES = (*(row.scale for row in SCALES), ".SCB", ".absmax")  # the last two: bitsandbytes
 COMPANIONS = (
     ".weight_scale", ".weight_scale_inv", ".scale", ".weight_scale_2", ".weight_global_scale", ".weight_zero_point",
@@ -171,7 +174,7 @@ def weight_shape(row: ScaleRow, span: TensorSpan, codes: str) -> tuple[int, ...]
 
 
 _RENAMING = tuple(row for row in SCALES if row.renames)
-_RENAMING_ENDINGS = tuple(row.weight for row in _RENAMING)
+RENAMING_ENDINGS = tuple(row.weight for row in _RENAMING)
 
 
 def logical_name(codes: str) -> str:
@@ -179,7 +182,7 @@ def logical_name(codes: str) -> str:
 
     For keys of codes only: another tensor may have such a name as its own.
     """
-    if not codes.endswith(_RENAMING_ENDINGS):
+    if not codes.endswith(RENAMING_ENDINGS):
         return codes
     for row in _RENAMING:
         if codes.endswith(row.weight):
@@ -189,10 +192,12 @@ def logical_name(codes: str) -> str:
     return codes
 
 
+_EVEN = tuple(row.weight for row in SCALES if row.even)
+
+
 def even_block(codes: str, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The block size that the shapes of codes and scales say, in a format that has even blocks alone."""
-    even = any(row.even and codes.endswith(row.weight) for row in SCALES)
-    if not even or len(scale_shape) != len(shape) or not all(scale_shape):
+    if not codes.endswith(_EVEN) or len(scale_shape) != len(shape) or not all((*shape, *scale_shape)):
         return None
     if any(dim % count for dim, count in zip(shape, scale_shape, strict=True)):
         return None

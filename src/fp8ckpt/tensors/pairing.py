@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from fp8ckpt.errors import (
@@ -23,7 +23,7 @@ from fp8ckpt.errors import (
     UnsupportedFormatError,
 )
 from fp8ckpt.numerics.codes import F4, FP8_DTYPES, FP8_SCALES
-from fp8ckpt.numerics.geometry import infer_grid, tiled
+from fp8ckpt.numerics.geometry import Shape, infer_grid, tiled
 from fp8ckpt.tensors import formats
 from fp8ckpt.tensors.blocks import BlockSizes
 from fp8ckpt.tensors.scaled import QuantizedTensor, SecondLevel
@@ -51,7 +51,7 @@ def pair(
     each module, and whether it speaks of quantization at all (of the cache alone, for example). With ``complete`` false
     some files could not be read, and what is missing or left over is not held against the rest.
     """
-    last_parts = "\n.".join(("", *{name.rpartition(".")[2] for name in spans}, ""))
+    last_parts = "\n.".join(("", *{name[name.rfind(".") + 1 :] for name in spans}, ""))
 
     def occurs(ending: str) -> bool:  # most of the tables' do not, and each lies in the last part of a name
         return ending + "\n" in last_parts
@@ -61,56 +61,64 @@ def pair(
         for name, span in spans.items()
         if span.dtype in formats.MAY_BE_CODES and (dtype := formats.code_dtype(span, spans)) is not None
     }
-    claimed, defects = _packed(spans, codes)
+    made: dict[str, Tensor | None] = {}  # by the name of the codes; None by that of what belongs to others
+    defects: list[Fp8CheckpointError] = []
+    dtypes = {span.dtype for span in spans.values()}
+    if any(map(occurs, formats.PACKED_WEIGHTS)) or not dtypes.isdisjoint(formats.MAY_BE_PACKED):
+        _refuse_packed(spans, codes, made, defects)
     marked = spans.values() if any(map(occurs, formats.MARKERS)) else ()
     markers = tuple(span for span in marked if formats.is_marker(span.name, span.dtype, span.shape))
-    claimed.update(span.name for span in markers)
-    weights = [name for name in codes if name not in claimed]
+    made.update((span.name, None) for span in markers)
+    weights = [name for name in codes if name not in made]
     if F4 in codes.values():
         weights.sort(key=lambda name: codes[name] != F4)  # scales in FP8 are theirs, and no weights then
-    scales, activation_scales = (
-        formats.beside(row for row in rows if occurs(row.scale)) for rows in (formats.SCALES, formats.ACTIVATIONS)
+    scales, activations = (
+        [(row, row.weight, row.scale) for row in rows if occurs(row.scale)]
+        for rows in (formats.SCALES, formats.ACTIVATIONS)
     )
     has_factors = any(occurs(ending) for _, ending in formats.FACTORS)
-    paired: dict[str, Tensor] = {}  # by the name of the codes
+    renamed, ordered = (any(map(occurs, endings)) for endings in (formats.RENAMING_ENDINGS, formats.ORDERED))
+    block_size = None if blocks.grouped.values else blocks.common
     near_scales: dict[str, list[str]] | None = None
     for name in weights:
-        if name in claimed:
+        if name in made:
             continue
-        claimed.add(name)
-        span, packed = spans[name], codes[name] == F4
-        found = [
-            (row, scale)
-            for row, key in scales(name)
-            if (scale := spans.get(key)) is not None and (packed or scale.dtype not in FP8_DTYPES)
-        ]
-        activations = [key for _, key in activation_scales(name) if key in spans]
-        claimed.update(activations)
-        for _, scale in found:
-            claimed.add(scale.name)
+        made[name] = None
+        span, packed, found, beside = spans[name], codes[name] == F4, [], []
+        for row, end, ending in scales:
+            scale = spans.get(name.removesuffix(end) + ending) if name.endswith(end) else None
+            if scale is not None and (packed or scale.dtype not in FP8_DTYPES):
+                found.append((row, scale))
+                made.setdefault(scale.name)
+        for _, end, ending in activations:
+            scale = spans.get(name.removesuffix(end) + ending) if name.endswith(end) else None
+            if scale is not None:
+                beside.append(scale)
+                made.setdefault(scale.name)
         factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
         if factor is not None:
-            claimed.add(factor)
+            made.setdefault(factor)
         if has_factors and (second := _second_factor(name, spans, factor)) is not None:
-            claimed.add(second)
+            made.setdefault(second)
             defects.append(UnsupportedFormatError.of_factor(span, second))
         elif len(found) == 1:
             row, scale = found[0]
-            beside = tuple(spans[key] for key in activations)
             result: QuantizedTensor | Fp8CheckpointError
-            if formats.in_kernel_order(name, scale.dtype, scale.shape, spans):
+            logical = formats.logical_name(name) if renamed else name
+            if ordered and formats.in_kernel_order(name, scale.dtype, scale.shape, spans):
                 result = UnsupportedFormatError.of_order(span, scale)
             elif packed:
-                result = _of_four_bits(span, row, scale, beside, spans, blocks)
+                result = _of_four_bits(logical, span, row, scale, tuple(beside), spans, blocks)
             else:
-                result = _of_eight_bits(span, scale, beside, blocks)
+                stated = block_size or blocks.of(formats.module_of(logical))
+                result = _of_eight_bits(logical, span, scale, tuple(beside), stated)
             if isinstance(result, Fp8CheckpointError):
                 if complete or not isinstance(result, MissingScaleError):
                     defects.append(result)
-            elif result.name != name and result.name in spans:
-                defects.append(HeaderError.of_two(spans[result.name], name))
+            elif logical != name and logical in spans:
+                defects.append(HeaderError.of_two(spans[logical], name))
             else:
-                paired[name] = result
+                made[name] = result
         elif found:
             defects.append(AmbiguousScaleError.of(span, [scale.name for _, scale in found]))
         elif complete:
@@ -122,10 +130,9 @@ def pair(
     cache_scales: list[TensorSpan] = []
     quantized = quantized or bool(weights)
     for name, span in spans.items():
-        if (tensor := paired.get(name)) is not None:
-            tensors[tensor.name] = tensor
-        elif name in claimed:
-            continue
+        if (tensor := made.get(name, span)) is not span:
+            if tensor is not None:
+                tensors[tensor.name] = tensor
         elif quantized and formats.is_attention_scale(name, span.shape, spans):
             cache_scales.append(span)
         elif (meant := _meant_weights(span, spans, activations=bool(weights))) is not None:
@@ -153,29 +160,31 @@ def _meant_weights(span: TensorSpan, spans: Mapping[str, TensorSpan], *, activat
     The scale of an activation is one only in a checkpoint of FP8 (``activations``).
     """
     name = span.name
-    rows = (*formats.SCALES, *formats.ACTIVATIONS) if "scale" in name or "qscale" in name else ()
-    ends = sorted((row for row in rows if name.endswith(row.scale)), key=lambda row: -len(row.scale))
-    weights = [name.removesuffix(row.scale) + row.weight for row in ends]  # the longest ending says most
+    rows = (*formats.SCALES, *formats.ACTIVATIONS) if "scale" in name else ()
+    ends = [(end, row) for row in rows for end in (row.scale, row.factor) if end and name.endswith(end)]
+    ends.sort(key=lambda found: -len(found[0]))  # the longest says most
+    weights = [name.removesuffix(end) + row.weight for end, row in ends]
     if name.endswith(formats.ONLY_SCALES) or (activations and name.endswith(formats.ONLY_ACTIVATION_SCALES)):
         return weights
-    beside = [name.removesuffix(row.scale) + row.weight for row in ends if row.meant == formats.BESIDE]
-    of_bytes = [row for row in ends if row.meant == formats.BYTES and span.dtype == "U8" and len(span.shape) > 1]
+    beside = [name.removesuffix(end) + row.weight for end, row in ends if row.meant == formats.BESIDE]
+    of_bytes = [row for _, row in ends if row.meant == formats.BYTES and span.dtype == "U8" and len(span.shape) > 1]
     return weights if of_bytes or any(weight in spans for weight in beside) else None
 
 
-def _packed(spans: Mapping[str, TensorSpan], codes: Mapping[str, str]) -> tuple[set[str], list[Fp8CheckpointError]]:
-    """What is packed or integer: the names of these weights and of all that stands beside them, and a defect each."""
-    claimed: set[str] = set()
-    defects: list[Fp8CheckpointError] = []
+def _refuse_packed(
+    spans: Mapping[str, TensorSpan],
+    codes: Mapping[str, str],
+    made: dict[str, Tensor | None],
+    defects: list[Fp8CheckpointError],
+) -> None:
+    """What is packed or integer is a defect each; it and all that stands beside it are no tensors of their own."""
     for name, span in spans.items():
         if name not in codes and _is_packed(span, spans):
             stem = name
             for ending in (".weight", *formats.PACKED_WEIGHTS, "_blocks", "_qdata"):
                 stem = stem.removesuffix(ending)
-            claimed.add(name)
-            claimed.update(stem + ending for ending in formats.COMPANIONS)
+            made.update(dict.fromkeys((name, *(stem + ending for ending in formats.COMPANIONS))))
             defects.append(UnsupportedFormatError.of_packed(span))
-    return claimed, defects
 
 
 def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
@@ -191,23 +200,24 @@ def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
 
 
 _grid = lru_cache(maxsize=4096)(infer_grid)  # a model has many tensors of few shapes
+_made = partial(tuple.__new__, QuantizedTensor)  # in a third of the time
 
 
 def _of_eight_bits(
-    weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], blocks: BlockSizes
+    name: str, weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], stated: Shape | None
 ) -> QuantizedTensor | Fp8CheckpointError:
     if scale.dtype not in FP8_SCALES:
         return ScaleDtypeError.of(weight, scale, FP8_SCALES)
-    name = formats.logical_name(weight.name)
-    block_size = blocks.of(formats.module_of(name)) or formats.even_block(weight.name, weight.shape, scale.shape)
+    block_size = stated or formats.even_block(weight.name, weight.shape, scale.shape)
     grid = _grid(weight.shape, scale.shape, block_size)
     if grid is not None:
-        return QuantizedTensor(name, weight, scale, grid, activations, weight.dtype)
+        return _made((name, weight, scale, grid, activations, weight.dtype, None, False))
     fit = tiled(weight.shape, block_size) if block_size else None
     return ScaleShapeError.of(weight, scale, block_size, fit.shape if fit else None)
 
 
 def _of_four_bits(
+    name: str,
     weight: TensorSpan,
     row: formats.ScaleRow,
     scale: TensorSpan,
@@ -226,7 +236,6 @@ def _of_four_bits(
         return ScaleShapeError.of(weight, scale, group, grid.shape)
     key = formats.factor_key(weight.name, row)
     second = None if key is None else spans.get(key)
-    name = formats.logical_name(weight.name)
     stated = blocks.four_bits.of(formats.module_of(name))
     if stated is not None and stated[-1] != group[0]:
         return ScaleShapeError.of_group(weight, scale, stated[-1], group[0])
