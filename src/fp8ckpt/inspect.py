@@ -163,19 +163,15 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
 
 
 def _schemes(quantized: list[QuantizedTensor], blocks: BlockSizes) -> tuple[Scheme, ...]:
-    counts: Counter[tuple[object, ...]] = Counter()
-    examples: dict[tuple[object, ...], QuantizedTensor] = {}  # of many tensors, few differ in more than their names
+    alike: dict[tuple[object, ...], list[QuantizedTensor]] = {}  # of many tensors, few differ in more than their names
     for tensor in quantized:
-        stated, scale = blocks.of(module_of(tensor.name)), tensor.scale
-        key: tuple[object, ...] = (
-            tensor.grid, stated, tensor.code_dtype, scale.dtype, scale.shape, tensor.second is None
-        )  # fmt: skip
-        counts[key] += 1
-        examples[key] = tensor
+        name, _, scale, grid, _, code_dtype, second, _ = tensor
+        key = (grid, blocks.of(module_of(name)), code_dtype, scale.dtype, scale.shape, second is None)
+        alike.setdefault(key, []).append(tensor)
     groups: dict[tuple[str, str, str], list[tuple[QuantizedTensor, int]]] = {}
-    for key, tensor in examples.items():
+    for tensor, *others in alike.values():
         shared = (tensor.code_dtype, _block_of(tensor, blocks), tensor.scale.dtype)
-        groups.setdefault(shared, []).append((tensor, counts[key]))
+        groups.setdefault(shared, []).append((tensor, 1 + len(others)))
     schemes = []
     for shared, tensors in groups.items():
         shapes = {tensor.scale.shape for tensor, _ in tensors}

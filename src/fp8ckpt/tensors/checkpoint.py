@@ -30,7 +30,6 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import ABSENT, LocalStore, kept_open
-from fp8ckpt.stores.opening import open_store
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
@@ -269,14 +268,13 @@ def _spans_by_name(
     """All stored tensors; where a map of names to files is given, those that are ``listed``."""
     spans: dict[str, TensorSpan] = {}
     for header in headers:
-        left_out = []
-        for span in header.spans:
-            if listed is not None and span.name not in listed:
-                left_out.append(span.name)
-                continue
-            if span.name in spans:
-                defects.append(HeaderError.of_two(span, spans[span.name].file.name))
-            spans[span.name] = span
+        found = {span.name: span for span in header.spans}
+        left_out = [] if listed is None else [name for name in found if name not in listed]
+        for name in left_out:
+            del found[name]
+        for name in sorted(spans.keys() & found.keys()):
+            defects.append(HeaderError.of_two(found[name], spans[name].file.name))
+        spans.update(found)
         if left_out:
             names = f"{len(left_out)} tensors, the first of them {shown(left_out[0])}"
             notes.append(f"{shown(header.file.name)}: the index does not list {names}: they are not read")
@@ -286,6 +284,8 @@ def _spans_by_name(
 def _resolve(path: str | Path) -> tuple[Store, str | None]:
     """The store, and the file where one file was named."""
     if (address := address_of(path)) is not None:
+        from fp8ckpt.stores.opening import open_store
+
         return open_store(address)
     local = Path(path)
     if os.path.isdir(local):  # noqa: PTH112 - Path.is_dir() raises for a name that is too long

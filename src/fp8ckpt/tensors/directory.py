@@ -51,7 +51,7 @@ def read_index(
         if index is None:
             continue
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
             defects.append(IndexMismatchError.of_kind(name))
             return name, None
         return name, index

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from math import prod
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,18 +140,16 @@ def _validated(
         metadata = {}
     data_start = 8 + len(text)
     spans: list[TensorSpan] = []
-    complete = True
     for name, entry in entries.items():
-        if len(defects) >= _MOST_DEFECTS:
-            return None, [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
         found = _span(file, name, entry, data_start)
         if isinstance(found, TensorSpan):
             spans.append(found)
+        elif len(defects) >= _MOST_DEFECTS:
+            return None, [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
         else:
             defects.append(found)
-            complete = False
-    spans.sort(key=attrgetter("start", "stop"))
-    if complete:
+    spans.sort(key=itemgetter(4, 5))  # where they start, and stop
+    if len(spans) == len(entries):
         defects += _coverage_defects(file, size, data_start, spans)
     return Header(file, size, metadata, tuple(spans), text), defects
 
@@ -170,7 +168,7 @@ def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | He
                 raise TypeError
     except (KeyError, TypeError, ValueError):
         return HeaderError.of_entry(file, name, json.dumps(entry))
-    bits = DTYPE_BITS.get(dtype)
+    dtype, bits = _DTYPES.get(dtype, (dtype, None))
     if bits is None:
         return HeaderError.of_dtype(file, name, dtype, DTYPE_BITS)
     size = prod(shape) * bits
@@ -180,6 +178,7 @@ def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | He
     return _made((name, file, dtype, tuple(shape), data_start + begin, data_start + end))
 
 
+_DTYPES = {dtype: (dtype, bits) for dtype, bits in DTYPE_BITS.items()}  # each name once in memory
 _made = partial(tuple.__new__, TensorSpan)  # in half the time; a large model has a hundred thousand
 
 
@@ -194,12 +193,13 @@ def _coverage_defects(file: File, size: int, data_start: int, spans: list[Tensor
     end = data_start
     previous = "the header"
     for span in spans:
-        if len(defects) >= _MOST_DEFECTS:
-            return [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
-        if span.start != end:
-            defects.append(HeaderError.of_place(span, span.start, end, previous))
-        end = max(end, span.stop)
-        previous = span.name
+        name, _, _, _, start, stop = span
+        if start != end:
+            if len(defects) >= _MOST_DEFECTS:
+                return [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
+            defects.append(HeaderError.of_place(span, start, end, previous))
+        end = max(end, stop)
+        previous = name
     if size < end:
         defects.append(TruncatedFileError.of(file, f"the file holds {size} bytes", f"{end} bytes, as the header says"))
     elif size > end:
