@@ -63,10 +63,13 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """The path of what is on this machine. Raises `UnsupportedStoreError` for the URL of a store."""
     if (address := address_of(path)) is None:
         return Path(path)
-    if address.scheme == "file":
-        remedy = f"give the path itself: /{address.rest}"
-    else:
-        remedy = "write to a local directory, and copy it there with the store's own client"
-    raise UnsupportedStoreError(
-        f"fp8ckpt writes nothing to {address.scheme}://", file=str(address), expected="a local path", remedy=remedy
-    )
+    raise unwritable(address, "a local path")
+
+
+def unwritable(address: Address, expected: str) -> UnsupportedStoreError:
+    """What to say of a store that no output goes to."""
+    remedies = {"hf": "write to a local directory, and upload it: hf upload"}
+    remedies |= dict.fromkeys(("file", "local"), f"give the path itself: {Path('/', address.rest)}")
+    remedy = remedies.get(address.scheme, "write to a local directory, and copy it there with the store's own client")
+    found = f"fp8ckpt writes nothing to {address.scheme}://"
+    return UnsupportedStoreError(found, file=str(address), expected=expected, remedy=remedy)

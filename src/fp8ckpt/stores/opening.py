@@ -23,7 +23,7 @@ def objects_of(address: Address) -> Objects:
     if address.scheme in ("s3", "s3a"):
         from fp8ckpt.stores.s3 import S3Objects
 
-        return S3Objects(address._replace(scheme="s3"))
+        return S3Objects(address)
     if address.scheme == "hf":
         from fp8ckpt.stores.hub import HubObjects
 

@@ -12,7 +12,7 @@ import logging
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from io import BytesIO
 from typing import Any, BinaryIO
@@ -33,29 +33,20 @@ _PIECE = 1 << 19  # bytes; longer ones take fresh memory each
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 _RUN = "fp8ckpt-run"  # what an object says of who began its upload
-_LATER = (
-    "BadDigest",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "RequestTimeTooSkewed",
-    "InternalError",
-    "ServiceUnavailable",
-)
+_LATER = {
+    "BadDigest", "RequestTimeout", "SlowDown", "Throttling", "RequestTimeTooSkewed", "InternalError",
+    "ServiceUnavailable", "ConditionalRequestConflict",
+}  # fmt: skip
+_REGION = "say in AWS_DEFAULT_REGION in which region the bucket is"
 _REMEDIES = {
     "ExpiredToken": "renew the credentials, and run it again",
     "InvalidAccessKeyId": "check the credentials: the store does not know this key",
     "SignatureDoesNotMatch": "check the credentials: the secret is not that of the key",
     "RequestTimeTooSkewed": "set this machine's clock, and run it again",
-    **dict.fromkeys(
-        (
-            "PermanentRedirect",
-            "TemporaryRedirect",
-            "AuthorizationHeaderMalformed",
-            "IllegalLocationConstraintException",
-        ),
-        "say in AWS_DEFAULT_REGION in which region the bucket is",
-    ),
+    "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
     "NoSuchBucket": "check the URL, or make the bucket first",
 }
 _making = threading.Lock()  # boto3's sessions are not for several threads
@@ -66,21 +57,16 @@ class S3Objects:
 
     def __init__(self, address: Address) -> None:
         bucket, _, prefix = address.rest.partition("/")
-        self.where = str(address)
+        self.where = str(address._replace(scheme="s3"))
         if not _BUCKET.fullmatch(bucket) or set("?#;") & set(prefix):
             remedy = "give credentials and endpoint as boto3 takes them (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
-            raise UnsupportedStoreError(
-                "it is no bucket and prefix", file=self.where, expected="s3://bucket/prefix", remedy=remedy
-            )
+            found, expected = "it is no bucket and prefix", "s3://bucket/prefix"
+            raise UnsupportedStoreError(found, file=self.where, expected=expected, remedy=remedy)
         self.bucket, self.prefix = bucket, prefix.rstrip("/")
         if self.prefix.startswith("/") or "//" in self.prefix:
             remedy = "write one slash; objects whose keys have an empty part are not read"
-            raise UnsupportedStoreError(
-                "two slashes follow each other in its prefix",
-                file=self.where,
-                expected=f"s3://{bucket}/prefix",
-                remedy=remedy,
-            )
+            found, expected = "two slashes follow each other in its prefix", f"s3://{bucket}/prefix"
+            raise UnsupportedStoreError(found, file=self.where, expected=expected, remedy=remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Objects, (Address("s3", f"{self.bucket}/{self.prefix}"),)
@@ -116,14 +102,13 @@ class S3Objects:
             return client
 
     def list(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.remote.Objects.list`."""
-        below = f"{self.prefix}/" if self.prefix else ""
-        found: dict[str, Stat] = {}
-        with self.errors(None):
-            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below):
-                for entry in page.get("Contents", ()):
-                    if not entry["Key"].endswith("/"):  # a folder, as consoles make them
-                        found[entry["Key"].removeprefix(below)] = Stat(entry["Size"], entry["ETag"])
+        """As `fp8ckpt.stores.remote.Objects.list`; a folder, as consoles make them, is no object."""
+        entries = self._entries("list_objects_v2", "Contents", Prefix=self.key(""))
+        found = {
+            entry["Key"].removeprefix(self.key("")): Stat(entry["Size"], entry["ETag"])
+            for entry in entries
+            if not entry["Key"].endswith("/")
+        }
         if not found:
             raise CheckpointNotFoundError("there is no object below it", file=self.where, remedy="check the URL")
         return found
@@ -143,83 +128,59 @@ class S3Objects:
             finally:
                 answer["Body"].close()
 
-    # ---------------------------------------------------------------- as fp8ckpt.stores.upload.Uploads
+    # ---------------------------------------------------------------- an output, as fp8ckpt.stores.upload asks for it
 
     def is_empty(self, but: str) -> bool:
-        """Whether there is no object below the prefix, nor one of its name; a console's folders are none."""
-        with self.errors(None):
-            below = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.key(""))
-            if any(not key.endswith("/") and key != self.key(but) for page in below for key in _keys(page)):
-                return False
-            named = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
-        return not self.prefix or self.prefix not in _keys(named)
+        """Whether there is no object below the prefix, ``but`` that of this name, nor one of the prefix's own name; a
+        console's folders are none.
+        """
+        below = self._entries("list_objects_v2", "Contents", Prefix=self.key(""))
+        if any(not entry["Key"].endswith("/") and entry["Key"] != self.key(but) for entry in below):
+            return False
+        named = self._entries("list_objects_v2", "Contents", Prefix=self.prefix) if self.prefix else iter(())
+        return next(named, {"Key": None})["Key"] != self.prefix
 
     def made_by(self, name: str) -> tuple[str, str] | None:
-        """ETag and run of an object that is there."""
-        with self.errors(name, writing=True):
-            try:
-                found = self.client.head_object(Bucket=self.bucket, Key=self.key(name))
-            except self.client.exceptions.ClientError as error:
-                if _status(error) != 404:
-                    raise
-                return None
-        return str(found["ETag"]), str(found.get("Metadata", {}).get(_RUN, ""))
+        """Of an object that is there, its ETag and the run that began its upload."""
+        found = self._ask("head_object", name, unless=(404,))
+        return None if found == 404 else (str(found["ETag"]), str(found.get("Metadata", {}).get(_RUN, "")))
 
     def begun(self) -> Collection[tuple[str, str]]:
-        """Uploads that were not finished."""
-        with self.errors(None):
-            pages = self.client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self.key("")
-            )
-            entries = [entry for page in pages for entry in page.get("Uploads", ())]
+        """Uploads that were not finished, whoever began them, with the names of their objects."""
+        entries = self._entries("list_multipart_uploads", "Uploads", Prefix=self.key(""))
         return [(entry["Key"].removeprefix(self.key("")), entry["UploadId"]) for entry in entries]
 
     def begin(self, name: str, run: str) -> str:
-        """Begin an upload."""
-        with self.errors(name, writing=True):
-            begun = self.client.create_multipart_upload(Bucket=self.bucket, Key=self.key(name), Metadata={_RUN: run})
-            return str(begun["UploadId"])
+        """Begin an upload; the object will say which run it is of."""
+        return str(self._ask("create_multipart_upload", name, Metadata={_RUN: run})["UploadId"])
 
     def parts(self, name: str, upload: str) -> Mapping[int, str]:
-        """The parts that are there."""
-        with self.errors(name, writing=True):
-            pages = self.client.get_paginator("list_parts").paginate(
-                Bucket=self.bucket, Key=self.key(name), UploadId=upload
-            )
-            return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", ())}
+        """The ETags of the parts that are there, by their numbers, from 1 on."""
+        entries = self._entries("list_parts", "Parts", name, Key=self.key(name), UploadId=upload)
+        return {part["PartNumber"]: part["ETag"] for part in entries}
 
     def put_part(self, name: str, upload: str, number: int, data: bytes | bytearray, md5: bytes) -> str:
-        """Send a part; the store compares its MD5."""
-        with self.errors(name, writing=True):
-            answer = self.client.upload_part(
-                Bucket=self.bucket, Key=self.key(name), UploadId=upload, PartNumber=number, Body=data,
-                ContentMD5=base64.b64encode(md5).decode(),
-            )  # fmt: skip
-            return str(answer["ETag"])
+        """Send a part, and return its ETag; the store compares its MD5."""
+        of: dict[str, Any] = {"UploadId": upload, "PartNumber": number, "ContentMD5": base64.b64encode(md5).decode()}
+        return str(self._ask("upload_part", name, **of, Body=data)["ETag"])
 
     def finish(self, name: str, upload: str, etags: Sequence[str], *, new: bool) -> bool:
-        """Make an object of all parts; an attempt before may have done it, and its answer was lost."""
+        """Make an object of all parts. False where there is no such upload, which an attempt before may have finished;
+        or, if it must be ``new``, an object.
+        """
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
-        condition = {"IfNoneMatch": "*"} if new else {}
-        with self.errors(name, writing=True):
-            try:
-                self.client.complete_multipart_upload(
-                    Bucket=self.bucket, Key=self.key(name), UploadId=upload, MultipartUpload={"Parts": parts},
-                    **condition,
-                )  # fmt: skip
-            except self.client.exceptions.ClientError as error:
-                if _status(error) not in (404, 412):
-                    raise
-                return False
-        return True
+        of: dict[str, Any] = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+        if new:
+            of["IfNoneMatch"] = "*"
+        return self._ask("complete_multipart_upload", name, unless=(404, 412), **of) not in (404, 412)
 
     def abort(self, name: str, upload: str) -> None:
-        """Give up an upload; again, where a part was on its way, which S3 keeps until it is told once more."""
-        of = {"Bucket": self.bucket, "Key": self.key(name), "UploadId": upload}
-        with self.errors(name, writing=True), suppress(self.client.exceptions.NoSuchUpload):
-            self.client.abort_multipart_upload(**of)
-            if self.client.list_parts(**of).get("Parts"):
-                raise Broken("parts that were on their way are there")
+        """Give up an upload, and its parts; again, where one was on its way, which S3 keeps until told once more."""
+        if self._ask("abort_multipart_upload", name, unless=(404,), UploadId=upload) == 404:
+            return
+        left = self._ask("list_parts", name, unless=(404,), UploadId=upload)
+        if left != 404 and left.get("Parts"):
+            raise Broken("parts that were on their way are there")
 
     def etag_of_parts(self, etags: Sequence[str]) -> str | None:
         """The ETag of an object of these parts, where ETags are MD5s."""
@@ -233,36 +194,42 @@ class S3Objects:
         file.seek(0)
         md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()  # type: ignore[arg-type]
         file.seek(0)
-        with self.errors(name, writing=True):
-            self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=file, ContentMD5=md5)
+        self._ask("put_object", name, Body=file, ContentMD5=md5)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Make an object if there is none."""
-        with self.errors(name, writing=True):
-            try:
-                self.client.put_object(Bucket=self.bucket, Key=self.key(name), Body=data, IfNoneMatch="*")
-            except self.client.exceptions.ClientError as error:
-                if _status(error) == 412:
-                    return False
-                if _status(error) == 409:
-                    raise Broken("another request makes it at this moment") from None
-                if _status(error) != 501:
-                    raise
-                self.put(name, BytesIO(data))
-        return True
+        """Make an object if there is none; False if there is. A store that knows no conditions makes it anyway."""
+        answer = self._ask("put_object", name, unless=(412, 501), Body=data, IfNoneMatch="*")
+        if answer == 501:
+            self.put(name, BytesIO(data))
+        return bool(answer != 412)
 
     def text(self, name: str) -> bytes | None:
         """A small object, if it is there."""
         with self.errors(name, writing=True):
-            try:
-                return bytes(self.client.get_object(Bucket=self.bucket, Key=self.key(name))["Body"].read())
-            except self.client.exceptions.NoSuchKey:
-                return None
+            found = self._ask("get_object", name, unless=(404,))
+            return None if found == 404 else bytes(found["Body"].read())
 
     def delete(self, name: str) -> None:
         """Remove an object."""
+        self._ask("delete_object", name)
+
+    # ---------------------------------------------------------------- requests
+
+    def _ask(self, operation: str, name: str, *, unless: Collection[int] = (), **more: Any) -> Any:
+        """The answer about an object of an output; its status alone, where that is one of ``unless``."""
         with self.errors(name, writing=True):
-            self.client.delete_object(Bucket=self.bucket, Key=self.key(name))
+            try:
+                return getattr(self.client, operation)(Bucket=self.bucket, Key=self.key(name), **more)
+            except self.client.exceptions.ClientError as error:
+                if (status := _status(error)) not in unless:
+                    raise
+                return status
+
+    def _entries(self, operation: str, of: str, name: str | None = None, **more: str) -> Iterator[Any]:
+        """The entries ``of`` all pages of a listing; of an object of an output, if it has a ``name``."""
+        with self.errors(name, writing=name is not None):
+            for page in self.client.get_paginator(operation).paginate(Bucket=self.bucket, **more):
+                yield from page.get(of, ())
 
     @contextmanager
     def errors(self, name: str | None, *, writing: bool = False, making: bool = False) -> Iterator[None]:
@@ -272,7 +239,7 @@ class S3Objects:
         try:
             yield
         except RecursionError:  # boto3 follows it again and again, where no region is said
-            found, remedy = "the store leads to another region, over and over", _REMEDIES["PermanentRedirect"]
+            found, remedy = "the store leads to another region, over and over", _REGION
             raise StorageError(found, file=self.where, remedy=remedy) from None
         except Exception as error:
             own = type(error).__module__.startswith(("botocore", "boto3", "urllib3"))
@@ -310,10 +277,6 @@ class S3Objects:
             return "no credentials were found here, as buckets that are not public want them: set AWS_PROFILE"
         needed = "list, get, put and delete objects, and to upload in parts" if writing else "list and get objects"
         return f"check the credentials and the region; it takes the permissions to {needed}"
-
-
-def _keys(page: Mapping[str, Any]) -> list[str]:
-    return [entry["Key"] for entry in page.get("Contents", ())]
 
 
 def _status(error: Any) -> int:

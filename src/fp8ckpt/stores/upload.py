@@ -22,12 +22,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError
-from fp8ckpt.stores.address import Address
+from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError
+from fp8ckpt.stores.address import Address, unwritable
 from fp8ckpt.stores.remote import ATTEMPTS, attempted
 from fp8ckpt.workers import share
+
+if TYPE_CHECKING:
+    from fp8ckpt.stores.s3 import S3Objects
 
 T = TypeVar("T")
 Data = bytes | bytearray
@@ -45,57 +48,10 @@ class There(NamedTuple):
     md5: str
 
 
-class Uploads(Protocol):
-    """The client of a store that takes files in parts. Each call is one attempt, as `fp8ckpt.stores.remote.Objects`."""
-
-    @property
-    def where(self) -> str:
-        """The place as messages show it."""
-
-    def is_empty(self, but: str) -> bool:
-        """Whether there is no object below the place, ``but`` that of this name."""
-
-    def made_by(self, name: str) -> tuple[str, str] | None:
-        """Of an object that is there, its ETag and the run that began its upload."""
-
-    def begun(self) -> Collection[tuple[str, str]]:
-        """Uploads that were not finished, whoever began them, with the names of their objects."""
-
-    def begin(self, name: str, run: str) -> str:
-        """Begin an upload; the object will say which run it is of."""
-
-    def parts(self, name: str, upload: str) -> Mapping[int, str]:
-        """The ETags of the parts that are there, by their numbers, from 1 on."""
-
-    def put_part(self, name: str, upload: str, number: int, data: Data, md5: bytes) -> str:
-        """Send a part, and return its ETag."""
-
-    def finish(self, name: str, upload: str, etags: Sequence[str], *, new: bool) -> bool:
-        """Make an object of all parts. False where there is no such upload; or, if it must be ``new``, an object."""
-
-    def abort(self, name: str, upload: str) -> None:
-        """Give up an upload, and its parts."""
-
-    def etag_of_parts(self, etags: Sequence[str]) -> str | None:
-        """The ETag of an object of these parts, where ETags are MD5s."""
-
-    def put(self, name: str, file: BinaryIO) -> None:
-        """Make an object at once."""
-
-    def put_new(self, name: str, data: bytes) -> bool:
-        """Make an object if there is none; False if there is. A store that knows no conditions makes it anyway."""
-
-    def text(self, name: str) -> bytes | None:
-        """A small object, if it is there."""
-
-    def delete(self, name: str) -> None:
-        """Remove an object."""
-
-
 class Destination:
     """The place of an output in a store; the file ``own`` says which uploads are ours. For any number of threads."""
 
-    def __init__(self, client: Uploads, own: Path) -> None:
+    def __init__(self, client: S3Objects, own: Path) -> None:
         self._client = client
         self._own = own
         self._lock = threading.Lock()
@@ -238,15 +194,5 @@ def destination_of(address: Address, own: Path) -> Destination:
     if address.scheme in ("s3", "s3a"):
         from fp8ckpt.stores.s3 import S3Objects
 
-        return Destination(S3Objects(address._replace(scheme="s3")), own)
-    remedy = "write to a local directory, and copy it there with the store's own client"
-    if address.scheme == "hf":
-        remedy = "write to a local directory, and upload it: hf upload"
-    if address.scheme in ("file", "local"):
-        remedy = f"give the path itself: {Path('/', address.rest)}"
-    raise UnsupportedStoreError(
-        f"fp8ckpt writes nothing to {address.scheme}://",
-        file=str(address),
-        expected="a local path, or s3://bucket/prefix",
-        remedy=remedy,
-    )
+        return Destination(S3Objects(address), own)
+    raise unwritable(address, "a local path, or s3://bucket/prefix")
