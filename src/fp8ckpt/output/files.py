@@ -11,13 +11,13 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from fp8ckpt.errors import StorageError
+from fp8ckpt.errors import Fp8CheckpointError, StorageError
 from fp8ckpt.stores.local import refuse_irregular
 from fp8ckpt.stores.store import Bytes, File
 from fp8ckpt.system import HUGE_PAGE, MOST_AT_ONCE, flush, flush_data
@@ -38,6 +38,17 @@ def aligned_buffer(size: int) -> Bytes:
             memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = np.frombuffer(memory, np.uint8)
     return buffer[-buffer.ctypes.data % HUGE_PAGE :][:size]
+
+
+@contextmanager
+def writing_to(file: Path) -> Iterator[None]:
+    """Errors of the operating system get their name, `StorageError`, and that of what is written."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, Fp8CheckpointError):
+            raise
+        raise StorageError.of_writing(error, file) from error
 
 
 class OutputFile:
@@ -82,19 +93,15 @@ class OutputFile:
 
     def flush(self) -> None:
         """Return when all that was written is on disk."""
-        try:
+        with writing_to(self.file):
             flush_data(self._cached)
-        except OSError as error:
-            raise StorageError.of_writing(error, self.file) from error
 
     def close(self) -> None:
         """Release the descriptors; does not flush."""
         for fd in (self._cached, self._direct):
-            try:
+            with writing_to(self.file):  # which a file server may have put off
                 if fd is not None:
                     os.close(fd)
-            except OSError as error:  # of a write that a file server had put off
-                raise StorageError.of_writing(error, self.file) from error
 
 
 class OutputFiles:
@@ -130,9 +137,8 @@ def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
         fd = os.open(file, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StorageError(
-                "it is a link", file=file, expected="a file", remedy="move it away, and run it again"
-            ) from error
+            remedy = "move it away, and run it again"
+            raise StorageError("it is a link", file=file, expected="a file", remedy=remedy) from error
         raise StorageError.of_writing(error, file) from error
     try:
         refuse_irregular(os.fstat(fd), file.name)
@@ -146,9 +152,8 @@ def create(file: Path, size: int) -> None:
     """Create ``file`` with ``size`` bytes of nothing; one that is there keeps what it has."""
     fd = open_to_write(file, os.O_WRONLY | os.O_CREAT)
     try:
-        os.ftruncate(fd, size)
-    except OSError as error:
-        raise StorageError.of_writing(error, file) from error
+        with writing_to(file):
+            os.ftruncate(fd, size)
     finally:
         os.close(fd)
 
@@ -160,26 +165,19 @@ def write_whole(file: Path, data: bytes) -> None:
 
 def copy_whole(source: File, file: Path) -> None:
     """Copy a file's bytes and flush them to disk; memory is one buffer."""
-    try:
+    with writing_to(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError.of_writing(error, file) from error
     _write_pieces(file, (piece.data for piece in source.pieces()))
 
 
 def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    with open(open_to_write(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb", buffering=0) as stream:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with writing_to(file), open(open_to_write(file, flags), "wb", buffering=0) as stream:
         for piece in pieces:
-            try:
-                done = 0
-                while done < len(piece):
-                    done += stream.write(piece[done:]) or 0
-            except OSError as error:
-                raise StorageError.of_writing(error, file) from error
-        try:
-            flush(stream.fileno())
-        except OSError as error:
-            raise StorageError.of_writing(error, file) from error
+            done = 0
+            while done < len(piece):
+                done += stream.write(piece[done:]) or 0
+        flush(stream.fileno())
 
 
 def flush_directory(directory: Path) -> None:

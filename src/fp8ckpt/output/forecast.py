@@ -9,14 +9,13 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from fp8ckpt.errors import NoRoomError
-from fp8ckpt.output.extents import Extent
+from fp8ckpt.output.extents import Extent, met
 from fp8ckpt.output.files import aligned_buffer
 from fp8ckpt.system import flush_data
 
@@ -99,16 +98,8 @@ class Forecast:
 
 def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int:
     """Bytes that are read to fill these extents; ``made_of``: of how many bytes each of their tensors is made."""
-    total = 0
-    for extent in extents:
-        for chunk in extent.chunks:
-            for span in islice(extent.layout.spans, chunk.first, None):
-                if span.start >= chunk.stop:
-                    break
-                part = min(span.stop, chunk.stop) - max(span.start, chunk.start)
-                if part > 0:
-                    total += part * made_of.get(span.name, 0) // span.nbytes
-    return total
+    parts = (part for extent in extents for chunk in extent.chunks for part in met(extent.layout, chunk))
+    return sum((high - low) * made_of.get(span.name, 0) // span.nbytes for span, low, high in parts)
 
 
 def measured_rate(directory: Path, most: int) -> float | None:

@@ -27,7 +27,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp8ckpt.errors import (
-    Fp8CheckpointError,
     OutputBusyError,
     OutputExistsError,
     RangeError,
@@ -39,7 +38,7 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.output import extents, standing
 from fp8ckpt.output.extents import Extent
-from fp8ckpt.output.files import OutputFile, flush_directory
+from fp8ckpt.output.files import OutputFile, flush_directory, writing_to
 from fp8ckpt.output.places import Kept, Part, Place, Sent
 from fp8ckpt.output.sending import Sending
 from fp8ckpt.output.standing import OUTPUT, entries
@@ -165,14 +164,12 @@ class PartialOutput:
     @contextmanager
     def _named(self) -> Iterator[None]:
         """Errors of the operating system get their names."""
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):  # another run, which we raced, has just published
+        with writing_to(self.partial):
+            try:
+                yield
+            except FileNotFoundError:  # another run, which we raced, has just published
                 self.refuse_existing()
-            if isinstance(error, Fp8CheckpointError):
                 raise
-            raise StorageError.of_writing(error, self.partial) from error
 
     @contextmanager
     def taking_part(self, turn: str) -> Iterator[None]:
@@ -264,16 +261,12 @@ class PartialOutput:
         shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more, or all is elsewhere
 
     def _rename(self, destination: Path) -> None:
-        try:
+        with writing_to(self.directory):
             for directory, _, _ in os.walk(self.directory):
                 flush_directory(Path(directory))
             self.refuse_existing()  # rename() would replace an empty directory
             self.directory.rename(destination)
             _flush_parent(destination)
-        except OSError as error:
-            if isinstance(error, OutputExistsError):
-                raise
-            raise StorageError.of_writing(error, self.directory) from error
 
     def discard(self) -> None:
         """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""

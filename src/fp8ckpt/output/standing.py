@@ -7,7 +7,8 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from fp8ckpt.errors import OutputExistsError, ResumeMismatchError, StorageError
+from fp8ckpt.errors import OutputExistsError, ResumeMismatchError
+from fp8ckpt.output.files import writing_to
 from fp8ckpt.output.state import LOCK, STATE, is_state
 
 OUTPUT = "output"  # the folder that becomes the destination
@@ -44,12 +45,10 @@ def refuse_foreign(partial: Path, names: Collection[str]) -> None:
 
 def identities(partial: Path) -> set[tuple[int, int]]:
     """The device and inode numbers of ``partial``, and of all that is in it."""
-    try:
+    with writing_to(partial):
         found = [os.lstat(partial)] if os.path.lexists(partial) else []
         if found and stat.S_ISDIR(found[0].st_mode):
             found += [status for _, status in entries(partial)]
-    except OSError as error:
-        raise StorageError.of_writing(error, partial) from error
     return {(one.st_dev, one.st_ino) for one in found}
 
 

@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fp8ckpt.errors import StorageError
-from fp8ckpt.output.files import flush_directory, open_to_write, write_whole
+from fp8ckpt.output.files import flush_directory, open_to_write, write_whole, writing_to
 from fp8ckpt.output.places import Sent
 from fp8ckpt.stores.local import read_whole
 from fp8ckpt.stores.upload import There
@@ -97,17 +96,13 @@ class State:
     def record(self, writer: int, extent: int, facts: Facts, sent: Sent | None) -> None:
         """Record an extent. ``writer`` tells processes apart."""
         line = memoryview(_record(extent, facts, sent))
-        try:
+        with writing_to(self.at):
             fd = open_to_write(self.at / f"{_RECORDS}{writer}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 while line:
                     line = line[os.write(fd, line) :]  # a disk that fills up may take a part
             finally:
                 os.close(fd)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError.of_writing(error, self.at) from error
 
     def keep_only(self, records: Records) -> None:
         """Have these records, and no others."""
