@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,11 @@ from fp8ckpt.errors import (
     shown,
 )
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
-from fp8ckpt.stores.store import Bytes, File, Store
+from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first, store_of
 from fp8ckpt.tensors.config import Json, load_json
 from fp8ckpt.tensors.header import Header, read_header
+from fp8ckpt.tensors.reading import read_floats
 from fp8ckpt.tensors.stored import TensorSpan
 
 CONFIG = "adapter_config.json"
@@ -41,7 +42,7 @@ _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
 # With bias="all", PEFT saves the biases of modules in modules_to_save once more: as trained, and as they were.
 _TRAINED, _BEFORE = ".modules_to_save", ".original_module."
-_AT_ONCE = 4 << 20  # bytes; whole elements of any dtype
+_AT_ONCE = 1 << 20  # elements
 
 #: What a configuration may say that changes no weight, or is answered below.
 _KNOWN = {
@@ -145,19 +146,10 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
     return Adapter(checkpoint, config, weight, tuple(pairs), tensors)
 
 
-def _floats(raw: Bytes, dtype: str) -> F32:
-    stored: npt.NDArray[Any] = raw.view(SCALE_DTYPES[dtype])
-    return scale_values(stored, dtype)
-
-
 def refuse_nonfinite(adapter: Adapter) -> None:
     """Read all of an adapter once. Raises `WeightValueError` for what is NaN or infinite in it."""
     for span in (span for header in adapter.checkpoint.files for span in header.spans):
-        count = 0
-        for start in range(0, span.nbytes, _AT_ONCE):
-            raw = np.empty(min(_AT_ONCE, span.nbytes - start), np.uint8)
-            span.read(raw, start)
-            count += int(np.count_nonzero(~np.isfinite(_floats(raw, span.dtype))))
+        count = sum(int(np.count_nonzero(~np.isfinite(part))) for part in _floats(span))
         if count:
             found = f"{count} of {span.numel} elements are NaN or infinite"
             remedy = "give a checkpoint of the adapter from before its training diverged"
@@ -168,15 +160,18 @@ def same_values(one: TensorSpan, other: TensorSpan) -> bool:
     """Whether two tensors are of one shape and of the same values, in whatever dtypes of floats."""
     if one.shape != other.shape or not {one.dtype, other.dtype} <= TARGET_BYTES.keys():
         return False
-    for start in range(0, one.numel, _AT_ONCE):
-        found = []
-        for span in (one, other):
-            raw = np.empty(min(_AT_ONCE, one.numel - start) * TARGET_BYTES[span.dtype], np.uint8)
-            span.read(raw, start * TARGET_BYTES[span.dtype])
-            found.append(_floats(raw, span.dtype).view(np.uint32))
-        if not np.array_equal(found[0], found[1]):
-            return False
-    return True
+    pairs = zip(_floats(one), _floats(other), strict=True)
+    return all(np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in pairs)
+
+
+def _floats(span: TensorSpan) -> Iterator[F32]:
+    """All of a tensor of floats as float32, part by part."""
+    itemsize = TARGET_BYTES[span.dtype]
+    for start in range(0, span.numel, _AT_ONCE):
+        raw = np.empty(min(_AT_ONCE, span.numel - start) * itemsize, np.uint8)
+        span.read(raw, start * itemsize)
+        stored: npt.NDArray[Any] = raw.view(SCALE_DTYPES[span.dtype])
+        yield scale_values(stored, span.dtype)
 
 
 def same_product(one: Pair, other: Pair) -> bool:
@@ -185,13 +180,7 @@ def same_product(one: Pair, other: Pair) -> bool:
     pairs = ((one.a, other.b if turned else other.a), (one.b, other.a if turned else other.b))
     if one.magnitude is not None or other.magnitude is not None or any(a.numel != b.numel for a, b in pairs):
         return False
-    return all(np.array_equal(_matrix(a), _matrix(b).T if turned else _matrix(b)) for a, b in pairs)
-
-
-def _matrix(span: TensorSpan) -> F32:
-    raw = np.empty(span.nbytes, np.uint8)
-    span.read(raw, 0)
-    return _floats(raw, span.dtype).reshape(span.shape)
+    return all(np.array_equal(read_floats(a), read_floats(b).T if turned else read_floats(b)) for a, b in pairs)
 
 
 # ---------------------------------------------------------------- the configuration

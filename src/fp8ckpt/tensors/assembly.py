@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -147,10 +147,7 @@ class Assembly(NamedTuple):
         def moved(values: Shape) -> Shape:
             return tuple(values[axis] for axis in order)
 
-        pieces = [
-            Piece(p.source, p.source_offsets, moved(p.offsets), moved(p.sizes), moved(p.axes)) for p in self.pieces
-        ]
-        return Assembly(moved(self.shape), tuple(pieces))
+        return self._moved(moved)
 
     def transpose(self, first: int, second: int) -> Assembly:
         """Swap two of its axes."""
@@ -189,11 +186,12 @@ class Assembly(NamedTuple):
         def without(values: Shape) -> Shape:
             return (*values[:axis], *values[axis + 1 :])
 
-        pieces = [
-            Piece(p.source, p.source_offsets, without(p.offsets), without(p.sizes), without(p.axes))
-            for p in self.pieces
-        ]
-        return Assembly(without(self.shape), tuple(pieces))
+        return self._moved(without)
+
+    def _moved(self, put: Callable[[Shape], Shape]) -> Assembly:
+        """The same with other axes, which ``put`` makes of what there is for each of its own."""
+        pieces = (p._replace(offsets=put(p.offsets), sizes=put(p.sizes), axes=put(p.axes)) for p in self.pieces)
+        return Assembly(put(self.shape), tuple(pieces))
 
     def reshape(self, shape: Sequence[int]) -> Assembly:
         """The same elements in row-major order under another shape; axes are split and merged, into as many pieces as
@@ -209,7 +207,7 @@ class Assembly(NamedTuple):
             if axis == len(shape):
                 result = result.squeeze(axis)
             elif axis == len(result.shape):
-                result = result._split_axis(axis - 1, (result.shape[axis - 1], 1))
+                result = Assembly.stack([result], axis)
             elif result.shape[axis] == shape[axis]:
                 axis += 1
             elif shape[axis] and result.shape[axis] % shape[axis] == 0 and result.shape[axis] > shape[axis]:
@@ -227,26 +225,12 @@ class Assembly(NamedTuple):
         columns, pieces = sizes[1], []
         for p in self.pieces:
             start, stop = p.offsets[axis], p.offsets[axis] + p.sizes[axis]
-            if columns == 1:
-                pieces.append(
-                    p._replace(
-                        offsets=put(p.offsets, start, 0),
-                        sizes=put(p.sizes, stop - start, 1),
-                        axes=put(p.axes, p.axes[axis], NEW),
-                    )
-                )
-                continue
             for row in range(start // columns, -(-stop // columns)):
                 part = p.cut((_with(p.offsets, axis, row * columns), _with(p.sizes, axis, columns)))
                 if part is not None:
                     offsets = put(part.offsets, row, part.offsets[axis] - row * columns)
-                    pieces.append(
-                        part._replace(
-                            offsets=offsets,
-                            sizes=put(part.sizes, 1, part.sizes[axis]),
-                            axes=put(part.axes, NEW, part.axes[axis]),
-                        )
-                    )
+                    lengths, axes = put(part.sizes, 1, part.sizes[axis]), put(part.axes, NEW, part.axes[axis])
+                    pieces.append(part._replace(offsets=offsets, sizes=lengths, axes=axes))
         return Assembly(put(self.shape, *sizes), tuple(pieces))
 
     def _merge_axes(self, axis: int) -> Assembly:
@@ -254,21 +238,15 @@ class Assembly(NamedTuple):
         if axis + 1 == len(self.shape):
             raise ValueError(f"axis {axis} of {self.shape} has no next one to be merged with")
         columns = self.shape[axis + 1]
+        if columns == 1:
+            return self.squeeze(axis + 1)
 
         def joined(values: Shape, value: int) -> Shape:
             return (*values[:axis], value, *values[axis + 2 :])
 
         pieces = []
         for p in self.pieces:
-            start, rows = p.offsets[axis], p.sizes[axis]
-            if columns == 1:
-                pieces.append(
-                    p._replace(
-                        offsets=joined(p.offsets, start), sizes=joined(p.sizes, rows), axes=joined(p.axes, p.axes[axis])
-                    )
-                )
-                continue
-            for row in range(start, start + rows):
+            for row in range(p.offsets[axis], p.offsets[axis] + p.sizes[axis]):
                 part = p.cut((_with(p.offsets, axis, row), _with(p.sizes, axis, 1)))
                 assert part is not None  # a row of its own
                 offsets = joined(part.offsets, row * columns + part.offsets[axis + 1])

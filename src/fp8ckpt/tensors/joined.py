@@ -9,10 +9,11 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.numerics.geometry import Region, Shape, boxes, within
+from fp8ckpt.numerics.geometry import Region, Shape, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.assembly import NEW, Assembly, Ordered
-from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import elements_by_region
 
 if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits
@@ -79,11 +80,7 @@ class JoinedTensor:
             self.sources[piece.source].values(piece.source_region, dtype, view, reader)
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        bits, done = out.view(f"u{DTYPE_BITS[dtype] // 8}"), 0
-        for region in boxes(self.shape, start, bits.size):
-            size = prod(region[1])
-            self.values(region, dtype, bits[done : done + size].reshape(region[1]), reader)
-            done += size
+        elements_by_region(self, start, dtype, out, reader)
 
     @cached_property
     def _pieces(self) -> Ordered:

@@ -96,6 +96,8 @@ class Product(NamedTuple):
 
     def add_to(self, region: Region, out: F32, floats: FloatsOf) -> None:
         """Add what lies in a region, whose values are ``out``."""
+        from fp8ckpt.numerics.products import add_product
+
         lows = tuple(map(max, self.offsets, region[0]))
         highs = tuple(map(min, _ends(self.offsets, self.sizes), _ends(*region)))
         sizes = tuple(high - low for low, high in zip(lows, highs, strict=True))
@@ -106,7 +108,7 @@ class Product(NamedTuple):
         row, col = (low - at for low, at in zip(lows[-2:], self.offsets[-2:], strict=True))
         left = np.ascontiguousarray(self.left.vectors(row, sizes[-2], floats))
         right = np.ascontiguousarray(self.right.vectors(col, sizes[-1], floats).T)
-        _add_product(left, right, np.float32(self.scaling), part)
+        add_product(left, right, np.float32(self.scaling), part)
         if part is not view:
             view[...] = part
 
@@ -135,12 +137,6 @@ class Product(NamedTuple):
             out[inside] = part
 
 
-def _add_product(left: F32, right: F32, scaling: np.float32, out: F32) -> None:
-    from fp8ckpt.numerics.products import add_product
-
-    add_product(left, right, scaling, out)
-
-
 def _ends(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(start + size for start, size in zip(offsets, sizes, strict=True))
 
@@ -164,32 +160,26 @@ class MergedTensor:
 
     @property
     def name(self) -> str:
-        """The base's."""
         return self.base.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The base's."""
         return self.base.shape
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return self.base.numel
 
     @property
     def span(self) -> TensorSpan:
-        """Where the base lies."""
         return self.base.span
 
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
-        """All that is stored of the base."""
         return self.base.spans
 
     @property
     def scales(self) -> tuple[TensorSpan, ...]:
-        """Those of the base."""
         return self.base.scales
 
     @property
@@ -203,7 +193,6 @@ class MergedTensor:
         return 1 if self.norms is None else 2
 
     def dtypes(self) -> tuple[str, ...]:
-        """The targets of rounding."""
         return tuple(TARGET_BYTES)
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
@@ -439,7 +428,7 @@ class KeptFloats:
         self._lock = threading.Lock()
 
     def __call__(self, span: TensorSpan) -> F32:
-        """As `fp8ckpt.tensors.adapters.read_floats`."""
+        """As `fp8ckpt.tensors.reading.read_floats`."""
         with self._lock:
             if (found := self._kept.get(span)) is not None:
                 self._kept.move_to_end(span)

@@ -5,6 +5,7 @@ The only part of this room that touches tensor values. Memory is one small buffe
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
 from operator import attrgetter, itemgetter
@@ -36,18 +37,10 @@ def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple
     """The region, with None standing for the whole tensor; raises `RegionError` where it reaches outside."""
     shape = tensor.shape
     offsets = tuple(offsets) if offsets is not None else (0,) * len(shape)
-    if len(offsets) == len(shape):
-        whole = tuple(dim - start for dim, start in zip(shape, offsets, strict=True))
-        sizes = tuple(sizes) if sizes is not None else whole
-        whole_numbers = all(hasattr(number, "__index__") for number in (*offsets, *sizes))
-        if (
-            whole_numbers
-            and len(sizes) == len(shape)
-            and all(
-                min(start, size) >= 0 and start + size <= dim
-                for start, size, dim in zip(offsets, sizes, shape, strict=True)
-            )
-        ):
+    sizes = tuple(sizes) if sizes is not None else tuple(map(operator.sub, shape, offsets))
+    if len(offsets) == len(sizes) == len(shape) and all(hasattr(n, "__index__") for n in (*offsets, *sizes)):
+        sides = zip(offsets, sizes, shape, strict=True)
+        if all(min(start, size) >= 0 and start + size <= dim for start, size, dim in sides):
             return offsets, sizes
     found = f"offsets {offsets} and sizes {sizes} reach outside the tensor"
     raise RegionError(found, tensor=tensor, expected=f"a region of {shape}")

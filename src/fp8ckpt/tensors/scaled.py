@@ -10,9 +10,10 @@ import numpy as np
 
 from fp8ckpt.errors import RangeError
 from fp8ckpt.numerics.codes import CODE_FORMATS, TARGET_BYTES
-from fp8ckpt.numerics.geometry import BlockGrid, Region, Shape, boxes, bytes_of_region, bytes_of_run, pieces, within
+from fp8ckpt.numerics.geometry import BlockGrid, Region, Shape, bytes_of_region, bytes_of_run, pieces, within
 from fp8ckpt.stores.store import ByteRange, Bytes
 from fp8ckpt.tensors.stored import TensorSpan
+from fp8ckpt.tensors.tensor import elements_by_region
 
 if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits
@@ -126,13 +127,10 @@ class QuantizedTensor(NamedTuple):
                 self.refuse_overflow(dequantizer.count_overflown(codes, out[at]), dtype)
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        bits = out.view(f"u{TARGET_BYTES[dtype]}")
         if self.across:
-            for region in boxes(self.shape, start, bits.size):
-                part, bits = bits[: prod(region[1])], bits[prod(region[1]) :]
-                self.values(region, dtype, part.reshape(region[1]), reader)
+            elements_by_region(self, start, dtype, out, reader)
             return
-        dequantizer = reader.dequantizer(self, dtype)
+        bits, dequantizer = out.view(f"u{TARGET_BYTES[dtype]}"), reader.dequantizer(self, dtype)
         for first, count, codes in self.run(start, bits.size, reader):
             part = bits[first - start :][:count]
             dequantizer.flat(codes, first, part)

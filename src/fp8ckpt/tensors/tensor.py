@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from fp8ckpt.numerics.codes import F32
 from fp8ckpt.numerics.geometry import Region, Shape, boxes
 from fp8ckpt.stores.store import ByteRange, Bytes
+from fp8ckpt.tensors.stored import DTYPE_BITS
 
 if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits, Dequantizer
@@ -84,6 +86,15 @@ def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
         return
     for region in boxes(tensor.shape, start, stop - start):
         yield from tensor.reads(region)
+
+
+def elements_by_region(tensor: Tensor, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
+    """`Tensor.elements` of one whose values come by region."""
+    bits, done = out.view(f"u{DTYPE_BITS[dtype] // 8}"), 0
+    for region in boxes(tensor.shape, start, bits.size):
+        size = prod(region[1])
+        tensor.values(region, dtype, bits[done : done + size].reshape(region[1]), reader)
+        done += size
 
 
 def with_scales(values: Iterable[tuple[Sequence[TensorSpan], list[ByteRange]]]) -> Iterator[list[ByteRange]]:
