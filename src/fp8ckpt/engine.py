@@ -130,8 +130,8 @@ class ExtentWriter:
         """
         try:
             with ExitStack() as threads:
-                if self._output.at_once:
-                    self._finishing = ThreadPoolExecutor(self._output.at_once, "fp8ckpt-finishing")
+                if self._output.goal.at_once:
+                    self._finishing = ThreadPoolExecutor(self._output.goal.at_once, "fp8ckpt-finishing")
                     threads.callback(self._finishing.shutdown, cancel_futures=True)
                 writing = threads.enter_context(ThreadPoolExecutor(len(fillers), "fp8ckpt-writing"))
                 workers = [_Worker(self, filler, writing) for filler in fillers]
@@ -153,9 +153,9 @@ class ExtentWriter:
         while self._left or self._following or any(taken):
             for extents, chunks in zip((self._following, self._left), taken, strict=True):
                 if extents and not chunks:
-                    self._leave_open(self._output.at_once)
+                    self._leave_open(self._output.goal.at_once)
                     i = extents.popleft()
-                    self._open[i] = _OpenExtent(self._output.place(self._extents[i]))
+                    self._open[i] = _OpenExtent(self._output.goal.place(self._extents[i]))
                     chunks.extend((i, k) for k in range(len(self._extents[i].chunks)))
                 if chunks:
                     yield chunks.popleft()

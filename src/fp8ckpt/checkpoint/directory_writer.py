@@ -102,7 +102,7 @@ class DirectoryWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Refuse an existing destination before any planning."""
-        self._output.refuse_existing()
+        self._output.goal.refuse_existing()
         if (base := self._base_of_output()) is not None:
             refuse_shared(self._output, base, "base")
 
@@ -122,7 +122,7 @@ class DirectoryWriter(StorageWriter):
         tensors = _tensors_of(plans)
         self._plan, self._tensors = self._planned(tensors), len(tensors)
         stages: list[Stages | None] = [None] * len(plans)
-        if self._output.in_parts:
+        if self._output.goal.in_parts:
             layouts = self._plan.layouts
             self._schedule = found = schedule(layouts, self._makers(self._plan), held(plans, tensors), len(plans))
             self._plan = dataclasses.replace(self._plan, holes=max(0, self._plan.nbytes - found.most))
@@ -251,7 +251,7 @@ class DirectoryWriter(StorageWriter):
     @property
     def _meets(self) -> bool:
         """Whether ranks must meet while they write: what goes to a store is sent in rounds."""
-        return self._output.in_parts
+        return self._output.goal.in_parts
 
     # ---------------------------------------------------------------- what a writer decides
 

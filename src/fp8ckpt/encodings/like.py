@@ -37,7 +37,7 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
     asked for.
     """
     assert asked.like is not None  # or nothing would be like it
-    output.refuse_existing()
+    output.goal.refuse_existing()
     given, like = asked.opened(asked.source), asked.opened(asked.like)
     refuse_shared(output, given, "source")
     refuse_shared(output, like, "base")

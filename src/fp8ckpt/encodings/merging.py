@@ -46,7 +46,7 @@ def plan_merging(
     ``served``: makes the configuration with which engines serve the
     base, whose layout is put right, too.
     """
-    output.refuse_existing()
+    output.goal.refuse_existing()
     refuse_shared(output, base, "base")
     for adapter in adapters:
         refuse_shared(output, adapter.checkpoint, "adapter")

@@ -25,7 +25,7 @@ LAYOUTS = (FILE, MODEL)
 
 def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written."""
-    output.refuse_existing()
+    output.goal.refuse_existing()
     checkpoint, dtype = asked.opened(asked.source), TARGETS[asked.to]
     refuse_shared(output, checkpoint, "source")
     raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))

@@ -165,7 +165,7 @@ class QuantizingPlan:
 
     def forecast(self, output: PartialOutput) -> Forecast:
         """What writing it would take; see `fp8ckpt.output.plan.OutputPlan.forecast`."""
-        return self.output.forecast(output, self.extents(output.extent), self.made_of(), self.notes)
+        return self.output.forecast(output, self.extents(output.goal.extent), self.made_of(), self.notes)
 
     def made_of(self) -> dict[str, int]:
         """Of how many bytes each tensor is made: values, which are read twice where it is known that no scale is kept,

@@ -69,8 +69,8 @@ def run(
 ) -> Written:
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
-    first = plan.extents(output.extent)
-    units = Units(plan, first, plan.second_pass(first, in_parts=output.in_parts))
+    first = plan.extents(output.goal.extent)
+    units = Units(plan, first, plan.second_pass(first, in_parts=output.goal.in_parts))
     done = begin(plan.output, output, ranks, first, units.stale)
     units.begin(done)
     rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))

@@ -173,7 +173,7 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     """
     assert asked.scheme is not None  # or there would be none
     scheme, report = asked.scheme, asked.report
-    output.refuse_existing()
+    output.goal.refuse_existing()
     given = asked.opened(asked.source)
     refuse_shared(output, given, "source")
     tensors = source_tensors(given, {name: name for name in given.tensors})

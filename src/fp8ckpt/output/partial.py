@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp8ckpt.errors import (
     OutputBusyError,
-    OutputExistsError,
     RangeError,
     ResumeMismatchError,
     SourceChangedError,
@@ -36,16 +34,15 @@ from fp8ckpt.errors import (
     WeightValueError,
     shown,
 )
-from fp8ckpt.output import extents, standing
-from fp8ckpt.output.extents import Extent
-from fp8ckpt.output.files import OutputFile, flush_directory, writing_to
-from fp8ckpt.output.places import Kept, Part, Place, Sent
+from fp8ckpt.output import standing
+from fp8ckpt.output.files import writing_to
+from fp8ckpt.output.goal import Directory, flush_parent
+from fp8ckpt.output.places import Sent
 from fp8ckpt.output.sending import Sending
-from fp8ckpt.output.standing import OUTPUT, entries
-from fp8ckpt.output.state import LOCK, STATE, WRITERS, Facts, State, is_state
+from fp8ckpt.output.standing import OUTPUT
+from fp8ckpt.output.state import LOCK, STATE, WRITERS, Facts, State
 from fp8ckpt.stores.address import address_of
-from fp8ckpt.stores.upload import AT_ONCE, There, destination_of
-from fp8ckpt.stores.upload import LOCK as LOCK_OF_STORE
+from fp8ckpt.stores.upload import destination_of
 from fp8ckpt.system import lock
 
 
@@ -72,38 +69,15 @@ class PartialOutput:
     def __init__(self, destination: str | os.PathLike[str]) -> None:
         self._lock: int | None = None
         self.turn = ""  # of the run that `begin` began
-        address = address_of(destination)
         self.partial = partial_of(destination).absolute()
         self.directory = self.partial / OUTPUT
         self.state = State(self.partial / STATE)
-        self._far = far = None if address is None else destination_of(address, self.state.uploads)
-        self.destination = _place(destination).absolute() if far is None else far.where
-        self._sending = None if far is None else Sending(far, self.state, self.directory, self.partial)
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether an extent that was written can only be written again as a whole."""
-        return self._far is not None
-
-    @property
-    def at_once(self) -> int:
-        """How many extents are flushed sooner at once, beside the work, than one after the other in it."""
-        return AT_ONCE if self._far is not None else 0
-
-    @property
-    def extent(self) -> int:
-        """Bytes of an extent."""
-        return extents.EXTENT if self._far is None else extents.PART
-
-    def place(self, extent: Extent) -> Place:
-        """Where the bytes of an extent are written."""
-        if self._far is None:
-            return OutputFile(self.directory / extent.layout.name)
-        return Part(self._far, extent) if extent.whole else Kept(self.directory / extent.layout.name, extent)
-
-    def elsewhere(self, written: Iterable[Extent]) -> int:
-        """Bytes of these extents that no disk of this machine will hold."""
-        return 0 if self._far is None else sum(extent.nbytes for extent in written if extent.whole)
+        self.goal: Directory | Sending
+        if (address := address_of(destination)) is None:
+            self.goal = Directory(_place(destination).absolute(), self.partial, self.state)
+        else:
+            self.goal = Sending(destination_of(address, self.state.uploads), self.state, self.partial)
+        self.destination = self.goal.where
 
     def begin(self, fingerprint: Mapping[str, Any], names: Collection[str], in_parts: Collection[str] = ()) -> None:
         """Create the partial output, or take up the one that is there; hold its lock until `release`.
@@ -116,8 +90,7 @@ class PartialOutput:
         try:
             with self._named():
                 self._begin(fingerprint, names)
-                if self._sending is not None:
-                    self._sending.begin(in_parts)
+                self.goal.begin(in_parts)
         except BaseException:
             self.release()
             raise
@@ -126,7 +99,7 @@ class PartialOutput:
         self.look(fingerprint, names)
         if not os.path.lexists(self.partial.parent):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-        _flush_parent(self.partial)  # as after the rename: what may not be read cannot be flushed
+        flush_parent(self.partial)  # as after the rename: what may not be read cannot be flushed
         self.state.at.mkdir(parents=True, exist_ok=True)
         self._lock = self.state.locked(LOCK)
         if self._lock is None or (writers := self.state.locked(WRITERS)) is None:
@@ -139,7 +112,7 @@ class PartialOutput:
         self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
         if not self.directory.exists():  # nothing was written yet, or all was, and has its name
             self.state.forget()
-            self.state.keep_plan(self._told(fingerprint))
+            self.state.keep_plan({**fingerprint, **self.goal.told})
             self.directory.mkdir()
 
     def look(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
@@ -147,19 +120,15 @@ class PartialOutput:
         left which died after its last step.
         """
         with self._named():
-            self.refuse_existing()
+            self.goal.refuse_existing()
             standing.refuse_foreign(self.partial, names)
             if os.path.lexists(self.directory) and not self.state.has_plan:
                 raise self._mismatch("its state is gone")
-            now = self._told(fingerprint)
+            now = {**fingerprint, **self.goal.told}
             if self.directory.exists() and (before := self._recorded_plan()) != now:
                 if self._lock is None and self.state.is_locked():  # then nobody is told to delete what is there
                     raise OutputBusyError.of(self.partial)
                 raise self._differs(before, now)
-
-    def _told(self, fingerprint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The fingerprint, and where in a store it goes: of that, ``DST.partial`` has only the last name."""
-        return fingerprint if self._far is None else {**fingerprint, "destination": self._far.where.rstrip("/")}
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -168,7 +137,7 @@ class PartialOutput:
             try:
                 yield
             except FileNotFoundError:  # another run, which we raced, has just published
-                self.refuse_existing()
+                self.goal.refuse_existing()
                 raise
 
     @contextmanager
@@ -192,42 +161,15 @@ class PartialOutput:
         except (JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise self._mismatch("its state cannot be read") from None
 
-    def _mismatch(self, found: str, held: str = "") -> ResumeMismatchError:
-        return ResumeMismatchError.of_other(self.partial, f"{self.partial}{held}", found)
+    def _mismatch(self, found: str) -> ResumeMismatchError:
+        return ResumeMismatchError.of_other(self.partial, f"{self.partial}{self.goal.beside}", found)
 
     def _differs(self, before: Any, now: Mapping[str, Any]) -> ResumeMismatchError:
         other = before.get("destination") if isinstance(before, dict) else None
         if isinstance(before, dict) and other != now.get("destination"):
             goes = shown(other) if other else str(self.partial.with_suffix(""))
             return ResumeMismatchError.of_elsewhere(self.partial, goes)
-        held = "" if self._far is None else f" and {self._far.where.rstrip('/')}/{LOCK_OF_STORE}"
-        return self._mismatch(_difference(before, now), held)
-
-    def refuse_existing(self) -> None:
-        """Raise `OutputExistsError` where anything stands at the destination, a broken link included; in a store, but
-        for what a run of ours was cut off in completing.
-        """
-        if self._sending is not None:
-            self._sending.refuse_existing()
-        elif os.path.lexists(self.destination) or Path(self.destination).name == "..":
-            self._tidy()
-            raise OutputExistsError.of_destination(self.destination)
-
-    def _tidy(self) -> None:
-        """Remove what a run left that died between its last step, the rename, and its end: state, and nothing else; or
-        the empty folder where that was.
-        """
-        with suppress(OSError):  # the destination stands there, and that is what the caller hears of
-            found = {entry: status.st_mode for entry, status in entries(self.partial)}
-            if not found:
-                self.partial.rmdir()
-            if not stat.S_ISDIR(found.pop(STATE, 0)):
-                return
-            if not all(stat.S_ISREG(mode) and is_state(entry) for entry, mode in found.items()):
-                return
-            if (held := self.state.locked(LOCK)) is not None:
-                shutil.rmtree(self.partial, ignore_errors=True)
-                os.close(held)
+        return self._mismatch(_difference(before, now))
 
     def records(self) -> dict[int, Facts]:
         """The facts that were recorded of each extent that is on disk, by all processes so far; in the order of the
@@ -245,34 +187,15 @@ class PartialOutput:
         """Take these extents for not written; by the process that begins, before any of them is."""
         self.state.keep_only({i: one for i, one in self.state.records().items() if i not in extents})
 
-    def send(self, name: str, number: int, data: bytes) -> There:
-        """Send a part of a file; any process, any thread. See `Sending.send`."""
-        assert self._sending is not None
-        return self._sending.send(name, number, data)
-
     def publish(self) -> None:
-        """Rename the directory to its final name, or upload it, and remove the state. All its files must have been
-        flushed.
-        """
-        if self._sending is not None:
-            self._sending.publish()
-        else:
-            self._rename(Path(self.destination))
+        """Have the output appear, whose files are all flushed, and remove the state."""
+        self.goal.publish()
         shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more, or all is elsewhere
-
-    def _rename(self, destination: Path) -> None:
-        with writing_to(self.directory):
-            for directory, _, _ in os.walk(self.directory):
-                flush_directory(Path(directory))
-            self.refuse_existing()  # rename() would replace an empty directory
-            self.directory.rename(destination)
-            _flush_parent(destination)
 
     def discard(self) -> None:
         """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""
         if self._lock is not None:
-            if self._sending is not None:
-                self._sending.give_up()
+            self.goal.give_up()
             shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
 
@@ -284,11 +207,6 @@ class PartialOutput:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _flush_parent(path: Path) -> None:
-    """Return when a name is on disk, in the folder that the user named, which may be a link."""
-    flush_directory(Path(os.path.realpath(path.parent, strict=True)))
 
 
 @contextmanager

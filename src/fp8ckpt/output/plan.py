@@ -104,13 +104,13 @@ class OutputPlan:
         resumed = sum(extent.nbytes for i, extent in extents.items() if i in done)
         read = bytes_read_for((extent for i, extent in extents.items() if i not in done), made_of)
         write = sum(self._sizes().values()) - self.holes - resumed
-        rate = measured_rate(room.where, write) if room.fits and not output.in_parts else None
+        rate = measured_rate(room.where, write) if room.fits and not output.goal.in_parts else None
         return Forecast(
             destination=output.destination,
             files=len(self.names),
             bytes_to_read=read + sum(file.stat.size for file in self.copies.values()),
             bytes_to_write=write,
-            bytes_to_upload=write if output.in_parts else 0,
+            bytes_to_upload=write if output.goal.in_parts else 0,
             bytes_resumed=resumed,
             where=room.where,
             bytes_needed=room.needs,
@@ -127,7 +127,8 @@ class OutputPlan:
         refuse_written(output, [path / name for path, name in paths if path is not None])
         output.look(self._fingerprint(output), self.names)
         sizes = {output.directory / name: size for name, size in self._sizes().items()}
-        return room_for(sizes, self.holes + output.elsewhere(written))
+        sent = sum(extent.nbytes for extent in written if extent.whole) if output.goal.in_parts else 0
+        return room_for(sizes, self.holes + sent)
 
     def _sizes(self) -> dict[str, int]:
         """Every file of the finished directory by its path in it, and how long it will be."""
@@ -168,7 +169,7 @@ class OutputPlan:
             "format": 7,
             **self.arguments,
             "chunk": extents.CHUNK,
-            "extent": output.extent,
+            "extent": output.goal.extent,
             "sources": sources,
             "planned": self._digest(),
         }

@@ -8,30 +8,54 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from fp8ckpt.errors import Fp8CheckpointError, ResumeMismatchError, StorageError
-from fp8ckpt.output.places import Sent
+from fp8ckpt.output import extents
+from fp8ckpt.output.extents import Extent
+from fp8ckpt.output.places import Kept, Part, Place, Sent
+from fp8ckpt.output.standing import OUTPUT
 from fp8ckpt.output.state import State
-from fp8ckpt.stores.upload import Destination, There
+from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, There
 
 
 class Sending:
-    """The life of one output at the destination ``far``. ``directory`` is what is kept of it in ``partial``."""
+    """As a `fp8ckpt.output.goal.Directory`, of the place ``far``. What is kept of the output here is in ``partial``."""
 
-    def __init__(self, far: Destination, state: State, directory: Path, partial: Path) -> None:
+    in_parts = True
+    at_once = AT_ONCE
+
+    def __init__(self, far: Destination, state: State, partial: Path) -> None:
         self._far = far
         self._state = state
-        self._directory = directory
+        self._directory = partial / OUTPUT
         self._partial = partial
         self._uploads: Collection[str] = ()
 
-    def begin(self, uploads: Collection[str]) -> None:
-        """Begin, or go on with, the ``uploads`` of files in parts."""
-        self._uploads = uploads
+    @property
+    def where(self) -> str:
+        return self._far.where
+
+    @property
+    def extent(self) -> int:
+        return extents.PART
+
+    @property
+    def told(self) -> Mapping[str, str]:
+        return {"destination": self.where.rstrip("/")}
+
+    @property
+    def beside(self) -> str:
+        return f" and {self.where.rstrip('/')}/{LOCK}"
+
+    def place(self, extent: Extent) -> Place:
+        return Part(self._far, extent) if extent.whole else Kept(self._directory / extent.layout.name, extent)
+
+    def begin(self, in_parts: Collection[str]) -> None:
+        self._uploads = in_parts
         run, new = self._state.run()
         try:
             self._far.hold(run)
@@ -40,7 +64,7 @@ class Sending:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
         if self.seen() is None:
-            self._far.begin(uploads)
+            self._far.begin(in_parts)
             self._drop_lost()
 
     def _drop_lost(self) -> None:
@@ -52,7 +76,6 @@ class Sending:
             self._state.keep_only({i: one for i, one in recorded.items() if one[1] is None or one[1][:2] not in lost})
 
     def refuse_existing(self) -> None:
-        """Raise where anything stands there, but for what a run of ours was cut off in completing."""
         if self.seen() is None:
             self._far.refuse_existing()
 
@@ -112,7 +135,6 @@ class Sending:
         return {name: [There(*of_file[k][-2:]) for k in range(1, len(of_file) + 1)] for name, of_file in parts.items()}
 
     def give_up(self) -> None:
-        """Remove what was sent."""
         with suppress(StorageError):  # the caller hears of what came before
             self._far.give_up(self._uploads)
         self._far.release()

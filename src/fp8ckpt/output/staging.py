@@ -23,6 +23,7 @@ from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.places import Sent
+from fp8ckpt.output.sending import Sending
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.stores.upload import AT_ONCE
 
@@ -174,6 +175,8 @@ class Staging:
     """The files of an output that goes to a store, as one rank of a save writes them. ``writer`` tells ranks apart."""
 
     def __init__(self, output: PartialOutput, stages: Stages, writer: int) -> None:
+        assert isinstance(output.goal, Sending)  # or there would be no stages
+        self._goal = output.goal
         self._output = output
         self._stages = stages
         self._writer = writer
@@ -216,7 +219,7 @@ class Staging:
 
     def _send(self, part: Part) -> None:
         file = self._output.state.staged(part.place)
-        there = self._output.send(part.name, part.number, file.read_bytes())
+        there = self._goal.send(part.name, part.number, file.read_bytes())
         sent = Sent(part.name, part.number, part.start, part.stop, *there)
         self._output.record(self._writer, part.place, {}, sent)
         file.unlink()
