@@ -186,7 +186,6 @@ class Staging:
         self._sending: list[Future[None]] = []
 
     def of(self, name: str) -> Sink:
-        """As `Files.of`."""
         return _StagedFile(self, *self._stages.files[name])
 
     def write(self, place: int, data: Bytes, offset: int) -> None:
@@ -234,7 +233,6 @@ class _StagedFile:
         self._size = size
 
     def write(self, data: Bytes, offset: int) -> None:
-        """As `Sink.write`."""
         while data.nbytes:
             number, at = divmod(offset, self._size)
             part = data[: self._size - at]

@@ -72,7 +72,6 @@ class HttpObjects:
             return dict(zip(names, pool.map(self._stat, names), strict=True))
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
-        """As `fp8ckpt.stores.remote.Objects.get`."""
         condition = {"If-Match": stat.version} if stat.version.startswith('"') else {}
         asked = {"Range": f"bytes={start}-{stop - 1}", **condition}
         with self.answer("GET", name, asked, listed=True) as response:

@@ -59,7 +59,6 @@ class HubObjects(HttpObjects):
         return headers
 
     def list(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.remote.Objects.list`."""
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 

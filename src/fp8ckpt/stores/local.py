@@ -102,7 +102,6 @@ class LocalStore:
         return nullcontext()
 
     def refuse_changes(self) -> None:
-        """As `fp8ckpt.stores.store.Store.refuse_changes`."""
         for name, seen in list(self._seen.items()):
             try:
                 now = _identity(os.lstat(self._real(name)))

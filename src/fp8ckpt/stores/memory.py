@@ -26,11 +26,9 @@ class MemoryStore:
         self._seen: dict[str, Stat] = {}
 
     def files(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.store.Store.files`."""
         return Files(lambda: sorted(self.contents), self._look)
 
     def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
-        """As `fp8ckpt.stores.store.Store.read`."""
         for part, buffer in zip(wanted, out, strict=True):
             self.reads.append(part)
             if part.file not in self.contents and part.file not in self._seen:
@@ -47,11 +45,9 @@ class MemoryStore:
             buffer[:] = np.frombuffer(data, np.uint8)
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
-        """As `fp8ckpt.stores.store.Store.ahead`."""
         return nullcontext()
 
     def refuse_changes(self) -> None:
-        """As `fp8ckpt.stores.store.Store.refuse_changes`."""
         for name in self._seen:
             self._refuse_change(name)
 

@@ -58,7 +58,6 @@ class OtherObjects:
         return client, path.rstrip("/")
 
     def list(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.remote.Objects.list`."""
         client, path = self._place
         try:
             client.invalidate_cache()
@@ -71,7 +70,6 @@ class OtherObjects:
         return found
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
-        """As `fp8ckpt.stores.remote.Objects.get`."""
         client, path = self._place
         try:
             yield client.cat_file(f"{path}/{name}", start=start, end=stop)

@@ -188,7 +188,6 @@ class RemoteStore:
                         future.exception()
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
-        """As `fp8ckpt.stores.store.Store.ahead`."""
         return Window(self, self._windows, ([part for part in read if self._known(part) is None] for read in reads))
 
     def _known(self, part: ByteRange) -> Bytes | None:

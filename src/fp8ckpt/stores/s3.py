@@ -114,7 +114,6 @@ class S3Objects:
         return found
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
-        """As `fp8ckpt.stores.remote.Objects.get`."""
         with self.errors(name):
             answer = self.client.get_object(
                 Bucket=self.bucket, Key=self.key(name), Range=f"bytes={start}-{stop - 1}", IfMatch=stat.version

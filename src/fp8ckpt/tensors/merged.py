@@ -428,7 +428,6 @@ class KeptFloats:
         self._lock = threading.Lock()
 
     def __call__(self, span: TensorSpan) -> F32:
-        """As `fp8ckpt.tensors.reading.read_floats`."""
         with self._lock:
             if (found := self._kept.get(span)) is not None:
                 self._kept.move_to_end(span)
