@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fp8ckpt.encodings.tying import as_one
-from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
+from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.families.between import parts_of_model
 from fp8ckpt.families.stacks import Shapes, answers
 from fp8ckpt.families.tied import Tied
@@ -24,7 +24,6 @@ from fp8ckpt.tensors.assembly import NEW, Assembly, Piece, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Norms, Product
 from fp8ckpt.tensors.stored import TensorSpan
-from fp8ckpt.tensors.tensor import Tensor
 
 #: The order in which models register the parameters of stacked experts, and PEFT wraps them.
 _REGISTERED = ("gate_up_proj", "down_proj")
@@ -88,7 +87,9 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
     found = {}
     for name, change in changes.items():
         tensor = base.tensors[name]
-        _refuse_base(tensor)
+        if tensor.scaled is None and tensor.dtype not in TARGET_BYTES:
+            what = f"an adapter of a tensor of dtype {tensor.dtype}"
+            raise UnsupportedFormatError.of_dtype(name, tensor.span.file, what, ["FP8", *TARGET_BYTES])
         found[name] = MergedTensor(
             tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude, change.norms
         )
@@ -115,9 +116,7 @@ def _uses(adapter: Adapter, there: Collection[str]) -> Iterator[_Use]:
             yield _Use(adapter, pair, f"{pair.module}.weight", pair.module)
             continue
         if len(leaves) != levels[pair.module]:
-            found = f"{pair.module} has {levels[pair.module]} pairs of factors"
-            expected = f"one for each of target_parameters, of which {len(leaves)} are of it"
-            raise ModelMismatchError(found, tensor=pair.a, expected=expected)
+            raise ModelMismatchError.of_pairs(pair.a, pair.module, levels[pair.module], len(leaves))
         target = f"{pair.module}.{leaves[-1 - pair.depth]}"  # the last that was wrapped is outside
         yield _Use(adapter, pair, target, target)
 
@@ -139,11 +138,7 @@ def _parameters(adapter: Adapter, module: str, there: Collection[str]) -> list[s
         if (f"{module}.{leaf}" in there if leaf == target else f".{module}.{leaf}".endswith(f".{target}"))
     }
     if len(found) > 1 and not found <= {*_REGISTERED}:
-        names = ", ".join(sorted(shown(name) for name in found))
-        expected = f"at most one of a module, or {' and '.join(_REGISTERED)}"
-        raise UnsupportedFormatError(
-            f"target_parameters {names}: which was wrapped first is not known", tensor=module, expected=expected
-        )
+        raise UnsupportedFormatError.of_wrapping(module, found, _REGISTERED)
     return sorted(found, key=lambda leaf: _REGISTERED.index(leaf) if leaf in _REGISTERED else 0)
 
 
@@ -152,12 +147,7 @@ def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) 
     parts = _parts(keys, shapes, base)
     missing = sorted(keys.keys() - parts.keys())
     if missing:
-        span = keys[missing[0]]
-        found = f"nothing in the base answers to {shown(missing[0])}"
-        if len(missing) > 1:
-            found += f", and to {len(missing) - 1} more"
-        remedy = f"give the base that it was trained on: {base.path} is another, or ties or lacks this"
-        raise ModelMismatchError(found, tensor=span, expected="a tensor of the base", remedy=remedy)
+        raise ModelMismatchError.of_key(keys[missing[0]], missing[0], len(missing) - 1, base.path)
     return parts
 
 
@@ -180,8 +170,7 @@ def _products(use: _Use, shape: tuple[int, ...], piece: Piece, rank: int) -> Ite
     left, right = _factors(use, shape, matrices=rank == 2 and piece.axes[-1] == len(shape) - 1)
     row, col = len(shape) - 2, len(shape) - 1
     if rank < 2 or {piece.axes[-2], piece.axes[-1]} != {row, col}:
-        found = f"it is of {shape}, of which the base holds other parts than rows and columns"
-        raise UnsupportedFormatError(found, tensor=use.pair.a)
+        raise UnsupportedFormatError.of_parts(use.pair.a, shape)
     if piece.axes[-2] == col:
         left, right, row, col = right, left, col, row
     starts = piece.source_offsets
@@ -207,11 +196,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     if len(shape) not in (2, 3):
         raise UnsupportedFormatError(f"it is of a tensor of shape {shape}", tensor=a, expected="2-D or 3-D")
     if a.shape[0] != rank * experts:
-        found, expected = (
-            f"{a.shape[0]} rows",
-            f"rank {rank}, by {(len(shape) == 3 and f'{experts} experts, ') or ''}the configuration",
-        )
-        raise ModelMismatchError(found, tensor=a, expected=expected)
+        raise ModelMismatchError.of_rank(a, rank, experts if len(shape) == 3 else None)
     straight = (a.shape[1], b.shape[0]) == (shape[-1], shape[-2])
     across = (a.shape[1], b.shape[0]) == (shape[-2], shape[-1])
     if len(shape) == 2:
@@ -220,8 +205,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     elif straight and across:
         straight, across = _of_square_experts(use, matrices=matrices)
     if not straight and not across:
-        found, expected = f"factors {a.shape} and {b.shape}", f"those of {shown(use.target)}, {shape} in the base"
-        raise ModelMismatchError(found, tensor=a, expected=expected, remedy="give its own base")
+        raise ModelMismatchError.of_factors(a, b, use.target, shape)
     inner, outer = Factor(a, True, experts=experts), Factor(b, False, experts=experts)
     return (outer, inner) if straight else (inner, outer)
 
@@ -234,10 +218,7 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
     numbers = tuple(int(part) for part in version[:2] if part.isdigit())
     if matrices and len(numbers) == 2 and numbers >= _STRAIGHT_SINCE:
         return True, False
-    a = use.pair.a
-    found = "stacked experts of as many rows as columns: which are the rows of the factors is not recorded"
-    expected = "a base with a matrix an expert, and peft_version 0.19 or newer"
-    raise UnsupportedFormatError(found, tensor=a, expected=expected)
+    raise UnsupportedFormatError.of_square_experts(use.pair.a)
 
 
 # ---------------------------------------------------------------- whole tensors, and DoRA
@@ -248,9 +229,7 @@ def _replace(change: _Changes, adapter: Adapter, span: TensorSpan, shape: tuple[
         raise ModelMismatchError(found, tensor=span, expected=expected)
 
     if not whole:
-        found = f"a tensor of shape {span.shape} was trained whole, of which {shape} is a part in the base"
-        remedy = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
-        raise UnsupportedFormatError(found, tensor=span, expected="one tensor", remedy=remedy)
+        raise UnsupportedFormatError.of_trained(span, shape)
     if span.shape != shape:
         refuse(f"shape {span.shape}", f"{shape}, as in the base")
     if adapter.weight != 1:
@@ -271,14 +250,5 @@ def _scale_rows(change: _Changes, use: _Use, shape: tuple[int, ...], *, whole: b
         raise UnsupportedFormatError("DoRA of this", tensor=magnitude, expected=expected)
     columns = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
     if magnitude.numel != shape[columns]:
-        found = f"shape {magnitude.shape}"
-        expected = f"{shape[columns]} elements"
-        raise ModelMismatchError(found, tensor=magnitude, expected=expected)
+        raise ModelMismatchError(f"shape {magnitude.shape}", tensor=magnitude, expected=f"{shape[columns]} elements")
     change.magnitude, change.norms = magnitude, Norms() if columns else None
-
-
-def _refuse_base(tensor: Tensor) -> None:
-    if tensor.scaled is None and tensor.dtype not in TARGET_BYTES:
-        found = f"an adapter of a tensor of dtype {tensor.dtype}"
-        expected = f"FP8, or one of {', '.join(TARGET_BYTES)}"
-        raise UnsupportedFormatError(found, tensor=tensor, expected=expected)

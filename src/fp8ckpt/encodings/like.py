@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
-from fp8ckpt.errors import ModelMismatchError, listed, shown
+from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.carried import carriable
 from fp8ckpt.families.names import LAYOUTS, find_layout, name_pattern
@@ -133,13 +133,7 @@ def _tied_as_in(
             if not same_bits(tensors[name], tensors[kept]):
                 if len(one.stored) > 1:  # a name of another model's
                     continue
-                raise ModelMismatchError(
-                    f"it is not {shown(kept)}, and the base, where the two are one, stores no other",
-                    tensor=name,
-                    file=tensors[name].span.file,
-                    expected="the same values",
-                    remedy="tie the two before the model is saved, or quantize it by a --scheme instead",
-                )
+                raise ModelMismatchError.of_head(name, tensors[name].span.file, kept)
             del tensors[name]
             notes.append(f"{name} of the source is its {kept}, and is not stored, as in the base")
     return tensors, tuple(notes)

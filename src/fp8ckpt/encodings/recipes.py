@@ -280,14 +280,7 @@ def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         if tensor.scaled is not None:
-            remedy = "convert it first: --to bf16"
-            raise UnsupportedFormatError(
-                "it is quantized already",
-                tensor=name,
-                file=tensor.span.file,
-                expected="BF16, F16 or F32",
-                remedy=remedy,
-            )
+            raise UnsupportedFormatError.of_quantized(tensor)
         found[names[name]] = tensor
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from fp8ckpt.errors import UnsupportedFormatError, listed, shown
+from fp8ckpt.errors import UnsupportedFormatError, listed
 from fp8ckpt.families.stacks import answers
 from fp8ckpt.families.tied import Tied
 from fp8ckpt.tensors.adapters import Adapter, same_product, same_values
@@ -35,23 +35,10 @@ def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
         others = [name for name in list(tied.names)[: tied.size] if name != key]
         apart = bool(trained.keys() - pairs.keys()) and len(trained) < tied.size
         if apart or not all(same_values(first, span) for span in trained.values()):
-            raise UnsupportedFormatError(
-                f"it was trained whole, and apart from what it is tied to in the base: {listed(others)}",
-                tensor=first,
-                expected="the same values for all",
-                remedy="train it with ensure_weight_tying=True; or merge it with PEFT (merge_and_unload), which unties "
-                "them, state tie_word_embeddings false there, and quantize that by a --scheme",
-            )
+            raise UnsupportedFormatError.of_untied(first, others)
     for key in names.keys() & pairs.keys():
         if kept not in pairs or not same_product(pairs[key], pairs[kept]):
-            raise UnsupportedFormatError(
-                f"factors of a part of what is tied in the base: {shown(key)} is {shown(stored)} there, which would "
-                "change with it, and was trained without",
-                tensor=pairs[key].a,
-                expected="the same factors for all, or those of the embeddings alone",
-                remedy="train the embeddings with ensure_weight_tying=True; or serve the adapter beside the base, "
-                "which parts the two; or untie them before training, and merge into that",
-            )
+            raise UnsupportedFormatError.of_tied_factors(pairs[key].a, key, stored)
     dropped = names.keys() - {kept}
     return replace(
         adapter,

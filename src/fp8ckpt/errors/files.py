@@ -133,6 +133,10 @@ class TruncatedFileError(HeaderError):
     def of(cls, file: Named, found: str, least: str) -> Self:
         return cls(found, file=file, expected=least)
 
+    @classmethod
+    def of_end(cls, file: str, end: int, least: int, remedy: str) -> Self:
+        return cls(f"the file ends at byte {end}", file=file, expected=f"at least {least} bytes", remedy=remedy)
+
 
 class IndexMismatchError(Fp8CheckpointError, ValueError):
     """The index and the files' own headers disagree, or the index names a file outside the directory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Readable, listed, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored, listed, shown
 
 _SHARD = "shard it with fully_shard (FSDP2)"
 
@@ -29,6 +29,54 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
             remedy += f"{instead}; or resize it back: model.resize_token_embeddings({base[0]})"
         expected = f"{base}, as in the base"
         return cls(f"shape {found} in the {what}", tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_dtype(cls, tensor: str, file: object, dtype: str, base: str) -> Self:
+        """``base``: the dtype that the base has."""
+        remedy = f"give its own base, or cast it to {base} if its values are meant to be that"
+        return cls(f"dtype {dtype}", tensor=tensor, file=file, expected=f"{base}, as in the base", remedy=remedy)
+
+    @classmethod
+    def of_tensors(cls, base: object, missing: Collection[str], extra: Collection[str], what: str, remedy: str) -> Self:
+        """Tensors that are only in the ``base``, and those that are only in ``what`` (see `of_shape`)."""
+        name, where = (min(missing), "base") if missing else (min(extra), what)
+        found = f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; "
+        found += f"the first is {shown(name)}, in the {where}"
+        if missing and not extra:
+            option = "carry=REGEX" if what == "model" else "--carry REGEX"
+            remedy = f"{remedy}; or name what is to be taken from the base: {option}"
+        return cls(found, file=str(base), expected="the same logical tensors", remedy=remedy)
+
+    @classmethod
+    def of_head(cls, tensor: str, file: object, kept: str) -> Self:
+        """A tensor of a source that the base has as one with ``kept``."""
+        found = f"it is not {shown(kept)}, and the base, where the two are one, stores no other"
+        remedy = "tie the two before the model is saved, or quantize it by a --scheme instead"
+        return cls(found, tensor=tensor, file=file, expected="the same values", remedy=remedy)
+
+    # ---------------------------------------------------------------- adapters
+
+    @classmethod
+    def of_key(cls, factor: Stored, name: str, others: int, base: object) -> Self:
+        """What was trained as ``name`` is not in the ``base``, nor are ``others``."""
+        found = f"nothing in the base answers to {shown(name)}" + (f", and to {others} more" if others else "")
+        remedy = f"give the base that it was trained on: {base} is another, or ties or lacks this"
+        return cls(found, tensor=factor, expected="a tensor of the base", remedy=remedy)
+
+    @classmethod
+    def of_pairs(cls, factor: Stored, module: str, pairs: int, parameters: int) -> Self:
+        expected = f"one for each of target_parameters, of which {parameters} are of it"
+        return cls(f"{module} has {pairs} pairs of factors", tensor=factor, expected=expected)
+
+    @classmethod
+    def of_rank(cls, factor: Stored, rank: int, experts: int | None) -> Self:
+        expected = f"rank {rank}, by {'' if experts is None else f'{experts} experts, '}the configuration"
+        return cls(f"{factor.shape[0]} rows", tensor=factor, expected=expected)
+
+    @classmethod
+    def of_factors(cls, a: Stored, b: Stored, target: str, shape: tuple[int, ...]) -> Self:
+        found, expected = f"factors {a.shape} and {b.shape}", f"those of {shown(target)}, {shape} in the base"
+        return cls(found, tensor=a, expected=expected, remedy="give its own base")
 
     @classmethod
     def of_absent(cls, names: Collection[str], file: object) -> Self:

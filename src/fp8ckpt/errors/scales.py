@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Stored, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored, listed, shown
 from fp8ckpt.errors.files import COPY
 
 _SAME_TOOL = "use the tool that wrote it"
+MERGED_THERE = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
 
 
 class MissingScaleError(Fp8CheckpointError, ValueError):
@@ -120,3 +121,69 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
         """``scale``: exponents of blocks that may be stored in a kernel's order."""
         found = f"the {scale.dtype} scales {shown(scale.name)} may be in the order of a kernel, not that of the blocks"
         return cls(found, tensor=weight, expected="float scales, or one", remedy=_SAME_TOOL)
+
+    @classmethod
+    def of_dtype(cls, tensor: str, file: object, what: str, known: Iterable[str], remedy: str | None = None) -> Self:
+        """``what`` is of a dtype that no values of this kind have."""
+        return cls(what, tensor=tensor, file=file, expected=f"one of {', '.join(known)}", remedy=remedy)
+
+    @classmethod
+    def of_codes(cls, tensor: Readable, dtype: str) -> Self:
+        """A weight of a base whose codes are never written."""
+        found, expected = (
+            f"{dtype} codes in the base",
+            "F8_E4M3, the one FP8 dtype that releases use and fp8ckpt writes",
+        )
+        return cls(found, tensor=tensor, expected=expected, remedy="write bf16, and give that a --scheme")
+
+    @classmethod
+    def of_quantized(cls, tensor: Readable) -> Self:
+        """A tensor of a source that is to be quantized."""
+        remedy = "convert it first: --to bf16"
+        return cls("it is quantized already", tensor=tensor, expected="BF16, F16 or F32", remedy=remedy)
+
+    # ---------------------------------------------------------------- adapters
+
+    @classmethod
+    def of_wrapping(cls, module: str, parameters: Iterable[str], known: Iterable[str]) -> Self:
+        """Parameters of one module that an adapter targets; of ``known`` ones it is known which PEFT wraps first."""
+        found = f"target_parameters {listed(parameters)}: which was wrapped first is not known"
+        return cls(found, tensor=module, expected=f"at most one of a module, or {' and '.join(known)}")
+
+    @classmethod
+    def of_parts(cls, factor: Stored, shape: tuple[int, ...]) -> Self:
+        return cls(f"it is of {shape}, of which the base holds other parts than rows and columns", tensor=factor)
+
+    @classmethod
+    def of_square_experts(cls, factor: Stored) -> Self:
+        found = "stacked experts of as many rows as columns: which are the rows of the factors is not recorded"
+        expected = "a base with a matrix an expert, and peft_version 0.19 or newer"
+        return cls(found, tensor=factor, expected=expected)
+
+    @classmethod
+    def of_trained(cls, tensor: Stored, shape: tuple[int, ...]) -> Self:
+        """A whole tensor of an adapter, of which the base has a part as one of this ``shape``."""
+        found = f"a tensor of shape {tensor.shape} was trained whole, of which {shape} is a part in the base"
+        return cls(found, tensor=tensor, expected="one tensor", remedy=MERGED_THERE)
+
+    @classmethod
+    def of_untied(cls, tensor: Stored, others: Iterable[str]) -> Self:
+        """A whole tensor of an adapter that the base ties to ``others``."""
+        found = f"it was trained whole, and apart from what it is tied to in the base: {listed(others)}"
+        remedy = (
+            "train it with ensure_weight_tying=True; or merge it with PEFT (merge_and_unload), which unties them, "
+            "state tie_word_embeddings false there, and quantize that by a --scheme"
+        )
+        return cls(found, tensor=tensor, expected="the same values for all", remedy=remedy)
+
+    @classmethod
+    def of_tied_factors(cls, factor: Stored, key: str, stored: str) -> Self:
+        """Factors of ``key``, which the base has as one with others, by the name ``stored``."""
+        found = f"factors of a part of what is tied in the base: {shown(key)} is {shown(stored)} there, which would "
+        found += "change with it, and was trained without"
+        expected = "the same factors for all, or those of the embeddings alone"
+        remedy = (
+            "train the embeddings with ensure_weight_tying=True; or serve the adapter beside the base, which parts the "
+            "two; or untie them before training, and merge into that"
+        )
+        return cls(found, tensor=factor, expected=expected, remedy=remedy)

@@ -46,6 +46,10 @@ class UnsupportedSystemError(Fp8CheckpointError, ImportError):
 class MissingPackageError(Fp8CheckpointError, ImportError):
     """A package is needed that only an extra of this one brings."""
 
+    @classmethod
+    def of(cls, doing: str, file: object, package: str, install: str) -> Self:
+        return cls(f"{doing} needs {package}", file=file, remedy=f"pip install {install}")
+
 
 class UnsupportedStoreError(Fp8CheckpointError, ValueError):
     """The URL of a store that is not known, or that cannot do what is asked of it."""

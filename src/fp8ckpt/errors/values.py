@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Readable
+from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored
 
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):
@@ -33,6 +33,12 @@ class WeightValueError(Fp8CheckpointError, ValueError):
     @classmethod
     def of_nonfinite(cls, tensor: str, file: object, count: int, numel: int) -> Self:
         return cls.of(tensor, file, f"{count} of {numel} elements are NaN or infinite, and have no code")
+
+    @classmethod
+    def of_adapter(cls, factor: Stored, count: int, numel: int) -> Self:
+        found = f"{count} of {numel} elements are NaN or infinite"
+        remedy = "give a checkpoint of the adapter from before its training diverged"
+        return cls(found, tensor=factor, expected="finite values", remedy=remedy)
 
 
 class RangeError(Fp8CheckpointError, OverflowError):

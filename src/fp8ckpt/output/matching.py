@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError, shown
+from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.quantize import CODINGS
 from fp8ckpt.output.layout import TensorSpec
@@ -16,7 +16,6 @@ from fp8ckpt.tensors.reading import scale_defects
 from fp8ckpt.tensors.stored import DTYPE_BITS
 from fp8ckpt.tensors.tensor import Tensor
 
-_CODES = "F8_E4M3"
 FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
 
 
@@ -25,9 +24,8 @@ def refuse_base(base: Checkpoint, remedy: str) -> None:
     `ScaleValueError`.
     """
     if not base.quantized and not base.cache_scales:
-        raise UnsupportedFormatError(
-            "none of its tensors is quantized", file=str(base.path), expected="an FP8 base", remedy=remedy
-        )
+        found = "none of its tensors is quantized"
+        raise UnsupportedFormatError(found, file=str(base.path), expected="an FP8 base", remedy=remedy)
     raise_first(scale_defects(base.quantized, base.cache_scales))
 
 
@@ -45,15 +43,7 @@ def refuse_other_tensors(
     carried = missing & set(carry)
     missing -= carried
     if missing or extra:
-        name, where = (min(missing), "base") if missing else (min(extra), what)
-        found_in = (
-            f"{len(missing)} tensors are only in the base, {len(extra)} only in the {what}; "
-            f"the first is {shown(name)}, in the {where}"
-        )
-        if missing and not extra:
-            option = "carry=REGEX" if what == "model" else "--carry REGEX"
-            remedy = f"{remedy}; or name what is to be taken from the base: {option}"
-        raise ModelMismatchError(found_in, file=str(base.path), expected="the same logical tensors", remedy=remedy)
+        raise ModelMismatchError.of_tensors(base.path, missing, extra, what, remedy)
     for name, tensor in base.tensors.items():
         if name not in carried and found[name].shape != tensor.shape:
             raise ModelMismatchError.of_shape(name, _file_of(found[name]), found[name].shape, tensor.shape, what)
@@ -68,13 +58,7 @@ def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], 
         tensor = base.tensors[name]
         if tensor.scaled is not None:
             if tensor.scaled.code_dtype not in CODINGS:
-                raise UnsupportedFormatError(
-                    f"{tensor.scaled.code_dtype} codes in the base",
-                    tensor=name,
-                    file=tensor.span.file,
-                    expected=f"{_CODES}, the one FP8 dtype that releases use and fp8ckpt writes",
-                    remedy="write bf16, and give that a --scheme",
-                )
+                raise UnsupportedFormatError.of_codes(tensor, tensor.scaled.code_dtype)
             refuse_dtype(given)
     refuse_other_kinds(found, base, TARGET_BYTES.keys())
 
@@ -88,9 +72,7 @@ def refuse_other_kinds(
     for name, given in found.items():
         stored = base.tensors[name].dtype
         if given.dtype != stored and not {given.dtype, stored} <= set(floats):
-            found_in, expected = f"dtype {given.dtype}", f"{stored}, as in the base"
-            remedy = f"give its own base, or cast it to {stored} if its values are meant to be that"
-            raise ModelMismatchError(found_in, tensor=name, file=_file_of(given), expected=expected, remedy=remedy)
+            raise ModelMismatchError.of_dtype(name, _file_of(given), given.dtype, stored)
 
 
 def in_fewer_bits(found: Mapping[str, Tensor], base: Checkpoint) -> list[str]:
@@ -102,13 +84,9 @@ def in_fewer_bits(found: Mapping[str, Tensor], base: Checkpoint) -> list[str]:
 def refuse_dtype(given: Tensor | TensorSpec) -> None:
     """A weight to be quantized is of a dtype that quantizing is defined for."""
     if given.dtype not in TARGET_BYTES:
-        raise UnsupportedFormatError(
-            f"a weight of dtype {given.dtype}",
-            tensor=given.name,
-            file=_file_of(given),
-            expected=f"one of {', '.join(TARGET_BYTES)}",
-            remedy="cast it first, if its values are numbers and not packed codes",
-        )
+        what = f"a weight of dtype {given.dtype}"
+        remedy = "cast it first, if its values are numbers and not packed codes"
+        raise UnsupportedFormatError.of_dtype(given.name, _file_of(given), what, TARGET_BYTES, remedy)
 
 
 def _file_of(tensor: Tensor | TensorSpec) -> File | None:

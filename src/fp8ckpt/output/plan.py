@@ -248,9 +248,8 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
         inside = any(read in map(_identity, _with_parents(place)) for place in places)
     if inside:
         found = f"the destination lies inside the {what} {path or checkpoint.store.where}"
-        raise OutputExistsError(
-            found, file=str(output.destination), expected="a path outside it", remedy="choose another destination"
-        )
+        remedy = "choose another destination"
+        raise OutputExistsError(found, file=str(output.destination), expected="a path outside it", remedy=remedy)
 
 
 def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:

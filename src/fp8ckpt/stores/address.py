@@ -51,12 +51,9 @@ def address_of(path: str | os.PathLike[str]) -> Address | None:
     if match is None and (match := _ODD.fullmatch(text)) is None:
         return None
     scheme = match[1].rpartition("@")[2].lower()
-    raise UnsupportedStoreError(
-        "it looks like a store's URL, and is none",
-        file=str(Address(scheme, match[match.re.groups])),
-        expected="scheme://..., as s3://bucket/prefix",
-        remedy="for a local path, write ./ before it",
-    )
+    found, expected = "it looks like a store's URL, and is none", "scheme://..., as s3://bucket/prefix"
+    given, remedy = Address(scheme, match[match.re.groups]), "for a local path, write ./ before it"
+    raise UnsupportedStoreError(found, file=str(given), expected=expected, remedy=remedy)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -47,9 +47,8 @@ class HttpObjects:
         self.where = str(address).rstrip("/")
         self._base = f"{address.scheme}://{address.rest.rstrip('/')}/"
         if not urlsplit(self._base).hostname or "?" in address.rest or "#" in address.rest:
-            raise UnsupportedStoreError(
-                "it is no directory", file=self.where, expected=f"{address.scheme}://host/directory"
-            )
+            expected = f"{address.scheme}://host/directory"
+            raise UnsupportedStoreError("it is no directory", file=self.where, expected=expected)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._address,)
@@ -124,9 +123,8 @@ class HttpObjects:
         target = urlsplit(urljoin(url, location))
         if target.scheme not in ("http", "https") or (url.startswith("https:") and target.scheme == "http"):
             found = f"{self.where} leads from https to {target.scheme}"
-            raise StorageError(
-                found, file=name or None, expected="a redirect to https", remedy="ask who runs the server"
-            )
+            remedy = "ask who runs the server"
+            raise StorageError(found, file=name or None, expected="a redirect to https", remedy=remedy)
         if _origin(url) == _origin(target.geturl()):  # a user that the URL named stays with the host
             return target._replace(netloc=urlsplit(url).netloc).geturl()
         return target.geturl()

@@ -32,9 +32,7 @@ class HubObjects(HttpObjects):
         self.where = str(address).rstrip("/")
         match = _PLACE.fullmatch(address.rest.strip("/"))
         if match is None:
-            raise UnsupportedStoreError(
-                "it is no model of the Hub", file=self.where, expected="hf://org/name or hf://org/name@revision"
-            )
+            raise self._no_model()
         self.model, revision, folder = match.groups()
         self.revision = unquote(revision) if revision else None
         self._folder = f"{folder}/" if folder else ""
@@ -44,6 +42,10 @@ class HubObjects(HttpObjects):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HubObjects, (self._address, self._commit)
+
+    def _no_model(self) -> UnsupportedStoreError:
+        expected = "hf://org/name or hf://org/name@revision"
+        return UnsupportedStoreError("it is no model of the Hub", file=self.where, expected=expected)
 
     def url(self, name: str) -> str:
         """Where a file of the commit is."""
@@ -93,9 +95,7 @@ class HubObjects(HttpObjects):
             found = "huggingface_hub is told to stay offline"
             raise StorageError(found, file=self.where, remedy="unset HF_HUB_OFFLINE, or give a local copy") from None
         except HFValidationError:
-            raise UnsupportedStoreError(
-                "it is no model of the Hub", file=self.where, expected="hf://org/name or hf://org/name@revision"
-            ) from None
+            raise self._no_model() from None
         except ValueError as error:
             raise no_request(error, self.where) from None
         except HfHubHTTPError as error:

@@ -158,12 +158,9 @@ class LocalStore:
             return real
         if self._blobs is not None and Path(real).is_relative_to(self._blobs):
             return real
-        raise StorageError(
-            "it is a link that leads out of the directory",
-            file=name,
-            expected="a file, or a link to one inside",
-            remedy="put the file itself there, if you know who made the link",
-        )
+        found, expected = "it is a link that leads out of the directory", "a file, or a link to one inside"
+        remedy = "put the file itself there, if you know who made the link"
+        raise StorageError(found, file=name, expected=expected, remedy=remedy)
 
     def _descriptor(self, name: str) -> _Descriptor:
         key = self._path(name), name == self._named
@@ -184,9 +181,8 @@ class LocalStore:
             if error.errno in ABSENT and name in self._seen:
                 raise SourceChangedError.of(name) from error
             nowhere = error.errno == errno.ENOENT and self._has(name)
-            raise StorageError.of_reading(
-                error, name, "it is a link to nowhere" if nowhere else "cannot be opened"
-            ) from error
+            failed = "it is a link to nowhere" if nowhere else "cannot be opened"
+            raise StorageError.of_reading(error, name, failed) from error
 
     def _first_seen(self, name: str, stat: os.stat_result) -> _Identity:
         """The file's identity, which is the same as when it was first seen."""
@@ -335,7 +331,6 @@ def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
         except OSError as error:
             raise StorageError.of_reading(error, part.file, f"reading at byte {at} failed") from error
         if count == 0:
-            found, expected = f"the file ends at byte {at}", f"at least {part.stop} bytes"
             remedy = "restore the file, or run it again once nothing writes to it"
-            raise TruncatedFileError(found, file=part.file, expected=expected, remedy=remedy)
+            raise TruncatedFileError.of_end(part.file, at, part.stop, remedy)
         done += count

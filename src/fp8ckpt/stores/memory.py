@@ -36,12 +36,7 @@ class MemoryStore:
             self._refuse_change(part.file)
             data = self.contents[part.file][part.start : part.stop]
             if len(data) < buffer.nbytes:
-                raise TruncatedFileError(
-                    f"the file ends at byte {part.start + len(data)}",
-                    file=part.file,
-                    expected=f"at least {part.stop} bytes",
-                    remedy="restore the file",
-                )
+                raise TruncatedFileError.of_end(part.file, part.start + len(data), part.stop, "restore the file")
             buffer[:] = np.frombuffer(data, np.uint8)
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:

@@ -47,9 +47,7 @@ class OtherObjects:
             missing = getattr(error.__cause__, "name", None) or error.name or known_implementations[scheme]["class"]
             module = missing.partition(".")[0]
             package = _PACKAGES.get(module, module)
-            raise MissingPackageError(
-                f"reading {scheme}:// needs {package}", file=self.where, remedy=f"pip install {package}"
-            ) from error
+            raise MissingPackageError.of(f"reading {scheme}://", self.where, package, package) from error
         except Exception as error:  # whatever a client says, it may say it with a secret
             found, remedy = f"its client refuses ({type(error).__name__})", "see how it is set up here"
             if isinstance(error, TypeError):  # as Databricks', which is made with an instance and a token

@@ -32,7 +32,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from fp8ckpt.errors import SourceChangedError, StorageError
+from fp8ckpt.errors import SourceChangedError, StorageError, TruncatedFileError
 from fp8ckpt.stores.ahead import Request, Wanted, Window, joined
 from fp8ckpt.stores.shared import Shared, reads_over
 from fp8ckpt.stores.store import ByteRange, Bytes, Files, Stat
@@ -241,10 +241,7 @@ class RemoteStore:
         if stat is None:
             raise StorageError("there is no such object", file=request.file, expected=f"one below {self.where}")
         if request.stop > stat.size:
-            from fp8ckpt.errors import TruncatedFileError
-
-            found, expected = f"the object ends at byte {stat.size}", f"at least {request.stop} bytes"
-            raise TruncatedFileError(found, file=request.file, expected=expected, remedy="look for a whole copy")
+            raise TruncatedFileError.of_end(request.file, stat.size, request.stop, "look for a whole copy")
         if self._shared is not None and reads_over(request):
             self._shared.fetch(request, f"{self.where} {stat.version}", stat.size, partial(self._fetch, stat))
         else:

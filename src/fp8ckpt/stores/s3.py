@@ -83,8 +83,7 @@ class S3Objects:
             from botocore import UNSIGNED
             from botocore.config import Config
         except ImportError as error:
-            remedy = "pip install 'fp8ckpt[s3]'"
-            raise MissingPackageError("reading s3:// needs boto3", file=self.where, remedy=remedy) from error
+            raise MissingPackageError.of("reading s3://", self.where, "boto3", "'fp8ckpt[s3]'") from error
         with _making, self.errors(None, making=True):
             session = boto3.Session()
             unsigned = {} if session.get_credentials() else {"signature_version": UNSIGNED}

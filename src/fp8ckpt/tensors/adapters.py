@@ -136,8 +136,7 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
         if span.name in stored:
             raise HeaderError.of_two(span, stored[span.name].file.name)
         if span.dtype not in TARGET_BYTES:
-            expected = f"one of {', '.join(TARGET_BYTES)}"
-            raise UnsupportedFormatError(f"dtype {span.dtype}", tensor=span, expected=expected)
+            raise UnsupportedFormatError.of_dtype(span.name, span.file, f"dtype {span.dtype}", TARGET_BYTES)
         stored[span.name] = span
     checkpoint = Checkpoint(store, headers, stored, (), {}, None, None, (), ())
     pairs, tensors = _sorted_out(stored, dora=bool(config.get("use_dora")))
@@ -151,9 +150,7 @@ def refuse_nonfinite(adapter: Adapter) -> None:
     for span in (span for header in adapter.checkpoint.files for span in header.spans):
         count = sum(int(np.count_nonzero(~np.isfinite(part))) for part in _floats(span))
         if count:
-            found = f"{count} of {span.numel} elements are NaN or infinite"
-            remedy = "give a checkpoint of the adapter from before its training diverged"
-            raise WeightValueError(found, tensor=span, expected="finite values", remedy=remedy)
+            raise WeightValueError.of_adapter(span, count, span.numel)
 
 
 def same_values(one: TensorSpan, other: TensorSpan) -> bool:
@@ -198,17 +195,11 @@ def _check(config: Json, file: File) -> None:
             refuse(f"{key} is set: {why}", f"{key} null", merge_there if key in _MERGED_THERE else None)
     for key in sorted(config.keys() - _KNOWN - _REFUSED.keys()):
         if config[key]:
-            refuse(
-                f"{shown(key)} is {shown(config[key])}, which fp8ckpt does not know to merge", "plain LoRA", merge_there
-            )
+            refuse(f"{shown(key)} is {shown(config[key])}, which is not known here", "plain LoRA", merge_there)
     how = str(config.get("init_lora_weights", True)).lower()
     if how.startswith(_OF_ANOTHER_BASE):
         remedy = "save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        refuse(
-            f"init_lora_weights is {shown(how)}: it was trained on a base from which its start was taken",
-            "true",
-            remedy,
-        )
+        refuse(f"init_lora_weights is {shown(how)}: its start was taken out of the base", "true", remedy)
     _check_numbers(config, file)
 
 

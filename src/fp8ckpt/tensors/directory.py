@@ -117,9 +117,8 @@ def file_names(
     if index is None:
         on_disk = model_files(on_disk)
         if not on_disk:
-            raise CheckpointNotFoundError(
-                "there is no safetensors file in it", file=store.where, remedy="check the path"
-            )
+            found = "there is no safetensors file in it"
+            raise CheckpointNotFoundError(found, file=store.where, remedy="check the path")
         if index_name is None:
             _find_missing_parts(on_disk, defects)
         return on_disk
