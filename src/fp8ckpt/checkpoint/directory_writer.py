@@ -60,7 +60,7 @@ from fp8ckpt.ranks import GroupRanks, Ranks, has_group
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import stored_dtype
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
@@ -68,12 +68,17 @@ logger = logging.getLogger(__name__)
 
 
 class DirectoryWriter(StorageWriter):
-    """Writes the new directory ``path``. ``bytes_written`` counts this rank's tensor bytes. ``process_group``: that of
-    the save, if its ranks must meet while they write.
+    """Writes the new directory ``path``, with the layout of ``like``, if there is one; of that, tensors ``carry`` are
+    taken as they are where the state dict lacks them. ``process_group``: that of the save, if its ranks must meet while
+    they write. ``bytes_written`` counts this rank's tensor bytes.
     """
 
-    def __init__(self, path: str | Path, process_group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, path: str | Path, like: CheckpointLike | None, carry: Collection[str], process_group: ProcessGroup | None
+    ) -> None:
         self._output = PartialOutput(path)
+        self._like = like
+        self._carry = carry
         self._group = process_group
         self._plan: OutputPlan | None = None  # the coordinator's
         self._schedule: Schedule | None = None
@@ -147,12 +152,7 @@ class DirectoryWriter(StorageWriter):
         with self._output.taking_part(shared.turn):
             self._write_regions(plan, planner, shared)
         done: Future[list[WriteResult]] = Future()
-        done.set_result(
-            [
-                WriteResult(index=item.index, size_in_bytes=item.tensor_storage_size() or 0, storage_data=None)
-                for item in plan.items
-            ]
-        )
+        done.set_result([])  # where everything lies was known before
         return done
 
     def _write_regions(self, plan: SavePlan, planner: SavePlanner, shared: Shared) -> None:
@@ -232,7 +232,8 @@ class DirectoryWriter(StorageWriter):
         """What this rank says of the output, and the others must say as well."""
         base = self._base_of_output()
         read = contents_of(base) if base is not None and has_group() else None
-        said = {**said_of(self._output), "the writer": type(self).__name__, "what is read": read}
+        own = {"the writer": type(self).__name__, "what is read": read, "carry": sorted(self._carry)}
+        said = {**said_of(self._output), **own}
         if self._meets and has_group():
             said["the process_group"] = dist.get_process_group_ranks(self._group or dist.group.WORLD)
         return said
@@ -248,16 +249,27 @@ class DirectoryWriter(StorageWriter):
             remedy = f"give {type(self).__name__} the process_group that dcp.save is given"
             raise RanksDifferError(found, expected="the same ranks", remedy=remedy)
 
+    def _base_of_output(self) -> Checkpoint | None:
+        """The checkpoint whose layout is written, if there is one, opened at first use."""
+        if self._like is not None:
+            self._like = open_checkpoint(self._like)
+        return self._like
+
+    def _carried_from(self, base: Checkpoint, tensors: Mapping[str, TensorSpec], remedy: str) -> None:
+        """Note the base's tensors that the model lacks and that are taken from it: those of ``carry``, and of MTP
+        layers. The log lists them. Raises `ModelMismatchError` where the two differ in anything else.
+        """
+        allowed = {*self._carry, *carriable(tensors, base.tensors, base.config)}
+        self._carried = refuse_other_tensors(tensors, base, "model", remedy, allowed)
+        if self._carried:
+            logger.info("%d tensors are carried from %s: %s", len(self._carried), base.path, listed(self._carried))
+
     @property
     def _meets(self) -> bool:
         """Whether ranks must meet while they write: what goes to a store is sent in rounds."""
         return self._output.goal.in_parts
 
     # ---------------------------------------------------------------- what a writer decides
-
-    @abstractmethod
-    def _base_of_output(self) -> Checkpoint | None:
-        """The checkpoint whose layout is written, if there is one."""
 
     @abstractmethod
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
@@ -288,17 +300,6 @@ def given_like(like: CheckpointLike | None, base: CheckpointLike | None) -> Chec
         raise TypeError("base is the former name of like: give one of them")
     warnings.warn("base= is now like=, as in convert", DeprecationWarning, stacklevel=3)
     return base
-
-
-def carried_from(base: Checkpoint, tensors: Mapping[str, TensorSpec], carry: Collection[str], remedy: str) -> set[str]:
-    """The base's tensors that the model lacks and that are taken from it: those of ``carry``, and of MTP layers. The
-    log lists them. Raises `ModelMismatchError` where the two differ in anything else.
-    """
-    allowed = {*carry, *carriable(tensors, base.tensors, base.config)}
-    carried = refuse_other_tensors(tensors, base, "model", remedy, allowed)
-    if carried:
-        logger.info("%d tensors are carried from %s: %s", len(carried), base.path, listed(carried))
-    return carried
 
 
 def region_of(item: WriteItem) -> Region:

@@ -20,7 +20,7 @@ import numpy as np
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, carried_from, given_like
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like
 from fp8ckpt.checkpoint.fp8_part import Part, Task
 from fp8ckpt.checkpoint.rounds import Rounds
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, QuantizationReport
@@ -34,7 +34,7 @@ from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.output.staging import Files
 from fp8ckpt.stores.store import File
 from fp8ckpt.targets import refuse_other
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 
 _COPIED = 4 << 20  # bytes of the base at once
 
@@ -78,13 +78,11 @@ class FP8StorageWriter(DirectoryWriter):
         base: CheckpointLike | None = None,
     ) -> None:
         refuse_other("scales", scales, SCALES)
-        super().__init__(path, process_group)
         given = given_like(like, base)
         if given is None:
             raise TypeError("FP8StorageWriter needs like, the FP8 checkpoint that the model came from")
-        self._base = given
+        super().__init__(path, given, carry, process_group)
         self._fresh = scales == "fresh"
-        self._carry = carry
         self._counting = report
         self.report: QuantizationReport | None = None
         self.base_bytes_read = 0
@@ -92,13 +90,14 @@ class FP8StorageWriter(DirectoryWriter):
         self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
         self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
 
-    def _base_of_output(self) -> Checkpoint:
-        self._base = base = open_checkpoint(self._base)
+    @property
+    def _base(self) -> Checkpoint:
+        base = self._base_of_output()
+        assert base is not None  # __init__() saw to it
         return base
 
     def _said(self) -> dict[str, Any]:
-        own = {"fresh": self._fresh, "report": self._counting, "carry": sorted(self._carry)}
-        return {**super()._said(), **own}
+        return {**super()._said(), "fresh": self._fresh, "report": self._counting}
 
     @property
     def _meets(self) -> bool:
@@ -106,13 +105,12 @@ class FP8StorageWriter(DirectoryWriter):
         return True
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
-        base = self._base_of_output()
-        remedy = "give the FP8 checkpoint that the model came from"
+        base, remedy = self._base, "give the FP8 checkpoint that the model came from"
         refuse_base(base, remedy)
-        carried = self._carried = carried_from(base, tensors, self._carry, remedy)
+        self._carried_from(base, tensors, remedy)
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
-        held = [tensor for name, tensor in base.tensors.items() if name not in carried]
+        held = [tensor for name, tensor in base.tensors.items() if name not in self._carried]
         self._made_with = {tensor.name: tensor.name for tensor in held if tensor.scaled is None}
         filled = [tensor.scaled for tensor in held if tensor.scaled is not None and tensor.numel]
         self._made_with |= {span.name: w.name for w in filled for span in (w.weight, *w.scales)}
@@ -125,14 +123,14 @@ class FP8StorageWriter(DirectoryWriter):
         return self._made_with
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterator[Task]:
-        units = units_of(self._base_of_output().quantized)
+        units = units_of(self._base.quantized)
         leader = {name: unit[0] for unit in units if len(unit) > 1 for name in unit}
         for plan in plans:
             joined = {item.index.fqn: leader[item.index.fqn] for item in plan.items if item.index.fqn in leader}
             yield Task(joined, self._carried)
 
     def _write(self, own: Task, planner: SavePlanner, rounds: Rounds) -> int:
-        part = Part(self._base_of_output(), own, planner, rounds, fresh=self._fresh, report=self._counting)
+        part = Part(self._base, own, planner, rounds, fresh=self._fresh, report=self._counting)
         written = part.run()
         self._carried, self.report, self.base_bytes_read = own.carried, part.report, part.base_bytes_read
         return written
@@ -141,7 +139,7 @@ class FP8StorageWriter(DirectoryWriter):
         """The result with what only a save to FP8 has: the report above all, which is the same on every rank."""
         return Fp8Result(
             **vars(done),
-            quantized=sum(tensor.name not in self._carried for tensor in self._base_of_output().quantized),
+            quantized=sum(tensor.name not in self._carried for tensor in self._base.quantized),
             base_bytes_read=self.base_bytes_read,
             bytes_rewritten=0,
             report=self.report,
@@ -151,7 +149,7 @@ class FP8StorageWriter(DirectoryWriter):
         """Copy what no shard holds: what is carried, the base's activation scales and scales of a cache. A weight
         without elements has a scale, too.
         """
-        file = File(self._base_of_output().store, layout.name)
+        file = File(self._base.store, layout.name)
         done = 0
         for span in layout.spans:
             if span.name not in self._beside:

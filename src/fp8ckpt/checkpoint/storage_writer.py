@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from fp8ckpt.checkpoint.directory_writer import (
     DirectoryWriter,
-    carried_from,
     given_like,
     region_of,
     resolved,
@@ -41,7 +40,7 @@ from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.local import local_file
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.targets import TARGETS, refuse_count, target_of
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
+from fp8ckpt.tensors.checkpoint import CheckpointLike
 from fp8ckpt.tensors.directory import INDEX
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype, torch_dtype
 from fp8ckpt.tensors.stored import TensorSpan
@@ -95,30 +94,23 @@ class SafetensorsStorageWriter(DirectoryWriter):
         process_group: ProcessGroup | None = None,
         base: CheckpointLike | None = None,
     ) -> None:
-        super().__init__(path, process_group)
+        super().__init__(path, given_like(like, base), carry, process_group)
         refuse_count("max_file_bytes", max_file_bytes)
         self._dtype = TARGETS[target_of(dtype, TARGETS, "dtype")]
-        self._like = given_like(like, base)
         if self._like is not None and (max_file_bytes is not None or side_files is not None):
             raise ValueError("max_file_bytes and side_files go without like, which decides the files")
-        self._carry = carry
         self._keep = keep
         self._side_files = side_files or SideFiles()
         self._max_file_bytes = DEFAULT_FILE_BYTES if max_file_bytes is None else max_file_bytes
 
-    def _base_of_output(self) -> Checkpoint | None:
-        if self._like is not None:
-            self._like = open_checkpoint(self._like)
-        return self._like
-
     def _said(self) -> dict[str, Any]:
-        names = {"carry": sorted(self._carry), "keep": sorted(self._keep)}
-        return {**super()._said(), **names, "dtype": self._dtype, "max_file_bytes": self._max_file_bytes}
+        own = {"keep": sorted(self._keep), "dtype": self._dtype, "max_file_bytes": self._max_file_bytes}
+        return {**super()._said(), **own}
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         base = self._base_of_output()
         if base is not None:
-            self._carried = carried_from(base, tensors, self._carry, "give the base that the model came from")
+            self._carried_from(base, tensors, "give the base that the model came from")
             refuse_other_kinds(tensors, base)
             return OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
         specs = [spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()]
