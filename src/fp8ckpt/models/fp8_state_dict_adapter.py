@@ -21,9 +21,10 @@ from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.tied import ties_embeddings
+from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import states_powers_of_two
-from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.reading import load_scales, torch_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -55,10 +56,11 @@ class Release(NamedTuple):
 
 
 class FP8StateDictAdapter(StateDictAdapter):
-    """A family says which weights are FP8, what their scales look like, and how they are tiled."""
+    """A family says which weights are FP8, how their scales tile them, and of which dtype these are without a file."""
 
     logger: logging.Logger
-    block_size: tuple[int, ...] | None = None
+    block_size: tuple[int, ...] | None = None  # one scale a tensor
+    scale_dtype: str
 
     def __init__(
         self, native_to_hf: Callable[[str], str], hf_to_native: Callable[[str], str], layout_name: str
@@ -102,33 +104,43 @@ class FP8StateDictAdapter(StateDictAdapter):
     def _is_named_fp8(self, fqn: str) -> bool:
         """Whether the release's rule for names makes an FP8 weight of it."""
 
-    @abstractmethod
     def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
         """Whether its scale is one as the family has them, and in words what that is."""
+        if self.block_size is None:
+            return tensor.grid.per_tensor, "one scale a tensor"
+        grid = tiled(tensor.shape, self.block_size)
+        return (False, "a matrix") if grid is None else (tensor.scale.shape == grid.shape, f"{grid.shape}")
 
-    @abstractmethod
+    def _scaled(self, fqn: str, weight: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """(the shape of a weight's scale, the size of its blocks); for one that spans it no size, and the file's shape,
+        if there is a file.
+        """
+        if self.block_size is None:
+            return () if (tensor := self._on_disk(fqn)) is None else tensor.scale.shape, None
+        grid = tiled(tuple(weight.shape), self.block_size)
+        if grid is None:
+            raise UnsupportedFormatError(f"shape {tuple(weight.shape)}", tensor=fqn, expected="at least two dimensions")
+        return grid.shape, grid.block_size
+
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
         """A tensor of the shape and dtype that the weight's scale has on disk; whole on every rank."""
+        tensor = self._on_disk(fqn)
+        dtype = torch_dtype(self.scale_dtype if tensor is None else tensor.scale.dtype)
+        return torch.ones(self._scaled(fqn, weight)[0], device=weight.device, dtype=torch.float32).to(dtype)
 
-    @abstractmethod
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scale) of a weight."""
-
-    def quantized(
-        self, fqn: str, weight: torch.Tensor, block_size: tuple[int, ...] | None, dtype: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scales of the grid) of a weight, with the checkpoint's scales where it fits them; without one, new
-        ones of ``dtype``.
+        """(codes, scale) of a weight, with the checkpoint's scales where it fits them; without one, new ones.
 
         Raises `ScaleValueError` where one on disk is no scale, `RangeError` where its dtype could not hold a new one.
         """
-        tensor = self._on_disk(fqn)
-        if self._release is None or tensor is None:
-            return quantize(Rule(fqn, dtype), weight, block_size, None)
-        before = load_scales(tensor) if tuple(weight.shape) == tensor.shape else None
-        powers_of_two, remedy = self._release.powers_of_two, "save it in bf16"
-        rule = Rule(fqn, tensor.scale.dtype, powers_of_two=powers_of_two, file=tensor.scale.file, remedy=remedy)
-        return quantize(rule, weight, block_size, before)
+        shape, block_size = self._scaled(fqn, weight)
+        tensor, rule, before = self._on_disk(fqn), Rule(fqn, self.scale_dtype), None
+        if self._release is not None and tensor is not None:
+            powers_of_two, remedy = self._release.powers_of_two, "save it in bf16"
+            rule = Rule(fqn, tensor.scale.dtype, powers_of_two=powers_of_two, file=tensor.scale.file, remedy=remedy)
+            before = load_scales(tensor) if tuple(weight.shape) == tensor.shape else None
+        codes, scale = quantize(rule, weight, block_size, before)
+        return codes, scale.reshape(shape)
 
     def _on_disk(self, fqn: str) -> QuantizedTensor | None:
         return None if self._release is None else self._release.quantized.get(fqn)

@@ -9,19 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import torch
-
-from fp8ckpt.errors import UnsupportedFormatError
 from fp8ckpt.families.roles import DEEPSEEK_V3
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter, identity
-from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.reading import torch_dtype
-from fp8ckpt.tensors.scaled import QuantizedTensor
 
 logger = logging.getLogger(__name__)
-
-BLOCK_SIZE = (128, 128)
 
 
 def _is_fp8_weight_key(model_key: str) -> bool:
@@ -33,7 +25,8 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
     """Maps a model's state dict to an FP8 checkpoint with block scales, and back; names are the same by default."""
 
     logger = logger
-    block_size = BLOCK_SIZE
+    block_size = (128, 128)
+    scale_dtype = "F32"
 
     def __init__(
         self,
@@ -56,21 +49,3 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
 
     def _is_named_fp8(self, fqn: str) -> bool:
         return _is_fp8_weight_key(fqn)
-
-    def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
-        grid = tiled(tensor.shape, BLOCK_SIZE)
-        return (False, "a matrix") if grid is None else (tensor.scale.shape == grid.shape, f"{grid.shape}")
-
-    def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
-        """A whole grid: F32, or of the file's dtype."""
-        grid = tiled(tuple(weight.shape), BLOCK_SIZE)
-        if grid is None:
-            raise UnsupportedFormatError(f"shape {tuple(weight.shape)}", tensor=fqn, expected="at least two dimensions")
-        tensor = self._on_disk(fqn)
-        dtype = torch.float32 if tensor is None else torch_dtype(tensor.scale.dtype)
-        return torch.ones(grid.shape, dtype=torch.float32, device=weight.device).to(dtype)
-
-    def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scales of the grid): F32, or of the file's dtype."""
-        blocks = (1,) * (weight.dim() - 2) + BLOCK_SIZE
-        return self.quantized(fqn, weight, blocks, "F32")

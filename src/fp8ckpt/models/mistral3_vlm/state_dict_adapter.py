@@ -20,8 +20,6 @@ from fp8ckpt.families.tied import ties_embeddings
 from fp8ckpt.models.fp8_state_dict_adapter import FP8StateDictAdapter
 from fp8ckpt.models.fp8_state_dict_adapter import identity as _identity
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.reading import torch_dtype
-from fp8ckpt.tensors.scaled import QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +52,7 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     """
 
     logger = logger
+    scale_dtype = "BF16"
 
     def __init__(
         self,
@@ -110,18 +109,3 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
 
     def _is_named_fp8(self, fqn: str) -> bool:
         return _is_fp8_weight_key(fqn, self.not_fp8_prefixes)
-
-    def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
-        return tensor.grid.per_tensor, "one scale a tensor"
-
-    def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
-        """One element: 0-d BF16, or as the file has it."""
-        tensor = self._on_disk(fqn)
-        dtype = torch.bfloat16 if tensor is None else torch_dtype(tensor.scale.dtype)
-        return torch.ones(() if tensor is None else tensor.scale.shape, dtype=dtype, device=weight.device)
-
-    def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scale), the scale of the shape and dtype that the file has."""
-        codes, scale = self.quantized(fqn, weight, None, "BF16")
-        tensor = self._on_disk(fqn)
-        return codes, scale if tensor is None else scale.reshape(tensor.scale.shape)
