@@ -560,8 +560,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Stored]], Made], type[Fp8Checkpoint
         ModelMismatchError,
         r"factors \(4, 96\).*give its own base"
     ),
-    "a Linear the other way round": (
-        lambda p: (pair(p, GATE), {"fan_in_fan_out": True}, 1), ModelMismatchError, "gate_proj"
+    "a square matrix that may be a Linear or lie across": (
+        lambda p: (pair(p, Q), {"fan_in_fan_out": True}, 1), UnsupportedFormatError, "q_proj.*set it to false"
     ),
     "not finite": (
         lambda p: (pair(p, Q) | {f"{PREFIX}{Q}.lora_A.weight": Stored.of(np.full((4, 128), np.nan), "F32")}, {}, 1),
@@ -691,14 +691,29 @@ def plain_base(directory: Path, tensors: dict[str, Stored]) -> Path:
     return directory
 
 
-def test_weights_stored_the_other_way_round(tmp_path: Path) -> None:
-    """``fan_in_fan_out``: the base holds [in, out]."""
-    base = plain_base(tmp_path / "base", {"h.attn.weight": values(16, 8, dtype="F32", seed=4)})
-    made = factors("h.attn", 4, 16, 8)
-    merge(base, write_adapter(tmp_path / "a", made, fan_in_fan_out=True), tmp_path / "out")
-    value = read_directory(base)["h.attn.weight"].array
-    expected = expected_of("h.attn", np.ascontiguousarray(value.T), made).T
-    assert np.array_equal(read_directory(tmp_path / "out")["h.attn.weight"].array, expected)
+@pytest.mark.parametrize(
+    ("module", "model_type", "shape", "stated", "across"),
+    [
+        ("h.attn", None, (16, 8), True, True),
+        ("h.linear", None, (16, 8), True, False),
+        ("h.c_proj", "gpt2", (8, 8), False, True),
+        ("h.c_fc", "gpt2", (8, 16), False, True),
+        ("lm_head", "gpt2", (8, 8), False, False),
+    ],
+)
+def test_weights_stored_the_other_way_round(
+    module: str, model_type: str | None, shape: tuple[int, int], stated: bool, across: bool, tmp_path: Path
+) -> None:
+    """A Conv1D holds [in, out]. PEFT goes by the class of each, and ``fan_in_fan_out`` records that of the last one."""
+    base = plain_base(tmp_path / "base", {f"{module}.weight": values(*shape, dtype="F32", seed=4)})
+    (base / "config.json").write_text(json.dumps({"model_type": model_type}))
+    out_of, into = shape[::-1] if across else shape
+    made = factors(module, 4, into, out_of)
+    merge(base, write_adapter(tmp_path / "a", made, fan_in_fan_out=stated), tmp_path / "out")
+    value = read_directory(base)[f"{module}.weight"].array
+    expected = expected_of(module, np.ascontiguousarray(value.T if across else value), made)
+    found = read_directory(tmp_path / "out")[f"{module}.weight"].array
+    assert np.array_equal(found, expected.T if across else expected)
 
 
 E, ROWS, COLS, RANK = 3, 12, 10, 2

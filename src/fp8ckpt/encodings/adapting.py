@@ -16,12 +16,14 @@ import numpy as np
 from fp8ckpt.encodings.tying import as_one
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.families.between import parts_of_model
+from fp8ckpt.families.loaders import is_transposed
 from fp8ckpt.families.stacks import Shapes, answers
 from fp8ckpt.families.tied import Tied
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.tensors.adapters import Adapter, Pair, same_values
 from fp8ckpt.tensors.assembly import NEW, Assembly, Piece, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
+from fp8ckpt.tensors.config import Json
 from fp8ckpt.tensors.merged import Factor, KeptFloats, MergedTensor, Norms, Product
 from fp8ckpt.tensors.stored import TensorSpan
 
@@ -33,13 +35,14 @@ _STRAIGHT_SINCE = (0, 19)  # PEFT takes stacked experts for [E, out, in]; before
 
 class _Use(NamedTuple):
     """A pair of an adapter, of which the tensor ``target`` of the trained model is the base; ``key``: as PEFT's
-    patterns call it.
+    patterns call it; ``across``: the model multiplies by that tensor as [in, out].
     """
 
     adapter: Adapter
     pair: Pair
     target: str
     key: str
+    across: bool = False
 
 
 class _Changes:
@@ -61,7 +64,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
     shapes = base.shapes
     for one in tied:
         adapters = [as_one(adapter, base, one) for adapter in adapters]
-    uses = [use for adapter in adapters for use in _uses(adapter, _with_parameters(adapter, shapes, base))]
+    uses = [use for adapter in adapters for use in _uses(adapter, _with_parameters(adapter, shapes, base), base.config)]
     spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}
     keys = {use.target: use.pair.a for use in uses} | spans
     parts = _answered(keys, shapes, base)
@@ -107,13 +110,14 @@ def _nbytes(span: TensorSpan) -> int:
 # ---------------------------------------------------------------- names
 
 
-def _uses(adapter: Adapter, there: Collection[str]) -> Iterator[_Use]:
-    """Each pair with the tensor that it is of; ``there``: see `_with_parameters`."""
+def _uses(adapter: Adapter, there: Collection[str], config: Json) -> Iterator[_Use]:
+    """Each pair with the tensor that it is of; ``there``: see `_with_parameters`; ``config``: the base's."""
     levels = Counter(pair.module for pair in adapter.pairs)
     for pair in adapter.pairs:
         leaves = _parameters(adapter, pair.module, there)
         if not leaves and levels[pair.module] == 1 and pair.depth == 0:
-            yield _Use(adapter, pair, f"{pair.module}.weight", pair.module)
+            across = pair.embedding or is_transposed(config, pair.module.rpartition(".")[2])
+            yield _Use(adapter, pair, f"{pair.module}.weight", pair.module, across)
             continue
         if len(leaves) != levels[pair.module]:
             raise ModelMismatchError.of_pairs(pair.a, pair.module, levels[pair.module], len(leaves))
@@ -200,7 +204,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     straight = (a.shape[1], b.shape[0]) == (shape[-1], shape[-2])
     across = (a.shape[1], b.shape[0]) == (shape[-2], shape[-1])
     if len(shape) == 2:
-        turned = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
+        turned = _lies_across(use, shape)
         straight, across = straight and not turned, across and turned
     elif straight and across:
         straight, across = _of_square_experts(use, matrices=matrices)
@@ -208,6 +212,19 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
         raise ModelMismatchError.of_factors(a, b, use.target, shape)
     inner, outer = Factor(a, True, experts=experts), Factor(b, False, experts=experts)
     return (outer, inner) if straight else (inner, outer)
+
+
+def _lies_across(use: _Use, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix lies [in, out]. PEFT goes by each module's class, and ``fan_in_fan_out`` records that of the
+    last one: it decides nothing where the model or the shapes do.
+    """
+    if use.across or not use.adapter.config.get("fan_in_fan_out"):
+        return use.across
+    if shape[0] == shape[1]:
+        found = "fan_in_fan_out is set, of a matrix of as many rows as columns: PEFT goes by the module's class"
+        remedy = "set it to false in adapter_config.json if the module is a Linear"
+        raise UnsupportedFormatError(found, tensor=use.pair.a, expected="a Conv1D that is known", remedy=remedy)
+    return (use.pair.a.shape[1], use.pair.b.shape[0]) == shape
 
 
 def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
@@ -248,7 +265,7 @@ def _scale_rows(change: _Changes, use: _Use, shape: tuple[int, ...], *, whole: b
     if not whole or len(shape) != 2 or use.adapter.weight != 1:
         expected = "a matrix that is one tensor of the base, and weight 1"
         raise UnsupportedFormatError("DoRA of this", tensor=magnitude, expected=expected)
-    columns = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
+    columns = _lies_across(use, shape)
     if magnitude.numel != shape[columns]:
         raise ModelMismatchError(f"shape {magnitude.shape}", tensor=magnitude, expected=f"{shape[columns]} elements")
     change.magnitude, change.norms = magnitude, Norms() if columns else None
