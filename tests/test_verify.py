@@ -254,6 +254,31 @@ def test_two_of_fp8_are_compared_by_what_their_codes_mean(tmp_path: Path, monkey
     assert verify(source, written("same", codes, 2)).ok
 
 
+def test_two_of_fp8_have_other_scales_too(sample_fp8: Path, tmp_path: Path) -> None:
+    """The last bit of a float32 scale is seen, which no bfloat16 value shows; so is a scale of an activation or of the
+    cache that has another value, or lacks. Its shape and dtype say nothing.
+    """
+    stem = "model.language_model.layers.0.self_attn.q_proj."
+    one, other = (copy(sample_fp8, tmp_path / name) for name in ("one", "other"))
+    for directory, factor in ((one, 1.0), (other, 1 + 2**-23)):
+        replace(directory, stem + "weight_scale_inv", lambda t, f=factor: Stored.of(t.array.astype("f4") * f, "F32"))
+    (difference,) = verify(one, other).tensor_differences
+    assert difference.name == stem + "weight"
+    replace(one, stem + "activation_scale", lambda t: Stored.of(t.array.astype("f4").reshape(1), "F32"))
+    assert verify(one, sample_fp8).ok
+    replace(one, stem + "activation_scale", lambda t: Stored.of(t.array * 2, "F32"))
+    replace(one, stem.replace("q_", "k_") + "activation_scale", lambda _: None)
+    file = holder(one, stem + "weight")
+    cache = {"layers.0.self_attn.k_scale": Stored.of(np.ones(1), "F32")}
+    write_safetensors(file, {**read_safetensors(file), **cache}, {"format": "pt"})
+    reindex(one)
+    assert {*verify(sample_fp8, one).file_differences} == {
+        f"{stem}activation_scale: differs",
+        f"{stem.replace('q_', 'k_')}activation_scale: only in {sample_fp8}",
+        f"layers.0.self_attn.k_scale: only in {one}",
+    }
+
+
 def test_config_that_differs(sample_fp8: Path, bf16: Path) -> None:
     """Keys of config.json that differ are named; quantization and dtype are not held against a conversion."""
     config = json.loads((bf16 / "config.json").read_text())

@@ -1,8 +1,9 @@
 """Prove it: one checkpoint is sound, or two hold the same tensors, bit for bit.
 
 Both are read as logical checkpoints, streaming, in parallel: an FP8 tensor is compared as the values that its codes and
-scales mean, in the dtype of the other side (bfloat16 where both are FP8). Memory is a few MiB a worker. On request the
-last one is also examined for what serving engines need beyond that.
+scales mean, in the dtype of the other side (float32 where both are FP8, and then their scales of activations and of the
+cache are compared too). Memory is a few MiB a worker. On request the last one is also examined for what serving engines
+need beyond that.
 """
 
 from __future__ import annotations
@@ -165,9 +166,11 @@ def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
 
 
 def _compared_dtype(tensors: list[Tensor]) -> str | None:
-    """The dtype in which tensors are compared, or None where they have none in common."""
+    """The dtype in which tensors are compared, or None where they have none in common. Codes have several: float32
+    tells all values apart that they and their scales mean.
+    """
     common = set.intersection(*({*tensor.dtypes()} for tensor in tensors))
-    return "BF16" if "BF16" in common else next(iter(common), None)
+    return "F32" if "F32" in common else next(iter(common), None)
 
 
 def _described(tensor: Tensor) -> str:
@@ -335,6 +338,26 @@ def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
                 if configs[0].get(key) != configs[1].get(key):
                     yield f"{name}: {key} differs"
         elif not same_bytes(files[0][name], files[1][name]):
+            yield f"{name}: differs"
+    if not mixed:
+        yield from _other_scale_differences(a, b)
+
+
+def _other_scale_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """Scales of activations, of attention and of its cache: they are no tensor, and what is served follows from them.
+    Of tensors that are stacked otherwise, they are not compared.
+    """
+    from fp8ckpt.tensors.reading import read_floats
+
+    sides = [{span.name: span for span in side.cache_scales} for side in (a, b)]
+    for side, other, found in ((a, b, sides[0]), (b, a, sides[1])):
+        plain = (tensor for tensor in side.quantized if (it := other.tensors.get(tensor.name)) and it.scaled)
+        found.update((span.name, span) for tensor in plain for span in tensor.activation_scales)
+    for name in dict.fromkeys((*sides[0], *sides[1])):
+        spans = [side[name] for side in sides if name in side]
+        if len(spans) == 1:
+            yield f"{name}: only in {(a if name in sides[0] else b).path}"
+        elif (values := [read_floats(span).reshape(-1).tobytes() for span in spans])[0] != values[1]:
             yield f"{name}: differs"
 
 
