@@ -140,8 +140,10 @@ class OutputPlan:
 
     def _is_laid_out(self, output: PartialOutput) -> bool:
         """Whether all files of weights are there, as long as they will be."""
-        sizes = [_size_of(output.directory / layout.name) for layout in self.layouts]
-        return sizes == [layout.size for layout in self.layouts]
+        try:
+            return all((output.directory / layout.name).stat().st_size == layout.size for layout in self.layouts)
+        except FileNotFoundError:
+            return False
 
     def refuse_changes(self) -> None:
         """Raise `SourceChangedError` if a file that is read is no longer what it was when it was opened."""
@@ -277,10 +279,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _size_of(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None

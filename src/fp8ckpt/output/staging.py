@@ -16,10 +16,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from fp8ckpt.output import extents
-from fp8ckpt.output.files import OutputFile
+from fp8ckpt.output.files import OutputFile, OutputFiles
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.places import Sent
@@ -30,26 +30,6 @@ from fp8ckpt.stores.upload import AT_ONCE
 #: Bytes of a round, over all ranks; one tensor may be larger.
 STAGED = 1 << 30
 _MOST_OPEN = 128  # files of parts
-
-
-class Sink(Protocol):
-    """Takes bytes of a file at their offsets."""
-
-    def write(self, data: Bytes, offset: int) -> None:
-        """Take some of the bytes."""
-
-
-class Files(Protocol):
-    """The files of an output as a rank writes them, by their names; for any number of threads."""
-
-    def of(self, name: str) -> Sink:
-        """The file of that name."""
-
-    def flush(self) -> None:
-        """Return when what was written is where it is safe, or all ranks see it."""
-
-    def close(self) -> None:
-        """Release what is held."""
 
 
 class Part(NamedTuple):
@@ -172,7 +152,9 @@ def _size(layout: FileLayout) -> int:
 
 
 class Staging:
-    """The files of an output that goes to a store, as one rank of a save writes them. ``writer`` tells ranks apart."""
+    """The files of an output that goes to a store, as one rank of a save writes them: as `OutputFiles`, but for what is
+    said here. ``writer`` tells ranks apart.
+    """
 
     def __init__(self, output: PartialOutput, stages: Stages, writer: int) -> None:
         assert isinstance(output.goal, Sending)  # or there would be no stages
@@ -185,7 +167,7 @@ class Staging:
         self._pool = ThreadPoolExecutor(AT_ONCE, "fp8ckpt-sending")
         self._sending: list[Future[None]] = []
 
-    def of(self, name: str) -> Sink:
+    def of(self, name: str) -> _StagedFile:
         return _StagedFile(self, *self._stages.files[name])
 
     def write(self, place: int, data: Bytes, offset: int) -> None:
@@ -204,14 +186,14 @@ class Staging:
         self._sending += [self._pool.submit(self._send, part) for part in parts]
 
     def flush(self) -> None:
-        """As `Files.flush`; what was begun to be sent is there."""
+        """Return when all ranks see what was written, and what was begun to be sent is there."""
         while self._open:
             self._open.popitem()[1].close()
         while self._sending:
             self._sending.pop(0).result()
 
     def close(self) -> None:
-        """As `Files.close`; what was not sent yet is not."""
+        """Release what is held; what was not sent yet is not."""
         self._pool.shutdown(cancel_futures=True)
         while self._open:
             self._open.popitem()[1].close()
@@ -222,6 +204,10 @@ class Staging:
         sent = Sent(part.name, part.number, part.start, part.stop, *there)
         self._output.record(self._writer, part.place, {}, sent)
         file.unlink()
+
+
+#: The files of an output as a rank writes them, by their names; for any number of threads.
+Files = OutputFiles | Staging
 
 
 class _StagedFile:

@@ -25,7 +25,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_range
+from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_range, stat_of
 from fp8ckpt.stores.store import Stat
 from fp8ckpt.stores.unlogged import THREADS
 
@@ -144,12 +144,7 @@ class HttpObjects:
         with self.answer("HEAD", name, {}, listed=False) as response:
             version = _version(response.headers)
             response.drain_conn()
-            size = response.headers.get("Content-Length", "")
-            if not version or not size.isdigit():
-                found = f"{self.where} gives neither a size nor a version (ETag, Last-Modified)"
-                remedy = "fetch the files: what changes under way could not be seen"
-                raise StorageError(found, file=name, remedy=remedy)
-            return Stat(int(size), version)
+            return stat_of(self.where, name, response.headers.get("Content-Length"), version)
 
     def _names(self, folder: str, depth: int) -> Iterator[str]:
         """The files that an index page links to, and those of the folders below."""

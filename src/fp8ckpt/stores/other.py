@@ -12,7 +12,7 @@ from typing import Any
 
 from fp8ckpt.errors import CheckpointNotFoundError, MissingPackageError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.remote import Broken
+from fp8ckpt.stores.remote import Broken, stat_of
 from fp8ckpt.stores.store import Stat
 
 _PACKAGES = {"smbclient": "smbprotocol", "libarchive": "libarchive-c"}  # of modules of another name
@@ -62,7 +62,10 @@ class OtherObjects:
             entries: dict[str, dict[str, Any]] = client.find(path, detail=True)
         except Exception as error:
             raise _worded(error) from None
-        found = {name[len(path) :].lstrip("/"): self._stat(name, info) for name, info in entries.items()}
+        found = {}
+        for name, info in entries.items():
+            version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+            found[name[len(path) :].lstrip("/")] = stat_of(self.where, name, info.get("size"), version)
         if not found:
             raise CheckpointNotFoundError("there is no object below it", file=self.where, remedy="check the URL")
         return found
@@ -73,14 +76,6 @@ class OtherObjects:
             yield client.cat_file(f"{path}/{name}", start=start, end=stop)
         except Exception as error:
             raise _worded(error) from None
-
-    def _stat(self, name: str, info: Mapping[str, Any]) -> Stat:
-        version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-        if not version or info.get("size") is None:
-            found = f"{self.where} gives neither a size nor a version"
-            remedy = "fetch the files: what changes under way could not be seen"
-            raise StorageError(found, file=name, remedy=remedy)
-        return Stat(int(info["size"]), version)
 
 
 def _worded(error: Exception) -> Broken:

@@ -82,6 +82,14 @@ def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat:
         raise Broken(f"the answer is of bytes {first}-{last}")
 
 
+def stat_of(where: str, name: str, size: object, version: str) -> Stat:
+    """What a store says that a file is. Raises `StorageError` where it says too little."""
+    if not version or not str(size).isdigit():
+        remedy = "fetch the files: what changes under way could not be seen"
+        raise StorageError(f"{where} gives no size, or no version (ETag, Last-Modified)", file=name, remedy=remedy)
+    return Stat(int(str(size)), version)
+
+
 _PLACE = "check the URL, the endpoint (AWS_ENDPOINT_URL, HF_ENDPOINT) and this machine's network"
 _MET = {
     "NameResolutionError": ("no host of that name is known here", _PLACE),

@@ -124,11 +124,7 @@ def _of_weights(weights: Json) -> Any:
 
 def _of_layer(layer: Json) -> Any:
     """The block size that ModelOpt states of all, or of one of its ``quantized_layers``."""
-    size = _of_algorithm(layer)
+    algorithm = layer.get("quant_algo")
+    size = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     grouped = size is not None and size[0] == 1 and layer.get("group_size") is not None
     return (1, layer["group_size"]) if grouped else size
-
-
-def _of_algorithm(section: Json) -> Size | None:
-    algorithm = section.get("quant_algo")
-    return _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None

@@ -29,14 +29,15 @@ class ScaleRange:
     greatest: float
 
 
+_NONE = ScaleRange(0, 0.0, 0.0, 0.0)
+
+
 def scale_range(span: TensorSpan) -> ScaleRange:
     """The range of the scales that are stored in one tensor, less those that are zero."""
-    if not span.numel:
-        return ScaleRange(0, 0.0, 0.0, 0.0)
     values = read_floats(span)
     values = values[values != 0]  # of groups of zeros
     if not values.size:
-        return ScaleRange(0, 0.0, 0.0, 0.0)
+        return _NONE
     return ScaleRange(span.numel, float(values.min()), float(np.median(values)), float(values.max()))
 
 
@@ -44,7 +45,7 @@ def joined(ranges: Iterable[ScaleRange]) -> ScaleRange:
     """The range over several weights; the median is that of their medians."""
     known = [each for each in ranges if each.count]
     if not known:
-        return ScaleRange(0, 0.0, 0.0, 0.0)
+        return _NONE
     return ScaleRange(
         sum(each.count for each in known),
         min(each.least for each in known),
