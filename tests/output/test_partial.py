@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fp8ckpt.errors import OutputBusyError, OutputExistsError, ResumeMismatchError, StorageError
-from fp8ckpt.output import partial as module
+from fp8ckpt.output import goal as module
 from fp8ckpt.output import state
 from fp8ckpt.output.partial import PartialOutput, partial_of
 
