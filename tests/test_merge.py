@@ -390,7 +390,7 @@ def test_the_report_in_words(plain: dict[str, Stored], sample_fp8: Path, tmp_pat
 def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int, step: int) -> None:
     monkeypatch.setattr(writing, "CHUNK", chunk)
     monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
-    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", step)
+    monkeypatch.setattr("fp8ckpt.encodings.passing.STEP", step)
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:
 
 def steps(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Make the parts of a chunk that are worked on at once small."""
-    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", elements)
+    monkeypatch.setattr("fp8ckpt.encodings.passing.STEP", elements)
 
 
 def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:
@@ -692,7 +692,7 @@ def test_the_partition_is_the_base_s(tmp_path: Path) -> None:
 def test_scales_are_written_once_an_extent(sample_block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small write waits for the large ones of its file: no band of a weight writes its scales by itself."""
     convert(sample_block, tmp_path / "bf16")
-    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", 1)
+    monkeypatch.setattr("fp8ckpt.encodings.passing.STEP", 1)
     write, begun = OutputFile.write, set()
 
     def counted(file: OutputFile, data: Any, offset: int) -> None:

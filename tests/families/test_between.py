@@ -122,8 +122,8 @@ def test_pieces_of_any_size_give_the_same(
     """Chunks that cut experts, rows and blocks, in either direction, with any workers."""
     monkeypatch.setattr(writing, "CHUNK", 1 << 12)
     monkeypatch.setattr(writing, "EXTENT", 1 << 14)
-    monkeypatch.setattr("fp8ckpt.encodings.fp8.STEP", 1000)
-    monkeypatch.setattr("fp8ckpt.encodings.fp8.READ_AT_ONCE", 64)
+    monkeypatch.setattr("fp8ckpt.encodings.passing.STEP", 1000)
+    monkeypatch.setattr("fp8ckpt.encodings.passing.READ_AT_ONCE", 64)
     convert(made / name, tmp_path / "model", layout="model", workers=3)
     assert tree(tmp_path / "model") == tree(made / f"{name}, model")
     convert(tmp_path / "model", tmp_path / "back", to="fp8", like=made / name)

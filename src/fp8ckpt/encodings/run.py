@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fp8ckpt.encodings.facts import WeightFacts, combine, report_of, weights_of
-from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored, rule_of, scales_before
+from fp8ckpt.encodings.fp8 import QuantizingFiller, Stored
 from fp8ckpt.encodings.recipes import QuantizingPlan
 from fp8ckpt.encodings.results import QuantizationReport
 from fp8ckpt.encodings.rule import Decided
 from fp8ckpt.encodings.seen import Seen
-from fp8ckpt.encodings.units import Units, decide, is_new
+from fp8ckpt.encodings.units import Units, decide, is_new, rule_of, scales_before
 from fp8ckpt.engine import ExtentWriter, Progress, begin
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import Factor

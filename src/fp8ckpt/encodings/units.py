@@ -13,14 +13,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fp8ckpt.encodings.facts import WeightFacts
-from fp8ckpt.encodings.fp8 import rule_of
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, Unit
-from fp8ckpt.encodings.rule import Decided
+from fp8ckpt.encodings.rule import Decided, Rule
 from fp8ckpt.numerics import quantize, scaling
 from fp8ckpt.numerics.codes import F32, Factor
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.state import Facts
-from fp8ckpt.tensors.reading import load_scales
+from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 
 
 class Units:
@@ -130,3 +129,20 @@ def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[Weig
     exact[[block for part in facts for block in part.inexact]] = False
     before = None if weight.before is None else load_scales(weight.before).reshape(maxima.shape)
     return rule_of(plan, weight.name).decide(maxima, before, exact.reshape(maxima.shape))
+
+
+def rule_of(plan: QuantizingPlan, name: str) -> Rule:
+    """What decides the scales of a weight of a plan."""
+    weight = plan.weights[name]
+    if weight.before is None:
+        return Rule(name, weight.scale.dtype)
+    file, remedy = weight.source.span.file, "choose a --scheme instead of the base"
+    return Rule.like(weight.before, file, fresh=plan.fresh, powers_of_two=plan.powers_of_two, remedy=remedy)
+
+
+def scales_before(weight: Quantization) -> F32:
+    """The scales that a wide weight had, of `fp8ckpt.numerics.quantize.block_shape`; infinite where it has no base."""
+    shape = quantize.block_shape(weight.grid)
+    if weight.before is None:
+        return np.full(shape, np.inf, np.float32)
+    return load_dequantizer(weight.before, "F32").scales.reshape(shape)
