@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.tensor import DTensor
 
 from fp8ckpt.errors import UnsupportedFormatError
-from fp8ckpt.numerics.geometry import Region, Shape
+from fp8ckpt.numerics.geometry import Region, Shape, within
 from fp8ckpt.tensors.assembly import NEW, Assembly
 
 Runs = list[tuple[int, int]]  # (start, stop) in the full tensor, in the order of the shard
@@ -57,10 +57,8 @@ def parts_of(tensor: torch.Tensor, assembly: Assembly) -> Iterator[Part]:
         return
     for (offsets, sizes), local in boxes(tensor):
         for piece in assembly.cut((offsets, sizes)):
-            inside = tuple(slice(a - b, a - b + n) for a, b, n in zip(piece.offsets, offsets, piece.sizes, strict=True))
-            yield Part(
-                piece.source, piece.source_region, _in_axes_of_source(local[inside], piece.axes, piece.source_region[1])
-            )
+            region, values = piece.source_region, local[within(piece.region, (offsets, sizes))]
+            yield Part(piece.source, region, _in_axes_of_source(values, piece.axes, region[1]))
 
 
 def boxes(tensor: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
@@ -75,10 +73,8 @@ def boxes(tensor: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
         return
     runs = _runs(tensor)
     if tuple(local.shape) != tuple(sum(stop - start for start, stop in of_axis) for of_axis in runs):
-        raise UnsupportedFormatError(
-            f"a shard of shape {tuple(local.shape)} for {tensor.placements} of {tuple(tensor.shape)}",
-            expected="the shape that the placements mean",
-        )
+        found = f"a shard of shape {tuple(local.shape)} for {tensor.placements} of {tuple(tensor.shape)}"
+        raise UnsupportedFormatError(found, expected="the shape that the placements mean")
     for box in product(*(_with_places(of_axis) for of_axis in runs)):
         offsets, sizes = tuple(start for start, _, _ in box), tuple(stop - start for start, stop, _ in box)
         yield (offsets, sizes), local[tuple(slice(at, at + stop - start) for start, stop, at in box)]
@@ -90,9 +86,8 @@ def _runs(tensor: DTensor) -> list[Runs]:
     runs: list[Runs] = [[(0, size)] for size in tensor.shape]
     for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
         if placement.is_partial():
-            raise UnsupportedFormatError(
-                f"a placement {placement}", expected="Shard or Replicate", remedy="redistribute it first"
-            )
+            found, remedy = f"a placement {placement}", "redistribute it first"
+            raise UnsupportedFormatError(found, expected="Shard or Replicate", remedy=remedy)
         axis: int | None = getattr(placement, "dim", None)
         if axis is not None:
             groups = _cut(runs[axis], getattr(placement, "split_factor", 1))  # more than 1 in strided shards only
@@ -117,11 +112,8 @@ def _cut(runs: Runs, count: int) -> list[Runs]:
 
 def _with_places(runs: Runs) -> list[tuple[int, int, int]]:
     """The runs, each with where it begins in the shard."""
-    places, at = [], 0
-    for start, stop in runs:
-        places.append((start, stop, at))
-        at += stop - start
-    return places
+    places = accumulate((stop - start for start, stop in runs), initial=0)
+    return [(start, stop, at) for (start, stop), at in zip(runs, places, strict=False)]
 
 
 def _in_axes_of_source(values: torch.Tensor, axes: tuple[int, ...], sizes: Shape) -> torch.Tensor:

@@ -205,41 +205,18 @@ def side_files(vocabulary: int) -> dict[str, bytes]:
     stand_ins = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = [*_SPECIAL_TOKENS, *stand_ins]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = [
-        {
-            "id": i,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, token in enumerate(_SPECIAL_TOKENS)
-    ]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": token, **flags, "special": True} for i, token in enumerate(_SPECIAL_TOKENS)]
     tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens) if i < vocabulary}, "merges": []},
-    }
+    }  # fmt: skip
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return {
         "README.md": b"A miniature checkpoint, written by `fp8ckpt sample`. Its weights are random.\n",
         "chat_template.jinja": b"{% for message in messages %}[INST]{{ message['content'] }}[/INST]{% endfor %}\n",
         "generation_config.json": dump_json({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": _PAD_TOKEN}),
         "tokenizer.json": dump_json(tokenizer),
-        "tokenizer_config.json": dump_json(
-            {
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "pad_token": "<pad>",
-                "unk_token": "<unk>",
-                "tokenizer_class": "PreTrainedTokenizerFast",
-            }
-        ),
+        "tokenizer_config.json": dump_json({**special, "tokenizer_class": "PreTrainedTokenizerFast"}),
     }
