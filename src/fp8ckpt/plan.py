@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from fp8ckpt.families.carried import mtp_tensors
+from fp8ckpt.families.kinds import mtp_tensors
 from fp8ckpt.families.sharing import Shape, Sharing, sharing
 from fp8ckpt.families.tied import ties_embeddings
 from fp8ckpt.ranks import BEYOND

@@ -9,7 +9,7 @@ import pytest
 
 from fp8ckpt import load_pretrained, save_model
 from fp8ckpt.errors import ModelMismatchError
-from fp8ckpt.families.carried import mtp_tensors
+from fp8ckpt.families.kinds import mtp_tensors
 from tests.families.releases import RELEASES
 from tests.oracle import read_directory, tree
 

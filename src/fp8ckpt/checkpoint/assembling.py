@@ -4,7 +4,7 @@ names that are found in the file.
 The way of a family's load: `assemble` here asks the adapter (``assemblies``), or runs the conversions of the installed
 transformers on symbols (`fp8ckpt.families.transformers_tables`), or takes the table of prefixes under which most names
 are found (`fp8ckpt.families.names`). Each gives an `Assembly` a tensor, which is all that follows: planners cut it by
-shard, and the reader fills the pieces. Without a model, experts are stacked by their names (`fp8ckpt.families.stacks`).
+shard, and the reader fills the pieces.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from fp8ckpt.checkpoint.live import plain_name
 from fp8ckpt.errors import ModelMismatchError
-from fp8ckpt.families.names import IDENTITY, LAYOUTS, KeyLayout, find_layout
-from fp8ckpt.families.transformers_tables import Assembled, Shapes, is_pretrained
+from fp8ckpt.families.names import IDENTITY, LAYOUTS, KeyLayout, Shapes, find_layout
+from fp8ckpt.families.transformers_tables import Assembled, is_pretrained
 from fp8ckpt.families.transformers_tables import assemble as assemble_pretrained
 from fp8ckpt.tensors.assembly import Assembly
 

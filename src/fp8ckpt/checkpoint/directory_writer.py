@@ -48,7 +48,7 @@ from fp8ckpt.errors import (
     WeightValueError,
     listed,
 )
-from fp8ckpt.families.carried import carriable
+from fp8ckpt.families.kinds import carriable
 from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from fp8ckpt.checkpoint.assembling import assemble, of_names
-from fp8ckpt.checkpoint.buffers import restore_buffers
-from fp8ckpt.checkpoint.live import local_part, refuse_what_hides, tensors_of, tie, tied_groups
+from fp8ckpt.checkpoint.live import local_part, refuse_what_hides, restore_buffers, tensors_of, tie, tied_groups
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.errors import ModelMismatchError, listed, shown
-from fp8ckpt.families.carried import mtp_tensors
+from fp8ckpt.families.kinds import mtp_tensors
 from fp8ckpt.ranks import BEYOND
 from fp8ckpt.tensors.checkpoint import CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import torch_dtype

@@ -17,7 +17,7 @@ from fp8ckpt.encodings.tying import as_one
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.families.between import parts_of_model
 from fp8ckpt.families.loaders import is_transposed
-from fp8ckpt.families.stacks import Shapes, answers
+from fp8ckpt.families.names import Shapes, answers
 from fp8ckpt.families.tied import Tied
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.tensors.adapters import Adapter, Pair, same_values

@@ -12,7 +12,7 @@ from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.between import has_transformers, translated
-from fp8ckpt.families.carried import carriable
+from fp8ckpt.families.kinds import carriable
 from fp8ckpt.families.names import LAYOUTS, find_layout, name_pattern
 from fp8ckpt.families.tied import Tied, embeddings_and_head, tied_tensors, ties_embeddings
 from fp8ckpt.output.like import BaseLayout

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from fp8ckpt.errors import UnsupportedFormatError, listed
-from fp8ckpt.families.stacks import answers
+from fp8ckpt.families.names import answers
 from fp8ckpt.families.tied import Tied
 from fp8ckpt.tensors.adapters import Adapter, same_product, same_values
 from fp8ckpt.tensors.checkpoint import Checkpoint

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError
+from fp8ckpt.families.names import Shapes
 from fp8ckpt.tensors.assembly import Assembly, composed, reversed_assemblies
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import CONFIG
@@ -21,8 +22,6 @@ from fp8ckpt.tensors.tensor import Tensor
 
 if TYPE_CHECKING:
     from fp8ckpt.families.transformers_tables import Assembled
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Translated(NamedTuple):

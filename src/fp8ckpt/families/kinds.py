@@ -1,17 +1,25 @@
-"""The kind and the layer of a tensor, by its name: what belongs together in a table or a picture.
+"""The kind and the layer of a tensor, by its name: what belongs together in a table or a picture; and what is carried.
 
 ``model.layers.3.mlp.experts.17.up_proj.weight`` is of layer 3, and of the kind ``mlp.experts.*.up_proj``. Where layers
-stand in several parts of a model (text, vision), those of the smaller parts carry the part's name in theirs.
+stand in several parts of a model (text, vision), those of the smaller parts have the part's name in theirs.
+
+Models have no place for the layers of a release that predict further tokens (MTP). These are carried: left out when a
+model is loaded, and taken from the base, byte for byte, when one is written back.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
+#: How configurations call the number of MTP layers, which follow the others under the next layer numbers.
+_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules")
+_PREFIX = r"(?:model\.|language_model\.)*"
+_LAYER = re.compile(_PREFIX + r"layers\.(\d+)\.")
+_MTP = re.compile(_PREFIX + r"mtp[._]")
 
 
 class Place(NamedTuple):
@@ -50,3 +58,27 @@ def parts_of(name: str) -> tuple[str, int | None, str]:
         return "", None, module
     rest = starred(module[found.end() :]).removeprefix(".")
     return module[: found.start()], int(found.group()[1:]), rest or "*"
+
+
+def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+    """The names that belong to MTP layers, by the name itself or by the number of layers in ``config``."""
+    text = {**config, **(config.get("text_config") or {})}
+    layers = text.get("num_hidden_layers")
+    more = max((count for key in _COUNTS if isinstance(count := text.get(key), int)), default=0)
+
+    def beyond(name: str) -> bool:
+        layer = _LAYER.match(name)
+        return layer is not None and isinstance(layers, int) and layers <= int(layer[1]) < layers + more
+
+    return {name for name in names if _MTP.match(name) or beyond(name)}
+
+
+def carriable(
+    given: Collection[str], base: Collection[str], config: Mapping[str, Any], pattern: re.Pattern[str] | None = None
+) -> set[str]:
+    """Names of the base that are taken from it where ``given``, what is written, lacks them: those in which ``pattern``
+    is found, and all MTP layers if none of them is given; where some of their tensors are, they may have been trained.
+    """
+    mtp = mtp_tensors(base, config)
+    named = {name for name in base if pattern is not None and pattern.search(name)}
+    return named | (mtp if mtp.isdisjoint(given) else set())

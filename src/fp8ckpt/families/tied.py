@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fp8ckpt.families.between import Shapes, known_model
+from fp8ckpt.families.between import known_model
 from fp8ckpt.families.kinds import parts_of
-from fp8ckpt.families.names import architectures, stated
+from fp8ckpt.families.names import Shapes, architectures, stated
 
 #: The head and the embeddings of a language model, under the names that they have on disk.
 HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "head.weight")

@@ -16,12 +16,10 @@ import torch
 from torch import nn
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError, listed, shown
-from fp8ckpt.families.stacks import ONE_EXPERT, stack_with, stacked
+from fp8ckpt.families.names import ONE_EXPERT, Shapes, stack_with, stacked
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
 from fp8ckpt.tensors.reading import stored_dtype
-
-Shapes = dict[str, tuple[int, ...]]
 
 # Whether a class holds experts as [E, in, out]; other classes say it themselves, in ``is_transposed``.
 _TRANSPOSED = {"Llama4TextExperts": True}
@@ -112,15 +110,15 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     renamings = [rule for rule in mapping if isinstance(rule, core.WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, core.WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    prefix = model.base_model_prefix
+    prefix, held = model.base_model_prefix, dict(own)
     parts: dict[str, Assembly] = {}
     rules: dict[str, Any] = {}
     stacks: dict[tuple[str, str], list[str]] = {}  # of each tensor and pattern, what the pattern finds
     unused: dict[str, str] = {}  # and what they would be called in the model
     for name in sorted(stored, key=core.dot_natural_key):
-        target, pattern = core.rename_source_key(name, renamings, converters, prefix, own)
+        target, pattern = core.rename_source_key(name, renamings, converters, prefix, held)
         if target not in own and name in own:
-            target, pattern = core.rename_source_key(name, [], [], prefix, own)
+            target, pattern = core.rename_source_key(name, [], [], prefix, held)
         if target not in own or (pattern is None and target in parts):
             unused[name] = target
         elif pattern is None:
