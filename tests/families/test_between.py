@@ -184,13 +184,17 @@ def test_what_is_cut_off_goes_on_from_there(
 def test_a_conversion_is_in_several_files_where_it_is_large(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an index, each tensor whole."""
+    """With an index, each tensor whole; what the model has no place for in the order of the source."""
     monkeypatch.setattr(like, "DEFAULT_FILE_BYTES", 60_000)
     result = convert(made / "Qwen3-Next", tmp_path / "out", layout="model")
     assert isinstance(result, PlainResult)
     assert len(list(tmp_path.glob("out/model-*-of-*.safetensors"))) > 3
     assert open_checkpoint(tmp_path / "out").index is not None
     assert read_directory(tmp_path / "out") == read_directory(made / "Qwen3-Next, model")
+    written = open_checkpoint(tmp_path / "out").tensors
+    left = [key for key in open_checkpoint(made / "Qwen3-Next").tensors if key.startswith("mtp.")]
+    assert left == sorted(left, key=lambda key: written[key].span.file.name)
+    assert len({written[key].span.file.name for key in left}) > 1
     assert result.tensors == len(read_directory(tmp_path / "out"))
     assert result.dequantized == len(open_checkpoint(made / "Qwen3-Next").quantized)
 

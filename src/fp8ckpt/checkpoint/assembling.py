@@ -35,7 +35,7 @@ def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shape
     if adapter is None:
         made = _of_pretrained(model, own, stored) or of_names(own, stored, find_layout(own, stored))
     elif (given := adapter.assemblies(own, stored) if hasattr(adapter, "assemblies") else None) is not None:
-        made = Assembled.of(given, stored)
+        made = Assembled(dict(given), stored)
     else:
         return None
     for name, assembly in made.parts.items():
@@ -47,7 +47,7 @@ def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shape
 def of_names(own: Iterable[str], stored: Shapes, layout: KeyLayout = IDENTITY) -> Assembled:
     """Each tensor is one of the file's, perhaps under another name."""
     found = {name: hf for name in own if (hf := layout.native_to_hf(name)) in stored}
-    return Assembled.of({name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}, stored)
+    return Assembled({name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}, stored)
 
 
 def _of_pretrained(model: nn.Module, own: Shapes, stored: Shapes) -> Assembled | None:
@@ -73,4 +73,4 @@ def _of_pretrained(model: nn.Module, own: Shapes, stored: Shapes) -> Assembled |
             ignored = {disk[name] for name in made.ignored}
     parts = {prefix + name: assembly for name, assembly in parts.items()}
     outside = {name: Assembly.whole(name, stored[name]) for name in own.keys() - parts.keys() if name in stored}
-    return Assembled.of({**parts, **outside}, stored, ignored)
+    return Assembled({**parts, **outside}, stored, ignored)

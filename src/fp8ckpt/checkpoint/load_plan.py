@@ -52,8 +52,9 @@ class LoadPlan:
             if made and held and not assembled.parts.keys() & {*held}:
                 self._assemblies[held[0]] = made[0]
         self._sources, self.twice = self._find_sources()
-        self._carried = assembled.ignored | mtp_tensors(assembled.unused, self.checkpoint.config)
-        self._refuse_mismatches(assembled.unused - self._carried if not partial else set())
+        unused = assembled.unused
+        self._carried = {*assembled.ignored, *mtp_tensors(unused, self.checkpoint.config)}
+        self._refuse_mismatches([name for name in unused if name not in self._carried] if not partial else [])
         self._refuse_dtypes(narrow)
         self.parts = [
             part
@@ -97,7 +98,7 @@ class LoadPlan:
                 twice[name] = first
         return sources, twice
 
-    def _refuse_mismatches(self, unused: set[str]) -> None:
+    def _refuse_mismatches(self, unused: list[str]) -> None:
         where = self.checkpoint.path
         if missing := [name for name in self.named if name not in self._sources]:
             raise ModelMismatchError.of_absent(missing, where)

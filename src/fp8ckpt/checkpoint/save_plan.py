@@ -62,7 +62,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     elif not hasattr(adapter, "convert_single_tensor_to_hf"):
         raise ModelMismatchError.of_adapter()
     else:
-        assembled = Assembled.of({}, stored)
+        assembled = Assembled({}, stored)
         tensors = {name: dict(_renamed(adapter, name, tensor)) for name, tensor in native.items()}
         in_base = {name for name, made in tensors.items() if made.keys() <= stored.keys()}
     groups = tied_groups(model)
@@ -81,7 +81,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
     pattern = name_pattern("carry", carry)
     matching = {name for name in stored if pattern is not None and pattern.search(name)}
     planner = AssemblySavePlanner(parts, {**shapes, **stored})
-    return SavePlan(state, planner, assembled.ignored | matching, tied, native)
+    return SavePlan(state, planner, {*assembled.ignored, *matching}, tied, native)
 
 
 def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

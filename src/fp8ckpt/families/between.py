@@ -97,7 +97,8 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
     for name, assembly in there.parts.items():
         if name in here.parts and here.parts[name].shape != assembly.shape:
             raise ModelMismatchError(f"shape {here.parts[name].shape}", tensor=name, expected=f"{assembly.shape}")
-    parts = {name: Assembly.whole(name, given[name]) for name in there.unused & here.unused}
+    apart = {*there.unused}
+    parts = {name: Assembly.whole(name, given[name]) for name in here.unused if name in apart}
     for name, assembly in composed(reversed_assemblies(there.parts, wanted), here.parts).items():
         parts[name] = assembly
         if (defect := assembly.defect(given)) is not None:

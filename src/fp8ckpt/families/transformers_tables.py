@@ -8,7 +8,7 @@ without values that remember of which pieces they are made. So every family that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -26,19 +26,19 @@ _TRANSPOSED = {"Llama4TextExperts": True}
 
 
 class Assembled(NamedTuple):
-    """``parts``: of which tensors of a file each of a model's is made; ``unused``: those of the file that are in none;
-    ``ignored``: the ones among these that the model's class declares to have no place for.
+    """``parts``: of which tensors of a file each of a model's is made; ``stored``: all of the file; ``ignored``: those
+    of it that the model's class declares to have no place for.
     """
 
     parts: dict[str, Assembly]
-    unused: set[str]
-    ignored: set[str]
+    stored: Shapes
+    ignored: Collection[str] = ()
 
-    @classmethod
-    def of(cls, parts: Mapping[str, Assembly], stored: Shapes, ignored: Iterable[str] = ()) -> Assembled:
-        """``stored``: all that there is in the file."""
-        used = {piece.source for assembly in parts.values() for piece in assembly.pieces}
-        return cls(dict(parts), stored.keys() - used, set(ignored))
+    @property
+    def unused(self) -> list[str]:
+        """The tensors of the file that are in none of the model's, in the file's order."""
+        used = {piece.source for assembly in self.parts.values() for piece in assembly.pieces}
+        return [name for name in self.stored if name not in used]
 
 
 def is_pretrained(module: Any) -> bool:
@@ -136,7 +136,7 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     _stack_experts(model, own, stored, parts, unused)
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     ignored = {name for name, target in unused.items() if any(re.search(p, target) for p in patterns)}
-    return Assembled.of(parts, stored, ignored)
+    return Assembled(parts, stored, ignored)
 
 
 def _conversions(model: Any) -> list[Any]:
