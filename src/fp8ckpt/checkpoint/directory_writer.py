@@ -23,7 +23,8 @@ import logging
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,10 @@ class DirectoryWriter(StorageWriter):
             self._plan = dataclasses.replace(self._plan, holes=max(0, self._plan.nbytes - found.most))
             names = [[item.index.fqn for item in plan.items] for plan in plans]
             stages = [found.stages(layouts, rank, len(plans), of_rank) for rank, of_rank in enumerate(names)]
-        try:
+        with self._releasing():
             self._plan.begin(self._output)
             self._output.state.forget()
             shared = self._shared_out(plans, self._plan)
-        except BaseException:
-            self.release()
-            raise
         return [
             dataclasses.replace(plan, storage_data=Shared(len(plans), self._output.turn, own, of_rank))
             for plan, own, of_rank in zip(plans, shared, stages, strict=True)
@@ -158,20 +156,10 @@ class DirectoryWriter(StorageWriter):
     def _write_regions(self, plan: SavePlan, planner: SavePlanner, shared: Shared) -> None:
         meets = self._meets and shared.ranks > 1
         ranks = GroupRanks(self._group) if meets else Ranks()
-        files = self._files(shared.stages, ranks.rank)
-        try:
+        with self._releasing(), closing(self._files(shared.stages, ranks.rank)) as files:
             self.bytes_written += self._write(shared.own, planner, Rounds.of(plan.items, ranks, files, shared.stages))
             if (base := self._base_of_output()) is not None:
                 base.store.refuse_changes()
-        except (WeightValueError, RangeError, SourceChangedError):  # what was written can never become whole
-            files.close()
-            self._output.discard()
-            raise
-        except BaseException:
-            self.release()
-            raise
-        finally:
-            files.close()
 
     @kept_open()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -181,27 +169,32 @@ class DirectoryWriter(StorageWriter):
         ending: Mapping[str, Sequence[Part]] = {}
         if self._schedule is not None:
             stages, ending = self._schedule.stages(self._plan.layouts, 0, 1, ()), self._schedule.ending
-        try:
+        with self._releasing():
             for layout in self._plan.layouts:
-                files = self._files(stages, len(results))
-                try:
+                with closing(self._files(stages, len(results))) as files:
                     files.of(layout.name).write(np.frombuffer(layout.head, np.uint8), 0)
                     self.bytes_written += self._complete(layout, files)
                     files.flush()
                     if isinstance(files, Staging):
                         files.send(ending[layout.name])
                         files.flush()
-                finally:
-                    files.close()
             self._plan.publish(self._output)
-        except SourceChangedError:  # what was written can never become whole
-            self._output.discard()
-            raise
-        finally:
-            self.release()
+        self.release()
 
     def _files(self, stages: Stages | None, writer: int) -> Files:
         return OutputFiles(self._output.directory) if stages is None else Staging(self._output, stages, writer)
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """A step that may fail: what can never become whole is removed."""
+        try:
+            yield
+        except (WeightValueError, RangeError, SourceChangedError):
+            self._output.discard()
+            raise
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
