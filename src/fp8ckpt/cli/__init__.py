@@ -9,6 +9,7 @@ while a command works. Help imports neither torch nor numpy: a command imports i
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()  # or Python does it when nobody can catch its error
+                gc.freeze()  # all ends with the process: there is no need to look for cycles in all that was imported
         except Fp8CheckpointError as error:
             refuse(error)
         except MemoryError:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 
 CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
-_SCALES_AT_ONCE = 32 << 20  # bytes
+_SCALES_AT_ONCE = 1 << 20  # bytes, of each read that a store does at once: near ones stay in a cache
 
 
 def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
@@ -110,7 +110,7 @@ def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
     """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
 
-    All are of one store. The scales of many files are asked for together; memory is 32 MiB.
+    All are of one store. The scales of many files are asked for together; memory is at most 32 MiB.
     """
     spans = [*others]
     for tensor in tensors:
@@ -120,11 +120,11 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
     for span in spans:
         if span.dtype in SCALE_DTYPES and span.start < span.stop:
             alike.setdefault((span.dtype, span.file.name), []).append(span)
-    buffer = np.empty(_SCALES_AT_ONCE, np.uint8)
+    buffer = np.empty(_SCALES_AT_ONCE * spans[0].file.store.at_once if spans else 0, np.uint8)
     defects: list[Fp8CheckpointError] = []
     suspects: dict[TensorSpan, None] = {}
     for dtype, keys in groupby(sorted(alike), key=itemgetter(0)):
-        for batch in _batches(alike[key] for key in keys):
+        for batch in _batches((alike[key] for key in keys), buffer.size):
             ends = list(accumulate(part.stop - part.start for part in batch))
             parts = [buffer[first:last] for first, last in pairwise([0, *ends])]
             try:
@@ -136,16 +136,16 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
     return [*defects, *_bad_scales(suspects)]
 
 
-def _batches(groups: Iterable[list[TensorSpan]]) -> Iterator[list[ByteRange]]:
-    """Where scales lie, those of a file in each group, by `_SCALES_AT_ONCE` bytes: those that follow each other are one
+def _batches(groups: Iterable[list[TensorSpan]], most: int) -> Iterator[list[ByteRange]]:
+    """Where scales lie, those of a file in each group, by at most ``most`` bytes: those that follow each other are one
     range, and one that is longer is in parts.
     """
     batch: list[ByteRange] = []
     size = 0
     for name, first, last in (run for group in groups for run in _runs(group)):
-        for start in range(first, last, _SCALES_AT_ONCE):
-            part = ByteRange(name, start, min(start + _SCALES_AT_ONCE, last))
-            if size + part.stop - part.start > _SCALES_AT_ONCE:
+        for start in range(first, last, most):
+            part = ByteRange(name, start, min(start + most, last))
+            if size + part.stop - part.start > most:
                 yield batch
                 batch, size = [], 0
             batch.append(part)
