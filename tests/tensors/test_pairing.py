@@ -618,6 +618,14 @@ def test_a_second_factor_is_refused(end: str) -> None:
     assert f"a.{end}" in defect.found
 
 
+def test_a_second_factor_of_fused_experts() -> None:
+    """One beside codes of eight bits is refused as that, and one beside values is an orphan."""
+    codes = {"m.up_proj": ("F8_E4M3", (2, 8, 8)), "m.up_proj_weight_scale": ("F32", (2, 1, 1))}
+    second = {"m.up_proj_weight_scale_2": ("F32", (2, 1, 1))}
+    assert only_defect({**codes, **second}, UnsupportedFormatError).tensor == "m.up_proj"
+    assert only_defect({"m.up_proj": ("BF16", (2, 8, 8)), **second}, OrphanScaleError).tensor in second
+
+
 def test_integers_that_are_no_weights() -> None:
     """Buffers of integers, and e8m0 scales in bytes, are not taken for packed weights."""
     result = paired(

@@ -125,6 +125,7 @@ FACTORS = (
     (".weight", ".weight_scale_2"),
     (".weight", ".weight_global_scale"),
     (".weight", ".weight_zero_point"),
+    ("", "_weight_scale_2"),  # fused experts of ModelOpt
     ("_packed", "_zero_point"),
     (".weight_packed", ".pre_quant_scale"),
     (".weight", ".pre_quant_scale"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from math import prod
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,12 +103,12 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
         found = f"it holds {len(text)} bytes with {values} commas and brackets"
         most = f"at most {_MOST_VALUES} of them, and {_LONGEST_WIDE} bytes where not all are ASCII"
         raise kind.of_text(file, found, most)
-    read = partial(json.loads, parse_constant=constant, parse_int=whole if b"-0" in text else None)
+    read = partial(json.loads, parse_constant=constant, parse_int=whole if b"-" in text else None)
     try:
         value = read(text.decode())
         if _may_repeat(value, text):
             value = read(text.decode(), object_pairs_hook=unique)
-        if b"\\u" in text:  # an escaped lone surrogate is no text, and cannot be printed
+        if b"\\" in text:  # an escaped lone surrogate is no text, and cannot be printed
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         if isinstance(error, Fp8CheckpointError):
@@ -148,9 +148,10 @@ def _validated(
             return None, [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
         else:
             defects.append(found)
-    spans.sort(key=itemgetter(4, 5))  # where they start, and stop
-    if len(spans) == len(entries):
-        defects += _coverage_defects(file, size, data_start, spans)
+    complete = len(spans) == len(entries)
+    if not complete or _coverage_defects(file, size, data_start, spans):  # most are in the order of the data
+        spans.sort(key=attrgetter("start", "stop"))
+        defects += _coverage_defects(file, size, data_start, spans) if complete else []
     return Header(file, size, metadata, tuple(spans), text), defects
 
 
@@ -168,9 +169,9 @@ def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | He
                 raise TypeError
     except (KeyError, TypeError, ValueError):
         return HeaderError.of_entry(file, name, json.dumps(entry))
-    dtype, bits = _DTYPES.get(dtype, (dtype, None))
-    if bits is None:
+    if (known := _DTYPES.get(dtype)) is None:
         return HeaderError.of_dtype(file, name, dtype, DTYPE_BITS)
+    dtype, bits = known
     size = prod(shape) * bits
     if begin < 0 or end < begin or size != (end - begin) * 8 or (not size and _overflows(shape, bits)):
         expected = f"{shown(size / 8 if size < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"
