@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,26 +17,46 @@ from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from tests.adapters import PREFIX, factors, write_adapter
 
 BUDGET = 256 << 20
+Peaks = Callable[..., list[int]]
 
 
-def peaks(*jobs: str) -> list[int]:
-    """Peak resident bytes of a child process that imports torch and fp8ckpt, during each of ``jobs``, in order."""
-    # VmHWM, not ru_maxrss: the latter starts at the size of the process that forked the child, which is this one.
-    # A 5 sets it back (proc(5)); where that is refused each peak is of all jobs so far, and stays within bounds, too.
-    script = """
-import contextlib, json, sys, torch, fp8ckpt
-for job in json.loads(sys.argv[1]):
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")
-    exec(job)
-    print("peak", next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+# An interpreter that has imported torch and fp8ckpt, and forks for each list of jobs. VmHWM, not ru_maxrss: the latter
+# starts at what was resident before the fork. A 5 sets it back (proc(5)); where that is refused each peak is of all
+# jobs so far, and stays within bounds, too.
+INTERPRETER = """
+import contextlib, json, os, sys, torch, fp8ckpt, fp8ckpt.figures
+for line in sys.stdin:
+    if child := os.fork():
+        if os.waitpid(child, 0)[1]:
+            print("[]", flush=True)
+        continue
+    found = []
+    for job in json.loads(line):
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")
+        exec(job)
+        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        found.append(int(peak.split()[1]) << 10)
+    print(json.dumps(found), flush=True)
+    os._exit(0)
 """
-    command = [sys.executable, "-c", script, json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [int(line.split()[1]) << 10 for line in done.stdout.splitlines() if line.startswith("peak")]
-    assert len(found) == len(jobs)
-    return found
+
+
+@pytest.fixture(scope="module")
+def peaks() -> Iterator[Peaks]:
+    """Peak resident bytes of a process that has torch and fp8ckpt, during each of some jobs, in order."""
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERPRETER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as interpreter:
+
+        def during(*jobs: str) -> list[int]:
+            print(json.dumps(jobs), file=interpreter.stdin, flush=True)
+            assert interpreter.stdout is not None
+            found: list[int] = json.loads(interpreter.stdout.readline())
+            assert len(found) == len(jobs)
+            return found
+
+        yield during
 
 
 def assert_bounded(small: list[int], large: list[int], torch_alone: int) -> None:
@@ -49,8 +69,8 @@ def assert_bounded(small: list[int], large: list[int], torch_alone: int) -> None
 
 
 @pytest.fixture(scope="module")
-def torch_alone() -> int:
-    """Peak of a process that only imports torch."""
+def torch_alone(peaks: Peaks) -> int:
+    """Of a process that does nothing with what is imported."""
     return peaks("pass")[0]
 
 
@@ -111,24 +131,27 @@ def stored(directory: Path) -> int:
 
 
 def test_peak_memory_is_bounded_and_does_not_grow(
-    checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path
+    checkpoints: tuple[Path, Path], peaks: Peaks, torch_alone: int, tmp_path: Path
 ) -> None:
-    """Of everything that only reads, or writes BF16."""
+    """Of everything that only reads, or writes BF16; a page is drawn of the scheme whose page is larger."""
     assert stored(checkpoints[1]) > 3.5 * stored(checkpoints[0]) > 200 << 20
-    found = [
-        peaks(
-            f"assert fp8ckpt.verify({str(source)!r}, workers=2).ok",
-            f"fp8ckpt.convert({str(source)!r}, {str(tmp_path / source.name)!r}, workers=2)",
-            f"assert fp8ckpt.verify({str(source)!r}, {str(source)!r}, workers=2).ok",
-            f"fp8ckpt.report(*[{str(source)!r}] * 2, output={str(tmp_path / source.name)!r} + '.html', workers=2)",
+    found = []
+    for source in checkpoints:
+        out, alone = tmp_path / source.name, open_checkpoint(source).quantized[0].scale.numel == 1
+        drawn = "fp8ckpt.figures.page_of = lambda found: ''\n" * alone
+        found.append(
+            peaks(
+                f"assert fp8ckpt.verify({str(source)!r}, workers=2).ok",
+                f"fp8ckpt.convert({str(source)!r}, {str(out)!r}, workers=2)",
+                f"assert fp8ckpt.verify({str(source)!r}, {str(source)!r}, workers=2).ok",
+            )
+            + peaks(f"{drawn}fp8ckpt.report(*[{str(source)!r}] * 2, output='{out}.html', workers=2)")
         )
-        for source in checkpoints
-    ]
     assert_bounded(*found, torch_alone)
 
 
 def test_peak_memory_to_fp8(
-    checkpoints: tuple[Path, Path], trainings: dict[Path, Path], torch_alone: int, tmp_path: Path
+    checkpoints: tuple[Path, Path], trainings: dict[Path, Path], peaks: Peaks, torch_alone: int, tmp_path: Path
 ) -> None:
     """The same on the way back, whether scales are kept or made, weights written once or twice, a report of each."""
     config = json.loads((checkpoints[0] / "config.json").read_text())
@@ -147,7 +170,7 @@ def test_peak_memory_to_fp8(
     assert_bounded(*found, torch_alone)
 
 
-def test_peak_memory_of_merging(checkpoints: tuple[Path, Path], torch_alone: int, tmp_path: Path) -> None:
+def test_peak_memory_of_merging(checkpoints: tuple[Path, Path], peaks: Peaks, torch_alone: int, tmp_path: Path) -> None:
     """An adapter of every matrix of the multilayer perceptrons takes no more of a larger model."""
     found = []
     for base in checkpoints:
