@@ -91,10 +91,8 @@ class LoadPlan:
         at: dict[tuple[int, ...], str] = {}  # two may be one in memory without being one parameter
         for name in (name for name in sources if sources[name] == name and name not in twice):
             local = local_part(self.named[name])
-            if (
-                local.numel()
-                and (first := at.setdefault((local.data_ptr(), *local.shape, *local.stride()), name)) != name
-            ):
+            place = (local.data_ptr(), *local.shape, *local.stride())
+            if local.numel() and (first := at.setdefault(place, name)) != name:
                 twice[name] = first
         return sources, twice
 

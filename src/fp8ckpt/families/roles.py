@@ -135,10 +135,11 @@ class Roles:
                 return reason
         if self._is_router(name):
             return "routers of experts"
-        if not _in_layer(module) and (leaf in _HEADS_OUTSIDE_LAYERS or _is_in_head(module)):
-            return "heads"
-        if not _in_layer(module) and self._shapes[name][0] in _stated(self._config, _VOCABULARY):
-            return "embeddings or heads, having a row for each token"
+        if not _in_layer(module):
+            if leaf in _HEADS_OUTSIDE_LAYERS or any(map(_PARTS_OF_HEADS.fullmatch, module.split("."))):
+                return "heads"
+            if self._shapes[name][0] in _stated(self._config, _VOCABULARY):
+                return "embeddings or heads, having a row for each token"
         if is_transposed(self._config, leaf):
             return "weights of Conv1D, which lie across and which no engine dequantizes"
         if self._is_per_head(name):
@@ -221,10 +222,6 @@ def is_built_plain(module: str) -> bool:
 
 def _part_of(module: str) -> str | None:
     return next((what for what, pattern in _PARTS if pattern.search(module)), None)
-
-
-def _is_in_head(module: str) -> bool:
-    return any(_PARTS_OF_HEADS.fullmatch(part) for part in module.split("."))
 
 
 def _holds_experts(component: str) -> bool:

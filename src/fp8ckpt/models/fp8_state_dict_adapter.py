@@ -49,11 +49,6 @@ class Release(NamedTuple):
     stored: frozenset[str]
     powers_of_two: bool
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, hf_to_native: Callable[[str], str]) -> Release:
-        quantized = {hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
-        return cls(quantized, frozenset(checkpoint.tensors), states_powers_of_two(checkpoint.config))
-
 
 class FP8StateDictAdapter(StateDictAdapter):
     """A family says which weights are FP8, how their scales tile them, and of which dtype these are without a file."""
@@ -85,7 +80,8 @@ class FP8StateDictAdapter(StateDictAdapter):
                     expected=f"{expected}, {SCALE_SUFFIX}",
                     remedy="use load_model or FP8StorageReader, which take any",
                 )
-        self._release = Release.of(checkpoint, self.hf_to_native)
+        quantized = {self.hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
+        self._release = Release(quantized, frozenset(checkpoint.tensors), states_powers_of_two(checkpoint.config))
         self.may_lack_head = bool(ties_embeddings(checkpoint.config))
         self.hf_assets_path = str(checkpoint.path)
         if len(checkpoint.files) > 1:
