@@ -62,7 +62,7 @@ class WaitingBlocks:
         """Combine the shared ones over the ranks, in bounded memory."""
         if ranks.size == 1:
             return
-        for part in _in_turn(ranks, self.shared.size):
+        for part in in_turn(ranks, self.shared.size):
             for numbers, maxima, exact in ranks.gather(partial(self._part, part)):
                 ours = np.isin(numbers, self._numbers)
                 self.take_in(numbers[ours], maxima[ours], exact[ours])
@@ -98,7 +98,7 @@ class Halves:
         lows, highs = map(_in_order, self._found)
         self._found = [], []
         written = 0
-        for part in _in_turn(ranks, highs[0].size):
+        for part in in_turn(ranks, highs[0].size):
             for at, codes in ranks.gather(partial(_part, highs, part)):
                 ours = np.isin(at, lows[0])
                 place = np.searchsorted(lows[0], at[ours])
@@ -114,9 +114,9 @@ class Halves:
         return int(at.size)
 
 
-def _in_turn(ranks: Ranks, count: int) -> Iterator[slice]:
-    """Parts of what each rank has ``count`` of, until all of it was had on every rank."""
-    at_once = max(1, _EXCHANGED // ranks.size)
+def in_turn(ranks: Ranks, count: int, most: int = _EXCHANGED) -> Iterator[slice]:
+    """Parts of what each rank has ``count`` of, until all of it was had on every rank; ``most`` at once, over all."""
+    at_once = max(1, most // ranks.size)
     for start in range(0, max(ranks.gather(lambda: count)), at_once):
         yield slice(start, start + at_once)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from fp8ckpt.checkpoint.directory_writer import resolved
-from fp8ckpt.checkpoint.exchanged import Halves, WaitingBlocks
+from fp8ckpt.checkpoint.exchanged import Halves, WaitingBlocks, in_turn
 from fp8ckpt.checkpoint.rounds import Rounds
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, values_of_part
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut, number_blocks
@@ -133,9 +133,8 @@ class Part:
         """
         ranks, total = self._rounds.ranks, dict[str, WeightFacts]()
         weights = [weight for weight in self._base.quantized if weight.name not in self._task.carried]
-        at_once = max(1, _EXCHANGED // ranks.size)
-        for start in range(0, len(weights), at_once):
-            names = [weight.name for weight in weights[start : start + at_once]]
+        for part in in_turn(ranks, len(weights), _EXCHANGED):
+            names = [weight.name for weight in weights[part]]
             total |= {name: WeightFacts() for name in names}
             for found in ranks.gather(partial(self._facts_of, names)):
                 for name, facts in found.items():
