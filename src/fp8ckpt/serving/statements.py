@@ -15,6 +15,7 @@ from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
 from fp8ckpt.tensors.reading import same_bits
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 _INTEGERS = ("I8", "U8", "I16", "I32", "U32")
 
@@ -56,18 +57,14 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
     if "weight_block_size" not in stated.quantization:
         yield "weight_block_size is absent: vLLM takes that for one scale a tensor, transformers for 128 x 128 blocks"
     size = tuple(block) if block else None
-    # The last two dimensions are the matrix; those before them are experts, with a scale each or one for all.
-    others = [
-        tensor
-        for tensor in quantized
-        if tensor.weight.dtype in FP8_DTYPES
-        and (
-            any(n > 1 for n in tensor.grid.shape[-2:])
-            if size is None
-            else (fit := tiled(tensor.shape, size)) is None or fit.shape != tensor.grid.shape
-        )
-    ]
-    if others:
+
+    def differs(tensor: QuantizedTensor) -> bool:
+        if size is None:  # the last two dimensions are the matrix; before them are experts, with a scale each or one
+            return any(n > 1 for n in tensor.grid.shape[-2:])
+        fit = tiled(tensor.shape, size)
+        return fit is None or fit.shape != tensor.grid.shape
+
+    if others := [tensor for tensor in quantized if tensor.weight.dtype in FP8_DTYPES and differs(tensor)]:
         first, count = others[0], f"{len(others)} of {len(quantized)} FP8 tensors"
         found = f"weight_block_size is {shown(block)}, and {count} are scaled otherwise"
         expected = f"the block size of scales {list(first.scale.shape)} for weights {list(first.shape)}"
@@ -77,11 +74,8 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
 
 def renamed_scales(subject: Subject) -> Iterator[Finding]:
     """Blocks of scales under a name that the model's loader takes for the one scale of a tensor."""
-    grids = [
-        t
-        for t in subject.quantized
-        if t.scale.name.endswith(".weight_scale_inv") and max(t.grid.shape[-2:], default=1) > 1
-    ]
+    renamed = [tensor for tensor in subject.quantized if tensor.scale.name.endswith(".weight_scale_inv")]
+    grids = [tensor for tensor in renamed if max(tensor.grid.shape[-2:], default=1) > 1]
     if not grids:
         return
     for engine in engines_that_rename_scales(subject.checkpoint.config):
@@ -91,12 +85,8 @@ def renamed_scales(subject: Subject) -> Iterator[Finding]:
             continue
         expected = "weight_scale, of compressed-tensors, for blocks"
         remedy = "convert the BF16 weights with --scheme block, which names blocks so, or with --scheme per-tensor"
-        yield ServingError(
-            f"{found}, and refuses {len(grids)} that are blocks",
-            tensor=grids[0].scale,
-            expected=expected,
-            remedy=remedy,
-        )
+        found += f", and refuses {len(grids)} that are blocks"
+        yield ServingError(found, tensor=grids[0].scale, expected=expected, remedy=remedy)
 
 
 def not_quantized(subject: Subject) -> Iterator[Finding]:
