@@ -23,9 +23,9 @@ import logging
 import os
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from fp8ckpt.checkpoint.rounds import Rounds, Shared, held
+from fp8ckpt.checkpoint.rounds import Rounds, Shared
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import (
     ModelMismatchError,
@@ -63,7 +63,7 @@ from fp8ckpt.stores.local import kept_open
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 from fp8ckpt.tensors.reading import stored_dtype
-from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -116,21 +116,19 @@ class DirectoryWriter(StorageWriter):
         """The plan with what this rank says of the output; only tensors can be stored."""
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                remedy = "keep it out of the state dict"
-                raise UnsupportedFormatError(
-                    "it is no tensor", tensor=item.index.fqn, expected="tensors only", remedy=remedy
-                )
+                name, remedy = item.index.fqn, "keep it out of the state dict"
+                raise UnsupportedFormatError("it is no tensor", tensor=name, expected="tensors only", remedy=remedy)
         return dataclasses.replace(plan, storage_data=self._said())
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files, create them empty, and tell every rank what it must know."""
         self._refuse_unlike([plan.storage_data for plan in plans])
-        tensors = _tensors_of(plans)
+        tensors, held = _tensors_of(plans)
         self._plan, self._tensors = self._planned(tensors), len(tensors)
         stages: list[Stages | None] = [None] * len(plans)
         if self._output.goal.in_parts:
             layouts = self._plan.layouts
-            self._schedule = found = schedule(layouts, self._makers(self._plan), held(plans, tensors), len(plans))
+            self._schedule = found = schedule(layouts, self._makers(self._plan), held, len(plans))
             self._plan = dataclasses.replace(self._plan, holes=max(0, self._plan.nbytes - found.most))
             names = [[item.index.fqn for item in plan.items] for plan in plans]
             stages = [found.stages(layouts, rank, len(plans), of_rank) for rank, of_rank in enumerate(names)]
@@ -319,26 +317,28 @@ def write_region(files: Files, span: TensorSpan, region: Region, data: Bytes) ->
     return done
 
 
-def _tensors_of(plans: Iterable[SavePlan]) -> dict[str, TensorSpec]:
-    """The tensors by name, in the order met; every element of each must be planned exactly once."""
+def _tensors_of(plans: Iterable[SavePlan]) -> tuple[dict[str, TensorSpec], dict[str, Counter[int]]]:
+    """The tensors by name, in the order met, and how many bytes of each each rank writes, in the dtype that it has
+    there; all of each must be planned exactly once.
+    """
     found: dict[str, TensorSpec] = {}
-    planned: dict[str, int] = {}
-    for plan in plans:
+    held: dict[str, Counter[int]] = {}
+    for rank, plan in enumerate(plans):
         for item in plan.items:
             assert item.tensor_data is not None  # no BYTE_IO is left
-            name = item.index.fqn
+            name, dtype = item.index.fqn, item.tensor_data.properties.dtype
             if name not in found:
-                dtype = item.tensor_data.properties.dtype
-                stored = stored_dtype(dtype)
-                if stored is None:
-                    raise UnsupportedFormatError(
-                        f"dtype {dtype} has no place in a safetensors file", tensor=name, remedy="cast it first"
-                    )
-                found[name] = TensorSpec(name, stored, tuple(item.tensor_data.size))
-            planned[name] = planned.get(name, 0) + prod(item.tensor_data.chunk.sizes)
+                if (stored := stored_dtype(dtype)) is None:
+                    unknown = f"dtype {dtype} has no place in a safetensors file"
+                    raise UnsupportedFormatError(unknown, tensor=name, remedy="cast it first")
+                found[name], held[name] = TensorSpec(name, stored, tuple(item.tensor_data.size)), Counter()
+            held[name][rank] += tensor_nbytes(found[name].dtype, tuple(item.tensor_data.chunk.sizes))
     for name, tensor in found.items():
-        if planned[name] != prod(tensor.shape):
-            found_in = f"the ranks' plans hold {planned[name]} of its elements"
-            remedy = "use a planner that saves each shard once"
-            raise ModelMismatchError(found_in, tensor=name, expected=f"{prod(tensor.shape)}", remedy=remedy)
-    return found
+        planned, whole = sum(held[name].values()), tensor_nbytes(tensor.dtype, tensor.shape)
+        if planned != whole:
+            found_in, remedy = (
+                f"the ranks' plans hold {planned} of its bytes",
+                "use a planner that saves each shard once",
+            )
+            raise ModelMismatchError(found_in, tensor=name, expected=f"{whole}", remedy=remedy)
+    return found, held

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem
 
-from fp8ckpt.output.layout import TensorSpec
 from fp8ckpt.output.staging import Files, Stages, Staging
 from fp8ckpt.ranks import Ranks
-from fp8ckpt.tensors.stored import tensor_nbytes
 
 T = TypeVar("T")
 
@@ -67,14 +64,3 @@ class Rounds(NamedTuple):
         done = step(items)
         self.files.flush()
         return done
-
-
-def held(plans: Sequence[SavePlan], tensors: Mapping[str, TensorSpec]) -> dict[str, dict[int, int]]:
-    """Bytes of each tensor that each rank writes, in the dtype that it has there."""
-    found: dict[str, dict[int, int]] = {name: defaultdict(int) for name in tensors}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            assert item.tensor_data is not None  # no BYTE_IO is left
-            name, sizes = item.index.fqn, item.tensor_data.chunk.sizes
-            found[name][rank] += tensor_nbytes(tensors[name].dtype, tuple(sizes))
-    return found
