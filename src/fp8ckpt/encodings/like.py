@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fp8ckpt.encodings.asked import Asked
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units, source_tensors
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, joint_units, source_tensors
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.between import has_transformers, translated
 from fp8ckpt.families.kinds import carriable
@@ -56,14 +56,7 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
     changes = BaseLayout(like, served=served(like) if asked.serving else None)
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
-        tensor.weight.name: Quantization(
-            _in_order(tensors[tensor.name], tensor),
-            spans[tensor.weight.name],
-            spans[tensor.scale.name],
-            grid_of(tensor),
-            tensor,
-            None if tensor.second is None else spans[tensor.second.span.name],
-        )
+        tensor.weight.name: Quantization.like(tensor, _in_order(tensors[tensor.name], tensor), spans)
         for tensor in like.quantized
         if tensor.name not in carried
     }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fp8ckpt.encodings.adapting import adapted
-from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, grid_of, joint_units
+from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, joint_units
 from fp8ckpt.encodings.tying import is_one, tied_notes
 from fp8ckpt.families.parallel import sibling_units
 from fp8ckpt.families.tied import tied_tensors
@@ -43,8 +43,7 @@ def plan_merging(
 ) -> QuantizingPlan:
     """Everything that can be known or refused before the first byte is written.
 
-    ``served``: makes the configuration with which engines serve the
-    base, whose layout is put right, too.
+    ``served``: makes the configuration with which engines serve the base, whose layout is put right, too.
     """
     output.goal.refuse_existing()
     refuse_shared(output, base, "base")
@@ -102,9 +101,7 @@ def _weights(
     def quantization(tensor: QuantizedTensor) -> Quantization:
         merged = changed.get(tensor.name) or MergedTensor(tensor, tensor.dtype, (), read_floats)
         source = replace(merged.turned() if tensor.across else merged, dtype="F32")
-        weight, *scales = (spans[span.name] for span in (tensor.weight, *tensor.scales))
-        factor = scales[1] if len(scales) > 1 else None
-        return Quantization(source, weight, scales[0], grid_of(tensor), tensor, factor, source)
+        return Quantization.like(tensor, source, spans)._replace(merged=source)
 
     siblings = sibling_units(tensor.name for tensor in base.quantized)
     near = changed.keys() | {name for unit in siblings if not changed.keys().isdisjoint(unit) for name in unit}

@@ -50,6 +50,12 @@ class Quantization(NamedTuple):
     factor: TensorSpan | None = None
     merged: MergedTensor | None = None
 
+    @classmethod
+    def like(cls, before: QuantizedTensor, source: Tensor, spans: Mapping[str, TensorSpan]) -> Quantization:
+        """A weight that is written like one of a base; ``spans``: of the output, by name. Raises as `grid_of`."""
+        weight, scale, *factor = (spans[span.name] for span in (before.weight, *before.scales))
+        return cls(source, weight, scale, grid_of(before), before, factor[0] if factor else None)
+
     @property
     def name(self) -> str:
         return self.weight.name
@@ -210,33 +216,27 @@ class QuantizingPlan:
 
     def _chunks(self, layout: FileLayout, scales: Collection[str]) -> Iterator[Chunk]:
         """The chunks of a file: small tensors together, large ones cut, ``scales`` left out; a weight is alone."""
-        start, stop, first = 0, 0, 0  # of the small tensors that are gathered
-
-        def gathered(pieces: Iterable[tuple[int, int]], place: int) -> Iterator[Chunk]:
-            nonlocal start, stop, first
-            for low, high in pieces:
-                if low != stop or high - start > cutting.CHUNK:
-                    if stop > start:
-                        yield Chunk(start, stop, first)
-                    start = stop = low
-                if stop == start:
-                    first = place
-                stop = high
-
-        yield from gathered(_pieces(0, len(layout.head), cutting.CHUNK), 0)
-        for place, span in enumerate(layout.spans):
-            if span.name in scales or not span.nbytes:
-                continue
-            if (quantization := self.weights.get(span.name)) is None:
-                yield from gathered(_cut(span, cutting.CHUNK), place)
-                continue
-            if stop > start:
-                yield Chunk(start, stop, first)
-            start = stop = span.stop
-            for low, high in _cut_weight(quantization):
+        gathered: Chunk | None = None  # small tensors
+        for low, high, place, alone in self._cut_file(layout, scales):
+            if gathered is not None and (alone or low != gathered.stop or high - gathered.start > cutting.CHUNK):
+                yield gathered
+                gathered = None
+            if alone:
                 yield Chunk(low, high, place)
-        if stop > start:
-            yield Chunk(start, stop, first)
+            else:
+                gathered = Chunk(low, high, place) if gathered is None else gathered._replace(stop=high)
+        if gathered is not None:
+            yield gathered
+
+    def _cut_file(self, layout: FileLayout, scales: Collection[str]) -> Iterator[tuple[int, int, int, bool]]:
+        """The pieces of a file, each with which of its tensors it is of, and whether that is a weight."""
+        for low, high in _pieces(0, len(layout.head), cutting.CHUNK):
+            yield low, high, 0, False
+        for place, span in enumerate(layout.spans):
+            if span.name not in scales and span.nbytes:
+                weight = self.weights.get(span.name)
+                for low, high in _cut(span, cutting.CHUNK) if weight is None else _cut_weight(weight):
+                    yield low, high, place, weight is not None
 
 
 def _pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:

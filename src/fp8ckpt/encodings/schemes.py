@@ -90,11 +90,8 @@ _BLOCKS_BY_OTHER_NAMES = Scheme(_blocks, "_scale", lambda grid: grid.shape, _com
 
 def scheme_for(scheme: str, config: Json) -> Scheme:
     """The row of a scheme, as it is written for a model of this configuration."""
-    return (
-        _BLOCKS_BY_OTHER_NAMES
-        if scheme == "block" and "vLLM 0.33" in engines_that_rename_scales(config)
-        else SCHEMES[scheme]
-    )
+    renamed = scheme == "block" and "vLLM 0.33" in engines_that_rename_scales(config)
+    return _BLOCKS_BY_OTHER_NAMES if renamed else SCHEMES[scheme]
 
 
 class Choice(NamedTuple):
@@ -204,13 +201,10 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
         name: Quantization(tensors[name], spans[name], spans[name + row.scale_ending], grid, None)
         for name, grid in grids.items()
     }
-    planned: dict[str, Tensor] = {
-        name: QuantizedTensor(name, spans[name], weights[name].scale, grids[name], (), spans[name].dtype)
-        if name in weights
-        else span
-        for name, span in tensors.items()
+    quantized = {
+        name: QuantizedTensor(name, weight.weight, weight.scale, weight.grid, (), weight.weight.dtype)
+        for name, weight in weights.items()
     }
-    texts: dict[str, bytes] = {}
     copies = side_files(given)
     copies.pop(CONFIG, None)
     notes += notes_on_plain(given)
@@ -224,10 +218,13 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     if tied := tied_heads(given.config, tensors):  # Linears to an engine, which would look for their scales
         quantization["ignore" if "ignore" in quantization else "modules_to_not_convert"] = tied
     config = {**without_quantization(CONFIG, given.config, None), "quantization_config": quantization}
-    written = Checkpoint(PLANNED, (), planned, (), config, None, None, (), ())
-    texts[CONFIG] = dump_json(served(written))
+    written = Checkpoint(PLANNED, (), {**tensors, **quantized}, (), config, None, None, (), ())
+    texts = {CONFIG: dump_json(served(written))}
     if given.index is not None or len(layouts) > 1:
         texts[given.index_name or INDEX] = index_text(layouts, given.index)
+    # Engines join grids of blocks as they are; of whole tensors they need one scale.
+    wide = [name for name, weight in weights.items() if weight.wide]
+    scales = {name: b"" if scheme == "per-tensor" else name.encode() for name in wide}
     arguments = asked.arguments(job="quantize", scheme=scheme, report=report, only=asked.only, skip=asked.skip)
     return QuantizingPlan(
         output=OutputPlan((given,), arguments, tuple(layouts), texts, copies),
@@ -235,16 +232,7 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
         base=None,
         weights=weights,
         plain={name: span for name, span in tensors.items() if name not in weights},
-        units=tuple(
-            # Engines join grids of blocks as they are; of whole tensors they need one scale.
-            equal_units(
-                {
-                    name: b"" if scheme == "per-tensor" else name.encode()
-                    for name, weight in weights.items()
-                    if weight.wide
-                }
-            )
-        ),
+        units=tuple(equal_units(scales)),
         fresh=True,
         report=report,
         see=asked.see,
