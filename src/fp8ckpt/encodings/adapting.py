@@ -45,16 +45,6 @@ class _Use(NamedTuple):
     across: bool = False
 
 
-class _Changes:
-    """What is to become of one tensor of the base."""
-
-    def __init__(self) -> None:
-        self.products: list[Product] = []
-        self.replacement: TensorSpan | None = None
-        self.magnitude: TensorSpan | None = None
-        self.norms: Norms | None = None  # of columns
-
-
 def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] = ()) -> dict[str, MergedTensor]:
     """The tensors of the base that adapters change, by name. ``tied``: what is one tensor in the model.
 
@@ -68,43 +58,35 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
     spans = {name: span for adapter in adapters for name, span in adapter.tensors.items()}
     keys = {use.target: use.pair.a for use in uses} | spans
     parts = _answered(keys, shapes, base)
-    changes: dict[str, _Changes] = {}
+    floats = KeptFloats(max((4 * (use.pair.a.numel + use.pair.b.numel) for use in uses), default=0) + _ROOM)
     by_target: dict[str, list[_Use]] = {}
     for use in uses:
         by_target.setdefault(use.target, []).append(use)
+    found: dict[str, MergedTensor] = {}
     for name, assembly in reversed_assemblies(parts, shapes).items():
-        change = changes.setdefault(name, _Changes())
-        for piece in assembly.pieces:
-            whole = Assembly.whole(piece.source, shapes[name]).pieces == (piece,)
-            for adapter in adapters:
-                of_pair = any(use.adapter is adapter for use in by_target.get(piece.source, ()))
-                span = adapter.tensors.get(piece.source)
-                # PEFT saves embeddings beside the factors of them, trained or not.
-                if span is not None and not (whole and of_pair and same_values(span, base.tensors[name].span)):
-                    _replace(change, adapter, span, shapes[name], whole=whole)
-            for use in by_target.get(piece.source, ()):
-                change.products += _products(use, parts[use.target].shape, piece, len(shapes[name]))
-                _scale_rows(change, use, shapes[name], whole=whole)
-    largest = max((_nbytes(use.pair.a) + _nbytes(use.pair.b) for use in uses), default=0)
-    floats = KeptFloats(largest + _ROOM)
-    found = {}
-    for name, change in changes.items():
         tensor = base.tensors[name]
         if tensor.scaled is None and tensor.dtype not in TARGET_BYTES:
             what = f"an adapter of a tensor of dtype {tensor.dtype}"
             raise UnsupportedFormatError.of_dtype(name, tensor.span.file, what, ["FP8", *TARGET_BYTES])
-        found[name] = MergedTensor(
-            tensor, tensor.dtype, tuple(change.products), floats, change.replacement, change.magnitude, change.norms
-        )
+        merged = MergedTensor(tensor, tensor.dtype, (), floats)
+        for piece in assembly.pieces:
+            whole = Assembly.whole(piece.source, tensor.shape).pieces == (piece,)
+            here = by_target.get(piece.source, ())
+            for adapter in adapters:
+                span = adapter.tensors.get(piece.source)
+                # PEFT saves embeddings beside the factors of them, trained or not.
+                beside = whole and any(use.adapter is adapter for use in here)
+                if span is not None and not (beside and same_values(span, tensor.span)):
+                    merged = _replaced(merged, adapter, span, whole=whole)
+            for use in here:
+                products = _products(use, parts[use.target].shape, piece, len(tensor.shape))
+                merged = _scaled(replace(merged, products=(*merged.products, *products)), use, whole=whole)
+        found[name] = merged
     for one in tied:
         if one.stored[0] in found:
             copies = {name: base.tensors[name] for name in one.stored if name not in found}
             found |= {name: replace(found[one.stored[0]], base=tensor) for name, tensor in copies.items()}
     return found
-
-
-def _nbytes(span: TensorSpan) -> int:
-    return 4 * span.numel  # as float32
 
 
 # ---------------------------------------------------------------- names
@@ -241,31 +223,35 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
 # ---------------------------------------------------------------- whole tensors, and DoRA
 
 
-def _replace(change: _Changes, adapter: Adapter, span: TensorSpan, shape: tuple[int, ...], *, whole: bool) -> None:
+def _replaced(merged: MergedTensor, adapter: Adapter, span: TensorSpan, *, whole: bool) -> MergedTensor:
+    """With a tensor that was trained whole in its base's place; ``whole``: the base has it as one."""
+
     def refuse(found: str, expected: str) -> None:
         raise ModelMismatchError(found, tensor=span, expected=expected)
 
     if not whole:
-        raise UnsupportedFormatError.of_trained(span, shape)
-    if span.shape != shape:
-        refuse(f"shape {span.shape}", f"{shape}, as in the base")
+        raise UnsupportedFormatError.of_trained(span, merged.shape)
+    if span.shape != merged.shape:
+        refuse(f"shape {span.shape}", f"{merged.shape}, as in the base")
     if adapter.weight != 1:
         refuse(f"a whole tensor of an adapter of weight {adapter.weight:g}", "weight 1: it replaces the base's")
-    if change.replacement is not None:
+    if merged.replacement is not None:
         refuse("two adapters replace it", "one that does")
-    change.replacement = span
+    return replace(merged, replacement=span)
 
 
-def _scale_rows(change: _Changes, use: _Use, shape: tuple[int, ...], *, whole: bool) -> None:
-    if (change.magnitude is not None or use.pair.magnitude is not None) and len(change.products) > 1:
+def _scaled(merged: MergedTensor, use: _Use, *, whole: bool) -> MergedTensor:
+    """With DoRA's magnitudes, where the pair that was added last has some."""
+    magnitude, shape = use.pair.magnitude, merged.shape
+    if (merged.magnitude is not None or magnitude is not None) and len(merged.products) > 1:
         found = "several adapters on a tensor, of which one is DoRA: norms are of one"
         raise UnsupportedFormatError(found, tensor=use.pair.a, expected="one adapter")
-    if (magnitude := use.pair.magnitude) is None:
-        return
+    if magnitude is None:
+        return merged
     if not whole or len(shape) != 2 or use.adapter.weight != 1:
         expected = "a matrix that is one tensor of the base, and weight 1"
         raise UnsupportedFormatError("DoRA of this", tensor=magnitude, expected=expected)
-    columns = _lies_across(use, shape)
+    columns = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
     if magnitude.numel != shape[columns]:
         raise ModelMismatchError(f"shape {magnitude.shape}", tensor=magnitude, expected=f"{shape[columns]} elements")
-    change.magnitude, change.norms = magnitude, Norms() if columns else None
+    return replace(merged, magnitude=magnitude, norms=Norms() if columns else None)
