@@ -54,6 +54,7 @@ from fp8ckpt.errors.outputs import (
     ResumeMismatchError,
 )
 from fp8ckpt.errors.scales import (
+    MERGED_THERE,
     AmbiguousScaleError,
     MissingScaleError,
     OrphanScaleError,
@@ -78,7 +79,7 @@ from fp8ckpt.errors.values import (
 )
 
 __all__ = [
-    "SAME_PLACE", "AmbiguousScaleError", "CheckpointNotFoundError", "ConfigError", "Fp8CheckpointError",
+    "MERGED_THERE", "SAME_PLACE", "AmbiguousScaleError", "CheckpointNotFoundError", "ConfigError", "Fp8CheckpointError",
     "HeaderError", "IndexMismatchError", "MissingPackageError", "MissingScaleError", "ModelMismatchError",
     "NoRoomError", "OrphanScaleError", "OutputBusyError", "OutputExistsError", "RangeError", "RankLostError",
     "RanksDifferError", "RegionError", "ResumeMismatchError", "ScaleDtypeError", "ScaleShapeError",

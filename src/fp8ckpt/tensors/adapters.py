@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.errors import (
+    MERGED_THERE,
     SAME_PLACE,
     CheckpointNotFoundError,
     ConfigError,
@@ -61,7 +62,7 @@ _REFUSED = {
     "layer_replication": "the adapter is of a model with layers that the base does not have",
     "trainable_token_indices": "rows of an embedding were trained beside the adapter",
 }
-_MERGED_THERE = ("lora_bias", "trainable_token_indices")
+_OF_PEFT_ALONE = ("lora_bias", "trainable_token_indices")
 #: Initializations that train on another base than the one that is given: what they took out of it is in the factors.
 _OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -187,15 +188,14 @@ def _check(config: Json, file: File) -> None:
     def refuse(found: str, expected: str, remedy: str | None = None) -> None:
         raise UnsupportedFormatError(found, file=file, expected=expected, remedy=remedy)
 
-    merge_there = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
     if (kind := config.get("peft_type")) != "LORA":
-        refuse(f"peft_type is {shown(kind)}", "LORA", merge_there)
+        refuse(f"peft_type is {shown(kind)}", "LORA", MERGED_THERE)
     for key, why in _REFUSED.items():
         if config.get(key):
-            refuse(f"{key} is set: {why}", f"{key} null", merge_there if key in _MERGED_THERE else None)
+            refuse(f"{key} is set: {why}", f"{key} null", MERGED_THERE if key in _OF_PEFT_ALONE else None)
     for key in sorted(config.keys() - _KNOWN - _REFUSED.keys()):
         if config[key]:
-            refuse(f"{shown(key)} is {shown(config[key])}, which is not known here", "plain LoRA", merge_there)
+            refuse(f"{shown(key)} is {shown(config[key])}, which is not known here", "plain LoRA", MERGED_THERE)
     how = str(config.get("init_lora_weights", True)).lower()
     if how.startswith(_OF_ANOTHER_BASE):
         remedy = "save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
