@@ -19,7 +19,6 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -134,7 +133,7 @@ class Window:
         self._windows.append(self)
         self._fill()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._windows.remove(self)
         with self._lock:
             self._groups = iter(())
@@ -164,13 +163,7 @@ class Window:
             self._fill()
         return rest
 
-    def _look_up(
-        self,
-        wanted: ByteRange,
-        out: Bytes,
-        found: list[_Found],
-        rest: list[tuple[ByteRange, Bytes]],
-    ) -> None:
+    def _look_up(self, wanted: ByteRange, out: Bytes, found: list[_Found], rest: list[tuple[ByteRange, Bytes]]) -> None:
         file, at, stop = wanted
         parts = self._parts.get(file, [])
         i = max(0, bisect_right(parts, at, key=_start) - 1)

@@ -71,13 +71,12 @@ class HubObjects(HttpObjects):
             tree = api.list_repo_tree(
                 self.model, self._folder.rstrip("/") or None, recursive=True, revision=self._commit
             )
-            return {
-                entry.path.removeprefix(self._folder): Stat(
-                    entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id
-                )
-                for entry in tree
-                if isinstance(entry, RepoFile)
-            }
+            found = {}
+            for entry in tree:
+                if isinstance(entry, RepoFile):
+                    version = entry.lfs.sha256 if entry.lfs else entry.blob_id
+                    found[entry.path.removeprefix(self._folder)] = Stat(entry.size, version)
+            return found
 
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
         """The commit decides what a file is; and each host that serves it gives it one ETag."""

@@ -26,6 +26,9 @@ _OF_EXPERTS = "expert_dtype"  # of DeepSeek V4, where it may stand beside the ot
 _LONGEST_JSON = 256 << 20  # bytes; the index of a model of 92,000 tensors takes 9 MB
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
+_SKIPPED_BY_MODELOPT = "exclude_modules"
+_SKIP_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", _SKIPPED_BY_MODELOPT, "exclude")
+
 Json = dict[str, Any]
 
 
@@ -97,17 +100,8 @@ def skip_patterns(store: Store, config: Json) -> tuple[str, ...]:
         modelopt = modelopt_quantization(store)
     except (ConfigError, StorageError):  # a defect, which opening the checkpoint has listed
         modelopt = {}
-    listed: list[Any] = []
-    for section, keys in (
-        (
-            quantization_config(config),
-            ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude"),
-        ),
-        (modelopt, ("exclude_modules",)),
-    ):
-        for key in keys:
-            value = section.get(key)
-            listed += value if isinstance(value, list) else []
+    lists = [quantization_config(config).get(key) for key in _SKIP_LISTS] + [modelopt.get(_SKIPPED_BY_MODELOPT)]
+    listed = [name for names in lists if isinstance(names, list) for name in names]
     return tuple(name for name in listed if isinstance(name, str))
 
 
