@@ -32,7 +32,6 @@ from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.tensors.reading import load_dequantizer
-from fp8ckpt.tensors.stored import TensorSpan
 
 if TYPE_CHECKING:
     from fp8ckpt.ranks import Ranks
@@ -123,23 +122,26 @@ def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Ext
     """
     facts, _ = _facts(output, first)
     decided: dict[str, Decided | Factor] = {}
+    scales: dict[str, list[tuple[Stored, int]]] = {}  # by file
     for unit in plan.units:
         found = decide(plan, unit, facts)
         for weight in (plan.weights[name] for name in unit):
             if isinstance(found, Decided):
-                _write_scales(output, weight.scale, found.stored)
-            elif factor := found or rule_of(plan, weight.name).factor:
+                span, stored = weight.scale, found.stored
+            else:
                 assert weight.factor is not None
-                _write_scales(output, weight.factor, factor.value.reshape(1))
+                factor = found or rule_of(plan, weight.name).factor
+                assert factor is not None
+                span, stored = weight.factor, factor.value.reshape(1)
+            scales.setdefault(span.file.name, []).append((stored, span.start))
             if found is not None and is_new(found) and weight.weight.nbytes:
                 decided[weight.name] = found
+    for name, written in scales.items():
+        with closing(OutputFile(output.directory / name)) as file:
+            for stored, start in written:
+                file.write(np.ascontiguousarray(stored).view(np.uint8), start)
+            file.flush()
     return decided
-
-
-def _write_scales(output: PartialOutput, span: TensorSpan, stored: Stored) -> None:
-    with closing(OutputFile(output.directory / span.file.name)) as file:
-        file.write(np.ascontiguousarray(stored).view(np.uint8), span.start)
-        file.flush()
 
 
 def _publish(
