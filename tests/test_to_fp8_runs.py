@@ -24,6 +24,7 @@ from fp8ckpt import convert, open_checkpoint, sample, verify
 from fp8ckpt.encodings.fp8 import QuantizingFiller
 from fp8ckpt.errors import ResumeMismatchError, StorageError
 from fp8ckpt.output.extents import Chunk, Extent
+from fp8ckpt.output.files import OutputFile
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 from fp8ckpt.tensors.stored import TensorSpan
@@ -660,6 +661,26 @@ def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypat
         span.nbytes * max(read[span.name]) for header in source.files for span in header.spans
     ) + sum(span.nbytes for tensor in open_checkpoint(small / "fp8").quantized for span in tensor.activation_scales)
     assert result.bytes_rewritten == sum(int((counts - 1).sum()) for counts in counted.written.values()) > 0
+
+
+def test_many_small_weights_are_flushed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written again, and scales, decided last: a flush an extent, and one a file, not one a weight."""
+    rng = np.random.default_rng(5)
+    names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(50)]
+    weights = {name: Stored.of(rng.standard_normal((8, 16)).astype(np.float32), "BF16") for name in names}
+    source = write_plain(tmp_path / "plain", weights)
+    flushes: list[str] = []
+    flush = OutputFile.flush
+
+    def noted(file: OutputFile) -> None:
+        flushes.append(file.file.name)
+        flush(file)
+
+    monkeypatch.setattr(OutputFile, "flush", noted)
+    result = convert(source, tmp_path / "out", to="fp8", scheme="per-tensor")
+    assert result.report is not None
+    assert result.report.total.fresh == len(names)
+    assert len(flushes) <= 4
 
 
 # ---------------------------------------------------------------- any checkpoint

@@ -191,20 +191,23 @@ class QuantizingPlan:
         return {self.unit_of[name] for name in names if name in self.unit_of}
 
     def second_pass(self, first: Mapping[int, Extent], *, in_parts: bool) -> dict[int, Extent]:
-        """The extents in which weights of ``units`` are written again if their scales turn out to be others; by numbers
-        that go on from those of the ``first`` pass. ``in_parts``: an extent is written whole, with all that is in it.
+        """The extents in which weights of ``units`` are written again if their scales turn out to be others, as far as
+        they do; by numbers that go on from those of the ``first`` pass. ``in_parts``: an extent is written whole, with
+        all that is in it.
         """
-        found: list[Extent] = []
-        if in_parts and self.units:
-            found += (extent for extent in first.values() if self.units_in(extent))
-        for layout in () if in_parts else self.output.layouts:
-            for place, span in enumerate(layout.spans):
-                if span.name in self.unit_of:
-                    cut = (Chunk(*piece, place) for piece in _cut_weight(self.weights[span.name]))
-                    found += (
-                        extent._replace(beside=tuple(self._beside(extent)))
-                        for extent in extents_of(layout, cut, cutting.EXTENT)
-                    )
+        if in_parts:
+            found = [extent for extent in first.values() if self.units and self.units_in(extent)]
+        else:
+            found = []
+            for layout in self.output.layouts:
+                places = (place for place, span in enumerate(layout.spans) if span.name in self.unit_of)
+                cut = (
+                    Chunk(*piece, place)
+                    for place in places
+                    for piece in _cut_weight(self.weights[layout.spans[place].name])
+                )
+                for extent in extents_of(layout, cut, cutting.EXTENT):
+                    found.append(extent._replace(beside=tuple(self._beside(extent))))
         return {i: extent._replace(again=True) for i, extent in enumerate(found, len(first))}
 
     def _beside(self, extent: Extent) -> set[str]:

@@ -69,7 +69,7 @@ def run(
     """Plan, write and publish, together with the other ranks."""
     plan = ranks.together(make_plan)
     first = plan.extents(output.goal.extent)
-    units = Units(plan, first, plan.second_pass(first, in_parts=output.goal.in_parts))
+    units = Units(plan, first, in_parts=output.goal.in_parts)
     done = begin(plan.output, output, ranks, first, units.stale)
     units.begin(done)
     rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))
@@ -99,7 +99,7 @@ def run(
     counts = ranks.gather(lambda: write(first, done))
     decided, now_done = ranks.first(lambda: (_decide(plan, output, first), {*output.records()}))
     units.use(decided)
-    again = units.written_by(decided)
+    again = units.written_again()
     if not again.keys() <= now_done:  # what ranks have looked at together, or a run before
         counts += ranks.gather(lambda: write(again, now_done))
     rewritten = sum(wrote[name] for _, _, wrote in counts for name in decided)

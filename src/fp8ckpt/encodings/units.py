@@ -23,18 +23,20 @@ from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 
 
 class Units:
-    """Which extents of the ``first`` pass look at each unit of a plan, and which of the ``second`` write it again.
+    """Which extents of the ``first`` pass look at each unit of a plan, and which of the second write it again: of that,
+    what has new scales, or all of an extent, where an output is written ``in_parts``.
 
     ``scales``: of the weights that are written again: the scales [n] of a wide one, and the factors of others.
     """
 
-    def __init__(self, plan: QuantizingPlan, first: Mapping[int, Extent], second: Mapping[int, Extent]) -> None:
+    def __init__(self, plan: QuantizingPlan, first: Mapping[int, Extent], *, in_parts: bool) -> None:
         self._plan = plan
         self._first = first
-        self._second = second
+        self._second = plan.second_pass(first, in_parts=in_parts)
+        self._in_parts = in_parts
         self._looks: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
         self._writes: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
-        for extents, of_unit in ((first, self._looks), (second, self._writes)):
+        for extents, of_unit in ((first, self._looks), (self._second, self._writes)):
             for i, extent in extents.items() if plan.units else ():
                 for unit in plan.units_in(extent):
                     of_unit[unit].add(i)
@@ -48,11 +50,6 @@ class Units:
         """What was ``done`` by a second pass of units that are looked at again."""
         again = (unit for unit, looks in self._looks.items() if not looks <= done.keys())
         return {i for unit in again for i in self._writes[unit]} & done.keys()
-
-    def written_by(self, names: Iterable[str]) -> dict[int, Extent]:
-        """The extents in which these weights are written again."""
-        found = {i for name in names for i in self._writes[self._plan.unit_of[name]]}
-        return {i: self._second[i] for i in sorted(found)}
 
     def begin(self, done: Mapping[int, Facts]) -> None:
         """Go on from what was ``done``. Units of which all was looked at are left to whoever has the records."""
@@ -73,8 +70,24 @@ class Units:
                 found = {name: self._found.pop(name) for name in unit if name in self._found}
                 self.use(dict.fromkeys(unit, decide(self._plan, unit, found)))
                 self._decided.add(unit)
-            written = {j: self._second[j] for unit in last for j in sorted(self._writes[unit])}
-            return {j: extent for j, extent in written.items() if self._is_ready(extent)}
+            written = (j for unit in last for j in self._writes[unit])
+            return self._again(j for j in written if self._plan.units_in(self._second[j]) <= self._decided)
+
+    def written_again(self) -> dict[int, Extent]:
+        """All extents in which weights of new ``scales`` are written."""
+        return self._again(i for name in self.scales for i in self._writes[self._plan.unit_of[name]])
+
+    def _again(self, numbers: Iterable[int]) -> dict[int, Extent]:
+        found: dict[int, Extent] = {}
+        for i in sorted({*numbers}):
+            extent = self._second[i]
+            if not self._in_parts:
+                spans = extent.layout.spans
+                new = (chunk for chunk in extent.chunks if spans[chunk.first].name in self.scales)
+                extent = extent._replace(chunks=tuple(new))
+            if any(name in self.scales for unit in self._plan.units_in(extent) for name in unit):
+                found[i] = extent
+        return found
 
     def use(self, decided: Mapping[str, Decided | Factor | None]) -> None:
         """Have weights written with these scales, and factors, where they are new."""
@@ -86,11 +99,6 @@ class Units:
         """Whether an extent was the last that looks at a unit."""
         self._left[unit].discard(i)
         return not self._left[unit]
-
-    def _is_ready(self, extent: Extent) -> bool:
-        """Whether all units of an extent are decided, and some are written again."""
-        units = self._plan.units_in(extent)
-        return units <= self._decided and any(name in self.scales for unit in units for name in unit)
 
     def _take(self, facts: Facts) -> None:
         for name, part in facts["weights"].items():

@@ -168,7 +168,7 @@ class OutputPlan:
         sources = [_versions(checkpoint) for checkpoint in self.inputs]
         sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
         return {
-            "format": 7,
+            "format": 8,
             **self.arguments,
             "chunk": extents.CHUNK,
             "extent": output.goal.extent,
