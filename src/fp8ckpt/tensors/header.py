@@ -107,6 +107,7 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
     try:
         value = read(text.decode())
         if _may_repeat(value, text):
+            del value  # the two would take twice the memory
             value = read(text.decode(), object_pairs_hook=unique)
         if b"\\" in text:  # an escaped lone surrogate is no text, and cannot be printed
             json.dumps(value, ensure_ascii=False).encode()
