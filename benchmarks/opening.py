@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +25,11 @@ def median(run: Callable[[], object], rounds: int = 5) -> float:
         run()
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)
+
+
+def command(directory: Path) -> None:
+    """What a user waits for."""
+    subprocess.run([sys.executable, "-m", "fp8ckpt", "inspect", directory, "--quiet"], check=True)
 
 
 def parse_json(directory: Path) -> None:
@@ -49,6 +56,7 @@ def main() -> None:
             row = {
                 "open_checkpoint": median(lambda source=source: open_checkpoint(source)),  # type: ignore[misc]
                 "inspect, scales read": median(lambda source=source: inspect(source)),  # type: ignore[misc]
+                "inspect, whole process": median(lambda source=source: command(source)),  # type: ignore[misc]
                 "torch HuggingFaceStorageReader": median(
                     lambda source=source: HuggingFaceStorageReader(str(source)).read_metadata()  # type: ignore[misc]
                 ),

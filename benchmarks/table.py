@@ -105,7 +105,8 @@ def _opening(name: str, result: dict[str, Any]) -> Iterator[Row]:
         theirs = "torch HuggingFaceStorageReader"
         aim = "0.5 s" if found["files"] < 100 else "1 s"
         ratio = seconds[theirs] / seconds["open_checkpoint"]
-        ours = f"{_time(seconds['open_checkpoint'])}; `inspect` {_time(seconds['inspect, scales read'])}"
+        inspected, command = seconds["inspect, scales read"], seconds["inspect, whole process"]
+        ours = f"{_time(seconds['open_checkpoint'])}; `inspect` {_time(inspected)}, the command {_time(command)}"
         yield Row(name, what, ours, f"torch's reader: {_time(seconds[theirs])}", ratio, aim, headline=True)
 
 

@@ -21,7 +21,7 @@ JOBS = ("convert", "inspect", "merge", "plan", "report", "sample", "verify")
 
 _BELOW_CHECKPOINT = {
     "engine", "encodings", "families", "output", "tensors", "stores", "numerics", "ranks", "workers", "system",
-    "targets", "walk",
+    "collector", "targets", "walk",
 }  # fmt: skip
 
 # A room, and the rooms below it that it may import. `errors` may be imported by all but itself and numerics.
@@ -41,12 +41,13 @@ ARROWS = {
     "walk": {"engine", "tensors", "workers"},
     "output": {"tensors", "stores", "numerics", "system", "version", "workers"},
     "families": {"tensors"},
-    "tensors": {"stores", "numerics"},
+    "tensors": {"stores", "numerics", "collector"},
     "stores": {"numerics", "system", "workers"},
     "ranks": {"system"},
     "system": set(),
     "workers": set(),
-    "numerics": set(),
+    "numerics": {"collector"},
+    "collector": set(),
     "errors": set(),
     "version": set(),
     "targets": set(),

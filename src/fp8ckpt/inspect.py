@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.errors import Fp8CheckpointError, UnknownTensorError, shown
 from fp8ckpt.families.kinds import places, starred
 from fp8ckpt.families.names import name_pattern
@@ -19,7 +20,7 @@ from fp8ckpt.numerics.codes import SCALE_DTYPES
 from fp8ckpt.numerics.geometry import BlockGrid, tiled
 from fp8ckpt.stores.local import kept_open
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
-from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, collector_paused, survey
+from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import skip_patterns, skips
 from fp8ckpt.tensors.formats import module_of
 from fp8ckpt.tensors.scaled import QuantizedTensor

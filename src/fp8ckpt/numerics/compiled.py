@@ -23,6 +23,8 @@ from numba import njit
 from numba.core import config
 from numba.core.caching import FunctionCache
 
+from fp8ckpt.collector import collector_paused
+
 _ROOM = 1 << 20  # bytes; a folder that cannot take as much is as good as full
 
 
@@ -45,6 +47,7 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
 class _Cache(FunctionCache):
     """numba's cache of one function, for which no fault of a file is an error: what is not there is compiled."""
 
+    @collector_paused()
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)

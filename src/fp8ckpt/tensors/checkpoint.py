@@ -7,16 +7,15 @@ read: `survey` collects every defect, `open_checkpoint` raises the first.
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -178,20 +177,6 @@ def store_of(path: str | Path | Store) -> tuple[Store, str | None]:
         found = f"a {type(path).__name__} is no checkpoint"
         raise TypeError(f"{found}: give a directory, a single safetensors file, a hub id, a URL, or an open Checkpoint")
     return path, None
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """A large model is a few hundred thousand small tuples, none in a cycle: looking for cycles takes a third of the
-    time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
