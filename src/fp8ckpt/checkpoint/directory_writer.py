@@ -23,25 +23,22 @@ import logging
 import os
 import warnings
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from fp8ckpt.checkpoint.rounds import Rounds, Shared
+from fp8ckpt.checkpoint.items import Rounds, Shared, tensors_of_plans
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import (
-    ModelMismatchError,
     RangeError,
     RanksDifferError,
     SourceChangedError,
@@ -50,7 +47,6 @@ from fp8ckpt.errors import (
     listed,
 )
 from fp8ckpt.families.kinds import carriable
-from fp8ckpt.numerics.geometry import Region, runs
 from fp8ckpt.output.files import OutputFiles
 from fp8ckpt.output.layout import FileLayout, TensorSpec
 from fp8ckpt.output.matching import refuse_other_tensors
@@ -60,10 +56,7 @@ from fp8ckpt.output.staging import Files, Part, Schedule, Stages, Staging, sched
 from fp8ckpt.ranks import GroupRanks, Ranks, has_group
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import kept_open
-from fp8ckpt.stores.store import Bytes
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
-from fp8ckpt.tensors.reading import stored_dtype
-from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan, tensor_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +116,7 @@ class DirectoryWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files, create them empty, and tell every rank what it must know."""
         self._refuse_unlike([plan.storage_data for plan in plans])
-        tensors, held = _tensors_of(plans)
+        tensors, held = tensors_of_plans(plans)
         self._plan, self._tensors = self._planned(tensors), len(tensors)
         stages: list[Stages | None] = [None] * len(plans)
         if self._output.goal.in_parts:
@@ -291,54 +284,3 @@ def given_like(like: CheckpointLike | None, base: CheckpointLike | None) -> Chec
         raise TypeError("base is the former name of like: give one of them")
     warnings.warn("base= is now like=, as in convert", DeprecationWarning, stacklevel=3)
     return base
-
-
-def region_of(item: WriteItem) -> Region:
-    """The region of the full tensor that an item is."""
-    assert item.tensor_data is not None  # no BYTE_IO is left
-    return tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)
-
-
-def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
-    """The values of an item, of the sizes of its region."""
-    tensor = planner.resolve_data(item)
-    assert isinstance(tensor, torch.Tensor)  # prepare_local_plan() refused all else
-    return tensor.detach()
-
-
-def write_region(files: Files, span: TensorSpan, region: Region, data: Bytes) -> int:
-    """Write the bytes of a region, in its row-major order, at their places; returns how many."""
-    itemsize = DTYPE_BITS[span.dtype] // 8
-    file = files.of(span.file.name)
-    done = 0
-    for first, count in runs(span.shape, *region):
-        file.write(data[done : done + count * itemsize], span.start + first * itemsize)
-        done += count * itemsize
-    return done
-
-
-def _tensors_of(plans: Iterable[SavePlan]) -> tuple[dict[str, TensorSpec], dict[str, Counter[int]]]:
-    """The tensors by name, in the order met, and how many bytes of each each rank writes, in the dtype that it has
-    there; all of each must be planned exactly once.
-    """
-    found: dict[str, TensorSpec] = {}
-    held: dict[str, Counter[int]] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            assert item.tensor_data is not None  # no BYTE_IO is left
-            name, dtype = item.index.fqn, item.tensor_data.properties.dtype
-            if name not in found:
-                if (stored := stored_dtype(dtype)) is None:
-                    unknown = f"dtype {dtype} has no place in a safetensors file"
-                    raise UnsupportedFormatError(unknown, tensor=name, remedy="cast it first")
-                found[name], held[name] = TensorSpec(name, stored, tuple(item.tensor_data.size)), Counter()
-            held[name][rank] += tensor_nbytes(found[name].dtype, tuple(item.tensor_data.chunk.sizes))
-    for name, tensor in found.items():
-        planned, whole = sum(held[name].values()), tensor_nbytes(tensor.dtype, tensor.shape)
-        if planned != whole:
-            found_in, remedy = (
-                f"the ranks' plans hold {planned} of its bytes",
-                "use a planner that saves each shard once",
-            )
-            raise ModelMismatchError(found_in, tensor=name, expected=f"{whole}", remedy=remedy)
-    return found, held

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
-from fp8ckpt.checkpoint.directory_writer import resolved
 from fp8ckpt.checkpoint.exchanged import Halves, WaitingBlocks, in_turn
-from fp8ckpt.checkpoint.rounds import Rounds
+from fp8ckpt.checkpoint.items import Rounds, resolved
 from fp8ckpt.checkpoint.shard_quantizing import BYTES_OF_STEP, ShardQuantizer, values_of_part
 from fp8ckpt.checkpoint.shards import Cut, Shard, cut, number_blocks
 from fp8ckpt.checkpoint.storage_writer import write_plain

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like
 from fp8ckpt.checkpoint.fp8_part import Part, Task
-from fp8ckpt.checkpoint.rounds import Rounds
+from fp8ckpt.checkpoint.items import Rounds
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, QuantizationReport
 from fp8ckpt.encodings.rule import units_of
 from fp8ckpt.numerics import scaling

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fp8ckpt.checkpoint.directory_writer import write_region
 from fp8ckpt.checkpoint.exchanged import Halves, WaitingBlocks
+from fp8ckpt.checkpoint.items import write_region
 from fp8ckpt.checkpoint.shards import PIECE, Cut, Shard
 from fp8ckpt.encodings.facts import WeightFacts
 from fp8ckpt.encodings.rule import NotFinite, Rule, Step

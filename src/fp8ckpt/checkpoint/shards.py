@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
-from fp8ckpt.checkpoint.directory_writer import region_of
+from fp8ckpt.checkpoint.items import region_of
 from fp8ckpt.numerics.geometry import BlockGrid, Region, pieces, surroundings, whole_blocks
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.scaled import QuantizedTensor

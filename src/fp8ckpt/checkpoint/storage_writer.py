@@ -17,15 +17,9 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from fp8ckpt.checkpoint.directory_writer import (
-    DirectoryWriter,
-    given_like,
-    region_of,
-    resolved,
-    write_region,
-)
+from fp8ckpt.checkpoint.directory_writer import DirectoryWriter, given_like
+from fp8ckpt.checkpoint.items import Rounds, region_of, resolved, write_region
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
-from fp8ckpt.checkpoint.rounds import Rounds
 from fp8ckpt.errors import RangeError, listed
 from fp8ckpt.numerics import quantize
 from fp8ckpt.numerics.codes import TARGET_BYTES
