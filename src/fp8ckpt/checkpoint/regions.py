@@ -82,12 +82,10 @@ class RegionLoader:
                 if dequantizer.may_overflow:
                     tensor.scaled.refuse_overflow(count_overflown(codes.to(values.device), values), dtype)
         else:
-            found = f"a target of dtype {target.dtype} for a quantized tensor"
-            expected = "one of " + ", ".join(str(torch_dtype(name)) for name in tensor.dtypes())
-            if tensor.scaled.per_byte == 1:
-                expected += f", or {torch_dtype(tensor.span.dtype)} for the codes"
-            remedy = "change the model's dtype"
-            raise UnsupportedFormatError(found, tensor=tensor, expected=expected, remedy=remedy)
+            known = [str(torch_dtype(name)) for name in tensor.dtypes()]
+            known += [f"{torch_dtype(tensor.span.dtype)} for the codes"] if tensor.scaled.per_byte == 1 else []
+            what, remedy = f"a target of dtype {target.dtype} for a quantized tensor", "change the model's dtype"
+            raise UnsupportedFormatError.of_dtype(tensor.name, tensor.span.file, what, known, remedy)
 
     def _scratch(self, device: torch.device) -> torch.Tensor:
         """The buffer, pinned where the device is CUDA; the reader's room is its memory."""

@@ -192,10 +192,5 @@ def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:
     as_floats = quantize.values_of(bytes_of(values), stored_dtype(values.dtype) or "").floats
     overflown = beyond + quantize.round_to(as_floats, span.dtype, stored)
     if overflown:
-        found = f"finite values of {given} do not fit {span.dtype}, {overflown} of them in one piece"
-        wider = {"F16": "save in bf16 or fp32", "BF16": "save in fp32"}.get(span.dtype)
-        remedy = f"{wider}; where it is the base that says the dtype, without like"
-        if beyond or wider is None:
-            remedy = "look why they are so large: no dtype to save in holds them"
-        raise RangeError(found, tensor=span, expected=f"values within {span.dtype}", remedy=remedy)
+        raise RangeError.of_cast(span, given, overflown, beyond_all=beyond > 0)
     return stored.view(np.uint8)

@@ -97,6 +97,12 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
         return cls(found, tensor=tensor, file=file, remedy=remedy)
 
     @classmethod
+    def of_second(cls, stored: Readable, where: object) -> Self:
+        """A tensor that another of its file is made into, under the names and in the stackings of ``where``."""
+        remedy = "ask who wrote it which of the two is meant, and have it written without the other"
+        return cls(f"another of its tensors is this one in {where}", tensor=stored, remedy=remedy)
+
+    @classmethod
     def of_copies(cls, names: Collection[str]) -> Self:
         what = f"its state_dict() gives copies of {len(names)} tensors, which nothing can be loaded into"
         remedy = f"load it before it is wrapped in FullyShardedDataParallel, or {_SHARD}"

@@ -51,6 +51,16 @@ class RangeError(Fp8CheckpointError, OverflowError):
         return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
 
     @classmethod
+    def of_cast(cls, stored: Stored, given: str, count: int, *, beyond_all: bool) -> Self:
+        """Values of the dtype ``given`` in one piece of what is saved; ``beyond_all``: no dtype holds some of them."""
+        found = f"finite values of {given} do not fit {stored.dtype}, {count} of them in one piece"
+        wider = {"F16": "save in bf16 or fp32", "BF16": "save in fp32"}.get(stored.dtype)
+        remedy = f"{wider}; where it is the base that says the dtype, without like"
+        if beyond_all or wider is None:
+            remedy = "look why they are so large: no dtype to save in holds them"
+        return cls(found, tensor=stored, expected=f"values within {stored.dtype}", remedy=remedy)
+
+    @classmethod
     def of_merged(cls, tensor: str | Readable, file: object, count: int, dtype: str) -> Self:
         """Sums of a base and its adapters that ``dtype`` cannot hold."""
         remedy = "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it"

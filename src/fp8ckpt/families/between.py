@@ -50,12 +50,7 @@ def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
     used = {piece.source for assembly in parts.values() for piece in assembly.pieces}
     left = {name: tensor for name, tensor in given.tensors.items() if name not in used}
     if twice := sorted(left.keys() & parts.keys()):
-        raise ModelMismatchError(
-            f"another of its tensors is this one in {wanted.path}",
-            tensor=twice[0],
-            file=left[twice[0]].span.file,
-            remedy="ask who wrote it which of the two is meant, and have it written without the other",
-        )
+        raise ModelMismatchError.of_second(left[twice[0]], wanted.path)
     tensors = joined_tensors(parts, given.tensors)
     made = sum(tensor is not given.tensors.get(name) for name, tensor in tensors.items())
     return Translated({**tensors, **left}, made)
