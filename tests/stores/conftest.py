@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import fsspec
 import pytest
 from huggingface_hub import constants
-from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.opening import objects_of
 from fp8ckpt.stores.remote import RemoteStore
-from tests.stores.servers import Hub, Server, forwarding, web
+from tests.stores import servers
+from tests.stores.servers import Hub, Server, serving, web
 
 BUCKET = "bucket"
 NAMED = {
@@ -65,22 +64,18 @@ def descriptions() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def moto() -> Iterator[str]:
-    """An S3 server's URL."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def moto() -> Iterator[Server]:
+    """An S3 server to which nothing happens."""
+    with serving(servers.moto()) as server:
+        yield server
 
 
 @pytest.fixture
-def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """The way to an S3 server with an empty bucket; boto3 finds it, and credentials, in its environment."""
+def s3(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An S3 server with an empty bucket; boto3 finds it, and credentials, in its environment."""
     import boto3
 
-    server = Server(forwarding(moto))
+    server = Server(moto.answer)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
@@ -88,7 +83,7 @@ def s3(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         "AWS_ENDPOINT_URL": server.url, "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=moto)
+    client = boto3.client("s3", endpoint_url=moto.url)
     client.create_bucket(Bucket=BUCKET)
     yield server
     for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", ()):

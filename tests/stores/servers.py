@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
+import io
 import json
 import re
 import socket
@@ -12,8 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 
 class Asked(NamedTuple):
@@ -51,7 +53,7 @@ class Server:
         self.fault: Callable[[Asked], str | None] = lambda asked: None
         self.delay = threading.Event()  # never set: only waited for
         self.latency = 0.0
-        self._answer = answer
+        self.answer = answer
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,7 +70,7 @@ class Server:
                     first, last = map(int, asked.headers["range"].removeprefix("bytes=").split("-"))
                     by = -1 if first else 1
                     asked = asked._replace(headers={**asked.headers, "range": f"bytes={first + by}-{last + by}"})
-                answer = Answer(503, {}, b"") if fault == "503" else server._answer(asked)
+                answer = Answer(503, {}, b"") if fault == "503" else server.answer(asked)
                 with suppress(ConnectionError):
                     self._send(Answer(503, {}, b"") if fault == "lost" else answer, fault)
 
@@ -131,18 +133,21 @@ def serving(answer: Callable[[Asked], Answer]) -> Iterator[Server]:
         server.close()
 
 
-def forwarding(upstream: str) -> Callable[[Asked], Answer]:
-    """Answers what another server answers."""
-    place = urlsplit(upstream)
+def moto() -> Callable[[Asked], Answer]:
+    """What moto's S3 server answers, without a connection to it."""
+    app = DomainDispatcherApplication(create_backend_app)
 
     def answer(asked: Asked) -> Answer:
-        connection = http.client.HTTPConnection(place.hostname or "", place.port or 80)
-        connection.request(asked.method, asked.path, asked.body, {**asked.headers, "connection": "close"})
-        response = connection.getresponse()
-        headers = dict(response.getheaders())
-        body = response.read()
-        connection.close()
-        return Answer(response.status, headers, body)
+        place, started = urlsplit(asked.path), list[Any]()
+        environ = {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in asked.headers.items()}
+        environ |= {
+            "REQUEST_METHOD": asked.method, "PATH_INFO": unquote(place.path, "latin-1"), "QUERY_STRING": place.query,
+            "RAW_URI": asked.path, "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
+            "CONTENT_LENGTH": str(len(asked.body)), "CONTENT_TYPE": asked.headers.get("content-type", ""),
+            "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(asked.body),
+        }  # fmt: skip
+        body = b"".join(app(environ, lambda status, headers, *_: started.extend((int(status[:3]), dict(headers)))))
+        return Answer(started[0], started[1], body)
 
     return answer
 

@@ -439,7 +439,7 @@ def test_what_never_comes_is_named(far: Far, fault: str, monkeypatch: pytest.Mon
 def test_an_answer_with_all_of_the_object(far: Far, times: int, converted: Path, tmp_path: Path) -> None:
     """In place of a range: it is asked for again, and in the end named; what was written is kept."""
     store, left = far.store(), [times]
-    answer = far.server._answer
+    answer = far.server.answer
 
     def whole(asked: Asked) -> Answer:
         if asked.ranged and left[0] > 0 and (tmp_path / "out.partial").exists():
@@ -448,7 +448,7 @@ def test_an_answer_with_all_of_the_object(far: Far, times: int, converted: Path,
         return answer(asked)
 
     checkpoint = open_checkpoint(store)
-    far.server._answer = whole
+    far.server.answer = whole
     if times == 2:
         convert(checkpoint, tmp_path / "out")
         assert contents(tmp_path / "out") == contents(converted)
@@ -475,14 +475,14 @@ def test_what_brings_something_is_no_failed_attempt(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("far", ["s3", "web"], indirect=True)
 def test_a_server_that_wants_to_be_left_alone(far: Far, said: str, pause: float, sample_fp8: Path) -> None:
     """What Retry-After asks for is waited for, within reason."""
-    store, left, answer = far.store(), [1], far.server._answer
+    store, left, answer = far.store(), [1], far.server.answer
     store.files()
 
     def busy(asked: Asked) -> Answer:
         left[0] -= 1
         return Answer(429, {"Retry-After": said}, b"") if left[0] >= 0 else answer(asked)
 
-    far.server._answer = busy
+    far.server.answer = busy
     assert open_checkpoint(store).tensors.keys() == open_checkpoint(sample_fp8).tensors.keys()
     assert len(far.pauses) == 1
     assert pause <= far.pauses[0] <= max(pause, 1.0)
@@ -799,9 +799,9 @@ def test_a_refusal_says_what_to_do_and_holds_no_secret(far: Far, code: str) -> N
     """What the store answers, in the midst of it, is named by its code alone."""
     status, remedy = REFUSALS[code]
     checkpoint = open_checkpoint(far.store())
-    answer = far.server._answer
+    answer = far.server.answer
     body = f"<Error><Code>{code}</Code><Message>AKIAUSER secret</Message></Error>".encode()
-    far.server._answer = lambda asked: answer(asked) if "list-type" in asked.path else Answer(status, {}, body)
+    far.server.answer = lambda asked: answer(asked) if "list-type" in asked.path else Answer(status, {}, body)
     with pytest.raises(StorageError, match=remedy) as caught:
         checkpoint.read("lm_head.weight")
     assert "secret" not in str(caught.value)

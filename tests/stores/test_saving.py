@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.multiprocessing import ProcessExitedException
 
 from fp8ckpt import (
     FP8StorageWriter,
@@ -192,24 +193,24 @@ def test_a_rank_that_fails(
     assert os.listdir() == []
 
 
-def test_a_save_that_is_killed(s3: Server, client: Any, trained: Path) -> None:
+def _save_in_a_process(environment: dict[str, str], folder: Path, trained: Path, told: Connection) -> None:
+    _as_here(environment, folder)
+    told.send(os.getpid())
+    save_model(Held(_state(trained / "trained", lambda tensor: tensor)), URL, like=trained / "fp8")
+
+
+def test_a_save_that_is_killed(s3: Server, client: Any, trained: Path, tmp_path: Path) -> None:
     """By the system, among its parts: the same again gives the same bytes, and sends what is not there."""
-    code = "from fp8ckpt.output import extents, staging; extents.CHUNK, extents.PART = 8192, 32768\n"
-    code += f"staging.STAGED = {STAGED}; source, like = {str(trained / 'trained')!r}, {str(trained / 'fp8')!r}\n"
-    code += "from fp8ckpt import save_model; from tests.stores.test_saving import Held, _state\n"
-    code += f"save_model(Held(_state(source, lambda tensor: tensor)), {URL!r}, like=like)"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    )
-    left = [20]
+    left, (told, tell) = [20], multiprocessing.Pipe(duplex=False)
 
     def kill(asked: Asked) -> None:
         left[0] -= "partNumber=" in asked.path
         if not left[0]:
-            os.kill(child.pid, signal.SIGKILL)
+            os.kill(told.recv(), signal.SIGKILL)
 
     s3.fault = kill
-    assert child.wait(120) == -signal.SIGKILL
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run(1, _save_in_a_process, dict(os.environ), tmp_path, trained, tell)
     assert _there(client) == {}
     sent = sum(_parts(s3).values())
     s3.forget()

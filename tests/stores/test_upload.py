@@ -50,7 +50,7 @@ PART = 32768  # bytes
 
 
 @pytest.fixture
-def client(s3: Server, moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def client(s3: Server, moto: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """To look at what is there. Parts are small, pauses take no time, and the working directory is empty."""
     from moto.s3 import models
 
@@ -59,7 +59,7 @@ def client(s3: Server, moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(extents, "PART", PART)
     monkeypatch.setattr("fp8ckpt.stores.remote.wait", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
-    return boto3.client("s3", endpoint_url=moto)
+    return boto3.client("s3", endpoint_url=moto.url)
 
 
 def _there(client: Any, prefix: str = "models/out/") -> dict[str, bytes]:
@@ -195,7 +195,7 @@ def test_answers_that_are_lost(s3: Server, client: Any, sample_fp8: Path, conver
 
 def opaque(server: Server) -> None:
     """As stores that encrypt with keys of their own do it: no ETag is an MD5."""
-    answer, of_parts = server._answer, dict[bytes, bytes]()
+    answer, of_parts = server.answer, dict[bytes, bytes]()
 
     def replaced(text: bytes, by: dict[bytes, bytes]) -> bytes:
         for old, new in by.items():
@@ -211,7 +211,7 @@ def opaque(server: Server) -> None:
         headers = {**found.headers, "ETag": f'"z{etag[1:]}"'} if etag else found.headers
         return Answer(found.status, headers, replaced(found.body, of_parts) if "uploadId" in asked.path else found.body)
 
-    server._answer = encrypted
+    server.answer = encrypted
 
 
 def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
@@ -249,8 +249,8 @@ def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, co
 
 def test_a_bucket_that_may_be_read_only(s3: Server, client: Any, sample_fp8: Path) -> None:
     """Nothing is left here of what could not begin there; nor where a prefix is none."""
-    answer = s3._answer
-    s3._answer = lambda asked: Answer(403, {}, b"") if asked.method == "PUT" else answer(asked)
+    answer = s3.answer
+    s3.answer = lambda asked: Answer(403, {}, b"") if asked.method == "PUT" else answer(asked)
     with pytest.raises(StorageError, match="the store answered 403"):
         convert(sample_fp8, URL)
     for url in (f"s3://{BUCKET}//models/out", f"s3://{BUCKET}/models//out"):
@@ -550,7 +550,7 @@ def test_a_store_without_conditions(
     known: str, s3: Server, client: Any, sample_fp8: Path, converted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is written to, and a warning says that nothing keeps others away."""
-    answer = s3._answer
+    answer = s3.answer
 
     def without(asked: Asked) -> Answer:
         if "if-none-match" not in asked.headers:
@@ -558,7 +558,7 @@ def test_a_store_without_conditions(
         headers = {key: value for key, value in asked.headers.items() if key != "if-none-match"}
         return Answer(501, {}, b"") if known == "refused" else answer(asked._replace(headers=headers))
 
-    s3._answer = without
+    s3.answer = without
     convert(sample_fp8, URL)
     assert _there(client) == contents(converted)
     assert "knows no conditional writes" in caplog.text
@@ -578,14 +578,14 @@ def test_a_part_that_comes_after_its_upload_was_aborted(s3: Server, client: Any)
     uploads = S3Objects(Address("s3", f"{BUCKET}/x"))
     late = uploads.begin("late", "run")
     uploads.put_part("late", late, 1, b"abc", hashlib.md5(b"abc").digest())
-    answer, aborts = s3._answer, 0
+    answer, aborts = s3.answer, 0
 
     def keeping(asked: Asked) -> Answer:
         nonlocal aborts
         aborts += asked.method == "DELETE"
         return Answer(204, {}, b"") if asked.method == "DELETE" and aborts < 3 else answer(asked)
 
-    s3._answer = keeping
+    s3.answer = keeping
     Path("own").write_text(f'["late", "{late}"]')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "wait", lambda seconds: None)
