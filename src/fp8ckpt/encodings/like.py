@@ -53,6 +53,9 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
     refuse_other_dtypes(tensors, like)
     if fewer := in_fewer_bits(tensors, like):
         notes += (f"{len(fewer)} tensors have fewer bits in the source than in the base: {listed(fewer)}",)
+    if not like.quantized:
+        count = len(like.cache_scales)
+        notes = (f"the base has no FP8 weights: its {count} scales of the key-value cache are written back", *notes)
     changes = BaseLayout(like, served=served(like) if asked.serving else None)
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
@@ -75,7 +78,7 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
         see=asked.see,
         powers_of_two=powers_of_two,
         carried=tuple(sorted(carried)),
-        notes=(*given.notes, *like.notes, *_cache_notes(like), *notes, *_side_file_notes(given, like)),
+        notes=(*given.notes, *like.notes, *notes, *_side_file_notes(given, like)),
     )
 
 
@@ -130,13 +133,6 @@ def _tied_as_in(
             del tensors[name]
             notes.append(f"{name} of the source is its {kept}, and is not stored, as in the base")
     return tensors, tuple(notes)
-
-
-def _cache_notes(base: Checkpoint) -> list[str]:
-    """What a base that quantizes nothing but its cache gives the output."""
-    if base.quantized:
-        return []
-    return [f"the base has no FP8 weights: its {len(base.cache_scales)} scales of the key-value cache are written back"]
 
 
 def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:

@@ -72,10 +72,9 @@ class Forecast:
 
     ``files`` in all. ``bytes_to_read`` of the source, and of a base; what turns out to need a second look is read
     again. ``bytes_to_write`` of all files, but for the ``bytes_resumed`` that an earlier run had written;
-    ``bytes_to_upload`` of them go to a store. ``where``:
-    the directory whose file system must have ``bytes_needed``; ``bytes_free`` there is None where that cannot tell.
-    ``bytes_per_second``: what the disk just took, and ``seconds``: what writing takes at that rate; None where it was
-    not measured. ``notes``: what a user should know.
+    ``bytes_to_upload`` of them go to a store. ``where``: the directory whose file system must have ``bytes_needed``;
+    ``bytes_free`` there is None where that cannot tell. ``bytes_per_second``: what the disk just took, and ``seconds``:
+    what writing takes at that rate; None where it was not measured. ``notes``: what a user should know.
 
     >>> fp8ckpt.plan_convert("sample-fp8", "planned").bytes_resumed
     0

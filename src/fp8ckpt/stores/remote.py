@@ -201,10 +201,8 @@ class RemoteStore:
     def _known(self, part: ByteRange) -> Bytes | None:
         """A range, where it lies in a block that is kept."""
         number, at = divmod(part.start, _BLOCK)
-        block = self._blocks.get((part.file, number))
-        return (
-            None if block is None or at + part.stop - part.start > block.size else block[at:][: part.stop - part.start]
-        )
+        block, end = self._blocks.get((part.file, number)), at + part.stop - part.start
+        return None if block is None or end > block.size else block[at:end]
 
     def _take_known(self, reads: Iterable[tuple[ByteRange, Bytes]]) -> Iterator[tuple[ByteRange, Bytes]]:
         for part, buffer in reads:

@@ -211,27 +211,27 @@ class Assembly(NamedTuple):
             elif result.shape[axis] == shape[axis]:
                 axis += 1
             elif shape[axis] and result.shape[axis] % shape[axis] == 0 and result.shape[axis] > shape[axis]:
-                result = result._split_axis(axis, (shape[axis], result.shape[axis] // shape[axis]))
+                result = result._split_axis(axis, result.shape[axis] // shape[axis])
             else:
                 result = result._merge_axes(axis)
         return result
 
-    def _split_axis(self, axis: int, sizes: tuple[int, int]) -> Assembly:
-        """One axis as two; a piece that spans several rows of them becomes one piece a row."""
+    def _split_axis(self, axis: int, columns: int) -> Assembly:
+        """One axis as two, rows and columns; a piece that spans several rows becomes one piece a row."""
 
         def put(values: Shape, row: int, column: int) -> Shape:
             return (*values[:axis], row, column, *values[axis + 1 :])
 
-        columns, pieces = sizes[1], []
+        pieces = []
         for p in self.pieces:
             start, stop = p.offsets[axis], p.offsets[axis] + p.sizes[axis]
             for row in range(start // columns, -(-stop // columns)):
                 part = p.cut((_with(p.offsets, axis, row * columns), _with(p.sizes, axis, columns)))
                 if part is not None:
                     offsets = put(part.offsets, row, part.offsets[axis] - row * columns)
-                    lengths, axes = put(part.sizes, 1, part.sizes[axis]), put(part.axes, NEW, part.axes[axis])
-                    pieces.append(part._replace(offsets=offsets, sizes=lengths, axes=axes))
-        return Assembly(put(self.shape, *sizes), tuple(pieces))
+                    sizes, axes = put(part.sizes, 1, part.sizes[axis]), put(part.axes, NEW, part.axes[axis])
+                    pieces.append(part._replace(offsets=offsets, sizes=sizes, axes=axes))
+        return Assembly(put(self.shape, self.shape[axis] // columns, columns), tuple(pieces))
 
     def _merge_axes(self, axis: int) -> Assembly:
         """Two neighbouring axes as one; a piece becomes one piece a row."""

@@ -2,8 +2,7 @@
 
 The configuration is asked for one fact only, the block sizes (`fp8ckpt.tensors.blocks`); everything else is in the
 headers. Three files speak of quantization: ``config.json`` (Hugging Face; at the top and, for some multimodal models,
-in ``text_config``),
-``hf_quant_config.json`` (NVIDIA ModelOpt) and ``params.json`` (Mistral's own).
+in ``text_config``), ``hf_quant_config.json`` (NVIDIA ModelOpt) and ``params.json`` (Mistral's own).
 """
 
 from __future__ import annotations
