@@ -136,7 +136,7 @@ def restore_buffers(model: nn.Module) -> None:
             raise ConfigError(
                 f"no checkpoint holds this buffer, and {type(owners[name]).__name__} does not make it anew",
                 tensor=f"{name}.{key}".removeprefix("."),
-                remedy="build the model on its device, without to_empty()",
+                remedy="register it once the model is loaded",
             )
 
 
