@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from fp8ckpt import convert, merge, open_checkpoint
+from fp8ckpt.errors import RankLostError
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.distributed import Launched
 from tests.oracle import tree
@@ -258,3 +262,25 @@ def test_process_group_of_one(sample_fp8: Path, expected: dict[str, bytes], tmp_
     code, _, stderr = Launched(tmp_path / "ranks", 1, *command).ended()
     assert code == 0, stderr
     assert tree(tmp_path / "out") == expected
+
+
+def test_a_rank_that_is_started_alone(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a job whose variables say that there are others: it says that it waits for them, and how not to."""
+    said: queue.Queue[logging.LogRecord] = queue.Queue()
+    handler = logging.handlers.QueueHandler(said)
+    logging.getLogger("fp8ckpt.ranks").addHandler(handler)
+
+    def wait_for_them(backend: str) -> None:
+        record = said.get(timeout=60)
+        assert "waiting for other ranks" in record.getMessage()
+        raise dist.DistStoreError("Timed out")
+
+    monkeypatch.setattr("fp8ckpt.ranks._PATIENCE", 0.0)
+    monkeypatch.setattr(dist, "init_process_group", wait_for_them)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        with pytest.raises(RankLostError, match=r"Timed out.*2 ranks run this together.*unset WORLD_SIZE"):
+            convert(sample_fp8, tmp_path / "out")
+    finally:
+        logging.getLogger("fp8ckpt.ranks").removeHandler(handler)
+    assert [*tmp_path.iterdir()] == []

@@ -5,9 +5,11 @@ A single process pays nothing for this: torch is not imported.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +20,12 @@ from fp8ckpt.system import cores
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_PATIENCE = 15.0  # seconds
+_ALONE = "start it on each of them, or unset WORLD_SIZE to run it alone"
 
 BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond what is loaded or saved
 
@@ -123,7 +130,25 @@ def threads_of_this_rank(asked: int | None = None) -> int:
     here = os.environ.get("LOCAL_WORLD_SIZE")
     if here is None and has_group():
         here = str(GroupRanks().size)
-    return max(1, cores() // int(here or 1))
+    return max(1, cores() // max(1, int(here or 1)))
+
+
+def _join(size: int) -> None:
+    """Meet the ranks of torchrun. One that waits alone says for what: torch waits for half an hour, without a word, and
+    the variables may be those of a job that this one was only started in.
+    """
+    import torch.distributed as dist
+
+    expected = f"WORLD_SIZE says that {size} ranks run this together"
+    waiting = threading.Timer(_PATIENCE, logger.warning, (f"waiting for other ranks: {expected}; {_ALONE}",))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        dist.init_process_group("gloo")
+    except RuntimeError as error:
+        raise RankLostError.of(error).but(expected=expected, remedy=_ALONE) from error
+    finally:
+        waiting.cancel()
 
 
 @contextmanager
@@ -132,10 +157,10 @@ def ranks_of_this_job() -> Iterator[Ranks]:
     if has_group():
         ranks = GroupRanks()
         yield ranks if ranks.size > 1 else Ranks()
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo")
+        _join(size)
         try:
             yield GroupRanks()
         finally:
