@@ -40,7 +40,7 @@ ARROWS = {
     "engine": {"output", "tensors", "stores", "numerics", "workers", "ranks"},
     "walk": {"engine", "tensors", "workers"},
     "output": {"tensors", "stores", "numerics", "system", "version", "workers"},
-    "families": {"tensors"},
+    "families": {"tensors", "collector"},
     "tensors": {"stores", "numerics", "collector"},
     "stores": {"numerics", "system", "workers"},
     "ranks": {"system"},

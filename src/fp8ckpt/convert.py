@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.plain import FILE, LAYOUTS, plan_plain
 from fp8ckpt.encodings.results import ConvertResult, Fp8Result, PlainResult
@@ -159,6 +160,7 @@ def plan_convert(
         return ranks.first(lambda: _forecast(_checked(how, None), PartialOutput(destination)))
 
 
+@collector_paused()
 def _forecast(how: Asked, output: PartialOutput) -> Forecast:
     return _plan(how, output).forecast(output)
 
@@ -221,6 +223,7 @@ def _result(done: Written, destination: Path | str, to: str, seconds: float) -> 
     )
 
 
+@collector_paused()
 def _plan(how: Asked, output: PartialOutput) -> QuantizingPlan:
     from fp8ckpt.encodings.like import plan_like
     from fp8ckpt.encodings.schemes import plan_scheme

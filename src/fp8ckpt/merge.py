@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.engine import Progress
 from fp8ckpt.numerics.codes import E8M0_DTYPES, SCALES
 from fp8ckpt.output.forecast import Forecast
@@ -172,6 +173,7 @@ class _Merging:
     fresh: bool
     serving: bool
 
+    @collector_paused()
     def plan(self, output: PartialOutput) -> QuantizingPlan:
         from fp8ckpt.encodings.merging import plan_merging
         from fp8ckpt.serving.listing import served_config

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.families.kinds import mtp_tensors
 from fp8ckpt.families.sharing import Shape, Sharing, sharing
 from fp8ckpt.families.tied import ties_embeddings
@@ -137,6 +138,7 @@ def part_of(size: int, parts: int, index: int) -> int:
 
 
 @kept_open()
+@collector_paused()
 def plan(path: CheckpointLike, *, ranks: int, tp: int = 1, pp: int = 1, ep: int = 1) -> Plan:
     """What each of ``ranks`` ranks will hold, read, and take, when the checkpoint is loaded as bfloat16.
 

@@ -13,6 +13,7 @@ from fp8ckpt.checkpoint.assembling import assemble, of_names
 from fp8ckpt.checkpoint.live import local_part, refuse_what_hides, restore_buffers, tensors_of, tie, tied_groups
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import rounds
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.errors import ModelMismatchError, listed, shown
 from fp8ckpt.families.kinds import mtp_tensors
 from fp8ckpt.ranks import BEYOND
@@ -30,6 +31,7 @@ class LoadPlan:
     loaded.
     """
 
+    @collector_paused()
     def __init__(self, model: nn.Module, path: CheckpointLike, partial: bool, narrow: bool, follow_index: bool) -> None:
         self.model = model
         self.checkpoint = open_checkpoint(path, follow_index=follow_index)

@@ -14,6 +14,7 @@ from fp8ckpt.checkpoint.assembling import assemble
 from fp8ckpt.checkpoint.live import refuse_what_hides, tensors_of, tied_groups
 from fp8ckpt.checkpoint.planners import AssemblySavePlanner
 from fp8ckpt.checkpoint.regions import rounds
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.errors import ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
@@ -45,6 +46,7 @@ class SavePlan(NamedTuple):
             raise ModelMismatchError.of_apart(differ[0], self.tied[differ[0]])
 
 
+@collector_paused()
 def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> SavePlan:
     """The tensors of ``model`` under the names and in the stackings of its base; of those that are tied, the ones that
     the base has, or else the first. ``carry``: a pattern of names that are taken from the base where the model has

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fp8ckpt.collector import collector_paused
 from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError, listed, shown
 from fp8ckpt.families.names import ONE_EXPERT, Shapes, stack_with, stacked
 from fp8ckpt.tensors.assembly import Assembly
@@ -98,6 +99,7 @@ def is_distributed(model: Any) -> bool:
     return is_pretrained(model) and getattr(model, "_device_mesh", None) is not None
 
 
+@collector_paused()
 def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     """How the tensors ``own`` of a transformers model are made of those ``stored`` in a file, by the rules by which
     ``from_pretrained`` makes them.
