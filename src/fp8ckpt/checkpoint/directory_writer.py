@@ -117,11 +117,12 @@ class DirectoryWriter(StorageWriter):
         """Lay out the files, create them empty, and tell every rank what it must know."""
         self._refuse_unlike([plan.storage_data for plan in plans])
         tensors, held = tensors_of_plans(plans)
-        self._plan, self._tensors = self._planned(tensors), len(tensors)
+        self._plan, makers = self._planned(tensors)
+        self._tensors = len(tensors)
         stages: list[Stages | None] = [None] * len(plans)
         if self._output.goal.in_parts:
             layouts = self._plan.layouts
-            self._schedule = found = schedule(layouts, self._makers(self._plan), held, len(plans))
+            self._schedule = found = schedule(layouts, makers, held, len(plans))
             self._plan = dataclasses.replace(self._plan, holes=max(0, self._plan.nbytes - found.most))
             names = [[item.index.fqn for item in plan.items] for plan in plans]
             stages = [found.stages(layouts, rank, len(plans), of_rank) for rank, of_rank in enumerate(names)]
@@ -256,12 +257,10 @@ class DirectoryWriter(StorageWriter):
     # ---------------------------------------------------------------- what a writer decides
 
     @abstractmethod
-    def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
-        """The files of the output, from the model's tensors by name; or the refusal."""
-
-    @abstractmethod
-    def _makers(self, output: OutputPlan) -> Mapping[str, str]:
-        """With which of the model's tensors each stored one is made; others are of `_complete`."""
+    def _planned(self, tensors: dict[str, TensorSpec]) -> tuple[OutputPlan, Mapping[str, str]]:
+        """The files of the output, from the model's tensors by name, and with which of these each stored one is made,
+        but for those of `_complete`; or the refusal.
+        """
 
     @abstractmethod
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterable[Any]:

@@ -12,7 +12,7 @@ Its life is that of `fp8ckpt.checkpoint.directory_writer`; `fp8ckpt.checkpoint.f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,6 @@ class FP8StorageWriter(DirectoryWriter):
         self._counting = report
         self.report: QuantizationReport | None = None
         self.base_bytes_read = 0
-        self._made_with: dict[str, str] = {}  # the coordinator's: by stored tensors, the one that a shard is of
         self._beside: set[str] = set()  # the coordinator's: stored tensors that no shard holds
         self._empty: set[str] = set()  # and those of them that are the scales of weights without elements
 
@@ -104,23 +103,21 @@ class FP8StorageWriter(DirectoryWriter):
         """In any case: ranks exchange what decides scales."""
         return True
 
-    def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
+    def _planned(self, tensors: dict[str, TensorSpec]) -> tuple[OutputPlan, Mapping[str, str]]:
         base, remedy = self._base, "give the FP8 checkpoint that the model came from"
         refuse_base(base, remedy)
         self._carried_from(base, tensors, remedy)
         refuse_other_dtypes(tensors, base)
         layout = BaseLayout(base)
         held = [tensor for name, tensor in base.tensors.items() if name not in self._carried]
-        self._made_with = {tensor.name: tensor.name for tensor in held if tensor.scaled is None}
+        makers = {tensor.name: tensor.name for tensor in held if tensor.scaled is None}
         filled = [tensor.scaled for tensor in held if tensor.scaled is not None and tensor.numel]
-        self._made_with |= {span.name: w.name for w in filled for span in (w.weight, *w.scales)}
+        makers |= {span.name: w.name for w in filled for span in (w.weight, *w.scales)}
         self._beside = {span.name for part in layout.layouts for span in part.spans if span.nbytes}
-        self._beside -= self._made_with.keys()
+        self._beside -= makers.keys()
         self._empty = {tensor.scale.name for tensor in base.quantized if not tensor.numel and tensor.per_byte == 1}
-        return OutputPlan((base,), {"job": "save", "fresh": self._fresh}, layout.layouts, layout.texts, layout.copies)
-
-    def _makers(self, output: OutputPlan) -> dict[str, str]:
-        return self._made_with
+        arguments = {"job": "save", "fresh": self._fresh}
+        return OutputPlan((base,), arguments, layout.layouts, layout.texts, layout.copies), makers
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterator[Task]:
         units = units_of(self._base.quantized)

@@ -101,12 +101,17 @@ class SafetensorsStorageWriter(DirectoryWriter):
         own = {"keep": sorted(self._keep), "dtype": self._dtype, "max_file_bytes": self._max_file_bytes}
         return {**super()._said(), **own}
 
-    def _planned(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
-        base = self._base_of_output()
-        if base is not None:
+    def _planned(self, tensors: dict[str, TensorSpec]) -> tuple[OutputPlan, Mapping[str, str]]:
+        if (base := self._base_of_output()) is None:
+            output = self._planned_alone(tensors)
+        else:
             self._carried_from(base, tensors, "give the base that the model came from")
             refuse_other_kinds(tensors, base)
-            return OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
+            output = OutputPlan((base,), {"job": "save"}, *PlainLayout.of(base, self._dtype))
+        stored = (span.name for layout in output.layouts for span in layout.spans)
+        return output, {name: name for name in stored if name not in self._carried}
+
+    def _planned_alone(self, tensors: dict[str, TensorSpec]) -> OutputPlan:
         specs = [spec._replace(dtype=self._stored_dtype(spec)) for spec in tensors.values()]
         rounded = [
             spec.name for spec in specs if rounds(torch_dtype(tensors[spec.name].dtype), torch_dtype(spec.dtype))
@@ -120,10 +125,6 @@ class SafetensorsStorageWriter(DirectoryWriter):
             texts[INDEX] = index_text(layouts)
         copies = {name: local_file(file) for name, file in self._side_files.copies.items()}
         return OutputPlan((), {"job": "save"}, tuple(layouts), texts, copies)
-
-    def _makers(self, output: OutputPlan) -> dict[str, str]:
-        stored = (span.name for layout in output.layouts for span in layout.spans)
-        return {name: name for name in stored if name not in self._carried}
 
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterator[dict[str, TensorSpan]]:
         spans = {span.name: span for layout in output.layouts for span in layout.spans}
