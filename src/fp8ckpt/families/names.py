@@ -57,6 +57,13 @@ TEXT_OF_NESTED = KeyLayout(
 
 LAYOUTS = (IDENTITY, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED)
 
+#: Layers of the one Mistral3 release whose names on disk are the model's own: Mistral Medium 3.5 128B.
+_IDENTITY_LAYERS = 88
+#: Models whose releases have nested names on disk, which transformers renames as Mistral3's; by ``model_type``.
+NESTED_MODELS = frozenset(
+    {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}
+)
+
 #: What a stack is called, and the leaves of one expert that it concatenates; in each of the families' ways.
 STACKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -71,10 +78,6 @@ def find_layout(native_names: Collection[str], hf_names: Collection[str]) -> Key
     """The layout under which most of a model's names are on disk; the plainest of those that are equally good."""
     stored = set(hf_names)
     return max(LAYOUTS, key=lambda layout: sum(layout.native_to_hf(name) in stored for name in native_names))
-
-
-#: Layers of the one Mistral3 release whose names on disk are the model's own: Mistral Medium 3.5 128B.
-_IDENTITY_LAYERS = 88
 
 
 def released_layout(config: Any) -> KeyLayout:
@@ -105,12 +108,6 @@ def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
         return None if text is None else re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{option}={text!r} is no regular expression: {error}") from error
-
-
-#: Models whose releases have nested names on disk, which transformers renames as Mistral3's; by ``model_type``.
-NESTED_MODELS = frozenset(
-    {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}
-)
 
 
 def layout_on_disk(names: Iterable[str], config: Mapping[str, Any]) -> KeyLayout:
