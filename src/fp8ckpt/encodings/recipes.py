@@ -219,17 +219,19 @@ class QuantizingPlan:
 
     def _chunks(self, layout: FileLayout, scales: Collection[str]) -> Iterator[Chunk]:
         """The chunks of a file: small tensors together, large ones cut, ``scales`` left out; a weight is alone."""
-        gathered: Chunk | None = None  # small tensors
+        start = stop = first = 0  # of the small tensors that are gathered
         for low, high, place, alone in self._cut_file(layout, scales):
-            if gathered is not None and (alone or low != gathered.stop or high - gathered.start > cutting.CHUNK):
-                yield gathered
-                gathered = None
+            if stop > start and (alone or low != stop or high - start > cutting.CHUNK):
+                yield Chunk(start, stop, first)
+                start = stop
             if alone:
                 yield Chunk(low, high, place)
+            elif stop > start:
+                stop = high
             else:
-                gathered = Chunk(low, high, place) if gathered is None else gathered._replace(stop=high)
-        if gathered is not None:
-            yield gathered
+                start, stop, first = low, high, place
+        if stop > start:
+            yield Chunk(start, stop, first)
 
     def _cut_file(self, layout: FileLayout, scales: Collection[str]) -> Iterator[tuple[int, int, int, bool]]:
         """The pieces of a file, each with which of its tensors it is of, and whether that is a weight."""
