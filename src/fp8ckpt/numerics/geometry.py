@@ -46,7 +46,10 @@ def within(piece: Region, region: Region) -> tuple[slice, ...]:
 
 def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The region as (first element, count) runs contiguous in a row-major tensor, in order and as few as can be."""
-    if not prod(sizes):
+    if not (count := prod(sizes)):
+        return
+    if sizes == shape:
+        yield 0, count
         return
     # Trailing dimensions that are taken whole merge into one run with the dimension before them.
     split = len(shape)
