@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Serving, Workers, target, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast, interruptible, print_nan_codes, print_written, share, table
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Serving, Workers, target, word
+from fp8ckpt.cli.printing import answer, answer_plan, job, print_nan_codes, print_scales, print_written, share, table
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -100,11 +100,9 @@ def convert(
         "follow_index": follow_index,
     }
     if plan:
-        with usage():
-            forecast = plan_convert(source, destination, **arguments)
-        answer_forecast(forecast, as_json=as_json, quiet=quiet)
+        answer_plan(lambda: plan_convert(source, destination, **arguments), as_json=as_json, quiet=quiet)
         return
-    with interruptible(destination), usage(), progress("converting", quiet=quiet) as reported:
+    with job(destination), progress("converting", quiet=quiet) as reported:
         result = run(source, destination, **arguments, report_html=report_html, workers=workers, progress=reported)
     page = None if report_html is None else report_html.absolute()
     answer(result, lambda found: _print(found, page), as_json=as_json, quiet=quiet, page=page)
@@ -130,10 +128,7 @@ def _print(result: "ConvertResult", page: Path | None) -> None:
 def _print_report(report: "QuantizationReport") -> None:
     total = report.total
     moved = "" if total.moved is None else f"{share(total.moved, total.elements)} codes moved, "
-    kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
-    print(f"{moved}{total.clipped:,} elements clipped, {kept}")
-    if total.fresh_factors:
-        print(f"{total.fresh_factors:,} weights have a new second level of scales")
+    print_scales(total, moved)
     errors = f"{total.mean_error:.3g} of the mean magnitude, at most {total.largest_error:.3g} of the largest"
     print(f"error against the source: {errors}")
     if total.outgrown:

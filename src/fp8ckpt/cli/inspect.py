@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, usage
-from fp8ckpt.cli.printing import answer, interruptible, print_defects, print_notes, size, styled, table
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet
+from fp8ckpt.cli.printing import answer, job, print_defects, print_notes, size, styled, table
 from fp8ckpt.errors import shown
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def inspect(
     from fp8ckpt.inspect import inspect as run
 
     listed = "" if as_json and tensor is None else tensor  # a machine reads what it needs
-    with interruptible(), usage():
+    with job():
         found = run(path, follow_index=follow_index, tensor=listed, scales=scales or as_json)
     answer(found, _print if tensor is None else _print_listed, as_json=as_json, quiet=quiet)
     if found.defects:

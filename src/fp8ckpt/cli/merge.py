@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Serving, Workers, target, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast, interruptible, print_nan_codes, print_written, share, table
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Plan, Quiet, Serving, Workers, target, word
+from fp8ckpt.cli.printing import answer, answer_plan, job, print_nan_codes, print_scales, print_written, share, table
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ def merge(
     adapters = [_weighted(one) for one in (adapter, *(more or ()))]
     how: dict[str, Any] = {"to": to, "scales": scales, "serving": serving, "follow_index": follow_index}
     if plan:
-        with usage():
-            forecast = plan_merge(base, adapters, destination, **how)
-        answer_forecast(forecast, as_json=as_json, quiet=quiet)
+        answer_plan(lambda: plan_merge(base, adapters, destination, **how), as_json=as_json, quiet=quiet)
         return
-    with interruptible(destination), usage(), progress("merging", quiet=quiet) as reported:
+    with job(destination), progress("merging", quiet=quiet) as reported:
         result = run(base, adapters, destination, **how, workers=workers, progress=reported)
     answer(result, _print, as_json=as_json, quiet=quiet)
 
@@ -92,10 +90,7 @@ def _print_report(report: MergeReport) -> None:
     if total.arrived is not None:
         print(f"{_percent(total.arrived)} of what was to be added arrived, and {_percent(total.error)} beside it")
     if total.scales:
-        kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
-        print(f"{total.clipped:,} elements clipped, {kept}")
-    if total.fresh_factors:
-        print(f"{total.fresh_factors:,} weights have a new second level of scales")
+        print_scales(total)
     rows = sorted((row for row in report.weights if row.arrived is not None), key=lambda row: row.arrived or 0.0)
     if rows:
         print("least arrived:")

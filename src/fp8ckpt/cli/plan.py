@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet, usage
-from fp8ckpt.cli.printing import answer, interruptible, size, table
+from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet
+from fp8ckpt.cli.printing import answer, job, size, table
 from fp8ckpt.errors import listed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def plan(
     """
     from fp8ckpt.plan import plan as run
 
-    with interruptible(), usage():
+    with job():
         found = run(path, ranks=ranks, tp=tp, pp=pp, ep=ep)
     answer(found, _print, as_json=as_json, quiet=quiet)
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
+from fp8ckpt.cli.options import usage
 from fp8ckpt.errors import Fp8CheckpointError, shown
 
 if TYPE_CHECKING:
-    from fp8ckpt.encodings.results import ConvertResult
-    from fp8ckpt.merge import MergeResult
+    from fp8ckpt.encodings.results import ConvertResult, WeightReport
+    from fp8ckpt.merge import MergedWeight, MergeResult
     from fp8ckpt.output.forecast import Forecast
 
 T = TypeVar("T")
@@ -50,8 +51,9 @@ def refuse(error: Fp8CheckpointError) -> NoReturn:
 
 
 @contextmanager
-def interruptible(destination: Path | None = None) -> Iterator[None]:
-    """Ctrl-C ends a job within seconds; one that writes says what it leaves, and how to go on.
+def job(destination: Path | None = None) -> Iterator[None]:
+    """Ctrl-C ends a job within seconds; one that writes says what it leaves, and how to go on. What it finds wrong in
+    its arguments is wrong usage.
 
     What is under way is waited for, and no longer than `_GRACE`: a store or a disk may be silent, and a run may be cut
     off at any moment.
@@ -78,7 +80,8 @@ def interruptible(destination: Path | None = None) -> Iterator[None]:
     if before is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        with usage():
+            yield
     except KeyboardInterrupt:
         leave()
     finally:
@@ -104,8 +107,10 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def answer_forecast(forecast: Forecast, *, as_json: bool, quiet: bool) -> None:
+def answer_plan(plan: Callable[[], Forecast], *, as_json: bool, quiet: bool) -> None:
     """Print what a job would do; exit 1 where there is no room."""
+    with usage():
+        forecast = plan()
     answer(forecast, _print_forecast, as_json=as_json, quiet=quiet)
     if not forecast.fits:
         sys.exit(1)
@@ -173,6 +178,14 @@ def print_written(result: ConvertResult | MergeResult, did: str) -> None:
     if result.bytes_resumed:
         print(f"{size(result.bytes_resumed)} were there from an earlier run")
     print_notes(result.notes)
+
+
+def print_scales(total: WeightReport | MergedWeight, moved: str = "") -> None:
+    """Print which scales were kept, and what was clipped."""
+    kept = f"{share(total.scales - total.fresh, total.scales)} scales kept, {total.fresh:,} new"
+    print(f"{moved}{total.clipped:,} elements clipped, {kept}")
+    if total.fresh_factors:
+        print(f"{total.fresh_factors:,} weights have a new second level of scales")
 
 
 def print_first(lines: Iterable[tuple[str, str]]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fp8ckpt.cli.options import SOURCE_HELP, Json, Quiet, Workers
-from fp8ckpt.cli.printing import answer, interruptible, share, size
+from fp8ckpt.cli.printing import answer, job, share, size
 from fp8ckpt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def report(
     """
     from fp8ckpt.report import report as run
 
-    with interruptible(), progress("reading", quiet=quiet) as reported:
+    with job(), progress("reading", quiet=quiet) as reported:
         found = run(a, b, output=output, workers=workers, progress=reported)
 
     def show(found: "Report") -> None:

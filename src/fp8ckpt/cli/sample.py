@@ -1,13 +1,14 @@
 """``fp8ckpt sample``."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fp8ckpt.cli.options import Json, Plan, Quiet, usage, word
-from fp8ckpt.cli.printing import answer, answer_forecast, interruptible
+from fp8ckpt.cli.options import Json, Plan, Quiet, word
+from fp8ckpt.cli.printing import answer, answer_plan, job
 from fp8ckpt.cli.progress import progress
 
 
@@ -56,11 +57,11 @@ def sample(
     changed = {name: size for name, size in given.items() if size is not None}
     if foreign := sorted(changed.keys() - known):
         raise typer.BadParameter(f"--{foreign[0].replace('_', '-')} does not go with --scheme {scheme}")
-    with interruptible(), usage():
+    with job():
         sizes = dataclasses.replace(family.true_shape() if true_shape else family(), **changed)
         if plan:
-            forecast = plan_sample(destination, sizes, layout=layout, files=files, sparse=sparse)
-            answer_forecast(forecast, as_json=as_json, quiet=quiet)
+            planned = partial(plan_sample, destination, sizes, layout=layout, files=files, sparse=sparse)
+            answer_plan(planned, as_json=as_json, quiet=quiet)
             return
         with progress("making", quiet=quiet) as reported:
             made = run(destination, sizes, layout=layout, files=files, sparse=sparse, seed=seed, progress=reported)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers, usage
-from fp8ckpt.cli.printing import answer, interruptible, print_defects, print_first, print_nan_codes, print_notes, styled
+from fp8ckpt.cli.options import SOURCE_HELP, FollowIndex, Json, Quiet, Workers
+from fp8ckpt.cli.printing import answer, job, print_defects, print_first, print_nan_codes, print_notes, styled
 from fp8ckpt.cli.progress import progress
 from fp8ckpt.errors import shown
 
@@ -37,7 +37,7 @@ def verify(
     """
     from fp8ckpt.verify import verify as run
 
-    with interruptible(), usage(), progress("verifying", quiet=quiet) as reported:
+    with job(), progress("verifying", quiet=quiet) as reported:
         result = run(
             a, b, serving=serving, tensor_parallel=tp, follow_index=follow_index, workers=workers, progress=reported
         )
