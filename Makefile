@@ -57,6 +57,9 @@ $(DOCUMENTING): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+# What is made together with them waits for that.
+lint demo: | $(if $(filter docs,$(MAKECMDGOALS)),$(DOCUMENTING))
+
 # A link, or a name in a docstring, that leads nowhere is an error.
 docs: $(DOCUMENTING)
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --conf-dir docs . docs/_site

@@ -120,7 +120,7 @@ def activation_scales(path: Path) -> list[str]:
     return [span.name for tensor in open_checkpoint(path).quantized for span in tensor.activation_scales]
 
 
-def test_a_conversion_moved_nothing(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_a_conversion_moved_nothing(trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8 against the BF16 that it was converted to: all is compared, nothing moved; and so with fp32."""
     convert(trained["base"], tmp_path / "fp32", to="fp32")
     for other in (trained["bf16"], tmp_path / "fp32"):
@@ -129,6 +129,7 @@ def test_a_conversion_moved_nothing(trained: dict[str, Path], tmp_path: Path) ->
         assert {change.name for change in found.changes} == set(open_checkpoint(other).tensors)
         assert [c for c in found.changes if c.moved or c.mean_error or c.largest_error or c.fresh is not None] == []
         assert found.apart == ()
+        monkeypatch.setattr(figures, "page_of", lambda found: "")  # a page on which nothing moved was drawn
 
 
 def test_what_training_moved(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -154,8 +155,11 @@ def test_what_training_moved(trained: dict[str, Path], tmp_path: Path) -> None:
     assert all(name in page for name in moved)
 
 
-def test_values_of_a_bf16_fine_tune_against_its_fp8_base(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_values_of_a_bf16_fine_tune_against_its_fp8_base(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other way about, and of two kinds: what is FP8 in one is compared as values, and codes are the base's."""
+    monkeypatch.setattr(figures, "page_of", lambda found: "")  # the numbers alone
     found = report(trained["trained"], trained["base"], output=tmp_path / "page.html")
     again = report(trained["trained"], trained["bf16"], output=tmp_path / "again.html")
     assert found.changes is not None
