@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -996,3 +997,18 @@ def test_an_fp8_cache_with_plain_weights(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in source.iterdir()} == {
         file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()
     }
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled: bool, sample_fp8: Path, tmp_path: Path) -> None:
+    """Opening puts it off, one job in another, and also where it refuses."""
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        inspect(sample_fp8)
+        assert gc.isenabled() is enabled
+        with pytest.raises(CheckpointNotFoundError):
+            open_checkpoint(tmp_path)
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
