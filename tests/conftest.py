@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fp8ckpt import convert
 from fp8ckpt.cli import main
 from fp8ckpt.sample import DeepseekSizes, sample
 
@@ -48,6 +49,13 @@ def pytest_collection_finish() -> None:
 def sample_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature Mistral3 checkpoint. Read-only: copy it before you change it."""
     return sample(tmp_path_factory.mktemp("sample") / "fp8")
+
+
+@pytest.fixture(scope="session")
+def sample_bf16(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `convert` makes of it. Read-only."""
+    convert(sample_fp8, out := tmp_path_factory.mktemp("sample") / "bf16")
+    return out
 
 
 @pytest.fixture(scope="session")

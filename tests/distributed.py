@@ -252,3 +252,21 @@ def rewrite(
         config(text)
     (destination / "config.json").write_text(json.dumps(text))
     return destination
+
+
+def tied(source: Path, destination: Path, head: str | None = None) -> Path:
+    """A checkpoint whose configuration ties; its head absent, "equal" to the embeddings, or "other"."""
+
+    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        name = next(name for name in tensors if name.endswith("lm_head.weight"))
+        embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+        kept = {key: tensor for key, tensor in tensors.items() if key != name}
+        return {
+            **kept,
+            **({"equal": {name: tensors[embeddings]}, "other": {name: tensors[name]}}[head] if head else {}),
+        }
+
+    def tie(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+
+    return rewrite(source, destination, change, tie)

@@ -175,6 +175,13 @@ def read_directory(directory: Path) -> dict[str, Stored]:
     }
 
 
+def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:
+    """A directory of one file and no configuration."""
+    directory.mkdir()
+    write_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
 def tree(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
     return {

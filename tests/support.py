@@ -12,7 +12,10 @@ from collections.abc import Iterable
 from itertools import combinations, product
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from fp8ckpt.output import extents
 
 ALL = os.environ.get("FP8CKPT_TESTS") == "all"
 
@@ -23,6 +26,12 @@ def each(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     if ALL:
         return list(product(*lists))
     return [tuple(axis[i % len(axis)] for axis in lists) for i in range(max(map(len, lists)))]
+
+
+def cut(patch: pytest.MonkeyPatch, chunk: int = 4096, chunks: int = 4) -> None:
+    """Make the pieces of an output small: chunks of at most so many bytes, extents of so many chunks."""
+    patch.setattr(extents, "CHUNK", chunk)
+    patch.setattr(extents, "EXTENT", chunk * chunks)
 
 
 def pairs(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -20,7 +20,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
-import fp8ckpt.output.extents as writing
 from fp8ckpt import FP8StorageReader, convert, inspect, open_checkpoint, plan_convert, sample
 from fp8ckpt.errors import ConfigError, OutputBusyError, OutputExistsError, RangeError
 from fp8ckpt.sample import Mistral3Sizes
@@ -29,6 +28,7 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 from tests.conftest import Run
 from tests.miniatures import Family, families
 from tests.oracle import NUMPY, Stored, dequantize, read_directory, read_safetensors, tree, write_safetensors
+from tests.support import cut
 
 FAMILIES = families()
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -43,12 +43,6 @@ def one_weight(
 ) -> Family:
     """A checkpoint of one FP8 weight, and whatever else."""
     return Family({WEIGHT: weight, SCALE: scale, **more}, config or FP8, {WEIGHT: (SCALE, block)})
-
-
-def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:
-    """Make the pieces of an output small: chunks of so many bytes, extents of so many chunks."""
-    monkeypatch.setattr(writing, "CHUNK", chunk)
-    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
 
 
 def all_codes(*shape: int) -> Stored:

@@ -43,8 +43,7 @@ from tests.checkpoint.test_save_fp8 import assert_same_report, plain_save, small
 from tests.distributed import run
 from tests.miniatures import Family, Packed, four_bits
 from tests.oracle import Stored, read_directory, tree, write_safetensors
-from tests.support import examples
-from tests.test_convert import cut
+from tests.support import cut, examples
 
 FAMILIES = four_bits()
 TARGETS = {"bf16": "BF16", "fp32": "F32"}

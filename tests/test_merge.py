@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fp8ckpt.output.extents as writing
 from fp8ckpt import MergeResult, convert, merge, open_checkpoint, plan_merge, verify
 from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.errors import (
@@ -38,9 +37,9 @@ from fp8ckpt.tensors.tensor import Reader
 from tests.adapters import F32, PREFIX, factors, merged, values, write_adapter
 from tests.conftest import Run
 from tests.miniatures import Family, families, four_bits
-from tests.oracle import NUMPY, Stored, read_directory, tree, write_safetensors
+from tests.oracle import NUMPY, Stored, read_directory, tree, write_plain, write_safetensors
 from tests.stopping import CHUNKS, run_until
-from tests.support import examples
+from tests.support import cut, examples
 from tests.test_four_bits import with_siblings
 
 E4M3 = {
@@ -254,7 +253,7 @@ def test_dora_of_embeddings(
     norms = np.sqrt((total.astype(np.float64) ** 2).sum(axis=0))
     factor = (magnitude.astype(np.float64) / norms).astype(np.float32)
     assert np.array_equal(in_bf16(tmp_path / "out")[EMBED + ".weight"], rounded(total * factor))
-    cut(monkeypatch, 512, 3, 100)
+    pieces(monkeypatch, 512, 3, 100)
     monkeypatch.setattr("fp8ckpt.tensors.merged._AT_ONCE", 1000)
     merge(sample_fp8, adapter, tmp_path / "pages", to=to, workers=3)
     assert tree(tmp_path / "pages") == tree(tmp_path / "out")
@@ -387,9 +386,8 @@ def test_the_report_in_words(plain: dict[str, Stored], sample_fp8: Path, tmp_pat
 # ---------------------------------------------------------------- pieces, workers, interruption
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int, step: int) -> None:
-    monkeypatch.setattr(writing, "CHUNK", chunk)
-    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
+def pieces(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int, step: int) -> None:
+    cut(monkeypatch, chunk, chunks)
     monkeypatch.setattr("fp8ckpt.encodings.passing.STEP", step)
 
 
@@ -421,7 +419,7 @@ def test_pieces_and_workers_change_nothing(
     sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Wherever chunks begin and end, inside rows too, and however many work on them."""
-    cut(monkeypatch, chunk, chunks, step)
+    pieces(monkeypatch, chunk, chunks, step)
     merge(sample_fp8, everything, tmp_path / "out", to=to, workers=workers)
     assert tree(tmp_path / "out") == tree(whole[to])
 
@@ -433,7 +431,7 @@ def test_a_run_that_was_cut_off_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """At any write: the same call ends with the same bytes, and with the same report."""
-    cut(monkeypatch, 8192, 2, 4000)
+    pieces(monkeypatch, 8192, 2, 4000)
     real, done = OutputFile.write, []
 
     def write(file: OutputFile, *arguments: Any) -> None:
@@ -464,7 +462,7 @@ def test_killed_and_run_again(before_end: int, tmp_path: Path, monkeypatch: pyte
     made, config = adapter_of(q, family.expected("F32")[q].array, 3)
     adapter = write_adapter(tmp_path / "a", made, **config)
     with monkeypatch.context() as patch:
-        cut(patch, 256, CHUNKS, 1 << 19)
+        pieces(patch, 256, CHUNKS, 1 << 19)
         records = []
         real = PartialOutput.record
         patch.setattr(PartialOutput, "record", lambda *arguments: records.append(real(*arguments)))
@@ -473,7 +471,7 @@ def test_killed_and_run_again(before_end: int, tmp_path: Path, monkeypatch: pyte
     stopped = run_until("record", len(records) - before_end, signal.SIGKILL, *killed, chunk=256)
     assert stopped.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    cut(monkeypatch, 256, CHUNKS, 1 << 19)
+    pieces(monkeypatch, 256, CHUNKS, 1 << 19)
     result = merge(base, adapter, tmp_path / "out")
     assert result.bytes_resumed > 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -685,12 +683,6 @@ def test_serving(everything: Path, sample_fp8: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- other ways round
 
 
-def plain_base(directory: Path, tensors: dict[str, Stored]) -> Path:
-    directory.mkdir()
-    write_safetensors(directory / "model.safetensors", tensors)
-    return directory
-
-
 @pytest.mark.parametrize(
     ("module", "model_type", "shape", "stated", "across"),
     [
@@ -705,7 +697,7 @@ def test_weights_stored_the_other_way_round(
     module: str, model_type: str | None, shape: tuple[int, int], stated: bool, across: bool, tmp_path: Path
 ) -> None:
     """A Conv1D holds [in, out]. PEFT goes by the class of each, and ``fan_in_fan_out`` records that of the last one."""
-    base = plain_base(tmp_path / "base", {f"{module}.weight": values(*shape, dtype="F32", seed=4)})
+    base = write_plain(tmp_path / "base", {f"{module}.weight": values(*shape, dtype="F32", seed=4)})
     (base / "config.json").write_text(json.dumps({"model_type": model_type}))
     out_of, into = shape[::-1] if across else shape
     made = factors(module, 4, into, out_of)
@@ -732,7 +724,7 @@ def experts(kind: str, rows: int = ROWS) -> dict[str, Stored]:
 @pytest.mark.parametrize("of_base", ["stack", "matrices"])
 def test_stacked_and_not(of_base: str, of_adapter: str, tmp_path: Path) -> None:
     """Experts are merged whether base and adapter hold them stacked or not, and as either PEFT took a stack."""
-    base = plain_base(tmp_path / "base", experts(of_base))
+    base = write_plain(tmp_path / "base", experts(of_base))
     rng = np.random.default_rng(3)
     a, b = (
         rng.standard_normal((E, RANK, COLS)).astype(np.float32),
@@ -765,10 +757,10 @@ def test_a_stack_that_was_trained_whole(tmp_path: Path) -> None:
     """It replaces one of the base's; experts that the base holds apart have another way, which the refusal names."""
     new = Stored.of(2 * experts("stack")[f"{STACK}down_proj"].array, "F32")
     adapter = write_adapter(tmp_path / "a", {f"{PREFIX}{STACK}down_proj": new})
-    merge(plain_base(tmp_path / "stack", experts("stack")), adapter, tmp_path / "out")
+    merge(write_plain(tmp_path / "stack", experts("stack")), adapter, tmp_path / "out")
     assert read_directory(tmp_path / "out") == {f"{STACK}down_proj": new}
     with pytest.raises(UnsupportedFormatError, match="a part in the base; expected one tensor; merge it with PEFT"):
-        merge(plain_base(tmp_path / "apart", experts("matrices")), adapter, tmp_path / "never")
+        merge(write_plain(tmp_path / "apart", experts("matrices")), adapter, tmp_path / "never")
 
 
 @pytest.mark.parametrize(
@@ -782,7 +774,7 @@ def test_a_stack_that_was_trained_whole(tmp_path: Path) -> None:
 )
 def test_square_experts(of_base: str, version: str | None, sound: bool, tmp_path: Path) -> None:
     """Where shapes do not say which way round a stack was taken, PEFT's version must, or it is refused."""
-    base = plain_base(tmp_path / "base", experts(of_base, COLS))
+    base = write_plain(tmp_path / "base", experts(of_base, COLS))
     made = factors(STACK[:-1], RANK, COLS, COLS, experts=E)
     adapter = write_adapter(tmp_path / "a", made, r=RANK, target_parameters=["experts.down_proj"], peft_version=version)
     if not sound:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, sample
 from fp8ckpt.cli import main
 from fp8ckpt.errors import (
@@ -35,14 +34,9 @@ from fp8ckpt.output.state import Facts
 from tests.campaign.trial import digests
 from tests.conftest import Run
 from tests.stopping import run_until
+from tests.support import cut
 
 GOES_ON = "the same command goes on from there"
-
-
-def cut(monkeypatch: pytest.MonkeyPatch, chunk: int = 4096, chunks: int = 4) -> None:
-    """Make the pieces of an output small: chunks of so many bytes, extents of so many chunks."""
-    monkeypatch.setattr(writing, "CHUNK", chunk)
-    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import fp8ckpt.system
 from fp8ckpt.convert import convert
 from fp8ckpt.output.files import aligned_buffer
 from fp8ckpt.system import HUGE_PAGE, hint_huge_pages
+from tests.oracle import assert_same_tree
 
 # As macOS is, to the code that runs there; F_FULLFSYNC is there, and the file system has none.
 LIKE_MACOS = """
@@ -57,12 +58,6 @@ fp8ckpt.save_model(model, out / "saved-fp8", to="fp8", like=source)
 """
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
 def run(code: str, *arguments: object) -> str:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -75,9 +70,9 @@ def test_the_same_bytes_without_what_linux_alone_has(sample_fp8: Path, tmp_path:
     run(LIKE_MACOS + WORK, sample_fp8, tmp_path)
     convert(sample_fp8, tmp_path / "expected-bf16")
     for name in ("bf16", "saved-bf16"):
-        assert files(tmp_path / name) == files(tmp_path / "expected-bf16")
+        assert_same_tree(tmp_path / name, tmp_path / "expected-bf16")
     for name in ("fp8", "saved-fp8"):
-        assert files(tmp_path / name) == files(sample_fp8)
+        assert_same_tree(tmp_path / name, sample_fp8)
 
 
 def test_windows_is_refused_by_name() -> None:

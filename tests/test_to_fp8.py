@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fp8ckpt.output.extents as writing
 from fp8ckpt import convert, open_checkpoint, sample, verify
 from fp8ckpt.convert import Fp8Result
 from fp8ckpt.errors import (
@@ -44,9 +43,9 @@ from tests.oracle import (
     scale_floats,
     spread,
     tree,
-    write_safetensors,
+    write_plain,
 )
-from tests.support import ALL, each
+from tests.support import ALL, cut, each
 
 E4M3 = {
     name: family
@@ -65,22 +64,9 @@ NESTED = [
 INDEX = "model.safetensors.index.json"
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:
-    """Make the pieces of an output small: chunks of at most so many bytes, extents of so many chunks."""
-    monkeypatch.setattr(writing, "CHUNK", chunk)
-    monkeypatch.setattr(writing, "EXTENT", chunk * chunks)
-
-
 def steps(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Make the parts of a chunk that are worked on at once small."""
     monkeypatch.setattr("fp8ckpt.encodings.passing.STEP", elements)
-
-
-def write_plain(directory: Path, tensors: dict[str, Stored]) -> Path:
-    """A directory of one file and no configuration."""
-    directory.mkdir()
-    write_safetensors(directory / "model.safetensors", tensors)
-    return directory
 
 
 def back(source: Path, base: Path, destination: Path, **how: Any) -> Fp8Result:

@@ -41,7 +41,21 @@ from fp8ckpt.checkpoint import checkpointing
 from fp8ckpt.errors import ConfigError, MissingScaleError, ModelMismatchError, RegionError, ScaleValueError
 from fp8ckpt.families.names import find_layout
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
-from tests.distributed import UNEVEN, assert_same, bits, fsdp, local, mesh, rewrite, run, stage, tp, tp_fsdp, whole
+from tests.distributed import (
+    UNEVEN,
+    assert_same,
+    bits,
+    fsdp,
+    local,
+    mesh,
+    rewrite,
+    run,
+    stage,
+    tied,
+    tp,
+    tp_fsdp,
+    whole,
+)
 from tests.families.releases import RELEASES
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
 from tests.support import ALL
@@ -517,37 +531,19 @@ def test_stages_in_one_process(paths: dict[str, Path]) -> None:
 # ---------------------------------------------------------------- tied embeddings
 
 
-def _tied(source: Path, destination: Path, head: str | None = None) -> Path:
-    """A checkpoint whose configuration ties; its head absent, "equal" to the embeddings, or "other"."""
-
-    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        name = next(name for name in tensors if name.endswith("lm_head.weight"))
-        embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
-        kept = {key: tensor for key, tensor in tensors.items() if key != name}
-        return {
-            **kept,
-            **({"equal": {name: tensors[embeddings]}, "other": {name: tensors[name]}}[head] if head else {}),
-        }
-
-    def tie(config: dict[str, Any]) -> None:
-        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-
-    return rewrite(source, destination, change, tie)
-
-
 def _untied(source: Path, destination: Path) -> Path:
     """The same model without ties: its head is a copy."""
 
     def untie(config: dict[str, Any]) -> None:
         config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
 
-    return rewrite(_tied(source, destination.with_name("equal"), "equal"), destination, None, untie)
+    return rewrite(tied(source, destination.with_name("equal"), "equal"), destination, None, untie)
 
 
 @pytest.mark.parametrize("name", ["identity", "nested"])
 def test_tied_embeddings(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """No head on disk: after ``to_empty`` the head is the embeddings, one Parameter, and the logits are right."""
-    path = _tied(paths[name], tmp_path / "tied")
+    path = tied(paths[name], tmp_path / "tied")
     model = load_pretrained(path)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     untied = load_pretrained(_untied(paths[name], tmp_path / "untied"))
@@ -565,10 +561,10 @@ def test_tied_embeddings(name: str, paths: dict[str, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["identity", "nested"])
 def test_tied_embeddings_that_are_on_disk_twice(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """Equal ones are taken; different ones are refused, for one of the two would be lost."""
-    model = load_pretrained(_tied(paths[name], tmp_path / "equal", "equal"))
+    model = load_pretrained(tied(paths[name], tmp_path / "equal", "equal"))
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     with pytest.raises(ModelMismatchError, match="on disk they differ"):
-        load_pretrained(_tied(paths[name], tmp_path / "other", "other"))
+        load_pretrained(tied(paths[name], tmp_path / "other", "other"))
 
 
 def test_ties_of_a_plain_module(tmp_path: Path) -> None:
@@ -746,8 +742,8 @@ def test_tied_embeddings_under_fsdp_and_tp(paths: dict[str, Path], tmp_path: Pat
     on all ranks.
     """
     source = paths["identity"]
-    twice, other = _tied(source, tmp_path / "twice", "equal"), _tied(source, tmp_path / "other", "other")
-    run(2, _tied_on_ranks, _tied(source, tmp_path / "tied"), twice, other, _untied(source, tmp_path / "untied"))
+    twice, other = tied(source, tmp_path / "twice", "equal"), tied(source, tmp_path / "other", "other")
+    run(2, _tied_on_ranks, tied(source, tmp_path / "tied"), twice, other, _untied(source, tmp_path / "untied"))
 
 
 def _adapter_on_ranks(path: Path) -> None:

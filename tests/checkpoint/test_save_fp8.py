@@ -55,11 +55,11 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.sample import Mistral3Sizes
-from tests.distributed import UNEVEN, fsdp, mesh, rewrite, run, stage, tp, tp_fsdp
+from tests.distributed import UNEVEN, fsdp, mesh, rewrite, run, stage, tied, tp, tp_fsdp
 from tests.miniatures import Family
-from tests.oracle import Stored, assert_same_tree, read_directory
+from tests.oracle import Stored, assert_same_tree, read_directory, write_plain
 from tests.support import ALL, each, pairs
-from tests.test_to_fp8 import E4M3, OTHERS, UE8M0, grown, powers_of_two, siblings, trained, write_plain
+from tests.test_to_fp8 import E4M3, OTHERS, UE8M0, grown, powers_of_two, siblings, trained
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MODES = ("reuse", "fresh")
@@ -296,17 +296,8 @@ def test_a_merged_adapter(models: dict[str, Case], tmp_path: Path) -> None:
 
 def test_tied_models(models: dict[str, Case], tmp_path: Path) -> None:
     """The head is stored as often as in the base."""
-    for head in (False, True):
-
-        def tensors(stored: dict[str, Stored], head: bool = head) -> dict[str, Stored]:
-            embeddings = next(name for name in stored if name.endswith("embed_tokens.weight"))
-            kept = {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
-            return {**kept, "lm_head.weight": stored[embeddings]} if head else kept
-
-        def tie(config: dict[str, Any]) -> None:
-            config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-
-        base = rewrite(models["identity"].base, tmp_path / f"fp8-{head}", tensors, tie)
+    for head in (None, "equal"):
+        base = tied(models["identity"].base, tmp_path / f"fp8-{head}", head)
         save_model(load_pretrained(base), tmp_path / f"out-{head}", to="fp8", like=base)
         assert_same_tree(tmp_path / f"out-{head}", base)
 

@@ -36,7 +36,7 @@ from fp8ckpt import (
 from fp8ckpt.checkpoint import checkpointing, storage_writer
 from fp8ckpt.errors import ModelMismatchError, OutputExistsError, RangeError, ResumeMismatchError, StorageError
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
-from tests.distributed import UNEVEN, Launched, assert_same, bits, fsdp, mesh, rewrite, run, tp, tp_fsdp
+from tests.distributed import UNEVEN, Launched, assert_same, bits, fsdp, mesh, run, tied, tp, tp_fsdp
 from tests.families.releases import RELEASES
 from tests.oracle import Stored, assert_same_tree, read_directory, read_safetensors, tree, write_safetensors
 from tests.support import ALL
@@ -266,24 +266,11 @@ def test_a_target_that_is_none_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- tied
 
 
-def _tied(source: Path, destination: Path, *, head: bool = False) -> Path:
-    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        name = next(name for name in tensors if name.endswith("lm_head.weight"))
-        embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
-        kept = {key: tensor for key, tensor in tensors.items() if key != name}
-        return {**kept, name: tensors[embeddings]} if head else kept
-
-    def tie(config: dict[str, Any]) -> None:
-        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
-
-    return rewrite(source, destination, change, tie)
-
-
 @pytest.mark.parametrize("name", ["identity", "uneven"])
 def test_tied_models(name: str, paths: dict[str, Path], tmp_path: Path) -> None:
     """The tied tensor is stored once, or as often as in the base; without a base the model loads again, tied."""
     for head in (False, True):
-        source = _tied(paths[name], tmp_path / f"fp8-{head}", head=head)
+        source = tied(paths[name], tmp_path / f"fp8-{head}", "equal" if head else None)
         model = load_pretrained(source)
         save_model(model, tmp_path / f"out-{head}", like=source)
         convert(source, tmp_path / f"converted-{head}")
@@ -652,11 +639,11 @@ def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> N
     """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written by one rank. The
     two models take turns.
     """
-    tied = _tied(paths["identity"], tmp_path / "tied fp8")
-    convert(tied, tmp_path / "tied bf16")
+    source = tied(paths["identity"], tmp_path / "tied fp8")
+    convert(source, tmp_path / "tied bf16")
     root = tmp_path / "out"
     root.mkdir()
-    written = run(ranks, _save_on_ranks, {**paths, "tied": tied}, root)
+    written = run(ranks, _save_on_ranks, {**paths, "tied": source}, root)
     outputs = {file.name for file in root.iterdir()}
     assert outputs == written[0].keys()
     assert len(outputs) == ((6 + 2 * (ranks == 4)) if ALL else {1: 2, 2: 2, 3: 4, 4: 3}[ranks])

@@ -29,7 +29,8 @@ from tests.oracle import (
     tree,
     write_safetensors,
 )
-from tests.test_to_fp8 import cut, steps
+from tests.support import cut
+from tests.test_to_fp8 import steps
 
 SCHEMES = ("per-tensor", "block", "channel")
 ENDING = {"per-tensor": "_scale_inv", "block": "_scale_inv", "channel": "_scale"}

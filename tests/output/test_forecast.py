@@ -19,17 +19,10 @@ from fp8ckpt.errors import Fp8CheckpointError, NoRoomError, OutputExistsError, R
 from fp8ckpt.output import forecast as module
 from fp8ckpt.sample import DeepseekSizes
 from tests.output.test_shared import JOBS, PLAIN, contents
-from tests.test_resume import cut, fail_after
+from tests.support import cut
+from tests.test_resume import fail_after
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def plain(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature in bf16."""
-    out = tmp_path_factory.mktemp("plain") / "bf16"
-    convert(sample_fp8, out)
-    return out
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int, *, tells: bool = True) -> None:
@@ -53,22 +46,22 @@ BOTH_WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def arguments(kind: str, sample_fp8: Path, plain: Path) -> tuple[Path, dict[str, Any]]:
+def arguments(kind: str, sample_fp8: Path, sample_bf16: Path) -> tuple[Path, dict[str, Any]]:
     """The source of a conversion, and how it is converted."""
     given = dict(BOTH_WAYS[kind])
     if kind.startswith("like"):
         given["like"] = sample_fp8
-    return (plain if "to" in given and given["to"] == "fp8" else sample_fp8), given
+    return (sample_bf16 if "to" in given and given["to"] == "fp8" else sample_fp8), given
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("kind", BOTH_WAYS)
 def test_what_was_planned_is_what_is_done(
-    kind: str, resumed: bool, sample_fp8: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, resumed: bool, sample_fp8: Path, sample_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files, bytes read, written and there already; planning changes nothing, of a fresh output and of one cut off."""
     cut(monkeypatch, 16 << 10, 2)
-    source, how = arguments(kind, sample_fp8, plain)
+    source, how = arguments(kind, sample_fp8, sample_bf16)
     if resumed:
         with monkeypatch.context() as patch:
             fail_after(patch, "pwrite", 20, errno.EIO)
@@ -119,9 +112,11 @@ REFUSED: dict[str, Callable[[Path, Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("job", REFUSED)
-def test_no_room(job: str, sample_fp8: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room(
+    job: str, sample_fp8: Path, sample_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every job that writes: a named error with what is needed, what is free and where; nothing is made."""
-    read, other = (plain, sample_fp8) if job in PLAIN else (sample_fp8, plain)
+    read, other = (sample_bf16, sample_fp8) if job in PLAIN else (sample_fp8, sample_bf16)
     free(monkeypatch, 3)
     with pytest.raises(NoRoomError, match=r"needs [\d,]+ bytes more, and 12,288 are free") as caught:
         REFUSED[job](read, other, tmp_path / "not" / "there" / "out")

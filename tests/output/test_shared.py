@@ -61,14 +61,6 @@ JOBS: dict[str, Job] = {
 PLAIN = ("to fp8 like, from", "to fp8 by a scheme")  # these read what is not FP8
 
 
-@pytest.fixture(scope="module")
-def plain(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature in bf16."""
-    out = tmp_path_factory.mktemp("plain") / "bf16"
-    convert(sample_fp8, out)
-    return out
-
-
 @pytest.fixture
 def mounts() -> Iterator[Callable[[Path, Path], Path]]:
     """Shows a directory by a second name, as containers do."""
@@ -105,9 +97,9 @@ def assert_refused(job: str, read: Path, other: Path, out: Path, tree: Path) -> 
     assert contents(tree) == before
 
 
-def copies(job: str, sample_fp8: Path, plain: Path, to: Path) -> tuple[Path, Path]:
+def copies(job: str, sample_fp8: Path, sample_bf16: Path, to: Path) -> tuple[Path, Path]:
     """What the job reads, copied to ``to``; and what else it needs."""
-    read, other = (plain, sample_fp8) if job in PLAIN else (sample_fp8, plain)
+    read, other = (sample_bf16, sample_fp8) if job in PLAIN else (sample_fp8, sample_bf16)
     return Path(shutil.copytree(read, to)), other
 
 
@@ -116,10 +108,12 @@ def copies(job: str, sample_fp8: Path, plain: Path, to: Path) -> tuple[Path, Pat
     [(job, "itself") for job in JOBS]
     + [(job, name) for job in ("to bf16", "save_model fp8") for name in ("a link", "dots", "below", "linked files")],
 )
-def test_what_stands_at_the_partial_output(job: str, name: str, sample_fp8: Path, plain: Path, tmp_path: Path) -> None:
+def test_what_stands_at_the_partial_output(
+    job: str, name: str, sample_fp8: Path, sample_bf16: Path, tmp_path: Path
+) -> None:
     """The source or the base is ``DST.partial``, or lies in it, by its own name or another."""
     at = {"below": "model.partial/release", "linked files": "elsewhere"}.get(name, "model.partial")
-    read, other = copies(job, sample_fp8, plain, tmp_path / at)
+    read, other = copies(job, sample_fp8, sample_bf16, tmp_path / at)
     if name == "a link":
         (tmp_path / "release").symlink_to(read)
         read = tmp_path / "release"
@@ -135,9 +129,9 @@ def test_what_stands_at_the_partial_output(job: str, name: str, sample_fp8: Path
 
 @pytest.mark.parametrize("job", ["to bf16", "save_model fp8"])
 @pytest.mark.parametrize("where", ["", "output"])
-def test_what_is_ours_already(job: str, where: str, sample_fp8: Path, plain: Path, tmp_path: Path) -> None:
+def test_what_is_ours_already(job: str, where: str, sample_fp8: Path, sample_bf16: Path, tmp_path: Path) -> None:
     """What is read lies in a partial output that would be taken up: of a run that was cut off, or made to look so."""
-    read, other = copies(job, sample_fp8, plain, tmp_path / "model.partial" / where)
+    read, other = copies(job, sample_fp8, sample_bf16, tmp_path / "model.partial" / where)
     (tmp_path / "model.partial/.fp8ckpt").mkdir()
     (tmp_path / "model.partial/.fp8ckpt/plan.json").write_text("{}")
     assert_refused(job, read, other, tmp_path / "model", tmp_path)
@@ -145,10 +139,10 @@ def test_what_is_ours_already(job: str, where: str, sample_fp8: Path, plain: Pat
 
 @pytest.mark.parametrize("job", ["to bf16", "save_model fp8"])
 def test_bind_mounts(
-    job: str, sample_fp8: Path, plain: Path, tmp_path: Path, mounts: Callable[[Path, Path], Path]
+    job: str, sample_fp8: Path, sample_bf16: Path, tmp_path: Path, mounts: Callable[[Path, Path], Path]
 ) -> None:
     """A directory that is mounted twice is one directory."""
-    read, other = copies(job, sample_fp8, plain, tmp_path / "model.partial")
+    read, other = copies(job, sample_fp8, sample_bf16, tmp_path / "model.partial")
     seen = mounts(read, tmp_path / "seen")
     assert_refused(job, seen, other, tmp_path / "model", tmp_path / "model.partial")
     assert_refused(job, read, other, seen / "out", tmp_path / "model.partial")
@@ -159,9 +153,11 @@ def test_bind_mounts(
     [(job, "inside") for job in JOBS if job != "side files"]
     + [("to bf16", name) for name in ("by a link", "by a link to the parent", "dots")],
 )
-def test_destination_inside_what_is_read(job: str, name: str, sample_fp8: Path, plain: Path, tmp_path: Path) -> None:
+def test_destination_inside_what_is_read(
+    job: str, name: str, sample_fp8: Path, sample_bf16: Path, tmp_path: Path
+) -> None:
     """Nothing is written into a checkpoint, by whatever name."""
-    read, other = copies(job, sample_fp8, plain, tmp_path / "release")
+    read, other = copies(job, sample_fp8, sample_bf16, tmp_path / "release")
     out = read / "out"
     if name == "by a link":
         (tmp_path / "link").symlink_to(read)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -15,6 +14,7 @@ from huggingface_hub import constants
 from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.opening import objects_of
 from fp8ckpt.stores.remote import RemoteStore
+from tests.oracle import tree
 from tests.stores import servers
 from tests.stores.servers import Hub, Server, serving, web
 
@@ -43,13 +43,6 @@ class Far:
         address = address_of(self.url)
         assert address is not None
         return RemoteStore(objects_of(address), self.pauses.append)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """All files by name."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,7 +89,7 @@ def s3(moto: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def far(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
     """``(kind, files)`` as a store of that kind."""
     kind, directory = request.param if isinstance(request.param, tuple) else (request.param, None)
-    files = contents(directory or request.getfixturevalue("sample_fp8"))
+    files = tree(directory or request.getfixturevalue("sample_fp8"))
     yield from _far(kind, files, request, monkeypatch)
 
 

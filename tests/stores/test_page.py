@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores.conftest import BUCKET, contents
+from tests.oracle import tree
+from tests.stores.conftest import BUCKET
 from tests.stores.servers import Hub, Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "stores.md"
@@ -22,7 +23,7 @@ def test_the_commands_of_the_page(
     """Every bash and python block, in order, in one directory, with the clients' own variables and nothing else."""
     import boto3
 
-    files = contents(sample_fp8)
+    files = tree(sample_fp8)
     for name, data in files.items():
         boto3.client("s3").put_object(Bucket=BUCKET, Key=f"models/name/{name}", Body=data)
     hub = Hub(files)

@@ -57,7 +57,8 @@ from fp8ckpt.stores.ahead import Window
 from fp8ckpt.stores.store import ByteRange, Stat
 from fp8ckpt.tensors import header
 from tests.distributed import bits
-from tests.stores.conftest import BUCKET, Far, contents
+from tests.oracle import tree
+from tests.stores.conftest import BUCKET, Far
 from tests.stores.servers import Answer, Asked, Hub, Server, ranged, serving, web
 
 ALL = pytest.mark.parametrize("far", ["s3", "hub", "web", "other"], indirect=True)
@@ -67,29 +68,21 @@ HUB = pytest.mark.parametrize("far", ["hub"], indirect=True)
 WEB = pytest.mark.parametrize("far", ["web"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def converted(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample in BF16."""
-    output = tmp_path_factory.mktemp("bf16") / "out"
-    convert(sample_fp8, output)
-    return output
-
-
 # ---------------------------------------------------------------- every way in
 
 
 @ALL
-def test_every_command(far: Far, sample_fp8: Path, converted: Path, tmp_path: Path) -> None:
+def test_every_command(far: Far, sample_fp8: Path, sample_bf16: Path, tmp_path: Path) -> None:
     """inspect, convert, convert --like, verify: by the URL, and the same as of the directory."""
     found = inspect(far.url, scales=True)
     assert (found.defects, found.tensors, found.scales) == ((), *_of(inspect(sample_fp8, scales=True)))
     assert "secret" not in str(found.path)
     convert(far.url, tmp_path / "bf16")
-    assert contents(tmp_path / "bf16") == contents(converted)
-    convert(converted, tmp_path / "fp8", to="fp8", like=far.url)
-    assert contents(tmp_path / "fp8") == contents(sample_fp8)
+    assert tree(tmp_path / "bf16") == tree(sample_bf16)
+    convert(sample_bf16, tmp_path / "fp8", to="fp8", like=far.url)
+    assert tree(tmp_path / "fp8") == tree(sample_fp8)
     assert verify(far.url, sample_fp8).ok
-    assert verify(converted, far.url).ok
+    assert verify(sample_bf16, far.url).ok
 
 
 @S3
@@ -204,7 +197,7 @@ def test_what_is_made_of_others_is_fetched_ahead(
     fetched once, and the files are those of a directory.
     """
     base = sample(tmp_path / "base", DeepseekSizes(layers=2, experts=4))
-    for name, data in contents(base).items():
+    for name, data in tree(base).items():
         boto3.client("s3").put_object(Bucket=BUCKET, Key=f"base/{name}", Body=data)
     checkpoint = open_checkpoint(f"s3://{BUCKET}/base")
     asked: list[ByteRange] = []
@@ -224,7 +217,7 @@ def test_what_is_made_of_others_is_fetched_ahead(
         adapter = _adapter(tmp_path / "adapter", base)
         merge(checkpoint, adapter, tmp_path / "far", workers=1)
         merge(base, adapter, tmp_path / "near")
-    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+    assert tree(tmp_path / "far") == tree(tmp_path / "near")
     codes = [tensor.weight for tensor in checkpoint.quantized]  # scales are read again where they are decided on
     met = [
         w for w in asked for span in codes if span.file.name == w.file and w.start < span.stop and span.start < w.stop
@@ -436,7 +429,7 @@ def test_what_never_comes_is_named(far: Far, fault: str, monkeypatch: pytest.Mon
 
 @S3
 @pytest.mark.parametrize("times", [2, 1000])
-def test_an_answer_with_all_of_the_object(far: Far, times: int, converted: Path, tmp_path: Path) -> None:
+def test_an_answer_with_all_of_the_object(far: Far, times: int, sample_bf16: Path, tmp_path: Path) -> None:
     """In place of a range: it is asked for again, and in the end named; what was written is kept."""
     store, left = far.store(), [times]
     answer = far.server.answer
@@ -451,7 +444,7 @@ def test_an_answer_with_all_of_the_object(far: Far, times: int, converted: Path,
     far.server.answer = whole
     if times == 2:
         convert(checkpoint, tmp_path / "out")
-        assert contents(tmp_path / "out") == contents(converted)
+        assert tree(tmp_path / "out") == tree(sample_bf16)
     else:
         with pytest.raises(StorageError, match="attempt 8: the answer is no range"):
             convert(checkpoint, tmp_path / "out")
@@ -497,7 +490,7 @@ def test_faults_of_the_listing(far: Far) -> None:
 
 
 @SERVED
-def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_random_faults(far: Far, sample_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 faults in one conversion: the same bytes, and nothing of it is lost."""
     monkeypatch.setattr(ahead, "REQUEST", 8192)
     monkeypatch.setattr(remote, "_BLOCK", 8192)
@@ -516,7 +509,7 @@ def test_many_random_faults(far: Far, converted: Path, tmp_path: Path, monkeypat
     store.files()
     far.server.fault = break_it
     convert(store, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(converted)
+    assert tree(tmp_path / "out") == tree(sample_bf16)
     assert count[0] == 200
 
 
@@ -544,7 +537,7 @@ def test_an_object_that_changes(far: Far, tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["gone", "shorter", "other"])
 def test_a_file_of_a_web_server_that_changes(what: str, sample_fp8: Path) -> None:
     """Also where the server knows no conditions, and only says what it gives."""
-    files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
+    files = {f"dir/{name}": data for name, data in tree(sample_fp8).items()}
     changed = False
 
     def answer(asked: Asked) -> Answer:
@@ -592,7 +585,7 @@ def test_ctrl_c_while_the_store_is_silent(far: Far, tmp_path: Path) -> None:
 
 
 @S3
-def test_a_kill_and_a_second_run(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_and_a_second_run(far: Far, sample_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle, by the request that it makes then: the second run ends with the same bytes."""
     code = "from fp8ckpt.output import extents; extents.CHUNK = 4096; extents.EXTENT = 16384\n"
     code += f"from fp8ckpt import convert; convert({far.url!r}, {str(tmp_path / 'out')!r}, workers=1)"
@@ -603,11 +596,11 @@ def test_a_kill_and_a_second_run(far: Far, converted: Path, tmp_path: Path, monk
     far.server.forget()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert contents(tmp_path / "out") == contents(converted)
+    assert tree(tmp_path / "out") == tree(sample_bf16)
 
 
 @SERVED
-def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_resume_compares(far: Far, sample_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ETags or blob ids: the same objects are taken up again, by whoever opens them; the state holds no secret."""
     monkeypatch.setattr(remote, "_BLOCK", 8192)
     far.server.fault = lambda asked: "503" if asked.ranged > 20_000 and "=0-" not in asked.headers["range"] else None
@@ -618,7 +611,7 @@ def test_what_a_resume_compares(far: Far, converted: Path, tmp_path: Path, monke
     assert "hf_" not in state
     far.server.forget()
     convert(far.url, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(converted)
+    assert tree(tmp_path / "out") == tree(sample_bf16)
 
 
 class _Bytes:
@@ -749,7 +742,7 @@ def test_a_redirect_to_another_host(far: Far, monkeypatch: pytest.MonkeyPatch, s
 
 def test_a_proxy_of_the_environment(sample_fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for hosts that no exception names, with its own user and password, and is not told the host's."""
-    files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
+    files = {f"dir/{name}": data for name, data in tree(sample_fp8).items()}
     with serving(web(files)) as proxy:
         monkeypatch.setenv("http_proxy", f"http://me:pass@{proxy.url.removeprefix('http://')}")
         monkeypatch.setenv("no_proxy", "elsewhere.invalid")
@@ -766,7 +759,7 @@ def test_a_certificate_is_trusted_or_refused(sample_fp8: Path, monkeypatch: pyte
     own = Path(__file__).with_name("localhost.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(own)
-    files = {f"dir/{name}": data for name, data in contents(sample_fp8).items()}
+    files = {f"dir/{name}": data for name, data in tree(sample_fp8).items()}
     with serving(web(files)) as server:
         server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
         url = server.url.replace("http:", "https:") + "/dir"

@@ -35,7 +35,8 @@ from fp8ckpt.output import extents, staging
 from fp8ckpt.output.layout import TensorSpec, lay_out
 from tests.checkpoint.test_one_rank_fails import Held, plain
 from tests.distributed import mesh, run
-from tests.stores.conftest import BUCKET, contents
+from tests.oracle import tree
+from tests.stores.conftest import BUCKET
 from tests.stores.servers import Asked, Server
 from tests.stores.test_upload import (
     PART,
@@ -117,8 +118,8 @@ def test_every_sharding(s3: Server, client: Any, trained: Path, tmp_path: Path) 
     cuts = tuple(CUTS)
     run(3, _save_all, dict(os.environ), tmp_path, trained / "fp8", trained / "trained", cuts)
     for kind in cuts:
-        assert _there(client, f"models/out-{kind}/") == contents(trained / "undisturbed"), kind
-        assert _there(client, f"models/out-{kind}-16/") == ({} if kind == "whole" else contents(trained / "trained"))
+        assert _there(client, f"models/out-{kind}/") == tree(trained / "undisturbed"), kind
+        assert _there(client, f"models/out-{kind}-16/") == ({} if kind == "whole" else tree(trained / "trained"))
     assert set(_parts(s3).values()) == {1}
     whole = sum(path.stat().st_size for path in (trained / "undisturbed").glob("*.safetensors"))
     assert max(seen) < whole // 2
@@ -138,7 +139,7 @@ def test_bytes_of_two_ranks(s3: Server, client: Any, monkeypatch: pytest.MonkeyP
     source = write_plain(Path("source"), trained_in_four_bits(family, np.random.default_rng(1), "BF16"))
     convert(source, "near", like=base)
     run(3, _save_halves, dict(os.environ), Path.cwd(), base, source)
-    assert _there(client) == contents(Path("near"))
+    assert _there(client) == tree(Path("near"))
     assert not list(Path().glob("*.partial"))
 
 
@@ -189,7 +190,7 @@ def test_a_rank_that_fails(
         assert len(_parts(s3)) > 4
         save_model(Held(_state(trained / "trained", lambda tensor: tensor)), URL, like=trained / "fp8")
         assert max(_parts(s3).values()) == 1
-        assert _there(client) == contents(trained / "trained")
+        assert _there(client) == tree(trained / "trained")
     assert os.listdir() == []
 
 
@@ -215,7 +216,7 @@ def test_a_save_that_is_killed(s3: Server, client: Any, trained: Path, tmp_path:
     sent = sum(_parts(s3).values())
     s3.forget()
     save_model(Held(_state(trained / "trained", lambda tensor: tensor)), URL, like=trained / "fp8")
-    assert _there(client) == contents(trained / "trained")
+    assert _there(client) == tree(trained / "trained")
     everything = sum(-(-path.stat().st_size // PART) for path in (trained / "trained").glob("*.safetensors"))
     assert sum(_parts(s3).values()) <= everything - sent + 8
     assert os.listdir() == []
@@ -239,7 +240,7 @@ def test_many_random_faults(
 
     s3.fault = break_it
     save_model(Held(_state(trained / "trained", lambda tensor: tensor)), URL, like=trained / "fp8")
-    assert (_there(client), count) == (contents(trained / "trained"), [200])
+    assert (_there(client), count) == (tree(trained / "trained"), [200])
     assert "AKIAUSER" not in caplog.text
     assert os.listdir() == []
 
@@ -266,7 +267,7 @@ def test_other_values_after_a_cut_in_completing(
         save_model(Held(other), URL, like=trained / "fp8")
     save_model(Held(state), URL, like=trained / "fp8")
     assert _parts(s3) == {}
-    assert _there(client) == contents(trained / "trained")
+    assert _there(client) == tree(trained / "trained")
 
 
 def test_a_writer_travels(s3: Server) -> None:

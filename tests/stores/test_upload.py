@@ -39,7 +39,8 @@ from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.s3 import S3Objects
 from fp8ckpt.stores.upload import LOCK
 from tests.distributed import Launched
-from tests.stores.conftest import BUCKET, contents
+from tests.oracle import tree
+from tests.stores.conftest import BUCKET
 from tests.stores.servers import Answer, Asked, Server
 from tests.test_four_bits import FAMILIES, write_plain
 from tests.test_four_bits import trained as trained_in_four_bits
@@ -74,26 +75,18 @@ def _parts(server: Server) -> Counter[tuple[str, str]]:
     return Counter((urlsplit(a.path).path, parse_qs(urlsplit(a.path).query)["partNumber"][0]) for a in sent)
 
 
-@pytest.fixture(scope="module")
-def converted(sample_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample in BF16."""
-    output = tmp_path_factory.mktemp("bf16") / "out"
-    convert(sample_fp8, output)
-    return output
-
-
-def test_there_and_back(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+def test_there_and_back(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
     """To BF16, and back to FP8, from one place of the store to another: each byte is fetched once, the first 128 KiB of
     each of the three files for their headers aside, and nothing is left on this machine.
     """
     result = convert(sample_fp8, URL)
     assert (result.destination, os.listdir()) == (URL, [])
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
     assert max(_parts(s3).values()) == 1
     assert sum(_parts(s3).values()) > 20
     s3.forget()
     convert(URL, f"s3://{BUCKET}/back", to="fp8", like=sample_fp8)
-    assert s3.fetched <= 1.1 * sum(len(data) for data in contents(converted).values()) + 3 * (128 << 10)
+    assert s3.fetched <= 1.1 * sum(len(data) for data in tree(sample_bf16).values()) + 3 * (128 << 10)
     assert verify(f"s3://{BUCKET}/back", sample_fp8).ok
     assert os.listdir() == []
 
@@ -103,7 +96,7 @@ def test_a_model_is_saved(client: Any) -> None:
     model = torch.nn.Linear(300, 200).to(torch.bfloat16)
     save_model(model, URL)
     save_model(model, "near")
-    assert _there(client) == contents(Path("near"))
+    assert _there(client) == tree(Path("near"))
 
 
 def test_the_order_of_what_is_seen(s3: Server, client: Any, sample_fp8: Path) -> None:
@@ -122,7 +115,9 @@ PUTS = ("PUT", "partNumber="), ("POST", "uploadId="), ("PUT", ".json")  # parts,
 
 
 @pytest.mark.parametrize(("what", "at"), [(0, 0), (0, 30), (1, 1), (2, 0), (2, 3)], ids=lambda value: str(value))
-def test_a_cut_and_a_second_run(s3: Server, client: Any, what: int, at: int, sample_fp8: Path, converted: Path) -> None:
+def test_a_cut_and_a_second_run(
+    s3: Server, client: Any, what: int, at: int, sample_fp8: Path, sample_bf16: Path
+) -> None:
     """Cut off at a request, among the parts, the completions, the small files: the same bytes, and no part is sent
     twice but those that were on the way.
     """
@@ -139,7 +134,7 @@ def test_a_cut_and_a_second_run(s3: Server, client: Any, what: int, at: int, sam
     s3.fault = lambda asked: None
     before = _parts(s3)
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
     assert os.listdir() == []
     assert client.list_objects_v2(Bucket=BUCKET, Prefix="models/out/.").get("Contents", ()) == ()
     assert len([part for part in _parts(s3) if _parts(s3)[part] > before[part] > 0]) <= 2 * upload.AT_ONCE
@@ -166,7 +161,7 @@ def _interrupted(server: Server, at: Any, step: Any, match: str = GOES_ON) -> No
         step()
 
 
-def test_a_process_that_is_killed(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+def test_a_process_that_is_killed(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
     """By the system, in the middle of its parts."""
     code = "from fp8ckpt.output import extents; extents.CHUNK, extents.PART = 8192, 32768\n"
     code += f"from fp8ckpt import convert; convert({str(sample_fp8)!r}, {URL!r})"
@@ -175,12 +170,12 @@ def test_a_process_that_is_killed(s3: Server, client: Any, sample_fp8: Path, con
     assert child.wait(60) == -signal.SIGKILL
     s3.forget()
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
-    everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
+    assert _there(client) == tree(sample_bf16)
+    everything = sum(-(-path.stat().st_size // PART) for path in sample_bf16.glob("*.safetensors"))
     assert sum(_parts(s3).values()) <= everything - 12 + upload.AT_ONCE
 
 
-def test_answers_that_are_lost(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+def test_answers_that_are_lost(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
     """Each request is done, and its first answer is lost: it is asked again, and nothing is there twice or not."""
     seen: set[tuple[str, str]] = set()
 
@@ -190,7 +185,7 @@ def test_answers_that_are_lost(s3: Server, client: Any, sample_fp8: Path, conver
 
     s3.fault = lose
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
 
 
 def opaque(server: Server) -> None:
@@ -214,7 +209,7 @@ def opaque(server: Server) -> None:
     server.answer = encrypted
 
 
-def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
     """Cut off among the parts, then in completing, with the answer lost: what was sent is not again, what was completed
     is known for ours, and what is somebody else's is not.
     """
@@ -239,7 +234,7 @@ def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, co
 
     s3.fault = lose
     convert(sample_fp8, URL)
-    assert (_there(client), _parts(s3), lost) == (contents(converted), sent, [True])
+    assert (_there(client), _parts(s3), lost) == (tree(sample_bf16), sent, [True])
     _interrupted(s3, _at_first_completion(), lambda: convert(sample_fp8, URL + "-2"))
     s3.fault = lambda asked: None
     client.put_object(Bucket=BUCKET, Key="models/out-2/model-00001-of-00003.safetensors", Body=b"theirs")
@@ -267,21 +262,21 @@ def _of_a_stranger(client: Any, key: str, body: bytes) -> str:
 
 
 def test_uploads_of_others_are_left_alone(
-    s3: Server, client: Any, sample_fp8: Path, converted: Path, trained: Path
+    s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path, trained: Path
 ) -> None:
     """Begun before ours, or while ours was cut off: not a part, a type or a word of it is in the result; and where
     ours are given up, theirs are not.
     """
     key = "models/out/model-00001-of-00003.safetensors"
-    body = (converted / Path(key).name).read_bytes()[:PART]
+    body = (sample_bf16 / Path(key).name).read_bytes()[:PART]
     theirs = {_of_a_stranger(client, key, body)}
     _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
     s3.forget()
     theirs.add(_of_a_stranger(client, key, body))
-    everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
+    everything = sum(-(-path.stat().st_size // PART) for path in sample_bf16.glob("*.safetensors"))
     convert(sample_fp8, URL)
     made = client.head_object(Bucket=BUCKET, Key=key)
-    assert (_there(client), list(made["Metadata"])) == (contents(converted), ["fp8ckpt-run"])
+    assert (_there(client), list(made["Metadata"])) == (tree(sample_bf16), ["fp8ckpt-run"])
     assert made["ContentType"] != "text/x-theirs"
     assert everything - 20 <= sum(_parts(s3).values()) <= everything - 20 + upload.AT_ONCE
     theirs.add(_of_a_stranger(client, "models/bad/model.safetensors", body))
@@ -310,7 +305,7 @@ def test_nothing_is_overwritten(s3: Server, client: Any, name: str, sample_fp8: 
 
 
 def test_a_place_of_the_same_last_name_does_not_go_on(
-    s3: Server, client: Any, sample_fp8: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state in the working directory has the last name alone; what it has sent elsewhere is not lost, and nobody is
     told to delete it, or a lock that is not its own.
@@ -322,7 +317,7 @@ def test_a_place_of_the_same_last_name_does_not_go_on(
             convert(sample_fp8, other)
         assert "delete" not in str(caught.value)
     convert(sample_fp8, URL + "/")
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
     with monkeypatch.context() as patch:
         patch.setattr(PartialOutput, "publish", _raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -332,7 +327,7 @@ def test_a_place_of_the_same_last_name_does_not_go_on(
         convert(sample_fp8, f"s3://{BUCKET}/here")
     assert "delete" not in str(caught.value)
     convert(sample_fp8, "here")
-    assert contents(Path("here")) == contents(converted)
+    assert tree(Path("here")) == tree(sample_bf16)
 
 
 def test_small_files_are_copied_several_at_once(s3: Server, client: Any, sample_fp8: Path) -> None:
@@ -373,7 +368,7 @@ def test_what_no_job_reads_may_change(s3: Server, client: Any, sample_fp8: Path)
 
 
 def _put(client: Any, directory: Path) -> None:
-    for name, data in contents(directory).items():
+    for name, data in tree(directory).items():
         client.put_object(Bucket=BUCKET, Key=f"models/src/{name}", Body=data)
 
 
@@ -450,10 +445,10 @@ def _watched(server: Server) -> list[int]:
     return seen
 
 
-def test_no_disk_for_the_data(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+def test_no_disk_for_the_data(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
     """Parts go there as they are made: none of the data is on this machine's disk, and none is asked for."""
     near, far = plan_convert(sample_fp8, "near"), plan_convert(sample_fp8, URL)
-    size = sum(path.stat().st_size for path in converted.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in sample_bf16.glob("*.safetensors"))
     assert near.bytes_needed - far.bytes_needed == size
     assert near.bytes_to_write == far.bytes_to_write == far.bytes_to_upload
     assert (near.bytes_to_upload, far.seconds) == (0, None)
@@ -479,7 +474,7 @@ def test_scales_are_kept_until_they_are_known(s3: Server, client: Any, trained: 
     far = convert(trained / "trained", URL, to="fp8", like=trained / "fp8")
     near = convert(trained / "trained", "near", to="fp8", like=trained / "fp8")
     assert far.report == near.report
-    assert _there(client) == contents(trained / "undisturbed") == contents(Path("near"))
+    assert _there(client) == tree(trained / "undisturbed") == tree(Path("near"))
     assert max(seen) <= 4 * PART
     assert sum(path.stat().st_size for path in (trained / "undisturbed").glob("*.safetensors")) > 10 * PART
     assert max(_parts(s3).values()) == 2
@@ -498,19 +493,19 @@ def test_a_cut_among_the_passes(s3: Server, client: Any, trained: Path) -> None:
         _interrupted(s3, _at_part(at), lambda at=at: run(f"{URL}-{at}"))
         s3.forget()
         run(f"{URL}-{at}")
-        assert _there(client, f"models/out-{at}/") == contents(trained / "undisturbed")
+        assert _there(client, f"models/out-{at}/") == tree(trained / "undisturbed")
         assert max(_parts(s3).values()) <= 2
         assert sum(_parts(s3).values()) <= everything - at + 2 * upload.AT_ONCE
 
 
-def test_parts_that_were_aborted_meanwhile(s3: Server, client: Any, sample_fp8: Path, converted: Path) -> None:
+def test_parts_that_were_aborted_meanwhile(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
     """What the state here says was sent, and is not there any more, is made again."""
     _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
     s3.forget()
     for entry in client.list_multipart_uploads(Bucket=BUCKET)["Uploads"][:1]:
         client.abort_multipart_upload(Bucket=BUCKET, Key=entry["Key"], UploadId=entry["UploadId"])
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
 
 
 def _at_part(at: int) -> Any:
@@ -525,7 +520,7 @@ def _at_part(at: int) -> Any:
     return kill
 
 
-def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, converted: Path, tmp_path: Path) -> None:
+def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path, tmp_path: Path) -> None:
     """From two machines: the second is refused, and the first one's output is its own. Where the state of a run was
     lost, its lock is what says so; without it, another run begins anew.
     """
@@ -537,9 +532,9 @@ def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, converted: 
         convert(sample_fp8, URL, to="fp32")
     assert (os.listdir(), _parts(s3)) == ([], Counter())
     client.delete_object(Bucket=BUCKET, Key=f"models/out/{LOCK}")
-    everything = sum(-(-path.stat().st_size // PART) for path in converted.glob("*.safetensors"))
+    everything = sum(-(-path.stat().st_size // PART) for path in sample_bf16.glob("*.safetensors"))
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
     assert sum(_parts(s3).values()) == everything
     for one in client.list_multipart_uploads(Bucket=BUCKET)["Uploads"]:  # of the first
         client.abort_multipart_upload(Bucket=BUCKET, Key=one["Key"], UploadId=one["UploadId"])
@@ -547,7 +542,7 @@ def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, converted: 
 
 @pytest.mark.parametrize("known", ["no", "refused"])
 def test_a_store_without_conditions(
-    known: str, s3: Server, client: Any, sample_fp8: Path, converted: Path, caplog: pytest.LogCaptureFixture
+    known: str, s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is written to, and a warning says that nothing keeps others away."""
     answer = s3.answer
@@ -560,7 +555,7 @@ def test_a_store_without_conditions(
 
     s3.answer = without
     convert(sample_fp8, URL)
-    assert _there(client) == contents(converted)
+    assert _there(client) == tree(sample_bf16)
     assert "knows no conditional writes" in caplog.text
 
 
@@ -612,7 +607,7 @@ def test_ranks_write_one_output(s3: Server, client: Any, trained: Path) -> None:
     named = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     status, _, stderr = Launched(Path("ranks"), 2, "job.py", **named).ended()
     assert status == 0, stderr
-    assert _there(client) == contents(trained / "undisturbed")
+    assert _there(client) == tree(trained / "undisturbed")
 
 
 def test_as_many_parts_as_a_store_takes() -> None:
@@ -638,4 +633,4 @@ def test_factors_are_kept_until_they_are_known(s3: Server, client: Any, monkeypa
     assert isinstance(far, Fp8Result)
     assert near.report is not None
     assert near.report.total.fresh
-    assert (far.report, _there(client)) == (near.report, contents(Path("near")))
+    assert (far.report, _there(client)) == (near.report, tree(Path("near")))
