@@ -230,12 +230,8 @@ def open_to_read(file: str | Path, name: str) -> int:
 def refuse_irregular(stat: os.stat_result, name: str) -> None:
     """Raise `StorageError` for anything but a regular file: a FIFO, a socket, a device, a folder, a link."""
     if not modes.S_ISREG(stat.st_mode):
-        raise StorageError(f"it is {kind_of(stat)}", file=name, expected="a file", remedy="move it away")
-
-
-def kind_of(stat: os.stat_result) -> str:
-    """What something is that is no regular file."""
-    return _KINDS.get(modes.S_IFMT(stat.st_mode), "no file")
+        kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "no file")
+        raise StorageError(f"it is {kind}", file=name, expected="a file", remedy="move it away")
 
 
 def read_whole(file: Path) -> bytes:

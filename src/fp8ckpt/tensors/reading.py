@@ -133,7 +133,11 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
                     suspects |= dict.fromkeys(span for part in batch for span in alike[dtype, part.file])
             except (StorageError, TruncatedFileError) as error:
                 defects.append(error)
-    return [*defects, *_bad_scales(suspects)]
+    for span in suspects:
+        values = _judged(_stored(span), span.dtype)
+        if count_bad_scales(values):
+            defects.append(_bad_scale(span, values))
+    return defects
 
 
 def _batches(groups: Iterable[list[TensorSpan]], most: int) -> Iterator[list[ByteRange]]:
@@ -164,13 +168,6 @@ def _runs(spans: list[TensorSpan]) -> Iterator[ByteRange]:
             start = span.start
         stop = span.stop
     yield ByteRange(spans[0].file.name, start, stop)
-
-
-def _bad_scales(spans: Iterable[TensorSpan]) -> Iterator[Fp8CheckpointError]:
-    for span in spans:
-        values = _judged(_stored(span).reshape(-1), span.dtype)
-        if count_bad_scales(values):
-            yield _bad_scale(span, values)
 
 
 def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
