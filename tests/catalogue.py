@@ -233,9 +233,7 @@ def _blocks() -> dict[str, Row]:
         ),
         "MiniMax M3": Row(release(replace(LINES, scale=".weight_scale_inv"), DENSE, m3), "MiniMax M2 and M3"),
         "MiMo V2": Row(release(SQUARES, MLP, two, tensors=padded), "MiMo V2", refused=ScaleShapeError),
-        "Step 3.5": Row(
-            release(SQUARES, DENSE, two, unquantized=PLAIN, more=((of_stacks, stacks),)), "Step 3.5",
-        ),
+        "Step 3.5": Row(release(SQUARES, DENSE, two, unquantized=PLAIN, more=((of_stacks, stacks),)), "Step 3.5"),
         "tied head that is stored": Row(
             _tied(release(SQUARES, DENSE, two | {"tie_word_embeddings": True})), "The head"
         ),
@@ -316,9 +314,7 @@ def _tools() -> dict[str, Row]:
         ),
         "ModelOpt, FP8_PB_WO": Row(release(four, DENSE, {}, more_files=modelopt("FP8_PB_WO")), "FP8_PB_WO"),
         "ModelOpt, MXFP8": Row(release(LINES, DENSE, {}, more_files=modelopt("MXFP8")), "MXFP8"),
-        "fbgemm": Row(
-            release(ROWS, SMALL, {"quantization_config": bound}, more=((of_experts, stacks),)), "fbgemm"
-        ),
+        "fbgemm": Row(release(ROWS, SMALL, {"quantization_config": bound}, more=((of_experts, stacks),)), "fbgemm"),
         "INT8": Row(release(ROWS, SMALL, {}, tensors=int8), "INT8", refused=UnsupportedFormatError),
         "AWQ": Row(release(ROWS, SMALL, {}, tensors=awq), "AWQ", refused=UnsupportedFormatError),
         "FP8 cast without scales": Row(
@@ -354,9 +350,7 @@ def catalogue() -> dict[str, Row]:
     return {**_mistral(), **_blocks(), **_tools(), **named, "a cache in FP8 alone": alone}
 
 
-_OF_FOUR_BITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "DeepSeek V4 in four bits": ((), (COLUMNS, TORN)),
-}
+_OF_FOUR_BITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {"DeepSeek V4 in four bits": ((), (COLUMNS, TORN))}
 
 
 def in_four_bits() -> dict[str, Row]:

@@ -417,10 +417,7 @@ def save_in_shards(source: Path, base: Path, destination: Path, dim: int) -> int
         return writer.bytes_written
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "dim"),
-    [("gpt-oss", 5, -1), ("new factors", 3, -1), ("new factors", 2, 0)],
-)
+@pytest.mark.parametrize(("name", "size", "dim"), [("gpt-oss", 5, -1), ("new factors", 3, -1), ("new factors", 2, 0)])
 def test_shards_that_cut_a_group_or_a_byte_in_two(name: str, size: int, dim: int, tmp_path: Path) -> None:
     """Shards of odd widths: a byte's halves, and a group's elements, lie on two ranks, and a factor is of all of
     them; the files are a conversion's.

@@ -539,24 +539,16 @@ def renamed(tensors: dict[str, Stored], old: str, new: str) -> dict[str, Stored]
 Made = tuple[dict[str, Stored], dict[str, Any], Any]
 REFUSED: dict[str, tuple[Callable[[dict[str, Stored]], Made], type[Fp8CheckpointError], str]] = {
     "a module that is not there": (
-        lambda p: (renamed(pair(p, Q), "q_proj", "qkv_proj"), {}, 1),
-        ModelMismatchError,
-        "answers to .*qkv_proj",
+        lambda p: (renamed(pair(p, Q), "q_proj", "qkv_proj"), {}, 1), ModelMismatchError, "answers to .*qkv_proj"
     ),
     "one of several": (
-        lambda p: (pair(p, Q) | renamed(pair(p, K), "layers.0", "layers.99"), {}, 1),
-        ModelMismatchError,
-        r"layers\.99",
+        lambda p: (pair(p, Q) | renamed(pair(p, K), "layers.0", "layers.99"), {}, 1), ModelMismatchError, r"layers\.99"
     ),
     "another rank than the configuration's": (
-        lambda p: (pair(p, Q), {"r": 8}, 1),
-        ModelMismatchError,
-        "4 rows.*rank 8",
+        lambda p: (pair(p, Q), {"r": 8}, 1), ModelMismatchError, "4 rows.*rank 8"
     ),
     "another base": (
-        lambda p: (factors(PREFIX + Q, 4, 96, 128), {}, 1),
-        ModelMismatchError,
-        r"factors \(4, 96\).*give its own base"
+        lambda p: (factors(PREFIX + Q, 4, 96, 128), {}, 1), ModelMismatchError, r"factors \(4, 96\).*give its own base"
     ),
     "a square matrix that may be a Linear or lie across": (
         lambda p: (pair(p, Q), {"fan_in_fan_out": True}, 1), UnsupportedFormatError, "q_proj.*set it to false"

@@ -117,11 +117,7 @@ def undisturbed(small: Path) -> dict[str, dict[str, str]]:
 
 
 def test_ctrl_c_and_the_same_command_again(
-    small: Path,
-    undisturbed: dict[str, dict[str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cli: Run,
+    small: Path, undisturbed: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Run
 ) -> None:
     """Exit 130 and one line that says how to go on; the rerun writes what is missing, says so, and ends the same."""
     out = tmp_path / "out"

@@ -176,10 +176,7 @@ def test_fp8_outputs_load_as_they_dequantize(how: str, trained: Path, tmp_path: 
     )
     assert {
         key: [name for name in names if "activation_scale" not in name] for key, names in info.items() if names
-    } in (
-        {},
-        {"unexpected_keys": []},
-    )
+    } in ({}, {"unexpected_keys": []})
     two = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
         assert_equal_bits(tensor, two[name])

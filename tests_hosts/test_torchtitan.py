@@ -34,13 +34,7 @@ def load_and_save(variant: str, source: Path, folder: Path, path: str | None) ->
         export_dtype="bfloat16",
     )
     host = CheckpointManager(
-        config,
-        dataloader=None,
-        model_parts=[model],
-        optimizers=None,
-        lr_schedulers=None,
-        states={},
-        sd_adapter=adapter,
+        config, dataloader=None, model_parts=[model], optimizers=None, lr_schedulers=None, states={}, sd_adapter=adapter
     )
     assert host.load()
     host.save(5, last_step=True)

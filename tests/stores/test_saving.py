@@ -23,13 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException
 
-from fp8ckpt import (
-    FP8StorageWriter,
-    SafetensorsStorageWriter,
-    convert,
-    open_checkpoint,
-    save_model,
-)
+from fp8ckpt import FP8StorageWriter, SafetensorsStorageWriter, convert, open_checkpoint, save_model
 from fp8ckpt.errors import ResumeMismatchError, StorageError, WeightValueError
 from fp8ckpt.output import extents, staging
 from fp8ckpt.output.layout import TensorSpec, lay_out

@@ -536,8 +536,7 @@ DEFECTS_OF_FOUR_BITS: dict[str, tuple[type[Fp8CheckpointError], str, dict[str, S
     "no weight of gpt-oss": (OrphanScaleError, "m.up_scales", {
         "m.up_scales": ("U8", (2, 64, 2)), "good.weight": W, "good.weight_scale": S}),
     "no scale in the header's": (MissingScaleError, "m.q.weight", {"m.q.weight": ("F4", (64, 64))}),
-    "no scale of compressed-tensors": (MissingScaleError, "m.q.weight_packed", {
-        "m.q.weight_packed": ("U8", (64, 32))}),
+    "no scale of compressed-tensors": (MissingScaleError, "m.q.weight_packed", {"m.q.weight_packed": ("U8", (64, 32))}),
     "no factor": (MissingScaleError, "m.q.weight", {
         "m.q.weight": ("U8", (64, 32)), "m.q.weight_scale": ("F8_E4M3", (64, 4))}),
     "a factor of rows": (ScaleShapeError, "m.q.weight", {
