@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fp8ckpt import convert, sample, verify
+from fp8ckpt.families.names import NESTED
 from fp8ckpt.numerics.dequantize import Dequantizer
 from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.verify import TensorDifference
@@ -277,6 +278,19 @@ def test_two_of_fp8_have_other_scales_too(sample_fp8: Path, tmp_path: Path) -> N
         f"{stem.replace('q_', 'k_')}activation_scale: only in {sample_fp8}",
         f"layers.0.self_attn.k_scale: only in {one}",
     }
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_other_scales_under_other_names(factor: int, sample_fp8: Path, tmp_path: Path) -> None:
+    """Of a tensor that has another name on the other side, scales of activations are compared all the same."""
+    scale = "model.language_model.layers.0.self_attn.q_proj.activation_scale"
+    tensors = read_directory(sample_fp8)
+    tensors[scale] = Stored.of(tensors[scale].array.astype("f4") * factor, "BF16")
+    nested = copy(sample_fp8, tmp_path / "nested")
+    for file in (*nested.glob("*.safetensors"), nested / "model.safetensors.index.json"):
+        file.unlink()
+    write_safetensors(nested / "model.safetensors", {NESTED.native_to_hf(k): t for k, t in tensors.items()})
+    assert verify(sample_fp8, nested).file_differences == ((f"{scale}: differs",) if factor == 2 else ())
 
 
 def test_config_that_differs(sample_fp8: Path, bf16: Path) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from fp8ckpt.stores.store import Bytes, File, same_bytes
 from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
-from fp8ckpt.tensors.stored import DTYPE_BITS
+from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 from fp8ckpt.walk import CHUNK, Step, Walk
 
@@ -139,7 +140,7 @@ def verify(
         nan_codes=tuple(dict(sorted(counts.items())) for counts in job.nan_codes),
         defects=defects,
         tensor_differences=tuple(job.differences()),
-        file_differences=tuple(_file_differences(*sides)) if len(sides) == 2 else (),
+        file_differences=tuple(_file_differences(*sides, renamed=bool(notes))) if len(sides) == 2 else (),
         serving=servability,
         notes=notes,
     )
@@ -321,7 +322,7 @@ def _floats(stored: Any, dtype: str) -> Any:
     return scale_values(stored.view(SCALE_DTYPES[dtype]), dtype).astype(np.float64)
 
 
-def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+def _file_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterator[str]:
     """Configuration and side files. Where one side is FP8 and the other is not, or nothing is but the cache of one,
     quantization is left out of the comparison.
     """
@@ -340,25 +341,29 @@ def _file_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
         elif not same_bytes(files[0][name], files[1][name]):
             yield f"{name}: differs"
     if not mixed:
-        yield from _other_scale_differences(a, b)
+        yield from _other_scale_differences(a, b, renamed=renamed)
 
 
-def _other_scale_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+def _other_scale_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterator[str]:
     """Scales of activations, of attention and of its cache: they are no tensor, and what is served follows from them.
-    Of tensors that are stacked otherwise, they are not compared.
+    Not compared are those of tensors that are stacked otherwise, and of caches under names of the other side's own.
     """
     from fp8ckpt.tensors.reading import read_floats
 
-    sides = [{span.name: span for span in side.cache_scales} for side in (a, b)]
-    for side, other, found in ((a, b, sides[0]), (b, a, sides[1])):
-        plain = (tensor for tensor in side.quantized if (it := other.tensors.get(tensor.name)) and it.scaled)
-        found.update((span.name, span) for tensor in plain for span in tensor.activation_scales)
-    for name in dict.fromkeys((*sides[0], *sides[1])):
-        spans = [side[name] for side in sides if name in side]
-        if len(spans) == 1:
-            yield f"{name}: only in {(a if name in sides[0] else b).path}"
-        elif (values := [read_floats(span).reshape(-1).tobytes() for span in spans])[0] != values[1]:
-            yield f"{name}: differs"
+    caches = [{span.name: (span,) for span in side.cache_scales} for side in (a, b)]
+    names = [name for cache in caches for name in cache if not renamed or (name in caches[0] and name in caches[1])]
+    pairs: list[tuple[tuple[TensorSpan, ...], ...]] = [
+        tuple(cache.get(name, ()) for cache in caches) for name in dict.fromkeys(names)
+    ]
+    for name, tensor in a.tensors.items():
+        other = b.tensors.get(name)
+        if (one := tensor.scaled) is not None and other is not None and (its := other.scaled) is not None:
+            pairs.append((one.activation_scales, its.activation_scales))
+    for left, right in (both for pair in pairs for both in zip_longest(*pair)):
+        if left is None or right is None:
+            yield f"{(left or right).name}: only in {(b if left is None else a).path}"
+        elif read_floats(left).tobytes() != read_floats(right).tobytes():
+            yield f"{left.name}: differs"
 
 
 def _what_is_quantized(side: Checkpoint) -> str:
