@@ -348,7 +348,18 @@ def _other_scale_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> 
     """Scales of activations, of attention and of its cache: they are no tensor, and what is served follows from them.
     Not compared are those of tensors that are stacked otherwise, and of caches under names of the other side's own.
     """
-    from fp8ckpt.tensors.reading import read_floats
+    import numpy as np
+
+    from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
+
+    def values(spans: list[TensorSpan]) -> dict[TensorSpan, bytes]:
+        """Of spans of one side, asked for together: as float32, whatever dtype of scales they are stored in."""
+        stored = [np.empty(span.nbytes, np.uint8) for span in spans]
+        if spans:
+            spans[0].file.store.read([span.whole for span in spans], stored)
+        for i, dtype in ((i, span.dtype) for i, span in enumerate(spans) if span.dtype in SCALE_DTYPES):
+            stored[i] = scale_values(stored[i].view(SCALE_DTYPES[dtype]), dtype).view(np.uint8)
+        return {span: raw.tobytes() for span, raw in zip(spans, stored, strict=True)}
 
     caches = [{span.name: (span,) for span in side.cache_scales} for side in (a, b)]
     names = [name for cache in caches for name in cache if not renamed or (name in caches[0] and name in caches[1])]
@@ -359,10 +370,12 @@ def _other_scale_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> 
         other = b.tensors.get(name)
         if (one := tensor.scaled) is not None and other is not None and (its := other.scaled) is not None:
             pairs.append((one.activation_scales, its.activation_scales))
-    for left, right in (both for pair in pairs for both in zip_longest(*pair)):
+    together = [both for pair in pairs for both in zip_longest(*pair)]
+    stored = [values([span for span in side if span is not None]) for side in zip(*together, strict=True)]
+    for left, right in together:
         if left is None or right is None:
             yield f"{(left or right).name}: only in {(b if left is None else a).path}"
-        elif read_floats(left).tobytes() != read_floats(right).tobytes():
+        elif stored[0][left] != stored[1][right]:
             yield f"{left.name}: differs"
 
 
