@@ -327,6 +327,9 @@ def test_command_line(trained: dict[str, Path], tmp_path: Path, cli: Run) -> Non
     done = cli("report", trained["base"], trained["fp8"], "-o", tmp_path / "new" / "page.html")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"page.html: [\d.]+ kB, of [\d.]+ MB that were read\n.* elements moved\n", done.stdout)
+    part = lacking(trained["fp8"], tmp_path / "part", "layers.1.mlp.up_proj")
+    done = cli("report", trained["base"], part, "-o", tmp_path / "part.html")
+    assert "elements moved; 1 tensors have no counterpart\n" in done.stdout
     done = cli("report", trained["base"], "--output", tmp_path / "page.html", "--json")
     found = json.loads(done.stdout)
     assert found["page"] == str(tmp_path / "page.html")

@@ -38,6 +38,7 @@ def report(
         print(f"{output}: {size(output.stat().st_size)}, of {size(found.bytes_read)} that were read")
         if found.changes is not None:
             moved = sum(change.moved for change in found.changes)
-            print(f"{share(moved, sum(change.elements for change in found.changes))} elements moved")
+            apart = f"; {len(found.apart)} tensors have no counterpart" if found.apart else ""
+            print(f"{share(moved, sum(change.elements for change in found.changes))} elements moved{apart}")
 
     answer(found, show, as_json=as_json, quiet=quiet, page=str(output))
