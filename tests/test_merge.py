@@ -698,6 +698,13 @@ def test_weights_stored_the_other_way_round(
     expected = expected_of(module, np.ascontiguousarray(value.T if across else value), made)
     found = read_directory(tmp_path / "out")[f"{module}.weight"].array
     assert np.array_equal(found, expected.T if across else expected)
+    magnitude = np.random.default_rng(2).uniform(0.5, 2, out_of).astype(np.float32)  # DoRA has one for each output
+    made[f"{module}.lora_magnitude_vector"] = Stored.of(magnitude, "F32")
+    dora = write_adapter(tmp_path / "dora", made, fan_in_fan_out=stated, use_dora=True)
+    merge(base, dora, tmp_path / "scaled")
+    expected *= (magnitude / np.sqrt((expected.astype(np.float64) ** 2).sum(axis=1))).astype(np.float32)[:, None]
+    found = read_directory(tmp_path / "scaled")[f"{module}.weight"].array
+    assert np.array_equal(found, expected.T if across else expected)
 
 
 E, ROWS, COLS, RANK = 3, 12, 10, 2

@@ -251,7 +251,7 @@ def _scaled(merged: MergedTensor, use: _Use, *, whole: bool) -> MergedTensor:
     if not whole or len(shape) != 2 or use.adapter.weight != 1:
         expected = "a matrix that is one tensor of the base, and weight 1"
         raise UnsupportedFormatError("DoRA of this", tensor=magnitude, expected=expected)
-    columns = use.pair.embedding or bool(use.adapter.config.get("fan_in_fan_out"))
+    columns = _lies_across(use, shape)  # there is a magnitude for each output
     if magnitude.numel != shape[columns]:
         raise ModelMismatchError(f"shape {magnitude.shape}", tensor=magnitude, expected=f"{shape[columns]} elements")
     return replace(merged, magnitude=magnitude, norms=Norms() if columns else None)
