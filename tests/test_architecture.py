@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fp8ckpt
+import fp8ckpt.errors
 
 ROOT = Path(fp8ckpt.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
@@ -233,6 +235,21 @@ def test_each_public_name_resolves() -> None:
         assert value.__doc__, name
         assert getattr(__import__("fp8ckpt", fromlist=[name]), name) is value
         assert value.__module__.startswith("fp8ckpt."), name
+
+
+class OwnError(fp8ckpt.Fp8CheckpointError):
+    """As a user may derive one."""
+
+
+def test_errors_go_from_process_to_process() -> None:
+    """Each is named by where users import it, ours and a user's own, so that ranks can tell each other of it."""
+    kinds = [kind for kind in vars(fp8ckpt.errors).values() if isinstance(kind, type)]
+    assert len(kinds) > 25
+    for kind in (*kinds, OwnError):
+        error = pickle.loads(pickle.dumps(kind("found", tensor="t", file="f", remedy="mend it")))
+        assert (type(error), error.message) == (kind, kind("found", tensor="t", file="f", remedy="mend it").message)
+    assert {kind.__module__ for kind in kinds if kind is not fp8ckpt.Fp8CheckpointError} == {"fp8ckpt.errors"}
+    assert OwnError.__module__ == __name__
 
 
 def test_functions_are_not_hidden_by_their_modules() -> None:

@@ -129,7 +129,7 @@ class DirectoryWriter(StorageWriter):
         with self._releasing():
             self._plan.begin(self._output)
             self._output.state.forget()
-            shared = self._shared_out(plans, self._plan)
+            shared = [*self._shared_out(plans, self._plan)]
         return [
             dataclasses.replace(plan, storage_data=Shared(len(plans), self._output.turn, own, of_rank))
             for plan, own, of_rank in zip(plans, shared, stages, strict=True)

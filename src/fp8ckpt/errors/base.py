@@ -43,7 +43,8 @@ class Fp8CheckpointError(Exception):
     remedy: str | None = None
 
     def __init_subclass__(cls) -> None:
-        cls.__module__ = "fp8ckpt.errors"  # as users import it, whichever file of this room it stands in
+        if cls.__module__.startswith("fp8ckpt.errors."):
+            cls.__module__ = "fp8ckpt.errors"  # as users import it, whichever file of this room it stands in
 
     def __init__(
         self,

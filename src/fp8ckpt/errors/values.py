@@ -1,4 +1,4 @@
-"""What is asked of tensors, and cannot be: a name, a region, a dtype, a code, a model's shape, an engine's rule."""
+"""What is asked of tensors, and cannot be: a name, a region, a dtype, a code, an engine's rule."""
 
 from __future__ import annotations
 

@@ -135,10 +135,10 @@ class Merge(NamedTuple):
 class Reader:
     """One thread's means of reading values: room for codes, the scales in use, and what it met so far.
 
-    ``room``: bytes, the most codes that are read at once. ``dequantizer``: see
-    `fp8ckpt.tensors.scaled.load_dequantizer`; a cache of them is shared among threads. ``counting``: whether codes that
-    are not finite are counted, by tensor, in ``nonfinite``. ``merge``: the last run of a merged tensor that was read.
-    ``passing``: is called with codes, one a byte, as they are read.
+    ``room``: bytes, the most codes that are read at once. ``dequantizer``: `fp8ckpt.tensors.reading.load_dequantizer`,
+    of which a cache is shared among threads. ``counting``: whether codes that are not finite are counted, by tensor, in
+    ``nonfinite``. ``merge``: the last run of a merged tensor that was read. ``passing``: is called with codes, one a
+    byte, as they are read.
     """
 
     def __init__(self, room: int | Bytes, dequantizer: DequantizerOf, *, counting: bool = False) -> None:
