@@ -559,6 +559,16 @@ def test_a_store_without_conditions(
     assert "knows no conditional writes" in caplog.text
 
 
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
+def test_another_request_at_the_same_moment(code: str, s3: Server, client: Any) -> None:
+    """A store that is busy with another condition on the same object says 409, and is asked again."""
+    answer, busy = s3.answer, [Answer(409, {}, f"<Error><Code>{code}</Code></Error>".encode())]
+    s3.answer = lambda asked: busy.pop() if busy and "if-none-match" in asked.headers else answer(asked)
+    uploads = S3Objects(Address("s3", f"{BUCKET}/x"))
+    upload.Destination(uploads, Path("own")).hold("run")
+    assert (busy, uploads.text(LOCK)) == ([], b"run")
+
+
 def test_what_can_never_be_whole_is_taken_away(s3: Server, client: Any, trained: Path) -> None:
     """A weight that is not finite: the parts that are there are aborted, and others may write there."""
     with pytest.raises(WeightValueError):

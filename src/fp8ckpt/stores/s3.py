@@ -35,7 +35,7 @@ _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
 _RUN = "fp8ckpt-run"  # what an object says of who began its upload
 _LATER = {
     "BadDigest", "RequestTimeout", "SlowDown", "Throttling", "RequestTimeTooSkewed", "InternalError",
-    "ServiceUnavailable", "ConditionalRequestConflict",
+    "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted",
 }  # fmt: skip
 _REGION = "say in AWS_DEFAULT_REGION in which region the bucket is"
 _REMEDIES = {
