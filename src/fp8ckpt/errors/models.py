@@ -78,6 +78,8 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
         found, expected = f"factors {a.shape} and {b.shape}", f"those of {shown(target)}, {shape} in the base"
         return cls(found, tensor=a, expected=expected, remedy="give its own base")
 
+    # ---------------------------------------------------------------- what is loaded, saved or compared
+
     @classmethod
     def of_absent(cls, names: Collection[str], file: object) -> Self:
         """Tensors of the model that the checkpoint ``file`` lacks."""

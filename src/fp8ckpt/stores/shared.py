@@ -33,7 +33,6 @@ BLOCK = 16 << 20  # bytes
 _EDGE = 64 << 10  # bytes; ranges end at multiples, or the last strip of the rank beside this one were a request
 _MEMORY = Path("/dev/shm")
 
-Parts = list[tuple[int, Bytes]]
 Fetch = Callable[[Request], None]
 
 
