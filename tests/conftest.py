@@ -17,6 +17,7 @@ import pytest
 from fp8ckpt import convert
 from fp8ckpt.cli import main
 from fp8ckpt.sample import DeepseekSizes, sample
+from fp8ckpt.system import cores
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -31,7 +32,16 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 #: Files of tests that take seconds each; they begin first, and the short ones fill up the end.
-LONG = ("readme", "rehearsal", "save_fp8", "there_and_back", "campaign", "memory", "load_model", "page", "package")
+LONG = (
+    "readme", "rehearsal", "save_fp8", "there_and_back", "campaign", "memory", "load_model", "page", "package",
+    "saving",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: a sixth of their time is waiting for disks, servers and ranks."""
+    return cores() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
