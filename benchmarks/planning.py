@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 from benchmarks.measuring import keep
 from fp8ckpt import Checkpoint, open_checkpoint, sample
 from fp8ckpt.checkpoint.assembling import assemble
-from fp8ckpt.checkpoint.live import tensors_of
 from fp8ckpt.checkpoint.load_plan import LoadPlan
 from fp8ckpt.checkpoint.planners import AssemblyLoadPlanner, Part, parts_of
 from fp8ckpt.families.transformers_tables import configured_model
@@ -140,7 +139,7 @@ def rehearse(path: Path, meshes: Iterable[str], ranks: int) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     stored = sum(bytes_of_values(tensor) for tensor in checkpoint.tensors.values())
     model = configured_model(checkpoint.config)
-    tensors = tensors_of(model)
+    tensors = model.state_dict()
     made = assemble(model, tensors, {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()})
     assert made is not None
     for name in meshes:
