@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 from fp8ckpt import convert, load_model, load_pretrained, open_checkpoint, save_model
 from tests.distributed import assert_same, run, whole
@@ -29,8 +31,6 @@ CASES = [
 
 
 def _config(plan: Plan) -> Any:
-    from transformers.distributed import DistributedConfig  # not before the ranks are there
-
     return DistributedConfig(**plan)
 
 
@@ -69,7 +69,13 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_and_back_by_the_plans_of_transformers(released: Path, tmp_path: Path) -> None:
     """On two ranks every tensor has the release's bits, on one of them at least; saved as FP8, it is the release."""
-    run(2, _all_there_and_back, released, tmp_path, CASES)
+    known = signature(DistributedConfig).parameters
+    cases = [(name, plan) for name, plan in CASES if plan.keys() <= known.keys()]
+    run(2, _all_there_and_back, released, tmp_path, cases)
+    if len(cases) < len(CASES):
+        pytest.skip(
+            f"transformers {transformers.__version__} knows {len(cases)} of the {len(CASES)} plans, which passed"
+        )
 
 
 def _all_as_transformers(root: Path, plain: Path, names: list[str]) -> None:
