@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from fp8ckpt import convert, open_checkpoint, sample, verify
 from fp8ckpt.encodings.fp8 import QuantizingFiller
+from fp8ckpt.encodings.recipes import QuantizingPlan
 from fp8ckpt.errors import ResumeMismatchError, StorageError
 from fp8ckpt.output.extents import Chunk, Extent
 from fp8ckpt.output.files import OutputFile
@@ -661,7 +662,9 @@ def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypat
 
 
 def test_many_small_weights_are_flushed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written again, and scales, decided last: a flush an extent, and one a file, not one a weight."""
+    """What is written again, and scales, decided last: a flush an extent, and one a file, not one a weight; nor is an
+    extent gone through for each weight in it.
+    """
     rng = np.random.default_rng(5)
     names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(50)]
     weights = {name: Stored.of(rng.standard_normal((8, 16)).astype(np.float32), "BF16") for name in names}
@@ -673,11 +676,15 @@ def test_many_small_weights_are_flushed_together(tmp_path: Path, monkeypatch: py
         flushes.append(file.file.name)
         flush(file)
 
+    gone_through: list[Extent] = []
+    units_in = QuantizingPlan.units_in
+    monkeypatch.setattr(QuantizingPlan, "units_in", lambda plan, of: gone_through.append(of) or units_in(plan, of))
     monkeypatch.setattr(OutputFile, "flush", noted)
     result = convert(source, tmp_path / "out", to="fp8", scheme="per-tensor")
     assert result.report is not None
     assert result.report.total.fresh == len(names)
     assert len(flushes) <= 4
+    assert len(gone_through) == 2  # that of each pass
 
 
 # ---------------------------------------------------------------- any checkpoint

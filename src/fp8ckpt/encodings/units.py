@@ -34,11 +34,13 @@ class Units:
         self._first = first
         self._second = plan.second_pass(first, in_parts=in_parts)
         self._in_parts = in_parts
+        self._units_in: dict[int, set[Unit]] = {}  # by extent, of either pass: one can hold thousands
         self._looks: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
         self._writes: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
         for extents, of_unit in ((first, self._looks), (self._second, self._writes)):
             for i, extent in extents.items() if plan.units else ():
-                for unit in plan.units_in(extent):
+                self._units_in[i] = plan.units_in(extent)
+                for unit in self._units_in[i]:
                     of_unit[unit].add(i)
         self.scales: dict[str, F32 | Factor] = {}
         self._left: dict[Unit, set[int]] = {}
@@ -65,13 +67,13 @@ class Units:
             return {}
         with self._lock:
             self._take(facts)
-            last = [unit for unit in self._plan.units_in(self._first[i]) if self._is_last(i, unit)]
+            last = [unit for unit in self._units_in[i] if self._is_last(i, unit)]
             for unit in last:
                 found = {name: self._found.pop(name) for name in unit if name in self._found}
                 self.use(dict.fromkeys(unit, decide(self._plan, unit, found)))
                 self._decided.add(unit)
-            written = (j for unit in last for j in self._writes[unit])
-            return self._again(j for j in written if self._plan.units_in(self._second[j]) <= self._decided)
+            written = {j for unit in last for j in self._writes[unit]}
+            return self._again(j for j in written if self._units_in[j] <= self._decided)
 
     def written_again(self) -> dict[int, Extent]:
         """All extents in which weights of new ``scales`` are written."""
@@ -81,12 +83,13 @@ class Units:
         found: dict[int, Extent] = {}
         for i in sorted({*numbers}):
             extent = self._second[i]
+            if not any(name in self.scales for unit in self._units_in[i] for name in unit):
+                continue
             if not self._in_parts:
                 spans = extent.layout.spans
                 new = (chunk for chunk in extent.chunks if spans[chunk.first].name in self.scales)
                 extent = extent._replace(chunks=tuple(new))
-            if any(name in self.scales for unit in self._plan.units_in(extent) for name in unit):
-                found[i] = extent
+            found[i] = extent
         return found
 
     def use(self, decided: Mapping[str, Decided | Factor | None]) -> None:
