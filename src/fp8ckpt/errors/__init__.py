@@ -63,13 +63,8 @@ from fp8ckpt.errors.scales import (
     ScaleValueError,
     UnsupportedFormatError,
 )
-from fp8ckpt.errors.system import (
-    MissingPackageError,
-    NoRoomError,
-    StorageError,
-    UnsupportedStoreError,
-    UnsupportedSystemError,
-)
+from fp8ckpt.errors.stores import NoRoomError, StorageError, UnsupportedStoreError
+from fp8ckpt.errors.system import MissingPackageError, UnsupportedSystemError
 from fp8ckpt.errors.values import (
     RangeError,
     RegionError,

@@ -21,6 +21,20 @@ _FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
 class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     """There is no checkpoint at the given path, nor a cached one of that hub id."""
 
+    @classmethod
+    def of_empty(cls, where: str) -> Self:
+        return cls.of_answer(where, "there is no object below it")
+
+    @classmethod
+    def of_page(cls, where: str) -> Self:
+        remedy = "give a directory whose index page lists its files; for a model of the Hub, hf://org/name"
+        return cls.of_answer(where, "its page lists no files", remedy)
+
+    @classmethod
+    def of_answer(cls, where: str, answered: str, remedy: str = "check the URL") -> Self:
+        """``answered``: who, and what."""
+        return cls(answered, file=where, remedy=remedy)
+
 
 class SourceChangedError(Fp8CheckpointError, RuntimeError):
     """A file of a checkpoint was written to, replaced or removed after it was opened: what was read may be a mix."""

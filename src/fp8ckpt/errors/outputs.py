@@ -16,6 +16,18 @@ class OutputExistsError(Fp8CheckpointError, FileExistsError):
         return cls("the destination exists", file=str(destination), expected="no such path", remedy=remedy)
 
     @classmethod
+    def of_objects(cls, where: str) -> Self:
+        remedy = "choose another one, or move them away"
+        return cls("there are objects below it", file=where, expected="none", remedy=remedy)
+
+    @classmethod
+    def of_other(cls, name: str, where: str) -> Self:
+        """An object that is not made of the file's parts."""
+        found, remedy = f"there is another object of this name below {where}", "choose another destination"
+        remedy += ", or move away what is there"
+        return cls(found, file=name, expected="what the run before made", remedy=remedy)
+
+    @classmethod
     def of_foreign(cls, partial: object, found: str) -> Self:
         """``found``: what stands where the output would be written, and is not ours."""
         expected = "a path that is free, to write to until the output is whole"
@@ -29,6 +41,11 @@ class OutputBusyError(Fp8CheckpointError, RuntimeError):
     @classmethod
     def of(cls, partial: object) -> Self:
         return cls("another process is writing it", file=str(partial), remedy="wait for it to end")
+
+    @classmethod
+    def of_lock(cls, lock: str) -> Self:
+        remedy = "wait for it to end; if it never will, delete that object"
+        return cls("another run writes there", file=lock, remedy=remedy)
 
 
 class RankLostError(Fp8CheckpointError, RuntimeError):

@@ -51,22 +51,11 @@ def address_of(path: str | os.PathLike[str]) -> Address | None:
     if match is None and (match := _ODD.fullmatch(text)) is None:
         return None
     scheme = match[1].rpartition("@")[2].lower()
-    found, expected = "it looks like a store's URL, and is none", "scheme://..., as s3://bucket/prefix"
-    given, remedy = Address(scheme, match[match.re.groups]), "for a local path, write ./ before it"
-    raise UnsupportedStoreError(found, file=str(given), expected=expected, remedy=remedy)
+    raise UnsupportedStoreError.of_form(Address(scheme, match[match.re.groups]))
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     """The path of what is on this machine. Raises `UnsupportedStoreError` for the URL of a store."""
     if (address := address_of(path)) is None:
         return Path(path)
-    raise unwritable(address, "a local path")
-
-
-def unwritable(address: Address, expected: str) -> UnsupportedStoreError:
-    """What to say of a store that no output goes to."""
-    remedies = {"hf": "write to a local directory, and upload it: hf upload"}
-    remedies |= dict.fromkeys(("file", "local"), f"give the path itself: {Path('/', address.rest)}")
-    remedy = remedies.get(address.scheme, "write to a local directory, and copy it there with the store's own client")
-    found = f"fp8ckpt writes nothing to {address.scheme}://"
-    return UnsupportedStoreError(found, file=str(address), expected=expected, remedy=remedy)
+    raise UnsupportedStoreError.of_output(address, "a local path")

@@ -47,8 +47,7 @@ class HttpObjects:
         self.where = str(address).rstrip("/")
         self._base = f"{address.scheme}://{address.rest.rstrip('/')}/"
         if not urlsplit(self._base).hostname or "?" in address.rest or "#" in address.rest:
-            expected = f"{address.scheme}://host/directory"
-            raise UnsupportedStoreError("it is no directory", file=self.where, expected=expected)
+            raise UnsupportedStoreError.of_kind(self.where, "directory", f"{address.scheme}://host/directory")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._address,)
@@ -65,8 +64,7 @@ class HttpObjects:
         """As `fp8ckpt.stores.remote.Objects.list`: the index pages, and what the server says of each file."""
         names = list(dict.fromkeys(self._names("", 0)))
         if not names:
-            remedy = "give a directory whose index page lists its files; for a model of the Hub, hf://org/name"
-            raise CheckpointNotFoundError("its page lists no files", file=self.where, remedy=remedy)
+            raise CheckpointNotFoundError.of_page(self.where)
         with ThreadPoolExecutor(AT_ONCE, THREADS) as pool:
             return dict(zip(names, pool.map(self._stat, names), strict=True))
 
@@ -75,8 +73,7 @@ class HttpObjects:
         asked = {"Range": f"bytes={start}-{stop - 1}", **condition}
         with self.answer("GET", name, asked, listed=True) as response:
             if response.status != 206:
-                remedy = "fetch the files, or serve them with ranges"
-                raise StorageError(f"{self.where} serves no ranges", file=name, remedy=remedy)
+                raise StorageError.of_ranges(name, self.where)
             refuse_other_range(response.headers.get("Content-Range"), start, stop, name, stat)
             self.refuse_other(name, stat, response.headers)
             yield from response.stream(_PIECE, decode_content=False)
@@ -114,31 +111,29 @@ class HttpObjects:
                     yield response
                     return
         except ValueError as error:
-            raise no_request(error, self.where) from None
+            raise StorageError.of_request(self.where, error) from None
         except HTTPError as error:
             raise met(error, self.where) from None
-        raise StorageError(f"more than {_MOST_REDIRECTS} redirects", file=name or self.where, remedy="check the URL")
+        raise StorageError.of_redirects(name or self.where, _MOST_REDIRECTS)
 
     def _led_to(self, url: str, location: str, name: str) -> str:
         target = urlsplit(urljoin(url, location))
         if target.scheme not in ("http", "https") or (url.startswith("https:") and target.scheme == "http"):
-            found = f"{self.where} leads from https to {target.scheme}"
-            remedy = "ask who runs the server"
-            raise StorageError(found, file=name or None, expected="a redirect to https", remedy=remedy)
+            raise StorageError.of_scheme(name, self.where, target.scheme)
         if _origin(url) == _origin(target.geturl()):  # a user that the URL named stays with the host
             return target._replace(netloc=urlsplit(url).netloc).geturl()
         return target.geturl()
 
     def _refuse(self, response: Any, name: str, listed: bool) -> None:
-        status = response.status
+        status, answered = response.status, f"the server answered {response.status}"
         if status in (408, 429) or status >= 500:
-            raise Broken(f"the server answered {status}", after=response.headers.get("Retry-After"))
+            raise Broken(answered, after=response.headers.get("Retry-After"))
         if listed and status in (404, 410, 412, 416):
             raise SourceChangedError.of(name)
         if status in (404, 410):
-            raise CheckpointNotFoundError(f"the server answered {status}", file=self.where, remedy="check the URL")
+            raise CheckpointNotFoundError.of_answer(self.where, answered)
         if status >= 300:
-            raise StorageError(f"{self.where} answered {status}", file=name or None, remedy=self.permission)
+            raise StorageError.of_answer(name, f"{self.where} answered {status}", self.permission)
 
     def _stat(self, name: str) -> Stat:
         with self.answer("HEAD", name, {}, listed=False) as response:
@@ -156,7 +151,7 @@ class HttpObjects:
             for piece in response.stream(_PIECE, decode_content=False):
                 held += piece
                 if len(held) > _LONGEST_PAGE:
-                    raise StorageError("its index page is longer than any", file=self.where, remedy="check the URL")
+                    raise StorageError.of_page(self.where)
         page.feed(held.decode(errors="replace"))
         here = urlsplit(self.url(folder))
         for link in page.found:
@@ -170,12 +165,6 @@ class HttpObjects:
                 yield folder + below
             elif depth < _DEEPEST:
                 yield from self._names(folder + below, depth + 1)
-
-
-def no_request(error: ValueError, where: str) -> StorageError:
-    """A URL that is none, or a token that no header can hold: nothing was asked."""
-    remedy = "check the URL, where its server leads to, and the token"
-    return StorageError(f"no request can be made of it ({type(error).__name__})", file=where, remedy=remedy)
 
 
 def _asked(method: str, url: str, headers: Mapping[str, str]) -> Any:

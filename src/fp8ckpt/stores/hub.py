@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from fp8ckpt.errors import CheckpointNotFoundError, SourceChangedError, StorageError, UnsupportedStoreError
 from fp8ckpt.stores.address import Address
-from fp8ckpt.stores.http import HttpObjects, no_request
+from fp8ckpt.stores.http import HttpObjects
 from fp8ckpt.stores.remote import Broken, met
 from fp8ckpt.stores.store import Stat
 
@@ -44,8 +44,7 @@ class HubObjects(HttpObjects):
         return HubObjects, (self._address, self._commit)
 
     def _no_model(self) -> UnsupportedStoreError:
-        expected = "hf://org/name or hf://org/name@revision"
-        return UnsupportedStoreError("it is no model of the Hub", file=self.where, expected=expected)
+        return UnsupportedStoreError.of_kind(self.where, "model of the Hub", "hf://org/name or hf://org/name@revision")
 
     def url(self, name: str) -> str:
         """Where a file of the commit is."""
@@ -91,19 +90,17 @@ class HubObjects(HttpObjects):
         try:
             yield
         except OfflineModeIsEnabled:
-            found = "huggingface_hub is told to stay offline"
-            raise StorageError(found, file=self.where, remedy="unset HF_HUB_OFFLINE, or give a local copy") from None
+            raise StorageError.of_offline(self.where) from None
         except HFValidationError:
             raise self._no_model() from None
         except ValueError as error:
-            raise no_request(error, self.where) from None
+            raise StorageError.of_request(self.where, error) from None
         except HfHubHTTPError as error:
-            status = error.response.status_code
+            status, kind = error.response.status_code, type(error).__name__.removesuffix("Error")
             if status >= 500 or status in (408, 429):
                 raise Broken(f"the Hub answered {status}") from None
-            kind = re.sub(r"Error$", "", type(error).__name__)
-            found = f"the Hub answered {status} ({kind})"
-            raise CheckpointNotFoundError(found, file=self.where, remedy=self.permission) from None
+            answered = f"the Hub answered {status} ({kind})"
+            raise CheckpointNotFoundError.of_answer(self.where, answered, self.permission) from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "ssl"):
                 raise

@@ -158,9 +158,7 @@ class LocalStore:
             return real
         if self._blobs is not None and Path(real).is_relative_to(self._blobs):
             return real
-        found, expected = "it is a link that leads out of the directory", "a file, or a link to one inside"
-        remedy = "put the file itself there, if you know who made the link"
-        raise StorageError(found, file=name, expected=expected, remedy=remedy)
+        raise StorageError.of_link(name)
 
     def _descriptor(self, name: str) -> _Descriptor:
         key = self._path(name), name == self._named
@@ -230,8 +228,7 @@ def open_to_read(file: str | Path, name: str) -> int:
 def refuse_irregular(stat: os.stat_result, name: str) -> None:
     """Raise `StorageError` for anything but a regular file: a FIFO, a socket, a device, a folder, a link."""
     if not modes.S_ISREG(stat.st_mode):
-        kind = _KINDS.get(modes.S_IFMT(stat.st_mode), "no file")
-        raise StorageError(f"it is {kind}", file=name, expected="a file", remedy="move it away")
+        raise StorageError.of_kind(name, _KINDS.get(modes.S_IFMT(stat.st_mode), "no file"))
 
 
 def read_whole(file: Path) -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fp8ckpt.errors import UnsupportedStoreError
 from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import Objects, RemoteStore
@@ -33,8 +31,7 @@ def objects_of(address: Address) -> Objects:
 
         return HttpObjects(address)
     if address.scheme in ("file", "local"):
-        remedy = f"give the path itself: {Path('/', address.rest)}"
-        raise UnsupportedStoreError("it is on this machine", file=str(address), expected="a path", remedy=remedy)
+        raise UnsupportedStoreError.of_local(address)
     from fp8ckpt.stores.other import OtherObjects
 
     return OtherObjects(address)

@@ -39,8 +39,7 @@ class OtherObjects:
 
         scheme = self._address.scheme
         if scheme not in known_implementations:
-            remedy = "for a folder of that name, give its absolute path"
-            raise UnsupportedStoreError(f"no store is known as {scheme}://", file=self.where, remedy=remedy)
+            raise UnsupportedStoreError.of_scheme(self.where, scheme)
         try:
             client, path = url_to_fs(f"{scheme}://{self._address.rest}", use_listings_cache=False)
         except ImportError as error:
@@ -48,11 +47,10 @@ class OtherObjects:
             module = missing.partition(".")[0]
             package = _PACKAGES.get(module, module)
             raise MissingPackageError.of(f"reading {scheme}://", self.where, package, package) from error
-        except Exception as error:  # whatever a client says, it may say it with a secret
-            found, remedy = f"its client refuses ({type(error).__name__})", "see how it is set up here"
-            if isinstance(error, TypeError):  # as Databricks', which is made with an instance and a token
-                found, remedy = "its client takes more than a URL", "copy it here, or mount it, and give the path"
-            raise StorageError(found, file=self.where, remedy=remedy) from None
+        except TypeError:
+            raise StorageError.of_instance(self.where) from None
+        except Exception as error:
+            raise StorageError.of_client(self.where, "its client", error) from None
         return client, path.rstrip("/")
 
     def list(self) -> Mapping[str, Stat]:
@@ -67,7 +65,7 @@ class OtherObjects:
             version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
             found[name[len(path) :].lstrip("/")] = stat_of(self.where, name, info.get("size"), version)
         if not found:
-            raise CheckpointNotFoundError("there is no object below it", file=self.where, remedy="check the URL")
+            raise CheckpointNotFoundError.of_empty(self.where)
         return found
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:

@@ -85,8 +85,7 @@ def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat:
 def stat_of(where: str, name: str, size: object, version: str) -> Stat:
     """What a store says that a file is. Raises `StorageError` where it says too little."""
     if not version or not str(size).isdigit():
-        remedy = "fetch the files: what changes under way could not be seen"
-        raise StorageError(f"{where} gives no size, or no version (ETag, Last-Modified)", file=name, remedy=remedy)
+        raise StorageError.of_version(name, where)
     return Stat(int(str(size)), version)
 
 
@@ -103,8 +102,7 @@ _MET = {
 def met(error: BaseException, where: str) -> Exception:
     """What a client met on the way, in our own words: its own may hold a secret."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        remedy = "name the certificates of who signed its own in SSL_CERT_FILE (for s3://, in AWS_CA_BUNDLE)"
-        return StorageError("the server's certificate is not trusted", file=where, remedy=remedy)
+        return StorageError.of_certificate(where)
     kind = type(error).__name__
     return Broken(*_MET.get(kind, (f"no whole answer ({kind})",)))
 
@@ -245,7 +243,7 @@ class RemoteStore:
         """Fill the buffers of a request, in as many attempts as it takes."""
         stat = self.files().get(request.file)
         if stat is None:
-            raise StorageError("there is no such object", file=request.file, expected=f"one below {self.where}")
+            raise StorageError.of_no_object(request.file, self.where)
         if request.stop > stat.size:
             raise TruncatedFileError.of_end(request.file, stat.size, request.stop, "look for a whole copy")
         if self._shared is not None and reads_over(request):
@@ -289,8 +287,7 @@ def attempted(
         except Broken as error:
             count = 1 if error.brought >= _PROGRESS else count + 1
             if count == most:
-                found = f"{doing} failed at attempt {count}: {error}"
-                raise StorageError(found, file=file, remedy=error.remedy) from None
+                raise StorageError.of_attempts(file, doing, count, error, error.remedy) from None
             longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
             pauses = longest * random.uniform(0.5, 1)  # or all requests of all ranks come again at once
             (pause or wait)(max(pauses, error.after))

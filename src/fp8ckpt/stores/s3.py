@@ -49,6 +49,7 @@ _REMEDIES = {
     "IllegalLocationConstraintException": _REGION,
     "NoSuchBucket": "check the URL, or make the bucket first",
 }
+_SET_UP = " (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
 _making = threading.Lock()  # boto3's sessions are not for several threads
 
 
@@ -59,14 +60,11 @@ class S3Objects:
         bucket, _, prefix = address.rest.partition("/")
         self.where = str(address._replace(scheme="s3"))
         if not _BUCKET.fullmatch(bucket) or set("?#;") & set(prefix):
-            remedy = "give credentials and endpoint as boto3 takes them (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
-            found, expected = "it is no bucket and prefix", "s3://bucket/prefix"
-            raise UnsupportedStoreError(found, file=self.where, expected=expected, remedy=remedy)
+            remedy = f"give credentials and endpoint as boto3 takes them{_SET_UP}"
+            raise UnsupportedStoreError.of_kind(self.where, "bucket and prefix", "s3://bucket/prefix", remedy)
         self.bucket, self.prefix = bucket, prefix.rstrip("/")
         if self.prefix.startswith("/") or "//" in self.prefix:
-            remedy = "write one slash; objects whose keys have an empty part are not read"
-            found, expected = "two slashes follow each other in its prefix", f"s3://{bucket}/prefix"
-            raise UnsupportedStoreError(found, file=self.where, expected=expected, remedy=remedy)
+            raise UnsupportedStoreError.of_slashes(self.where, bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Objects, (Address("s3", f"{self.bucket}/{self.prefix}"),)
@@ -109,7 +107,7 @@ class S3Objects:
             if not entry["Key"].endswith("/")
         }
         if not found:
-            raise CheckpointNotFoundError("there is no object below it", file=self.where, remedy="check the URL")
+            raise CheckpointNotFoundError.of_empty(self.where)
         return found
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
@@ -237,8 +235,7 @@ class S3Objects:
         try:
             yield
         except RecursionError:  # boto3 follows it again and again, where no region is said
-            found, remedy = "the store leads to another region, over and over", _REGION
-            raise StorageError(found, file=self.where, remedy=remedy) from None
+            raise StorageError.of_regions(self.where, _REGION) from None
         except Exception as error:
             own = type(error).__module__.startswith(("botocore", "boto3", "urllib3"))
             if not (own or (making and isinstance(error, ValueError))):
@@ -253,19 +250,18 @@ class S3Objects:
             if isinstance(error, broken) or "urllib3" in str(type(error)):
                 cause = getattr(error, "kwargs", {}).get("error")  # it says more, if it is urllib3's
                 return met(cause if isinstance(cause, Exception) else error, self.where)
-            remedy = "see how boto3 is set up here (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
-            return StorageError(f"boto3 refuses ({type(error).__name__})", file=self.where, remedy=remedy)
+            return StorageError.of_client(self.where, "boto3", error, _SET_UP)
         code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
-        found = f"the store answered {status} {'' if code == str(status) else code}".rstrip()
+        answered = f"the store answered {status} {'' if code == str(status) else code}".rstrip()
         if (status >= 500 and status != 501) or status in (408, 429) or code in _LATER:
             after = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
-            return Broken(found, *([_REMEDIES[code]] if code in _REMEDIES else []), after=after)
+            return Broken(answered, *([_REMEDIES[code]] if code in _REMEDIES else []), after=after)
         if name is not None and not writing and status in (404, 412, 416):
             return SourceChangedError.of(name)
         remedy = _REMEDIES.get(code) or ("check the URL" if status == 404 else self._permission(writing))
         if status == 404 and not writing:
-            return CheckpointNotFoundError(found, file=self.where, remedy=remedy)
-        return StorageError(found, file=self.where if name is None else f"{self.where}/{name}", remedy=remedy)
+            return CheckpointNotFoundError.of_answer(self.where, answered, remedy)
+        return StorageError.of_answer(self.where if name is None else f"{self.where}/{name}", answered, remedy)
 
     def _permission(self, writing: bool) -> str:
         """What to do where the store refuses, and does not say why."""

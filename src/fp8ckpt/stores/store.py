@@ -112,7 +112,7 @@ class File(NamedTuple):
         """What the file is. Raises `StorageError` where there is none."""
         found = self.store.files().get(self.name)
         if found is None:
-            raise StorageError("there is no such file", file=self.name, remedy="restore the file")
+            raise StorageError.of_absent(self.name)
         return found
 
     def read(self, start: int, out: Bytes) -> None:

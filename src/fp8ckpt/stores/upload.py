@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError
-from fp8ckpt.stores.address import Address, unwritable
+from fp8ckpt.errors import OutputBusyError, OutputExistsError, StorageError, UnsupportedStoreError
+from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import ATTEMPTS, attempted
 from fp8ckpt.workers import share
 
@@ -71,8 +71,7 @@ class Destination:
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` where any object is there; who holds the place is another question."""
         if not self._do("looking at", None, self._client.is_empty, LOCK):
-            remedy = "choose another one, or move them away"
-            raise OutputExistsError("there are objects below it", file=self.where, expected="none", remedy=remedy)
+            raise OutputExistsError.of_objects(self.where)
 
     def hold(self, run: str) -> None:
         """Keep other runs away, until `release`; a ``run`` that holds the place already holds it on. Raises
@@ -88,8 +87,7 @@ class Destination:
         elif held is None:
             held = self._do("looking at", LOCK, self._client.text, LOCK)
         if held != text:
-            remedy = "wait for it to end; if it never will, delete that object"
-            raise OutputBusyError("another run writes there", file=f"{self.where}/{LOCK}", remedy=remedy)
+            raise OutputBusyError.of_lock(f"{self.where}/{LOCK}")
 
     def release(self) -> None:
         """Let other runs write there."""
@@ -151,15 +149,12 @@ class Destination:
         if upload is not None and self._do("writing", name, partial(self._client.finish, new=new), name, upload, etags):
             return
         if not self._is_made(name, etags):
-            remedy = "begin anew, with another destination"
-            raise StorageError(f"its upload to {self.where} was aborted", file=name, remedy=remedy)
+            raise StorageError.of_aborted(name, self.where)
 
     def _is_made(self, name: str, etags: Sequence[str]) -> bool:
         found = self._do("looking at", name, self._client.made_by, name)
         if found is not None and found[0] != self._client.etag_of_parts(etags) and found[1] != self._run:
-            remedy = "choose another destination, or move away what is there"
-            other = f"there is another object of this name below {self.where}"
-            raise OutputExistsError(other, file=name, expected="what the run before made", remedy=remedy)
+            raise OutputExistsError.of_other(name, self.where)
         return found is not None
 
     def put(self, name: str, file: Path) -> None:
@@ -195,4 +190,4 @@ def destination_of(address: Address, own: Path) -> Destination:
         from fp8ckpt.stores.s3 import S3Objects
 
         return Destination(S3Objects(address), own)
-    raise unwritable(address, "a local path, or s3://bucket/prefix")
+    raise UnsupportedStoreError.of_output(address, "a local path, or s3://bucket/prefix")
