@@ -180,7 +180,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     experts = shape[0] if len(shape) == 3 else 1
     rank = use.adapter.rank(use.key)
     if len(shape) not in (2, 3):
-        raise UnsupportedFormatError(f"it is of a tensor of shape {shape}", tensor=a, expected="2-D or 3-D")
+        raise UnsupportedFormatError.of_dimensions(a, shape)
     if a.shape[0] != rank * experts:
         raise ModelMismatchError.of_rank(a, rank, experts if len(shape) == 3 else None)
     straight = (a.shape[1], b.shape[0]) == (shape[-1], shape[-2])
@@ -203,9 +203,7 @@ def _lies_across(use: _Use, shape: tuple[int, ...]) -> bool:
     if use.across or not use.adapter.config.get("fan_in_fan_out"):
         return use.across
     if shape[0] == shape[1]:
-        found = "fan_in_fan_out is set, of a matrix of as many rows as columns: PEFT goes by the module's class"
-        remedy = "set it to false in adapter_config.json if the module is a Linear"
-        raise UnsupportedFormatError(found, tensor=use.pair.a, expected="a Conv1D that is known", remedy=remedy)
+        raise UnsupportedFormatError.of_square(use.pair.a)
     return (use.pair.a.shape[1], use.pair.b.shape[0]) == shape
 
 
@@ -225,18 +223,12 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
 
 def _replaced(merged: MergedTensor, adapter: Adapter, span: TensorSpan, *, whole: bool) -> MergedTensor:
     """With a tensor that was trained whole in its base's place; ``whole``: the base has it as one."""
-
-    def refuse(found: str, expected: str) -> None:
-        raise ModelMismatchError(found, tensor=span, expected=expected)
-
     if not whole:
         raise UnsupportedFormatError.of_trained(span, merged.shape)
     if span.shape != merged.shape:
-        refuse(f"shape {span.shape}", f"{merged.shape}, as in the base")
-    if adapter.weight != 1:
-        refuse(f"a whole tensor of an adapter of weight {adapter.weight:g}", "weight 1: it replaces the base's")
-    if merged.replacement is not None:
-        refuse("two adapters replace it", "one that does")
+        raise ModelMismatchError.of_other_shape(span, span.shape, f"{merged.shape}, as in the base")
+    if adapter.weight != 1 or merged.replacement is not None:
+        raise ModelMismatchError.of_replacement(span, adapter.weight)
     return replace(merged, replacement=span)
 
 
@@ -244,14 +236,12 @@ def _scaled(merged: MergedTensor, use: _Use, *, whole: bool) -> MergedTensor:
     """With DoRA's magnitudes, where the pair that was added last has some."""
     magnitude, shape = use.pair.magnitude, merged.shape
     if (merged.magnitude is not None or magnitude is not None) and len(merged.products) > 1:
-        found = "several adapters on a tensor, of which one is DoRA: norms are of one"
-        raise UnsupportedFormatError(found, tensor=use.pair.a, expected="one adapter")
+        raise UnsupportedFormatError.of_several(use.pair.a)
     if magnitude is None:
         return merged
     if not whole or len(shape) != 2 or use.adapter.weight != 1:
-        expected = "a matrix that is one tensor of the base, and weight 1"
-        raise UnsupportedFormatError("DoRA of this", tensor=magnitude, expected=expected)
+        raise UnsupportedFormatError.of_magnitude(magnitude)
     columns = _lies_across(use, shape)  # there is a magnitude for each output
     if magnitude.numel != shape[columns]:
-        raise ModelMismatchError(f"shape {magnitude.shape}", tensor=magnitude, expected=f"{shape[columns]} elements")
+        raise ModelMismatchError.of_other_shape(magnitude, magnitude.shape, f"{shape[columns]} elements")
     return replace(merged, magnitude=magnitude, norms=Norms() if columns else None)

@@ -15,6 +15,7 @@ COPY = "compare it with what it was copied from, or have it written anew"
 SAME_PLACE = "get it from where the other files came from, and from nowhere else"
 _INDEX = "take the index that was written with these files; without any, all files are read"
 _ANEW = "have it written anew"
+_CHECK = "check the path"
 _FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
 
 
@@ -34,6 +35,39 @@ class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     def of_answer(cls, where: str, answered: str, remedy: str = "check the URL") -> Self:
         """``answered``: who, and what."""
         return cls(answered, file=where, remedy=remedy)
+
+    @classmethod
+    def of_path(cls, path: object) -> Self:
+        return cls("there is no such directory or file", file=str(path), remedy=_CHECK)
+
+    @classmethod
+    def of_hub_id(cls, path: object) -> Self:
+        hub = f"; or, for a model of the hub, fetch it first: hf download {path}; or read it there: hf://{path}"
+        found, remedy = "neither a path nor a model in huggingface_hub's local cache", _CHECK
+        return cls(found, file=str(path), remedy=f"{remedy}{hub if '/' in str(path) else ''}")
+
+    @classmethod
+    def of_lacking(cls, where: str, lacks: str, pickled: str | None = None) -> Self:
+        """A directory that ``lacks`` weights, but for those of an adapter that are ``pickled``."""
+        found = f"there is no {lacks} in it" + (f", only {pickled}" if pickled else "")
+        newer = "save it once more with a newer PEFT: save_pretrained(..., safe_serialization=True)"
+        return cls(found, file=where, remedy=newer if pickled else _CHECK)
+
+    @classmethod
+    def of_unconfigured(cls, where: str, config: str) -> Self:
+        """A directory of no adapter: it lacks the configuration of one."""
+        remedy = "give the directory that PEFT's save_pretrained wrote"
+        return cls(f"there is no {config} in it", file=where, remedy=remedy)
+
+    @classmethod
+    def of_file(cls, path: object) -> Self:
+        return cls("this is a file", file=str(path), expected="the directory of an adapter")
+
+    @classmethod
+    def of_part(cls, file: str, directory: str, count: int = 0) -> Self:
+        """One of ``count`` files of a checkpoint; with 0, one of no weights."""
+        found = f"this is 1 of {count} files of a checkpoint" if count else "this holds no weights"
+        return cls(found, file=file, remedy=f"open the directory: {directory}")
 
 
 class SourceChangedError(Fp8CheckpointError, RuntimeError):
@@ -62,6 +96,11 @@ class _JsonError(Fp8CheckpointError, ValueError):
 
 class ConfigError(_JsonError):
     """``config.json`` (or ``hf_quant_config.json``, ``params.json``) cannot be understood."""
+
+    @classmethod
+    def of_adapter(cls, file: Named, key: str, stated: object, expected: str) -> Self:
+        """A ``key`` of PEFT's that is no setting."""
+        return cls(f"{key} is {shown(stated)}", file=file, expected=expected, remedy="take the file PEFT wrote")
 
     @classmethod
     def of_quantization(cls, file: str, stated: object) -> Self:
@@ -133,6 +172,16 @@ class HeaderError(_JsonError):
         """The tensor ``stored`` is in the file or under the key ``other`` as well."""
         remedy = "open the one file that is meant, or write an index that names the model's files"
         return cls(f"it is in {shown(other)} as well", tensor=stored, expected="each name once", remedy=remedy)
+
+    @classmethod
+    def of_index(cls, index: Named, absent: str | None) -> Self:
+        """An index of an adapter that names no file, or an ``absent`` one."""
+        found = "it names no file" if absent is None else f"it names {shown(absent)}, which is not there"
+        return cls(found, file=index, remedy=SAME_PLACE)
+
+    @classmethod
+    def of_parts(cls, where: str, there: int, count: int) -> Self:
+        return cls(f"{there} of {count} parts are there", file=where, remedy=SAME_PLACE)
 
     @classmethod
     def of_halves(cls, stored: Stored) -> Self:

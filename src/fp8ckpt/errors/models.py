@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Self
 
 from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored, listed, shown
+from fp8ckpt.errors.scales import FACTORS
 
 _SHARD = "shard it with fully_shard (FSDP2)"
 
@@ -29,6 +30,12 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
             remedy += f"{instead}; or resize it back: model.resize_token_embeddings({base[0]})"
         expected = f"{base}, as in the base"
         return cls(f"shape {found} in the {what}", tensor=tensor, file=file, expected=expected, remedy=remedy)
+
+    @classmethod
+    def of_other_shape(
+        cls, tensor: str | Readable, shape: tuple[int, ...], expected: object, file: object = None
+    ) -> Self:
+        return cls(f"shape {shape}", tensor=tensor, file=file, expected=f"{expected}")
 
     @classmethod
     def of_dtype(cls, tensor: str, file: object, dtype: str, base: str) -> Self:
@@ -55,6 +62,33 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
         return cls(found, tensor=tensor, file=file, expected="the same values", remedy=remedy)
 
     # ---------------------------------------------------------------- adapters
+
+    @classmethod
+    def of_empty_adapter(cls, where: str) -> Self:
+        return cls("it holds no tensor", file=where, expected="the factors of an adapter")
+
+    @classmethod
+    def of_lone_factor(cls, factor: Stored, module: str, lacks: str) -> Self:
+        return cls(f"{module} has no lora_{lacks}", tensor=factor, expected="both factors")
+
+    @classmethod
+    def of_magnitude(cls, factor: Stored, module: str, *, dora: bool) -> Self:
+        """A pair of factors without a magnitude vector in ``dora``, or with one elsewhere."""
+        found = f"{module} has {'no' if dora else 'a'} magnitude vector, and use_dora is {dora}"
+        return cls(found, tensor=factor, expected="the files of one adapter")
+
+    @classmethod
+    def of_unequal_ranks(cls, a: Stored, b: Stored) -> Self:
+        found = f"factors of shapes {a.shape} and {b.shape}"
+        return cls(found, tensor=a, expected=FACTORS, remedy="save the whole adapter")
+
+    @classmethod
+    def of_replacement(cls, tensor: Stored, weight: float) -> Self:
+        """A tensor that was trained whole, of an adapter of a ``weight``, or of a second one."""
+        if weight == 1:
+            return cls("two adapters replace it", tensor=tensor, expected="one that does")
+        found = f"a whole tensor of an adapter of weight {weight:g}"
+        return cls(found, tensor=tensor, expected="weight 1: it replaces the base's")
 
     @classmethod
     def of_key(cls, factor: Stored, name: str, others: int, base: object) -> Self:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored, listed, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, Named, Readable, Stored, listed, shown
 from fp8ckpt.errors.files import COPY
 
 _SAME_TOOL = "use the tool that wrote it"
+FACTORS = "matrices [rank, in] and [out, rank]"
 MERGED_THERE = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
 
 
@@ -142,7 +143,75 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
         remedy = "convert it first: --to bf16"
         return cls("it is quantized already", tensor=tensor, expected="BF16, F16 or F32", remedy=remedy)
 
+    @classmethod
+    def of_assembly(cls, tensor: str, defect: str, file: object = None) -> Self:
+        return cls(f"its assembly has {defect}", tensor=tensor, file=file)
+
+    @classmethod
+    def of_layout(cls, path: object) -> Self:
+        found = "the model's own layout is asked for, and transformers, which knows it, is not installed"
+        return cls(found, file=str(path), remedy="pip install 'fp8ckpt[hf]'")
+
+    @classmethod
+    def of_model(cls, config: str, named: object) -> Self:
+        found = f"its configuration names {named or 'no model'}"
+        return cls(found, file=config, expected="a model that transformers knows")
+
+    @classmethod
+    def of_pieces(cls, tensor: str, dtypes: Iterable[str]) -> Self:
+        return cls(f"its pieces are of {' and '.join(sorted(dtypes))}", tensor=tensor, expected="one dtype")
+
     # ---------------------------------------------------------------- adapters
+
+    @classmethod
+    def of_kind(cls, file: Named, kind: object) -> Self:
+        """The ``peft_type`` of an adapter that is no LoRA."""
+        return cls(f"peft_type is {shown(kind)}", file=file, expected="LORA", remedy=MERGED_THERE)
+
+    @classmethod
+    def of_setting(cls, file: Named, key: str, why: str, *, mergeable: bool) -> Self:
+        """What an adapter's configuration has, and ``why`` it is not merged; PEFT may know how (``mergeable``)."""
+        remedy = MERGED_THERE if mergeable else None
+        return cls(f"{key} is set: {why}", file=file, expected=f"{key} null", remedy=remedy)
+
+    @classmethod
+    def of_unknown_setting(cls, file: Named, key: str, stated: object) -> Self:
+        found = f"{shown(key)} is {shown(stated)}, which is not known here"
+        return cls(found, file=file, expected="plain LoRA", remedy=MERGED_THERE)
+
+    @classmethod
+    def of_start(cls, file: Named, how: str) -> Self:
+        found = f"init_lora_weights is {shown(how)}: its start was taken out of the base"
+        remedy = "save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        return cls(found, file=file, expected="true", remedy=remedy)
+
+    @classmethod
+    def of_unknown(cls, tensor: Stored) -> Self:
+        expected = "lora_A and lora_B of a module, or a whole tensor"
+        return cls("fp8ckpt does not know what it is", tensor=tensor, expected=expected)
+
+    @classmethod
+    def of_convolution(cls, a: Stored, b: Stored) -> Self:
+        return cls(f"factors of shapes {a.shape} and {b.shape}: a convolution", tensor=a, expected=FACTORS)
+
+    @classmethod
+    def of_dimensions(cls, factor: Stored, shape: tuple[int, ...]) -> Self:
+        return cls(f"it is of a tensor of shape {shape}", tensor=factor, expected="2-D or 3-D")
+
+    @classmethod
+    def of_square(cls, factor: Stored) -> Self:
+        found = "fan_in_fan_out is set, of a matrix of as many rows as columns: PEFT goes by the module's class"
+        remedy = "set it to false in adapter_config.json if the module is a Linear"
+        return cls(found, tensor=factor, expected="a Conv1D that is known", remedy=remedy)
+
+    @classmethod
+    def of_several(cls, factor: Stored) -> Self:
+        found = "several adapters on a tensor, of which one is DoRA: norms are of one"
+        return cls(found, tensor=factor, expected="one adapter")
+
+    @classmethod
+    def of_magnitude(cls, magnitude: Stored) -> Self:
+        return cls("DoRA of this", tensor=magnitude, expected="a matrix that is one tensor of the base, and weight 1")
 
     @classmethod
     def of_wrapping(cls, module: str, parameters: Iterable[str], known: Iterable[str]) -> Self:

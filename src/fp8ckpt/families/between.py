@@ -64,21 +64,16 @@ def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
     `ModelMismatchError` for tensors of other shapes than the model's.
     """
     if not has_transformers():
-        raise UnsupportedFormatError(
-            "the model's own layout is asked for, and transformers, which knows it, is not installed",
-            file=str(given.path),
-            remedy="pip install 'fp8ckpt[hf]'",
-        )
+        raise UnsupportedFormatError.of_layout(given.path)
     if (known := _configured(given.config)) is None:
-        found = f"its configuration names {given.config.get('architectures') or 'no model'}"
-        raise UnsupportedFormatError(found, file=f"{given.path}/{CONFIG}", expected="a model that transformers knows")
+        raise UnsupportedFormatError.of_model(f"{given.path}/{CONFIG}", given.config.get("architectures"))
     made = known.assembled(given.shapes)
     for name, assembly in made.parts.items():
         if assembly.shape != known.shapes[name]:
             expected = f"{known.shapes[name]}, as in the model"
-            raise ModelMismatchError(f"shape {assembly.shape}", tensor=name, file=given.path, expected=expected)
+            raise ModelMismatchError.of_other_shape(name, assembly.shape, expected, given.path)
         if (defect := assembly.defect(given.shapes)) is not None:
-            raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name, file=given.path)
+            raise UnsupportedFormatError.of_assembly(name, defect, given.path)
     return {**joined_tensors(made.parts, given.tensors), **{name: given.tensors[name] for name in made.unused}}
 
 
@@ -91,13 +86,13 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
     there, here = known.assembled(wanted), known.assembled(given)
     for name, assembly in there.parts.items():
         if name in here.parts and here.parts[name].shape != assembly.shape:
-            raise ModelMismatchError(f"shape {here.parts[name].shape}", tensor=name, expected=f"{assembly.shape}")
+            raise ModelMismatchError.of_other_shape(name, here.parts[name].shape, assembly.shape)
     apart = {*there.unused}
     parts = {name: Assembly.whole(name, given[name]) for name in here.unused if name in apart}
     for name, assembly in composed(reversed_assemblies(there.parts, wanted), here.parts).items():
         parts[name] = assembly
         if (defect := assembly.defect(given)) is not None:
-            raise UnsupportedFormatError(f"its assembly has {defect}", tensor=name)
+            raise UnsupportedFormatError.of_assembly(name, defect)
     return parts
 
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fp8ckpt.errors import (
-    MERGED_THERE,
-    SAME_PLACE,
     CheckpointNotFoundError,
     ConfigError,
     HeaderError,
     ModelMismatchError,
     UnsupportedFormatError,
     WeightValueError,
-    shown,
 )
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.stores.store import File, Store
@@ -125,11 +123,10 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
         raise ValueError(f"weight={weight}; expected a finite number, in float32")
     store, single = store_of(path)
     if single is not None:
-        raise CheckpointNotFoundError("this is a file", file=str(path), expected="the directory of an adapter")
+        raise CheckpointNotFoundError.of_file(path)
     config = load_json(store, CONFIG)
     if config is None:
-        remedy = "give the directory that PEFT's save_pretrained wrote"
-        raise CheckpointNotFoundError(f"there is no {CONFIG} in it", file=store.where, remedy=remedy)
+        raise CheckpointNotFoundError.of_unconfigured(store.where, CONFIG)
     _check(config, File(store, CONFIG))
     headers = _headers(store)
     stored: dict[str, TensorSpan] = {}
@@ -142,7 +139,7 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
     checkpoint = Checkpoint(store, headers, stored, (), {}, None, None, (), ())
     pairs, tensors = _sorted_out(stored, dora=bool(config.get("use_dora")))
     if not pairs and not tensors:
-        raise ModelMismatchError("it holds no tensor", file=store.where, expected="the factors of an adapter")
+        raise ModelMismatchError.of_empty_adapter(store.where)
     return Adapter(checkpoint, config, weight, tuple(pairs), tensors)
 
 
@@ -185,27 +182,22 @@ def same_product(one: Pair, other: Pair) -> bool:
 
 
 def _check(config: Json, file: File) -> None:
-    def refuse(found: str, expected: str, remedy: str | None = None) -> None:
-        raise UnsupportedFormatError(found, file=file, expected=expected, remedy=remedy)
-
     if (kind := config.get("peft_type")) != "LORA":
-        refuse(f"peft_type is {shown(kind)}", "LORA", MERGED_THERE)
+        raise UnsupportedFormatError.of_kind(file, kind)
     for key, why in _REFUSED.items():
         if config.get(key):
-            refuse(f"{key} is set: {why}", f"{key} null", MERGED_THERE if key in _OF_PEFT_ALONE else None)
+            raise UnsupportedFormatError.of_setting(file, key, why, mergeable=key in _OF_PEFT_ALONE)
     for key in sorted(config.keys() - _KNOWN - _REFUSED.keys()):
         if config[key]:
-            refuse(f"{shown(key)} is {shown(config[key])}, which is not known here", "plain LoRA", MERGED_THERE)
+            raise UnsupportedFormatError.of_unknown_setting(file, key, config[key])
     how = str(config.get("init_lora_weights", True)).lower()
     if how.startswith(_OF_ANOTHER_BASE):
-        remedy = "save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        refuse(f"init_lora_weights is {shown(how)}: its start was taken out of the base", "true", remedy)
+        raise UnsupportedFormatError.of_start(file, how)
     _check_numbers(config, file)
 
 
 def _check_numbers(config: Json, file: File) -> None:
-    def refuse(key: str, found: object, expected: str) -> None:
-        raise ConfigError(f"{key} is {shown(found)}", file=file, expected=expected, remedy="take the file PEFT wrote")
+    refuse = partial(ConfigError.of_adapter, file)
 
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -213,20 +205,20 @@ def _check_numbers(config: Json, file: File) -> None:
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         stated = config.get(patterns) or {}
         if not isinstance(stated, dict):
-            refuse(patterns, stated, "names or regular expressions, each with a number")
-            continue
+            raise refuse(patterns, stated, "names or regular expressions, each with a number")
         for name, value in ((key, config.get(key, 8)), *((f"{patterns}[{name!r}]", stated[name]) for name in stated)):
             if not is_number(value) or (key == "r" and (value < 1 or value != int(value))):
-                refuse(name, value, "a rank of at least 1" if key == "r" else "a finite number")
+                raise refuse(name, value, "a rank of at least 1" if key == "r" else "a finite number")
         for pattern in stated:
             try:
                 re.compile(rf"(.*\.)?({pattern})$")
             except (re.error, RecursionError, OverflowError) as error:
-                refuse(patterns, f"{pattern}, no regular expression ({error})", "names or regular expressions")
+                what = f"{pattern}, no regular expression ({error})"
+                raise refuse(patterns, what, "names or regular expressions") from None
     if not isinstance(targets := config.get("target_parameters") or [], list) or not all(
         isinstance(target, str) for target in targets
     ):
-        refuse("target_parameters", targets, "a list of names")
+        raise refuse("target_parameters", targets, "a list of names")
 
 
 # ---------------------------------------------------------------- the files
@@ -252,8 +244,7 @@ def _file_names(store: Store) -> list[str]:
         named = {*weight_map.values()} if isinstance(weight_map, dict) else set()
         missing = sorted(str(name) for name in named if not isinstance(name, str) or name not in present)
         if not named or missing:
-            found = f"it names {shown(missing[0])}, which is not there" if missing else "it names no file"
-            raise HeaderError(found, file=File(store, _INDEX), remedy=SAME_PLACE)
+            raise HeaderError.of_index(File(store, _INDEX), missing[0] if missing else None)
         return sorted(named)
     if _WEIGHTS in present:
         return [_WEIGHTS]
@@ -261,11 +252,9 @@ def _file_names(store: Store) -> list[str]:
     if parts:
         count = int(_PART.fullmatch(parts[0])[1])  # type: ignore[index]  # it matched above
         if len(parts) != count:
-            raise HeaderError(f"{len(parts)} of {count} parts are there", file=store.where, remedy=SAME_PLACE)
+            raise HeaderError.of_parts(store.where, len(parts), count)
         return parts
-    remedy = "save it once more with a newer PEFT: save_pretrained(..., safe_serialization=True)"
-    found = f"there is no {_WEIGHTS} in it" + (f", only {_PICKLED}" if _PICKLED in present else "")
-    raise CheckpointNotFoundError(found, file=store.where, remedy=remedy if _PICKLED in present else "check the path")
+    raise CheckpointNotFoundError.of_lacking(store.where, _WEIGHTS, _PICKLED if _PICKLED in present else None)
 
 
 # ---------------------------------------------------------------- the tensors
@@ -281,11 +270,11 @@ def _sorted_out(stored: Mapping[str, TensorSpan], *, dora: bool) -> tuple[list[P
             module, wrappers, what = match.groups()
             found.setdefault((module, len(wrappers) // len(_BASE_LAYER)), {})[what] = span
         elif ".lora_" in name:
-            raise _unknown(span)
+            raise UnsupportedFormatError.of_unknown(span)
         elif _BEFORE not in name:
             same = tensors.setdefault(name.replace(_BASE_LAYER, "").replace(_TRAINED, ""), span)
             if same is not span and not same_values(same, span):
-                raise _unknown(span)
+                raise UnsupportedFormatError.of_unknown(span)
     return [_pair(module, depth, parts, dora=dora) for (module, depth), parts in found.items()], tensors
 
 
@@ -294,22 +283,13 @@ def _pair(module: str, depth: int, parts: dict[str, TensorSpan], *, dora: bool) 
     a, b = (parts.get(kind) for kind in kinds)
     first = next(iter(parts.values()))
     if a is None or b is None:
-        found = f"{module} has no lora_{kinds[0] if a is None else kinds[1]}"
-        raise ModelMismatchError(found, tensor=first, expected="both factors")
+        raise ModelMismatchError.of_lone_factor(first, module, kinds[0] if a is None else kinds[1])
     if extra := parts.keys() - {*kinds, "magnitude_vector"}:
-        raise _unknown(parts[min(extra)])
+        raise UnsupportedFormatError.of_unknown(parts[min(extra)])
     if dora != ("magnitude_vector" in parts):
-        found = f"{module} has {'no' if dora else 'a'} magnitude vector, and use_dora is {dora}"
-        raise ModelMismatchError(found, tensor=a, expected="the files of one adapter")
+        raise ModelMismatchError.of_magnitude(a, module, dora=dora)
+    if len(a.shape) > 2:
+        raise UnsupportedFormatError.of_convolution(a, b)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        found = f"factors of shapes {a.shape} and {b.shape}"
-        expected = "matrices [rank, in] and [out, rank]"
-        if len(a.shape) > 2:
-            raise UnsupportedFormatError(f"{found}: a convolution", tensor=a, expected=expected)
-        raise ModelMismatchError(found, tensor=a, expected=expected, remedy="save the whole adapter")
+        raise ModelMismatchError.of_unequal_ranks(a, b)
     return Pair(module, depth, a, b, kinds[0] != "A", parts.get("magnitude_vector"))
-
-
-def _unknown(span: TensorSpan) -> UnsupportedFormatError:
-    expected = "lora_A and lora_B of a module, or a whole tensor"
-    return UnsupportedFormatError("fp8ckpt does not know what it is", tensor=span, expected=expected)

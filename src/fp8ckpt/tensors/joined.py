@@ -100,6 +100,5 @@ def joined_tensors(parts: Mapping[str, Assembly], sources: Mapping[str, Tensor])
             continue
         tensor = found[name] = JoinedTensor(name, assembly, sources)
         if not tensor.dtypes():
-            dtypes = " and ".join(sorted({sources[piece.source].dtype for piece in assembly.pieces}))
-            raise UnsupportedFormatError(f"its pieces are of {dtypes}", tensor=name, expected="one dtype")
+            raise UnsupportedFormatError.of_pieces(name, {sources[piece.source].dtype for piece in assembly.pieces})
     return found
