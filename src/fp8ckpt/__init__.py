@@ -1,6 +1,6 @@
 """Take an FP8-released model into BF16 training and back to FP8, losslessly.
 
-The public names, and nothing else. Each is resolved on first use: ``import fp8ckpt`` imports neither torch nor numpy.
+This module holds the public names only. Each resolves on first use: ``import fp8ckpt`` imports neither torch nor numpy.
 """
 
 import sys
@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """``fp8ckpt.convert`` is the function, also once the module of that name was imported: it does not hide it."""
+    """A module that keeps ``fp8ckpt.convert`` the function after the submodule of the same name is imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

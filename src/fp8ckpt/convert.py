@@ -1,12 +1,12 @@
-"""Convert a directory of FP8 safetensors to the BF16 (or FP16, FP32) directory that a trainer can use; and back to FP8.
+"""Convert a directory of FP8 safetensors to the BF16 (or FP16, FP32) directory that a trainer can use, and back to FP8.
 
-A plan is made first, as pure data: the output's files, headers and offsets follow from the headers of the source or
-the base. Then worker threads take pieces of the output, fill each from the source (codes through a table look-up,
-values through a quantizer, everything else byte for byte) and write it at its offset. Buffers are reused, so memory is
-a few MiB a worker whatever the checkpoint's size.
+The planner runs first and returns pure data: the files, headers and offsets of the output follow from the headers of
+the source or the base. Then worker threads take regions of the output, fill each from the source (a table look-up for
+codes, a quantizer for values, a byte copy for the rest) and write it at its offset. The threads reuse their buffers, so
+memory is a few MiB a worker for a checkpoint of any size.
 
-The output appears at its name when it is whole and on disk. The same command resumes a run that was cut off, and the
-bytes are the same. Under torchrun the ranks share the work: call `convert` on all of them.
+The output appears at its name once it is whole and on disk. The same command resumes an interrupted run and gives the
+same bytes. Under torchrun the ranks share the work: call `convert` on all of them.
 """
 
 from __future__ import annotations
@@ -57,13 +57,12 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Convert ``source`` to ``destination``, a new directory or ``s3://bucket/prefix``. Nothing is seen at the
-    destination until all of it is there. The parts of an output in a store are sent as they are made, and the state of
-    the run is kept in the working directory.
+    """Convert ``source`` to ``destination``, a new directory or ``s3://bucket/prefix``. The output becomes visible once
+    all of it is written. An output in a store is sent part by part; the run keeps its state in the working directory.
 
     To BF16, FP16 or FP32: ``to`` is "bf16" (the default), "fp16" or "fp32", or torch's dtype. Every quantized weight is
     dequantized to it. The output has the same files with the same tensors, without the scales; tensors that were not
-    quantized keep their bytes. The configuration loses its ``quantization_config``, the index is written anew, and all
+    quantized keep their bytes. The configuration loses its ``quantization_config``, the index is rewritten, and all
     other files are copied, except Mistral's own copy of the weights (``consolidated*.safetensors``) and
     ``hf_quant_config.json``. ``layout`` "model" writes the tensors under the names and in the stackings of their model
     in transformers, in files of at most 5 GB, for models whose own files transformers has no rule to read.
@@ -71,27 +70,27 @@ def convert(
     To FP8 or four bits, in the layout of a base: ``like`` is the quantized checkpoint that the source came from; ``to``
     is then "fp8" and may be left out. The base decides names, files, grids, scale dtypes, activation scales,
     configuration and side files, and the source gives the values. ``scales`` "reuse" keeps the scale of each block
-    whose values still fit it (`fp8ckpt.numerics.scaling` has the rule) and makes a new one for the others; "fresh"
-    makes all of them new. Weights that were not trained come back byte for byte. What the source lacks is copied from
-    the base where that is known to be right: the layers that predict further tokens (MTP), and the tensors in whose
-    names ``carry``, a regular expression, is found. A tied head is the source's embeddings. The notes and the report
-    list all of these. ``serving`` corrects what serving engines fail on in the base's own layout; the output is then
-    not byte-identical to the base.
+    whose values still fit it (`fp8ckpt.numerics.scaling` has the rule) and makes new scales for the other blocks;
+    "fresh" makes all scales new. Weights that were not trained come back byte for byte. Two kinds of tensors that the
+    source lacks are copied from the base: the layers that predict further tokens (MTP), and tensors in whose names the
+    regular expression ``carry`` is found. A tied head takes the source's embeddings. The notes and the report list all
+    of these. ``serving`` corrects what serving engines fail on in the base's own layout; the output is then not
+    byte-identical to the base.
 
-    To FP8 by a scheme: ``scheme`` is "per-tensor", "block" or "channel". Linear weights of the source are quantized in
-    this way, with dynamic activation scaling. Of those, only the ones in whose names ``only`` is found and ``skip`` is
-    not; both are regular expressions, as `re.search` reads them. The notes say what is left as it is, and why.
+    To FP8 by a scheme: ``scheme`` is "per-tensor", "block" or "channel". Linear weights of the source are quantized by
+    it, with dynamic activation scaling: only those in whose names ``only`` is found and ``skip`` is not; both are
+    regular expressions, applied with `re.search`. The notes list what is not quantized, and why.
 
-    ``report`` False makes no report of what quantizing did, and does not read the base's codes for it. ``report_html``
+    ``report`` False makes no report on the quantization, and does not read the base's codes for it. ``report_html``
     names a file for the page of `fp8ckpt.report` on ``source`` (or ``like``) and the output; it is counted in the same
-    pass, and implies ``report``. With ``follow_index``, what an index does not list is no part of a checkpoint, see
+    pass, and implies ``report``. With ``follow_index``, tensors that an index does not list are ignored, see
     `fp8ckpt.open_checkpoint`. ``workers`` (default: the cores of this process) changes the speed and never the output.
-    ``progress`` is called with (bytes that this call has written so far, bytes in all, what is being done). Under
-    torchrun, or where a process group is initialized, the ranks share the work, and every rank must call.
+    ``progress`` is called with (bytes written so far by this call, bytes in all, the current activity). Under torchrun,
+    or where a process group is initialized, the ranks share the work, and every rank must call.
 
-    Raises the defect's own `Fp8CheckpointError` before anything is written; `OutputExistsError` where the destination
-    exists; `WeightValueError` for weights that are not finite; `StorageError` where the disk refuses, and what was
-    written is kept for the next run; `SourceChangedError` where a file that is read changes meanwhile.
+    Raises the `Fp8CheckpointError` of the defect before anything is written; `OutputExistsError` if the destination
+    exists; `WeightValueError` for weights that are not finite; `StorageError` if the disk refuses a write, in which
+    case the next run uses what was written; `SourceChangedError` if a file changes while it is read.
 
     >>> result = fp8ckpt.convert("sample-fp8", "sample-bf16", to="bf16")
     >>> result.dequantized, result.dropped_scales
@@ -122,7 +121,7 @@ def convert(
 
 
 def kept_of(destination: str | Path) -> Path | None:
-    """The partial output that an interrupted run left, or None."""
+    """Return the directory of the partial output that an interrupted run left, or None."""
     partial = PartialOutput(destination)
     return partial.partial if partial.directory.exists() else None
 
@@ -144,9 +143,10 @@ def plan_convert(
     skip: str | None = None,
     follow_index: bool = False,
 ) -> Forecast:
-    """What `convert` would do with the same arguments: files, bytes to read and to write, room, time. Writes nothing.
+    """Return what `convert` would do with the same arguments: files, bytes to read and to write, room, time.
 
-    Raises what `convert` raises before its first byte, but for `NoRoomError`: ``fits`` says whether there is room.
+    Writes nothing. Raises what `convert` raises before its first byte, except `NoRoomError`: ``fits`` says if there is
+    room.
 
     >>> forecast = fp8ckpt.plan_convert("sample-fp8", "planned")
     >>> forecast.fits, forecast.bytes_to_write > forecast.bytes_to_read
@@ -166,7 +166,7 @@ def _forecast(how: Asked, output: PartialOutput) -> Forecast:
 
 
 def _checked(how: Asked, workers: int | None) -> Asked:
-    """With ``to`` by its own name. Raises `ValueError` for what does not go together."""
+    """Return ``how`` with ``to`` under its canonical name. Raise `ValueError` if arguments do not go together."""
     how = replace(how, to=target_of(how.to))
     to, like, scheme, scales, carry, serving = how.to, how.like, how.scheme, how.scales, how.carry, how.serving
     selected = how.only is not None or how.skip is not None

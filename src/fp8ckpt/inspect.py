@@ -1,6 +1,6 @@
-"""Look at a checkpoint: what is FP8, with which scales, what is not and why, what it will take in BF16, what is wrong.
+"""Look at a checkpoint: what is FP8 and with which scales, what is not and why, its size in BF16, and its defects.
 
-Headers and scales are read, no weights. Every defect is listed, not only the first.
+`inspect` reads headers and scales, and no weights. It lists every defect, not only the first.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Quantized tensors scaled in the same way. ``dtype``: of the codes, F4 of those of four bits. ``block`` names the
-    block size, ``scale_shape`` a shape or "various".
+    """Quantized tensors that are scaled in the same way. ``dtype`` is that of the codes (F4 for codes of four bits),
+    ``block`` names the block size, ``scale_shape`` is a shape or "various".
     """
 
     dtype: str
@@ -48,7 +48,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Unquantized:
-    """Tensors of one dtype that are not FP8, and why; ``modules`` are examples, with layer numbers starred."""
+    """Tensors of one dtype that are not FP8, and the reason. ``modules`` are examples, with layer numbers starred."""
 
     dtype: str
     reason: str
@@ -60,8 +60,8 @@ class Unquantized:
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One tensor. What speaks of scales is None where it is not FP8; ``scales`` also where one of them is a defect, and
-    ``activation_scales`` where there is none.
+    """One tensor. The fields about scales are None if it is not FP8. ``scales`` is also None if one of the scales is a
+    defect, and ``activation_scales`` if there are none.
     """
 
     name: str
@@ -77,8 +77,8 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class KindOfScales:
-    """The scales of the weights of one kind. ``outliers``: the weights whose scales stand out, and by which factor; see
-    `fp8ckpt.tensors.scale_ranges`.
+    """The scales of all weights of one kind. ``outliers`` maps each weight whose scales stand out to the factor by
+    which they do; see `fp8ckpt.tensors.scale_ranges`.
     """
 
     kind: str
@@ -89,8 +89,8 @@ class KindOfScales:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. Sizes are in bytes; ``bf16_bytes`` is what the tensors will take once converted. ``listed``
-    and ``scales`` are empty where they were not asked for.
+    """The result of `inspect`. Sizes are in bytes; ``bf16_bytes`` is the size of the tensors once converted. ``listed``
+    and ``scales`` are empty unless they were asked for.
 
     >>> found = fp8ckpt.inspect("sample-fp8")
     >>> found.stored_bytes < found.bf16_bytes
@@ -117,10 +117,11 @@ class Inspection:
 def inspect(
     path: CheckpointLike, *, follow_index: bool = False, tensor: str | None = None, scales: bool = False
 ) -> Inspection:
-    """Inspect a directory, a single file or a cached hub id. Raises only where there is nothing to look at.
+    """Inspect a directory, a single file or a cached hub id. Raises only if there is nothing to look at.
 
-    ``tensor``: a regular expression; the tensors in whose names it is found are listed one by one, and it is an
-    `UnknownTensorError` if there is none. ``scales``: look at the scales of each kind of module.
+    ``tensor``: a regular expression; the tensors in whose names it is found are listed one by one, and
+    `UnknownTensorError` is raised if there are none. ``scales``: also return the ranges of the scales of each kind of
+    module.
 
     >>> found = fp8ckpt.inspect("sample-fp8", tensor="layers.0.mlp")
     >>> found.schemes[0].block, len(found.defects)
@@ -164,7 +165,7 @@ def _inspect(path: CheckpointLike, follow_index: bool, pattern: str | None, with
 
 
 def _schemes(quantized: list[QuantizedTensor], blocks: BlockSizes) -> tuple[Scheme, ...]:
-    alike: dict[tuple[object, ...], list[QuantizedTensor]] = {}  # of many tensors, few differ in more than their names
+    alike: dict[tuple[object, ...], list[QuantizedTensor]] = {}  # most tensors differ only in their names
     for tensor in quantized:
         name, _, scale, grid, _, code_dtype, second, _ = tensor
         key = (grid, blocks.of(module_of(name)), code_dtype, scale.dtype, scale.shape, second is None)
@@ -192,8 +193,8 @@ def _block_of(tensor: QuantizedTensor, blocks: BlockSizes) -> str:
 
 @lru_cache(maxsize=4096)
 def _block_name(grid: BlockGrid, stated: tuple[int, ...] | None) -> str:
-    """The block size that the configuration states, where the scales fit it, though one block may span a dimension;
-    else "per tensor", or the block size with "all" for a dimension that a block spans.
+    """Return the stated block size if it fits the scales, even where one block spans a dimension. Otherwise return "per
+    tensor", or the block size with "all" for each dimension that one block spans.
     """
     fit = tiled(grid.weight_shape, stated) if stated else None
     if fit is not None and fit.shape == grid.shape:
@@ -233,7 +234,7 @@ def _row(tensor: Tensor, blocks: BlockSizes) -> TensorRow:
 
 
 def _range(span: TensorSpan) -> ScaleRange | None:
-    """The range of scales, or None where they cannot be read, or one cannot be a scale: that is among the defects."""
+    """Return the range of the scales, or None if they cannot be read or one is not a valid scale: that is a defect."""
     from fp8ckpt.tensors.scale_ranges import scale_range
 
     if span.dtype not in SCALE_DTYPES:

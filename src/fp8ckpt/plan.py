@@ -1,10 +1,10 @@
-"""What a load will put on each rank of a cluster, from headers alone: no process group, no model, no transformers.
+"""Plan what a load puts on each rank of a cluster, from headers alone: no process group, no model, no transformers.
 
-How tensors are shared out is told by their names (`fp8ckpt.families.sharing`); how much of each a rank gets is
-DTensor's arithmetic, uneven sizes included: a dimension of n on a mesh of p is cut every ``ceil(n / p)``, and ranks
-behind its end have nothing. Ranks are numbered as meshes are made: stage, data, tensor, the last one fastest.
-Data-parallel ranks cut the first dimension of what tensor parallelism left (FSDP2). With expert parallelism, experts
-are cut by the ranks of a stage instead: the fastest ``ep`` share out the stack, the others what each of those has.
+The name of a tensor decides how it is sharded (`fp8ckpt.families.sharing`). The size of each shard follows DTensor's
+arithmetic, uneven sizes included: a dimension of n on a mesh of p is cut every ``ceil(n / p)``, and ranks beyond its
+end have nothing. Ranks are numbered as in a mesh of (stage, data, tensor), the last index fastest. Data-parallel ranks
+cut the first dimension of what tensor parallelism left (FSDP2). With expert parallelism, each group of ``ep``
+consecutive ranks of a stage cuts the stacked experts instead, and the ranks with the same part cut it again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fp8ckpt.tensors.stored import tensor_nbytes
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank: its place in each dimension, and in bytes what it ``held``: will hold; ``read``: reads of the files,
-    scales aside; ``peak``: takes at most, the interpreter aside.
+    """One rank: its index in each dimension of the mesh, and its bytes. ``held``: what it will hold; ``read``: what it
+    reads from the files, without scales; ``peak``: its greatest memory use, without the interpreter.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class SharedKind:
-    """The tensors of one kind, and the rule by which they are shared out."""
+    """The tensors of one kind, and the rule that shards them."""
 
     kind: str
     rule: str
@@ -54,11 +54,11 @@ class SharedKind:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Sizes are in bytes, scales aside.
+    """The result of `plan`. Sizes are in bytes, without scales.
 
-    ``stored``: of all tensors in the files. ``left_out``: names of those that models have no place for, and ``left``
-    their size. ``again``: what is read more than once because it is whole on several ranks. All ranks together read
-    ``stored - left + again``.
+    ``stored``: size of all tensors in the files. ``left_out``: names of the tensors that models have no place for, and
+    ``left`` their size. ``again``: bytes that are read more than once because several ranks hold them. All ranks
+    together read ``stored - left + again``.
 
     >>> found = fp8ckpt.plan("sample-fp8", ranks=8, tp=2)
     >>> found.dp, max(rank.read for rank in found.ranks) < found.stored / 4
@@ -86,16 +86,15 @@ class _Mesh(NamedTuple):
     ep: int
 
     def places(self) -> Iterator[_Mesh]:
-        """Of each rank, in order; its place among the experts' ranks is told by the others."""
+        """Yield the indices of each rank, in the order of ranks. The ``ep`` index follows from ``dp`` and ``tp``."""
         for stage in range(self.pp):
             for number in range(self.dp * self.tp):
                 yield _Mesh(stage, number // self.tp, number % self.tp, number % self.ep)
 
 
 class _Unit(NamedTuple):
-    """Tensors of one shape that are cut as one: a tensor, or the experts of a stack, a tensor each.
-
-    ``shape``: of the whole, its experts first. ``stored`` and ``held``: bytes of the whole in the files and in memory.
+    """Tensors of one shape that are cut together: a tensor, or the experts of a stack with one tensor each. ``shape``:
+    of the whole, with the experts first. ``stored`` and ``held``: bytes of the whole in the files and in memory.
     """
 
     sharing: Sharing
@@ -106,7 +105,7 @@ class _Unit(NamedTuple):
     stages: tuple[int, ...]
 
     def cuts(self, mesh: _Mesh) -> Iterator[tuple[int, int, str]]:
-        """(dimension, in how many parts, by which place) of each cut, in order."""
+        """Yield (dimension, number of parts, index that selects the part) of each cut, in order."""
         stack = self.sharing.stack is not None
         if stack and mesh.ep > 1:
             yield 0, mesh.ep, "ep"
@@ -119,7 +118,7 @@ class _Unit(NamedTuple):
             yield 0, mesh.dp, "dp"
 
     def part(self, mesh: _Mesh, place: _Mesh) -> Shape:
-        """The shape of what a rank of one of its stages has."""
+        """Return the shape of the part that the rank at ``place`` holds. The rank is in one of the unit's stages."""
         sizes = list(self.shape)
         at = {"ep": place.ep, "rest": (place.dp * mesh.tp + place.tp) // mesh.ep, "tp": place.tp, "dp": place.dp}
         for dimension, parts, by in self.cuts(mesh):
@@ -127,12 +126,12 @@ class _Unit(NamedTuple):
         return tuple(sizes)
 
     def copies(self, mesh: _Mesh) -> int:
-        """How many ranks hold each element."""
+        """Return how many ranks hold each element."""
         return len(self.stages) * mesh.dp * mesh.tp // prod(parts for _, parts, _ in self.cuts(mesh))
 
 
 def part_of(size: int, parts: int, index: int) -> int:
-    """The length of one of the parts that DTensor's ``Shard`` and ``torch.chunk`` make of a dimension."""
+    """Return the length of part ``index`` when DTensor's ``Shard`` or ``torch.chunk`` cuts a dimension of ``size``."""
     step = -(-size // parts)
     return max(0, min(step, size - step * index))
 
@@ -140,11 +139,11 @@ def part_of(size: int, parts: int, index: int) -> int:
 @kept_open()
 @collector_paused()
 def plan(path: CheckpointLike, *, ranks: int, tp: int = 1, pp: int = 1, ep: int = 1) -> Plan:
-    """What each of ``ranks`` ranks will hold, read, and take, when the checkpoint is loaded as bfloat16.
+    """Plan what each of ``ranks`` ranks holds, reads and needs in memory when the checkpoint is loaded as bfloat16.
 
-    ``tp``, ``pp``, ``ep``: sizes of tensor, pipeline and expert parallelism; the ranks that are left are data-parallel,
-    and share out what they hold (FSDP2). What is not FP8 keeps the dtype it has. Reads headers only. Raises
-    `ValueError` for sizes that do not go together or with the model, and what `open_checkpoint` raises.
+    ``tp``, ``pp``, ``ep``: sizes of tensor, pipeline and expert parallelism; the remaining factor of ``ranks`` is
+    data-parallel and shards what it holds (FSDP2). Tensors that are not FP8 keep their dtype. Reads headers only.
+    Raises `ValueError` for sizes that do not fit each other or the model, and what `open_checkpoint` raises.
 
     >>> found = fp8ckpt.plan("sample-fp8", ranks=4, tp=2, pp=2)
     >>> [rank.read for rank in found.ranks]
@@ -201,7 +200,7 @@ def _units(checkpoint: Checkpoint, shared: dict[str, Sharing], mesh: _Mesh) -> I
         one, tensor = shared[names[0]], checkpoint[names[0]]
         stages = [stage_of[one.layer] if one.layer is not None else mesh.pp - 1 if one.last else 0]
         if headless and one.layer is None and one.kind.endswith(_EMBEDDINGS):
-            stages.append(mesh.pp - 1)  # as the head
+            stages.append(mesh.pp - 1)  # the head is the embedding
         shape = (len(names), *tensor.shape) if one.stack and not one.stacked else tensor.shape
         held = 2 * tensor.numel if tensor.scaled is not None else tensor_nbytes(tensor.dtype, tensor.shape)
         count = len(names)

@@ -1,9 +1,9 @@
-"""Prove it: one checkpoint is sound, or two hold the same tensors, bit for bit.
+"""Prove that one checkpoint is sound, or that two hold the same tensors, bit for bit.
 
-Both are read as logical checkpoints, streaming, in parallel: an FP8 tensor is compared as the values that its codes and
-scales mean, in the dtype of the other side (float32 where both are FP8, and then their scales of activations and of the
-cache are compared too). Memory is a few MiB a worker. On request the last one is also examined for what serving engines
-need beyond that.
+Both are read as logical checkpoints, as streams and in parallel. An FP8 tensor is compared by the values of its codes
+and scales, in the dtype of the other side. Where both sides are FP8 that dtype is float32, and their activation and
+cache scales are compared too. Memory is a few MiB a worker. On request, the last checkpoint is also examined for what
+serving engines need beyond that.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Dequantizer
 
 
-_PAIRS = 16  # of tensors whose scales are compared once for all of their chunks
+_PAIRS = 16  # tensor pairs: how many results of comparing scales are cached for the other chunks of the same pair
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How one tensor differs. ``elements`` is None where the tensors cannot be compared element by element.
+    """The difference of one tensor. ``elements`` is None if the tensors cannot be compared element by element.
 
     ``largest`` is the greatest ``|a - b|`` and ``largest_relative`` the greatest ``|a - b| / max(|a|, |b|)``, over the
-    elements that are finite in both; None where there is none, or where the dtype is not one of floating point.
+    differing elements that are finite in both; None if there are none, or if the dtype is not a floating-point one.
     """
 
     name: str
@@ -57,11 +57,10 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` found: ``ok`` if there is no defect, no difference and nothing that a serving engine would trip
-    over.
+    """The result of `verify`. ``ok`` means: no defect, no difference, and nothing that makes a serving engine fail.
 
-    ``nan_codes`` counts NaN codes by side and tensor; ``serving`` is None where it was not asked for. ``notes``: how
-    the two were compared, where that is not tensor by tensor.
+    ``nan_codes`` counts NaN codes by side and tensor. ``serving`` is None unless it was asked for. ``notes`` say how
+    the two checkpoints were compared, if not tensor by tensor.
 
     >>> result = fp8ckpt.verify("sample-fp8")
     >>> result.tensors, result.defects
@@ -80,7 +79,7 @@ class VerifyResult:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, and nothing differs."""
+        """Whether there is no defect, no difference and no serving failure."""
         unservable = self.serving is not None and self.serving.failures
         return not (self.defects or self.tensor_differences or self.file_differences or unservable)
 
@@ -96,13 +95,13 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
-    """Check every invariant of one checkpoint, NaN codes counted; or compare two, tensors bit for bit, config and side
-    files too.
+    """Check every invariant of one checkpoint and count its NaN codes; or compare two bit for bit, with their
+    configuration and side files.
 
-    With ``serving``, also whether vLLM, SGLang and transformers would serve the last one right, see
-    `fp8ckpt.serving.examine`; on one GPU, or shared out among ``tensor_parallel`` of them. ``follow_index``: what an
-    index does not list is no part of a checkpoint. ``progress`` is called with (bytes read so far, in all, what is
-    being done). Raises only where there is nothing to look at.
+    With ``serving``, also check whether vLLM, SGLang and transformers would serve the last checkpoint correctly, see
+    `fp8ckpt.serving.examine`: on one GPU, or sharded over ``tensor_parallel`` GPUs. With ``follow_index``, tensors that
+    an index does not list are ignored. ``progress`` is called with (bytes read so far, bytes in all, the current
+    activity). Raises only if there is nothing to look at.
 
     >>> fp8ckpt.verify("sample-fp8").ok
     True
@@ -125,7 +124,7 @@ def verify(
     notes: tuple[str, ...] = ()
     if len(sides) == 2 and not unsound:
         sides[1], notes = _as_in(*sides)
-    if unsound:  # then values mean nothing; slips harm no reader
+    if unsound:  # values mean nothing then; slips harm no reader
         return VerifyResult(
             tuple(side.path for side in sides), len(sides[0].tensors), 0, (), defects, (), (), servability
         )
@@ -147,7 +146,7 @@ def verify(
 
 
 def _as_in(a: Checkpoint, b: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
-    """``b`` with its tensors under the names and in the stackings of ``a``, and a note where that is another way."""
+    """Return ``b`` with its tensors under the names and in the stackings of ``a``, and a note if these differ."""
     try:
         found = translated(b, a)
     except Fp8CheckpointError as error:
@@ -167,8 +166,8 @@ def _defects(side: Checkpoint) -> Iterator[Fp8CheckpointError]:
 
 
 def _compared_dtype(tensors: list[Tensor]) -> str | None:
-    """The dtype in which tensors are compared, or None where they have none in common. Codes have several: float32
-    tells all values apart that they and their scales mean.
+    """Return the dtype in which the tensors are compared, or None if they have none in common. Codes can be read in
+    several dtypes; float32 distinguishes all the values that codes and scales stand for.
     """
     common = set.intersection(*({*tensor.dtypes()} for tensor in tensors))
     return "F32" if "F32" in common else next(iter(common), None)
@@ -181,7 +180,7 @@ def _described(tensor: Tensor) -> str:
 
 @dataclass
 class _Tally:
-    """Differing elements of one tensor, added up over its chunks."""
+    """The differing elements of one tensor, summed over its chunks."""
 
     elements: int = 0
     largest: float | None = None
@@ -189,13 +188,13 @@ class _Tally:
 
 
 class _Comparison:
-    """Two sides held against each other, or one looked through."""
+    """The comparison of two sides, or the check of one."""
 
     def __init__(self, sides: list[Checkpoint], progress: Progress | None) -> None:
         self.nan_codes: list[Counter[str]] = [Counter() for _ in sides]
         self._incomparable: list[TensorDifference] = []
         self._tallies: dict[str, _Tally] = {}
-        self._dtypes: dict[str, str] = {}  # in which tensors are compared
+        self._dtypes: dict[str, str] = {}  # by tensor name: the dtype in which it is compared
         self._alike = lru_cache(maxsize=_PAIRS)(_alike)
         for name in dict.fromkeys(name for side in sides for name in side.tensors):
             found = [side.tensors.get(name) for side in sides]
@@ -207,12 +206,12 @@ class _Comparison:
                 self._incomparable.append(
                     TensorDifference(name, " against ".join(_described(tensor) for tensor in present))
                 )
-            elif len(sides) == 2 or present[0].scaled:  # alone, only codes have something to say
+            elif len(sides) == 2 or present[0].scaled:  # a single checkpoint is only checked for its codes
                 self._dtypes[name] = dtype
         self.walk = Walk({name: [side.tensors[name] for side in sides] for name in self._dtypes}, progress)
 
     def step_of(self, dequantizer: DequantizerOf) -> tuple[Step, list[Reader]]:
-        """One worker, with buffers of its own."""
+        """Return the step function of one worker and its readers. Each worker has its own buffers."""
         import numpy as np
 
         readers = [Reader(CHUNK, dequantizer, counting=True) for _ in self.nan_codes]
@@ -220,11 +219,11 @@ class _Comparison:
 
         def step(name: str, start: int, count: int) -> None:
             tensors, dtype = self.walk.tensors[name], self._dtypes[name]
-            if len(tensors) == 1 and tensors[0].scaled is not None:  # its codes have something to say, not its values
+            if len(tensors) == 1 and tensors[0].scaled is not None:  # one side: look at its codes, not at its values
                 for _ in tensors[0].scaled.run(start, count, readers[0]):
                     pass
             else:
-                # F4 and F6 are refused before; 8 elements of any dtype are whole bytes.
+                # F4 and F6 were refused earlier; 8 elements of any dtype are whole bytes.
                 values = [buffer[: count * DTYPE_BITS[dtype] // 8] for buffer in buffers]
                 if not _same(start, dtype, tensors, values, readers, self._alike):
                     self._differs(name, dtype, *values)
@@ -257,7 +256,8 @@ class _Comparison:
                     setattr(tally, attribute, max(value, getattr(tally, attribute) or 0.0))
 
     def differences(self) -> Iterator[TensorDifference]:
-        """All differing tensors, in the order of the first side."""
+        """Yield all differing tensors: those that cannot be compared, then the others in the order of the first side.
+        """
         yield from self._incomparable
         for name, (tensor, *_) in self.walk.tensors.items():
             if tally := self._tallies.get(name):
@@ -278,16 +278,16 @@ def _same(
     readers: list[Reader],
     alike: Callable[[Dequantizer, Dequantizer], bool],
 ) -> bool:
-    """Whether two sides have the same elements from ``start`` on; where not, ``out`` has both.
+    """Whether two sides have the same elements from ``start`` on. If not, ``out`` has the elements of both.
 
-    No values are made of codes that are the other side's, if these are scaled alike, nor of codes that are found to be
-    the other side's values as they are decoded.
+    Codes are not dequantized if they equal the other side's codes and are scaled alike, or if decoding finds that they
+    give the other side's values.
     """
     codes: dict[int, tuple[Dequantizer, Bytes]] = {}
     for i, (tensor, reader) in enumerate(zip(tensors, readers, strict=True)):
         if (scaled := tensor.scaled) is not None and not scaled.across:
             count = out[i].size // TARGET_BYTES[dtype]
-            ((_, _, found),) = scaled.run(start, count, reader)  # all at once: a reader's room is a chunk
+            ((_, _, found),) = scaled.run(start, count, reader)  # in one piece: a reader has room for a chunk
             codes[i] = reader.dequantizer(scaled, dtype), found
     if len(codes) == 2 and alike(codes[0][0], codes[1][0]) and _equal(codes[0][1], codes[1][1]):
         return True
@@ -305,7 +305,7 @@ def _same(
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether bytes [n] are the same: eight at a time, in half the time."""
+    """Whether two byte arrays [n] are equal. Comparing eight bytes at a time takes half the time."""
     import numpy as np
 
     words = a.size // 8 * 8
@@ -323,8 +323,8 @@ def _floats(stored: Any, dtype: str) -> Any:
 
 
 def _file_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterator[str]:
-    """Configuration and side files. Where one side is FP8 and the other is not, or nothing is but the cache of one,
-    quantization is left out of the comparison.
+    """Yield the differences of configuration and side files. If the two sides quantize different things (weights, only
+    the cache, or nothing), quantization is left out of the comparison.
     """
     mixed = _what_is_quantized(a) != _what_is_quantized(b)
     files = [_side_files(side, mixed) for side in (a, b)]
@@ -345,15 +345,16 @@ def _file_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterato
 
 
 def _other_scale_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterator[str]:
-    """Scales of activations, of attention and of its cache: they are no tensor, and what is served follows from them.
-    Not compared are those of tensors that are stacked otherwise, and of caches under names of the other side's own.
+    """Yield the differences of the scales of activations, attention and its cache. These are no tensors of the logical
+    checkpoint, but change what is served. Not compared: scales of tensors that are stacked differently, and of caches
+    whose names exist on one side only.
     """
     import numpy as np
 
     from fp8ckpt.numerics.codes import SCALE_DTYPES, scale_values
 
     def values(spans: list[TensorSpan]) -> dict[TensorSpan, bytes]:
-        """Of spans of one side, asked for together: as float32, whatever dtype of scales they are stored in."""
+        """Return the scales of the spans of one side, read in one request, as float32 whatever their stored dtype."""
         stored = [np.empty(span.nbytes, np.uint8) for span in spans]
         if spans:
             spans[0].file.store.read([span.whole for span in spans], stored)

@@ -1,7 +1,7 @@
-"""A PEFT directory as pairs of low-rank factors: which module each is of, and what it is scaled by.
+"""A PEFT directory as pairs of low-rank factors: the module and the scaling of each pair.
 
-Headers and ``adapter_config.json`` are read, and no data. What the configuration can say and this page does not know is
-refused by name: an adapter is merged as it was trained, or not at all.
+Headers and ``adapter_config.json`` are read, and no data. Settings that this module does not know are refused by name:
+an adapter is merged as it was trained, or not at all.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _WEIGHTS, _INDEX, _PICKLED = "adapter_model.safetensors", "adapter_model.safeten
 _PART = re.compile(r"adapter_model-\d{5}-of-(\d{5})\.safetensors")
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
-# With bias="all", PEFT saves the biases of modules in modules_to_save once more: as trained, and as they were.
+# With bias="all", PEFT saves the biases of modules in modules_to_save twice: trained, and original.
 _TRAINED, _BEFORE = ".modules_to_save", ".original_module."
 _AT_ONCE = 1 << 20  # elements
 
-#: What a configuration may say that changes no weight, or is answered below.
+#: Settings that change no weight, or are handled below.
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -52,7 +52,7 @@ _KNOWN = {
     "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora",
     "use_rslora",
 }  # fmt: skip
-#: What it may say of which no merged weight is the equal, or none that is known here.
+#: Settings for which no merged weight is equivalent, or none is known here.
 _REFUSED = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only: no weights are equal to it",
     "arrow_config": "Arrow chooses an adapter for each token: no weights are equal to it",
@@ -61,17 +61,17 @@ _REFUSED = {
     "trainable_token_indices": "rows of an embedding were trained beside the adapter",
 }
 _OF_PEFT_ALONE = ("lora_bias", "trainable_token_indices")
-#: Initializations that train on another base than the one that is given: what they took out of it is in the factors.
+#: Initializations that change the base before training: the factors include what was taken out of it.
 _OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _FACTOR = re.compile(r"(.+?)((?:\.base_layer)*)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 
 
 class Pair(NamedTuple):
-    """The factors of one module: ``a`` [rank, in] and ``b`` [out, rank], or stacked ones of experts.
+    """The factors of one module: ``a`` [rank, in] and ``b`` [out, rank], or those of experts, stacked.
 
-    ``module``: as the model that was trained has it; ``depth``: of how many wrappers it is inside (PEFT wraps the
-    parameters of one module one after the other). ``embedding``: the product is transposed. ``magnitude``: DoRA's.
+    ``module``: its name in the trained model; ``depth``: the number of wrappers around it (PEFT wraps the parameters of
+    one module one after the other). ``embedding``: the product is transposed. ``magnitude``: that of DoRA.
     """
 
     module: str
@@ -84,8 +84,8 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of ``weight``. ``checkpoint``: its files; ``tensors``: whole tensors that replace the base's, by the
-    model's names of them.
+    """An adapter with its ``weight``. ``checkpoint``: its files; ``tensors``: whole tensors that replace the base's, by
+    their names in the model.
     """
 
     checkpoint: Checkpoint
@@ -95,11 +95,11 @@ class Adapter:
     tensors: Mapping[str, TensorSpan]
 
     def rank(self, key: str) -> int:
-        """The rank of what PEFT calls ``key``: a module, or a parameter of one."""
+        """Return the rank for the PEFT key ``key``: a module, or a parameter of one."""
         return int(self._setting("rank_pattern", key, self.config.get("r", 8)))
 
     def scaling(self, key: str) -> float:
-        """What its product is multiplied by, ``weight`` included."""
+        """Return the factor on the product of ``key``, with ``weight`` included."""
         rank, alpha = self.rank(key), float(self._setting("alpha_pattern", key, self.config.get("lora_alpha", 8)))
         return self.weight * alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -109,7 +109,7 @@ class Adapter:
 
     @property
     def fingerprint(self) -> str:
-        """What decides the bytes besides the factors."""
+        """A hash of everything besides the factors that decides the output's bytes."""
         return hashlib.sha256(repr((sorted(self.config.items(), key=str), self.weight)).encode()).hexdigest()
 
 
@@ -117,7 +117,7 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
     """Open a PEFT directory, or a hub id in the local cache. Reads headers and the configuration only.
 
     Raises `UnsupportedFormatError` for what cannot be merged, by name; `ConfigError`, `HeaderError` and
-    `ModelMismatchError` for files that do not make an adapter.
+    `ModelMismatchError` for files that are not an adapter.
     """
     if not abs(weight) <= float(np.finfo(np.float32).max):
         raise ValueError(f"weight={weight}; expected a finite number, in float32")
@@ -144,7 +144,7 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
 
 
 def refuse_nonfinite(adapter: Adapter) -> None:
-    """Read all of an adapter once. Raises `WeightValueError` for what is NaN or infinite in it."""
+    """Read all of an adapter once. Raise `WeightValueError` for NaN and infinite values."""
     for span in (span for header in adapter.checkpoint.files for span in header.spans):
         count = sum(int(np.count_nonzero(~np.isfinite(part))) for part in _floats(span))
         if count:
@@ -152,7 +152,7 @@ def refuse_nonfinite(adapter: Adapter) -> None:
 
 
 def same_values(one: TensorSpan, other: TensorSpan) -> bool:
-    """Whether two tensors are of one shape and of the same values, in whatever dtypes of floats."""
+    """Whether two tensors have the same shape and the same values, in any floating-point dtypes."""
     if one.shape != other.shape or not {one.dtype, other.dtype} <= TARGET_BYTES.keys():
         return False
     pairs = zip(_floats(one), _floats(other), strict=True)
@@ -160,7 +160,7 @@ def same_values(one: TensorSpan, other: TensorSpan) -> bool:
 
 
 def _floats(span: TensorSpan) -> Iterator[F32]:
-    """All of a tensor of floats as float32, part by part."""
+    """Yield all values of a floating-point tensor as float32, in parts."""
     itemsize = TARGET_BYTES[span.dtype]
     for start in range(0, span.numel, _AT_ONCE):
         raw = np.empty(min(_AT_ONCE, span.numel - start) * itemsize, np.uint8)
@@ -170,7 +170,7 @@ def _floats(span: TensorSpan) -> Iterator[F32]:
 
 
 def same_product(one: Pair, other: Pair) -> bool:
-    """Whether two pairs add the same to one tensor, of which one may take it for an embedding and one for a Linear."""
+    """Whether two pairs add the same to one tensor. One may treat it as an embedding, and the other as a Linear."""
     turned = one.embedding != other.embedding
     pairs = ((one.a, other.b if turned else other.a), (one.b, other.a if turned else other.b))
     if one.magnitude is not None or other.magnitude is not None or any(a.numel != b.numel for a, b in pairs):
@@ -225,7 +225,7 @@ def _check_numbers(config: Json, file: File) -> None:
 
 
 def _headers(store: Store) -> tuple[Header, ...]:
-    """The headers of the one file, or of all parts. Raises the first defect."""
+    """Return the headers of the single file, or of all parts. Raise the first defect."""
     names = _file_names(store)
     defects, headers = [], []
     for name in names:
@@ -261,7 +261,7 @@ def _file_names(store: Store) -> list[str]:
 
 
 def _sorted_out(stored: Mapping[str, TensorSpan], *, dora: bool) -> tuple[list[Pair], dict[str, TensorSpan]]:
-    """The pairs of factors, and the whole tensors."""
+    """Return the pairs of factors, and the whole tensors."""
     found: dict[tuple[str, int], dict[str, TensorSpan]] = {}
     tensors: dict[str, TensorSpan] = {}
     for key, span in stored.items():

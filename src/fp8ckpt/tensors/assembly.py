@@ -1,8 +1,8 @@
-"""What a model holds as one tensor and a file as several, or the reverse, as pure data.
+"""Assemblies: the pieces of other tensors that a tensor is made of, as pure data.
 
-An *assembly* says of which *pieces* a tensor is made: each is one box of it, and one box of one other tensor, its axes
-in any order. Stacked experts, fused gate and up projections, chunks of a fused one, transposed and renamed tensors are
-all assemblies; a renaming is the trivial one. They are made from names and shapes, before the first byte.
+A model may hold as one tensor what a file holds as several, or the reverse. Each *piece* is one box of the tensor and
+one box of a source, with its axes in any order. Stacked experts, fused gate and up projections, chunks of a fused one,
+transposed and renamed tensors are all assemblies. They are made from names and shapes, before the first byte is read.
 
     gate_up = Assembly.concatenate(
         [
@@ -24,15 +24,15 @@ from typing import NamedTuple
 
 from fp8ckpt.numerics.geometry import Region, Shape
 
-NEW = -1  # an axis of a joined tensor that its source does not have, of length 1 in a piece
+NEW = -1  # an axis of a joined tensor that its source lacks, of length 1 in a piece
 
 
 class Piece(NamedTuple):
     """One box of a joined tensor, which is one box of ``source``.
 
-    ``source_offsets``: where it begins there, one an axis of the source; ``offsets`` and ``sizes``: the box in the
-    joined tensor; ``axes``: for each axis of the joined tensor the source's, or `NEW`. An axis of the source that is
-    not among them has length 1 in the box.
+    ``source_offsets``: where the box begins in the source, one an axis of the source; ``offsets`` and ``sizes``: the
+    box in the joined tensor; ``axes``: for each axis of the joined tensor the source's axis, or `NEW`. An axis of the
+    source that is not listed has length 1 in the box.
 
     >>> piece = fp8ckpt.Piece("experts.1.w1.weight", (0, 0), (1, 0, 0), (1, 4, 8), (-1, 0, 1))
     >>> piece.region, piece.source_region
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
         return self.source_offsets, tuple(sizes)
 
     def cut(self, region: Region) -> Piece | None:
-        """What of it lies in a region of the joined tensor, in the same coordinates; None if nothing does."""
+        """Return the part inside a region of the joined tensor, in the same coordinates; None if there is none."""
         offsets, sizes, source = [], [], list(self.source_offsets)
         for axis, start, size, low, length in zip(self.axes, self.offsets, self.sizes, *region, strict=True):
             first, last = max(start, low), min(start + size, low + length)
@@ -71,7 +71,7 @@ class Piece(NamedTuple):
         return Piece(self.source, tuple(source), tuple(offsets), tuple(sizes), self.axes)
 
     def reversed(self, name: str) -> Piece:
-        """The same two boxes, where the source is a piece of the joined tensor called ``name``."""
+        """Return the same two boxes with their roles swapped: the source has a piece of the joined tensor ``name``."""
         offsets, sizes = self.source_region
         axes = [NEW] * len(offsets)
         for mine, axis in enumerate(self.axes):
@@ -80,7 +80,9 @@ class Piece(NamedTuple):
         return Piece(name, self.offsets, offsets, sizes, tuple(axes))
 
     def through(self, other: Piece) -> Piece | None:
-        """This box with its source replaced: ``other`` is a piece of the source. None where the two do not meet."""
+        """Return this box with its source replaced by that of ``other``, a piece of the source. None without an
+        overlap.
+        """
         part = self.reversed("").cut(other.region)
         inner = part and other.cut(part.region)
         if part is None or inner is None:
@@ -91,7 +93,7 @@ class Piece(NamedTuple):
 
 
 class Assembly(NamedTuple):
-    """What a tensor of ``shape`` is made of. Pieces do not overlap, and cover it.
+    """The pieces that a tensor of ``shape`` is made of. Pieces do not overlap, and cover it.
 
     >>> experts = [fp8ckpt.Assembly.whole(f"experts.{i}.w1.weight", (4, 8)) for i in range(2)]
     >>> stack = fp8ckpt.Assembly.stack(experts)
@@ -104,7 +106,7 @@ class Assembly(NamedTuple):
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> Assembly:
-        """The tensor ``name`` as it is, perhaps under another name."""
+        """Return an assembly of the whole tensor ``name``, which may get another name."""
         shape = tuple(shape)
         zero = (0,) * len(shape)
         return cls(shape, (Piece(name, zero, zero, shape, tuple(range(len(shape)))),))
@@ -137,11 +139,11 @@ class Assembly(NamedTuple):
         return cls(_with(parts[0].shape, axis, at), tuple(pieces))
 
     def renamed(self, names: Mapping[str, str]) -> Assembly:
-        """The same with its sources under other names."""
+        """Return the same assembly with its sources renamed."""
         return Assembly(self.shape, tuple(p._replace(source=names[p.source]) for p in self.pieces))
 
     def permute(self, order: Sequence[int]) -> Assembly:
-        """Put its axes in another order."""
+        """Permute the axes."""
         order = [axis % len(self.shape) for axis in order]
 
         def moved(values: Shape) -> Shape:
@@ -150,29 +152,29 @@ class Assembly(NamedTuple):
         return self._moved(moved)
 
     def transpose(self, first: int, second: int) -> Assembly:
-        """Swap two of its axes."""
+        """Swap two axes."""
         order = list(range(len(self.shape)))
         order[first], order[second] = order[second], order[first]
         return self.permute(order)
 
     def cut(self, region: Region) -> Iterator[Piece]:
-        """The pieces of a region of it, each in coordinates of the whole."""
+        """Yield the pieces of a region, each in the coordinates of the whole."""
         return (part for piece in self.pieces if (part := piece.cut(region)) is not None)
 
     def narrow(self, axis: int, start: int, size: int) -> Assembly:
-        """A part of it along an axis, as a tensor of its own."""
+        """Return a part along an axis, as a tensor of its own."""
         axis %= len(self.shape)
         region = _with((0,) * len(self.shape), axis, start), _with(self.shape, axis, size)
         pieces = [p._replace(offsets=_with(p.offsets, axis, p.offsets[axis] - start)) for p in self.cut(region)]
         return Assembly(region[1], tuple(pieces))
 
     def split(self, sizes: Sequence[int], axis: int = 0) -> tuple[Assembly, ...]:
-        """Cut it into parts of these sizes along an axis."""
+        """Cut into parts of these sizes along an axis."""
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self.narrow(axis, start, size) for start, size in zip(starts, sizes, strict=True))
 
     def chunk(self, count: int, axis: int = 0) -> tuple[Assembly, ...]:
-        """Cut it into ``count`` parts along an axis as ``torch.chunk`` does: the last part may be smaller."""
+        """Cut into ``count`` parts along an axis as ``torch.chunk`` does: the last part may be smaller."""
         length = self.shape[axis]
         size = -(-length // count)
         return self.split([min(size, length - at) for at in range(0, length, size)], axis)
@@ -189,13 +191,13 @@ class Assembly(NamedTuple):
         return self._moved(without)
 
     def _moved(self, put: Callable[[Shape], Shape]) -> Assembly:
-        """The same with other axes, which ``put`` makes of what there is for each of its own."""
+        """Return the assembly with other axes: ``put`` is applied to each shape, offsets, sizes and axes."""
         pieces = (p._replace(offsets=put(p.offsets), sizes=put(p.sizes), axes=put(p.axes)) for p in self.pieces)
         return Assembly(put(self.shape), tuple(pieces))
 
     def reshape(self, shape: Sequence[int]) -> Assembly:
-        """The same elements in row-major order under another shape; axes are split and merged, into as many pieces as
-        that takes.
+        """Return the same elements in row-major order under another shape. Axes are split and merged, which may make
+        more pieces.
         """
         shape = tuple(shape)
         if -1 in shape:
@@ -217,7 +219,7 @@ class Assembly(NamedTuple):
         return result
 
     def _split_axis(self, axis: int, columns: int) -> Assembly:
-        """One axis as two, rows and columns; a piece that spans several rows becomes one piece a row."""
+        """Split one axis into rows and columns. A piece that spans several rows becomes one piece a row."""
 
         def put(values: Shape, row: int, column: int) -> Shape:
             return (*values[:axis], row, column, *values[axis + 1 :])
@@ -234,7 +236,7 @@ class Assembly(NamedTuple):
         return Assembly(put(self.shape, self.shape[axis] // columns, columns), tuple(pieces))
 
     def _merge_axes(self, axis: int) -> Assembly:
-        """Two neighbouring axes as one; a piece becomes one piece a row."""
+        """Merge an axis with the next one. A piece becomes one piece a row."""
         if axis + 1 == len(self.shape):
             raise ValueError(f"axis {axis} of {self.shape} has no next one to be merged with")
         columns = self.shape[axis + 1]
@@ -248,15 +250,15 @@ class Assembly(NamedTuple):
         for p in self.pieces:
             for row in range(p.offsets[axis], p.offsets[axis] + p.sizes[axis]):
                 part = p.cut((_with(p.offsets, axis, row), _with(p.sizes, axis, 1)))
-                assert part is not None  # a row of its own
+                assert part is not None  # the row is one of its rows
                 offsets = joined(part.offsets, row * columns + part.offsets[axis + 1])
                 sizes, axes = joined(part.sizes, part.sizes[axis + 1]), joined(part.axes, part.axes[axis + 1])
                 pieces.append(part._replace(offsets=offsets, sizes=sizes, axes=axes))
         return Assembly(joined(self.shape, self.shape[axis] * columns), tuple(pieces))
 
     def defect(self, shapes: Mapping[str, Shape]) -> str | None:
-        """What is wrong with it, for sources of these shapes: a source that is not there, a piece that leaves it, or
-        pieces that overlap or leave a gap. None if it is sound.
+        """Return what is wrong with the assembly for sources of these shapes: a source that is missing, a piece that
+        leaves its source, or pieces that overlap or leave a gap. None if it is sound.
         """
         corners: Counter[Shape] = Counter()
         for piece in self.pieces:
@@ -266,8 +268,8 @@ class Assembly(NamedTuple):
             if len(shape) != len(piece.source_offsets) or not _inside(piece.source_region, shape):
                 return f"a piece {piece.source_region} of {piece.source}, which has shape {tuple(shape)}"
             _add_corners(corners, piece.region)
-        # The signed corners of boxes add up to those of their sum, so they are those of the whole just where each
-        # element is covered once.
+        # Signed corners add up: those of the pieces equal those of the whole if and only if the pieces cover each
+        # element once.
         _add_corners(corners, ((0,) * len(self.shape), self.shape), -1)
         if any(corners.values()):
             return "pieces that overlap, or do not cover it"
@@ -275,7 +277,7 @@ class Assembly(NamedTuple):
 
 
 class Ordered:
-    """An assembly's pieces in the order of its first axis: a cut looks at those near it, not at each of thousands."""
+    """An assembly with its pieces sorted along the first axis: a cut looks at nearby pieces, not at thousands."""
 
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
@@ -294,9 +296,7 @@ class Ordered:
 
 
 def reversed_assemblies(parts: Mapping[str, Assembly], shapes: Mapping[str, Shape]) -> dict[str, Assembly]:
-    """The sources as assemblies of the joined tensors, where ``shapes`` are those of the sources: what saving goes
-    by.
-    """
+    """Return the sources as assemblies of the joined tensors, for saving. ``shapes`` are those of the sources."""
     found: dict[str, list[Piece]] = {}
     for name, assembly in parts.items():
         for piece in assembly.pieces:
@@ -305,7 +305,7 @@ def reversed_assemblies(parts: Mapping[str, Assembly], shapes: Mapping[str, Shap
 
 
 def composed(parts: Mapping[str, Assembly], inner: Mapping[str, Assembly]) -> dict[str, Assembly]:
-    """Those assemblies all of whose sources are assemblies themselves, as assemblies of what those are made of."""
+    """Replace sources by their own assemblies in ``inner``. Assemblies with a source not in ``inner`` are left out."""
     ordered: dict[str, Ordered] = {}
     found = {}
     for name, assembly in parts.items():

@@ -1,8 +1,8 @@
-"""The block size of each module's weight, as the configuration states it: the one fact that headers do not hold.
+"""The block size of each module's weight, as the configuration states it: the one fact that headers lack.
 
-One size for all (``weight_block_size``, or a ``quant_algo`` of ModelOpt that fixes it), or one for each group of
-modules (`fp8ckpt.tensors.groups`). A module's size is that of its own group, none where that group has no blocks.
-Codes of four bits have groups that the dtype of their scales fixes: what is stated of these is only held against it.
+There is one size for all modules (``weight_block_size``, or a ``quant_algo`` of ModelOpt that fixes it), or one for
+each group of modules (`fp8ckpt.tensors.groups`). A module has the size of its group, or none if the group has no
+blocks. Codes of four bits have groups that the dtype of their scales fixes: a stated size is only compared with it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fp8ckpt.tensors.groups import LINEAR, ByModule, groups, layers, quark_weigh
 
 Size = tuple[int, ...]
 
-# Block sizes that a name of ModelOpt's fixes.
+# Block sizes that a ModelOpt name fixes.
 _ALGORITHMS = {"MXFP8": (1, 32), "FP8_PB_WO": (128, 128), "FP8_PB_REAL": (128, 128), "FP8_BLOCK_SCALES": (128, 128)}
 
 
 @dataclass
 class BlockSizes:
-    """``common``: the size where no group speaks of a module; ``grouped``: those of groups, or None where one has no
-    blocks; ``four_bits``: of groups that share a scale, where the statement is one of four bits.
+    """``common``: the size of modules in no group; ``grouped``: the sizes of groups, None for a group without blocks;
+    ``four_bits``: how many codes of four bits share a scale, where the configuration states that.
     """
 
     common: Size | None = None
@@ -48,8 +48,8 @@ class BlockSizes:
 
 
 def block_sizes(store: Store, config: Json) -> BlockSizes:
-    """What the configuration states. Raises `ConfigError` for a size that is none, and where two are stated for the
-    same modules.
+    """Return the sizes that the configuration states. Raise `ConfigError` for an invalid size, and if two are stated
+    for the same modules.
     """
     quantization, modelopt = quantization_config(config), modelopt_quantization(store)
     grouped: ByModule[Size | None] = ByModule(quantization)
@@ -68,9 +68,9 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
             _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
     for target, weights in quark_weights(quantization):
         _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
-    _add({**stated}, LINEAR, grouped.classes.get(LINEAR), CONFIG)  # it speaks of as much
+    _add({**stated}, LINEAR, grouped.classes.get(LINEAR), CONFIG)  # both speak of all Linear modules
     common, sizes, four_bits = stated[LINEAR], {*grouped.values}, _of_four_bits(quantization, modelopt)
-    if len(sizes) == 1 and common in (None, *sizes):  # then it is that of all, named or not
+    if len(sizes) == 1 and common in (None, *sizes):  # the only size holds for all modules, named or not
         return BlockSizes(sizes.pop(), four_bits=four_bits)
     return BlockSizes(common, grouped, four_bits)
 
@@ -112,9 +112,9 @@ def _checked(stated: Any, file: str) -> Size | None:
 
 
 def _of_weights(weights: Json) -> Any:
-    """The block size that a group of compressed-tensors states, or a scheme of Quark's."""
+    """Return the block size that a group of compressed-tensors, or a scheme of Quark, states."""
     size = weights.get("block_structure") or weights.get("block_size")
-    if isinstance(size, str) and re.fullmatch(r"\d+(x\d+)+", size):  # "128x128", as it was first written
+    if isinstance(size, str) and re.fullmatch(r"\d+(x\d+)+", size):  # "128x128", the older notation
         return [int(dim) for dim in size.split("x")]
     scheme = weights.get("strategy") or weights.get("qscheme") or "group"
     if size is None and scheme in ("group", "per_group") and weights.get("group_size"):
@@ -123,7 +123,7 @@ def _of_weights(weights: Json) -> Any:
 
 
 def _of_layer(layer: Json) -> Any:
-    """The block size that ModelOpt states of all, or of one of its ``quantized_layers``."""
+    """Return the block size that ModelOpt states for all modules, or for one of its ``quantized_layers``."""
     algorithm = layer.get("quant_algo")
     size = _ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
     grouped = size is not None and size[0] == 1 and layer.get("group_size") is not None

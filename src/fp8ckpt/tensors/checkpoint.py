@@ -1,8 +1,8 @@
 """A directory seen as plain tensors: the logical checkpoint.
 
 `open_checkpoint` reads headers, the index and the configuration, and no data. Each FP8 weight with its scale is *one*
-tensor, a `QuantizedTensor`; scale tensors do not exist. Whatever does not fit is refused before the first data byte is
-read: `survey` collects every defect, `open_checkpoint` raises the first.
+tensor, a `QuantizedTensor`; scale tensors do not exist. Defects are refused before the first data byte is read:
+`survey` collects all of them, `open_checkpoint` raises the first.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A logical checkpoint. Immutable.
 
-    ``store``: what keeps its files; ``path``: where. ``files``: the validated headers, in order. ``tensors``: every
+    ``store`` holds its files; ``path`` is its place. ``files``: the validated headers, in order. ``tensors``: every
     logical tensor by name. ``cache_scales``: scales of attention and of the key-value cache, which belong to no weight.
-    ``config``: ``config.json``, empty where there is none. ``index_name`` and ``index``: the index file, or None.
-    ``notes``: what a user should know; ``slips``: what is wrong and harms no reader. ``defects`` is empty in what
-    `open_checkpoint` returns. ``markers``: stored tensors that only say how the others are stored. ``beside``:
-    safetensors files of the directory that are no part of the model, and go where its side files go.
+    ``config``: ``config.json``, empty if there is none. ``index_name`` and ``index``: the index file, or None.
+    ``notes``: facts for the user; ``slips``: errors that harm no reader. ``defects`` is empty in the result of
+    `open_checkpoint`. ``markers``: stored tensors that only say how the others are stored. ``beside``: safetensors
+    files of the directory that are not part of the model; an output treats them as side files.
 
     >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
     >>> name = "model.language_model.layers.0.mlp.up_proj.weight"
@@ -85,13 +85,13 @@ class Checkpoint:
     beside: tuple[str, ...] = ()
 
     def tensors_in(self, header: Header) -> list[Tensor]:
-        """The logical tensors whose values (or codes) one of the files holds, in the order of its data."""
+        """Return the logical tensors whose values (or codes) are in one of the files, in the order of its data."""
         found = ((span, self.tensors.get(name)) for span in header.spans for name in names_of(span.name))
         return [tensor for span, tensor in found if tensor is not None and tensor.span == span]
 
     @property
     def path(self) -> Path | str:
-        """The directory, or the URL of a store that is no directory of this machine."""
+        """The directory, or the URL of a store that is not a local directory."""
         return self.store.path or self.store.where
 
     @property
@@ -113,11 +113,10 @@ class Checkpoint:
     def read(
         self, name: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        """One tensor, or the region at ``offsets`` of ``sizes`` in the coordinates of the full tensor.
+        """Return one tensor, or the region at ``offsets`` of ``sizes`` in the coordinates of the full tensor.
 
         An FP8 tensor is dequantized to bfloat16; any other keeps its dtype. Reads no byte outside the region. Raises
-        `UnknownTensorError`, `RegionError`, `StorageError`, and `ScaleValueError` for a scale that no value can be made
-        of.
+        `UnknownTensorError`, `RegionError`, `StorageError`, and `ScaleValueError` for a scale that is not a valid one.
         """
         from fp8ckpt.tensors.reading import read_tensor
 
@@ -131,11 +130,11 @@ CheckpointLike: TypeAlias = str | Path | Store | Checkpoint
 
 def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
     """Open a directory, a single safetensors file, a hub id that is in huggingface_hub's local cache, the URL of a
-    store (``s3://bucket/prefix``, ``hf://org/name@revision``), or a store. An open checkpoint is itself.
+    store (``s3://bucket/prefix``, ``hf://org/name@revision``), or a store. An open checkpoint is returned unchanged.
 
-    Reads headers only. ``follow_index``: what the index does not list is no part of the checkpoint, as loaders have it;
-    without it, that is a defect. Raises the first defect found, as a named `Fp8CheckpointError`, and says how many more
-    there are.
+    Reads headers only. With ``follow_index``, tensors and files that the index does not list are ignored, as loaders
+    do; without it they are a defect. Raises the first defect found, as a named `Fp8CheckpointError` that says how many
+    more there are.
 
     >>> checkpoint = fp8ckpt.open_checkpoint("sample-fp8")
     >>> len(checkpoint.quantized)
@@ -147,7 +146,7 @@ def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Chec
 
 
 def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
-    """Raise the first of ``defects``, if there is one, and mention the others."""
+    """Raise the first of ``defects``, if there is one, and mention how many more there are."""
     defects = list(defects)
     if not defects:
         return
@@ -159,7 +158,7 @@ def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
 
 @kept_open()
 def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
-    """The checkpoint with all its defects listed; raises only where there is nothing to look at."""
+    """Return the checkpoint with all its defects listed. Raises only if there is nothing to look at."""
     if isinstance(path, Checkpoint):
         return path
     with collector_paused():
@@ -168,8 +167,8 @@ def survey(path: CheckpointLike, *, follow_index: bool = False) -> Checkpoint:
 
 
 def store_of(path: str | Path | Store) -> tuple[Store, str | None]:
-    """What keeps the files of a directory, of a hub id in the local cache, or of a URL; and the file where one was
-    named. Raises `TypeError` for what is none of these.
+    """Return the store of a directory, of a hub id in the local cache, or of a URL; and the file, if one was named.
+    Raise `TypeError` for any other argument.
     """
     if isinstance(path, str | Path):
         return _resolve(path)
@@ -189,7 +188,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     except (ConfigError, StorageError) as error:
         defects.append(error)
         config, blocks, quantized = {}, BlockSizes(), False
-    understood = not defects  # else nobody knows which block sizes are right
+    understood = not defects  # otherwise nobody knows the right block sizes
     index_name, index = None, None
     on_disk = names = [single] if single else safetensors_in(store)
     if single:
@@ -250,7 +249,7 @@ def _headers(store: Store, names: list[str]) -> Iterator[tuple[Header | None, li
 def _spans_by_name(
     headers: Iterable[Header], listed: Mapping[str, str] | None, defects: list[Fp8CheckpointError], notes: list[str]
 ) -> dict[str, TensorSpan]:
-    """All stored tensors; where a map of names to files is given, those that are ``listed``."""
+    """Return all stored tensors by name, or only those in ``listed`` if it is given."""
     spans: dict[str, TensorSpan] = {}
     for header in headers:
         found = {span.name: span for span in header.spans}
@@ -267,7 +266,7 @@ def _spans_by_name(
 
 
 def _resolve(path: str | Path) -> tuple[Store, str | None]:
-    """The store, and the file where one file was named."""
+    """Return the store, and the name of the file if a single file was named."""
     if (address := address_of(path)) is not None:
         from fp8ckpt.stores.opening import open_store
 
@@ -294,7 +293,7 @@ def _resolve(path: str | Path) -> tuple[Store, str | None]:
 
 
 def _refuse_hidden(path: Path) -> None:
-    """Raise where the operating system does not say whether there is anything."""
+    """Raise if the operating system does not say whether the path exists."""
     try:
         os.lstat(path)
     except OSError as error:

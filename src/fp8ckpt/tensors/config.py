@@ -1,8 +1,8 @@
-"""What a model's configuration files say of quantization, and the same files without it.
+"""What a model's configuration files say about quantization, and the same files without it.
 
 The configuration is asked for one fact only, the block sizes (`fp8ckpt.tensors.blocks`); everything else is in the
-headers. Three files speak of quantization: ``config.json`` (Hugging Face; at the top and, for some multimodal models,
-in ``text_config``), ``hf_quant_config.json`` (NVIDIA ModelOpt) and ``params.json`` (Mistral's own).
+headers. Three files mention quantization: ``config.json`` (Hugging Face; at the top level and, for some multimodal
+models, in ``text_config``), ``hf_quant_config.json`` (NVIDIA ModelOpt) and ``params.json`` (Mistral's own).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors.header import parse_json
 
 CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG = "config.json", "hf_quant_config.json", "params.json"
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is the first by its older name
-# What a header's own metadata says of quantization: ComfyUI under one key; torchao of each tensor, by its name, and a
-# list of these names.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is the older name of the first
+# Keys of a header's metadata about quantization: one of ComfyUI; for torchao one a tensor, and a list of these names.
 _COMFY_METADATA, _TORCHAO_NAMES = "_quantization_metadata", "tensor_names"
-_OF_EXPERTS = "expert_dtype"  # of DeepSeek V4, where it may stand beside the others as well as inside
+_OF_EXPERTS = "expert_dtype"  # of DeepSeek V4; at the top level or inside the quantization config
 _LONGEST_JSON = 256 << 20  # bytes; the index of a model of 92,000 tensors takes 9 MB
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -32,7 +31,7 @@ Json = dict[str, Any]
 
 
 def load_json(store: Store, name: str) -> Json | None:
-    """The JSON object in a file, or None where there is no such file."""
+    """Return the JSON object in a file, or None if there is no such file."""
     file, stat = File(store, name), store.files().get(name)
     if stat is None:
         return None
@@ -43,7 +42,7 @@ def load_json(store: Store, name: str) -> Json | None:
 
 
 def dump_json(value: Json, *, sort_keys: bool = False) -> bytes:
-    """JSON as Hugging Face writes it: two spaces, a newline at the end."""
+    """Return JSON as Hugging Face writes it: indented by two spaces, with a newline at the end."""
     return (json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n").encode()
 
 
@@ -53,8 +52,8 @@ def _sections(config: Json) -> list[Json]:
 
 
 def quantization_configs(config: Json) -> list[Json]:
-    """All that it states of quantization, wherever it stands and under either key; the first is the one that counts.
-    Raises `ConfigError` for a statement that is no object.
+    """Return all quantization configs, at any level and under either key; the first is the one that counts. Raise
+    `ConfigError` for one that is not an object.
     """
     return [
         _object(CONFIG, section[key]) for section in _sections(config) for key in QUANTIZATION_KEYS if section.get(key)
@@ -62,28 +61,29 @@ def quantization_configs(config: Json) -> list[Json]:
 
 
 def quantization_config(config: Json) -> Json:
-    """The ``quantization_config``, wherever it stands and under either of its keys; empty where there is none."""
+    """Return the ``quantization_config``, at any level and under either key; empty if there is none."""
     return next(iter(quantization_configs(config)), {})
 
 
 def states_powers_of_two(config: Json) -> bool:
-    """Whether scales are to be powers of two in whatever dtype holds them: ``scale_fmt`` "ue8m0" (DeepSeek V3.1).
+    """Whether scales must be powers of two whatever their dtype: ``scale_fmt`` "ue8m0" (DeepSeek V3.1).
 
-    Engines take such scales' exponents, and drop the rest.
+    Engines take the exponents of such scales, and drop the mantissas.
     """
     formats = [found.get("scale_fmt") for found in quantization_configs(config)]
     return any(isinstance(found, str) and found.lower() == "ue8m0" for found in formats)
 
 
 def states_quantization(store: Store, config: Json) -> bool:
-    """Whether any of the configuration files speaks of quantization, of weights or of the cache."""
+    """Whether any configuration file mentions quantization, of weights or of the cache."""
     if quantization_config(config) or modelopt_quantization(store):
         return True
     return isinstance((load_json(store, MISTRAL_CONFIG) or {}).get("quantization"), dict)
 
 
 def modelopt_quantization(store: Store) -> Json:
-    """The ``quantization`` of ModelOpt's own file; empty where there is none. Raises `ConfigError` as that."""
+    """Return the ``quantization`` object of ModelOpt's own file, or an empty one. Raise `ConfigError` for another kind.
+    """
     return _object(MODELOPT_CONFIG, (load_json(store, MODELOPT_CONFIG) or {}).get("quantization") or {})
 
 
@@ -94,7 +94,7 @@ def _object(file: str, stated: object) -> Json:
 
 
 def skip_patterns(store: Store, config: Json) -> tuple[str, ...]:
-    """The modules that the configuration lists as not quantized: names, prefixes, wildcards, or ``re:`` patterns."""
+    """Return the modules that the configuration excludes: names, prefixes, wildcards, or ``re:`` patterns."""
     try:
         modelopt = modelopt_quantization(store)
     except (ConfigError, StorageError):  # a defect, which opening the checkpoint has listed
@@ -105,7 +105,7 @@ def skip_patterns(store: Store, config: Json) -> tuple[str, ...]:
 
 
 def skips(pattern: str, module: str) -> bool:
-    """Whether an entry of a skip list speaks of a module: by name, as its ancestor, as its leaf, or as a pattern."""
+    """Whether an entry of a skip list matches a module: by name, as an ancestor, as its last parts, or as a pattern."""
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], module) is not None
@@ -117,14 +117,14 @@ def skips(pattern: str, module: str) -> bool:
 
 
 def ancestors(module: str) -> Iterator[str]:
-    """The modules that hold a module, the nearest first."""
+    """Yield the modules that contain a module, the nearest first."""
     while "." in module:
         module = module.rpartition(".")[0]
         yield module
 
 
 class ModuleList:
-    """A list of modules, made ready to be asked of each of many: as `skips`, entry by entry."""
+    """A list of modules with fast look-up: a module is in it if an entry `skips` it."""
 
     def __init__(self, entries: Iterable[object]) -> None:
         texts = [entry for entry in entries if isinstance(entry, str)]
@@ -138,8 +138,8 @@ class ModuleList:
 
 
 def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
-    """``config.json`` or ``params.json`` for weights of ``dtype``: no quantization, and the dtype it names, if ours is
-    one, set to it.
+    """Return ``config.json`` or ``params.json`` without quantization. If ``dtype`` is given, dtype entries are set to
+    it.
     """
     if name == MISTRAL_CONFIG:
         return {key: value for key, value in config.items() if key != "quantization"}
@@ -156,10 +156,10 @@ def without_quantization(name: str, config: Json, dtype: str | None) -> Json:
 
 
 def metadata_without_quantization(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The ``__metadata__`` of a header for weights that are not quantized."""
+    """Return the ``__metadata__`` of a header for weights that are not quantized."""
     try:
         names = json.loads(metadata.get(_TORCHAO_NAMES, "null"))
-    except (ValueError, RecursionError):  # something else of that name
+    except (ValueError, RecursionError):  # another use of that name
         names = None
     dropped = {_COMFY_METADATA, *QUANTIZATION_KEYS}
     if isinstance(names, list):

@@ -1,6 +1,6 @@
-"""Which files of a directory hold the model: as the index says, or without one. What does not fit is a defect.
+"""Which files of a directory belong to the model, with an index or without one. Contradictions are defects.
 
-No tensor is looked at here, but for whether a file holds any.
+This module looks at no tensors, except to see whether a file holds any.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fp8ckpt.tensors.stored import TensorSpan
 
 INDEX = "model.safetensors.index.json"
 NATIVE_INDEX = "consolidated.safetensors.index.json"
-# What trainers and PEFT leave beside a model's own files, and no loader takes for a part of it.
+# Files that trainers and PEFT leave beside a model's own, and that no loader takes for a part of it.
 _FOREIGN = ("adapter_*.safetensors", "optimizer*.safetensors", "training_*.safetensors")
-# Weights in files of other kinds; and what trainers leave in such files that is none.
+# Endings of weights in other kinds of files, and the files of trainers with such endings that are not weights.
 _OTHER_KINDS = (".bin", ".pth", ".pt", ".gguf", ".onnx", ".onnx_data", ".ckpt", ".h5", ".msgpack", ".nemo")
 _OF_TRAINERS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "random_states_", "rng_state")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -36,7 +36,7 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 def read_index(
     store: Store, on_disk: list[str], defects: list[Fp8CheckpointError]
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """The name of the index, None where there is none, and what it says, None where that is a defect."""
+    """Return the name of the index and its contents. Both are None without an index, the contents also for a defect."""
     for name in (INDEX, NATIVE_INDEX):
         if name == NATIVE_INDEX and any(not is_native(file) for file in model_files(on_disk)):
             continue
@@ -59,12 +59,12 @@ def read_index(
 
 
 def is_native(name: str) -> bool:
-    """Whether a file belongs to Mistral's own copy of the weights, which stands beside the Hugging Face one."""
+    """Whether a file belongs to Mistral's own copy of the weights, which may stand beside the Hugging Face copy."""
     return name.startswith("consolidated") and name.endswith(".safetensors")
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a file is what trainers and PEFT leave beside a model's own."""
+    """Whether a file is one that trainers and PEFT leave beside a model's own."""
     return any(fnmatch(name, pattern) for pattern in _FOREIGN)
 
 
@@ -74,7 +74,7 @@ def is_of_another_kind(name: str) -> bool:
 
 
 def note_on_other_weights(store: Store) -> list[str]:
-    """What a user should know of weights that are no part of the checkpoint: in folders, or of another kind."""
+    """Return notes on weights that are not part of the checkpoint: in folders, or in other kinds of files."""
     nested = (name for name in store.files() if "/" in name and name.endswith(".safetensors"))
     found = sorted({*nested, *filter(is_of_another_kind, store.files())})
     if not found:
@@ -85,21 +85,21 @@ def note_on_other_weights(store: Store) -> list[str]:
 
 
 def safetensors_in(store: Store) -> list[str]:
-    """The safetensors files at the top. Lists all of the store: what cannot be listed is refused here."""
-    at_the_top = {name.partition("/")[0] for name in store.files()}  # a folder so called is refused when it is read
+    """Return the safetensors files at the top level. Lists the whole store, and raises here if it cannot be listed."""
+    at_the_top = {name.partition("/")[0] for name in store.files()}  # such a folder is refused when read
     return sorted(name for name in at_the_top if name.endswith(".safetensors"))
 
 
 def model_files(on_disk: list[str]) -> list[str]:
-    """The safetensors files that may be of the model. A directory of nothing but an adapter holds that; and Mistral's
-    own copy counts where it is the only one.
+    """Return the safetensors files that may belong to the model. An adapter counts if there is nothing else, and so
+    does Mistral's own copy.
     """
     own = [name for name in on_disk if not is_foreign(name)] or on_disk
     return [name for name in own if not is_native(name)] or own
 
 
 def holds_tensors(file: File) -> bool:
-    """Whether a file holds a tensor, or may hold one."""
+    """Whether a file holds a tensor, or may hold one because its header has defects."""
     header, defects = read_header(file)
     return bool(defects) or (header is not None and bool(header.spans))
 
@@ -111,8 +111,8 @@ def file_names(
     index: dict[str, Any] | None,
     defects: list[Fp8CheckpointError],
 ) -> list[str]:
-    """The files of the model. Raises `CheckpointNotFoundError` where there is none; what the index names and is not
-    there, and what the names of parts say is not, are defects.
+    """Return the files of the model. Raise `CheckpointNotFoundError` if there are none. Missing files that the index or
+    the numbering of parts names are defects.
     """
     if index is None:
         on_disk = model_files(on_disk)
@@ -137,12 +137,12 @@ def file_names(
 def _is_there(store: Store, name: str) -> bool:
     try:
         return name in store.files()
-    except StorageError:  # it is there, and what it is will be said when it is read
+    except StorageError:  # it is there; reading it will raise the error
         return True
 
 
 def refuse_part(store: Store, name: str) -> None:
-    """One file of several is no checkpoint: what it lacks lies in the others. A configuration or an index is none."""
+    """Raise if the file is one of several, which lack each other's tensors, or if it is a configuration or an index."""
     remedy = f"open the directory: {store.where}"
     if name.endswith(".json"):
         raise CheckpointNotFoundError("this holds no weights", file=name, remedy=remedy)
@@ -155,7 +155,7 @@ def refuse_part(store: Store, name: str) -> None:
 
 
 def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -> None:
-    """Without an index, ``model-00001-of-00003.safetensors`` still says how many parts there are."""
+    """Add a defect for each missing part. Without an index, the names still say how many parts there are."""
     for name in on_disk:
         if match := _PART.fullmatch(name):
             stem, _, count = match.groups()
@@ -174,7 +174,7 @@ def compare_index(
     defects: list[Fp8CheckpointError],
     slips: list[Fp8CheckpointError],
 ) -> None:
-    """What the index says of another place than a tensor's own is a defect; a wrong sum of sizes harms no reader."""
+    """Add a defect for each tensor that the index places wrongly. A wrong total size is a slip: it harms no reader."""
     weight_map: dict[str, str] = index["weight_map"]
     stored = {name: span.file.name for name, span in spans.items()}
     if stored != weight_map:

@@ -1,11 +1,11 @@
-"""The one table of formats: what stands beside a weight's codes, and under which names.
+"""The one table of formats: the tensors that stand beside a weight's codes, and their names.
 
 Weights are found by dtype, in the headers; everything else by name, beside the weight. A new family is a row of one of
-these tables. An ending that is empty stands for any key: "X.weight" with "X.weight_scale_inv", and fused experts'
-"X.gate_up_proj" with "X.gate_up_proj_scale_inv".
+these tables. An empty ending matches any key: "X.weight" with "X.weight_scale_inv", and fused experts' "X.gate_up_proj"
+with "X.gate_up_proj_scale_inv".
 
-Codes of four bits lie in bytes, two in one, and have no dtype of their own: they are told by the row, or by their
-scales, which are exponents of groups of 32 (MXFP4) or e4m3 of groups of 16 (NVFP4), as no integers have them.
+Codes of four bits are stored as bytes, two codes in each, and have no dtype of their own. The row identifies them, or
+their scales do: exponents for groups of 32 (MXFP4) or e4m3 for groups of 16 (NVFP4), which integers never have.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from fp8ckpt.numerics.codes import CODE_FORMATS, E8M0_DTYPES, F4, FP8_DTYPES
 if TYPE_CHECKING:
     from fp8ckpt.tensors.stored import TensorSpan
 
-# When a key of a scale's ending is a scale, although no FP8 weight stands beside it: a mistake with a name, then.
+# When a key with a scale's ending counts as a scale although no FP8 weight stands beside it, and so is a defect.
 ALWAYS = "always"
-BESIDE = "beside"  # a weight of its name, of whatever dtype
-CODES = "codes"  # never: the ending also ends the names of parameters, such as layer scales and those of norms
-BYTES = "bytes"  # where it holds bytes
+BESIDE = "beside"  # if a weight of its name exists, of any dtype
+CODES = "codes"  # never: names of parameters end so too, such as layer scales and the scales of norms
+BYTES = "bytes"  # if it holds bytes
 
 
 class ScaleRow(NamedTuple):
-    """How the key of a weight's codes becomes that of its scale.
+    """A rule that turns the key of a weight's codes into the key of its scale.
 
-    ``weight``: the ending of the key of the codes; ``scale``: what stands in its place, and ``factor``: for the second
-    level of scales, which ``divides`` or multiplies. ``leaf``: what the last part of the key of the codes begins with,
-    and the weight's own name does not. ``even``: blocks divide the weight, so that the two shapes say their size.
-    ``bits``: of a code that lies in bytes; 0 where only the scales tell. ``groups``: whether the codes of a group are a
-    dimension of their own. ``across``: whether the weight's last two dimensions are the codes' in the other order.
+    ``weight``: the ending of the codes' key; ``scale``: the ending that replaces it for the scale, and ``factor`` for
+    the second level of scales, which ``divides`` or multiplies. ``leaf``: a prefix of the last part of the codes' key
+    that the weight's own name lacks. ``even``: blocks divide the weight evenly, so the two shapes give the block size.
+    ``bits``: of a code that is stored in bytes; 0 if only the scales tell. ``groups``: whether the codes of a group are
+    a dimension of their own. ``across``: whether the weight's last two dimensions are the codes' in the other order.
     """
 
     weight: str
@@ -49,7 +49,7 @@ class ScaleRow(NamedTuple):
 
     @property
     def renames(self) -> bool:
-        """Whether the weight's own name lacks the ending of its codes."""
+        """Whether the weight's own name differs from the key of its codes."""
         return self.weight not in ("", ".weight")
 
 
@@ -66,49 +66,49 @@ SCALES = (
     ScaleRow(_TORCHAO, "_scale", leaf="_", even=True),  # torchao: "X._weight_qdata", "X._weight_scale" are "X.weight"
     # compressed-tensors in four bits: "X.weight_packed" and "X.weight_scale" are "X.weight"
     ScaleRow("_packed", "_scale", factor="_global_scale", divides=True, bits=4),
-    # gpt-oss: "X_blocks" and "X_scales" are "X", [experts, in, out], as its releases in BF16 and engines have it
+    # gpt-oss: "X_blocks" and "X_scales" are "X", [experts, in, out], as in its BF16 releases and in engines
     ScaleRow("_blocks", "_scales", BYTES, bits=4, groups=True, across=True),
 )
-# A key of these endings is a scale or a mistake. "_scale" is no such ending, ".weight_scale" is.
+# A key with one of these endings is a scale or a mistake. "_scale" is not among them, ".weight_scale" is.
 ONLY_SCALES = (
     ".weight_scale", ".weight_scale_2", ".weight_global_scale", *(row.scale for row in SCALES if row.meant == ALWAYS),
 )  # fmt: skip
 
-# Codes of four bits by the dtype of their scales: how many share one.
+# How many codes of four bits share one scale, by the dtype of the scale.
 GROUPS = {**dict.fromkeys(E8M0_DTYPES, 32), "F8_E4M3": 16}
 TWO_LEVELS = "F8_E4M3"
 _BYTES = ("U8", "I8")
 MAY_BE_CODES = frozenset((*CODE_FORMATS, *_BYTES))
 
-# The same for the scales of activations: a conversion drops them, the way back carries them over.
+# The same for activation scales: a conversion to BF16 drops them, one to FP8 carries them over from the base.
 ACTIVATIONS = (
     ScaleRow(".weight", ".activation_scale", ALWAYS),  # Mistral3 (static)
     ScaleRow(".weight", ".input_scale", ALWAYS),  # compressed-tensors, ModelOpt
     ScaleRow(".weight", ".qscale_act", ALWAYS),  # Mistral native
     ScaleRow("", "_activation_scale", ALWAYS),  # fused experts
     ScaleRow("", "_input_scale", ALWAYS),
-    ScaleRow(".weight", ".act_scale"),  # the name of ".input_scale" before it had that one
+    ScaleRow(".weight", ".act_scale"),  # the older name of ".input_scale"
     ScaleRow(".weight", ".scale_input"),  # ComfyUI
     ScaleRow("_qdata", "_act_quant_scale", leaf="_"),  # torchao
     ScaleRow(".weight_packed", ".input_global_scale", ALWAYS),  # compressed-tensors in four bits
 )
 ONLY_ACTIVATION_SCALES = tuple(row.scale for row in ACTIVATIONS if row.meant == ALWAYS)
 
-# Scales of attention and of its cache, which belong to no weight. They are one value, or one a head.
+# Scales of attention and of its cache, which belong to no weight: one value, or one a head.
 ATTENTION_SCALES = (
     ".q_scale", ".k_scale", ".v_scale",  # ModelOpt, compressed-tensors, Quark; of a projection or of the attention
     ".kv_scale", ".prob_output_scale", ".prob_scale",  # one cache for both; the attention's weights
     "_fake_quantizer.qscale_act",  # Mistral native
 )  # fmt: skip
-# What a projection puts out, and the cache holds: a scale beside a matrix, and elsewhere any parameter's name.
+# The scale of a projection's output, as the cache holds it. It is one only beside a matrix: other parameters end so.
 OUTPUT_SCALE = ".output_scale"
 
-# What a file holds to say what it is. ComfyUI: a tensor of no values, or of two; and, of late, a text for each layer.
+# Tensors that only say what the file is. ComfyUI: one of no values, or of two; lately, a text for each layer.
 MARKERS = FILE_MARKER, LAYER_MARKER = "scaled_fp8", ".comfy_quant"
-# What stands in the names of a checkpoint whose scales may be in the order in which a kernel reads them.
+# Parts of tensor names in checkpoints whose scales may be stored in the order in which a kernel reads them.
 ORDERED = (_TORCHAO, LAYER_MARKER)
 
-# What is packed or integer, and is not read: dtypes, and endings of weights; then endings of what stands beside them.
+# Packed and integer weights, which are not read: dtypes, endings of weights, then endings of tensors beside them.
 PACKED_DTYPES = ("F6_E2M3", "F6_E3M2")
 PACKED_WEIGHTS = (".weight_packed", ".qweight")  # compressed-tensors; GPTQ and AWQ
 INTEGERS = ("I8", "U8", "I32", "U32")
@@ -120,7 +120,7 @@ COMPANIONS = (
     "_scale_inv", "_scale_2", "_scales", ".scale_weight", ".scale_input", ".comfy_quant", "_weight_scale",
     "_input_scale", "_zero_point", ".absmax", ".weight.absmax", ".weight.quant_map",
 )  # fmt: skip
-# A second factor (that is not the row's own) or a zero point, which we do not apply: by the ending of the weight's key.
+# A second factor (other than the row's own) or a zero point, which we do not apply: by the weight's ending.
 FACTORS = (
     (".weight", ".weight_scale_2"),
     (".weight", ".weight_global_scale"),
@@ -135,7 +135,7 @@ FACTORS = (
 
 
 def beside(rows: Iterable[ScaleRow]) -> Callable[[str], list[tuple[ScaleRow, str]]]:
-    """What gives the keys that may stand beside codes of a name, by these rows of a table."""
+    """Return a function that lists the (row, key) pairs that may stand beside codes of a given name."""
     ends = [(row, row.weight, row.scale) for row in rows]
 
     def keys(codes: str) -> list[tuple[ScaleRow, str]]:
@@ -145,12 +145,12 @@ def beside(rows: Iterable[ScaleRow]) -> Callable[[str], list[tuple[ScaleRow, str
 
 
 def factor_key(codes: str, row: ScaleRow) -> str | None:
-    """The key of the second level of scales that a row has beside the codes ``codes``."""
+    """Return the key of the second level of scales beside the codes ``codes``, or None if the row has none."""
     return codes.removesuffix(row.weight) + row.factor if row.factor else None
 
 
 def code_dtype(span: TensorSpan, spans: Mapping[str, Any]) -> str | None:
-    """The dtype of the codes that a tensor holds, or None where it holds none. ``spans``: all tensors by name."""
+    """Return the dtype of the codes that a tensor holds, or None. ``spans``: all tensors by name."""
     if span.dtype in CODE_FORMATS:
         return span.dtype
     if span.dtype not in _BYTES or len(span.shape) < 2:
@@ -165,7 +165,7 @@ def code_dtype(span: TensorSpan, spans: Mapping[str, Any]) -> str | None:
 
 
 def weight_shape(row: ScaleRow, span: TensorSpan, codes: str) -> tuple[int, ...]:
-    """The shape of the weight whose codes lie in a tensor."""
+    """Return the shape of the weight whose codes a tensor holds."""
     if span.dtype == codes:
         return span.shape
     *lead, last = span.shape
@@ -179,9 +179,9 @@ RENAMING_ENDINGS = tuple(row.weight for row in _RENAMING)
 
 
 def logical_name(codes: str) -> str:
-    """The name of the weight whose codes are stored under ``codes``: torchao's "X._weight_qdata" is "X.weight".
+    """Return the name of the weight whose codes are stored under ``codes``: torchao's "X._weight_qdata" is "X.weight".
 
-    For keys of codes only: another tensor may have such a name as its own.
+    Call it with keys of codes only: another tensor may have such a key as its own name.
     """
     if not codes.endswith(RENAMING_ENDINGS):
         return codes
@@ -197,7 +197,7 @@ _EVEN = tuple(row.weight for row in SCALES if row.even)
 
 
 def even_block(codes: str, shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The block size that the shapes of codes and scales say, in a format that has even blocks alone."""
+    """Return the block size that the shapes of codes and scales give, for formats whose blocks are always even."""
     if not codes.endswith(_EVEN) or len(scale_shape) != len(shape) or not all((*shape, *scale_shape)):
         return None
     if any(dim % count for dim, count in zip(shape, scale_shape, strict=True)):
@@ -206,8 +206,8 @@ def even_block(codes: str, shape: tuple[int, ...], scale_shape: tuple[int, ...])
 
 
 def in_kernel_order(codes: str, scale_dtype: str, scale_shape: tuple[int, ...], stored: Container[str]) -> bool:
-    """Whether the scales of blocks may be stored in the order in which a kernel reads them, as torchao and ComfyUI
-    store those of groups, and not row by row. ``stored``: the names of all tensors.
+    """Whether block scales may be stored in the order in which a kernel reads them, and not row by row, as torchao and
+    ComfyUI store the scales of groups. ``stored``: the names of all tensors.
     """
     if scale_dtype not in GROUPS or prod(scale_shape) == 1:
         return False
@@ -215,20 +215,20 @@ def in_kernel_order(codes: str, scale_dtype: str, scale_shape: tuple[int, ...], 
 
 
 def names_of(stored: str) -> tuple[str, ...]:
-    """The names that a tensor stored under a key may have: its own, and that of the weight whose codes it is."""
+    """Return the names that a stored tensor may have: its key, and the name of the weight whose codes it holds."""
     name = logical_name(stored)
     return (stored,) if name == stored else (stored, name)
 
 
 def module_of(name: str) -> str:
-    """The module that holds a weight; fused experts, which are no ``.weight``, count as one."""
+    """Return the module that holds a weight. Fused experts, which have no ``.weight``, count as a module."""
     return name.removesuffix(".weight")
 
 
 def is_attention_scale(name: str, shape: tuple[int, ...], stored: Container[str]) -> bool:
-    """Whether a tensor is a scale of attention or of its cache, in a checkpoint that is quantized.
+    """Whether a tensor of a quantized checkpoint is a scale of attention or of its cache.
 
-    By its name, and by its shape: one value, or one a head, ``[heads, 1, 1]``. A vector is a parameter, whatever its
+    Its name decides, and its shape: one value, or one a head, ``[heads, 1, 1]``. A vector is a parameter, whatever its
     name. ``stored``: the names of all tensors.
     """
     one_a_head = len(shape) > 2 and shape[-2:] == (1, 1) and prod(shape) == max(shape)
@@ -240,7 +240,7 @@ def is_attention_scale(name: str, shape: tuple[int, ...], stored: Container[str]
 
 
 def is_marker(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor only says how the others are stored, and is none of the model."""
+    """Whether a tensor only says how the others are stored, and is no tensor of the model."""
     if not name.endswith((FILE_MARKER, LAYER_MARKER)):
         return False
     if name.rpartition(".")[2] == FILE_MARKER:

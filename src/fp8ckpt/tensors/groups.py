@@ -1,9 +1,8 @@
-"""What a configuration states of modules one by one: compressed-tensors by groups of targets, ModelOpt by the layers'
-names, Quark by both.
+"""What a configuration states for single modules: compressed-tensors by groups of targets, ModelOpt by layer names,
+Quark by both.
 
-Of several statements that speak of a module, one that names it goes before one with a pattern, and that before one that
-names its class, as compressed-tensors and vLLM have it; of patterns, the first that matches. What is listed in
-``ignore`` belongs to no group.
+If several statements match a module, its name goes before a pattern, and a pattern before its class, as in
+compressed-tensors and vLLM; the first matching pattern counts. A module listed in ``ignore`` belongs to no group.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Generic, TypeVar
 
 from fp8ckpt.tensors.config import Json, ModuleList, ancestors, skips
 
-LINEAR = "Linear"  # the class that a group speaks of, where it does not say
+LINEAR = "Linear"  # the class that a group means if it names none
 
 T = TypeVar("T")
 
 
 class ByModule(Generic[T]):
-    """Statements by what they speak of: modules by name, patterns, and classes, each in the order of the file."""
+    """Statements by target: names of modules, patterns, and classes, each in the order of the file."""
 
     def __init__(self, quantization: Json) -> None:
         self.named: dict[str, T] = {}
@@ -31,7 +30,7 @@ class ByModule(Generic[T]):
         self._ignored = ModuleList(ignored if isinstance(ignored, list) else ())
 
     def of_kind(self, target: str) -> dict[str, T]:
-        """The statements of the kind that one of ``target`` is, to which it is to be added."""
+        """Return the mapping for targets of the kind of ``target``: names, patterns or classes."""
         if target.startswith("re:") or "*" in target:
             return self._patterns
         return self.named if "." in target else self.classes
@@ -48,7 +47,7 @@ class ByModule(Generic[T]):
         for pattern, value in self._patterns.items():
             if skips(pattern, module):
                 return value
-        for parent in ancestors(module):  # of fused experts, ModelOpt names the module that holds them
+        for parent in ancestors(module):  # for fused experts, ModelOpt names the module that holds them
             if parent in self.named:
                 return self.named[parent]
         if (layer := _in_its_model(module)) in self._by_layer:
@@ -57,18 +56,18 @@ class ByModule(Generic[T]):
 
     @cached_property
     def _by_layer(self) -> dict[str, T]:
-        """The statements by name, whatever the text model is called: a file may have other names than the model."""
+        """The statements by name below the text model: a file may use other names than the configuration."""
         return {_in_its_model(module): value for module, value in self.named.items()}
 
 
 def _in_its_model(module: str) -> str:
-    """The name below the text model: ``layers.0.mlp`` of "model.layers.0.mlp", "language_model.model.layers.0.mlp"."""
+    """Return the name below the text model: "layers.0" of "model.layers.0" and of "language_model.model.layers.0"."""
     parts = module.split(".")
     return ".".join(dropwhile(lambda part: part in ("model", "language_model"), parts))
 
 
 def _is_of_class(module: str, kind: str) -> bool:
-    """Whether a module may be of a class. The file does not say: all that is quantized is taken for a Linear, but for
+    """Whether a module may be of a class. The file does not say: everything quantized counts as a Linear, except
     embeddings.
     """
     embeds = "embed" in module.rpartition(".")[2]
@@ -76,7 +75,7 @@ def _is_of_class(module: str, kind: str) -> bool:
 
 
 def groups(quantization: Json) -> Iterator[tuple[list[str], Json]]:
-    """The (targets, group) of each group of compressed-tensors."""
+    """Yield (targets, group) for each group of compressed-tensors."""
     stated = quantization.get("config_groups")
     for group in stated.values() if isinstance(stated, dict) else ():
         if isinstance(group, dict):
@@ -86,12 +85,12 @@ def groups(quantization: Json) -> Iterator[tuple[list[str], Json]]:
 
 
 def one_by_one(quantization: Json) -> bool:
-    """Whether modules are stated apart, so that what holds of one need not hold of another."""
+    """Whether modules have separate statements, so that they may differ."""
     return next(layers(quantization), None) is not None or len([*groups(quantization)]) > 1
 
 
 def layers(quantization: Json) -> Iterator[tuple[str, Json]]:
-    """The (module, layer) of each of ModelOpt's ``quantized_layers``."""
+    """Yield (module, layer) for each of ModelOpt's ``quantized_layers``."""
     stated = quantization.get("quantized_layers")
     for module, layer in stated.items() if isinstance(stated, dict) else ():
         if isinstance(layer, dict):
@@ -99,12 +98,12 @@ def layers(quantization: Json) -> Iterator[tuple[str, Json]]:
 
 
 def quark_weights(quantization: Json) -> Iterator[tuple[str, Json]]:
-    """The (target, weights) of each of Quark's statements: of layers by name or pattern, of classes, of all others."""
+    """Yield (target, weights) for each statement of Quark: of layers by name or pattern, of classes, of all others."""
     classes = quantization.get("layer_type_quant_config")
     others = {LINEAR: quantization.get("global_quant_config"), **(classes if isinstance(classes, dict) else {})}
     for stated in (quantization.get("layer_quant_config"), others):
         for target, how in stated.items() if isinstance(stated, dict) else ():
             weights = how.get("weight") if isinstance(how, dict) else None
-            for one in weights if isinstance(weights, list) else [weights]:  # a list: levels of scales
+            for one in weights if isinstance(weights, list) else [weights]:  # a list holds several levels of scales
                 if isinstance(one, dict):
                     yield target, one

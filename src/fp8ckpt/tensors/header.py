@@ -2,8 +2,8 @@
 
 A file is ``<length: u64 little-endian> <JSON of that length> <data>``. The JSON maps each tensor's name to its dtype,
 shape and ``data_offsets`` in the data; ``__metadata__`` maps text to text. The data is covered exactly: no overlap, no
-hole, no remainder. Everything is checked here, once, against the file's true size; a `TensorSpan` that left this module
-can be read without another check. Source: the safetensors format description and reference implementation, version 0.8.
+hole, no remainder. This module checks all of it once, against the file's true size; a `TensorSpan` that it returns can
+be read without another check. Source: the safetensors format description and reference implementation, version 0.8.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
 _FIRST = 128 << 10  # bytes
 _LONGEST_HEADER = 100_000_000  # bytes; the reference implementation's own limit
-_LONGEST_WIDE = 25_000_000  # bytes; of text that is not ASCII, for which Python takes four bytes a character
-_MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound what it takes in memory: 250,000 matrices
-_MOST_DEFECTS = 1_000  # of one header; what comes after them is not looked at
+_LONGEST_WIDE = 25_000_000  # bytes of text that is not ASCII, for which Python takes four bytes a character
+_MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound its memory: enough for 250,000 matrices
+_MOST_DEFECTS = 1_000  # of one header; the rest is not looked at
 _MOST_DIMENSIONS = 64  # bounds the work on a hostile shape; torch itself stops at 64
 _LARGEST_DIMENSION = 2**63 - 1
 
@@ -42,9 +42,9 @@ class Header(NamedTuple):
 def read_header(file: File) -> tuple[Header | None, list[Fp8CheckpointError]]:
     """Read and validate one header.
 
-    Returns the header with the tensors that are sound, and every defect found; the header is None where nothing in it
-    can be used. Reads the length and the header; of a store that is far away so much at once that most headers are one
-    request. Memory is bounded by the header's true length (at most 100 MB).
+    Returns the header with the sound tensors, and every defect found; the header is None if nothing in it can be used.
+    Reads the length, then the header; from a remote store it reads so much at once that most headers take one request.
+    Memory is bounded by the header's true length (at most 100 MB).
     """
     try:
         size = file.stat.size
@@ -77,9 +77,7 @@ def _length_defect(file: File, size: int, length: int) -> Fp8CheckpointError | N
 
 
 def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigError]) -> dict[str, Any]:
-    """A JSON object, in which no object has the same key twice and no constant is outside JSON; otherwise raises
-    ``kind``.
-    """
+    """Return a JSON object. Raise ``kind`` if an object in it has the same key twice, or a constant is not JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
@@ -107,9 +105,9 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
     try:
         value = read(text.decode())
         if _may_repeat(value, text):
-            del value  # the two would take twice the memory
+            del value  # both at once would take twice the memory
             value = read(text.decode(), object_pairs_hook=unique)
-        if b"\\" in text:  # an escaped lone surrogate is no text, and cannot be printed
+        if b"\\" in text:  # an escaped lone surrogate is not text, and cannot be printed
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         if isinstance(error, Fp8CheckpointError):
@@ -121,9 +119,10 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
 
 
 def _may_repeat(value: Any, text: bytes) -> bool:
-    """Whether some object of the text may have a key twice, which a hook would see, in twice the time.
+    """Whether an object of the text may have a key twice. A hook would see it, in twice the time.
 
-    A colon follows each key; so one for each that was read, in objects of objects, leaves none for a key that was not.
+    If the text has as many colons as keys were read from an object of objects, no key was dropped: a colon follows
+    each.
     """
     if not isinstance(value, dict):
         return True
@@ -150,14 +149,14 @@ def _validated(
         else:
             defects.append(found)
     complete = len(spans) == len(entries)
-    if not complete or _coverage_defects(file, size, data_start, spans):  # most are in the order of the data
+    if not complete or _coverage_defects(file, size, data_start, spans):  # most list them in data order
         spans.sort(key=attrgetter("start", "stop"))
         defects += _coverage_defects(file, size, data_start, spans) if complete else []
     return Header(file, size, metadata, tuple(spans), text), defects
 
 
 def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | HeaderError:
-    """What an entry says, or what is wrong with it."""
+    """Return the span that an entry describes, or its defect."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         # Exact types: JSON booleans and floats are not sizes.
@@ -181,16 +180,16 @@ def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | He
 
 
 _DTYPES = {dtype: (dtype, bits) for dtype, bits in DTYPE_BITS.items()}  # each name once in memory
-_made = partial(tuple.__new__, TensorSpan)  # in half the time; a large model has a hundred thousand
+_made = partial(tuple.__new__, TensorSpan)  # takes half the time; a large model has a hundred thousand tensors
 
 
 def _overflows(shape: list[int], bits: int) -> bool:
-    """Whether an empty tensor's other dimensions are more than the reference implementation can multiply."""
+    """Whether the other dimensions of an empty tensor multiply to more than the reference implementation can hold."""
     return 0 in shape and prod(dim or 1 for dim in shape) * bits >= 2**64
 
 
 def _coverage_defects(file: File, size: int, data_start: int, spans: list[TensorSpan]) -> list[Fp8CheckpointError]:
-    """The data must be covered exactly; anything else means that the header or the file is not what was written."""
+    """Return the defects of coverage: spans that do not cover the data exactly."""
     defects: list[Fp8CheckpointError] = []
     end = data_start
     previous = "the header"

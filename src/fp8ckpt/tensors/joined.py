@@ -1,4 +1,4 @@
-"""Joined tensors: those whose values are others', put together as an assembly says."""
+"""Joined tensors, whose values are those of other tensors, put together by an assembly."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from fp8ckpt.tensors.tensor import Reader, Tensor
 
 
-@dataclass(frozen=True, eq=False)  # one is itself alone, and can be a key
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a key
 class JoinedTensor:
-    """A `fp8ckpt.tensors.tensor.Tensor` whose values are those of its pieces' ``sources``, by name. It is itself not
-    scaled, whatever its sources are; they give their values in a common dtype.
+    """A `fp8ckpt.tensors.tensor.Tensor` whose values are those of its pieces' ``sources``, by name. It is not scaled
+    itself, even if its sources are; they give their values in a common dtype.
     """
 
     name: str
@@ -67,7 +67,7 @@ class JoinedTensor:
         return tuple(dtype for dtype in self._made_of[0].dtypes() if all(dtype in other for other in others))
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
-        """As `fp8ckpt.tensors.tensor.Tensor.reads`, of one piece after the other."""
+        """As `fp8ckpt.tensors.tensor.Tensor.reads`, piece by piece."""
         for piece in self._pieces.cut(region):
             yield from self.sources[piece.source].reads(piece.source_region)
 
@@ -88,9 +88,9 @@ class JoinedTensor:
 
 
 def joined_tensors(parts: Mapping[str, Assembly], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors ``parts`` are the assemblies of; one that is a source as it is, is that source.
+    """Return the tensors of the assemblies ``parts``. An assembly of one whole source is that source itself.
 
-    Raises `UnsupportedFormatError` for one whose pieces have no dtype in common.
+    Raises `UnsupportedFormatError` if the pieces of a tensor have no dtype in common.
     """
     found: dict[str, Tensor] = {}
     for name, assembly in parts.items():

@@ -1,10 +1,10 @@
-"""A tensor whose values are a base's with adapters added: in float32 throughout, and rounded once.
+"""Tensors whose values are a base's with adapters added: computed in float32, and rounded once.
 
     value = base + scaling * (left @ right) + ...       base = float32(code) * float32(scale), or what is stored
     value = magnitude / norm of the row * value         with DoRA; of the column where the weight lies across
 
-Where a base tensor is a part of what was trained (one expert of a stack), or the reverse, a `Product` is of one box of
-it. An element's bits follow from its base, its row of ``left`` and its column of ``right``, whatever is read at once.
+A base tensor may be part of a trained one (one expert of a stack), or the reverse: a `Product` is added to one box of
+the tensor. An element's bits depend only on its base, its row of ``left`` and its column of ``right``.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Bits
     from fp8ckpt.numerics.products import MergedCodes
 
-_AT_ONCE = 1 << 19  # elements, of which norms of columns are found at once
+_AT_ONCE = 1 << 19  # elements: norms of columns are computed in steps of this size
 
-_VECTORS = 4096  # whose norms are found at once
-_ORDERED = ("F8_E4M3",)  # the codes whose magnitudes are in the order of their values, NaN last
+_VECTORS = 4096  # vectors: norms are computed in steps of this size
+_ORDERED = ("F8_E4M3",)  # codes whose magnitudes have the order of their values, with NaN last
 
 FloatsOf = Callable[[TensorSpan], F32]
 Places = npt.NDArray[np.int64]
 
 
 class Factor(NamedTuple):
-    """One side of a product: vectors of ``rank`` elements, which begin at ``start`` of what ``span`` holds.
+    """One side of a product: vectors of ``rank`` elements, starting with vector ``start`` of ``span``.
 
-    ``across``: they are its columns (a lora_A, [rank, in]), else its rows (a lora_B, [out, rank]). Of stacked
-    ``experts``, those of one ``expert``: PEFT stacks ranks, expert by expert in A, and interleaved in B.
+    ``across``: the vectors are columns (lora_A, [rank, in]), else rows (lora_B, [out, rank]). With several ``experts``,
+    only those of ``expert``: PEFT stacks the ranks of experts, one expert after the other in A and interleaved in B.
     """
 
     span: TensorSpan
@@ -60,18 +60,18 @@ class Factor(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Elements of a vector."""
+        """The number of elements of a vector."""
         return self.span.shape[0 if self.across else 1] // self.experts
 
     def vectors(self, first: int, count: int, floats: FloatsOf) -> F32:
-        """Some of them [count, rank], of any strides."""
+        """Return some of the vectors [count, rank], of any strides."""
         whole, part = floats(self.span), slice(self.start + first, self.start + first + count)
         if self.across:
             return whole[self.expert * self.rank : (self.expert + 1) * self.rank, part].T
         return whole[part, self.expert :: self.experts]
 
     def largest_norm(self, count: int, floats: FloatsOf) -> float:
-        """The largest norm of its first vectors."""
+        """Return the largest norm of the first ``count`` vectors."""
         squares = 0.0
         for first in range(0, count, _VECTORS):
             some = self.vectors(first, min(_VECTORS, count - first), floats).astype(np.float64)
@@ -80,7 +80,7 @@ class Factor(NamedTuple):
 
 
 class Product(NamedTuple):
-    """``scaling * (left @ right)``, and the box of one matrix that it is added to, of a tensor of at least two
+    """``scaling * (left @ right)``, and the box of one matrix that it is added to, in a tensor of at least two
     dimensions.
     """
 
@@ -91,11 +91,11 @@ class Product(NamedTuple):
     scaling: float
 
     def turned(self) -> Product:
-        """As it is added to the tensor with its last two dimensions in the other order."""
+        """Return the product for the tensor with its last two dimensions swapped."""
         return Product(turned(self.offsets), turned(self.sizes), self.right, self.left, self.scaling)
 
     def add_to(self, region: Region, out: F32, floats: FloatsOf) -> None:
-        """Add what lies in a region, whose values are ``out``."""
+        """Add the part inside a region to ``out``, the values of the region."""
         from fp8ckpt.numerics.products import add_product
 
         lows = tuple(map(max, self.offsets, region[0]))
@@ -113,8 +113,8 @@ class Product(NamedTuple):
             view[...] = part
 
     def add_bound(self, first: int, bounds: npt.NDArray[np.float64], most: float, floats: FloatsOf) -> None:
-        """Add to ``bounds`` [R] of the rows from the ``first`` of a matrix on what no element's product is beyond, with
-        what rounding adds to it. ``most``: the largest norm of the right side's vectors.
+        """Add an upper bound of the product's magnitude, rounding included, to ``bounds`` [R]: one a row of a matrix,
+        from row ``first`` on. ``most``: the largest norm of the right side's vectors.
         """
         low, high = max(self.offsets[-2], first), min(self.offsets[-2] + self.sizes[-2], first + bounds.size)
         if low >= high:
@@ -124,7 +124,7 @@ class Product(NamedTuple):
         bounds[low - first : high - first] += slack * most * np.sqrt((left * left).sum(axis=1))
 
     def add_at(self, rows: Places, cols: Places, out: F32, floats: FloatsOf) -> None:
-        """Add what lies at places [n] of a matrix, whose values are ``out`` [n]: the bits of `add_to`."""
+        """Add the values at the places [n] of a matrix to ``out`` [n], with the bits of `add_to`."""
         from fp8ckpt.numerics.products import add_product_at
 
         row, col = rows - self.offsets[-2], cols - self.offsets[-1]
@@ -145,9 +145,9 @@ def _ends(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
 class MergedTensor:
     """``base`` with ``products`` added; a `fp8ckpt.tensors.tensor.Tensor` of ``dtype``, or of any target.
 
-    ``replacement``: what stands in place of the base's values, of an adapter that trained all of it. ``magnitude``:
-    DoRA's, of as many elements as there are rows; or columns, whose ``norms`` are found in a pass of their own over all
-    of it. ``floats``: reads factors, and keeps some.
+    ``replacement``: gives the values instead of the base, if the adapter trained all of them. ``magnitude``: DoRA's,
+    with one element a row, or one a column; the ``norms`` of columns take a pass of their own over the whole tensor.
+    ``floats`` reads factors, and caches some.
     """
 
     base: Tensor
@@ -184,19 +184,19 @@ class MergedTensor:
 
     @property
     def scaled(self) -> None:
-        """Its values are in no file."""
+        """None: its values are in no file."""
         return
 
     @property
     def passes(self) -> int:
-        """How often the base is read for all values: norms of columns take one of their own."""
+        """How often the base is read to get all values: norms of columns take a second pass."""
         return 1 if self.norms is None else 2
 
     def dtypes(self) -> tuple[str, ...]:
         return tuple(TARGET_BYTES)
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
-        """As `fp8ckpt.tensors.tensor.Tensor.reads`: of the base, the factors aside."""
+        """As `fp8ckpt.tensors.tensor.Tensor.reads`, for the base, without the factors."""
         return self.base.reads(region)
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
@@ -206,7 +206,7 @@ class MergedTensor:
         out[...] = bits.reshape(region[1])
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        """As `fp8ckpt.tensors.tensor.Tensor.elements`. What was merged is ``reader.merge``, until the next."""
+        """As `fp8ckpt.tensors.tensor.Tensor.elements`. ``reader.merge`` holds the merged run until the next one."""
         bits = out.view(f"u{TARGET_BYTES[dtype]}")
         before = reader.floats("before", bits.size)
         after = bits.view(np.float32) if dtype == "F32" else reader.floats("after", bits.size)
@@ -224,7 +224,7 @@ class MergedTensor:
             self._round(after, dtype, bits)
 
     def _add_to_run(self, start: int, before: F32, after: F32, reader: Reader) -> None:
-        """Fill in a run of elements, before and after."""
+        """Fill in a run of elements, before and after merging."""
         _read_run(self.base, start, before, reader)
         if self.replacement is None:
             np.copyto(after, before)
@@ -239,9 +239,9 @@ class MergedTensor:
             done += part.size
 
     def largest(self, start: int, count: int, at_least: np.float32, reader: Reader) -> np.float32 | None:
-        """The largest magnitude of a run of elements, or one that is not above ``at_least``, from few of them: the
-        others' codes, with the most that their products can add, are below that of those. None where that is not known
-        to hold for enough of them.
+        """Return the largest magnitude in a run of elements, or a value not above ``at_least`` if there is none above
+        it. Few elements are computed: codes and bounds of the products prove that the others are smaller. None if the
+        bounds do not exclude enough elements.
         """
         base = self.base.scaled
         if base is None or base.across or not base.grid.per_tensor or base.code_dtype not in _ORDERED:
@@ -270,8 +270,9 @@ class MergedTensor:
     def encode(
         self, start: int, codes: Bytes, before: np.float32, scale: np.float32, reader: Reader
     ) -> MergedCodes | None:
-        """Fill in codes [n] with ``scale`` of a run of elements whose base has the one of ``before``: the bits of
-        encoding its `elements`. None where these are not codes of e4m3 to which whole products are added, and no more.
+        """Fill ``codes`` [n] with the codes of a run of elements at ``scale``, with the bits of encoding its
+        `elements`. ``before`` is the base's scale. None unless the base is of e4m3 and products of whole matrices are
+        all that is added.
         """
         base, products_of = self.base.scaled, self._whole_products
         if base is None or base.across or base.code_dtype not in _ORDERED or products_of is None:
@@ -295,7 +296,7 @@ class MergedTensor:
 
     @cached_property
     def _whole_products(self) -> dict[tuple[int, ...], list[Product]] | None:
-        """The products of each matrix, if all are of whole ones."""
+        """The products of each matrix, or None if one of them covers only a part of its matrix."""
         found: dict[tuple[int, ...], list[Product]] = {}
         for product in self.products:
             if product.sizes[-2:] != self.shape[-2:] or prod(product.sizes[:-2]) != 1:
@@ -308,8 +309,8 @@ class MergedTensor:
         return [product.right.largest_norm(product.sizes[-1], self.floats) for product in self.products]
 
     def turned(self) -> MergedTensor:
-        """The same with its last two dimensions in the other order; not with DoRA."""
-        assert self.magnitude is None  # which is of matrices
+        """Return the tensor with its last two dimensions swapped; not with DoRA."""
+        assert self.magnitude is None  # DoRA's magnitude is one of matrices
         return replace(
             self,
             base=_turned(self.base),
@@ -318,7 +319,7 @@ class MergedTensor:
         )
 
     def _merge(self, region: Region, reader: Reader) -> Merge:
-        """The values of a region, before and after, of its sizes."""
+        """Return the values of a region, before and after merging, in the shape of the region."""
         if self.magnitude is None:
             return self._add(region, reader)
         if self.norms is not None:
@@ -328,7 +329,7 @@ class MergedTensor:
             return merge
         from fp8ckpt.numerics.products import sum_squares
 
-        rows = (region[0][0], 0), (region[1][0], self.shape[1])  # whole ones
+        rows = (region[0][0], 0), (region[1][0], self.shape[1])  # DoRA needs whole rows
         before, after = self._add(rows, reader)
         sums = np.empty(region[1][0])
         sum_squares(after, sums)
@@ -345,7 +346,7 @@ class MergedTensor:
         return Merge(before, after)
 
     def _sums_of_columns(self, reader: Reader) -> npt.NDArray[np.float64]:
-        """The sum of the squares of each column, of all that is merged, row after row."""
+        """Return the sum of squares of each column after merging, added up row by row."""
         from fp8ckpt.numerics.products import add_squares
 
         rows, cols = self.shape
@@ -355,7 +356,9 @@ class MergedTensor:
         return sums
 
     def _factors(self, sums: npt.NDArray[np.float64], what: str, first: int = 0) -> F32:
-        """What DoRA multiplies rows or columns from the ``first`` on by: magnitude / norm, in float64, rounded once."""
+        """Return DoRA's multipliers of the rows or columns from ``first`` on: magnitude / norm, rounded once from
+        float64.
+        """
         assert self.magnitude is not None
         if not sums.all():
             zero = first + int(np.flatnonzero(sums == 0)[0])
@@ -373,14 +376,14 @@ class MergedTensor:
 
 
 class Norms:
-    """The sums of squares of a tensor's columns, which are found once; for any number of threads."""
+    """The sums of squares of a tensor's columns, computed once. Thread-safe."""
 
     def __init__(self) -> None:
         self._sums: npt.NDArray[np.float64] | None = None
         self._lock = threading.Lock()
 
     def of(self, find: Callable[[], npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-        """What ``find`` found when it was first asked."""
+        """Return the result of the first call of ``find``."""
         with self._lock:
             if self._sums is None:
                 self._sums = find()
@@ -394,7 +397,7 @@ def _turned(tensor: Tensor) -> Tensor:
 
 
 def _read(tensor: Tensor, region: Region, reader: Reader) -> F32:
-    """The values of a region as float32, of its sizes: of codes in float32, of what is stored exactly."""
+    """Return the values of a region as float32, in its shape. Stored values convert exactly."""
     dtype = "F32" if "F32" in tensor.dtypes() else tensor.dtype
     bits: npt.NDArray[np.generic] = np.empty(region[1], SCALE_DTYPES[dtype])
     tensor.values(region, dtype, bits, reader)
@@ -402,13 +405,13 @@ def _read(tensor: Tensor, region: Region, reader: Reader) -> F32:
 
 
 def _as_matrices(region: Region) -> Region:
-    """A region of at least two dimensions: of fewer, it is of one row."""
+    """Return a region of at least two dimensions: one of fewer gets leading dimensions of length 1."""
     lift = max(0, 2 - len(region[0]))
     return (0,) * lift + region[0], (1,) * lift + region[1]
 
 
 def _read_run(tensor: Tensor, start: int, out: F32, reader: Reader) -> None:
-    """A run of elements as float32."""
+    """Read a run of elements as float32."""
     if "F32" in tensor.dtypes():
         tensor.elements(start, "F32", out.view(np.uint8), reader)
         return
@@ -418,8 +421,8 @@ def _read_run(tensor: Tensor, start: int, out: F32, reader: Reader) -> None:
 
 
 class KeptFloats:
-    """Reads tensors of adapters, and keeps those that were asked for last: ``room`` bytes, or a single one. For any
-    number of threads.
+    """A reader of adapters' tensors with a cache of the last used: at most ``room`` bytes, or a single tensor.
+    Thread-safe.
     """
 
     def __init__(self, room: int) -> None:

@@ -1,8 +1,8 @@
 """Which scale belongs to which weight, by the table of formats.
 
 Weights are found by dtype, in the headers, or by the table; scales by name, beside the weight
-(`fp8ckpt.tensors.formats`). What cannot be paired is a defect with a name: a missing, orphan or ambiguous scale, one
-that does not tile its weight, or one of a foreign dtype. Integers and other packed weights are recognised and refused.
+(`fp8ckpt.tensors.formats`). A failed pairing is a named defect: a missing, orphan or ambiguous scale, a scale that does
+not tile its weight, or one of a foreign dtype. Integer and other packed weights are recognised and refused.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fp8ckpt.tensors.tensor import Tensor
 
 
 class Pairing(NamedTuple):
-    """The logical tensors in the order given, and every defect. Apart from them: the scales of attention and of its
-    cache, which belong to no one weight, and the markers, which only say how the others are stored.
+    """The logical tensors in the order given, and every defect. Separate from them: the scales of attention and of its
+    cache, which belong to no single weight, and the markers, which only say how the others are stored.
     """
 
     tensors: dict[str, Tensor]
@@ -47,13 +47,13 @@ def pair(
 ) -> Pairing:
     """Pair every weight of codes of a checkpoint with its scale.
 
-    ``spans`` are all stored tensors by name; ``blocks`` and ``quantized`` are the configuration's: the block size of
-    each module, and whether it speaks of quantization at all (of the cache alone, for example). With ``complete`` false
-    some files could not be read, and what is missing or left over is not held against the rest.
+    ``spans`` are all stored tensors by name. ``blocks`` and ``quantized`` come from the configuration: the block size
+    of each module, and whether it mentions quantization at all (perhaps of the cache alone). ``complete`` is False if
+    some files could not be read: missing and left-over tensors are then no defects.
     """
     last_parts = "\n.".join(("", *{name[name.rfind(".") + 1 :] for name in spans}, ""))
 
-    def occurs(ending: str) -> bool:  # most of the tables' do not, and each lies in the last part of a name
+    def occurs(ending: str) -> bool:  # most endings of the tables do not; each is part of a name's last component
         return ending + "\n" in last_parts
 
     codes = {
@@ -61,7 +61,7 @@ def pair(
         for name, span in spans.items()
         if span.dtype in formats.MAY_BE_CODES and (dtype := formats.code_dtype(span, spans)) is not None
     }
-    made: dict[str, Tensor | None] = {}  # by the name of the codes; None by that of what belongs to others
+    made: dict[str, Tensor | None] = {}  # by the name of the codes; None for tensors that belong to others
     defects: list[Fp8CheckpointError] = []
     dtypes = {span.dtype for span in spans.values()}
     if any(map(occurs, formats.PACKED_WEIGHTS)) or not dtypes.isdisjoint(formats.MAY_BE_PACKED):
@@ -71,7 +71,7 @@ def pair(
     made.update((span.name, None) for span in markers)
     weights = [name for name in codes if name not in made]
     if F4 in codes.values():
-        weights.sort(key=lambda name: codes[name] != F4)  # scales in FP8 are theirs, and no weights then
+        weights.sort(key=lambda name: codes[name] != F4)  # their FP8 scales are then no weights
     scales, activations = (
         [(row, row.weight, row.scale) for row in rows if occurs(row.scale)]
         for rows in (formats.SCALES, formats.ACTIVATIONS)
@@ -149,20 +149,20 @@ _ACTIVATION_ENDINGS = tuple(row.scale for row in formats.ACTIVATIONS)
 
 
 def _second_factor(codes: str, spans: Mapping[str, TensorSpan], own: str | None) -> str | None:
-    """The key of what the codes are scaled by besides their scale, and ``own``, the factor that their format has."""
+    """Return the key of a further factor on the codes, besides their scale and ``own``, the factor of their format."""
     keys = (codes.removesuffix(end) + factor for end, factor in formats.FACTORS if codes.endswith(end))
     return next((key for key in keys if key in spans and key != own), None)
 
 
 def _meant_weights(span: TensorSpan, spans: Mapping[str, TensorSpan], *, activations: bool) -> list[str] | None:
-    """The weights that a tensor which no weight claims may be the scale of; None for what is no scale.
+    """Return the weights that an unclaimed tensor may be the scale of, or None if it is not a scale.
 
-    The scale of an activation is one only in a checkpoint of FP8 (``activations``).
+    An activation scale counts as one only in an FP8 checkpoint (``activations``).
     """
     name = span.name
     rows = (*formats.SCALES, *formats.ACTIVATIONS) if "scale" in name else ()
     ends = [(end, row) for row in rows for end in (row.scale, row.factor) if end and name.endswith(end)]
-    ends.sort(key=lambda found: -len(found[0]))  # the longest says most
+    ends.sort(key=lambda found: -len(found[0]))  # the longest ending says most
     weights = [name.removesuffix(end) + row.weight for end, row in ends]
     if name.endswith(formats.ONLY_SCALES) or (activations and name.endswith(formats.ONLY_ACTIVATION_SCALES)):
         return weights
@@ -177,7 +177,7 @@ def _refuse_packed(
     made: dict[str, Tensor | None],
     defects: list[Fp8CheckpointError],
 ) -> None:
-    """What is packed or integer is a defect each; it and all that stands beside it are no tensors of their own."""
+    """Add a defect for each packed or integer weight. It and its companions are no tensors of the checkpoint."""
     for name, span in spans.items():
         if name not in codes and _is_packed(span, spans):
             stem = name
@@ -193,14 +193,13 @@ def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
         return True
     if span.dtype not in formats.INTEGERS or len(span.shape) < 2:
         return False
-    # A matrix of integers with a scale of its own; but the scale of an FP8 weight may be one of bytes, and is no
-    # weight.
+    # A matrix of integers with its own scale is packed. The scale of an FP8 weight may be bytes too, and is no weight.
     stems = (name, name.removesuffix(".weight"), name.removesuffix("_qdata"))
     return any(stem + ending in spans for stem in stems for ending in formats.INTEGER_SCALES)
 
 
 _grid = lru_cache(maxsize=4096)(infer_grid)  # a model has many tensors of few shapes
-_made = partial(tuple.__new__, QuantizedTensor)  # in a third of the time
+_made = partial(tuple.__new__, QuantizedTensor)  # takes a third of the time
 
 
 def _of_eight_bits(
@@ -225,7 +224,7 @@ def _of_four_bits(
     spans: Mapping[str, TensorSpan],
     blocks: BlockSizes,
 ) -> QuantizedTensor | Fp8CheckpointError:
-    """The dtype of the scales says how large their groups are, and whether there is a second level."""
+    """Pair codes of four bits. The dtype of the scales decides the group size, and whether there is a second level."""
     if scale.dtype not in formats.GROUPS:
         return ScaleDtypeError.of(weight, scale, formats.GROUPS)
     shape, group = formats.weight_shape(row, weight, F4), (formats.GROUPS[scale.dtype],)
@@ -253,7 +252,7 @@ def _of_four_bits(
 
 
 def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
-    """Names that speak of a scale, by the module that they stand in: what a misnamed scale is looked for among."""
+    """Return the names that contain "scale", by module: the candidates for a misnamed scale."""
     names: dict[str, list[str]] = {}
     for name in sorted(spans):
         module, _, leaf = name.rpartition(".")

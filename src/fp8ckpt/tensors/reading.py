@@ -1,6 +1,6 @@
-"""Reading logical tensors: scales checked, codes looked up, straight into a caller's buffer.
+"""Reading logical tensors: scales are checked, and codes are looked up straight into a caller's buffer.
 
-The only part of this room that touches tensor values. Memory is one small buffer of codes, whatever the tensor's size.
+This is the only part of this room that touches tensor values. Memory is one small buffer of codes for any tensor.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from fp8ckpt.numerics.dequantize import Bits, Dequantizer
 
-CODES_BUFFER = 4 << 20  # bytes; a few of them fit a second-level cache, and a disk read of this size is efficient
-_SCALES_AT_ONCE = 1 << 20  # bytes, of each read that a store does at once: near ones stay in a cache
+CODES_BUFFER = 4 << 20  # bytes; several fit a second-level cache, and a disk read of this size is efficient
+_SCALES_AT_ONCE = 1 << 20  # bytes for each read that a store does at once: neighbouring ranges stay in a cache
 
 
 def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> Region:
-    """The region, with None standing for the whole tensor; raises `RegionError` where it reaches outside."""
+    """Return the region; None stands for the whole tensor. Raise `RegionError` if it reaches outside."""
     shape = tensor.shape
     offsets = tuple(offsets) if offsets is not None else (0,) * len(shape)
     sizes = tuple(sizes) if sizes is not None else tuple(map(operator.sub, shape, offsets))
@@ -47,18 +47,18 @@ def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple
 
 
 def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
-    """Read a tensor's scales and make them ready. Raises `ScaleValueError` where one is NaN, infinite, zero or
-    negative.
+    """Return the dequantizer of a tensor, with its scales read. Raise `ScaleValueError` if one is NaN, infinite, zero
+    or negative.
     """
-    from fp8ckpt.numerics.dequantize import Dequantizer  # what looks at scales alone has no need of its kernels
+    from fp8ckpt.numerics.dequantize import Dequantizer  # callers that look at scales alone need none of its kernels
 
     scales, factor = load_scales(tensor), load_factor(tensor)
     return Dequantizer(tensor.grid, scales, tensor.scale.dtype, tensor.code_dtype, dtype, factor)
 
 
 def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
-    """A tensor's scales [n] as they are stored. Raises `ScaleValueError` if one is NaN, infinite, zero or negative,
-    alone or with its factor.
+    """Return a tensor's scales [n] in their stored dtype. Raise `ScaleValueError` if one is NaN, infinite, zero or
+    negative, by itself or multiplied by its second level.
     """
     scales = _stored(tensor.scale)
     factor = load_factor(tensor)
@@ -69,7 +69,7 @@ def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
 
 
 def load_factor(tensor: QuantizedTensor) -> Factor | None:
-    """The second level of a tensor's scales, None where there is one level. Raises `ScaleValueError`."""
+    """Return the second level of a tensor's scales, or None if there is one level. Raise `ScaleValueError` as above."""
     if tensor.second is None:
         return None
     value = read_floats(tensor.second.span).reshape(-1)
@@ -79,26 +79,26 @@ def load_factor(tensor: QuantizedTensor) -> Factor | None:
 
 
 def _judged(stored: npt.NDArray[Any], dtype: str, factor: Factor | None = None) -> F32:
-    """Scales as they are judged: of two levels, the first may be zero, with which every code is; it counts as 1."""
+    """Return scales as float32 for validation. With two levels, a scale of the first may be zero, and counts as 1."""
     values = scale_values(stored, dtype, factor)
     return np.where(stored == 0, np.float32(1), values) if dtype == TWO_LEVELS else values
 
 
 def _stored(span: TensorSpan) -> npt.NDArray[Any]:
-    """Scales [n] as they are stored, whatever they are."""
+    """Return scales [n] in their stored dtype, unchecked."""
     stored = np.empty(span.nbytes, np.uint8)
     span.read(stored)
     return stored.view(SCALE_DTYPES[span.dtype])
 
 
 def read_floats(span: TensorSpan) -> F32:
-    """All values of a tensor of scales, or of an adapter, as float32, exactly, in its shape."""
+    """Return all values of a tensor of scales, or of an adapter, as float32, exactly, in its shape."""
     return scale_values(_stored(span), span.dtype).reshape(span.shape)
 
 
 def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
-    """What the scales of weights are, of two levels the second, by the weight's name: equal bytes are equal scales. For
-    weights of few scales.
+    """Return bytes that identify the scales of each weight by its name (with two levels, the second): equal bytes mean
+    equal scales. For weights with few scales.
     """
     found: dict[str, bytes] = {}
     for tensor in tensors:
@@ -108,9 +108,9 @@ def stored_scales(tensors: Iterable[QuantizedTensor]) -> dict[str, bytes]:
 
 
 def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpan] = ()) -> list[Fp8CheckpointError]:
-    """Every scale (and activation scale, and ``others``) that is NaN, infinite, zero or negative.
+    """Return a defect for every scale, activation scale and one of ``others`` that is NaN, infinite or not positive.
 
-    All are of one store. The scales of many files are asked for together; memory is at most 32 MiB.
+    All are in one store. The scales of many files are read in one request; memory is at most 32 MiB.
     """
     spans = [*others]
     for tensor in tensors:
@@ -141,8 +141,8 @@ def scale_defects(tensors: Iterable[QuantizedTensor], others: Iterable[TensorSpa
 
 
 def _batches(groups: Iterable[list[TensorSpan]], most: int) -> Iterator[list[ByteRange]]:
-    """Where scales lie, those of a file in each group, by at most ``most`` bytes: those that follow each other are one
-    range, and one that is longer is in parts.
+    """Yield the ranges of scales in batches of at most ``most`` bytes. Each group has the spans of one file. Adjacent
+    spans become one range; a longer range is split.
     """
     batch: list[ByteRange] = []
     size = 0
@@ -159,7 +159,7 @@ def _batches(groups: Iterable[list[TensorSpan]], most: int) -> Iterator[list[Byt
 
 
 def _runs(spans: list[TensorSpan]) -> Iterator[ByteRange]:
-    """What follows each other in a file, as one."""
+    """Yield ranges in which adjacent spans of a file are merged."""
     spans.sort(key=attrgetter("start"))
     start = stop = spans[0].start
     for span in spans:
@@ -179,7 +179,7 @@ def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
 
 @kept_open()
 def read_tensor(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[int, ...] | None) -> torch.Tensor:
-    """A logical tensor, or a region of it, as a fresh torch tensor: FP8 as bfloat16, all else as stored."""
+    """Return a logical tensor, or a region of it, as a new torch tensor: FP8 as bfloat16, all else as stored."""
     import torch
 
     region = checked_region(tensor, offsets, sizes)
@@ -191,7 +191,7 @@ def read_tensor(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple[in
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit, and neither is FP8; memory is two pieces."""
+    """Whether two tensors have equal bits, and neither is FP8. Memory is two buffers of codes."""
     if a.scaled is not None or b.scaled is not None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     reader, buffers = Reader(CODES_BUFFER, load_dequantizer), np.empty((2, CODES_BUFFER), np.uint8)
@@ -206,8 +206,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A flat numpy view of the bytes of a contiguous CPU tensor. One of a single element may have any strides, and is
-    contiguous.
+    """Return a flat numpy view of the bytes of a contiguous CPU tensor. A tensor of one element counts as contiguous
+    with any strides.
     """
     import torch
 
@@ -215,7 +215,7 @@ def bytes_of(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def bits_of(tensor: torch.Tensor) -> Bits:
-    """A numpy view, of any strides, of a CPU tensor's bit patterns, one unsigned number an element."""
+    """Return a numpy view, of any strides, of a CPU tensor's bit patterns, one unsigned number an element."""
     import torch
 
     itemsize = tensor.element_size()
@@ -233,7 +233,7 @@ _TORCH_NAMES = {
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype."""
+    """Return the torch dtype of a safetensors dtype."""
     import torch
 
     found: torch.dtype = getattr(torch, _TORCH_NAMES[dtype])
@@ -241,6 +241,6 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def stored_dtype(dtype: torch.dtype) -> str | None:
-    """The safetensors dtype of a torch dtype, or None where there is none."""
+    """Return the safetensors dtype of a torch dtype, or None if there is none."""
     name = str(dtype).removeprefix("torch.")
     return next((stored for stored, known in _TORCH_NAMES.items() if known == name), None)

@@ -1,8 +1,8 @@
-"""How large scales are, of one tensor or of all of a kind: the least, the median, the greatest; and which stand out.
+"""The range of the scales of one tensor, or of all of a kind: least, median and greatest; and which stand out.
 
-A scale *stands out* if it is more than `FAR` times the median of its kind, or less than a `FAR`-th of it; of a weight
-with many scales, its greatest and its least are held against the greatest and the least of the other weights. Reads
-scales, and no codes; memory is that of one weight's scales.
+A scale *stands out* if it is more than `FAR` times the median of its kind, or less than a `FAR`-th of it. For a weight
+with many scales, its greatest and its least are compared with the medians of the other weights' greatest and least.
+Reads scales, and no codes; memory is that of one weight's scales.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAR = 8.0  # three binades of the sixteen that e4m3 has
 
 @dataclass(frozen=True)
 class ScaleRange:
-    """The range of ``count`` scales; all values are 0.0 where there are no scales."""
+    """The range of ``count`` scales; all values are 0.0 if there are no scales."""
 
     count: int
     least: float
@@ -33,16 +33,16 @@ _NONE = ScaleRange(0, 0.0, 0.0, 0.0)
 
 
 def scale_range(span: TensorSpan) -> ScaleRange:
-    """The range of the scales that are stored in one tensor, less those that are zero."""
+    """Return the range of the scales that are stored in one tensor, without those that are zero."""
     values = read_floats(span)
-    values = values[values != 0]  # of groups of zeros
+    values = values[values != 0]  # groups of zeros have such scales
     if not values.size:
         return _NONE
     return ScaleRange(span.numel, float(values.min()), float(np.median(values)), float(values.max()))
 
 
 def joined(ranges: Iterable[ScaleRange]) -> ScaleRange:
-    """The range over several weights; the median is that of their medians."""
+    """Return the range over several weights; the median is that of their medians."""
     known = [each for each in ranges if each.count]
     if not known:
         return _NONE
@@ -55,7 +55,7 @@ def joined(ranges: Iterable[ScaleRange]) -> ScaleRange:
 
 
 def outliers(ranges: Mapping[str, ScaleRange]) -> dict[str, float]:
-    """The weights of one kind that stand out, each with its factor, above 1 or below it."""
+    """Return the weights of one kind that stand out, each with its factor, above 1 or below it."""
     known = {name: each for name, each in ranges.items() if each.count}
     if not known:
         return {}

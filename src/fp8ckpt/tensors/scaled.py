@@ -1,4 +1,4 @@
-"""What is stored as codes with scales: one tensor, whose values are ``code * scale`` by a grid of blocks."""
+"""Tensors that are stored as codes with scales: the values are ``code * scale``, over a grid of blocks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _LOGICAL = "BF16"
 
 
 def turned(shape: Shape) -> Shape:
-    """With the last two in the other order."""
+    """Return a shape with its last two dimensions swapped."""
     return (*shape[:-2], shape[-1], shape[-2])
 
 
 class SecondLevel(NamedTuple):
-    """What all scales of a tensor are multiplied by, or divided: one value."""
+    """The one value that multiplies or divides all scales of a tensor."""
 
     span: TensorSpan
     divides: bool
@@ -37,11 +37,10 @@ class SecondLevel(NamedTuple):
 class QuantizedTensor(NamedTuple):
     """One quantized tensor of the logical checkpoint: codes, scales, and the grid by which the scales tile the codes.
 
-    ``name``: the logical tensor's, which the codes need not be stored under (``weight.name``). ``code_dtype``: of the
-    codes, several of which lie in a byte where they have fewer bits; then ``weight`` is of bytes, and of another shape.
-    ``second``: the second level of scales. ``across``: the tensor's last two dimensions are the codes' in the other
-    order; what speaks of codes (grid, spans, ``codes``, ``run``) has theirs. A `fp8ckpt.tensors.tensor.Tensor` of
-    bfloat16, or of whichever target is asked for.
+    ``name``: of the logical tensor; the codes may be stored under another (``weight.name``). ``code_dtype``: of the
+    codes; if several share a byte, ``weight`` has the dtype and the shape of bytes. ``second``: the second level of
+    scales. ``across``: the tensor's last two dimensions are those of the codes swapped; grid, spans, ``codes`` and
+    ``run`` have the codes' order. A `fp8ckpt.tensors.tensor.Tensor` of bfloat16, or of any other target.
 
     >>> tensor = fp8ckpt.open_checkpoint("sample-fp8").quantized[0]
     >>> tensor.weight.dtype, tensor.scale.dtype, tensor.grid.per_tensor
@@ -59,7 +58,7 @@ class QuantizedTensor(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """What it is rounded to where nobody asks for another dtype."""
+        """The dtype of its values if the caller asks for no other."""
         return _LOGICAL
 
     @property
@@ -90,7 +89,7 @@ class QuantizedTensor(NamedTuple):
 
     @property
     def packed(self) -> TensorSpan:
-        """The codes as bytes, one dimension for each of the weight's."""
+        """The codes as bytes, with one dimension for each dimension of the weight."""
         if self.per_byte == 1:
             return self.weight
         *lead, last = self.grid.weight_shape
@@ -101,7 +100,7 @@ class QuantizedTensor(NamedTuple):
         return self
 
     def one_a_byte(self, stored: Bytes) -> Bytes:
-        """The codes that bytes [n] of the weight hold."""
+        """Return the codes in the bytes [n] of the weight, one code a byte."""
         from fp8ckpt.numerics.quantize import unpack
 
         return stored if self.per_byte == 1 else unpack(stored)
@@ -113,7 +112,7 @@ class QuantizedTensor(NamedTuple):
         return self.packed.reads(bytes_of_region(self.of_codes(region), self.per_byte))
 
     def of_codes(self, region: Region) -> Region:
-        """A region of the tensor in the order of its codes' dimensions."""
+        """Return a region of the tensor in the codes' order of dimensions."""
         return (turned(region[0]), turned(region[1])) if self.across else region
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
@@ -121,7 +120,7 @@ class QuantizedTensor(NamedTuple):
         dequantizer = reader.dequantizer(self, dtype)
         region, out = self.of_codes(region), out.swapaxes(-1, -2) if self.across else out
         for piece, codes in self.codes(region, reader):
-            at: tuple[Any, ...] = (*within(piece, region), ...)  # a view, of no dimensions too
+            at: tuple[Any, ...] = (*within(piece, region), ...)  # a view, also of no dimensions
             dequantizer.region(codes, piece[0], out[at])
             if dequantizer.may_overflow:
                 self.refuse_overflow(dequantizer.count_overflown(codes, out[at]), dtype)
@@ -138,12 +137,12 @@ class QuantizedTensor(NamedTuple):
                 self.refuse_overflow(dequantizer.count_overflown(codes, part), dtype)
 
     def refuse_overflow(self, count: int, dtype: str) -> None:
-        """Raise `RangeError` where finite codes have values beyond a dtype."""
+        """Raise `RangeError` if finite codes have values beyond a dtype (``count`` of them)."""
         if count:
             raise RangeError.of_codes(self, count, dtype)
 
     def run(self, start: int, count: int, reader: Reader) -> Iterator[tuple[int, int, Bytes]]:
-        """The bytes of the codes of a run of elements in row-major order, piece by piece: (first element, elements,
+        """Yield the bytes of the codes of a run of elements in row-major order, in pieces (first element, elements,
         bytes).
         """
         packed = self.packed
@@ -158,8 +157,8 @@ class QuantizedTensor(NamedTuple):
             yield first, size, codes
 
     def codes(self, region: Region, reader: Reader) -> Iterator[tuple[Region, Bytes]]:
-        """The bytes of the codes of a region, piece by piece, each good until the next, in an array of their own sizes:
-        see `fp8ckpt.numerics.geometry.bytes_of_region`.
+        """Yield the bytes of a region's codes in pieces, each in an array of the shape that
+        `fp8ckpt.numerics.geometry.bytes_of_region` gives. A piece is valid until the next one is asked for.
         """
         packed = self.packed
         for piece in pieces(region, reader.room.size):
@@ -167,7 +166,7 @@ class QuantizedTensor(NamedTuple):
             codes = reader.room[: prod(of_bytes[1])]
             packed.read_region(of_bytes, codes)
             self._met(codes, reader)
-            if reader.passing is not None:  # without a byte's other code, where the piece begins or ends within it
+            if reader.passing is not None:  # without the other code of a byte that the piece shares with its neighbour
                 first = piece[0][-1] % self.per_byte if piece[0] else 0
                 cols = self.one_a_byte(codes).reshape(*of_bytes[1][:-1], -1)
                 reader.passing(self, cols[..., first : first + piece[1][-1]] if piece[1] else cols)
@@ -181,7 +180,7 @@ class QuantizedTensor(NamedTuple):
             reader.nonfinite[self.name] += count
 
     def count_overflown(self, reader: Reader) -> int:
-        """How many finite codes have values beyond float16. Codes are read only if the scales allow that any has."""
+        """Return how many finite codes have values beyond float16. Codes are read only if the scales allow for any."""
         dequantizer = reader.dequantizer(self, "F16")
         if not dequantizer.may_overflow:
             return 0

@@ -1,4 +1,4 @@
-"""What is stored as it is: dtypes, and where a tensor's bytes lie in a file."""
+"""Tensors that are stored directly: their dtypes, and the place of their bytes in a file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _RANGES_AT_ONCE = 1 << 14
 
 
 class TensorSpan(NamedTuple):
-    """Where one tensor's bytes lie: ``[start, stop)`` in ``file``, in bytes from the beginning of the file.
+    """The place of one tensor's bytes: ``[start, stop)`` in ``file``, in bytes from the beginning of the file.
 
-    A `fp8ckpt.tensors.tensor.Tensor` whose values are those bytes.
+    It is a `fp8ckpt.tensors.tensor.Tensor` whose values are those bytes.
 
     >>> span = fp8ckpt.open_checkpoint("sample-fp8")["lm_head.weight"]
     >>> span.file.name, span.dtype, span.shape, span.nbytes
@@ -79,14 +79,14 @@ class TensorSpan(NamedTuple):
         self.file.read(self.start + offset, out)
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
-        """As `fp8ckpt.tensors.tensor.Tensor.reads`: a run of the region is one range; of whole bytes an element."""
+        """As `fp8ckpt.tensors.tensor.Tensor.reads`: one range a run of the region. Elements must be whole bytes."""
         itemsize, name = DTYPE_BITS[self.dtype] // 8, self.file.name
         for first, count in runs(self.shape, *region):
             start = self.start + first * itemsize
             yield ByteRange(name, start, start + count * itemsize)
 
     def read_region(self, region: Region, out: Bytes) -> None:
-        """Read a region into ``out`` (flat, contiguous, in row-major order); one read asks for thousands of ranges."""
+        """Read a region into ``out`` (flat, contiguous, row-major), in requests of thousands of ranges."""
         ranges, done = self.reads(region), 0
         while wanted := list(islice(ranges, _RANGES_AT_ONCE)):
             parts = []
@@ -96,7 +96,7 @@ class TensorSpan(NamedTuple):
             self.file.store.read(wanted, parts)
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
-        """As `fp8ckpt.tensors.tensor.Tensor.values`: its bytes; ``dtype`` is its own."""
+        """As `fp8ckpt.tensors.tensor.Tensor.values`: the stored bytes; ``dtype`` must be the tensor's own."""
         assert dtype == self.dtype  # the caller asked dtypes()
         if out.flags.c_contiguous:
             self.read_region(region, out.reshape(-1).view("u1"))
@@ -109,12 +109,12 @@ class TensorSpan(NamedTuple):
             out[within(piece, region)] = scratch.view(out.dtype).reshape(piece[1])
 
     def elements(self, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-        """As `fp8ckpt.tensors.tensor.Tensor.elements`: its bytes. A run of packed ones begins at a whole byte."""
+        """As `fp8ckpt.tensors.tensor.Tensor.elements`: its bytes. A run of packed elements begins at a whole byte."""
         assert dtype == self.dtype  # the caller asked dtypes()
         self.read(out, start * DTYPE_BITS[dtype] // 8)
         reader.bytes_read += out.nbytes
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a tensor takes on disk."""
+    """Return the bytes that a tensor takes on disk."""
     return prod(shape) * DTYPE_BITS[dtype] // 8

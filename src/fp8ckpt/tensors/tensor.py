@@ -1,7 +1,7 @@
-"""What every logical tensor can do: say which bytes its values come from, and give them.
+"""The interface of every logical tensor: it tells which bytes its values come from, and gives its values.
 
-Nobody asks which one it has. There are the stored (a `TensorSpan`: its bytes are its values), the scaled (a
-`QuantizedTensor`: codes and scales), and whatever else can be read by region.
+Callers never ask which kind they have: a stored tensor (`TensorSpan`: its bytes are its values), a scaled one
+(`QuantizedTensor`: codes and scales), or any other tensor that can be read by region.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tensor(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What its values are rounded to where nobody asks for another: BF16 for what is scaled."""
+        """The dtype of its values if the caller asks for no other: BF16 for a scaled tensor."""
 
     @property
     def shape(self) -> Shape:
@@ -46,29 +46,29 @@ class Tensor(Protocol):
 
     @property
     def numel(self) -> int:
-        """Number of its values."""
+        """The number of its values."""
 
     @property
     def span(self) -> TensorSpan:
-        """The place of its values, or of their codes, on disk."""
+        """The place of its values, or of their codes, in a file."""
 
     @property
     def spans(self) -> tuple[TensorSpan, ...]:
-        """All that is stored of it, `span` first."""
+        """All stored tensors that it is made of, `span` first."""
 
     @property
     def scaled(self) -> QuantizedTensor | None:
-        """How its codes are scaled; None for what is stored as it is."""
+        """The tensor of codes and scales, or None if the values are stored directly."""
 
     @property
     def scales(self) -> tuple[TensorSpan, ...]:
-        """What is read whole, beside codes, for any of its values."""
+        """The scales that are read whole, beside codes, for any of its values."""
 
     def dtypes(self) -> tuple[str, ...]:
-        """What `values` can give."""
+        """Return the dtypes that `values` can give."""
 
     def reads(self, region: Region) -> Iterator[ByteRange]:
-        """The bytes that its values in a region come from, in order, scales aside."""
+        """Yield the byte ranges that the values of a region come from, in order, without those of scales."""
 
     def values(self, region: Region, dtype: str, out: Bits, reader: Reader) -> None:
         """Fill ``out``, which has the region's sizes and any strides, with the values' bit patterns in ``dtype``."""
@@ -78,9 +78,9 @@ class Tensor(Protocol):
 
 
 def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
-    """The bytes that its elements ``[start, stop)`` come from, in row-major order, scales aside."""
+    """Yield the byte ranges of the elements ``[start, stop)`` in row-major order, without those of scales."""
     stored = tensor.span
-    if tensor is stored:  # packed ones begin and end at whole bytes
+    if tensor is stored:  # a run of packed elements begins and ends at whole bytes
         first, last = (stored.start + at * stored.nbytes // stored.numel for at in (start, stop))
         yield ByteRange(stored.file.name, first, last)
         return
@@ -89,7 +89,7 @@ def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
 
 
 def elements_by_region(tensor: Tensor, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-    """`Tensor.elements` of one whose values come by region."""
+    """`Tensor.elements` for a tensor that gives its values by region."""
     bits, done = out.view(f"u{DTYPE_BITS[dtype] // 8}"), 0
     for region in boxes(tensor.shape, start, bits.size):
         size = prod(region[1])
@@ -98,8 +98,8 @@ def elements_by_region(tensor: Tensor, start: int, dtype: str, out: Bytes, reade
 
 
 def with_scales(values: Iterable[tuple[Sequence[TensorSpan], list[ByteRange]]]) -> Iterator[list[ByteRange]]:
-    """Reads of values, each with the scales that it needs, as a store is told of them in advance: scales lie near each
-    other, and not near the values, so those of many tensors are one read before all of their values.
+    """Yield reads for a store to fetch in advance, made of pairs (scales, ranges of values). Scales lie near each other
+    and far from the values, so the scales of many tensors come first, as one read, and all their values after it.
     """
     scales: dict[ByteRange, None] = {}
     held: list[list[ByteRange]] = []
@@ -116,29 +116,29 @@ def with_scales(values: Iterable[tuple[Sequence[TensorSpan], list[ByteRange]]]) 
 
 
 def bytes_of_values(tensor: Tensor) -> int:
-    """How many bytes all its values come from, scales aside."""
+    """Return how many bytes all values of a tensor come from, without scales."""
     return sum(stop - start for _, start, stop in tensor.reads(((0,) * len(tensor.shape), tensor.shape)))
 
 
 class Merge(NamedTuple):
-    """Values of a merged tensor as float32: what its base has, and what it is to have."""
+    """The values of a merged tensor as float32: those of its base, and those after merging."""
 
     before: F32
     after: F32
 
     @property
     def overflown(self) -> int:
-        """How many finite values became none: sums beyond float32."""
+        """The number of finite values that merging made infinite or NaN: sums beyond float32."""
         return int(np.count_nonzero(np.isfinite(self.before) & ~np.isfinite(self.after)))
 
 
 class Reader:
-    """One thread's means of reading values: room for codes, the scales in use, and what it met so far.
+    """The reading state of one thread: a buffer for codes, the scales in use, and counts of what it read.
 
     ``room``: bytes, the most codes that are read at once. ``dequantizer``: `fp8ckpt.tensors.reading.load_dequantizer`,
-    of which a cache is shared among threads. ``counting``: whether codes that are not finite are counted, by tensor, in
-    ``nonfinite``. ``merge``: the last run of a merged tensor that was read. ``passing``: is called with codes, one a
-    byte, as they are read.
+    or a cache of it that threads share. ``counting``: whether to count the codes that are not finite, by tensor, in
+    ``nonfinite``. ``merge``: the last run that was read of a merged tensor. ``passing``: a function that is called with
+    the codes, one a byte, as they are read.
     """
 
     def __init__(self, room: int | Bytes, dequantizer: DequantizerOf, *, counting: bool = False) -> None:
@@ -152,7 +152,7 @@ class Reader:
         self._floats: dict[str, F32] = {}
 
     def floats(self, what: str, count: int) -> F32:
-        """Room for float32 values [count], which is used again when ``what`` is asked for once more."""
+        """Return a float32 buffer [count]. The next call with the same ``what`` uses the same memory."""
         if (found := self._floats.get(what)) is None or found.size < count:
             found = self._floats[what] = np.empty(count, np.float32)
         return found[:count]
