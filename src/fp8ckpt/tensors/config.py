@@ -82,7 +82,8 @@ def states_quantization(store: Store, config: Json) -> bool:
 
 
 def modelopt_quantization(store: Store) -> Json:
-    """Return the ``quantization`` object of ModelOpt's own file, or an empty one. Raise `ConfigError` for another kind.
+    """Return the ``quantization`` object of ModelOpt's own file, or an empty one. Raise `ConfigError` if it is no
+    object.
     """
     return _object(MODELOPT_CONFIG, (load_json(store, MODELOPT_CONFIG) or {}).get("quantization") or {})
 
