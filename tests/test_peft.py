@@ -178,10 +178,10 @@ def test_biases_of_modules_that_are_saved_whole(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_experts_in_four_bits(tmp_path: Path) -> None:
-    """gpt-oss, whose codes lie across the experts that PEFT adapts: what it merges in float32 is what is merged in
-    BF16, and back in MXFP4 most of it arrives.
+    """gpt-oss, whose codes lie across the experts that PEFT adapts, and of which one stack is square: what it merges in
+    float32 is what is merged in BF16, and back in MXFP4 most of it arrives.
     """
-    base = gpt_oss(tmp_path / "base", intermediate=96)
+    base = gpt_oss(tmp_path / "base")
     model = trained(base, tmp_path / "a", std=0.05, target_modules=["q_proj"], target_parameters=EXPERTS, r=2)
     merge(base, tmp_path / "a", tmp_path / "bf16", to="bf16")
     result = merge(base, tmp_path / "a", tmp_path / "fp4")

@@ -16,7 +16,7 @@ import numpy as np
 from fp8ckpt.encodings.tying import as_one
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.families.between import parts_of_model
-from fp8ckpt.families.loaders import is_transposed
+from fp8ckpt.families.loaders import has_no_fp8_experts, is_transposed
 from fp8ckpt.families.names import Shapes, answers
 from fp8ckpt.families.tied import Tied
 from fp8ckpt.numerics.codes import TARGET_BYTES
@@ -30,12 +30,13 @@ from fp8ckpt.tensors.stored import TensorSpan
 #: The order in which models register the parameters of stacked experts, and PEFT wraps them.
 _REGISTERED = ("gate_up_proj", "down_proj")
 _ROOM = 64 << 20  # bytes of factors that are kept, beyond the largest pair
-_STRAIGHT_SINCE = (0, 19)  # PEFT takes stacked experts for [E, out, in]; before, for [E, in, out]
+_STRAIGHT_SINCE = (0, 19, 1)  # PEFT takes stacked experts for [E, out, in]; before, for [E, in, out]
 
 
 class _Use(NamedTuple):
     """A pair of an adapter, of which the tensor ``target`` of the trained model is the base; ``key``: as PEFT's
-    patterns call it; ``across``: the model multiplies by that tensor as [in, out].
+    patterns call it; ``across``: the model multiplies by that tensor as [in, out]; ``known``: which of both it is of
+    stacked experts, for want of which their shapes say it.
     """
 
     adapter: Adapter
@@ -43,6 +44,12 @@ class _Use(NamedTuple):
     target: str
     key: str
     across: bool = False
+    known: bool | None = None
+
+    def fits(self, shape: tuple[int, ...]) -> tuple[bool, bool]:
+        """Whether the product is of a tensor of this shape as [out, in], and as [in, out]."""
+        sizes = (self.pair.b.shape[0], self.pair.a.shape[1])
+        return sizes == shape[-2:], sizes[::-1] == shape[-2:]
 
 
 def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] = ()) -> dict[str, MergedTensor]:
@@ -60,7 +67,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
     parts = _answered(keys, shapes, base)
     floats = KeptFloats(max((4 * (use.pair.a.numel + use.pair.b.numel) for use in uses), default=0) + _ROOM)
     by_target: dict[str, list[_Use]] = {}
-    for use in uses:
+    for use in _known(uses, parts):
         by_target.setdefault(use.target, []).append(use)
     found: dict[str, MergedTensor] = {}
     for name, assembly in reversed_assemblies(parts, shapes).items():
@@ -103,8 +110,21 @@ def _uses(adapter: Adapter, there: Collection[str], config: Json) -> Iterator[_U
             continue
         if len(leaves) != levels[pair.module]:
             raise ModelMismatchError.of_pairs(pair.a, pair.module, levels[pair.module], len(leaves))
-        target = f"{pair.module}.{leaves[-1 - pair.depth]}"  # the last that was wrapped is outside
-        yield _Use(adapter, pair, target, target)
+        leaf = leaves[-1 - pair.depth]  # the last that was wrapped is outside
+        across = leaf in _REGISTERED and has_no_fp8_experts(config)  # of which no class has them [out, in]
+        yield _Use(adapter, pair, f"{pair.module}.{leaf}", f"{pair.module}.{leaf}", across)
+
+
+def _known(uses: Sequence[_Use], parts: Mapping[str, Assembly]) -> Iterator[_Use]:
+    """The pairs, each with what the others of its module say of it: PEFT takes all stacks of a module in one way."""
+    ways: dict[tuple[int, str], set[bool]] = {}
+    for use in uses:
+        straight, across = use.fits(parts[use.target].shape)
+        if straight != across and len(parts[use.target].shape) == 3:
+            ways.setdefault((id(use.adapter), use.pair.module), set()).add(straight)
+    for use in uses:
+        known = ways.get((id(use.adapter), use.pair.module), set())
+        yield use._replace(known=next(iter(known)) if len(known) == 1 else None)
 
 
 def _with_parameters(adapter: Adapter, shapes: Shapes, base: Checkpoint) -> Collection[str]:
@@ -183,8 +203,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
         raise UnsupportedFormatError.of_dimensions(a, shape)
     if a.shape[0] != rank * experts:
         raise ModelMismatchError.of_rank(a, rank, experts if len(shape) == 3 else None)
-    straight = (a.shape[1], b.shape[0]) == (shape[-1], shape[-2])
-    across = (a.shape[1], b.shape[0]) == (shape[-2], shape[-1])
+    straight, across = use.fits(shape)
     if len(shape) == 2:
         turned = _lies_across(use, shape)
         straight, across = straight and not turned, across and turned
@@ -208,12 +227,14 @@ def _lies_across(use: _Use, shape: tuple[int, ...]) -> bool:
 
 
 def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
-    """(straight, across) of stacked experts of as many rows as columns. Shapes do not say it; PEFT's version
-    does, where the model is known not to transpose its stacks.
+    """(straight, across) of stacked experts of as many rows as columns. Their shapes do not say it: those of the other
+    stack do, or PEFT's version, where the model is known not to transpose its stacks.
     """
+    if use.known is not None:
+        return use.known, not use.known
     version = str(use.adapter.config.get("peft_version") or "").split(".")
-    numbers = tuple(int(part) for part in version[:2] if part.isdigit())
-    if matrices and len(numbers) == 2 and numbers >= _STRAIGHT_SINCE:
+    numbers = tuple(int(part) for part in version[:3] if part.isdigit())
+    if matrices and not use.across and len(version) == 3 and numbers >= _STRAIGHT_SINCE:
         return True, False
     raise UnsupportedFormatError.of_square_experts(use.pair.a)
 

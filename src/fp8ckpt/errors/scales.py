@@ -226,8 +226,8 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
     @classmethod
     def of_square_experts(cls, factor: Stored) -> Self:
         found = "stacked experts of as many rows as columns: which are the rows of the factors is not recorded"
-        expected = "a base with a matrix an expert, and peft_version 0.19 or newer"
-        return cls(found, tensor=factor, expected=expected)
+        expected = "both stacks adapted, or a base with a matrix an expert and peft_version 0.19.1 or newer"
+        return cls(found, tensor=factor, expected=expected, remedy=MERGED_THERE)
 
     @classmethod
     def of_trained(cls, tensor: Stored, shape: tuple[int, ...]) -> Self:
