@@ -1,1 +1,1 @@
-"""PyTorch: the only room that imports torch.distributed."""
+"""PyTorch: readers and writers for torch.distributed.checkpoint, and loading and saving of whole models."""

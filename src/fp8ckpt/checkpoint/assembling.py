@@ -1,10 +1,10 @@
 """How a model's tensors are made of those on disk: by its state_dict_adapter, by transformers' own tables, or by the
-names that are found in the file.
+names found in the file.
 
-The way of a family's load: `assemble` here asks the adapter (``assemblies``), or runs the conversions of the installed
-transformers on symbols (`fp8ckpt.families.transformers_tables`), or takes the table of prefixes under which most names
-are found (`fp8ckpt.families.names`). Each gives an `Assembly` a tensor, which is all that follows: planners cut it by
-shard, and the reader fills the pieces.
+`assemble` asks the adapter (``assemblies``), or runs the conversions of the installed transformers on symbols
+(`fp8ckpt.families.transformers_tables`), or takes the table of prefixes that matches most names
+(`fp8ckpt.families.names`). Each gives one `Assembly` per tensor; planners cut it by shard, and the reader fills the
+pieces.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fp8ckpt.tensors.assembly import Assembly
 
 
 def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shapes) -> Assembled | None:
-    """How the tensors ``native`` of ``model`` are made of those ``stored`` in a checkpoint; None where a
-    state_dict_adapter has other means to say it.
+    """Return how the tensors ``native`` of ``model`` are made of those ``stored`` in a checkpoint; None if a
+    state_dict_adapter without assemblies converts them itself.
 
-    Raises `ModelMismatchError` for an assembly that does not fit, and `UnsupportedFormatError` for a conversion of
-    transformers' that is no rearrangement.
+    Raises `ModelMismatchError` for an assembly that does not fit, and `UnsupportedFormatError` for a transformers
+    conversion that is not a rearrangement.
     """
     own = {name: tuple(tensor.shape) for name, tensor in native.items()}
     adapter: Any = getattr(model, "state_dict_adapter", None)
@@ -45,16 +45,16 @@ def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shape
 
 
 def of_names(own: Iterable[str], stored: Shapes, layout: KeyLayout = IDENTITY) -> Assembled:
-    """Each tensor is one of the file's, perhaps under another name."""
+    """Return assemblies that make each tensor of one tensor of the file, renamed by ``layout``."""
     found = {name: hf for name in own if (hf := layout.native_to_hf(name)) in stored}
     return Assembled({name: Assembly.whole(hf, stored[hf]) for name, hf in found.items()}, stored)
 
 
 def _of_pretrained(model: nn.Module, own: Shapes, stored: Shapes) -> Assembled | None:
-    """By transformers' tables, for the one of its models that ``model`` is or holds. Where that is the text model of a
-    file that holds more, the file's names are taken for the text model's.
+    """Assemble by transformers' tables, for the one transformers model that ``model`` is or holds. If most of its
+    tensors are not found, as for the text model of a multimodal file, known layouts are tried on the file's names.
     """
-    roots: dict[str, nn.Module] = {}  # the outermost, by what their tensors' names begin with
+    roots: dict[str, nn.Module] = {}  # the outermost ones, by the prefix of their tensors' names
     for name, module in model.named_modules():
         prefix = f"{plain_name(name)}.".removeprefix(".")
         if is_pretrained(module) and not prefix.startswith(tuple(roots)):

@@ -1,8 +1,8 @@
-"""Load a checkpoint into a model, in place, whatever its sharding; and save a model as a checkpoint.
+"""Load a checkpoint into a model in place, whatever its sharding, and save a model as a checkpoint.
 
-Loading is three verbs: assemblies (how the model's tensors are made of the file's), ``dcp.load`` with
-`FP8StorageReader`, and nothing else: every byte goes from the file through a table into the parameter. It is strict: a
-tensor that is missing on either side is an error that names it.
+A load finds the assemblies (how each tensor of the model is made of the file's) and calls ``dcp.load`` with
+`FP8StorageReader`, which dequantizes the file's bytes straight into the parameters. It is strict: a tensor that is
+missing on either side is an error that names it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from fp8ckpt.tensors.reading import torch_dtype
 
 
 class Checkpointer:
-    """`fp8ckpt.load_model` and `fp8ckpt.save_model` for the ranks of a ``process_group``, which hold a model together.
+    """`fp8ckpt.load_model` and `fp8ckpt.save_model` for the ranks of ``process_group``, which together hold one model.
 
-    By default, and as the two functions, for all ranks. All of them must make each call.
+    The default is the default process group, which the two functions use. Every rank of the group must make each call.
 
     >>> checkpointer = fp8ckpt.Checkpointer()
     >>> model = fp8ckpt.load_pretrained("sample-fp8")
@@ -65,23 +65,22 @@ class Checkpointer:
     ) -> None:
         """Fill every parameter and persistent buffer of ``model`` from the checkpoint at ``path``.
 
-        The model may be unsharded, or a mix of DTensors of any mesh and placement (FSDP2, TP, a PP stage). FP8 tensors
-        are dequantized to the parameter's own dtype (bfloat16, float16 or float32), others are cast to it where it
-        differs and can hold every value of the stored one. Names go through ``model.state_dict_adapter`` if there is
-        one, otherwise through the layout found in the file. Tied weights end up tied, and a transformers model's
-        non-persistent buffers, which ``to_empty`` leaves undefined, get their values back.
+        The model may be unsharded, or hold DTensors of any mesh and placement (FSDP2, TP, a PP stage). FP8 tensors are
+        dequantized to the parameter's dtype (bfloat16, float16 or float32). Other tensors are cast to the parameter's
+        dtype if it holds every value of the stored one. Names are translated by ``model.state_dict_adapter`` if there
+        is one, otherwise by transformers' conversions or the prefixes found in the file. Tied weights end up tied, and
+        non-persistent buffers of a transformers model, which ``to_empty`` leaves undefined, get their values back.
 
-        ``partial``: the model is only a part of what is in the checkpoint (a PP stage, the text model of a VLM).
-        Without it, a checkpoint tensor that no part of the model takes is an error; a parameter that the checkpoint
-        lacks always is.
+        ``partial``: the model is only a part of the checkpoint (a PP stage, the text model of a VLM). Without it, a
+        checkpoint tensor that no part of the model takes is an error; a parameter that the checkpoint lacks always is.
 
         ``narrow``: tensors that are not FP8 may be rounded to a dtype that holds fewer values than the stored one, such
-        as float32 to bfloat16; a warning names them. Without it, that is an error.
+        as float32 to bfloat16; a warning names them. Without it, such a tensor is an error.
 
-        ``follow_index``: what the index does not list is no part of the checkpoint (a sidecar of an MTP layer).
+        ``follow_index``: ignore tensors that the index does not list (a sidecar of an MTP layer).
 
-        Raises `ModelMismatchError` on every rank where any rank finds one, before any data is read; and the
-        checkpoint's own `Fp8CheckpointError`.
+        Raises `ModelMismatchError` on every rank if any rank finds a mismatch, before any data is read; and the
+        `Fp8CheckpointError` of a defective checkpoint.
 
         >>> model = fp8ckpt.load_pretrained("sample-fp8")
         >>> _ = model.lm_head.weight.data.zero_()
@@ -113,31 +112,33 @@ class Checkpointer:
         max_file_bytes: int | None = None,
         base: CheckpointLike | None = None,
     ) -> ConvertResult:
-        """Write ``model`` to the new directory ``path`` as final Hugging Face files, each byte once.
+        """Write ``model`` to the new directory ``path`` as final Hugging Face files; each byte is written once.
 
-        Every rank writes its own shards into the same files. Names and stackings are translated as for `load_model`.
-        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's. ``like``: the checkpoint
-        that the model came from, the base: it decides names, files, the dtype of tensors that it does not hold as FP8,
-        configuration and side files; what is written is what ``convert(like, ..., to=to)`` would make of it with the
-        model's values. Without it, names are the model's own, files end at ``max_file_bytes`` (default: 5 GB), and the
-        configuration is ``model.config``; what the model's class keeps in float32, and the model too, is stored so, and
-        the result's notes and a warning name what else is rounded. ``base`` is the former name of ``like``.
+        Every rank writes its own shards into the same files. Names and stackings are translated as in `load_model`.
+        ``to``: the dtype of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's; or "fp8". ``like``: the
+        base, the checkpoint that the model came from. It decides names, files, the dtype of tensors that it does not
+        hold as FP8, configuration and side files: the output equals what ``convert(like, ..., to=to)`` would write with
+        the model's values. Without it, names are the model's own, a file ends at ``max_file_bytes`` (default: 5 GB),
+        and the configuration is ``model.config``; tensors that both the model and its class keep in float32 stay so,
+        and a warning and the result's notes name the others that are rounded. ``base`` is the former name of ``like``.
 
-        What the model has no place for is carried from the base: the layers that predict further tokens (MTP), what its
-        class declares to ignore, and tensors whose names match the regular expression ``carry``. The log lists it.
+        Tensors that the model has no place for are carried from the base, and the log lists them: the layers that
+        predict further tokens (MTP), what the model's class declares to ignore, and names that match the regular
+        expression ``carry``.
 
-        ``to`` "fp8": the base's own layout, byte for byte what ``convert(..., to="fp8", like=base)`` makes of the same
-        values, on any mesh; each shard is quantized as it is written. ``like`` must be given. ``scales`` "reuse" keeps
-        the scale of a block whose values still fit it (`fp8ckpt.numerics.scaling` has the rule), "fresh" makes all
-        anew. ``report``: say what training did; without it the base's codes are not read.
+        ``to`` "fp8": the output has the base's layout, and equals byte for byte, on any mesh, what ``convert(...,
+        to="fp8", like=base)`` makes of the same values; each shard is quantized as it is written. ``like`` must be
+        given. ``scales`` "reuse" keeps the scale of a block whose values still fit it (`fp8ckpt.numerics.scaling` has
+        the rule), "fresh" makes all anew. ``report``: report what training changed; without it the base's codes are not
+        read.
 
-        Returns what the save did, the same on every rank: for "fp8" an `Fp8Result`, with the report that ``convert``
-        makes.
+        Returns the result of the save, the same on every rank; for "fp8" an `Fp8Result`, with the report that
+        ``convert`` makes.
 
-        Raises `OutputExistsError` where the path exists, `ModelMismatchError` where model and base do not hold the same
-        tensors, `RangeError` for finite values that the stored dtype cannot hold, and `StorageError` where the disk
-        refuses; for "fp8" what `FP8StorageWriter` raises. Each is raised on every rank. The directory is not seen until
-        it is whole and on disk.
+        Raises `OutputExistsError` if the path exists, `ModelMismatchError` if model and base do not hold the same
+        tensors, `RangeError` for finite values that the stored dtype cannot hold, and `StorageError` if the disk fails;
+        for "fp8" also the errors of `FP8StorageWriter`. Every rank raises. The directory appears only once it is
+        complete and on disk.
 
         >>> model = fp8ckpt.load_pretrained("sample-fp8")
         >>> result = fp8ckpt.save_model(model, "saved-fp8", to="fp8", like="sample-fp8")
@@ -189,14 +190,14 @@ class Checkpointer:
             dcp_load(tensors, storage_reader=reader, planner=AssemblyLoadPlanner(parts), **self._how())
 
     def _how(self) -> dict[str, Any]:
-        """With whom DCP is to work: the group, or nobody."""
+        """The arguments that give DCP the process group, or tell it that there is none."""
         return {"process_group": self._group, "no_dist": not has_group()}
 
     def _ranks(self) -> Ranks:
         return ranks_of_group(self._group)
 
 
-#: Those of all ranks, or of a process alone.
+#: For the default process group, or a single process.
 load_model = Checkpointer().load_model
 save_model = Checkpointer().save_model
 
@@ -220,10 +221,8 @@ def _refuse_arguments(
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """DCP wraps what a rank raises, and tells every rank; take the named error out again. What is not wrapped is of its
-    collectives.
-
-    It also warns that a single process is alone, which the caller of a single process knows.
+    """Raise the named error that a rank met, which DCP wraps and raises on every rank. Errors that are not wrapped come
+    from DCP's collectives. DCP's warning that a single process has no group is suppressed.
     """
     try:
         with warnings.catch_warnings(), lost_ranks_named() if has_group() else nullcontext():
@@ -237,14 +236,14 @@ def _named_errors() -> Iterator[None]:
 
 
 def _kept(model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """What is stored in float32 as the model holds it, whatever the rest is: what transformers would load so."""
+    """The tensors that stay in float32 whatever the target: the model holds them so, and transformers loads them so."""
     held = [name for name, tensor in state.items() if tensor.dtype == torch.float32]
     return kept_in_float32(model, dtype, held) if is_pretrained(model) else []
 
 
 def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:
-    """The configuration files of a transformers model; nothing for any other. A model that was made of a configuration,
-    and not loaded, is named there as transformers would name it.
+    """Return the configuration files of a transformers model; none for any other model. A model that was made from a
+    configuration, not loaded, gets the ``architectures`` that transformers would write.
     """
     files: dict[str, bytes] = {}
     for attribute, name in (("config", CONFIG), ("generation_config", "generation_config.json")):

@@ -1,15 +1,15 @@
 """What the storage writers share: torch's distributed checkpoint writes one directory of final files, in one pass.
 
-The coordinator lays out every file from the global plan, before any byte; every rank then writes its own regions at
-their offsets; the coordinator adds the headers, flushes, and renames. Each byte is written once: nothing is saved in
-shards and consolidated later. The rules of partial outputs are those of `fp8ckpt.output.partial`. A writer decides what
-the files are (`_planned`), what each rank must know (`_shared_out`), and how bytes are made (`_write`).
+The coordinator lays out every file from the global plan, before any byte is written. Every rank then writes its own
+regions at their offsets. The coordinator adds the headers, flushes, and renames. Each byte is written once: nothing is
+saved in shards and consolidated later. `fp8ckpt.output.partial` has the rules of partial outputs. A subclass decides
+what the files are (`_planned`), what each rank must know (`_shared_out`), and how bytes are made (`_write`).
 
-Its life, as DCP calls it:
+Its life cycle, as DCP calls it:
 
 1. ``reset(path)``                      a new save begins
 2. ``set_up_storage_writer(...)``       on every rank
-3. ``prepare_local_plan(plan)``         what this rank was asked for
+3. ``prepare_local_plan(plan)``         what this rank states of the output
 4. ``prepare_global_plan(plans)``       coordinator: check that all were asked for the same, and that the plans cover
                                         each tensor once; lay out, create the files
 5. ``write_data(plan, planner)``        this rank's regions, flushed to disk
@@ -62,9 +62,9 @@ logger = logging.getLogger(__name__)
 
 
 class DirectoryWriter(StorageWriter):
-    """Writes the new directory ``path``, with the layout of ``like``, if there is one; of that, tensors ``carry`` are
-    taken as they are where the state dict lacks them. ``process_group``: that of the save, if its ranks must meet while
-    they write. ``bytes_written`` counts this rank's tensor bytes.
+    """Writes the new directory ``path``, in the layout of ``like`` if given; tensors ``carry`` are taken from ``like``
+    if the state dict lacks them. ``process_group``: that of the save, if its ranks must meet while they write.
+    ``bytes_written`` counts this rank's tensor bytes.
     """
 
     def __init__(
@@ -82,17 +82,16 @@ class DirectoryWriter(StorageWriter):
         self.bytes_written = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # For the process of an asynchronous save, whose default group is made of the ranks of the group that the save
-        # is given.
+        # For the process of an asynchronous save: its default group has the ranks of the group that the save was given.
         return {**self.__dict__, "_group": None}
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether nothing stands there yet; what stands in a store is seen when the save begins."""
+        """Whether nothing exists there yet; a destination in a store is checked when the save begins."""
         return address_of(checkpoint_id) is not None or not os.path.lexists(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin anew, at another path where one is named. What a failed save held is given up."""
+        """Begin a new save, at another path if one is named. What a failed save held is released."""
         self.release()
         if checkpoint_id is not None:
             self._output = PartialOutput(checkpoint_id)
@@ -106,7 +105,7 @@ class DirectoryWriter(StorageWriter):
             refuse_shared(self._output, base, "base")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan with what this rank says of the output; only tensors can be stored."""
+        """Return the plan with what this rank states of the output; only tensors can be stored."""
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 name, remedy = item.index.fqn, "keep it out of the state dict"
@@ -142,7 +141,7 @@ class DirectoryWriter(StorageWriter):
         with self._output.taking_part(shared.turn):
             self._write_regions(plan, planner, shared)
         done: Future[list[WriteResult]] = Future()
-        done.set_result([])  # where everything lies was known before
+        done.set_result([])  # every offset was known before
         return done
 
     def _write_regions(self, plan: SavePlan, planner: SavePlanner, shared: Shared) -> None:
@@ -155,7 +154,7 @@ class DirectoryWriter(StorageWriter):
 
     @kept_open()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the headers, and give the directory its name."""
+        """Write the headers, and publish the directory."""
         assert self._plan is not None  # prepare_global_plan() was called
         stages: Stages | None = None
         ending: Mapping[str, Sequence[Part]] = {}
@@ -178,7 +177,7 @@ class DirectoryWriter(StorageWriter):
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:
-        """A step that may fail: what can never become whole is removed."""
+        """Around a step that may fail: remove an output that can never become complete; release any other."""
         try:
             yield
         except (WeightValueError, RangeError, SourceChangedError):
@@ -189,11 +188,11 @@ class DirectoryWriter(StorageWriter):
             raise
 
     def release(self) -> None:
-        """Give up the destination's lock after a save that failed; what was written of it stays in ``.partial``."""
+        """Release the destination's lock after a save that failed; what it wrote stays in ``.partial``."""
         self._output.release()
 
     def result(self, to: str, seconds: float) -> ConvertResult | None:
-        """What all ranks did, once it is done; None on every rank but the coordinator."""
+        """What all ranks did, once the save is done; None on every rank but the coordinator."""
         if self._plan is None:
             return None
         carried = f"{len(self._carried)} tensors of the base are carried from it: {listed(self._carried)}"
@@ -210,11 +209,11 @@ class DirectoryWriter(StorageWriter):
         )
 
     def reported(self, done: ConvertResult) -> ConvertResult:
-        """The coordinator's result, with what a rank can add to it; the same on every rank."""
+        """Return the coordinator's result with what a rank can add to it; the same on every rank."""
         return done
 
     def _said(self) -> dict[str, Any]:
-        """What this rank says of the output, and the others must say as well."""
+        """What this rank states of the output, and the others must state as well."""
         base = self._base_of_output()
         read = contents_of(base) if base is not None and has_group() else None
         own = {"the writer": type(self).__name__, "what is read": read, "carry": sorted(self._carry)}
@@ -224,9 +223,7 @@ class DirectoryWriter(StorageWriter):
         return said
 
     def _refuse_unlike(self, said: list[dict[str, Any]]) -> None:
-        """Coordinator: raise where the ranks were not asked for the same output, or are not those of the group in which
-        they meet.
-        """
+        """Coordinator: raise if the ranks want different outputs, or are not those of the group in which they meet."""
         refuse_unlike(said)
         group = said[0].get("the process_group", [])
         if self._meets and len(said) > 1 and len(group) != len(said):
@@ -235,14 +232,14 @@ class DirectoryWriter(StorageWriter):
             raise RanksDifferError(found, expected="the same ranks", remedy=remedy)
 
     def _base_of_output(self) -> Checkpoint | None:
-        """The checkpoint whose layout is written, if there is one, opened at first use."""
+        """The checkpoint whose layout is written, if any, opened at first use."""
         if self._like is not None:
             self._like = open_checkpoint(self._like)
         return self._like
 
     def _carried_from(self, base: Checkpoint, tensors: Mapping[str, TensorSpec], remedy: str) -> None:
-        """Note the base's tensors that the model lacks and that are taken from it: those of ``carry``, and of MTP
-        layers. The log lists them. Raises `ModelMismatchError` where the two differ in anything else.
+        """Note the tensors that the model lacks and that are taken from the base: those of ``carry``, and of MTP
+        layers. The log lists them. Raises `ModelMismatchError` if the two differ in anything else.
         """
         allowed = {*self._carry, *carriable(tensors, base.tensors, base.config)}
         self._carried = refuse_other_tensors(tensors, base, "model", remedy, allowed)
@@ -251,32 +248,32 @@ class DirectoryWriter(StorageWriter):
 
     @property
     def _meets(self) -> bool:
-        """Whether ranks must meet while they write: what goes to a store is sent in rounds."""
+        """Whether ranks must meet while they write: an output to a store is sent in rounds."""
         return self._output.goal.in_parts
 
     # ---------------------------------------------------------------- what a writer decides
 
     @abstractmethod
     def _planned(self, tensors: dict[str, TensorSpec]) -> tuple[OutputPlan, Mapping[str, str]]:
-        """The files of the output, from the model's tensors by name, and with which of these each stored one is made,
-        but for those of `_complete`; or the refusal.
+        """Return the files of the output, and for each stored tensor the model's tensor that it is made from, except
+        for those that `_complete` writes; or refuse. ``tensors``: the model's, by name.
         """
 
     @abstractmethod
     def _shared_out(self, plans: list[SavePlan], output: OutputPlan) -> Iterable[Any]:
-        """What each rank must know."""
+        """Yield what each rank must know."""
 
     @abstractmethod
     def _write(self, own: Any, planner: SavePlanner, rounds: Rounds) -> int:
-        """Write this rank's regions; returns how many bytes."""
+        """Write this rank's regions; return the number of bytes."""
 
     def _complete(self, layout: FileLayout, files: Files) -> int:
-        """Coordinator: write what no rank's tensors are made of; returns how many bytes."""
+        """Coordinator: write what is not made from any rank's tensors; return the number of bytes."""
         return 0
 
 
 def given_like(like: CheckpointLike | None, base: CheckpointLike | None) -> CheckpointLike | None:
-    """The checkpoint whose layout is written, by either of its names."""
+    """Return the checkpoint whose layout is written, given by either of its names."""
     if base is None:
         return like
     if like is not None:

@@ -1,7 +1,6 @@
-"""What the ranks of a save to FP8 tell each other of blocks, and of bytes, that more than one of them has a part of.
+"""The blocks and bytes of a save to FP8 that several ranks hold parts of, and how the ranks exchange them.
 
-Each is known by its number among those of the base, which is the same on every rank. A bounded number is exchanged at
-once.
+Each has a number among those of the base, the same on every rank. A bounded number is exchanged at once.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from fp8ckpt.ranks import Ranks
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
-_EXCHANGED = 1 << 20  # blocks, or bytes, at once, over all ranks: 13 bytes each
+_EXCHANGED = 1 << 20  # blocks, or bytes, exchanged at once over all ranks; 13 bytes each
 
 
 class WaitingBlocks:
-    """What decides the scales of the blocks that wait, by their numbers; for any number of threads. ``shared``: which
-    of them, in order, other ranks, or other weights, may have a part in.
+    """What decides the scales of the blocks that wait, by their numbers. Thread-safe. ``shared``: the indices, in
+    order, of the blocks that other ranks, or other weights, may hold a part of.
     """
 
     def __init__(self, shards: Iterable[Shard], step: int) -> None:
@@ -47,19 +46,19 @@ class WaitingBlocks:
         self._lock = threading.Lock()
 
     def take_in(self, numbers: Numbers, maxima: F32, exact: Mask) -> None:
-        """Take in what was found in a part of some blocks."""
+        """Combine what was found in parts of some blocks with what is known of them."""
         at = np.searchsorted(self._numbers, numbers)
         with self._lock:
             self._maxima[at] = np.maximum(self._maxima[at], maxima)
             self._exact[at] &= exact
 
     def of(self, numbers: Numbers, shape: tuple[int, ...]) -> tuple[F32, Mask]:
-        """The largest magnitude of each block, and whether the scale of before gives back all of it, in this shape."""
+        """Return the largest magnitude of each block, and whether the base's scale gives it all back, in this shape."""
         at = np.searchsorted(self._numbers, numbers)
         return self._maxima[at].reshape(shape), self._exact[at].reshape(shape)
 
     def exchange(self, ranks: Ranks) -> None:
-        """Combine the shared ones over the ranks, in bounded memory."""
+        """Combine the shared blocks over the ranks, in bounded memory."""
         if ranks.size == 1:
             return
         for part in in_turn(ranks, self.shared.size):
@@ -73,26 +72,26 @@ class WaitingBlocks:
 
 
 class Halves:
-    """Codes of four bits whose byte is not all in one piece: the low half may be one thread's or rank's, the high half
-    another's. The rank of the low one writes the byte. For any number of threads.
+    """Codes of four bits whose byte is split: one thread or rank may have its low half, another its high half. The rank
+    that has the low half writes the byte. Thread-safe.
     """
 
     def __init__(self, base: Checkpoint) -> None:
         self._weights = [tensor for tensor in base.quantized if tensor.per_byte > 1]
         self._ends = np.cumsum([0, *(tensor.packed.numel for tensor in self._weights)])
         self._starts = {tensor.name: int(start) for tensor, start in zip(self._weights, self._ends, strict=False)}
-        self._found: tuple[list[tuple[Numbers, U8]], list[tuple[Numbers, U8]]] = [], []  # low ones, high ones
+        self._found: tuple[list[tuple[Numbers, U8]], list[tuple[Numbers, U8]]] = [], []  # low halves, high halves
         self._lock = threading.Lock()
 
     def add(self, weight: QuantizedTensor, region: Region, codes: U8, *, high: bool) -> None:
-        """Take in codes of a region of one column, which are the high halves of their bytes, or the low ones."""
+        """Take in the codes of a region of one column: the ``high`` halves of their bytes, or the low ones."""
         offsets, sizes = bytes_of_region(region, weight.per_byte)
         at = numbers_of(weight.packed.shape, offsets, sizes) + self._starts[weight.name]
         with self._lock:
             self._found[high].append((at, codes.reshape(-1).copy()))
 
     def settle(self, ranks: Ranks, files: Files) -> int:
-        """Write all bytes whose low half this rank has, together with the other ranks, and flush; returns how many."""
+        """Write, with the other ranks, all bytes whose low half this rank has, and flush; return their number."""
         if not self._weights:
             return 0
         lows, highs = map(_in_order, self._found)
@@ -115,7 +114,7 @@ class Halves:
 
 
 def in_turn(ranks: Ranks, count: int, most: int = _EXCHANGED) -> Iterator[slice]:
-    """Parts of what each rank has ``count`` of, until all of it was had on every rank; ``most`` at once, over all."""
+    """Yield slices until each rank has had all of its ``count`` elements; ``most`` at once, over all ranks."""
     at_once = max(1, most // ranks.size)
     for start in range(0, max(ranks.gather(lambda: count)), at_once):
         yield slice(start, start + at_once)

@@ -1,5 +1,5 @@
-"""One rank's part of a save to FP8: look at the blocks that are cut by the edges of shards; exchange what decides their
-scales, where there are any; write. All ranks meet after each step.
+"""One rank's part of a save to FP8: look at the blocks that shard edges cut, exchange what decides their scales, and
+write. All ranks meet after each step.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fp8ckpt.tensors.config import states_powers_of_two
 from fp8ckpt.workers import share
 
 _LARGEST_STEP = 1 << 19  # elements that are worked on at once: with their codes they stay in a second-level cache
-_LEAST_STEP = 1 << 16  # of a machine with a thousand cores
+_LEAST_STEP = 1 << 16  # on a machine with a thousand cores
 _REMEDY = "save in bf16, and choose a --scheme"
-_EXCHANGED = 1 << 14  # weights whose facts the ranks exchange at once, over all of them: some 500 bytes each
+_EXCHANGED = 1 << 14  # weights whose facts are exchanged at once, over all ranks; some 500 bytes each
 
 
 class Task(NamedTuple):
-    """What a rank must know: of which weight each of its weights shares the one scale or the factor (units of two or
-    more), and what is carried from the base.
+    """What a rank must know. ``leader``: the first weight of each of its weights' units of two or more, which share one
+    scale or factor; ``carried``: the tensors that are taken from the base.
     """
 
     leader: Mapping[str, str]
@@ -44,9 +44,9 @@ class Task(NamedTuple):
 
 
 class Part:
-    """What one rank does in one save. ``fresh``: no scale is kept. ``report``: count what quantizing does.
+    """What one rank does in one save. ``fresh``: keep no scale. ``report``: count what quantizing changes.
 
-    Once it has run: the ``report``, if one was asked for, and ``base_bytes_read``, codes, are of all ranks together.
+    After `run`, the ``report``, if one was asked for, and ``base_bytes_read`` (codes) are those of all ranks together.
     """
 
     def __init__(
@@ -70,9 +70,7 @@ class Part:
         self._lock = threading.Lock()
 
     def run(self) -> int:
-        """Look, exchange, write; returns how many bytes this rank wrote. All ranks meet at each step, whatever each has
-        to do.
-        """
+        """Look, exchange, write; return how many bytes this rank wrote. All ranks meet at each step."""
         ranks = self._rounds.ranks
         waiting = ranks.together(self._plan)
         self._refuse_nonfinite(ranks.gather(self._look))
@@ -85,7 +83,7 @@ class Part:
         return self._bytes_written + sum(one.bytes_written for one in self._quantizers)
 
     def _plan(self) -> WaitingBlocks:
-        """Which shards this rank has, and which of their blocks wait."""
+        """Find this rank's shards, and return those of their blocks that wait."""
         blocks, factors = number_blocks(self._base)
         for item in (item for items in self._rounds.items for item in items):
             weight = self._base.tensors[item.index.fqn].scaled
@@ -127,8 +125,8 @@ class Part:
             self._facts.setdefault(name, WeightFacts()).add(facts)
 
     def _report(self) -> QuantizationReport:
-        """What all ranks did together. Counts and maxima are exact however the weights are sharded; mean errors are
-        sums, whose last digits are not.
+        """What all ranks did together. Counts and maxima are exact however the weights are sharded; mean errors come
+        from sums of floats, whose last digits depend on the sharding.
         """
         ranks, total = self._rounds.ranks, dict[str, WeightFacts]()
         weights = [weight for weight in self._base.quantized if weight.name not in self._task.carried]
@@ -148,9 +146,7 @@ class Part:
         return {name: self._facts.pop(name) for name in names if name in self._facts}
 
     def _refuse_nonfinite(self, met: list[set[str]]) -> None:
-        """Where any rank met elements that are not finite, count those of the first such weight over all ranks, and
-        refuse it.
-        """
+        """If any rank met non-finite elements, count those of the first such weight over all ranks; refuse it."""
         names = set().union(*met)
         if names:
             tensor = next(tensor for tensor in self._base.quantized if tensor.name in names)
@@ -167,7 +163,7 @@ class Part:
         )
 
     def _cuts(self, shards: Iterable[Shard], *, waiting: bool) -> Iterator[Cut]:
-        """What is written of shards, or what of it is ``waiting``: all, where a factor is to be decided."""
+        """Yield what is written of shards or, if ``waiting``, looked at: all, where a factor is to be decided."""
         for shard in shards:
             values = shard.in_order(resolved(self._planner, shard.item))
             yield from cut(shard, values, self._step, waiting=waiting and shard.factor is None)

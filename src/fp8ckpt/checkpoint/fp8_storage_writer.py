@@ -1,13 +1,14 @@
-"""A storage writer that makes torch's distributed checkpoint quantize as it writes: final FP8 files in a base's own
+"""A storage writer with which torch's distributed checkpoint quantizes as it writes: final FP8 files in a base's
 layout, in one pass.
 
-What is written is, file for file and byte for byte, what ``convert(..., to="fp8", like=base)`` makes of the same
-values, however they are sharded: names, headers, index, configuration and side files are the base's, and so are
-activation scales and the scales of a cache; a scale is kept or made by the rule of `fp8ckpt.numerics.scaling`, of all
-elements of its block. No rank holds a copy of its shard, in any dtype. Values stay on their device until a piece of
-them is worked on.
+The output equals, file for file and byte for byte, what ``convert(..., to="fp8", like=base)`` makes of the same values,
+however they are sharded. Names, headers, index, configuration and side files are the base's, as are activation scales
+and the scales of a cache. The rule of `fp8ckpt.numerics.scaling` keeps or makes each scale, from all elements of its
+block. No rank holds a copy of its shard, in any dtype, and values stay on their device until a piece of them is worked
+on.
 
-Its life is that of `fp8ckpt.checkpoint.directory_writer`; `fp8ckpt.checkpoint.fp8_part` is what one rank does in it.
+The life cycle is that of `fp8ckpt.checkpoint.directory_writer`; `fp8ckpt.checkpoint.fp8_part` is what one rank does in
+it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fp8ckpt.stores.store import File
 from fp8ckpt.targets import refuse_other
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike
 
-_COPIED = 4 << 20  # bytes of the base at once
+_COPIED = 4 << 20  # bytes of the base that are copied at once
 
 
 class FP8StorageWriter(DirectoryWriter):
@@ -44,18 +45,18 @@ class FP8StorageWriter(DirectoryWriter):
 
     ``like``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open
     `Checkpoint`; ``base`` is its former name. The state dict has its logical tensors under its names, in bfloat16,
-    float16 or float32; DTensors of any placement. ``scales``: "reuse" keeps the scale of a block whose values still fit
-    it, "fresh" makes all anew. ``carry``: names of tensors that are taken from the base where the state dict lacks
-    them; those of MTP layers always are. ``process_group``: the one that ``dcp.save`` is given. ``bytes_written``
-    counts this rank's tensor bytes.
+    float16 or float32, DTensors of any placement among them. ``scales``: "reuse" keeps the scale of a block whose
+    values still fit it, "fresh" makes all anew. ``carry``: names of tensors that are taken from the base if the state
+    dict lacks them; those of MTP layers always are. ``process_group``: the one that ``dcp.save`` is given.
+    ``bytes_written`` counts this rank's tensor bytes.
 
-    ``report``: say what quantizing did; for that the base's codes are read, once over all ranks
-    (``base_bytes_read``, over all). Once ``dcp.save`` has returned, the attribute ``report`` is the one that
-    ``convert(..., like=base)`` gives, on every rank; None without it, and where the save ran in another process.
+    ``report``: report what quantizing changed; for that the base's codes are read, once over all ranks
+    (``base_bytes_read``, their sum). After ``dcp.save`` the attribute ``report`` is, on every rank, the one that
+    ``convert(..., like=base)`` gives; None without it, and if the save ran in another process.
 
     Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
-    `ModelMismatchError` for other tensors or shapes than the base's, `WeightValueError` for elements that are not
-    finite, `RangeError` for values that no stored dtype can hold. Through ``dcp.save`` they come inside torch's
+    `ModelMismatchError` for tensors or shapes other than the base's, `WeightValueError` for elements that are not
+    finite, `RangeError` for values that no stored dtype can hold. ``dcp.save`` raises them inside torch's
     ``CheckpointException``.
 
     >>> import torch.distributed.checkpoint as dcp
@@ -100,7 +101,7 @@ class FP8StorageWriter(DirectoryWriter):
 
     @property
     def _meets(self) -> bool:
-        """In any case: ranks exchange what decides scales."""
+        """Always: ranks exchange what decides scales."""
         return True
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> tuple[OutputPlan, Mapping[str, str]]:
@@ -133,7 +134,7 @@ class FP8StorageWriter(DirectoryWriter):
         return written
 
     def reported(self, done: ConvertResult) -> Fp8Result:
-        """The result with what only a save to FP8 has: the report above all, which is the same on every rank."""
+        """Return the result with what only a save to FP8 has, such as the report; the same on every rank."""
         return Fp8Result(
             **vars(done),
             quantized=sum(tensor.name not in self._carried for tensor in self._base.quantized),
@@ -143,8 +144,8 @@ class FP8StorageWriter(DirectoryWriter):
         )
 
     def _complete(self, layout: FileLayout, files: Files) -> int:
-        """Copy what no shard holds: what is carried, the base's activation scales and scales of a cache. A weight
-        without elements has a scale, too.
+        """Copy what no shard holds: carried tensors, and the base's activation scales and scales of a cache. The scale
+        of a weight without elements is written here, too.
         """
         file = File(self._base.store, layout.name)
         done = 0

@@ -1,5 +1,5 @@
-"""What the ranks of a save write: the items of their plans, each a region of a tensor; and the rounds in which they
-write them together (`fp8ckpt.output.staging`), which is one where the output is a directory.
+"""The items of a save: the regions of tensors that each rank writes, and the rounds in which ranks write them together
+(`fp8ckpt.output.staging`). An output directory takes one round.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 class Shared(NamedTuple):
-    """What each rank is told: of how many it is one, whose ``turn`` it is to write, what its writer must know
-    (``own``), and in which rounds it writes what; None where the output is a directory, and there is one.
+    """What the coordinator tells each rank: the number of ``ranks``, the ``turn`` of this run, what its writer must
+    know (``own``), and the ``stages`` of its rounds; None if the output is a directory, which takes one round.
     """
 
     ranks: int
@@ -48,7 +48,7 @@ class Rounds(NamedTuple):
 
     @classmethod
     def of(cls, items: Iterable[WriteItem], ranks: Ranks, files: Files, stages: Stages | None) -> Rounds:
-        """The rounds of a rank's items; one of all of them, where there are no stages."""
+        """Divide a rank's items into rounds; without stages, into a single one."""
         if stages is None:
             return cls([list(items)], ranks, files, None)
         of_round: list[list[WriteItem]] = [[] for _ in stages.sends]
@@ -57,9 +57,10 @@ class Rounds(NamedTuple):
         return cls(of_round, ranks, files, stages)
 
     def write(self, step: Callable[[Sequence[WriteItem]], T]) -> Iterator[list[T]]:
-        """Take a step with the items of each round, and flush; what it gave on all ranks, where they must meet.
+        """Run ``step`` on the items of each round and flush; yield the results of all ``ranks``, which meet after each
+        round.
 
-        A round is over once the caller asks for the next.
+        A round ends when the caller asks for the next.
         """
         for number, items in enumerate(self.items):
             yield self.ranks.gather(partial(self._flushed, step, items))
@@ -77,20 +78,20 @@ class Rounds(NamedTuple):
 
 
 def region_of(item: WriteItem) -> Region:
-    """The region of the full tensor that an item is."""
+    """The region of the full tensor that an item covers."""
     assert item.tensor_data is not None  # no BYTE_IO is left
     return tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)
 
 
 def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
-    """The values of an item, of the sizes of its region."""
+    """The values of an item, in the shape of its region."""
     tensor = planner.resolve_data(item)
     assert isinstance(tensor, torch.Tensor)  # prepare_local_plan() refused all else
     return tensor.detach()
 
 
 def write_region(files: Files, span: TensorSpan, region: Region, data: Bytes) -> int:
-    """Write the bytes of a region, in its row-major order, at their places; returns how many."""
+    """Write the bytes of a region, in row-major order, at their offsets in its file; return the number of bytes."""
     itemsize = DTYPE_BITS[span.dtype] // 8
     file = files.of(span.file.name)
     done = 0
@@ -101,8 +102,8 @@ def write_region(files: Files, span: TensorSpan, region: Region, data: Bytes) ->
 
 
 def tensors_of_plans(plans: Iterable[SavePlan]) -> tuple[dict[str, TensorSpec], dict[str, Counter[int]]]:
-    """The tensors by name, in the order met, and how many bytes of each each rank writes, in the dtype that it has
-    there; all of each must be planned exactly once.
+    """Return the tensors by name, in the order met, and the bytes that each rank writes of each, in the plans' dtype.
+    Raises `ModelMismatchError` unless the plans cover each tensor exactly once.
     """
     found: dict[str, TensorSpec] = {}
     held: dict[str, Counter[int]] = {}

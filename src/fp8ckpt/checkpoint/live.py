@@ -1,7 +1,7 @@
-"""A live model as it stands, whatever a trainer has wrapped round it or its layers (torch.compile, activation
-checkpointing, DDP): its tensors under the names that they have without; which of them are one; what keeps them from
-being seen; and its buffers that no checkpoint holds, such as rotary ``inv_freq``. Those ``to_empty`` leaves undefined,
-and the model would run wrong: a transformers model gives them their values again, as in ``from_pretrained``.
+"""A live model, without the wrappers that a trainer puts round it or its layers (torch.compile, activation
+checkpointing, DDP): its tensors by their unwrapped names, which of them are tied, what keeps them from being seen, and
+its non-persistent buffers, such as rotary ``inv_freq``. No checkpoint holds those and ``to_empty`` leaves them
+undefined, so that the model would run wrong; a transformers model computes them again, as in ``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _IN_NAMES = re.compile(rf"(?<![^.])(?:{'|'.join(_INNER)})(?:\.|$)")
 
 
 def plain_name(name: str) -> str:
-    """The name that a tensor or a module has in the model that was wrapped."""
+    """The name of a tensor or module in the model without wrappers."""
     return _IN_NAMES.sub("", name).removesuffix(".")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself; but for a wrapper that was given a ``state_dict_adapter``, which knows the wrapper's names.
+    """Return the model inside its wrappers; a wrapper that has a ``state_dict_adapter``, which knows its names, is
+    kept.
 
-    Raises `TypeError` for what is no module.
+    Raises `TypeError` for anything but a module.
     """
     if not isinstance(model, nn.Module):
         found = f"the model is of type {type(model).__name__}, and no torch.nn.Module"
@@ -52,7 +53,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def refuse_what_hides(model: nn.Module, remedy: str) -> None:
-    """Raise `ModelMismatchError` for a model that holds adapters of PEFT, or that DeepSpeed has taken the values of."""
+    """Raise `ModelMismatchError` for a model that holds PEFT adapters, or whose values DeepSpeed has taken."""
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if getattr(model, "peft_config", None) or "BaseTunerLayer" in classes:
         raise ModelMismatchError.of_peft(remedy)
@@ -61,9 +62,9 @@ def refuse_what_hides(model: nn.Module, remedy: str) -> None:
 
 
 def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a model's state dict, under the names that they have without wrappers.
+    """Return the tensors of a model's state dict, by their names without wrappers.
 
-    Raises `ModelMismatchError`, with the ``remedy``, where some have no values.
+    Raises `ModelMismatchError`, with the ``remedy``, if some have no values.
     """
     held = {plain_name(name): one for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
     if sharded := [name for name, tensor in held.items() if type(tensor).__name__ == "ShardedTensor"]:
@@ -74,18 +75,18 @@ def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Disjoint sets of names of parameters that are one, or that the configuration says should be; the source first.
-    A stage of a pipeline need not hold all of a set.
+    """Disjoint sets of names of parameters that are one, or that the configuration ties, each with the source first. A
+    pipeline stage need not hold all names of a set.
     """
     named = model.named_parameters(remove_duplicate=False)
     return tied_sets(((plain_name(name), parameter) for name, parameter in named), model)
 
 
 def tie(model: Any) -> None:
-    """Make one tensor of what the configuration ties and `to_empty` has taken apart.
+    """Tie again what the configuration ties and ``to_empty`` has separated.
 
-    Sharded parameters stay as the caller's parallelization made them: there it decides what is shared; but for those
-    that transformers has sharded, which ties them afterwards.
+    Sharded parameters stay as the caller's parallelization made them, which decides what is shared. Those that
+    transformers itself has sharded are tied: it ties them afterwards, too.
     """
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     held = {plain_name(name): (name, one) for name, one in tensors}
@@ -100,16 +101,15 @@ def tie(model: Any) -> None:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def restore_buffers(model: nn.Module) -> None:
-    """Give the non-persistent buffers of every transformers model in ``model`` the values that their configuration
-    means.
+    """Recompute the non-persistent buffers of every transformers model in ``model`` from its configuration.
 
-    Other modules are left alone: their buffers cannot be known from outside. Raises `ConfigError` where a model's class
-    does not know the value of one.
+    Other modules are left alone: their buffers cannot be known from outside. Raises `ConfigError` if a model's class
+    does not compute one of them.
     """
     owners: dict[str, Any] = {}
     modules = dict(model.named_modules())
@@ -119,7 +119,7 @@ def restore_buffers(model: nn.Module) -> None:
         keys = module._non_persistent_buffers_set  # names of the state dict are not always those of modules
         own = [key for key, buffer in module.named_buffers(recurse=False) if key in keys]
         if owners[name] is not None and own:
-            for key in own:  # what the class does not write again would stay what the memory happened to hold
+            for key in own:  # shows later which ones the class did not write
                 _marked(module.get_buffer(key)).fill_(_mark(module.get_buffer(key)))
             initialize_buffers(owners[name], module)
             lost += ((name, key) for key in own)
@@ -130,7 +130,7 @@ def restore_buffers(model: nn.Module) -> None:
                 break
             if above not in asked:
                 asked.add(above)
-                with suppress(AttributeError):  # a stage of a pipeline lacks some of the layers that are gone through
+                with suppress(AttributeError):  # a pipeline stage lacks some of the layers
                     initialize_buffers(owners[above], modules[above])
         if _is_left(modules[name].get_buffer(key)):
             raise ConfigError(
@@ -152,11 +152,11 @@ def _is_left(buffer: torch.Tensor) -> bool:
 
 
 def _marked(buffer: torch.Tensor) -> torch.Tensor:
-    """What is marked of it: of booleans, which may be both of their values, the bytes, which are 0 or 1."""
+    """The view of a buffer that is marked: the bytes of booleans, which are 0 or 1; any other buffer itself."""
     return buffer.view(torch.uint8) if buffer.dtype == torch.bool else buffer
 
 
 def _mark(buffer: torch.Tensor) -> float | int:
-    """A value that no buffer consists of."""
+    """A value that no whole buffer is filled with."""
     dtype = _marked(buffer).dtype
     return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max

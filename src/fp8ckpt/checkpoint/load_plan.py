@@ -1,4 +1,4 @@
-"""What a load puts where, checked before the first byte is read."""
+"""Which tensors of a checkpoint a load reads into which of a model; checked before the first byte is read."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class LoadPlan:
-    """The tensors of a model, and of which of a checkpoint each is made.
+    """The tensors of a model, and those of a checkpoint that each is made of.
 
-    ``named``: the tensors to be filled, under the model's own names, or under the disk's where an adapter translates
-    them; ``parts``: what this rank reads; ``twice``: tied tensors that are on disk twice, each with the one that is
+    ``named``: the tensors to fill, by the model's own names, or by those on disk if an adapter translates them;
+    ``parts``: what this rank reads; ``twice``: the tied tensors that are on disk twice, each with the one that is
     loaded.
     """
 
@@ -66,19 +66,19 @@ class LoadPlan:
         ]
 
     def second(self) -> tuple[dict[str, torch.Tensor], list[Part]]:
-        """What is on disk twice once more, sharded as the tensor is with which it is compared, and how it is read."""
+        """Return new tensors for those on disk twice, sharded as those that they are compared with; and their parts."""
         tensors = {name: torch.empty_like(self.named[first]) for name, first in self.twice.items()}
         return tensors, [part for name, tensor in tensors.items() for part in parts_of(tensor, self._assemblies[name])]
 
     def _with_absent(self) -> dict[str, torch.Tensor]:
-        """The model's tensors, and what they are tied to that another stage of a pipeline holds."""
+        """The model's tensors, and the names in other pipeline stages that they are tied to."""
         groups = [(group, [name for name in group if name in self._native]) for group in self._tied]
         absent = {name: self._native[held[0]] for group, held in groups if held for name in group}
         return {**absent, **self._native}
 
     def _find_sources(self) -> tuple[dict[str, str], dict[str, str]]:
-        """For each tensor the one by whose assembly it is filled, if any: its own, or that of one it is tied to. And
-        those that are on disk twice.
+        """Return for each tensor the one whose assembly fills it, if any: itself, or one that it is tied to; and the
+        tensors that are on disk twice.
         """
         of_tensor = {id(tensor): name for name, tensor in self.named.items()}
         sources = {name: name for name in self.named if name in self._assemblies}
@@ -90,7 +90,7 @@ class LoadPlan:
             if present:
                 sources.update((name, present[0]) for name in names if name not in self._assemblies)
                 twice.update((name, present[0]) for name in present[1:])
-        at: dict[tuple[int, ...], str] = {}  # two may be one in memory without being one parameter
+        at: dict[tuple[int, ...], str] = {}  # two tensors may share memory without being one parameter
         for name in (name for name in sources if sources[name] == name and name not in twice):
             local = local_part(self.named[name])
             place = (local.data_ptr(), *local.shape, *local.stride())
@@ -110,13 +110,13 @@ class LoadPlan:
                 raise ModelMismatchError(f"shape {found} in the model", tensor=name, file=where, expected=f"{expected}")
 
     def _refuse_copies(self) -> None:
-        """What is loaded into copies of its tensors, a model would not have."""
+        """Refuse a state dict that consists of copies: what is loaded into them would not reach the model."""
         held = {0, *map(_storage, (*self.model.parameters(), *self.model.buffers()))}
         if copies := [name for name, tensor in self._native.items() if _storage(tensor) not in held]:
             raise ModelMismatchError.of_copies(copies)
 
     def _refuse_memory(self) -> None:
-        """What is loaded into tensors that nothing can be written into, or all of whose elements are not their own."""
+        """Refuse tensors that cannot be written, or whose elements share memory with each other."""
         for name, tensor in self._native.items():
             local = local_part(tensor)
             if local.is_inference() and not torch.is_inference_mode_enabled():
@@ -126,7 +126,7 @@ class LoadPlan:
                 raise ModelMismatchError.of_memory(name, local.numel(), reach)
 
     def _refuse_dtypes(self, narrow: bool) -> None:
-        """A parameter of an FP8 dtype would be given codes alone; and plain values must not lose any in passing."""
+        """Refuse an FP8 parameter for an FP8 tensor, as it would get codes alone, and casts that lose plain values."""
         for name, tensor in self.named.items():
             for source in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
                 stored = self.checkpoint.tensors[source]
@@ -136,9 +136,7 @@ class LoadPlan:
                     raise ModelMismatchError.of_rounding(stored, (stored.dtype, tensor.dtype))
 
     def log(self) -> None:
-        """The pre-flight lines: what this rank will hold, what it will read, and what that takes beyond it; and what is
-        left where it is.
-        """
+        """Log what this rank holds, what it reads, the memory beyond the model, and what is left out."""
         held = sum(local_part(tensor).nbytes for tensor in self.named.values())
         read = 0
         for part in self.parts:
@@ -161,12 +159,12 @@ class LoadPlan:
             )
 
     def _shares(self, name: str) -> bool:
-        """Whether the tensor is on disk twice, and one with that which is loaded: parallelized, they may be two."""
+        """Whether the tensor is on disk twice and shares memory with the one loaded: not all parallelized ones do."""
         first = self.twice.get(name)
         return first is not None and local_part(self.named[name]).data_ptr() == local_part(self.named[first]).data_ptr()
 
     def compare(self, second: Mapping[str, torch.Tensor]) -> None:
-        """Tied tensors that are on disk twice must be equal there."""
+        """Raise `ModelMismatchError` if tied tensors that are on disk twice differ there."""
         for name, tensor in second.items():
             loaded = local_part(self.named[self.twice[name]]), local_part(tensor)
             if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
@@ -174,7 +172,7 @@ class LoadPlan:
                 raise ModelMismatchError.of_two(name, self.checkpoint.path, found)
 
     def finish(self) -> None:
-        """Tied names, names that an adapter made new tensors of, and buffers that no checkpoint holds."""
+        """Fill tied tensors and those that an adapter made anew; restore the buffers that no checkpoint holds."""
         with torch.no_grad():
             for name, source in self._sources.items():
                 if name != source:  # a copy onto itself, where the two are one tensor
@@ -189,6 +187,6 @@ class LoadPlan:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """The address of its values; 0 where it has none."""
+    """The address of a tensor's values; 0 if it has none."""
     local = local_part(tensor)
     return local.untyped_storage().data_ptr() if local.numel() else 0

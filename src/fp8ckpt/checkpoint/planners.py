@@ -1,8 +1,8 @@
-"""Planners that translate: a model's shards, by their assemblies, into items of the tensors on disk. Readers and
-writers see the disk's names and coordinates only.
+"""Planners that translate a model's shards, by their assemblies, into items of the tensors on disk. Readers and writers
+see only the names and coordinates on disk.
 
-An item is one piece of one shard, and its target a view of the shard, strided or transposed where need be. So a rank
-reads what it holds and nothing else, and no second copy is made.
+An item is one piece of one shard, and its target a view of the shard, strided or transposed if need be. So a rank reads
+only what it holds, without a second copy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Runs = list[tuple[int, int]]  # (start, stop) in the full tensor, in the order o
 
 
 class Part(NamedTuple):
-    """A piece of this rank's shard of a tensor. ``values``: the view of the shard that it is, in the source's axes."""
+    """A piece of this rank's shard of a tensor. ``values``: its view of the shard, in the source's axes."""
 
     source: str
     region: Region  # in the source
@@ -49,8 +49,8 @@ class Part(NamedTuple):
 
 
 def parts_of(tensor: torch.Tensor, assembly: Assembly) -> Iterator[Part]:
-    """What this rank's shard of ``tensor`` is made of."""
-    if not tensor.numel():  # its name must be met all the same
+    """Yield the parts that this rank's shard of ``tensor`` is made of."""
+    if not tensor.numel():  # its name must be in the plan all the same
         for piece in assembly.pieces:
             region = piece.source_region
             yield Part(piece.source, region, torch.empty(region[1], dtype=tensor.dtype, device=tensor.device))
@@ -62,8 +62,8 @@ def parts_of(tensor: torch.Tensor, assembly: Assembly) -> Iterator[Part]:
 
 
 def boxes(tensor: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
-    """This rank's shard as boxes of the full tensor, each with the part of the shard that it is. There are several only
-    where a dimension is sharded in strides.
+    """Yield this rank's shard as boxes of the full tensor, each with its part of the shard. There are several only if a
+    dimension is sharded in strides.
     """
     if not isinstance(tensor, DTensor):
         yield ((0,) * tensor.ndim, tuple(tensor.shape)), tensor.detach()
@@ -81,7 +81,7 @@ def boxes(tensor: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
 
 
 def _runs(tensor: DTensor) -> list[Runs]:
-    """For each dimension which of its elements this rank holds, placement by placement as they shard it."""
+    """For each dimension, the runs of elements that this rank holds, by applying the placements in the mesh's order."""
     coordinate = tensor.device_mesh.get_coordinate() or ()
     runs: list[Runs] = [[(0, size)] for size in tensor.shape]
     for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
@@ -96,7 +96,7 @@ def _runs(tensor: DTensor) -> list[Runs]:
 
 
 def _cut(runs: Runs, count: int) -> list[Runs]:
-    """What ``torch.chunk`` makes of the runs' elements, as ``count`` parts of which the last may be empty."""
+    """Divide the runs' elements as ``torch.chunk`` does, into ``count`` parts, of which the last may be empty."""
     length = sum(stop - start for start, stop in runs)
     size = -(-length // count)
     parts: list[Runs] = [[] for _ in range(count)]
@@ -111,7 +111,7 @@ def _cut(runs: Runs, count: int) -> list[Runs]:
 
 
 def _with_places(runs: Runs) -> list[tuple[int, int, int]]:
-    """The runs, each with where it begins in the shard."""
+    """The runs, each with its start in the shard."""
     places = accumulate((stop - start for start, stop in runs), initial=0)
     return [(start, stop, at) for (start, stop), at in zip(runs, places, strict=False)]
 
@@ -127,7 +127,7 @@ def _in_axes_of_source(values: torch.Tensor, axes: tuple[int, ...], sizes: Shape
 
 
 class AssemblyLoadPlanner(LoadPlanner):
-    """Reads the parts that it is given. No rank needs to know what another reads: the plan that goes round is empty."""
+    """Reads the parts that it is given. No rank needs to know what another reads, so the plan exchanged is empty."""
 
     def __init__(self, parts: list[Part]) -> None:
         self._parts = parts
@@ -170,8 +170,8 @@ def _read_item(index: int, part: Part) -> ReadItem:
 
 
 class AssemblySavePlanner(DefaultSavePlanner):
-    """Writes a state dict's tensors by their ``assemblies``; ``shapes`` are those of the tensors on disk. Of the ranks
-    that hold the same part, one writes it.
+    """Writes a state dict's tensors by their ``assemblies``; ``shapes`` are those of the tensors on disk. If several
+    ranks hold the same part, one of them writes it.
     """
 
     def __init__(self, assemblies: Mapping[str, Assembly], shapes: Mapping[str, Shape]) -> None:

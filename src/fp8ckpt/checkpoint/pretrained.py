@@ -1,4 +1,4 @@
-"""A trainer's one line: from a checkpoint's directory to a model that is sharded, loaded, tied and runnable."""
+"""A trainer's one line: from a checkpoint's directory to a model that is sharded, loaded, tied and ready to run."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def load_pretrained(
     partial: bool = False,
     follow_index: bool = False,
 ) -> nn.Module:
-    """Build the transformers model that ``config.json`` names, on the meta device; shard, materialize and load it;
+    """Build the transformers model that ``config.json`` names on the meta device; shard, materialize and load it;
     return it.
 
-    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. Or
-    it is a ``DistributedConfig`` of transformers: the model is sharded by its own plans (TP, EP, FSDP2, PP), as
-    ``from_pretrained(distributed_config=)`` does; ``device`` is then the kind of its mesh. ``dtype`` is that of the
-    parameters, bfloat16, float16 or float32, by torch's name or any other; but for those that transformers itself keeps
-    in float32 (DeepSeek's ``e_score_correction_bias``). Tensors of the file that this rounds, FP8 ones aside, are named
-    in a warning. ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``: what the index
-    does not list is no part of the checkpoint. Needs transformers.
+    ``parallelize(model)`` applies FSDP2, TP or any other DTensor placement, in place or by returning another module. It
+    may also be a ``DistributedConfig`` of transformers: the model is then sharded by its own plans (TP, EP, FSDP2, PP),
+    as by ``from_pretrained(distributed_config=)``, and ``device`` is the device type of its mesh. ``dtype``: of the
+    parameters, bfloat16, float16 or float32, as torch's dtype or by name; parameters that transformers itself keeps in
+    float32 (DeepSeek's ``e_score_correction_bias``) are excepted. A warning names the tensors of the file that this
+    rounds, FP8 ones aside. ``partial``: ``parallelize`` removes parts of the model (a PP stage). ``follow_index``:
+    ignore tensors that the index does not list. Needs transformers.
 
     >>> model = fp8ckpt.load_pretrained("sample-fp8")
     >>> type(model).__name__, model.lm_head.weight.dtype

@@ -1,7 +1,7 @@
 """Dequantize and quantize torch tensors that may be shards: the part of the adapters that touches values.
 
-A DTensor's local shard is worked on in the coordinates of the full tensor, so blocks need not meet the edges of shards.
-Scales are small, and whole on every rank.
+A DTensor's local shard is worked on in the coordinates of the full tensor, so blocks need not align with the edges of
+shards. Scales are small, and every rank has all of them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def dequantize(
     block_size: tuple[int, ...] | None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """The values of FP8 codes, by the contract, as a new tensor of the weight's device and placements.
+    """Return the values of FP8 codes, by the contract, as a new tensor with the weight's device and placements.
 
-    ``scale``: of any dtype that files have, one element or a grid of ``block_size``; whole, or a DTensor. Raises
-    `ScaleShapeError` and `ScaleValueError`, and `RangeError` where finite codes have values beyond the dtype.
+    ``scale``: of any dtype that scales have in files, one element or a grid of ``block_size``; a whole tensor or a
+    DTensor. Raises `ScaleShapeError` and `ScaleValueError`, and `RangeError` if finite codes have values beyond
+    ``dtype``.
     """
     whole = (scale.full_tensor() if isinstance(scale, DTensor) else scale).detach().cpu().contiguous()
     scale_dtype = stored_dtype(whole.dtype) or ""
@@ -75,7 +76,7 @@ def dequantize(
 
 
 def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's part of a tensor, and its offsets in the full tensor."""
+    """Return this rank's part of a tensor, and its offsets in the full tensor."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), (0,) * tensor.dim()
     # The protocol by which DCP asks a tensor where its shard lies; torch leaves it untyped.
@@ -86,7 +87,7 @@ def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
 
 
 def like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """``local`` as this rank's part of a tensor that is placed as ``tensor`` is."""
+    """Return ``local`` as this rank's part of a tensor with the placements of ``tensor``."""
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(
@@ -105,10 +106,11 @@ def _largest_of_all(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def quantize(
     rule: Rule, weight: torch.Tensor, block_size: tuple[int, ...] | None, before: Scales | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes e4m3fn, scales of the grid) of a weight, the same on every mesh; without a block size one 0-d scale.
+    """Return (codes e4m3fn, scales of the grid) of a weight, the same on every mesh; one 0-d scale without a block
+    size.
 
-    ``before``: the scales that were, as stored, if any: one is kept where its block still fits it. Raises
-    `WeightValueError`, on all ranks, where the weight is not finite on any, and `RangeError`.
+    ``before``: the previous scales as stored, if any; each is kept if its block still fits it. Raises
+    `WeightValueError`, on all ranks, if the weight is not finite on any of them, and `RangeError`.
     """
     blocks = _Blocks(weight, block_size)
     local = blocks.local
@@ -144,7 +146,7 @@ class _Blocks:
             ]
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of ``values``, one an element and none negative, in each block of the whole weight."""
+        """The largest of ``values``, one non-negative value an element, in each block of the whole weight."""
         start = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
         if values.numel() and self._index:
             index = self._index[0]
@@ -156,14 +158,14 @@ class _Blocks:
         return _largest_of_all(start, self.weight)
 
     def given_back_by(self, scales: F32) -> Mask:
-        """Which blocks of the whole weight these scales give back, element by element."""
+        """Which blocks of the whole weight these scales give back exactly."""
         spread = self.spread(scales)
         values = (_encode(self.local, spread).to(torch.float32) * spread).to(self.local.dtype)
         exact: Mask = (self.largest(values.ne(self.local).to(torch.float32)) == 0).cpu().numpy()
         return exact
 
     def spread(self, scales: F32) -> torch.Tensor:
-        """Scales of the grid beside the values, so that they meet this rank's elements."""
+        """Scales of the grid, in a shape that broadcasts against this rank's elements."""
         spread = torch.from_numpy(np.ascontiguousarray(scales)).to(self.local.device)
         for axis, block in enumerate(self._index):
             spread = spread.index_select(axis, block)
@@ -171,7 +173,7 @@ class _Blocks:
 
 
 def _finite_or_inf(magnitudes: torch.Tensor) -> torch.Tensor:
-    """The magnitudes as float32, with NaN made infinite: a maximum over ranks is defined for infinity, not for NaN."""
+    """The magnitudes as float32, with NaN made infinite: the maximum over ranks is not defined for NaN."""
     return magnitudes.to(torch.float32).nan_to_num(nan=np.inf, posinf=np.inf)
 
 

@@ -1,8 +1,8 @@
 """Read a region of a logical tensor straight into a torch tensor, on any device, with any strides.
 
-On the CPU, codes are looked up from a small buffer into the target itself. Elsewhere the codes travel as bytes, through
-pinned memory where the device is CUDA, and are multiplied there: float32 product, one rounding, the same bits. Memory
-beyond the target is a few MiB a thread, and bounded for all threads together (`BEYOND`).
+On the CPU, codes are looked up from a small buffer into the target itself. On another device, codes are copied as
+bytes, through pinned memory for CUDA, and multiplied there: a float32 product and one rounding give the same bits.
+Memory beyond the target is a few MiB a thread, and bounded for all threads together (`BEYOND`).
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from fp8ckpt.tensors.reading import bits_of, load_dequantizer, stored_dtype, tor
 from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
-_LARGEST_BUFFER = 4 << 20  # bytes; more makes nothing faster
-# Beside the buffer of codes: on a device the codes again, their float32 values, and at most as many float32 scales.
+_LARGEST_BUFFER = 4 << 20  # bytes; a larger one is not faster
+# Bytes for each byte of the buffer: the code here and on the device, its float32 value, at most one float32 scale.
 _TIMES_ON_DEVICE = 10
-_LEAST_BUFFER = 64 << 10  # bytes; of a machine with a thousand cores
+_LEAST_BUFFER = 64 << 10  # bytes, on a machine with a thousand cores
 
 
 def dequantizers(threads: int) -> DequantizerOf:
-    """A cache of the dequantizers that ``threads`` threads are using; they stay close together in a file."""
+    """Return a cached loader of dequantizers for ``threads`` threads, which work close together in a file."""
     return lru_cache(maxsize=2 * threads)(load_dequantizer)
 
 
 def rounds(stored: torch.dtype, target: torch.dtype) -> bool:
-    """Whether a tensor of the one dtype may lose something when it is cast to the other."""
+    """Whether a cast from ``stored`` to ``target`` may lose information."""
     if stored == target:
         return False
     return stored.is_floating_point != target.is_floating_point or torch.promote_types(stored, target) != target
 
 
 class RegionLoader:
-    """One thread's means of loading: its buffer."""
+    """Loads regions for one thread, with a buffer of its own."""
 
     def __init__(self, dequantizer: DequantizerOf, threads: int) -> None:
         self._threads = threads
@@ -50,14 +50,13 @@ class RegionLoader:
 
     @property
     def bytes_read(self) -> int:
-        """Data bytes, scales aside."""
+        """Data bytes read, without scales."""
         return self._reader.bytes_read
 
     @torch.no_grad()
     def load(self, tensor: Tensor, region: Region, target: torch.Tensor) -> None:
-        """Fill ``target``, which has the region's sizes. An FP8 tensor is dequantized to the target's dtype; a target
-        of the stored FP8 dtype gets the codes themselves. Any other tensor is cast where the dtypes differ, as DCP
-        does.
+        """Fill ``target``, which has the region's shape. An FP8 tensor is dequantized to the target's dtype; a target
+        of the stored FP8 dtype gets the codes themselves. Any other tensor is cast if the dtypes differ, as DCP does.
         """
         dtype = stored_dtype(target.dtype)
         if tensor.scaled is not None and dtype == tensor.scaled.code_dtype:
@@ -71,7 +70,7 @@ class RegionLoader:
             for piece in pieces(region, buffer.numel() // stored.itemsize):
                 part = buffer[: prod(piece[1]) * stored.itemsize].view(stored).reshape(piece[1])
                 tensor.values(piece, tensor.dtype, bits_of(part), self._reader)
-                target[within(piece, region)].copy_(part)  # the buffer is used again: this waits
+                target[within(piece, region)].copy_(part)  # not asynchronously: the buffer is used again
         elif dtype in tensor.dtypes():
             dequantizer = self._reader.dequantizer(tensor.scaled, dtype)
             region, out = tensor.scaled.of_codes(region), target.mT if tensor.scaled.across else target
@@ -88,7 +87,7 @@ class RegionLoader:
             raise UnsupportedFormatError.of_dtype(tensor.name, tensor.span.file, what, known, remedy)
 
     def _scratch(self, device: torch.device) -> torch.Tensor:
-        """The buffer, pinned where the device is CUDA; the reader's room is its memory."""
+        """Return the buffer, pinned if the device is CUDA; the reader's ``room`` is the same memory."""
         pin = device.type == "cuda"
         if not self._buffer.numel() or pin != self._buffer.is_pinned():
             share = BEYOND // self._threads // (1 if device.type == "cpu" else _TIMES_ON_DEVICE)
@@ -99,8 +98,8 @@ class RegionLoader:
 
 
 def _codes_of(tensor: QuantizedTensor, piece: Region, stored: Bytes, buffer: torch.Tensor) -> torch.Tensor:
-    """The codes of a piece as torch has them, one an element, in the ``buffer`` that they were read into; those of four
-    bits as codes of eight with the same values.
+    """Return the codes of a piece, one an element: 8-bit codes as a view of the ``buffer`` that they were read into,
+    4-bit codes as 8-bit codes of the same values.
     """
     if tensor.per_byte == 1:
         return buffer[: stored.size].view(torch_dtype(tensor.code_dtype)).reshape(piece[1])
@@ -110,7 +109,7 @@ def _codes_of(tensor: QuantizedTensor, piece: Region, stored: Bytes, buffer: tor
 def dequantize_on_device(
     codes: torch.Tensor, dequantizer: Dequantizer, offsets: tuple[int, ...], target: torch.Tensor
 ) -> None:
-    """``target = round(float32(codes) * float32(scales))`` with torch's own kernels, on the device where both lie.
+    """``target = round(float32(codes) * float32(scales))`` with torch's own kernels, on the device of both.
 
     ``codes``: FP8, of a region at ``offsets`` in the full tensor; ``target``: of the same shape, bfloat16, float16 or
     float32.
@@ -121,14 +120,14 @@ def dequantize_on_device(
 
 
 def count_overflown(codes: torch.Tensor, values: torch.Tensor) -> int:
-    """How many values are infinite and not those of infinite codes, element by element, on one device."""
+    """The number of infinite values whose codes are finite; both tensors are on one device."""
     return int((values.isinf() & codes.to(torch.float32).isfinite()).sum())
 
 
 def expanded_scales(
     dequantizer: Dequantizer, offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    """The scales f32 of a region, of a shape that broadcasts against it: 1 where one block spans a dimension."""
+    """The float32 scales of a region, in a shape that broadcasts to it: 1 where a single block spans a dimension."""
     scales = dequantizer.scales
     grid = dequantizer.grid
     for axis, (start, size, block) in enumerate(zip(offsets, sizes, grid.block_size, strict=True)):

@@ -1,4 +1,4 @@
-"""What a save writes: a model's tensors, and of which tensors on disk they are made."""
+"""What a save writes: the tensors of a model, and how they become those on disk."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class SavePlan(NamedTuple):
-    """``state``: the tensors; ``planner``: which cuts them; ``carry``: names of the base that may be taken from it.
-
-    ``tied``: names of tensors that are left out, and of those that they are tied to and stored as.
+    """``state``: the tensors; ``planner``: cuts them into items; ``carry``: names of the base's tensors that may be
+    taken from it. ``tied``: the tensors that are left out, each with the tensor that it is tied to and stored as;
+    ``native``: all tensors of the model.
     """
 
     state: dict[str, torch.Tensor]
@@ -38,8 +38,8 @@ class SavePlan(NamedTuple):
     native: dict[str, torch.Tensor]
 
     def refuse_trained_apart(self) -> None:
-        """Raise `ModelMismatchError` where what is left out is not what it is tied to. A step of its own for all ranks,
-        once each has a plan: what is cut in two ways is moved between them, so all is compared before any is refused.
+        """Raise `ModelMismatchError` if a tensor that is left out differs from the one it is tied to. Comparing may
+        move tensors between ranks, so all ranks call this, and compare all tensors before any raises.
         """
         differ = [name for name, kept in self.tied.items() if _differ(self.native[name], self.native[kept])]
         if differ:
@@ -48,9 +48,8 @@ class SavePlan(NamedTuple):
 
 @collector_paused()
 def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> SavePlan:
-    """The tensors of ``model`` under the names and in the stackings of its base; of those that are tied, the ones that
-    the base has, or else the first. ``carry``: a pattern of names that are taken from the base where the model has
-    none.
+    """Plan the tensors of ``model`` under the names and in the stackings of its base; of tied tensors only those that
+    the base has, or else the first. ``carry``: a pattern of names that are taken from the base if the model lacks them.
     """
     remedy = "merge them first: model.merge_and_unload(); or save them with save_pretrained, for fp8ckpt merge"
     refuse_what_hides(model, remedy)
@@ -72,7 +71,7 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
         _refuse_of_other_stages(groups, native, in_base)
     tied = _tied_elsewhere(groups, native, in_base)
     state = {hf: made for name, of_one in tensors.items() if name not in tied for hf, made in of_one.items()}
-    # What the base lacks goes under its own name, for the writer to refuse.
+    # A tensor that the base lacks keeps its own name, and the writer refuses it.
     parts = {name: assembled.parts.get(name) or Assembly.whole(name, tensor.shape) for name, tensor in state.items()}
     for name, tensor in state.items():
         if base is not None and parts[name].shape != tuple(tensor.shape):
@@ -91,7 +90,7 @@ def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, t
 
 
 def _refuse_of_other_stages(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> None:
-    """What a stage of a pipeline holds of a tied tensor that the base has under the name of another stage's."""
+    """Refuse a tied tensor of this pipeline stage that the base stores only under the name that another stage holds."""
     for source, *targets in groups:
         mine = [name for name in targets if name in native]
         if mine and source not in native and not any(name in in_base for name in mine):
@@ -99,7 +98,7 @@ def _refuse_of_other_stages(groups: list[list[str]], native: Collection[str], in
 
 
 def _tied_elsewhere(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> dict[str, str]:
-    """Tensors that are stored under the names that they are tied to, and those names; in one order on all ranks."""
+    """The tensors that are stored under a name that they are tied to, and that name; in one order on all ranks."""
     left_out: dict[str, str] = {}
     for group in groups:
         present = [name for name in group if name in native]
@@ -109,7 +108,7 @@ def _tied_elsewhere(groups: list[list[str]], native: Collection[str], in_base: C
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors differ in this rank's part of the first. All ranks that hold one of them call it."""
+    """Whether two tensors differ in this rank's part of the first. Collective over all ranks that hold one of them."""
     if one is other:
         return False
     one, other = one.detach(), other.detach()
@@ -117,7 +116,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
         one, other = other, one
     if isinstance(one, DTensor):
         if isinstance(other, DTensor) and other.device_mesh != one.device_mesh:
-            other = other.full_tensor()  # rare, and of embeddings alone: nothing else moves it to another mesh
+            other = other.full_tensor()  # rare, and only for embeddings; nothing else moves a tensor to another mesh
         if isinstance(other, DTensor):
             other = other.redistribute(one.device_mesh, one.placements).to_local()
         else:
@@ -129,7 +128,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _warn_of_fewer_bits(state: Mapping[str, torch.Tensor], parts: Mapping[str, Assembly], base: Checkpoint) -> None:
-    """What the base holds in more bits than the model is no longer what it was, trained or not."""
+    """Warn of tensors that the base holds in more bits than the model: they have lost precision, trained or not."""
     fewer = {
         piece.source
         for name, assembly in parts.items()

@@ -1,10 +1,10 @@
-"""Quantize the shards of a weight where they lie, with the scales that the whole weight would have.
+"""Quantize the shards of a weight, with the scales that the whole weight would have.
 
-Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one go, with nothing kept of them.
-Waiting blocks are looked at first; what decides their scale - the largest magnitude, and whether the scale of before
-gives back every element - is combined over the pieces, and over the ranks for those that more than one rank may meet.
-Both are maxima, so that it does not matter how a weight was cut. The factor of a weight with two levels of scales is
-one more such block: all of the weight is looked at before any of it is written.
+Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one step, and nothing of them is kept.
+Waiting blocks are looked at first. What decides their scale - the largest magnitude, and whether the previous scale
+gives back every element - is combined over the pieces, and over the ranks for blocks that several ranks may hold. Both
+are maxima, so it does not matter how a weight is cut. The factor of a weight with two levels of scales is one more such
+block: all of the weight is looked at before any of it is written.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from fp8ckpt.output.staging import Files
 from fp8ckpt.tensors.reading import bytes_of, stored_dtype
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
-# What a worker holds, in bytes an element of its step: the values as they come and as 32 bits, codes, those of the
-# base, and a piece of eight steps.
+# Bytes that a worker holds for each element of its step: the value as given and as 32 bits, its code, the base's code,
+# and a piece of eight steps.
 BYTES_OF_STEP = 18
 
 
 class ShardQuantizer:
-    """One worker's means of looking at pieces and of writing them, with buffers of its own.
+    """Looks at pieces and writes them, for one worker, with buffers of its own.
 
-    ``rule_of``: what decides the scales of a weight. ``count``: takes what was done to one, if that is to be known; the
-    base's codes are read for that alone. ``nonfinite``: weights with elements that have no code; with one of them the
-    output is never whole.
+    ``rule_of``: gives the rule that decides a weight's scales. ``count``: takes what was done to a weight; None without
+    a report, which alone needs the base's codes. ``nonfinite``: the weights with elements that have no code; an output
+    with one of them is never completed.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ShardQuantizer:
         self.base_bytes_read = 0
 
     def look(self, cut: Cut) -> None:
-        """Find what decides the scales of a piece's waiting blocks, and the factor."""
+        """Find what decides the scales of a piece's waiting blocks, and the weight's factor."""
         with self._noting(cut):
             rule, factor = self._rule_of(cut.shard.weight), cut.shard.factor
             for region in cut.steps(self._step):
@@ -86,7 +86,7 @@ class ShardQuantizer:
         with self._noting(cut):
             weight, rule = cut.shard.weight, self._with_factor(cut.shard)
             first = next(runs(weight.grid.weight_shape, *cut.region))[0]
-            # As it lies on disk, where a byte is a code, so that it can be written directly.
+            # Aligned as on disk, if a code is a byte, so that it can be written directly.
             flat = self._codes[(weight.weight.start + first) % ALIGNMENT :][: prod(cut.region[1])]
             codes = flat.reshape(cut.region[1])
             for region in cut.steps(self._step):
@@ -123,7 +123,7 @@ class ShardQuantizer:
             self._count(weight.name, WeightFacts(tally, kept=kept.size - made, made=made, factors=factors))
 
     def _write_packed(self, weight: QuantizedTensor, region: Region, codes: U8) -> None:
-        """Write the bytes that lie in a region with both halves, and hand on the halves at its edges."""
+        """Write the bytes that have both halves in a region, and pass on the halves at its edges."""
         (*lead, first), (*sizes, count) = region
         odd = first % 2
         whole = (count - odd) // 2 * 2
@@ -137,7 +137,7 @@ class ShardQuantizer:
             self._halves.add(weight, ((*lead, first + count - 1), (*sizes, 1)), codes[..., -1], high=False)
 
     def _with_factor(self, shard: Shard) -> Rule:
-        """With the second level of scales that is written, once all has been looked at: the base's, if that is kept."""
+        """The rule under the factor that is written, the base's or a new one; all must have been looked at."""
         rule = self._rule_of(shard.weight)
         if rule.factor is None or shard.factor is None:
             return rule
@@ -145,7 +145,7 @@ class ShardQuantizer:
         return rule.under(scaling.choose_factor(largest[0], rule.factor, exact=bool(exact[0]), fresh=rule.fresh))
 
     def _taken(self, cut: Cut, region: Region, rule: Rule) -> tuple[Step, Surroundings, Scales]:
-        """A step's values, where they lie among blocks, and the scales that these have in the base, as stored."""
+        """The values of a step, the blocks that it meets, and the scales that these have in the base, as stored."""
         weight = cut.shard.weight
         around = surroundings(weight.grid, *region)
         parts = quantize.parts_of_region(around.grid, around.offsets, region[1])
@@ -157,7 +157,7 @@ class ShardQuantizer:
 
     @contextmanager
     def _noting(self, cut: Cut) -> Iterator[None]:
-        """The name of a weight is noted with values that have no code."""
+        """Note the name of a weight that has values without a code."""
         try:
             yield
         except NotFinite:
@@ -175,7 +175,7 @@ class ShardQuantizer:
         return old
 
     def _write_scales(self, weight: QuantizedTensor, owned: Region, stored: Scales, factor: Factor | None) -> None:
-        """Write the scales of the blocks that begin in a step, and the factor, if it is the first."""
+        """Write the scales of the blocks that begin in a step, and the ``factor`` if one is given."""
         data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         self.bytes_written += write_region(self._files, weight.scale._replace(shape=weight.grid.shape), owned, data)
         if factor is not None and weight.second is not None:
@@ -185,11 +185,11 @@ class ShardQuantizer:
 
 
 def values_of_part(part: torch.Tensor) -> Values:
-    """Contiguous and on the CPU; no more than the part is copied."""
+    """The values of a part, contiguous and on the CPU; copies no more than the part."""
     part = part.to("cpu").contiguous()
     return quantize.values_of(bytes_of(part), stored_dtype(part.dtype) or "")
 
 
 def _part_of(array: npt.NDArray[Any], index: tuple[slice, ...]) -> npt.NDArray[Any]:
-    """A view, also of an array of no dimensions."""
+    """A view of a part of an array, also of a 0-d one."""
     return array[index] if index else array

@@ -1,8 +1,8 @@
-"""How the shards of a quantized weight are cut into pieces, in coordinates of the full weight and of its grid. No
-values are touched.
+"""How the shards of a quantized weight are cut into pieces, in coordinates of the full weight and of its grid. Nothing
+here touches values.
 
-A block whose elements all lie in one shard can be decided and written in one go. Any other block *waits*: it is cut by
-the edge of a shard, or is larger than what is worked on at once, or has one scale with its siblings.
+A block whose elements all lie in one shard is decided and written in one step. Any other block *waits*: the edge of a
+shard cuts it, or it is larger than what is worked on at once, or it shares its scale with sibling weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fp8ckpt.numerics.geometry import BlockGrid, Region, pieces, surroundings, w
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.scaled import QuantizedTensor
 
-PIECE = 8  # steps; one write, where it is contiguous
+PIECE = 8  # steps; one write if it is contiguous
 
 Numbers = npt.NDArray[np.int64]
 
@@ -29,9 +29,9 @@ Numbers = npt.NDArray[np.int64]
 class Shard(NamedTuple):
     """A part of an FP8 weight of the base that this rank writes.
 
-    ``number``: of the weight's first block, where all blocks of the base are numbered; members of a unit have the same.
-    ``joined``: whether it is one of a unit. ``factor``: the number of its second level of scales, if it has one, which
-    spans the whole weight as a block would, and which a unit shares.
+    ``number``: of the weight's first block, among all blocks of the base; weights that share one scale have the same.
+    ``joined``: whether the weight shares its scale so. ``factor``: the number of its second-level scale, if it has one;
+    that scale spans the whole weight as a block would, and the members of a unit share it.
     """
 
     item: WriteItem
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
     @property
     def region(self) -> Region:
-        """The region of the weight's codes that it is."""
+        """The region of the weight's codes that the shard covers."""
         return self.weight.of_codes(region_of(self.item))
 
     def in_order(self, values: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Shard(NamedTuple):
         return values.mT if self.weight.across else values
 
     def inner(self, step: int) -> Region:
-        """The blocks of it that need not wait, where ``step`` elements are worked on at once."""
+        """The region of the blocks that need not wait, if ``step`` elements are worked on at once."""
         grid = self.weight.grid
         offsets, sizes = whole_blocks(grid, *self.region)
         if self.joined or elements_of_block(grid) > step:
@@ -58,7 +58,7 @@ class Shard(NamedTuple):
         return offsets, sizes
 
     def waiting(self, step: int) -> Iterator[Region]:
-        """What is left beside `inner`."""
+        """The regions outside `inner`."""
         return _outside(self.region, self.inner(step))
 
     def numbers(self, first: tuple[int, ...], count: tuple[int, ...]) -> Numbers:
@@ -75,9 +75,7 @@ def numbers_of(shape: tuple[int, ...], first: tuple[int, ...], count: tuple[int,
 
 
 def number_blocks(base: Checkpoint) -> tuple[dict[str, int], dict[str, int]]:
-    """The number of each weight's first block, and of its factor, if it has one: the same on every rank that has the
-    base.
-    """
+    """Return the number of each weight's first block, and of its factor, if it has one; the same on every rank."""
     blocks, factors, following = {}, {}, 0
     for tensor in base.quantized:
         blocks[tensor.name] = following
@@ -89,7 +87,7 @@ def number_blocks(base: Checkpoint) -> tuple[dict[str, int], dict[str, int]]:
 
 
 class Cut(NamedTuple):
-    """A piece of a shard, with the shard's values. ``whole``: it consists of whole blocks, and none of them waits."""
+    """A piece of a shard, with the shard's values. ``whole``: it consists of whole blocks, none of which waits."""
 
     shard: Shard
     values: torch.Tensor
@@ -97,14 +95,14 @@ class Cut(NamedTuple):
     whole: bool
 
     def steps(self, most: int) -> Iterator[Region]:
-        """The piece in regions of at most ``most`` elements; of whole blocks, if the piece consists of whole blocks."""
+        """Yield the piece in regions of at most ``most`` elements; if it is ``whole``, in whole blocks."""
         if self.whole:
             return _pieces_of_blocks(self.shard.weight.grid, self.region, most)
         return pieces(self.region, most)
 
 
 def cut(shard: Shard, values: torch.Tensor, step: int, *, waiting: bool) -> Iterator[Cut]:
-    """All of a shard, or what of it is ``waiting``: what must be looked at before it can be written."""
+    """Yield all pieces of a shard, or those that are ``waiting``: to be looked at before they are written."""
     if not waiting:
         for region in _pieces_of_blocks(shard.weight.grid, shard.inner(step), PIECE * step):
             yield Cut(shard, values, region, whole=True)
@@ -114,12 +112,12 @@ def cut(shard: Shard, values: torch.Tensor, step: int, *, waiting: bool) -> Iter
 
 
 def elements_of_block(grid: BlockGrid) -> int:
-    """The number of elements of a block that no edge cuts."""
+    """The number of elements of a block that the weight's edge does not cut."""
     return prod(min(dim, block) for dim, block in zip(*grid, strict=True))
 
 
 def _pieces_of_blocks(grid: BlockGrid, region: Region, most: int) -> Iterator[Region]:
-    """A region of whole blocks in pieces of at most ``most`` elements, or one block."""
+    """Yield a region of whole blocks in pieces of at most ``most`` elements, or of one block."""
     if not prod(region[1]):
         return
     around = surroundings(grid, *region)
@@ -133,7 +131,7 @@ def _pieces_of_blocks(grid: BlockGrid, region: Region, most: int) -> Iterator[Re
 
 
 def _outside(region: Region, inner: Region) -> Iterator[Region]:
-    """The region less an inner one, as rectangles; all of it where the inner one is empty."""
+    """Yield the part of the region outside ``inner`` as rectangles; all of it if ``inner`` is empty."""
     if not prod(inner[1]):
         if prod(region[1]):
             yield region

@@ -14,9 +14,9 @@ from fp8ckpt.tensors.assembly import Assembly
 class StateDictAdapter(ABC):
     """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those it does not know.
 
-    ``hf_assets_path``: the directory of the checkpoint that it was made for, from which torchtitan loads where it is
-    given no path. ``fqn_to_index_mapping``: the number of the file that each tensor lies in there, from 1 on, by its
-    name on disk; torchtitan writes as many files. None where there is no checkpoint, and where it is one file.
+    ``hf_assets_path``: the directory of the checkpoint that it was made for; torchtitan loads from it if it is given no
+    path. ``fqn_to_index_mapping``: the number of each tensor's file there, from 1 on, by its name on disk; torchtitan
+    writes as many files. None without a checkpoint, and for a checkpoint of one file.
 
     >>> class Prefixed(fp8ckpt.StateDictAdapter):
     ...     def to_hf(self, state_dict, **_):
@@ -52,14 +52,16 @@ class StateDictAdapter(ABC):
 
     @abstractmethod
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> list[tuple[str, Any]]:
-        """Convert one native tensor: the (HF name, tensor) pairs that are stored for it."""
+        """Convert one native tensor; return the (HF name, tensor) pairs that are stored for it."""
 
     def assemblies(
         self, own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Assembly] | None:
-        """How each tensor of the model is made of those on disk, by the model's names; None leaves it to ``to_hf``.
+        """Return how each tensor of the model is made of those on disk, by the model's names; None leaves it to
+        ``to_hf``.
 
-        ``own`` and ``stored``: the shapes of both, by name. With assemblies, tensors are cut, stacked and transposed on
-        their way between disk and shards, without a second copy, and ``to_hf`` and ``from_hf`` are not called.
+        ``own``, ``stored``: the shapes of the model's tensors and of those on disk, by name. With assemblies, tensors
+        are cut, stacked and transposed on their way between disk and shards, without a second copy, and ``to_hf`` and
+        ``from_hf`` are not called.
         """
         return None

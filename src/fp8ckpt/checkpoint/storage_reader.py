@@ -1,16 +1,15 @@
-"""A storage reader that shows torch's distributed checkpoint the logical checkpoint.
+"""A storage reader that presents the logical checkpoint to torch's distributed checkpoint.
 
 `FP8StorageReader` serves ``dcp.load(state_dict, storage_reader=...)``: the state dict holds plain BF16 (or FP16, FP32)
-tensors, DTensors of any placement among them, under the names on disk; scales do not exist. Each requested region's
-bytes are read once and looked up straight into the planner's target: no FP8 placeholder, no second copy.
+tensors, DTensors of any placement among them, by their names on disk, and no scales. The bytes of each requested region
+are read once and dequantized straight into the planner's target: no FP8 placeholder, no second copy.
 
-Its life, as DCP calls it:
+Its life cycle, as DCP calls it:
 
 1. ``reset(path)``                      a new load begins
 2. ``read_metadata()``                  headers only; every defect is found here, before the first data byte
 3. ``set_up_storage_reader(...)``       on every rank
-4. ``prepare_local_plan(plan)``         what this rank's copy is; a `ReadItem` has its region in coordinates of the full
-                                        tensor
+4. ``prepare_local_plan(plan)``         identifies this rank's copy; item regions are in coordinates of the full tensor
 5. ``prepare_global_plan(plans)``       coordinator: check that all ranks read copies of one checkpoint
 6. ``read_data(plan, planner)``         reads this rank's regions, with as many threads as the rank has cores
 """
@@ -60,13 +59,13 @@ _PIECE = 32 << 20  # elements; what a thread takes at once, so that a large tens
 
 
 class FP8StorageReader(StorageReader):
-    """A reader of the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open
+    """Reads the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open
     `Checkpoint`.
 
-    ``workers``: threads; by default, this process's cores, divided by the ranks that torchrun started on the machine.
-    ``threads`` is its former name. ``bytes_read`` counts the data bytes read so far, scales aside.
+    ``workers``: the number of threads; by default, this process's cores, divided by the ranks that torchrun started on
+    the machine. ``threads`` is its former name. ``bytes_read`` counts the data bytes read so far, scales aside.
 
-    A target of an FP8 dtype is given the codes, and the scales can be asked for under their own names: so placeholders
+    A target of an FP8 dtype receives the codes, and the scales can be requested by their own names, so placeholders
     made by an adapter's ``to_hf(quantization=True)`` are filled, too. Any other tensor is cast to its target's dtype,
     as DCP does; a warning names those that this rounds.
 
@@ -96,19 +95,19 @@ class FP8StorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether there is a directory or file of that name, or it is the URL of a store."""
+        """Whether a directory or file of that name exists, or it is the URL of a store."""
         return address_of(checkpoint_id) is not None or Path(checkpoint_id).exists()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin anew, with another checkpoint where one is named."""
+        """Begin a new load, of another checkpoint if one is named."""
         if checkpoint_id is not None and str(checkpoint_id) != str(self._path):
             self._path, self._checkpoint = str(checkpoint_id), None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Every logical tensor as one chunk, FP8 ones as bfloat16; and the scales, under their own names.
+        """Return every logical tensor as one chunk, FP8 ones as bfloat16; and the scales, by their own names.
 
-        A checkpoint that is refused is refused to whoever looks into the metadata: an error raised here is taken by
-        torch for the sign that each rank has metadata of its own, and lost.
+        A defective checkpoint raises its error when the metadata is looked into: torch takes an error raised here as a
+        sign that each rank has its own metadata, and drops it.
         """
         try:
             stored = self.checkpoint
@@ -123,13 +122,13 @@ class FP8StorageReader(StorageReader):
 
     @kept_open()
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan with what this rank's copy of the checkpoint is; of a process alone, as it is."""
+        """Return the plan with the contents of this rank's copy of the checkpoint; for a single process, unchanged."""
         if not has_group():
             return plan
         return dataclasses.replace(plan, storage_data={"what is read": contents_of(self.checkpoint)})
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Coordinator: raise `RanksDifferError` where ranks would load parts of different checkpoints."""
+        """Coordinator: raise `RanksDifferError` if ranks would load parts of different checkpoints."""
         refuse_unlike([plan.storage_data or {} for plan in plans])
         return plans
 
@@ -178,7 +177,7 @@ class FP8StorageReader(StorageReader):
             )
 
     def _work(self, targets: list[tuple[ReadItem, torch.Tensor]]) -> Iterator[tuple[Tensor, Region, torch.Tensor]]:
-        """(tensor, region, target) in the order of the files, large regions in pieces."""
+        """Yield (tensor, region, target) in the order of the files, large regions in pieces."""
         scales = self._scales()
         found = []
         for item, target in targets:
@@ -196,7 +195,7 @@ class FP8StorageReader(StorageReader):
                 yield tensor, piece, target[within(piece, region)]
 
     def _scales(self) -> dict[str, TensorSpan]:
-        """Scales, and codes that are stored under another name than their tensor's."""
+        """The spans of scales, and of codes that are stored under a name other than their tensor's."""
         tensors = self.checkpoint.tensors
         spans = (
             span
@@ -222,7 +221,7 @@ def _load(loader: RegionLoader, part: tuple[Tensor, Region, torch.Tensor]) -> No
 
 
 def _reads(work: Iterable[tuple[Tensor, Region, torch.Tensor]]) -> Iterator[list[ByteRange]]:
-    """What the work will read, in order: scales, once a tensor, and values."""
+    """Yield what the work will read, in order: scales, once a tensor, and values."""
 
     def values() -> Iterator[tuple[Sequence[TensorSpan], list[ByteRange]]]:
         last = None

@@ -1,7 +1,7 @@
-"""A storage writer that makes torch's distributed checkpoint write final Hugging Face files in one dtype, in one pass.
+"""A storage writer with which torch's distributed checkpoint writes final Hugging Face files in one dtype, in one pass.
 
-Its life is that of `fp8ckpt.checkpoint.directory_writer`. The files are a base's, or as many as ``max_file_bytes``
-makes; each region is cast to its stored dtype piece by piece as it is written.
+The life cycle is that of `fp8ckpt.checkpoint.directory_writer`. The files are a base's, or as many as
+``max_file_bytes`` requires; each region is cast to its stored dtype piece by piece as it is written.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class SideFiles:
 class SafetensorsStorageWriter(DirectoryWriter):
     """Writes one directory of safetensors files.
 
-    ``dtype``: that of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's. ``like``: a checkpoint with
-    the same logical tensors: it decides the files, the dtype of those that it does not hold as FP8, and the side files,
-    as it does for ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names of tensors that are
-    taken from it where the state dict lacks them; those of MTP layers always are. Without ``like``, ``side_files`` go
-    beside the weights, a new file begins at ``max_file_bytes`` (default: 5 GB), the tensors ``keep`` keep the dtype
-    that they have, and a warning names those that are rounded. ``process_group``: the one that ``dcp.save`` is given,
-    where ``path`` is of a store. ``bytes_written`` counts this rank's tensor bytes.
+    ``dtype``: of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's. ``like``: a checkpoint with the
+    same logical tensors; it decides the files, the dtype of tensors that it does not hold as FP8, and the side files,
+    as in ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names of tensors that are taken from
+    it if the state dict lacks them; those of MTP layers always are. Without ``like``, ``side_files`` go beside the
+    weights, a new file begins at ``max_file_bytes`` (default: 5 GB), the tensors ``keep`` keep their dtype, and a
+    warning names those that are rounded. ``process_group``: the one that ``dcp.save`` is given; needed if ``path`` is a
+    store's. ``bytes_written`` counts this rank's tensor bytes.
 
-    Raises, on every rank: `ModelMismatchError` for other tensors, shapes or kinds of values than those of ``like``, and
-    `RangeError` for finite values that the stored dtype cannot hold. Through ``dcp.save`` they come inside torch's
+    Raises, on every rank: `ModelMismatchError` for tensors, shapes or kinds of values other than those of ``like``, and
+    `RangeError` for finite values that the stored dtype cannot hold. ``dcp.save`` raises them inside torch's
     ``CheckpointException``.
 
     >>> import torch.distributed.checkpoint as dcp
@@ -156,8 +156,8 @@ class SafetensorsStorageWriter(DirectoryWriter):
 
 
 def write_plain(files: Files, planner: SavePlanner, items: Iterable[tuple[WriteItem, TensorSpan]], most: int) -> int:
-    """Write what is not quantized, in pieces of at most ``most`` elements, with all threads of this rank; returns how
-    many bytes.
+    """Write what is not quantized, in pieces of at most ``most`` elements, with all threads of this rank; return the
+    number of bytes.
     """
     written: list[int] = []
 
@@ -176,15 +176,16 @@ def write_plain(files: Files, planner: SavePlanner, items: Iterable[tuple[WriteI
 
 
 def cast(values: torch.Tensor, span: TensorSpan) -> Bytes:
-    """The bytes of a piece of a tensor in its stored dtype; where the dtypes differ, rounded as a conversion rounds.
+    """Return the bytes of a piece of a tensor in its stored dtype; if the dtypes differ, rounded as a conversion
+    rounds.
 
-    Raises `RangeError` where a finite value becomes infinite.
+    Raises `RangeError` if a finite value becomes infinite.
     """
     values = values.to("cpu").contiguous()
     given = stored_dtype(values.dtype) or ""
     if given == span.dtype:
         return bytes_of(values)
-    beyond = 0  # float32
+    beyond = 0  # values beyond float32
     if given not in TARGET_BYTES:  # float64, which no kernel takes
         finite = values.isfinite()
         values = values.to(torch.float32)

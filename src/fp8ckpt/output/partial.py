@@ -1,17 +1,18 @@
-"""An output directory that is not seen until it is whole.
+"""An output directory that appears only once it is complete.
 
-Everything is written in ``DST.partial/output/``; its rename to ``DST`` comes last, after every file has been flushed to
-disk. A small state folder beside it, ``DST.partial/.fp8ckpt/``, says that the directory is ours, and records what the
-output is of (`fingerprint`), and which *extents* - numbered pieces of the output files, the same for every process that
-makes the same plan - are on disk. It goes only after the rename, so whatever a run leaves behind is known for its own.
+Every file is written in ``DST.partial/output/``, which is renamed to ``DST`` last, after every file was flushed to
+disk. A small state folder beside it, ``DST.partial/.fp8ckpt/``, marks the directory as ours. It records what the output
+is made from (its fingerprint), and which *extents* are on disk: numbered pieces of the output files, the same in every
+process that makes the same plan. It is removed only after the rename, so that what a run leaves behind is always
+recognized.
 
-A run that was cut off is resumed by a run with the same fingerprint; any other is refused, and nothing is touched. What
-stands at ``DST.partial`` without our state is somebody else's, and refused as well, unless it is an empty folder, in
-which nothing can be lost: that is what a run leaves that ended before its first file.
+A run resumes an interrupted one that has the same fingerprint; with another fingerprint it is refused, and changes
+nothing. A ``DST.partial`` without our state is someone else's and refused too, except an empty folder: a run that ends
+before its first file leaves one.
 
-Where ``DST`` is the URL of a store, ``s3://bucket/models/name``, extents go there as they are made
+If ``DST`` is the URL of a store, ``s3://bucket/models/name``, extents are sent there as they are made
 (`fp8ckpt.output.places`), the state and the small files are in ``name.partial/`` in the working directory, by the same
-rules, and completing the uploads (`fp8ckpt.stores.upload`) stands for the rename.
+rules, and completing the uploads (`fp8ckpt.stores.upload`) takes the place of the rename.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ from fp8ckpt.system import lock
 
 
 def partial_of(destination: str | os.PathLike[str]) -> Path:
-    """Where ``destination`` is written until it is whole; for the URL of a store, in the working directory."""
+    """Where ``destination`` is written until it is complete; for a store's URL, in the working directory."""
     address = address_of(destination)
     place = _place(destination) if address is None else Path(PurePosixPath(address.rest).name)
     return place.parent / (place.name + ".partial")
 
 
 def _place(destination: str | os.PathLike[str]) -> Path:
-    """The path without "..", before which there may be nothing: no folder is made for being left again."""
+    """The path with ".." resolved, so that no folder is created only for ".." to leave it again."""
     place = Path(destination)
     return Path(os.path.realpath(place.parent), place.name) if ".." in place.parent.parts else place
 
@@ -62,7 +63,7 @@ def _place(destination: str | os.PathLike[str]) -> Path:
 class PartialOutput:
     """The life of one output: `begin` (one process), `record` (any process, any thread), `publish` (one process).
 
-    ``destination`` is ``DST``, a path or the URL of a store, ``partial`` is ``DST.partial``, and ``directory`` the
+    ``destination`` is ``DST``, a path or the URL of a store; ``partial`` is ``DST.partial``; ``directory`` is the
     folder in it that becomes ``DST``; ``state`` is what runs know of each other.
     """
 
@@ -80,12 +81,12 @@ class PartialOutput:
         self.destination = self.goal.where
 
     def begin(self, fingerprint: Mapping[str, Any], names: Collection[str], in_parts: Collection[str] = ()) -> None:
-        """Create the partial output, or take up the one that is there; hold its lock until `release`.
+        """Create the partial output, or resume the existing one, and hold its lock until `release`.
 
-        ``names`` are the files that the finished directory will have, by their paths in it; a store gets those of
-        ``in_parts`` extent by extent. Raises `OutputExistsError` where the destination is there, or something that is
-        not ours where it would be written; `OutputBusyError` where another process writes it, and
-        `ResumeMismatchError` where the partial output is of another fingerprint or holds anything else.
+        ``names``: the files of the finished directory, by their paths in it; a store gets those of ``in_parts`` extent
+        by extent. Raises `OutputExistsError` if the destination exists, or something that is not ours stands in the
+        way; `OutputBusyError` if another process writes it; `ResumeMismatchError` if the partial output has another
+        fingerprint or holds other files.
         """
         try:
             with self._named():
@@ -99,7 +100,7 @@ class PartialOutput:
         self.look(fingerprint, names)
         if not os.path.lexists(self.partial.parent):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-        flush_parent(self.partial)  # as after the rename: what may not be read cannot be flushed
+        flush_parent(self.partial)  # fails here, not after the rename, if the folder may not be read
         self.state.at.mkdir(parents=True, exist_ok=True)
         self._lock = self.state.locked(LOCK)
         if self._lock is None or (writers := self.state.locked(WRITERS)) is None:
@@ -109,15 +110,15 @@ class PartialOutput:
             os.write(writers, self.turn.encode())
         finally:
             os.close(writers)
-        self.look(fingerprint, names)  # whoever held the lock before may have finished, or begun something else
-        if not self.directory.exists():  # nothing was written yet, or all was, and has its name
+        self.look(fingerprint, names)  # the previous holder of the lock may have finished, or begun something else
+        if not self.directory.exists():  # nothing was written yet, or everything was, and has been renamed
             self.state.forget()
             self.state.keep_plan({**fingerprint, **self.goal.told})
             self.directory.mkdir()
 
     def look(self, fingerprint: Mapping[str, Any], names: Collection[str]) -> None:
-        """Raise what `begin` would, but for `OutputBusyError`. Nothing is made or changed, but for the state that a run
-        left which died after its last step.
+        """Raise what `begin` would raise, except `OutputBusyError`. Creates and changes nothing, except that it removes
+        the state of a run that died after its rename.
         """
         with self._named():
             self.goal.refuse_existing()
@@ -126,24 +127,24 @@ class PartialOutput:
                 raise self._mismatch("its state is gone")
             now = {**fingerprint, **self.goal.told}
             if self.directory.exists() and (before := self._recorded_plan()) != now:
-                if self._lock is None and self.state.is_locked():  # then nobody is told to delete what is there
+                if self._lock is None and self.state.is_locked():  # or the remedy would be to delete its files
                     raise OutputBusyError.of(self.partial)
                 raise self._differs(before, now)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of the operating system get their names."""
+        """Raise errors of the operating system as `StorageError`."""
         with writing_to(self.partial):
             try:
                 yield
-            except FileNotFoundError:  # another run, which we raced, has just published
+            except FileNotFoundError:  # a concurrent run has just published
                 self.goal.refuse_existing()
                 raise
 
     @contextmanager
     def taking_part(self, turn: str) -> Iterator[None]:
-        """While a rank of the run of this ``turn`` writes: it may outlive the process that began, and with it the lock,
-        so no other run begins meanwhile. Raises `OutputBusyError` where one has, `OutputExistsError` where it is done.
+        """Hold a shared lock while a rank of the run ``turn`` writes: it may outlive the process that began the run and
+        held its lock. Raises `OutputBusyError` if another run has begun, `OutputExistsError` if one has published.
         """
         with self._named():
             held = os.open(self.state.at / WRITERS, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -172,35 +173,31 @@ class PartialOutput:
         return self._mismatch(_difference(before, now))
 
     def records(self) -> dict[int, Facts]:
-        """The facts that were recorded of each extent that is on disk, by all processes so far; in the order of the
-        extents.
-        """
+        """The facts recorded of each extent on disk, by all processes so far, in the order of the extents."""
         return {extent: facts for extent, (facts, _) in self.state.records().items()}
 
     def record(self, writer: int, extent: int, facts: Facts, sent: Sent | None = None) -> None:
-        """Record that an extent is on disk, or in the store; call it after the flush. ``writer`` tells processes
-        apart.
-        """
+        """Record that an extent is on disk, or in the store, after its flush. ``writer`` identifies the process."""
         self.state.record(writer, extent, facts, sent)
 
     def forget(self, extents: Collection[int]) -> None:
-        """Take these extents for not written; by the process that begins, before any of them is."""
+        """Mark these extents as not written. Called by the process that begins, before it writes any of them."""
         self.state.keep_only({i: one for i, one in self.state.records().items() if i not in extents})
 
     def publish(self) -> None:
-        """Have the output appear, whose files are all flushed, and remove the state."""
+        """Make the output appear, whose files are all flushed, and remove the state."""
         self.goal.publish()
-        shutil.rmtree(self.partial, ignore_errors=True)  # nothing of the output is in it any more, or all is elsewhere
+        shutil.rmtree(self.partial, ignore_errors=True)  # the output was moved out of it, or is in the store
 
     def discard(self) -> None:
-        """Remove a partial output that can never become whole; by the process that holds its lock, and no other."""
+        """Remove a partial output that can never become complete; only the process that holds its lock does so."""
         if self._lock is not None:
             self.goal.give_up()
             shutil.rmtree(self.partial, ignore_errors=True)
             self.release()
 
     def __del__(self) -> None:
-        self.release()  # of an output whose owner met an error
+        self.release()  # for an output whose owner met an error
 
     def release(self) -> None:
         """Give up the lock."""
@@ -211,8 +208,8 @@ class PartialOutput:
 
 @contextmanager
 def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
-    """The output of a job: what it wrote goes where it can never become whole, and is kept for the next run where the
-    disk refuses; its `StorageError` says so.
+    """Yield the output of a job. If it can never become complete, it is removed; if the disk fails, it is kept for the
+    next run, and the `StorageError` says so.
     """
     output = PartialOutput(destination)
     try:
@@ -230,7 +227,7 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:
-    """Why a partial output is not taken up: a file that has changed since, if others have not."""
+    """Why a partial output cannot be resumed: one changed file, if there is such, or the general reason."""
     general = "it is of another source, another target dtype, other options or another version"
     if not isinstance(before, dict) or {**before, "sources": None} != {**now, "sources": None}:
         return general

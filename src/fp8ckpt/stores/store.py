@@ -1,19 +1,18 @@
-"""Who keeps bytes, and the one way to ask for them.
+"""The one interface for reading bytes, whatever holds them.
 
-A `Store` is the files below one place: a local directory (`fp8ckpt.stores.local`), memory (`fp8ckpt.stores.memory`),
-and whatever else implements three methods. Names are relative, with forward slashes. Everything that is read of a
-checkpoint is read through its store, so nothing above this room knows a path, a descriptor or a link.
+A `Store` is the files below one place: a local directory (`fp8ckpt.stores.local`), memory (`fp8ckpt.stores.memory`), or
+a remote place (`fp8ckpt.stores.remote`). File names are relative, with forward slashes. Every read of a checkpoint goes
+through its store, so nothing above this room knows a path, a file descriptor or a link. A store promises:
 
-A store promises:
+- *a whole read or a named error*: ``read`` fills every buffer, or raises;
+- *one version*: the store notes a file's size and version (`Stat`) when it first looks at it or reads it, and a later
+  read of another version raises `SourceChangedError`; ``refuse_changes`` checks all of these files before a job
+  publishes;
+- *regular files only*: a FIFO, a device or a link that leads away is refused by name, and no call blocks.
 
-- *whole or a named error*: ``read`` fills every buffer, or raises;
-- *one version*: what a file is (`Stat`) is taken when it is first looked at or read, and a later read of anything
-  else is a `SourceChangedError`; ``refuse_changes`` looks again at all that was seen, before something is published;
-- *nothing but files*: a FIFO, a device, a link that leads away are refused by name, and nothing blocks.
-
-A store that is far away (`fp8ckpt.stores.remote`) stands behind the same methods. Callers help it by asking for all
-that they need at once (a slice of columns is one ``read`` of many ranges), from as many threads as it says
-(``at_once``), and by saying in advance what they will read (``ahead``). A near one has nothing to do with any of it.
+Callers help a remote store in three ways: they ask for all ranges that they need at once (a slice of columns is one
+``read`` of many ranges), they read from as many threads as ``at_once`` says, and they announce their reads (``ahead``).
+A local store needs none of this.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _PIECE = 8 << 20  # bytes
 
 
 class Stat(NamedTuple):
-    """What a file is: its ``size`` in bytes, and a ``version`` that is another one once it was written again."""
+    """The ``size`` of a file in bytes, and a ``version`` that changes when the file is written again."""
 
     size: int
     version: str
@@ -49,7 +48,7 @@ class ByteRange(NamedTuple):
 
 
 class Store(Protocol):
-    """The files below one place. For any number of threads."""
+    """The files below one place. Thread-safe."""
 
     @property
     def where(self) -> str:
@@ -57,33 +56,36 @@ class Store(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """The directory, where the files are those of one on this machine."""
+        """The directory that holds the files, if it is on this machine."""
 
     @property
     def at_once(self) -> int:
-        """How many reads at once are done sooner than one after the other."""
+        """The number of concurrent reads that is faster than one read after another."""
 
     def files(self) -> Mapping[str, Stat]:
-        """Every file by its name. Looking one up takes its version, and raises `StorageError` for what is no file."""
+        """Every file by its name. A lookup takes the file's version, and raises `StorageError` for what is not a
+        regular file.
+        """
 
     def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
-        """Fill each buffer with its range, which is as long.
+        """Fill each buffer with its range, which has the buffer's length.
 
-        Raises `StorageError`, `TruncatedFileError` or `SourceChangedError`; the buffers then hold anything.
+        Raises `StorageError`, `TruncatedFileError` or `SourceChangedError`; the contents of the buffers are then
+        undefined.
         """
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
-        """While the context lasts, these will be read, about in this order: a store that is far away fetches some of
-        them before they are asked for. Each is what one region needs; ``reads`` is taken from as it goes, by any
-        thread.
+        """Announce ``reads``, which follow inside the context roughly in this order; a remote store fetches some in
+        advance. Each item is what one region needs. Any thread may advance the iterator, which is advanced as reads
+        happen.
         """
 
     def refuse_changes(self) -> None:
-        """Raise `SourceChangedError` if a file that was looked at or read is no longer what it was."""
+        """Raise `SourceChangedError` if a file that was looked at or read has changed since."""
 
 
 class Files(Mapping[str, Stat]):
-    """The files of a store that looks only when it is asked: ``names`` lists them, ``look`` looks at one."""
+    """The files of a store that looks at a file only on demand: ``names`` lists them, ``look`` looks at one."""
 
     def __init__(self, names: Callable[[], Iterable[str]], look: Callable[[str], Stat | None]) -> None:
         self._names = names
@@ -109,7 +111,7 @@ class File(NamedTuple):
 
     @property
     def stat(self) -> Stat:
-        """What the file is. Raises `StorageError` where there is none."""
+        """The file's size and version. Raises `StorageError` if there is no such file."""
         found = self.store.files().get(self.name)
         if found is None:
             raise StorageError.of_absent(self.name)
@@ -120,7 +122,7 @@ class File(NamedTuple):
         self.store.read([ByteRange(self.name, start, start + out.nbytes)], [out])
 
     def pieces(self) -> Iterator[Bytes]:
-        """All bytes of the file in order, each piece good until the next."""
+        """Yield all bytes of the file in order; each piece is valid until the next."""
         size = self.stat.size
         buffer = np.empty(min(size, _PIECE), np.uint8)
         for start in range(0, size, _PIECE):
