@@ -1,1 +1,1 @@
-"""Where bytes lie."""
+"""Where checkpoints are read from, and sent to: local directories, memory, remote stores."""

@@ -1,8 +1,8 @@
-"""What a user names: a path of this machine, or the URL of a store. It is the one or the other by its form alone.
+"""What a user names: a path on this machine, or the URL of a store. The form alone decides which.
 
-``scheme:/`` begins a URL, with one slash or two (a `Path` of a URL has lost the second). What else looks like the name
-of a store is refused: its scheme with a colon alone, anything that ends in a colon before the first slash, URLs in each
-other (``simplecache::s3://``), ARNs. A folder that is really called so is named with ``./``, or by its absolute path.
+``scheme:/`` begins a URL, with one slash or two (a `Path` of a URL has lost the second). Other forms that look like a
+store are refused: a scheme with a colon alone, anything that ends in a colon before the first slash, nested URLs
+(``simplecache::s3://``), ARNs. A folder with such a name is given with ``./``, or by its absolute path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ODD = re.compile(
     r"|[^/]+(?=:/)(?<!^.)):+/*(.*)", re.DOTALL | re.IGNORECASE
 )  # fmt: skip
 _CHAINED = re.compile(r"::[A-Za-z][A-Za-z0-9+.-]+:/")
-_HAS_CONTAINERS = ("hf", "abfs", "abfss")  # what stands before the "@" is no secret
+_HAS_CONTAINERS = ("hf", "abfs", "abfss")  # before the "@" stands a container or a model, not a secret
 
 
 class Address(NamedTuple):
@@ -30,20 +30,20 @@ class Address(NamedTuple):
     rest: str
 
     def __str__(self) -> str:
-        """The URL as messages, logs and files may show it: without a user, a password and a query. Where it cannot be
-        told which part is a password, no part is shown.
+        """The URL as messages, logs and files may show it: without user, password and query. If it is unclear which
+        part is a password, no part is shown.
         """
         authority, slash, path = self.rest.partition("/")
         user, at, host = authority.rpartition("@")
         if re.search(r"[?#;]", user) or ("@" in path and (at or ":" in authority)):
             return f"{self.scheme}://..."
-        named = self.scheme in _HAS_CONTAINERS and ":" not in user and not user.startswith("hf_")  # so tokens begin
+        named = self.scheme in _HAS_CONTAINERS and ":" not in user and not user.startswith("hf_")  # as tokens do
         shown = f"{authority if named else host}{slash}{path}"
         return f"{self.scheme}://{re.split('[?#;]', shown, maxsplit=1)[0]}"
 
 
 def address_of(path: str | os.PathLike[str]) -> Address | None:
-    """The store's URL that a user gave; None for a path of this machine."""
+    """Return the store's URL that a user gave, or None for a path on this machine. Raises for any other form."""
     text = os.fspath(path)
     match = _URL.fullmatch(text)
     if match is not None and not _CHAINED.search(text):
@@ -55,7 +55,7 @@ def address_of(path: str | os.PathLike[str]) -> Address | None:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The path of what is on this machine. Raises `UnsupportedStoreError` for the URL of a store."""
+    """Return a path on this machine. Raises `UnsupportedStoreError` for the URL of a store."""
     if (address := address_of(path)) is None:
         return Path(path)
     raise UnsupportedStoreError.of_output(address, "a local path")

@@ -1,14 +1,14 @@
-"""What a job announces that it will read, fetched before it is asked for.
+"""Fetch what a job announces to read, before it asks for it.
 
-A job says in which order it will read (`fp8ckpt.stores.store.Store.ahead`). What lies near each other of the next 48
-MiB is joined into requests of at most 16 MiB, over a gap of at most a sixteenth of what comes before it (a scale
-between two weights), so that what one rank fetches and another one needs stays small: with rows shared out, each byte
-is fetched once. Strips of one read are joined by the rule of `fp8ckpt.stores.remote`.
+A job announces its reads in order (`fp8ckpt.stores.store.Store.ahead`). Of the next 48 MiB, ranges that lie close
+together are joined into requests of at most 16 MiB. The gap between two may be at most a sixteenth of what comes before
+it (a scale between two weights), so that a rank fetches little that another one needs: if ranks share out rows, each
+byte is fetched once. Strips of one read are joined by the rule of `fp8ckpt.stores.remote`.
 
-At most `AHEAD` bytes are held, in flight or waiting to be taken; a request is given back when all of it was taken, or
-nearly all and the room is needed; what is small of the rest, a scale, is kept. Its memory goes to a later one of about
-its size: fresh memory takes as long to get as its bytes from a near server. A thread that runs ahead of all that is
-held asks for itself, and what it asked for is not fetched again: nobody waits for anybody.
+At most `AHEAD` bytes are held, in flight or waiting to be taken. A request is released when all of it was taken, or
+when nearly all was and the room is needed; small remainders (scales) are kept. Its memory is reused for a later request
+of about its size: fresh memory takes as long as fetching the bytes from a near server. A thread that gets ahead of all
+that is held fetches for itself, and those bytes are not fetched again: no thread waits for another.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from fp8ckpt.stores.store import ByteRange, Bytes
 if TYPE_CHECKING:
     from fp8ckpt.stores.remote import RemoteStore
 
-AHEAD = 144 << 20  # bytes; with what a conversion takes beside it, all stays below 256 MiB
-REQUEST = 16 << 20  # bytes; at most of one request
-GAP = 128 << 10  # bytes that are read over rather than asking twice, within one read
-_BETWEEN_READS = 16  # what is read over between two reads is at most one part in so many of what comes before it
-_NEAR = 64  # bytes that are read over in any case: scales of one value have others, and norms, between them
-_BATCH = 3 * REQUEST  # bytes that are looked at together
+AHEAD = 144 << 20  # bytes; together with the rest of a conversion, less than 256 MiB
+REQUEST = 16 << 20  # bytes; the longest request
+GAP = 128 << 10  # bytes; a longer gap within one read begins another request
+_BETWEEN_READS = 16  # a gap between two reads may be this fraction, 1/16, of what comes before it
+_NEAR = 64  # bytes of a gap that is always read over: between scales of one value lie other scales, and norms
+_BATCH = 3 * REQUEST  # bytes that are planned together
 _MOST_RANGES = 1 << 14
-_SMALL = 64 << 10  # bytes; so little room is not worth asking for a scale again
-_SLACK = 8  # memory may be longer than what is asked for, by one part in so many
-_REST = 16  # one part in so many of a request that nobody takes (a scale that was announced for nothing) is given up
+_SMALL = 64 << 10  # bytes; releasing less is not worth another request for a scale
+_SLACK = 8  # reused memory may be longer than needed by 1/8
+_REST = 16  # a request is released early once less than 1/16 of it is left, such as a scale that nobody takes
 
 
 class Request(NamedTuple):
-    """One range of an object, and which parts of it go where; ``parts`` are in order and do not overlap."""
+    """One range of an object, and the buffers for parts of it; ``parts`` are in order and do not overlap."""
 
     file: str
     start: int
@@ -59,7 +59,7 @@ class Wanted(NamedTuple):
 
 
 def joined(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    """The requests for what is wanted, in its order: see the rules above. What fills a request is cut there."""
+    """Yield the requests for what is wanted, in order, by the rules above. A range that fills a request is cut."""
     group: list[Wanted] = []
     held = 0
     for file, start, stop, read in wanted:
@@ -80,8 +80,8 @@ def joined(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
 
 @dataclass(eq=False)
 class _Fetched:
-    """A request that was begun: its bytes, and how many of them nobody has taken yet. ``memory`` is another one's when
-    it was ``given`` back and no thread is ``reading`` it. ``parts`` are in order.
+    """A request that was begun: its bytes, ``left`` of which nobody has taken yet. Its ``memory`` may be reused once it
+    was ``given`` back and no thread is ``reading`` it. ``parts`` are in order.
     """
 
     file: str
@@ -96,7 +96,7 @@ class _Fetched:
 
 @dataclass(eq=False)
 class _Part:
-    """Bytes of an object that are held, or will be; ``left`` of them were not taken yet."""
+    """Bytes of an object that are held, or will be; ``left`` of them have not been taken."""
 
     start: int
     stop: int
@@ -106,7 +106,7 @@ class _Part:
 
 
 class _Found(NamedTuple):
-    """Bytes that are ``held`` of what a read asks for."""
+    """Bytes that a read asks for and that are ``held``."""
 
     part: _Part
     fetched: _Fetched
@@ -115,7 +115,7 @@ class _Found(NamedTuple):
 
 
 class Window:
-    """What is held of the announced ``reads``, while the context lasts."""
+    """What is held of the announced ``reads``, inside the context."""
 
     def __init__(self, store: RemoteStore, windows: list[Window], reads: Iterable[Sequence[ByteRange]]) -> None:
         self._store = store
@@ -144,7 +144,7 @@ class Window:
             one.future.cancel()
 
     def take(self, reads: Iterable[tuple[ByteRange, Bytes]]) -> list[tuple[ByteRange, Bytes]]:
-        """Fill what is held of the buffers; returns the rest."""
+        """Fill what is held of the buffers; return the rest."""
         rest: list[tuple[ByteRange, Bytes]] = []
         found: list[_Found] = []
         with self._lock:
@@ -197,12 +197,12 @@ class Window:
             low = bisect_left(parts, fetched.parts[0].start, key=_start)
             high = bisect_right(parts, fetched.parts[-1].start, key=_start)
             parts[low:high] = [part for part in parts[low:high] if part.fetched is not fetched]
-        fetched.parts.clear()  # each of them knows the request: what is in a circle is freed late
+        fetched.parts.clear()  # or a reference cycle would delay freeing the memory
         fetched.given = True
         self._spare_of(fetched)
 
     def _spare_of(self, fetched: _Fetched) -> None:
-        """Have the memory of a request for another one, once nobody reads it."""
+        """Make the memory of a request available for another one, once nobody reads it."""
         if fetched.given and not fetched.reading and fetched.memory.size:
             self._spare.append(fetched.memory)
             fetched.memory = fetched.memory[:0]
@@ -215,11 +215,11 @@ class Window:
             self._spare.pop(0)
         if size <= _SMALL:
             return np.empty(size, np.uint8)
-        # It is given back at once, and as a whole: malloc would keep some of it.
+        # Freed at once and completely: malloc would keep some of it.
         return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
     def _make_room(self) -> None:
-        """Give back what was nearly all taken. What is small, and left, is kept: scales beside values."""
+        """Release requests that were nearly all taken. Small parts of them that are left, such as scales, are kept."""
         for fetched in [one for one in self._fetched if one.size > _SMALL and one.left * _REST < one.size]:
             for part in fetched.parts if fetched.future.done() else ():
                 if part.left and part.buffer.nbytes <= _SMALL:
@@ -230,7 +230,7 @@ class Window:
             self._give_back(fetched)
 
     def _fill(self) -> None:
-        """Begin as many requests as may be held."""
+        """Begin as many requests as there is room for."""
         with self._lock:
             while True:
                 group = self._next or next(self._groups, None)
@@ -269,8 +269,8 @@ class Window:
         fetched.future = self._store.submit(self._store.fetch, request)
 
     def _planned(self, reads: Iterator[Sequence[ByteRange]]) -> Iterator[list[Wanted]]:
-        """The requests of all reads, looked at in batches, and in a batch in the order of the files; its last one waits
-        for what follows it.
+        """Yield the requests of all reads. Reads are planned in batches, each in the order of the files; the last
+        request of a batch waits for the next batch, which may extend it.
         """
         batch: list[Wanted] = []
         size = 0
@@ -285,7 +285,7 @@ class Window:
         yield from joined(_apart(sorted(batch)))
 
     def _not_passed(self, wanted: Wanted) -> Iterator[Wanted]:
-        """What nobody has asked for yet of a range."""
+        """Yield the parts of a range that nobody has asked for yet."""
         at, read = wanted.start, wanted.read
         passed = self._passed.get(wanted.file, [])
         for start, stop in passed[max(0, bisect_right(passed, at, key=min) - 1) :]:
@@ -304,7 +304,7 @@ def _start(part: _Part) -> int:
 
 
 def _apart(wanted: Iterable[Wanted]) -> Iterator[Wanted]:
-    """The same without what was there before: two reads may ask for the same bytes."""
+    """Yield the ranges without overlaps: two reads may ask for the same bytes."""
     end: tuple[str, int] = ("", 0)
     for file, start, stop, read in wanted:
         start = max(start, end[1]) if file == end[0] else start

@@ -1,11 +1,10 @@
 """Files of a web server: a directory whose index page lists them (``https://host/directory/``).
 
-The client is urllib3: huggingface_hub's takes five times as much of a processor for what is encrypted, all of it under
-Python's lock. Proxies and certificates are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``, ``SSL_CERT_FILE``).
-Each range is asked for with ``If-Match`` where the server gives strong ETags; the version in every answer is compared,
-whatever it is. A user and a password in the URL go to that host alone: a redirect to any other is followed without
-them, and never from https to http. Where a file was found is kept for as long as it holds, so that a range is one
-request.
+The client is urllib3: huggingface_hub's takes five times as much processor time for TLS, all of it under Python's
+global lock. Proxies and certificates come from the environment (``HTTPS_PROXY``, ``NO_PROXY``, ``SSL_CERT_FILE``). Each
+range is requested with ``If-Match`` if the server gives strong ETags, and the version in every answer is compared. A
+user and password in the URL are sent to that host alone; a redirect to another host is followed without them, and never
+from https to http. The target of a file's redirect is kept while it works, so that a range is one request.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _PIECE = 1 << 19  # bytes
 _MOST_REDIRECTS = 5
 _DEEPEST = 8  # folders
 _LONGEST_PAGE = 16 << 20  # bytes
-_ENCODED = {"Accept-Encoding": "identity"}  # a range is of the bytes themselves
+_ENCODED = {"Accept-Encoding": "identity"}  # ranges must count the bytes of the file
 
 
 class HttpObjects:
@@ -43,7 +42,7 @@ class HttpObjects:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._leads: dict[str, str] = {}  # where servers led to, by file
+        self._leads: dict[str, str] = {}  # redirect targets, by file
         self.where = str(address).rstrip("/")
         self._base = f"{address.scheme}://{address.rest.rstrip('/')}/"
         if not urlsplit(self._base).hostname or "?" in address.rest or "#" in address.rest:
@@ -53,15 +52,15 @@ class HttpObjects:
         return type(self), (self._address,)
 
     def url(self, name: str) -> str:
-        """Where a file is."""
+        """The URL of a file."""
         return self._base + quote(name)
 
     def headers(self) -> dict[str, str]:
-        """What goes to the named host, and to no other."""
+        """Headers that are sent to the named host, and to no other."""
         return {}
 
     def list(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.remote.Objects.list`: the index pages, and what the server says of each file."""
+        """As `fp8ckpt.stores.remote.Objects.list`: from the index pages, and a HEAD request for each file."""
         names = list(dict.fromkeys(self._names("", 0)))
         if not names:
             raise CheckpointNotFoundError.of_page(self.where)
@@ -79,13 +78,14 @@ class HttpObjects:
             yield from response.stream(_PIECE, decode_content=False)
 
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
-        """Raise `SourceChangedError` where an answer is of another version."""
+        """Raise `SourceChangedError` if an answer is of another version."""
         if _version(headers) != stat.version:
             raise SourceChangedError.of(name)
 
     @contextmanager
     def answer(self, method: str, name: str, asked: Mapping[str, str], *, listed: bool) -> Iterator[Any]:
-        """The server's answer, or that of the one it leads to, its body not yet read; errors in our own words.
+        """Yield the server's answer, or that of the server it redirects to, before its body is read; errors are in our
+        own words.
 
         ``listed``: whether the listing had the file, so that its absence is a change.
         """
@@ -101,7 +101,7 @@ class HttpObjects:
                         response.drain_conn()
                         url = self._led_to(url, location, name)
                         continue
-                    if led is not None and response.status >= 400:  # such links hold for a while
+                    if led is not None and response.status >= 400:  # redirect targets expire
                         if self._leads.get(name) == led:
                             del self._leads[name]
                         raise Broken(f"the server answered {response.status}, where it had led to before")
@@ -120,7 +120,7 @@ class HttpObjects:
         target = urlsplit(urljoin(url, location))
         if target.scheme not in ("http", "https") or (url.startswith("https:") and target.scheme == "http"):
             raise StorageError.of_scheme(name, self.where, target.scheme)
-        if _origin(url) == _origin(target.geturl()):  # a user that the URL named stays with the host
+        if _origin(url) == _origin(target.geturl()):  # the URL's user and password stay with the host
             return target._replace(netloc=urlsplit(url).netloc).geturl()
         return target.geturl()
 
@@ -142,7 +142,7 @@ class HttpObjects:
             return stat_of(self.where, name, response.headers.get("Content-Length"), version)
 
     def _names(self, folder: str, depth: int) -> Iterator[str]:
-        """The files that an index page links to, and those of the folders below."""
+        """Yield the files that an index page links to, and those of the folders below."""
         page = _Links()
         with self.answer("GET", folder, {}, listed=False) as response:
             if "html" not in response.headers.get("Content-Type", ""):
@@ -168,7 +168,7 @@ class HttpObjects:
 
 
 def _asked(method: str, url: str, headers: Mapping[str, str]) -> Any:
-    """The answer of one request, its body not yet read. The connection is kept if it is read to its end."""
+    """The answer to one request, before its body is read. The connection is kept if the body is read to its end."""
     from urllib3.util import make_headers
 
     parts = urlsplit(url)
@@ -184,10 +184,10 @@ def _asked(method: str, url: str, headers: Mapping[str, str]) -> Any:
 
 @cache
 def _pool(proxy: str, process: int) -> Any:
-    """A process's connections; those of the one that it was forked from are not its own."""
+    """The connections of a process: those of the process that it was forked from are not its own."""
     import urllib3
 
-    of_hub = import_module("httpx2" if find_spec("httpx2") else "httpx")  # certificates are found as for the Hub's own
+    of_hub = import_module("httpx2" if find_spec("httpx2") else "httpx")  # for the certificates of the Hub's client
     known: dict[str, Any] = {"maxsize": AT_ONCE, "ssl_context": of_hub.create_ssl_context()}
     if not proxy:
         return urllib3.PoolManager(**known)

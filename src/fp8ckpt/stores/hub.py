@@ -1,8 +1,8 @@
-"""Files of a model on the Hub, read where they lie: ``hf://org/name[@revision][/folder]``, through huggingface_hub.
+"""Files of a model on the Hub, read in place: ``hf://org/name[@revision][/folder]``, through huggingface_hub.
 
-A revision is resolved to its commit when the store is listed, and every range is asked of that commit: what it holds
-never changes. A file's version is its blob id. The token is huggingface_hub's own (``hf auth login``, ``HF_TOKEN``),
-and goes to the Hub alone: the servers that it leads to, for large files, get none.
+Listing the store resolves the revision to its commit, whose contents never change, and every range is requested of that
+commit. A file's version is its blob id. The token is huggingface_hub's own (``hf auth login``, ``HF_TOKEN``) and is
+sent to the Hub alone, not to the servers that the Hub redirects to for large files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLACE = re.compile(r"([^/@]+(?:/[^/@]+)?)(?:@(refs/(?:pr|convert)/[^/@]+|[^/@]+
 
 
 class HubObjects(HttpObjects):
-    """The files of a model of the Hub, or of a folder of it."""
+    """The files of a model on the Hub, or of a folder of it."""
 
     permission = "check name and revision; for what is private or gated, ask for access on its page, and hf auth login"
 
@@ -47,13 +47,13 @@ class HubObjects(HttpObjects):
         return UnsupportedStoreError.of_kind(self.where, "model of the Hub", "hf://org/name or hf://org/name@revision")
 
     def url(self, name: str) -> str:
-        """Where a file of the commit is."""
+        """The URL of a file of the commit."""
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.model, self._folder + name, revision=self._commit)
 
     def headers(self) -> dict[str, str]:
-        """The token."""
+        """The headers with the token."""
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there
 
         headers: dict[str, str] = build_hf_headers(library_name="fp8ckpt")
@@ -78,7 +78,7 @@ class HubObjects(HttpObjects):
             return found
 
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
-        """The commit decides what a file is; and each host that serves it gives it one ETag."""
+        """Raise `SourceChangedError` for another commit than ours, or another ETag than the same host gave before."""
         etag, by = headers.get("ETag", "").removeprefix("W/"), (name, urlsplit(self._leads.get(name, "")).hostname)
         if headers.get("X-Repo-Commit", self._commit) != self._commit or self._etags.setdefault(by, etag) != etag:
             raise SourceChangedError.of(name)

@@ -1,8 +1,8 @@
 """A local directory as a store.
 
-What is not a regular file is refused by name, and opening never blocks. A link is followed only where it ends inside
-the directory, or among the blobs of the hub cache that the directory is a snapshot of (``snapshots/REV/x ->
-../../blobs/HASH``); the directory itself may be given as a link.
+Anything but a regular file is refused by name, and opening never blocks. A link is followed only if it ends inside the
+directory, or among the blobs of the hub cache that the directory is a snapshot of (``snapshots/REV/x ->
+../../blobs/HASH``). The directory itself may be given as a link.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fp8ckpt.stores.store import ByteRange, Bytes, File, Files, Stat, Store
 from fp8ckpt.system import MOST_AT_ONCE, read_at
 
 _TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-_FOREIGN_FOLDERS = (".git", ".cache")  # of the tools that fetched a checkpoint; not part of it
+_FOREIGN_FOLDERS = (".git", ".cache")  # of the tools that fetched a checkpoint, not of the checkpoint
 _MOST_OPEN = 16  # files
 _MOST_BUFFERS = 1000  # of one system call; the system's own limit is 1024
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -37,7 +37,7 @@ _KINDS = {
 
 
 class LocalStore:
-    """The files below ``directory``; ``named``: one that the user named, and that may be a link to anywhere.
+    """The files below ``directory``; ``named``: a file that the user named, which may be a link to anywhere.
 
     Listing skips ``.git`` and ``.cache``, and raises `StorageError` for a folder that cannot be listed.
     """
@@ -45,7 +45,7 @@ class LocalStore:
     def __init__(self, directory: str | Path, named: str | None = None) -> None:
         self.directory = Path(directory)
         self._named = named
-        self._root = os.path.realpath(directory)  # so that a change of the working directory is none of the store
+        self._root = os.path.realpath(directory)  # so that a change of the working directory does not change the store
         self._blobs = _blobs_beside(self._root)
         self._seen: dict[str, _Identity] = {}
 
@@ -71,11 +71,11 @@ class LocalStore:
         return _restored, (self.directory, self._named, self._seen)
 
     def files(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.store.Store.files`; each is looked at when it is looked up."""
+        """As `fp8ckpt.stores.store.Store.files`; a file is looked at when it is looked up."""
         return Files(self._names, self._look)
 
     def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
-        """As `fp8ckpt.stores.store.Store.read`. Ranges that follow each other in the file are one system call."""
+        """As `fp8ckpt.stores.store.Store.read`. Consecutive ranges of a file take one system call."""
         i, last, descriptor = 0, None, None
         while i < len(wanted):
             file, start, stop = wanted[i]
@@ -91,14 +91,14 @@ class LocalStore:
             try:
                 whole = read_at(descriptor.fd, [part.data for part in out[i:k]], start) == stop - start
             except OSError:
-                whole = False  # the slow way will meet it again, and name it
+                whole = False  # _read_slowly() will meet it again, and name it
             if not whole:
                 for part, buffer in zip(wanted[i:k], out[i:k], strict=True):
                     _read_slowly(descriptor.fd, part, buffer)
             i = k
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
-        """As `fp8ckpt.stores.store.Store.ahead`: the operating system sees for itself."""
+        """As `fp8ckpt.stores.store.Store.ahead`: does nothing, since the operating system reads ahead by itself."""
         return nullcontext()
 
     def refuse_changes(self) -> None:
@@ -111,17 +111,17 @@ class LocalStore:
                 raise SourceChangedError.of(name)
 
     def _look(self, name: str) -> Stat | None:
-        """What a file is, as it was first seen; None where there is nothing of that name."""
+        """The size and version of a file, as first seen; None if there is nothing of that name."""
         if not self._has(name):
             return None
         with self._naming(name):
             stat = os.lstat(self._real(name))
         refuse_irregular(stat, name)
         size, mtime, ctime, inode, _ = self._first_seen(name, stat)
-        return Stat(size, f"{mtime}.{ctime}.{inode}")  # the device's number may be another one after a restart
+        return Stat(size, f"{mtime}.{ctime}.{inode}")  # the device number may change on a restart
 
     def _has(self, name: str) -> bool:
-        """Whether there is anything of that name, be it a link to nowhere."""
+        """Whether there is anything of that name, including a broken link."""
         try:
             os.lstat(self._path(name))
         except OSError as error:
@@ -133,7 +133,7 @@ class LocalStore:
         return True
 
     def _names(self, folder: str = "") -> Iterator[str]:
-        """Every file, in order; links to folders are listed, and not followed."""
+        """Yield every file, in order; links to folders are listed, and not followed."""
         try:
             with os.scandir(self._path(folder)) as entries:
                 found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
@@ -149,9 +149,9 @@ class LocalStore:
         return os.path.join(self._root, name)  # noqa: PTH118 - Path is slow, and this is done for every file
 
     def _real(self, name: str) -> str:
-        """Where a name leads. Raises `OSError` where it leads nowhere, and `StorageError` where it leads away."""
+        """The path that a name leads to. Raises `OSError` if it leads nowhere, and `StorageError` if it leads away."""
         path = self._path(name)
-        if "/" not in name and modes.S_ISREG(os.lstat(path).st_mode):  # no link, in the directory itself
+        if "/" not in name and modes.S_ISREG(os.lstat(path).st_mode):  # not a link, and in the directory itself
             return path
         real = os.path.realpath(path, strict=True)
         if real == path or name == self._named or Path(real).is_relative_to(self._root):
@@ -183,7 +183,7 @@ class LocalStore:
             raise StorageError.of_reading(error, name, failed) from error
 
     def _first_seen(self, name: str, stat: os.stat_result) -> _Identity:
-        """The file's identity, which is the same as when it was first seen."""
+        """The file's identity. Raises `SourceChangedError` if it differs from the one first seen."""
         now = _identity(stat)
         if self._seen.setdefault(name, now) != now:
             raise SourceChangedError.of(name)
@@ -198,9 +198,7 @@ def local_file(path: Path) -> File:
 
 @contextmanager
 def local_copy(store: Store, names: Sequence[str]) -> Iterator[Path]:
-    """A directory with those of the files ``names`` that there are: the store's own, or one for as long as the context
-    lasts.
-    """
+    """Yield a directory with those of the files ``names`` that exist: the store's own, or a temporary one."""
     if store.path is not None:
         yield store.path
         return
@@ -211,11 +209,11 @@ def local_copy(store: Store, names: Sequence[str]) -> Iterator[Path]:
 
 
 def open_to_read(file: str | Path, name: str) -> int:
-    """A descriptor for reading a regular file, which the caller closes. Never blocks; follows no link.
+    """Return a descriptor for reading a regular file, which the caller closes. Never blocks; follows no link.
 
-    Raises `OSError`, and `StorageError` for what is no file; ``name`` is what it is called there.
+    Raises `OSError`, and `StorageError` for anything but a regular file, under its ``name``.
     """
-    refuse_irregular(os.lstat(file), name)  # before: to open a device may already do something to it
+    refuse_irregular(os.lstat(file), name)  # before opening, which may already affect a device
     fd = os.open(file, _TO_READ)
     try:
         refuse_irregular(os.fstat(fd), name)
@@ -232,7 +230,7 @@ def refuse_irregular(stat: os.stat_result, name: str) -> None:
 
 
 def read_whole(file: Path) -> bytes:
-    """A small file of our own. Raises `OSError`, and `StorageError` for what is no file."""
+    """The bytes of a small file of our own. Raises `OSError`, and `StorageError` for anything but a regular file."""
     with open(open_to_read(file, file.name), "rb") as stream:
         return stream.read()
 
@@ -242,7 +240,7 @@ class _Descriptor:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._close = os.close  # also at the end of the interpreter
+        self._close = os.close  # still there at interpreter exit
 
     def __del__(self) -> None:
         self._close(self.fd)
@@ -252,7 +250,7 @@ _Key = tuple[str, bool]  # a path, and whether it was followed because the user 
 
 
 class _OpenFiles:
-    """Files that stay open while somebody wants it so; for any number of threads."""
+    """Files that stay open while a job asks for it (`kept_open`). Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -270,7 +268,7 @@ class _OpenFiles:
             if self._jobs:
                 self._files[key] = file
             if len(self._files) > _MOST_OPEN:
-                self._files.popitem(last=False)  # it is closed once no thread reads it any more
+                self._files.popitem(last=False)  # closed once no thread reads it
 
     def count(self, jobs: int) -> None:
         with self._lock:
@@ -284,7 +282,7 @@ _OPEN = _OpenFiles()
 
 @contextmanager
 def kept_open() -> Iterator[None]:
-    """A few files stay open between reads while a job lasts, and none after it. Also a decorator."""
+    """Keep a few files open between reads while a job lasts, and close them after it. Also a decorator."""
     _OPEN.count(1)
     try:
         yield
@@ -314,7 +312,7 @@ def _blobs_beside(root: str) -> str | None:
 
 
 def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
-    """Fill one buffer, in as many calls as it takes."""
+    """Fill one buffer, in as many system calls as it takes."""
     view = buffer.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):

@@ -1,4 +1,4 @@
-"""A store in memory: for tests, which count what is read of it, and for what is planned and has no bytes yet."""
+"""A store in memory: for tests, which count what is read from it, and for planned files, which have no bytes yet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp8ckpt.stores.store import ByteRange, Bytes, Files, Stat
 
 
 class MemoryStore:
-    """Files by name in ``contents``, which a test may change; ``reads`` has every range that was asked for."""
+    """Files by name in ``contents``, which a test may change; ``reads`` records every range that was requested."""
 
     where = "memory"
     path = None
@@ -58,5 +58,5 @@ class MemoryStore:
         return Stat(len(data), hashlib.sha256(data).hexdigest())
 
 
-#: Where the files of an output lie that is only planned.
+#: The store of the files of an output that is only planned.
 PLANNED = MemoryStore()

@@ -1,4 +1,4 @@
-"""From what a user names to the store that keeps it."""
+"""Which store a URL is of."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fp8ckpt.stores.remote import Objects, RemoteStore
 
 
 def open_store(address: Address) -> tuple[RemoteStore, str | None]:
-    """The store of a URL, listed, and the file in it where the URL names one safetensors file."""
+    """Return the store of a URL, already listed, and its file if the URL names one safetensors file."""
     folder, _, name = address.rest.rstrip("/").rpartition("/")
     single = name if folder and name.endswith(".safetensors") else None
     store = RemoteStore(objects_of(address._replace(rest=folder) if single else address))
-    store.files()  # or opening would find out again and again that there is nothing
+    store.files()  # an empty place is found here, once, and not again by each step of opening
     return store, single
 
 

@@ -1,7 +1,8 @@
-"""Objects of any other store that fsspec knows: ``gs://``, ``az://``, ``sftp://`` and so on, through its client there.
+"""Objects of any other store that fsspec knows (``gs://``, ``az://``, ``sftp://`` and so on), through its client for
+it.
 
-fsspec has no way to ask for one version: a change under way is found when the store is listed again, before anything is
-published or given out.
+fsspec cannot request one version of an object. A change during a job is found when the store is listed again, before
+anything is published or returned.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from fp8ckpt.stores.address import Address
 from fp8ckpt.stores.remote import Broken, stat_of
 from fp8ckpt.stores.store import Stat
 
-_PACKAGES = {"smbclient": "smbprotocol", "libarchive": "libarchive-c"}  # of modules of another name
-# What clients call the version of an object, the surest first.
+_PACKAGES = {"smbclient": "smbprotocol", "libarchive": "libarchive-c"}  # where the module has another name
+# The keys under which clients give the version of an object, the most reliable first.
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "md5", "LastModified", "last_modified", "updated",
              "mtime", "modified", "created")  # fmt: skip
 
@@ -33,7 +34,7 @@ class OtherObjects:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        """fsspec's client, and the path that it knows the place by."""
+        """fsspec's client, and the client's path of the place."""
         from fsspec.core import url_to_fs
         from fsspec.registry import known_implementations
 
@@ -77,5 +78,5 @@ class OtherObjects:
 
 
 def _worded(error: Exception) -> Broken:
-    """In our own words: a client's may hold a secret."""
+    """An error in our own words: a client's text may hold a secret."""
     return Broken(f"its client met {type(error).__name__}")

@@ -1,20 +1,20 @@
-"""A store that is far away: an object store, the Hub, a web server. Its client makes one request at a time
-(`Objects`); everything else is here.
+"""A remote store: an object store, the Hub, a web server. Its client makes one request at a time (`Objects`);
+everything else is here.
 
-- *One version.* The listing gives each object's size and ETag (or blob id), and every request is for that version:
-  whatever else is there by then is a `SourceChangedError`, and never a mix.
-- *Few requests, many at once.* Ranges of one read that follow each other are joined into requests of at most 16 MiB. A
-  gap is read, and thrown away, where that is cheaper than another request: up to 128 KiB, which takes about as long to
-  come as a request costs where so many are under way. So a slice of columns reads at most what its strips span; ranges
-  that are asked for by different reads are joined by another rule (`fp8ckpt.stores.ahead`).
-- *Nothing twice.* A short range is read, before a job announces its own, with all of the block of 128 KiB that it lies
-  in, which is kept: headers, configurations, scales, and the norms between them, are looked at by several.
-- *Whole, or a named error.* What breaks on the way (5xx, a reset, a short body, a stall, another range than was asked
-  for) is asked for again, from the byte at which it broke, after growing pauses, or those that the server wants; after
-  `ATTEMPTS` that brought nothing the error names store, object, range and attempt.
+- *One version.* The listing gives each object's size and ETag (or blob id), and every request is for that version. If
+  the object has changed, the request raises `SourceChangedError`; versions are never mixed.
+- *Few requests, many at once.* Consecutive ranges of one read are joined into requests of at most 16 MiB. A gap between
+  them is read and thrown away where that is cheaper than another request: up to 128 KiB, which take about as long as a
+  request costs among this many. So a slice of columns reads at most the span of its strips. Ranges of different reads
+  are joined by another rule (`fp8ckpt.stores.ahead`).
+- *Nothing twice.* Before a job announces its reads, a short range is read together with the block of 128 KiB around it,
+  which is kept: headers, configurations, scales, and the norms between them, are read several times.
+- *A whole read or a named error.* A request that breaks (5xx, a reset, a short body, a stall, another range than
+  requested) is retried from the byte at which it broke, after growing pauses, or those that the server asks for. After
+  `ATTEMPTS` without progress, the error names store, object, range and attempt.
 - *No secrets.* Messages show the URL without user, password and query, and say in our own words what a client met.
 
-Bytes go straight into the caller's buffers: what is thrown away takes no memory.
+Bytes go straight into the caller's buffers, and bytes of gaps take no memory.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ wait = time.sleep
 
 AT_ONCE = 32  # requests
 ATTEMPTS = 8
-ATTEMPTS_TO_LIST = 4  # whoever mistyped a host waits for it
+ATTEMPTS_TO_LIST = 4  # a user who mistyped a host waits for all of them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 16.0  # seconds
-_MOST_PATIENT = 300.0  # seconds; for so long a pause that a server asks for is made: the Hub counts over five minutes
-_PROGRESS = 64 << 10  # bytes; an attempt that brought so many does not count
+_MOST_PATIENT = 300.0  # seconds; the longest pause that a server may ask for: the Hub counts over five minutes
+_PROGRESS = 64 << 10  # bytes; an attempt that brought as many is not counted
 TIMEOUT = 30.0  # seconds without a byte are a stall
-_BLOCK, _MOST_BLOCKS = 128 << 10, 256  # bytes, and how many are kept
+_BLOCK, _MOST_BLOCKS = 128 << 10, 256  # bytes of a block, and the number of blocks that are kept
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-_FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoint; not part of it
+_FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoint, not of the checkpoint
 
 
 class Broken(Exception):
-    """A request came to nothing, or to a part; it may do better the next time. In words without secrets; ``remedy``:
-    what to do if it never does; ``after``: seconds that the server wants to be left alone for.
+    """A request that failed, or ended early, and may succeed when it is made again. Its words hold no secrets;
+    ``remedy``: what to do if it never succeeds; ``after``: seconds to wait, if the server asks for that.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Broken(Exception):
         super().__init__(found)
         self.remedy = remedy
         self.after = min(float(after), _MOST_PATIENT) if after and after.isdigit() else 0.0
-        self.brought = 0  # bytes, before it broke
+        self.brought = 0  # bytes, before it failed
 
 
 def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat: Stat) -> None:
-    """Hold the ``Content-Range`` of an answer against what was asked for; an answer may be shorter.
+    """Check the ``Content-Range`` of an answer against the request; an answer may be shorter.
 
-    Raises `Broken` where it is another range, or none, and `SourceChangedError` where it is of another size.
+    Raises `Broken` if it is another range, or none, and `SourceChangedError` if the object has another size.
     """
     match = _CONTENT_RANGE.fullmatch(said or "")
     if match is None:
@@ -83,7 +83,7 @@ def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat:
 
 
 def stat_of(where: str, name: str, size: object, version: str) -> Stat:
-    """What a store says that a file is. Raises `StorageError` where it says too little."""
+    """The size and version that a store gives for a file. Raises `StorageError` if one is missing."""
     if not version or not str(size).isdigit():
         raise StorageError.of_version(name, where)
     return Stat(int(str(size)), version)
@@ -93,14 +93,14 @@ _PLACE = "check the URL, the endpoint (AWS_ENDPOINT_URL, HF_ENDPOINT) and this m
 _MET = {
     "NameResolutionError": ("no host of that name is known here", _PLACE),
     "NewConnectionError": ("nothing answers there", _PLACE),
-    "ConnectError": ("nothing answers there", _PLACE),  # huggingface_hub's client says no more
+    "ConnectError": ("nothing answers there", _PLACE),  # huggingface_hub's client is not more specific
     "ProxyError": ("the proxy does not answer", "see HTTPS_PROXY and NO_PROXY"),
     "SSLError": ("the server does not speak https there", "check whether the URL should begin with http://"),
 }
 
 
 def met(error: BaseException, where: str) -> Exception:
-    """What a client met on the way, in our own words: its own may hold a secret."""
+    """Return the error for what a client met, in our own words: the client's text may hold a secret."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return StorageError.of_certificate(where)
     kind = type(error).__name__
@@ -108,7 +108,7 @@ def met(error: BaseException, where: str) -> Exception:
 
 
 class Objects(Protocol):
-    """The client of one kind of store. For any number of threads; each call is one attempt."""
+    """The client of one kind of store. Thread-safe; each call is one attempt."""
 
     @property
     def where(self) -> str:
@@ -118,14 +118,14 @@ class Objects(Protocol):
         """Every object below the place. Raises `Broken`, `CheckpointNotFoundError` or `StorageError`."""
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
-        """The bytes ``[start, stop)`` of that version, piece by piece.
+        """Yield the bytes ``[start, stop)`` of that version, in pieces; may end early.
 
-        Raises `Broken`, `SourceChangedError` where it is another version by now, and `StorageError`. May end early.
+        Raises `Broken`, `SourceChangedError` if the object now has another version, and `StorageError`.
         """
 
 
 class RemoteStore:
-    """The objects below one place; ``pause`` waits for some seconds before a request is made again."""
+    """The objects below one place; ``pause`` waits for a number of seconds before a retry."""
 
     at_once = AT_ONCE
     path = None
@@ -153,7 +153,7 @@ class RemoteStore:
     def __hash__(self) -> int:
         return hash(self.where)
 
-    def _key(self) -> object:  # with what is not shown of the URL
+    def _key(self) -> object:  # includes what `where` does not show of the URL
         return self._objects.__reduce__()
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process makes its own connections, to the same versions
@@ -175,7 +175,7 @@ class RemoteStore:
         return self._listed().get(name)
 
     def read(self, wanted: Sequence[ByteRange], out: Sequence[Bytes]) -> None:
-        """As `fp8ckpt.stores.store.Store.read`; what was announced by `ahead` is taken from there."""
+        """As `fp8ckpt.stores.store.Store.read`; what was announced by `ahead` is taken from what was fetched."""
         left: Iterable[tuple[ByteRange, Bytes]] = self._take_known(zip(wanted, out, strict=True))
         for window in tuple(self._windows):
             left = window.take(left)
@@ -188,7 +188,7 @@ class RemoteStore:
                 for future in futures:
                     future.result()
             finally:
-                for future in futures:  # nobody writes into a buffer that was given back
+                for future in futures:  # no thread writes into a buffer after this returns
                     future.cancel()
                     if not future.cancelled():
                         future.exception()
@@ -197,7 +197,7 @@ class RemoteStore:
         return Window(self, self._windows, ([part for part in read if self._known(part) is None] for read in reads))
 
     def _known(self, part: ByteRange) -> Bytes | None:
-        """A range, where it lies in a block that is kept."""
+        """The bytes of a range that lies in a block that is kept, or None."""
         number, at = divmod(part.start, _BLOCK)
         block, end = self._blocks.get((part.file, number)), at + part.stop - part.start
         return None if block is None or end > block.size else block[at:end]
@@ -211,7 +211,7 @@ class RemoteStore:
                 buffer[:] = known
 
     def _fetch_or_keep(self, request: Request) -> None:
-        """Fetch a request; one that lies in a block with all of that, while there is room to keep it."""
+        """Fetch a request; if it lies in one block, fetch and keep the whole block, while there is room."""
         number = request.start // _BLOCK
         start = number * _BLOCK
         stat = self.files().get(request.file)
@@ -233,7 +233,7 @@ class RemoteStore:
                 raise SourceChangedError.of(name)
 
     def submit(self, step: Callable[[T], None], item: T) -> Future[None]:
-        """Have a step done by one of the threads that wait for requests."""
+        """Run a step in one of the threads that wait for requests."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(AT_ONCE, THREADS)
@@ -276,8 +276,8 @@ class RemoteStore:
 def attempted(
     step: Callable[[], T], most: int, doing: str, file: str | None, pause: Callable[[float], None] | None = None
 ) -> T:
-    """What a step gives, in at most so many attempts that bring nothing. Raises `StorageError` after the last;
-    ``doing`` says what.
+    """Return what ``step`` returns, retried at most ``most`` times without progress. Then raises `StorageError`, which
+    says what was being done (``doing``).
     """
     count = 0
     while True:
@@ -289,7 +289,7 @@ def attempted(
             if count == most:
                 raise StorageError.of_attempts(file, doing, count, error, error.remedy) from None
             longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
-            pauses = longest * random.uniform(0.5, 1)  # or all requests of all ranks come again at once
+            pauses = longest * random.uniform(0.5, 1)  # or all ranks would repeat their requests at the same time
             (pause or wait)(max(pauses, error.after))
 
 
@@ -300,7 +300,7 @@ def _restored(objects: Objects, listing: dict[str, Stat] | None) -> RemoteStore:
 
 
 class _Filling:
-    """Where the bytes of a request go, as they come."""
+    """Distributes the bytes of a request to its buffers, as they arrive."""
 
     def __init__(self, request: Request) -> None:
         self.at = request.start
@@ -323,7 +323,7 @@ class _Filling:
 
 
 def _requests(reads: Iterable[tuple[ByteRange, Bytes]]) -> Iterator[Request]:
-    """The requests of one read."""
+    """Yield the requests of one read."""
     reads = [(wanted, buffer) for wanted, buffer in reads if buffer.size]
     buffers = (buffer for _, buffer in reads)
     room = np.empty(0, np.uint8)

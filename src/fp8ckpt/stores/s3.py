@@ -1,7 +1,7 @@
-"""Objects of S3, and of whatever else speaks its protocol, through boto3: the extra ``s3``.
+"""Objects of S3, and of any other store with its protocol, through boto3: the extra ``s3``.
 
-Credentials, region and endpoint are boto3's own (``AWS_*``, ``~/.aws``, the machine's role); without any credentials,
-requests are not signed, as public buckets want it. Every range is asked for with ``If-Match``.
+Credentials, region and endpoint are boto3's own (``AWS_*``, ``~/.aws``, the machine's role). Without credentials,
+requests are not signed, as public buckets require. Every range is requested with ``If-Match``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fp8ckpt.stores.remote import AT_ONCE, TIMEOUT, Broken, met, refuse_other_ra
 from fp8ckpt.stores.store import Stat
 from fp8ckpt.stores.unlogged import heed
 
-_PIECE = 1 << 19  # bytes; longer ones take fresh memory each
+_PIECE = 1 << 19  # bytes; each longer one would take fresh memory
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
 _MD5 = re.compile(r'"?[0-9a-f]{32}"?')
-_RUN = "fp8ckpt-run"  # what an object says of who began its upload
+_RUN = "fp8ckpt-run"  # the metadata key with the run that began an object's upload
 _LATER = {
     "BadDigest", "RequestTimeout", "SlowDown", "Throttling", "RequestTimeTooSkewed", "InternalError",
     "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted",
@@ -50,7 +50,7 @@ _REMEDIES = {
     "NoSuchBucket": "check the URL, or make the bucket first",
 }
 _SET_UP = " (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
-_making = threading.Lock()  # boto3's sessions are not for several threads
+_making = threading.Lock()  # boto3's sessions are not thread-safe
 
 
 class S3Objects:
@@ -75,7 +75,7 @@ class S3Objects:
 
     @cached_property
     def client(self) -> Any:
-        """boto3's; it makes each request once."""
+        """boto3's client, without retries of its own."""
         try:
             import boto3
             from botocore import UNSIGNED
@@ -99,7 +99,7 @@ class S3Objects:
             return client
 
     def list(self) -> Mapping[str, Stat]:
-        """As `fp8ckpt.stores.remote.Objects.list`; a folder, as consoles make them, is no object."""
+        """As `fp8ckpt.stores.remote.Objects.list`; a folder marker, as consoles make it, is no object."""
         entries = self._entries("list_objects_v2", "Contents", Prefix=self.key(""))
         found = {
             entry["Key"].removeprefix(self.key("")): Stat(entry["Size"], entry["ETag"])
@@ -127,8 +127,8 @@ class S3Objects:
     # ---------------------------------------------------------------- an output, as fp8ckpt.stores.upload asks for it
 
     def is_empty(self, but: str) -> bool:
-        """Whether there is no object below the prefix, ``but`` that of this name, nor one of the prefix's own name; a
-        console's folders are none.
+        """Whether there is no object below the prefix except ``but``, and none of the prefix's own name; consoles'
+        folder markers do not count.
         """
         below = self._entries("list_objects_v2", "Contents", Prefix=self.key(""))
         if any(not entry["Key"].endswith("/") and entry["Key"] != self.key(but) for entry in below):
@@ -137,32 +137,32 @@ class S3Objects:
         return next(named, {"Key": None})["Key"] != self.prefix
 
     def made_by(self, name: str) -> tuple[str, str] | None:
-        """Of an object that is there, its ETag and the run that began its upload."""
+        """The ETag of an object and the run that began its upload; None if there is no such object."""
         found = self._ask("head_object", name, unless=(404,))
         return None if found == 404 else (str(found["ETag"]), str(found.get("Metadata", {}).get(_RUN, "")))
 
     def begun(self) -> Collection[tuple[str, str]]:
-        """Uploads that were not finished, whoever began them, with the names of their objects."""
+        """The uploads that are not completed, whoever began them, with the names of their objects."""
         entries = self._entries("list_multipart_uploads", "Uploads", Prefix=self.key(""))
         return [(entry["Key"].removeprefix(self.key("")), entry["UploadId"]) for entry in entries]
 
     def begin(self, name: str, run: str) -> str:
-        """Begin an upload; the object will say which run it is of."""
+        """Begin an upload, and return its id; the object's metadata will name the run."""
         return str(self._ask("create_multipart_upload", name, Metadata={_RUN: run})["UploadId"])
 
     def parts(self, name: str, upload: str) -> Mapping[int, str]:
-        """The ETags of the parts that are there, by their numbers, from 1 on."""
+        """The ETags of the parts of an upload that are there, by part number, from 1 on."""
         entries = self._entries("list_parts", "Parts", name, Key=self.key(name), UploadId=upload)
         return {part["PartNumber"]: part["ETag"] for part in entries}
 
     def put_part(self, name: str, upload: str, number: int, data: bytes | bytearray, md5: bytes) -> str:
-        """Send a part, and return its ETag; the store compares its MD5."""
+        """Send a part, and return its ETag; the store checks its MD5."""
         of: dict[str, Any] = {"UploadId": upload, "PartNumber": number, "ContentMD5": base64.b64encode(md5).decode()}
         return str(self._ask("upload_part", name, **of, Body=data)["ETag"])
 
     def finish(self, name: str, upload: str, etags: Sequence[str], *, new: bool) -> bool:
-        """Make an object of all parts. False where there is no such upload, which an attempt before may have finished;
-        or, if it must be ``new``, an object.
+        """Make an object of all parts. False if there is no such upload, which an earlier attempt may have completed;
+        or, if the object must be ``new``, if there is one.
         """
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         of: dict[str, Any] = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
@@ -171,7 +171,7 @@ class S3Objects:
         return self._ask("complete_multipart_upload", name, unless=(404, 412), **of) not in (404, 412)
 
     def abort(self, name: str, upload: str) -> None:
-        """Give up an upload, and its parts; again, where one was on its way, which S3 keeps until told once more."""
+        """Abort an upload and delete its parts; again if a part was in flight, which S3 keeps until told twice."""
         if self._ask("abort_multipart_upload", name, unless=(404,), UploadId=upload) == 404:
             return
         left = self._ask("list_parts", name, unless=(404,), UploadId=upload)
@@ -179,28 +179,28 @@ class S3Objects:
             raise Broken("parts that were on their way are there")
 
     def etag_of_parts(self, etags: Sequence[str]) -> str | None:
-        """The ETag of an object of these parts, where ETags are MD5s."""
+        """The ETag of an object made of these parts; None if their ETags are not MD5s."""
         if not all(_MD5.fullmatch(etag) for etag in etags):
             return None
         digests = b"".join(bytes.fromhex(etag.strip('"')) for etag in etags)
         return f'"{hashlib.md5(digests).hexdigest()}-{len(etags)}"'
 
     def put(self, name: str, file: BinaryIO) -> None:
-        """Make an object at once."""
+        """Put an object in one request."""
         file.seek(0)
         md5 = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()  # type: ignore[arg-type]
         file.seek(0)
         self._ask("put_object", name, Body=file, ContentMD5=md5)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Make an object if there is none; False if there is. A store that knows no conditions makes it anyway."""
+        """Put an object if there is none; False if there is one. A store without conditional writes puts it anyway."""
         answer = self._ask("put_object", name, unless=(412, 501), Body=data, IfNoneMatch="*")
         if answer == 501:
             self.put(name, BytesIO(data))
         return bool(answer != 412)
 
     def text(self, name: str) -> bytes | None:
-        """A small object, if it is there."""
+        """The bytes of a small object, or None."""
         with self.errors(name, writing=True):
             found = self._ask("get_object", name, unless=(404,))
             return None if found == 404 else bytes(found["Body"].read())
@@ -212,7 +212,7 @@ class S3Objects:
     # ---------------------------------------------------------------- requests
 
     def _ask(self, operation: str, name: str, *, unless: Collection[int] = (), **more: Any) -> Any:
-        """The answer about an object of an output; its status alone, where that is one of ``unless``."""
+        """Return the answer about an object of an output; its status alone, if that is one of ``unless``."""
         with self.errors(name, writing=True):
             try:
                 return getattr(self.client, operation)(Bucket=self.bucket, Key=self.key(name), **more)
@@ -222,19 +222,19 @@ class S3Objects:
                 return status
 
     def _entries(self, operation: str, of: str, name: str | None = None, **more: str) -> Iterator[Any]:
-        """The entries ``of`` all pages of a listing; of an object of an output, if it has a ``name``."""
+        """Yield the entries ``of`` all pages of a listing; of one object, if ``name`` is given."""
         with self.errors(name, writing=name is not None):
             for page in self.client.get_paginator(operation).paginate(Bucket=self.bucket, **more):
                 yield from page.get(of, ())
 
     @contextmanager
     def errors(self, name: str | None, *, writing: bool = False, making: bool = False) -> Iterator[None]:
-        """Turns what boto3 raises into our own words: its texts may hold URLs with credentials. ``making``: the client,
-        which says `ValueError` to an endpoint that is none.
+        """Raise what boto3 raises in our own words: its texts may hold URLs with credentials. ``making``: the client is
+        being made, which raises `ValueError` for a bad endpoint.
         """
         try:
             yield
-        except RecursionError:  # boto3 follows it again and again, where no region is said
+        except RecursionError:  # boto3 follows redirects without end if no region is set
             raise StorageError.of_regions(self.where, _REGION) from None
         except Exception as error:
             own = type(error).__module__.startswith(("botocore", "boto3", "urllib3"))
@@ -248,7 +248,7 @@ class S3Objects:
 
             broken = exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError
             if isinstance(error, broken) or "urllib3" in str(type(error)):
-                cause = getattr(error, "kwargs", {}).get("error")  # it says more, if it is urllib3's
+                cause = getattr(error, "kwargs", {}).get("error")  # if it is urllib3's, it says more
                 return met(cause if isinstance(cause, Exception) else error, self.where)
             return StorageError.of_client(self.where, "boto3", error, _SET_UP)
         code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
@@ -264,7 +264,7 @@ class S3Objects:
         return StorageError.of_answer(self.where if name is None else f"{self.where}/{name}", answered, remedy)
 
     def _permission(self, writing: bool) -> str:
-        """What to do where the store refuses, and does not say why."""
+        """The remedy where the store refuses without saying why."""
         from botocore import UNSIGNED
 
         if self.client.meta.config.signature_version is UNSIGNED:
@@ -274,5 +274,5 @@ class S3Objects:
 
 
 def _status(error: Any) -> int:
-    """The HTTP status of what boto3 raised."""
+    """The HTTP status of an error that boto3 raised."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,13 +1,13 @@
-"""What ranks of one machine read over for each other, fetched once.
+"""Bytes that ranks of one machine read over are fetched once, for all of these ranks.
 
-A shard of columns is read in strips, and what lies between them is read over: it is what the other ranks want. Such a
-request is cut into blocks. Whoever comes to a block first locks its file in memory that the ranks share, and fetches
-into it; the others wait for that, fetch what is still missing of their own, and take the rest from there. A block goes
-once as much was taken of it as was fetched.
+A shard of columns is read in strips. The bytes between two strips, which the request reads over, are those that other
+ranks want. Such a request is cut into blocks. The first rank that needs a block locks the block's file in shared memory
+and fetches into it. The others wait for the lock, fetch what they still miss, and take the rest from there. A block is
+removed once as many bytes were taken from it as were fetched.
 
 The ranks of a machine are those that one launcher started (``LOCAL_WORLD_SIZE``). At most `SHARED` bytes are held;
-where there is no more room, or no such memory, each rank fetches for itself. A rank that dies lets go of its lock, and
-what is left of a job that is dead goes when the next one begins.
+without room, or without shared memory, each rank fetches for itself. A rank that dies releases its lock, and what a
+dead job leaves is removed when the next one begins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8ckpt.system import lock, reserve
 
 SHARED = 256 << 20  # bytes
 BLOCK = 16 << 20  # bytes
-_EDGE = 64 << 10  # bytes; ranges end at multiples, or the last strip of the rank beside this one were a request
+_EDGE = 64 << 10  # bytes; ranges end at multiples, or the next rank's last strip would be a request of its own
 _MEMORY = Path("/dev/shm")
 
 Fetch = Callable[[Request], None]
@@ -44,27 +44,27 @@ class Shared:
 
     @classmethod
     def of_this_job(cls) -> Shared | None:
-        """That of the ranks which a launcher started here; None where this is the only one, or no memory is shared."""
+        """The blocks of the ranks that a launcher started here; None for a single rank, or without shared memory."""
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2 or not os.access(_MEMORY, os.W_OK):
             return None
         prefix = f"fp8ckpt-{os.getuid()}-"
         for left in _MEMORY.glob(prefix + "*"):
             process = left.name.removeprefix(prefix)
-            if process.isdecimal() and not _lives(int(process)):  # else it is not ours
+            if process.isdecimal() and not _lives(int(process)):  # other names are not ours
                 shutil.rmtree(left, ignore_errors=True)
         folder = _MEMORY / f"{prefix}{os.getppid()}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError:
             return None
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # somebody else was there before
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():  # another user made it
             return None
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a rank that still needs it fetches for itself
         return cls(folder)
 
     def fetch(self, request: Request, version: str, size: int, fetch: Fetch) -> None:
-        """Fill the buffers of a request; ``fetch`` asks the store, ``version`` is of the object, whatever store it is
-        in, and ``size`` its bytes.
+        """Fill the buffers of a request. ``fetch`` asks the store; ``version`` identifies the object's version across
+        all stores; ``size`` is the object's size in bytes.
         """
         for begin in range(request.start // BLOCK * BLOCK, request.stop, BLOCK):
             parts = list(_within(request.parts, begin, begin + BLOCK))
@@ -75,7 +75,7 @@ class Shared:
                     fetched = self._fetch(wanted, begin, min(begin + BLOCK, size), self._folder / name, fetch)
                 except Fp8CheckpointError:
                     raise
-                except (OSError, ValueError):  # of the shared memory
+                except (OSError, ValueError):  # from the shared memory
                     fetched = False
                 if not fetched:
                     fetch(wanted)
@@ -121,19 +121,19 @@ def _lives(process: int) -> bool:
 
 
 def reads_over(request: Request) -> bool:
-    """Whether much of what a request asks for is thrown away."""
+    """Whether a request throws away much of what it asks for."""
     kept = sum(buffer.size for _, buffer in request.parts)
     return request.stop - request.start - kept > kept // 16
 
 
 @contextmanager
 def _locked(file: Path) -> Iterator[int]:
-    """A file of that name, which nobody else has; made where there is none."""
+    """A file of that name, locked; created if there is none."""
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             lock(fd, wait=True)
-            if os.fstat(fd).st_nlink:  # it may have gone meanwhile
+            if os.fstat(fd).st_nlink:  # it may have been removed meanwhile
                 yield fd
                 return
         finally:
@@ -141,14 +141,14 @@ def _locked(file: Path) -> Iterator[int]:
 
 
 def _state_of(fd: int) -> tuple[list[tuple[int, int]], int]:
-    """Which bytes of a block are there, and how many were taken: what stands behind it."""
+    """Which bytes of a block are there, and how many were taken: the state is stored behind the block."""
     state = np.frombuffer(os.pread(fd, max(0, os.fstat(fd).st_size - BLOCK), BLOCK), np.int64).reshape(-1, 2)
     [[taken, _], *have] = state.tolist() or [[0, 0]]
     return [(low, high) for low, high in have], taken
 
 
 def _with(have: Sequence[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
-    """The ranges and one more, in order; those that touch are one."""
+    """The ranges with one more, in order; ranges that touch are merged."""
     before = [one for one in have if one[1] < low]
     after = [one for one in have if one[0] > high]
     touched = [(low, high), *have[len(before) : len(have) - len(after)]]
@@ -163,7 +163,7 @@ def _within(parts: Sequence[tuple[int, Bytes]], begin: int, end: int) -> Iterato
 
 
 def _missing(have: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
-    """What is not there of a range; ``have`` is in order."""
+    """The parts of a range that are not there; ``have`` is in order."""
     found, at = [], start
     for low, high in have:
         if low > at:

@@ -1,5 +1,5 @@
-"""What clients log of our requests below the level of a warning: signatures, tokens, signed URLs. It goes nowhere;
-what the same clients do for others is logged as ever.
+"""Keep what clients log of our requests below the level of a warning (signatures, tokens, signed URLs) out of the logs.
+What the same clients log of other users' requests is not affected.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-THREADS = "fp8ckpt-store"  # how the names of threads begin that do nothing but our requests
+THREADS = "fp8ckpt-store"  # prefix of the names of threads that only make our requests
 _NAMES = (
     "urllib3.connection", "urllib3.connectionpool", "urllib3.poolmanager", "urllib3.util.retry",
     *(name + two + part for two in ("", "2") for name, part in (
@@ -21,7 +21,7 @@ _here = threading.local()
 
 @contextmanager
 def unlogged() -> Iterator[None]:
-    """While the context lasts, what this thread asks of a store is not logged."""
+    """Inside the context, this thread's requests to a store are not logged."""
     before = getattr(_here, "ours", False)
     _here.ours = True
     try:
@@ -40,7 +40,7 @@ _OF_OTHERS = _OfOthers()
 
 
 def heed(names: Iterable[str]) -> None:
-    """Have these loggers tell our requests from those of others."""
+    """Add the filter to these loggers."""
     for name in names:
         logging.getLogger(name).addFilter(_OF_OTHERS)
 

@@ -1,15 +1,16 @@
-"""How an output gets into a store: files of weights part by part while they are made, what makes a checkpoint last.
+"""How an output gets into a store: weight files part by part while they are made, the files that identify a checkpoint
+last.
 
-Each file of weights is one multipart upload, its parts the extents in which it is made; none of it is seen before all
-parts of all files are there. Then the files are completed, then the small ones are put, and the index and the
-configuration at the end: until then, nothing there looks like a checkpoint.
+Each weight file is one multipart upload, and its parts are the extents in which it is made; no object is visible before
+all parts of all files are there. Then the uploads are completed, then the small files are put, and last the index and
+the configuration: until then, nothing there looks like a checkpoint.
 
-A run that was cut off is gone on with: which uploads it began is recorded here, and one that is not is somebody else's
-and left alone. A part that is there already, and whose ETag is the MD5 of what is to be there, is not sent again. The
-store compares the MD5 of each part and of each file with what it got. One that encrypts may give other ETags: then a
-part is there that the state says was sent, and a file is ours if it says that our run began its upload.
+A run resumes an interrupted one. The uploads that a run begins are recorded here; any other upload belongs to someone
+else and is left alone. A part is not sent again if the store has it and its ETag is the MD5 of the bytes to send. The
+store checks the MD5 of each part and each file that it receives. A store that encrypts may give other ETags; then a
+part counts as sent if the state says so, and a file as ours if it names our run as the one that began its upload.
 
-Whoever writes holds the object `LOCK`, which is made only where there is none (``If-None-Match``), and names the run.
+The run that writes holds the object `LOCK`, which names the run and is created only if absent (``If-None-Match``).
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ Data = bytes | bytearray
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 6  # parts on their way; each is in memory
+AT_ONCE = 6  # parts in flight; each is in memory
 LOCK = ".fp8ckpt-lock"
 
 
 class There(NamedTuple):
-    """A part that a store has: its ETag, and the MD5 of its bytes, which is the ETag unless the store encrypts."""
+    """A part that a store has: its ETag, and the MD5 of its bytes, which the ETag is unless the store encrypts."""
 
     etag: str
     md5: str
 
 
 class Destination:
-    """The place of an output in a store; the file ``own`` says which uploads are ours. For any number of threads."""
+    """The place of an output in a store; the file ``own`` records which uploads are ours. Thread-safe."""
 
     def __init__(self, client: S3Objects, own: Path) -> None:
         self._client = client
@@ -69,14 +70,12 @@ class Destination:
         return self._client.where
 
     def refuse_existing(self) -> None:
-        """Raise `OutputExistsError` where any object is there; who holds the place is another question."""
+        """Raise `OutputExistsError` if any object exists there, except the lock."""
         if not self._do("looking at", None, self._client.is_empty, LOCK):
             raise OutputExistsError.of_objects(self.where)
 
     def hold(self, run: str) -> None:
-        """Keep other runs away, until `release`; a ``run`` that holds the place already holds it on. Raises
-        `OutputBusyError`.
-        """
+        """Keep other runs away until `release`; a ``run`` that holds the place keeps it. Raises `OutputBusyError`."""
         self._run, text = run, run.encode()
         held = self._do("looking at", LOCK, self._client.text, LOCK)
         if held is None and self._do("writing", LOCK, self._client.put_new, LOCK, text):
@@ -90,14 +89,14 @@ class Destination:
             raise OutputBusyError.of_lock(f"{self.where}/{LOCK}")
 
     def release(self) -> None:
-        """Let other runs write there."""
+        """Let other runs write there: delete the lock."""
         try:
             self._do("writing", LOCK, self._client.delete, LOCK)
-        except StorageError as error:  # not everybody who may write may delete; the checkpoint is whole
+        except StorageError as error:  # who may write may not always delete; the checkpoint is complete
             logger.warning("%s/%s stays there: %s", self.where, LOCK, error)
 
     def begin(self, names: Collection[str]) -> None:
-        """Begin the uploads that were not begun yet."""
+        """Begin those uploads that were not begun yet."""
         begun = self._begun()
 
         def begin(name: str) -> None:
@@ -106,7 +105,7 @@ class Destination:
                 self._uploads[name] = upload
                 try:
                     with self._own.open("a") as file:
-                        file.write(f"\n{json.dumps([name, upload])}\n")  # the first newline ends one that was cut off
+                        file.write(f"\n{json.dumps([name, upload])}\n")  # the first newline ends an incomplete line
                 except OSError as error:
                     raise StorageError.of_writing(error, self._own) from error
 
@@ -120,7 +119,7 @@ class Destination:
                 self._do("writing", name, self._client.abort, name, begun[name])
 
     def there(self, name: str) -> Mapping[int, str]:
-        """The ETags of the parts of a file that another run had sent, by their numbers."""
+        """The ETags of the parts of a file that an earlier run has sent, by part number."""
         begun = self._begun()
         with self._lock:
             if name not in self._there:
@@ -130,7 +129,7 @@ class Destination:
             return self._there[name]
 
     def send(self, name: str, number: int, data: Data, *, again: bool = False) -> There:
-        """Send a part, unless another run did. ``again``: it was sent with other bytes, too."""
+        """Send a part, unless an earlier run did. ``again``: this run has sent it before, with other bytes."""
         digest = hashlib.md5(data)
         etag = f'"{digest.hexdigest()}"'
         if again or self.there(name).get(number) != etag:
@@ -139,11 +138,11 @@ class Destination:
         return There(etag, digest.hexdigest())
 
     def refuse_others(self, etags: Mapping[str, Sequence[str]]) -> None:
-        """Raise `OutputExistsError` where an object is there that is not made of the file's parts."""
+        """Raise `OutputExistsError` if there is an object that is not made of the file's parts."""
         self.each(etags.items(), lambda file: self._is_made(*file))
 
     def finish(self, name: str, etags: Sequence[str]) -> None:
-        """Make a file of its parts, unless a run before did. Raises as `refuse_others`."""
+        """Complete a file's upload, unless an earlier run did. Raises like `refuse_others`."""
         upload = self._begun().get(name)
         new = self._knows_conditions
         if upload is not None and self._do("writing", name, partial(self._client.finish, new=new), name, upload, etags):
@@ -158,16 +157,16 @@ class Destination:
         return found is not None
 
     def put(self, name: str, file: Path) -> None:
-        """Make an object of a file at once, without holding it in memory."""
+        """Put a file as an object in one request, without holding it in memory."""
         with file.open("rb") as opened:
             self._do("writing", name, self._client.put, name, opened)
 
     def each(self, items: Iterable[T], step: Callable[[T], object]) -> None:
-        """Take a step for each item, as many at once as the store takes sooner so."""
+        """Take a step for each item, `AT_ONCE` at a time."""
         share(items, [step] * AT_ONCE)
 
     def _begun(self) -> Mapping[str, str]:
-        """Our uploads that were not finished, by the names of their objects."""
+        """Our uploads that are not completed, by the names of their objects."""
         with self._lock:
             if not self._uploads and self._own.exists():
                 own: dict[str, str] = {}
@@ -183,8 +182,8 @@ class Destination:
 
 
 def destination_of(address: Address, own: Path) -> Destination:
-    """The place of a URL; ``own`` says which uploads are ours. Raises `UnsupportedStoreError` where a store
-    takes no files in parts.
+    """Return the destination of a URL; ``own`` records which uploads are ours. Raises `UnsupportedStoreError` for a
+    store without multipart uploads.
     """
     if address.scheme in ("s3", "s3a"):
         from fp8ckpt.stores.s3 import S3Objects
