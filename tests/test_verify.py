@@ -164,6 +164,18 @@ def test_signed_zeros_and_nan_payloads_differ(tmp_path: Path) -> None:
     assert verify(tmp_path / "a", tmp_path / "a").ok
 
 
+def test_a_configuration_with_infinities(sample_fp8: Path, tmp_path: Path) -> None:
+    """As Python writes them, and no JSON has: Nemotron-H's limits of a time step. They stay as they are."""
+    source = copy(sample_fp8, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "limit": [0.0, float("inf")], "nan": float("nan")}))
+    convert(source, tmp_path / "plain")
+    assert '"limit": [\n    0.0,\n    Infinity\n  ],\n  "nan": NaN' in (tmp_path / "plain" / "config.json").read_text()
+    assert verify(source, source).ok
+    assert verify(source, tmp_path / "plain").ok
+    assert not verify(source, sample_fp8).ok
+
+
 @pytest.mark.parametrize("dtype", ["I64", "I32", "I8", "U8", "BOOL", "F64", "F16"])
 def test_every_dtype_is_compared(dtype: str, tmp_path: Path) -> None:
     """Unquantized tensors of any dtype; integers differ without a distance, floats with one."""

@@ -444,6 +444,11 @@ def test_memory_that_cannot_hold_it_is_refused(tmp_path: Path) -> None:
     expanded["up"].weight = nn.Parameter(torch.zeros(1, 6).expand(4, 6))
     with pytest.raises(ModelMismatchError, match=r"up\.weight: its 24 elements lie in the memory of 6"):
         load_model(expanded, tmp_path / "differ.safetensors")
+    empty = model()
+    empty["extra"] = nn.Module()
+    empty["extra"].weight = nn.Parameter(torch.zeros(4, 6)[4:, :1])  # the shard of a rank that has none of it
+    write_safetensors(tmp_path / "empty.safetensors", {**stored, "extra.weight": Stored.of(np.zeros((0, 1)), "F32")})
+    load_model(empty, tmp_path / "empty.safetensors")
     with torch.inference_mode():
         frozen = model()
     with pytest.raises(ModelMismatchError, match="inference mode"):

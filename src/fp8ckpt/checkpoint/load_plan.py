@@ -122,7 +122,7 @@ class LoadPlan:
             if local.is_inference() and not torch.is_inference_mode_enabled():
                 raise ModelMismatchError.of_inference(name)
             reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
-            if local.numel() > reach:
+            if local.numel() > max(reach, 0):  # one of no elements may have any strides
                 raise ModelMismatchError.of_memory(name, local.numel(), reach)
 
     def _refuse_dtypes(self, narrow: bool) -> None:

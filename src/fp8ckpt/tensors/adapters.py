@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -200,7 +201,7 @@ def _check_numbers(config: Json, file: File) -> None:
     refuse = partial(ConfigError.of_adapter, file)
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         stated = config.get(patterns) or {}

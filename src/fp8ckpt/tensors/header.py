@@ -27,6 +27,7 @@ _MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound its 
 _MOST_DEFECTS = 1_000  # of one header; the rest is not looked at
 _MOST_DIMENSIONS = 64  # bounds the work on a hostile shape; torch itself stops at 64
 _LARGEST_DIMENSION = 2**63 - 1
+_CONSTANTS = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}  # one each: so two NaN are the same
 
 
 class Header(NamedTuple):
@@ -77,7 +78,10 @@ def _length_defect(file: File, size: int, length: int) -> Fp8CheckpointError | N
 
 
 def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigError]) -> dict[str, Any]:
-    """Return a JSON object. Raise ``kind`` if an object in it has the same key twice, or a constant is not JSON."""
+    """Return a JSON object. Raise ``kind`` if an object in it has the same key twice, or a constant is not JSON.
+
+    A configuration may hold infinities and NaN, as Python writes them (Nemotron-H's limits of a time step).
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
@@ -93,7 +97,9 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
             raise ValueError("-0 is no whole number")
         return int(text)
 
-    def constant(text: str) -> Any:
+    def constant(text: str) -> float:
+        if kind is ConfigError:
+            return _CONSTANTS[text]
         raise ValueError(f"{text} is not JSON")
 
     values = sum(map(text.count, (b",", b"[", b"{"))) if len(text) > _MOST_VALUES else 0
