@@ -131,10 +131,7 @@ class Passing:
             part = out[begin * itemsize :][: STEP * itemsize]
             values = self.values(given, first + begin, part.size // itemsize)
             if overflown := quantize.round_to(values.floats, span.dtype, part.view(bits_dtype(span.dtype))):
-                found = f"{overflown} finite values of {given.dtype} do not fit {span.dtype}"
-                raise RangeError(
-                    found, tensor=span.name, file=given.span.file, expected=f"{span.dtype}, as in the base"
-                )
+                raise RangeError.of_base(span.name, given, (given.dtype, span.dtype), overflown)
 
     # ---------------------------------------------------------------- what is counted
 

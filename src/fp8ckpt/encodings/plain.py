@@ -50,5 +50,4 @@ def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
 def _refuse_overflow(tensor: QuantizedTensor) -> None:
     """Float16 ends at 65504: a tensor whose finite codes go beyond is refused."""
     if count := tensor.count_overflown(Reader(cutting.CHUNK // 2, load_dequantizer)):
-        found = f"{count} elements go beyond 65504, the largest float16"
-        raise RangeError(found, tensor=tensor, remedy="convert to bf16 or fp32")
+        raise RangeError.of_halves(tensor, count)

@@ -92,9 +92,7 @@ def grid_of(tensor: QuantizedTensor) -> BlockGrid:
         return tensor.grid
     (*lead, cols), group = tensor.grid.weight_shape, tensor.grid.block_size[-1]
     if cols % group:
-        found = f"rows of {cols} elements, of which the last group is not whole"
-        expected = f"rows of at most {cutting.CHUNK} elements, or of whole groups"
-        raise UnsupportedFormatError(found, tensor=tensor, expected=expected)
+        raise UnsupportedFormatError.of_rows(tensor, cols, cutting.CHUNK)
     parts = next(n for n in range(2, cols + 1) if cols % (n * group) == 0 and cols // n <= max(cutting.CHUNK, group))
     return BlockGrid((prod(lead) * parts, cols // parts), (1, group))
 

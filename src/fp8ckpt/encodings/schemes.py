@@ -175,16 +175,12 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     refuse_shared(output, given, "source")
     tensors = source_tensors(given, {name: name for name in given.tensors})
     if all(is_native(header.file.name) for header in given.files):
-        found = "Mistral's own layout, which states quantization in another way than a scheme does"
-        raise UnsupportedFormatError(found, file=str(given.path), remedy="give the base that it came from: --like BASE")
+        raise UnsupportedFormatError.of_native(given.path)
     row = scheme_for(scheme, given.config)
     grids, left = choose(tensors, given.config, scheme, only=asked.only, skip=asked.skip)
     notes = [*_left_notes(left)]
     if not grids:
-        found = "none of its tensors is quantized by this scheme"
-        expected = "Linears of a language model's layers, or stacks of experts"
-        remedy = f"choose other weights or another --scheme, or --like BASE ({'; '.join(notes) or 'it has no weights'})"
-        raise UnsupportedFormatError(found, file=str(given.path), expected=expected, remedy=remedy)
+        raise UnsupportedFormatError.of_scheme(given.path, notes)
     layouts = []
     for header in given.files:
         specs = []

@@ -37,7 +37,6 @@ shown with control characters escaped and shortened, so that no input can break 
 
 from fp8ckpt.errors.base import Fp8CheckpointError, listed, shown
 from fp8ckpt.errors.files import (
-    SAME_PLACE,
     CheckpointNotFoundError,
     ConfigError,
     HeaderError,
@@ -45,6 +44,7 @@ from fp8ckpt.errors.files import (
     SourceChangedError,
     TruncatedFileError,
 )
+from fp8ckpt.errors.formats import UnsupportedFormatError
 from fp8ckpt.errors.models import ModelMismatchError
 from fp8ckpt.errors.outputs import (
     OutputBusyError,
@@ -54,14 +54,12 @@ from fp8ckpt.errors.outputs import (
     ResumeMismatchError,
 )
 from fp8ckpt.errors.scales import (
-    MERGED_THERE,
     AmbiguousScaleError,
     MissingScaleError,
     OrphanScaleError,
     ScaleDtypeError,
     ScaleShapeError,
     ScaleValueError,
-    UnsupportedFormatError,
 )
 from fp8ckpt.errors.stores import NoRoomError, StorageError, UnsupportedStoreError
 from fp8ckpt.errors.system import MissingPackageError, UnsupportedSystemError
@@ -74,7 +72,7 @@ from fp8ckpt.errors.values import (
 )
 
 __all__ = [
-    "MERGED_THERE", "SAME_PLACE", "AmbiguousScaleError", "CheckpointNotFoundError", "ConfigError", "Fp8CheckpointError",
+    "AmbiguousScaleError", "CheckpointNotFoundError", "ConfigError", "Fp8CheckpointError",
     "HeaderError", "IndexMismatchError", "MissingPackageError", "MissingScaleError", "ModelMismatchError",
     "NoRoomError", "OrphanScaleError", "OutputBusyError", "OutputExistsError", "RangeError", "RankLostError",
     "RanksDifferError", "RegionError", "ResumeMismatchError", "ScaleDtypeError", "ScaleShapeError",

@@ -86,6 +86,12 @@ class Fp8CheckpointError(Exception):
         """The same error, with more that can be done about it."""
         return self.but(remedy=more if self.remedy is None else f"{self.remedy}; {more}")
 
+    def among(self, others: int) -> Self:
+        """The same error, where there are ``others`` besides."""
+        return (
+            self.advising(f"{others} more defect{'s' if others > 1 else ''}: see fp8ckpt inspect") if others else self
+        )
+
     def __str__(self) -> str:  # KeyError would print the repr, OSError its errno
         return self.message
 
@@ -128,3 +134,6 @@ class Readable(Protocol):
 
     @property
     def span(self) -> Stored: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...

@@ -12,10 +12,11 @@ from typing import Self
 from fp8ckpt.errors.base import Fp8CheckpointError, Named, Stored, shown
 
 COPY = "compare it with what it was copied from, or have it written anew"
-SAME_PLACE = "get it from where the other files came from, and from nowhere else"
+_SAME_PLACE = "get it from where the other files came from, and from nowhere else"
 _INDEX = "take the index that was written with these files; without any, all files are read"
 _ANEW = "have it written anew"
 _CHECK = "check the path"
+_OF_SCALES = "state the one that the scales were made with"
 _FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
 
 
@@ -85,7 +86,18 @@ class _JsonError(Fp8CheckpointError, ValueError):
     """JSON that is none, or is more than it may be: the part that headers and configurations have in common."""
 
     @classmethod
-    def of_text(cls, file: Named, found: str, expected: str) -> Self:
+    def of_text(cls, file: Named, error: object) -> Self:
+        return cls(f"not valid JSON ({shown(error)})", file=file, expected="a JSON object", remedy=COPY)
+
+    @classmethod
+    def of_type(cls, file: Named, value: object) -> Self:
+        return cls(f"the JSON is a {type(value).__name__}", file=file, expected="an object", remedy=COPY)
+
+    @classmethod
+    def of_size(cls, file: Named, size: int, values: int, most: tuple[int, int]) -> Self:
+        """``values``: commas and brackets; ``most`` of them, and of bytes where these are not ASCII."""
+        found = f"it holds {size} bytes with {values} commas and brackets"
+        expected = "at most {} of them, and {} bytes where not all are ASCII".format(*most)
         return cls(found, file=file, expected=expected, remedy=COPY)
 
     @classmethod
@@ -110,9 +122,29 @@ class ConfigError(_JsonError):
         return cls(found, file=file, expected="an object", remedy=remedy)
 
     @classmethod
-    def of_block_size(cls, file: str, found: str, expected: str) -> Self:
-        """A block size that is none, or one of several for the same modules."""
-        return cls(found, file=file, expected=expected, remedy="state the one that the scales were made with")
+    def of_block_size(cls, file: str, stated: object) -> Self:
+        found, expected = f"the block size is {shown(repr(stated))}", "positive whole numbers, such as [128, 128]"
+        return cls(found, file=file, expected=expected, remedy=_OF_SCALES)
+
+    @classmethod
+    def of_block_sizes(cls, file: str, modules: str, sizes: tuple[object, object]) -> Self:
+        """Two for the same modules."""
+        found = f"the configuration states several block sizes for {shown(modules)}: {sizes[0]} and {sizes[1]}"
+        return cls(found, file=file, expected="one", remedy=_OF_SCALES)
+
+    @classmethod
+    def of_long(cls, file: Named, most: int) -> Self:
+        found, expected = "the file is longer than any configuration", f"at most {most} bytes"
+        return cls(found, file=file, expected=expected, remedy=COPY)
+
+    @classmethod
+    def of_model(cls, config: str, model: str, error: Exception) -> Self:
+        """The ``model`` that it names cannot be made of it."""
+        found = f"{model} cannot be made of it: {shown(str(error))}"
+        remedy = (
+            "take the configuration that was written with these weights, or the transformers that it was written for"
+        )
+        return cls(found, file=config, expected="one that transformers reads", remedy=remedy)
 
 
 class HeaderError(_JsonError):
@@ -145,10 +177,15 @@ class HeaderError(_JsonError):
         return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
     @classmethod
-    def of_offsets(cls, file: Named, tensor: str, offsets: tuple[int, int], needed: str) -> Self:
-        """``offsets`` of the data; ``needed``: what they should hold."""
+    def of_offsets(
+        cls, file: Named, tensor: str, offsets: tuple[int, int], bits: int, kind: tuple[str, object]
+    ) -> Self:
+        """``offsets`` of the data; ``bits`` that they should hold; ``kind``: dtype and shape."""
         begin, end = offsets
         found = f"data_offsets [{begin}, {end}] hold {end - begin} bytes"
+        needed = (
+            f"{shown(bits / 8 if bits < 2**200 else 'an impossible number of')} bytes for {kind[0]} {shown(kind[1])}"
+        )
         return cls(found, tensor=tensor, file=file, expected=needed)
 
     @classmethod
@@ -177,11 +214,11 @@ class HeaderError(_JsonError):
     def of_index(cls, index: Named, absent: str | None) -> Self:
         """An index of an adapter that names no file, or an ``absent`` one."""
         found = "it names no file" if absent is None else f"it names {shown(absent)}, which is not there"
-        return cls(found, file=index, remedy=SAME_PLACE)
+        return cls(found, file=index, remedy=_SAME_PLACE)
 
     @classmethod
     def of_parts(cls, where: str, there: int, count: int) -> Self:
-        return cls(f"{there} of {count} parts are there", file=where, remedy=SAME_PLACE)
+        return cls(f"{there} of {count} parts are there", file=where, remedy=_SAME_PLACE)
 
     @classmethod
     def of_halves(cls, stored: Stored) -> Self:
@@ -193,8 +230,15 @@ class TruncatedFileError(HeaderError):
     """A file holds fewer bytes than its header describes."""
 
     @classmethod
-    def of(cls, file: Named, found: str, least: str) -> Self:
-        return cls(found, file=file, expected=least)
+    def of(cls, file: Named, size: int, end: int | None = None) -> Self:
+        """A file of ``size`` bytes, whose header says where its ``end`` is, or which has none."""
+        least = "at least the 8 bytes of a header's length" if end is None else f"{end} bytes, as the header says"
+        return cls(f"the file holds {size} bytes", file=file, expected=least)
+
+    @classmethod
+    def of_header(cls, file: Named, size: int, length: int) -> Self:
+        found = f"the header claims {length} bytes and the file holds {size}"
+        return cls(found, file=file, expected=f"at least {length + 8} bytes")
 
     @classmethod
     def of_end(cls, file: str, end: int, least: int, remedy: str) -> Self:
@@ -241,13 +285,13 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
     def of_absent(cls, index: str, tensor: str, name: str, where: str) -> Self:
         """It names a file that is not there, for the tensor among others."""
         found, expected = f"the file {shown(name)} is not there", f"{shown(name)} in {where}"
-        return cls(found, tensor=tensor, file=index, expected=expected, remedy=f"{SAME_PLACE}; or {_INDEX}")
+        return cls(found, tensor=tensor, file=index, expected=expected, remedy=f"{_SAME_PLACE}; or {_INDEX}")
 
     @classmethod
     def of_part(cls, file: str, part: str, count: int) -> Self:
         """One of ``count`` parts is not there, by the name of another."""
         found, expected = f"the part {shown(part)} is not there", f"all of the {count} parts"
-        return cls(found, file=file, expected=expected, remedy=SAME_PLACE)
+        return cls(found, file=file, expected=expected, remedy=_SAME_PLACE)
 
     @classmethod
     def of_size(cls, index: str, stated: object, actual: int) -> Self:

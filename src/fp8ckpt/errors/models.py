@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Self
 
 from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored, listed, shown
-from fp8ckpt.errors.scales import FACTORS
+from fp8ckpt.errors.formats import FACTORS
 
 _SHARD = "shard it with fully_shard (FSDP2)"
 
@@ -193,6 +193,13 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
         found = f"it is tied to {source}, which this stage of the model does not hold"
         remedy = "take it out of this stage once the two are the same (model.lm_head = None), for one is stored"
         return cls(found, tensor=tensor, expected="both in one stage, where they can be compared", remedy=remedy)
+
+    @classmethod
+    def of_plan(cls, model: str, sizes: Collection[str], error: Exception) -> Self:
+        """``sizes`` of a mesh that transformers' own plans cannot shard a ``model`` by."""
+        found = f"DistributedConfig({', '.join(sizes)}) cannot be applied: {type(error).__name__}: {shown(error)}"
+        remedy = "combine other sizes, or give a function that shards the model"
+        return cls(found, expected=f"what transformers can make of {model}", remedy=remedy)
 
     @classmethod
     def of_adapter(cls) -> Self:

@@ -19,6 +19,11 @@ class UnknownTensorError(Fp8CheckpointError, KeyError):
 class RegionError(Fp8CheckpointError, IndexError):
     """Offsets and sizes reach outside the tensor."""
 
+    @classmethod
+    def of(cls, tensor: Readable, region: tuple[object, object]) -> Self:
+        found = "offsets {} and sizes {} reach outside the tensor".format(*region)
+        return cls(found, tensor=tensor, expected=f"a region of {tensor.shape}")
+
 
 class WeightValueError(Fp8CheckpointError, ValueError):
     """A weight holds NaN or infinity, and has no FP8 code."""
@@ -35,6 +40,12 @@ class WeightValueError(Fp8CheckpointError, ValueError):
         return cls.of(tensor, file, f"{count} of {numel} elements are NaN or infinite, and have no code")
 
     @classmethod
+    def of_direction(cls, tensor: Readable, what: str, index: int) -> Self:
+        """A row or a column (``what``) of a tensor that DoRA scales."""
+        found = f"{what} {index} is zero, and DoRA's magnitude has no direction to be of"
+        return cls(found, tensor=tensor, expected=f"{what}s that are not zero")
+
+    @classmethod
     def of_adapter(cls, factor: Stored, count: int, numel: int) -> Self:
         found = f"{count} of {numel} elements are NaN or infinite"
         remedy = "give a checkpoint of the adapter from before its training diverged"
@@ -49,6 +60,17 @@ class RangeError(Fp8CheckpointError, OverflowError):
         """Finite codes whose scales take them beyond ``dtype``."""
         remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
         return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
+
+    @classmethod
+    def of_halves(cls, tensor: Readable, count: int) -> Self:
+        found = f"{count} elements go beyond 65504, the largest float16"
+        return cls(found, tensor=tensor, remedy="convert to bf16 or fp32")
+
+    @classmethod
+    def of_base(cls, tensor: str, source: Readable, dtypes: tuple[str, str], count: int) -> Self:
+        """Values of a ``source``, of the first of the dtypes, that the base has in the second."""
+        found = "{} finite values of {} do not fit {}".format(count, *dtypes)
+        return cls(found, tensor=tensor, file=source.span.file, expected=f"{dtypes[1]}, as in the base")
 
     @classmethod
     def of_cast(cls, stored: Stored, given: str, count: int, *, beyond_all: bool) -> Self:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fp8ckpt.collector import collector_paused
-from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError, listed, shown
+from fp8ckpt.errors import ConfigError, ModelMismatchError, UnsupportedFormatError
 from fp8ckpt.families.names import ONE_EXPERT, Shapes, stack_with, stacked
 from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
@@ -66,11 +66,7 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
         with torch.device("meta"):
             return cls._from_config(transformers.AutoConfig.for_model(**plain), dtype=dtype)
     except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
-        found = f"{name} cannot be made of it: {shown(str(error))}"
-        remedy = (
-            "take the configuration that was written with these weights, or the transformers that it was written for"
-        )
-        raise ConfigError(found, file=CONFIG, expected="one that transformers reads", remedy=remedy) from error
+        raise ConfigError.of_model(CONFIG, name, error) from error
 
 
 def distributed(model: Any, how: Any) -> Any:
@@ -87,11 +83,7 @@ def distributed(model: Any, how: Any) -> Any:
         return model.maybe_distribute_model(model, prepared, meshes)
     except Exception as error:  # of many kinds: each plan of each class is applied in a way of its own
         sizes = [f"{key}={size}" for key, size in vars(how).items() if key.endswith("_size") and size not in (None, 1)]
-        found = f"DistributedConfig({', '.join(sizes)}) cannot be applied: {type(error).__name__}: {shown(error)}"
-        remedy = "combine other sizes, or give a function that shards the model"
-        raise ModelMismatchError(
-            found, expected=f"what transformers can make of {type(model).__name__}", remedy=remedy
-        ) from error
+        raise ModelMismatchError.of_plan(type(model).__name__, sizes, error) from error
 
 
 def is_distributed(model: Any) -> bool:
@@ -171,7 +163,8 @@ def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
     except UnsupportedFormatError as error:
         raise error.but(tensor=target) from None
     except (ValueError, RuntimeError) as error:  # shapes that do not go together: a file that lacks some of the experts
-        raise _unmade(target, [name for names in rule.layer_targets.values() for name in names], error) from error
+        sources = [name for names in rule.layer_targets.values() for name in names]
+        raise UnsupportedFormatError.of_sources(target, sources, error) from error
     return {name: (held[0] if isinstance(held, list) else held).assembly for name, held in made.items()}
 
 
@@ -180,17 +173,7 @@ def _refuse_gaps(target: str, names: list[str]) -> None:
     numbers = [int(one[2]) for one in map(ONE_EXPERT.fullmatch, names) if one is not None]
     absent = sorted(set(range(max(numbers, default=0))) - {*numbers})
     if absent:
-        found = f"its experts go up to number {max(numbers)}, and {listed(map(str, absent))} are not there"
-        remedy = (
-            "look whether files of the checkpoint are missing; or number experts anew, with the rows of their router"
-        )
-        raise UnsupportedFormatError(found, tensor=target, expected="experts without gaps", remedy=remedy)
-
-
-def _unmade(target: str, sources: Iterable[str], error: Exception) -> UnsupportedFormatError:
-    first, *others = sorted(sources)
-    found = f"{1 + len(others)} tensors, {first} first, do not make it: {error}"
-    return UnsupportedFormatError(found, tensor=target, remedy="look whether files of the checkpoint are missing")
+        raise UnsupportedFormatError.of_gaps(target, max(numbers), absent)
 
 
 def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Assembly], unused: dict[str, str]) -> None:
@@ -206,7 +189,7 @@ def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Ass
             if made is None or made.shape[0] != experts or len(made.pieces) != len(disk):
                 raise ValueError(f"{experts} experts have other numbers")
         except ValueError as error:
-            raise _unmade(stack, disk.values(), error) from error
+            raise UnsupportedFormatError.of_sources(stack, disk.values(), error) from error
         module = model.get_submodule(stack.rpartition(".")[0])
         made = made.renamed(disk)
         parts[stack] = made.transpose(1, 2) if _is_transposed(module, stack, made, own) else made
@@ -220,9 +203,7 @@ def _is_transposed(module: nn.Module, target: str, stacked: Assembly, own: Shape
         return known
     straight, across = stacked.shape == own[target], stacked.transpose(1, 2).shape == own[target]
     if straight and across:
-        found = f"experts of {own_class(module).__name__} of shape {stacked.shape} may be transposed or not"
-        remedy = "give the model a state_dict_adapter with its assemblies"
-        raise UnsupportedFormatError(found, tensor=target, remedy=remedy)
+        raise UnsupportedFormatError.of_square_stack(target, own_class(module).__name__, stacked.shape)
     return across
 
 
@@ -248,11 +229,7 @@ class _Symbol(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
         if isinstance(result, torch.Tensor):
             name = torch.overrides.resolve_name(func) or getattr(func, "__name__", "a function")
-            raise UnsupportedFormatError(
-                f"transformers makes it with {name}, which is not known to rearrange",
-                expected="a conversion that stacks, concatenates, cuts, permutes or reshapes",
-                remedy="load it with from_pretrained, or give the model a state_dict_adapter",
-            )
+            raise UnsupportedFormatError.of_conversion(name)
         return result
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp8ckpt.errors import ConfigError, shown
+from fp8ckpt.errors import ConfigError
 from fp8ckpt.stores.store import Store
 from fp8ckpt.tensors.config import (
     CONFIG,
@@ -98,16 +98,14 @@ def _add(sizes: dict[str, Size | None], target: str, stated: Any, file: str) -> 
     if before is None:
         sizes[target] = size
     elif size not in (None, before):
-        found = f"the configuration states several block sizes for {shown(target)}: {before} and {size}"
-        raise ConfigError.of_block_size(file, found, "one")
+        raise ConfigError.of_block_sizes(file, target, (before, size))
 
 
 def _checked(stated: Any, file: str) -> Size | None:
     if stated is None:
         return None
     if not isinstance(stated, list | tuple) or not stated or not all(type(dim) is int and dim > 0 for dim in stated):
-        expected = "positive whole numbers, such as [128, 128]"
-        raise ConfigError.of_block_size(file, f"the block size is {shown(repr(stated))}", expected)
+        raise ConfigError.of_block_size(file, stated)
     return tuple(stated)
 
 

@@ -147,13 +147,8 @@ def open_checkpoint(path: CheckpointLike, *, follow_index: bool = False) -> Chec
 
 def raise_first(defects: Iterable[Fp8CheckpointError]) -> None:
     """Raise the first of ``defects``, if there is one, and mention how many more there are."""
-    defects = list(defects)
-    if not defects:
-        return
-    if more := len(defects) - 1:
-        remedy = f"{more} more defect{'s' if more > 1 else ''}: see fp8ckpt inspect"
-        raise defects[0].advising(remedy)
-    raise defects[0]
+    if found := [*defects]:
+        raise found[0].among(len(found) - 1)
 
 
 @kept_open()
@@ -278,18 +273,14 @@ def _resolve(path: str | Path) -> tuple[Store, str | None]:
         return LocalStore(local.parent, local.name), local.name
     _refuse_hidden(local)
     if not _is_hub_id(str(path)):
-        raise CheckpointNotFoundError("there is no such directory or file", file=str(path), remedy="check the path")
+        raise CheckpointNotFoundError.of_path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return LocalStore(snapshot_download(str(path), local_files_only=True)), None
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-        hub = f"; or, for a model of the hub, fetch it first: hf download {path}; or read it there: hf://{path}"
-        remedy = f"check the path{hub if '/' in str(path) else ''}"
-        raise CheckpointNotFoundError(
-            "neither a path nor a model in huggingface_hub's local cache", file=str(path), remedy=remedy
-        ) from None
+        raise CheckpointNotFoundError.of_hub_id(path) from None
 
 
 def _refuse_hidden(path: Path) -> None:

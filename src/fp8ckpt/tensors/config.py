@@ -36,8 +36,7 @@ def load_json(store: Store, name: str) -> Json | None:
     if stat is None:
         return None
     if stat.size > _LONGEST_JSON:
-        found = "the file is longer than any configuration"
-        raise ConfigError.of_text(file, found, f"at most {_LONGEST_JSON} bytes")
+        raise ConfigError.of_long(file, _LONGEST_JSON)
     return parse_json(b"".join(piece.tobytes() for piece in file.pieces()), file, ConfigError)
 
 

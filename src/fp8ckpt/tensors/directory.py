@@ -117,8 +117,7 @@ def file_names(
     if index is None:
         on_disk = model_files(on_disk)
         if not on_disk:
-            found = "there is no safetensors file in it"
-            raise CheckpointNotFoundError(found, file=store.where, remedy="check the path")
+            raise CheckpointNotFoundError.of_lacking(store.where, "safetensors file")
         if index_name is None:
             _find_missing_parts(on_disk, defects)
         return on_disk
@@ -143,15 +142,14 @@ def _is_there(store: Store, name: str) -> bool:
 
 def refuse_part(store: Store, name: str) -> None:
     """Raise if the file is one of several, which lack each other's tensors, or if it is a configuration or an index."""
-    remedy = f"open the directory: {store.where}"
     if name.endswith(".json"):
-        raise CheckpointNotFoundError("this holds no weights", file=name, remedy=remedy)
+        raise CheckpointNotFoundError.of_part(name, store.where)
     named = read_index(store, [name], [])[1]
     files = set(named["weight_map"].values()) if named is not None else set()
     match = _PART.fullmatch(name)
     count = len(files) if name in files else int(match.group(3)) if match else 1
     if count > 1:
-        raise CheckpointNotFoundError(f"this is 1 of {count} files of a checkpoint", file=name, remedy=remedy)
+        raise CheckpointNotFoundError.of_part(name, store.where, count)
 
 
 def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -> None:

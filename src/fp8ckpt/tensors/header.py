@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp8ckpt.errors import ConfigError, Fp8CheckpointError, HeaderError, TruncatedFileError, shown
+from fp8ckpt.errors import ConfigError, Fp8CheckpointError, HeaderError, TruncatedFileError
 from fp8ckpt.stores.store import File
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 
@@ -68,12 +68,11 @@ def read_header(file: File) -> tuple[Header | None, list[Fp8CheckpointError]]:
 
 def _length_defect(file: File, size: int, length: int) -> Fp8CheckpointError | None:
     if size < 8:
-        return TruncatedFileError.of(file, f"the file holds {size} bytes", "at least the 8 bytes of a header's length")
+        return TruncatedFileError.of(file, size)
     if length > _LONGEST_HEADER:
         return HeaderError.of_length(file, length, _LONGEST_HEADER)
     if length > size - 8:
-        found = f"the header claims {length} bytes and the file holds {size}"
-        return TruncatedFileError.of(file, found, f"at least {length + 8} bytes")
+        return TruncatedFileError.of_header(file, size, length)
     return None
 
 
@@ -104,9 +103,7 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
 
     values = sum(map(text.count, (b",", b"[", b"{"))) if len(text) > _MOST_VALUES else 0
     if values > _MOST_VALUES or (len(text) > _LONGEST_WIDE and not text.isascii()):
-        found = f"it holds {len(text)} bytes with {values} commas and brackets"
-        most = f"at most {_MOST_VALUES} of them, and {_LONGEST_WIDE} bytes where not all are ASCII"
-        raise kind.of_text(file, found, most)
+        raise kind.of_size(file, len(text), values, (_MOST_VALUES, _LONGEST_WIDE))
     read = partial(json.loads, parse_constant=constant, parse_int=whole if b"-" in text else None)
     try:
         value = read(text.decode())
@@ -118,9 +115,9 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
     except (ValueError, RecursionError) as error:
         if isinstance(error, Fp8CheckpointError):
             raise
-        raise kind.of_text(file, f"not valid JSON ({shown(error)})", "a JSON object") from None
+        raise kind.of_text(file, error) from None
     if not isinstance(value, dict):
-        raise kind.of_text(file, f"the JSON is a {type(value).__name__}", "an object")
+        raise kind.of_type(file, value)
     return value
 
 
@@ -180,8 +177,7 @@ def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | He
     dtype, bits = known
     size = prod(shape) * bits
     if begin < 0 or end < begin or size != (end - begin) * 8 or (not size and _overflows(shape, bits)):
-        expected = f"{shown(size / 8 if size < 2**200 else 'an impossible number of')} bytes for {dtype} {shown(shape)}"
-        return HeaderError.of_offsets(file, name, (begin, end), expected)
+        return HeaderError.of_offsets(file, name, (begin, end), size, (dtype, shape))
     return _made((name, file, dtype, tuple(shape), data_start + begin, data_start + end))
 
 
@@ -208,7 +204,7 @@ def _coverage_defects(file: File, size: int, data_start: int, spans: list[Tensor
         end = max(end, stop)
         previous = name
     if size < end:
-        defects.append(TruncatedFileError.of(file, f"the file holds {size} bytes", f"{end} bytes, as the header says"))
+        defects.append(TruncatedFileError.of(file, size, end))
     elif size > end:
         defects.append(HeaderError.of_rest(file, size - end, end))
     return defects

@@ -361,9 +361,7 @@ class MergedTensor:
         """
         assert self.magnitude is not None
         if not sums.all():
-            zero = first + int(np.flatnonzero(sums == 0)[0])
-            found = f"{what} {zero} is zero, and DoRA's magnitude has no direction to be of"
-            raise WeightValueError(found, tensor=self, expected=f"{what}s that are not zero")
+            raise WeightValueError.of_direction(self, what, first + int(np.flatnonzero(sums == 0)[0]))
         magnitude = self.floats(self.magnitude).reshape(-1)[first:][: sums.size]
         factors: F32 = (magnitude.astype(np.float64) / np.sqrt(sums)).astype(np.float32)
         return factors

@@ -42,8 +42,7 @@ def checked_region(tensor: Tensor, offsets: tuple[int, ...] | None, sizes: tuple
         sides = zip(offsets, sizes, shape, strict=True)
         if all(min(start, size) >= 0 and start + size <= dim for start, size, dim in sides):
             return offsets, sizes
-    found = f"offsets {offsets} and sizes {sizes} reach outside the tensor"
-    raise RegionError(found, tensor=tensor, expected=f"a region of {shape}")
+    raise RegionError.of(tensor, (offsets, sizes))
 
 
 def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
@@ -172,9 +171,8 @@ def _runs(spans: list[TensorSpan]) -> Iterator[ByteRange]:
 
 def _bad_scale(span: TensorSpan, values: F32) -> ScaleValueError:
     bad = np.flatnonzero(~((values > 0) & (values < np.inf)))
-    where = f" at {tuple(int(i) for i in np.unravel_index(bad[0], span.shape))}" if span.shape else ""
-    found = f"{bad.size} of {values.size} scales cannot be a scale, the first {values[bad[0]]}{where}"
-    return ScaleValueError.of(span, found)
+    where = tuple(int(i) for i in np.unravel_index(bad[0], span.shape))
+    return ScaleValueError.of(span, (bad.size, values.size), values[bad[0]], where)
 
 
 @kept_open()
