@@ -256,8 +256,8 @@ class _Comparison:
                     setattr(tally, attribute, max(value, getattr(tally, attribute) or 0.0))
 
     def differences(self) -> Iterator[TensorDifference]:
-        """Yield the differing tensors: those that cannot be compared, then the others in the order of the first
-        side.
+        """Yield the differing tensors: first those that cannot be compared, then the others, in the first side's
+        order.
         """
         yield from self._incomparable
         for name, (tensor, *_) in self.walk.tensors.items():

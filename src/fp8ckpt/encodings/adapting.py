@@ -1,7 +1,7 @@
-"""Adapters brought to a base: which of its tensors each pair of factors changes, and in which box.
+"""Matching adapters with a base: which tensors of the base each pair of factors changes, and in which box.
 
-An adapter speaks of the model that was trained; where the base holds other names or other stackings, its products go
-through the assemblies between the two. A key that nothing in the base answers to is refused.
+An adapter names the parameters of the trained model. If the base has other names or stackings, its products go through
+the assemblies between the two. A key without a counterpart in the base is refused.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fp8ckpt.tensors.stored import TensorSpan
 
 #: The order in which models register the parameters of stacked experts, and PEFT wraps them.
 _REGISTERED = ("gate_up_proj", "down_proj")
-_ROOM = 64 << 20  # bytes of factors that are kept, beyond the largest pair
-_STRAIGHT_SINCE = (0, 19, 1)  # PEFT takes stacked experts for [E, out, in]; before, for [E, in, out]
+_ROOM = 64 << 20  # bytes of factors to cache, beyond the largest pair
+_STRAIGHT_SINCE = (0, 19, 1)  # PEFT reads stacked experts as [E, out, in] since this version, as [E, in, out] before
 
 
 class _Use(NamedTuple):
-    """A pair of an adapter, of which the tensor ``target`` of the trained model is the base; ``key``: as PEFT's
-    patterns call it; ``across``: the model multiplies by that tensor as [in, out]; ``known``: which of both it is of
-    stacked experts, for want of which their shapes say it.
+    """A pair of an adapter and its base tensor ``target`` in the trained model. ``key``: its name in PEFT's patterns;
+    ``across``: the model uses that tensor as [in, out]; ``known``: for stacked experts, whether they are [out, in], if
+    another pair of the module shows it; None leaves it to their own shapes.
     """
 
     adapter: Adapter
@@ -53,10 +53,10 @@ class _Use(NamedTuple):
 
 
 def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] = ()) -> dict[str, MergedTensor]:
-    """The tensors of the base that adapters change, by name. ``tied``: what is one tensor in the model.
+    """Return the tensors of the base that adapters change, by name. ``tied``: tensors that are one in the model.
 
-    Raises `ModelMismatchError` for a key without an answer in the base, or of other shapes; `UnsupportedFormatError`
-    for what cannot be merged.
+    Raises `ModelMismatchError` for a key without a counterpart in the base, or with other shapes;
+    `UnsupportedFormatError` for what cannot be merged.
     """
     shapes = base.shapes
     for one in tied:
@@ -81,7 +81,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
             here = by_target.get(piece.source, ())
             for adapter in adapters:
                 span = adapter.tensors.get(piece.source)
-                # PEFT saves embeddings beside the factors of them, trained or not.
+                # PEFT saves embeddings beside their factors, trained or not.
                 beside = whole and any(use.adapter is adapter for use in here)
                 if span is not None and not (beside and same_values(span, tensor.span)):
                     merged = _replaced(merged, adapter, span, whole=whole)
@@ -100,7 +100,7 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
 
 
 def _uses(adapter: Adapter, there: Collection[str], config: Json) -> Iterator[_Use]:
-    """Each pair with the tensor that it is of; ``there``: see `_with_parameters`; ``config``: the base's."""
+    """Yield each pair with its base tensor. ``there``: see `_with_parameters`; ``config``: the base's."""
     levels = Counter(pair.module for pair in adapter.pairs)
     for pair in adapter.pairs:
         leaves = _parameters(adapter, pair.module, there)
@@ -110,13 +110,13 @@ def _uses(adapter: Adapter, there: Collection[str], config: Json) -> Iterator[_U
             continue
         if len(leaves) != levels[pair.module]:
             raise ModelMismatchError.of_pairs(pair.a, pair.module, levels[pair.module], len(leaves))
-        leaf = leaves[-1 - pair.depth]  # the last that was wrapped is outside
-        across = leaf in _REGISTERED and has_no_fp8_experts(config)  # of which no class has them [out, in]
+        leaf = leaves[-1 - pair.depth]  # the parameter wrapped last is outermost
+        across = leaf in _REGISTERED and has_no_fp8_experts(config)  # none of their classes has [out, in]
         yield _Use(adapter, pair, f"{pair.module}.{leaf}", f"{pair.module}.{leaf}", across)
 
 
 def _known(uses: Sequence[_Use], parts: Mapping[str, Assembly]) -> Iterator[_Use]:
-    """The pairs, each with what the others of its module say of it: PEFT takes all stacks of a module in one way."""
+    """Yield the pairs with ``known`` set from the others of their module: PEFT reads all its stacks in one way."""
     ways: dict[tuple[int, str], set[bool]] = {}
     for use in uses:
         straight, across = use.fits(parts[use.target].shape)
@@ -128,15 +128,15 @@ def _known(uses: Sequence[_Use], parts: Mapping[str, Assembly]) -> Iterator[_Use
 
 
 def _with_parameters(adapter: Adapter, shapes: Shapes, base: Checkpoint) -> Collection[str]:
-    """Of the parameters that are targeted by a name without a module, as PEFT writes ``gate_up_proj`` for Linears that
-    the model has stacked, those that are there. Which module has one is nothing that the name says.
+    """Return the existing parameters that bare names target. PEFT writes bare names, such as ``gate_up_proj`` for
+    Linears that the model has stacked, and such a name does not say which modules have the parameter.
     """
     bare = [target for target in adapter.config.get("target_parameters") or () if "." not in target]
     return _parts({f"{pair.module}.{leaf}" for pair in adapter.pairs for leaf in bare}, shapes, base)
 
 
 def _parameters(adapter: Adapter, module: str, there: Collection[str]) -> list[str]:
-    """The parameters of a module that were targeted by name, in the order in which they were wrapped."""
+    """Return the parameters of a module that were targeted by name, in the order in which they were wrapped."""
     found = {
         leaf
         for target in adapter.config.get("target_parameters") or ()
@@ -149,7 +149,7 @@ def _parameters(adapter: Adapter, module: str, there: Collection[str]) -> list[s
 
 
 def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) -> dict[str, Assembly]:
-    """How what was trained is made of the base's tensors. Raises `ModelMismatchError` where nothing answers."""
+    """Return the trained tensors as assemblies of the base's. Raise `ModelMismatchError` if one has none."""
     parts = _parts(keys, shapes, base)
     missing = sorted(keys.keys() - parts.keys())
     if missing:
@@ -158,7 +158,7 @@ def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) 
 
 
 def _parts(wanted: Collection[str], shapes: Shapes, base: Checkpoint) -> dict[str, Assembly]:
-    """Of what is wanted, how it is made of the base's tensors: by names, or else by the model that the base is of."""
+    """Return wanted tensors as assemblies of the base's: matched by name, or else through the base's model."""
     parts = answers(wanted, shapes)
     if len(parts) == len(wanted):
         return parts
@@ -170,8 +170,8 @@ def _parts(wanted: Collection[str], shapes: Shapes, base: Checkpoint) -> dict[st
 
 
 def _products(use: _Use, shape: tuple[int, ...], piece: Piece, rank: int) -> Iterator[Product]:
-    """The products of a pair on one piece of a tensor of the base, which has ``rank`` dimensions; ``shape``: of the
-    whole that was trained.
+    """Yield the products of a pair on one piece of a base tensor with ``rank`` dimensions. ``shape``: of the whole
+    trained tensor.
     """
     left, right = _factors(use, shape, matrices=rank == 2 and piece.axes[-1] == len(shape) - 1)
     row, col = len(shape) - 2, len(shape) - 1
@@ -193,8 +193,8 @@ def _products(use: _Use, shape: tuple[int, ...], piece: Piece, rank: int) -> Ite
 
 
 def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Factor, Factor]:
-    """The sides of a pair's product as it is added to a tensor of ``shape``, [out, in] or [E, out, in]. ``matrices``:
-    the base holds an [out, in] for each expert.
+    """Return the sides of a pair's product as it is added to a tensor of ``shape``, [out, in] or [E, out, in].
+    ``matrices``: the base holds one [out, in] for each expert.
     """
     a, b = use.pair.a, use.pair.b
     experts = shape[0] if len(shape) == 3 else 1
@@ -216,8 +216,8 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
 
 
 def _lies_across(use: _Use, shape: tuple[int, ...]) -> bool:
-    """Whether a matrix lies [in, out]. PEFT goes by each module's class, and ``fan_in_fan_out`` records that of the
-    last one: it decides nothing where the model or the shapes do.
+    """Whether a matrix is stored as [in, out]. PEFT decides by the class of each module, but ``fan_in_fan_out`` records
+    only that of the last: it is not used where the model or the shapes decide.
     """
     if use.across or not use.adapter.config.get("fan_in_fan_out"):
         return use.across
@@ -227,8 +227,8 @@ def _lies_across(use: _Use, shape: tuple[int, ...]) -> bool:
 
 
 def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
-    """(straight, across) of stacked experts of as many rows as columns. Their shapes do not say it: those of the other
-    stack do, or PEFT's version, where the model is known not to transpose its stacks.
+    """Return (straight, across) for stacked experts with as many rows as columns. Their shapes do not decide; those of
+    the other stack do, or PEFT's version, if the model is known not to transpose its stacks.
     """
     if use.known is not None:
         return use.known, not use.known
@@ -243,7 +243,7 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
 
 
 def _replaced(merged: MergedTensor, adapter: Adapter, span: TensorSpan, *, whole: bool) -> MergedTensor:
-    """With a tensor that was trained whole in its base's place; ``whole``: the base has it as one."""
+    """Return the tensor with its base replaced by a trained one. ``whole``: the base holds it as one tensor."""
     if not whole:
         raise UnsupportedFormatError.of_trained(span, merged.shape)
     if span.shape != merged.shape:
@@ -254,7 +254,7 @@ def _replaced(merged: MergedTensor, adapter: Adapter, span: TensorSpan, *, whole
 
 
 def _scaled(merged: MergedTensor, use: _Use, *, whole: bool) -> MergedTensor:
-    """With DoRA's magnitudes, where the pair that was added last has some."""
+    """Return the tensor with DoRA's magnitudes, if the pair that was added last has them."""
     magnitude, shape = use.pair.magnitude, merged.shape
     if (merged.magnitude is not None or magnitude is not None) and len(merged.products) > 1:
         raise UnsupportedFormatError.of_several(use.pair.a)
@@ -262,7 +262,7 @@ def _scaled(merged: MergedTensor, use: _Use, *, whole: bool) -> MergedTensor:
         return merged
     if not whole or len(shape) != 2 or use.adapter.weight != 1:
         raise UnsupportedFormatError.of_magnitude(magnitude)
-    columns = _lies_across(use, shape)  # there is a magnitude for each output
+    columns = _lies_across(use, shape)  # one magnitude for each output
     if magnitude.numel != shape[columns]:
         raise ModelMismatchError.of_other_shape(magnitude, magnitude.shape, f"{shape[columns]} elements")
     return replace(merged, magnitude=magnitude, norms=Norms() if columns else None)

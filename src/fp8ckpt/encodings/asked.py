@@ -1,4 +1,4 @@
-"""What a conversion was asked for, in one form that planning takes as it is."""
+"""The arguments of a conversion, in the one form that planning takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoi
 
 @dataclass(frozen=True)
 class Asked:
-    """The arguments of `fp8ckpt.convert` that decide what is written. ``see``: what a page shows is counted, too."""
+    """The arguments of `fp8ckpt.convert` that decide the output. ``see``: also count what the report's page shows."""
 
     source: CheckpointLike
     to: str
@@ -27,9 +27,9 @@ class Asked:
     follow_index: bool
 
     def opened(self, path: CheckpointLike) -> Checkpoint:
-        """The source or the base, with its index followed if that was asked for."""
+        """Return the open source or base, with its index followed if that was asked for."""
         return open_checkpoint(path, follow_index=self.follow_index)
 
     def arguments(self, **job: Any) -> dict[str, Any]:
-        """What a partial output must have been asked for to be taken up: of this ``job``, and whether to see."""
+        """Return the arguments that a partial output must match to be resumed: those of ``job``, and whether to see."""
         return {**job, **({"see": True} if self.see else {})}

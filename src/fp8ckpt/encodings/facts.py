@@ -1,4 +1,4 @@
-"""What is recorded of the weights of an output while they are made, part by part, added up later, and reported."""
+"""The facts recorded for the weights of an output: part by part as they are made, then added up and reported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fp8ckpt.output.state import Facts
 
 @dataclass(slots=True)
 class WeightFacts:
-    """What is recorded of a weight, or of a part of it.
+    """The facts of a weight, or of a part of it.
 
-    ``maxima`` (in the first pass: of wide weights by block, of those with a factor one for all) decide whether a scale
-    fits; ``inexact`` are blocks of which some part is small for their scale, and is not given back by it exactly.
-    ``made`` scales are new, and ``factors``, which is 1 or 0 for a weight. ``arrival``: of adapters that were merged;
-    ``nan_codes``: that were carried over as NaN.
+    ``maxima`` decide whether a scale fits; the first pass records them by block for wide weights, and one for the whole
+    of a weight with a factor. ``inexact``: blocks with a part that is small for their scale, and that it does not give
+    back exactly. ``made``: the number of new scales; ``factors``: of new factors, 1 or 0 for a weight. ``arrival``: how
+    much of merged adapters arrived; ``nan_codes``: how many NaN codes were carried over.
     """
 
     tally: Tally = field(default_factory=Tally)
@@ -36,13 +36,13 @@ class WeightFacts:
 
     @classmethod
     def of(cls, recorded: Mapping[str, Any]) -> WeightFacts:
-        """From what was recorded: JSON, in which the numbers of blocks are text."""
+        """Return the facts from recorded JSON, in which block numbers are text."""
         tally, arrival = Tally(**recorded["tally"]), Arrival(**recorded["arrival"])
         maxima = {int(block): largest for block, largest in recorded["maxima"].items()}
         return cls(**{**recorded, "tally": tally, "arrival": arrival, "maxima": maxima})
 
     def meet(self, block: int, largest: np.float32) -> None:
-        """Take in the largest magnitude of some part of a block."""
+        """Take in the largest magnitude of a part of a block."""
         self.maxima[block] = max(self.maxima.get(block, 0.0), float(largest))
 
     def add(self, other: WeightFacts) -> None:
@@ -57,7 +57,7 @@ class WeightFacts:
         self.inexact = sorted({*self.inexact, *other.inexact})
 
     def report(self, name: str, *, has_base: bool) -> WeightReport:
-        """What a user is told of it."""
+        """Return the report for the user."""
         tally = self.tally
         return WeightReport(
             name=name,
@@ -74,7 +74,7 @@ class WeightFacts:
 
 
 def report_of(weights: Mapping[str, WeightFacts], carried: Collection[str], *, has_base: bool) -> QuantizationReport:
-    """The report of all weights; ``carried`` from the base are others."""
+    """Return the report of all weights. ``carried``: other tensors, which were copied from the base."""
     total = WeightFacts()
     for facts in weights.values():
         total.add(facts)
@@ -83,14 +83,14 @@ def report_of(weights: Mapping[str, WeightFacts], carried: Collection[str], *, h
 
 
 def combine(facts: Iterable[Facts]) -> Facts:
-    """The facts of all chunks together: by weight, and what was seen."""
+    """Return the facts of several chunks as one: by weight, and the counts."""
     every = list(facts)
     weights = {name: asdict(part) for name, part in weights_of(every).items()}
     return {"weights": weights, "seen": Seen.of(one["seen"] for one in every).recorded()}
 
 
 def weights_of(facts: Iterable[Facts]) -> dict[str, WeightFacts]:
-    """The facts of each weight, of all that was recorded."""
+    """Return the facts of each weight, added up over all records."""
     total: dict[str, WeightFacts] = {}
     for recorded in facts:
         for name, part in recorded["weights"].items():

@@ -1,9 +1,9 @@
-"""Making the bytes of a quantized output: scales are kept or made of values, and codes and scales are written.
+"""Making the bytes of a quantized output: scales are kept or made from values, then codes and scales are written.
 
-Where a chunk holds whole blocks all of this is done with the chunk in memory. Of a wide weight a chunk can only say how
-large its values are: the first pass encodes it with the scale of before, as long as that still fits, and the facts that
-it leaves decide (`fp8ckpt.encodings.units`). Where the scale does not fit, the weight is read and written once more.
-The factor of a weight with two levels of scales is decided in the same way, as if it were one block.
+A chunk that holds whole blocks is quantized in memory. A chunk of a wide weight only shows how large its values are:
+the first pass encodes it with the base's scale as long as that fits, and records facts that decide
+(`fp8ckpt.encodings.units`). If the scale does not fit, the weight is read and written once more. The factor of a weight
+with two levels of scales is decided in the same way, as if the weight were one block.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Stored = npt.NDArray[Any]
 
 
 class QuantizingFiller:
-    """One worker's reading and quantizing, with buffers of its own.
+    """One worker's reading and quantizing, with its own buffers.
 
-    ``outgrown`` is shared by the workers: the units of which an element was found beyond the scale of before, with how
-    large it is, so that nobody encodes more of them in vain. ``decided``, which grows: the scales [n] of each wide
-    weight that is written again, and the factors of others.
+    ``outgrown`` is shared by the workers: the units with an element beyond the base's scale, and its magnitude, so that
+    no worker encodes more of them in vain. ``decided`` grows: the scales [n] of each wide weight that is written again,
+    and the factors of others.
     """
 
     def __init__(
@@ -62,24 +62,24 @@ class QuantizingFiller:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of what is converted, and of what is carried."""
+        """Bytes read of the tensors that are converted or carried."""
         return self._passing.reader.bytes_read
 
     @property
     def base_bytes_read(self) -> int:
-        """Bytes of the base's codes, for the report."""
+        """Bytes read of the base's codes, for the report."""
         return self._passing.base_bytes_read
 
     def fill(self, extent: Extent, chunk: Chunk, out: Bytes) -> Filled:
-        """Fill ``out`` with the bytes of a chunk of an extent; the facts are those of the weight, if it is of one, or
-        of what was merged; and what was seen.
+        """Fill ``out`` with the bytes of a chunk of an extent. Return the facts of its weight, or of merged tensors,
+        and the counts.
         """
         self._scales = []
         self._passing.begin(again=extent.again)
         facts, write, _ = self._fill(extent.layout, chunk, out)
         seen = self._passing.seen.recorded()
         if extent.again and facts.keys().isdisjoint(self._decided):
-            facts, seen = {}, {}  # beside what is written again: it was counted before
+            facts, seen = {}, {}  # neighbours of a weight that is written again were counted in the first pass
         return Filled({"weights": facts, "seen": seen}, write, tuple(self._scales))
 
     def _fill(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> Filled:
@@ -104,7 +104,7 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- siblings of what is merged
 
     def _carry(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        """The first pass over a weight that no adapter changes: its bytes as they are, and how large a scale or a
+        """The first pass over a weight that no adapter changes: copy its bytes, and record how large a scale or a
         factor that it shares must be for it.
         """
         before = weight.before
@@ -155,7 +155,7 @@ class QuantizingFiller:
         return self._looked(weight, facts, out) if looking else Filled({weight.name: asdict(facts)})
 
     def _look_at_factor(self, facts: WeightFacts, weight: Quantization, rule: Rule, maxima: F32, exact: Mask) -> None:
-        """What decides whether the factor of before is kept."""
+        """Record what decides whether the base's factor is kept."""
         largest = maxima.max(initial=0)
         facts.meet(0, largest)
         if not exact.all():
@@ -166,17 +166,17 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- the first pass
 
     def _may_keep(self, weight: Quantization) -> bool:
-        """Whether the scales of before may still be those of all of a unit, and what is encoded with them of use."""
+        """Whether the base's scales may still fit the whole unit, so that codes made with them may be of use."""
         return not self._plan.fresh and self._plan.unit_of[weight.name] not in self._outgrown
 
     def _note_outgrown(self, weight: Quantization, maxima: F32, before: F32) -> None:
-        """Note a unit that these magnitudes show to have outgrown its scales of before."""
+        """Note a unit if these magnitudes are beyond the base's scales."""
         if not scaling.within(maxima, before, weight.coding).all():
             unit = self._plan.unit_of[weight.name]
             self._outgrown[unit] = max(self._outgrown.get(unit, np.float32(0)), maxima.max())
 
     def _looked(self, weight: Quantization, facts: WeightFacts, out: U8) -> Filled:
-        """What the first pass has of a weight of a unit."""
+        """Return the first pass's result for a weight of a unit."""
         write = self._may_keep(weight)
         self.looked_and_wrote[weight.name] += out.nbytes if write else 0
         return Filled({weight.name: asdict(facts)}, write)
@@ -184,7 +184,7 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- wide weights
 
     def _look(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        """The first pass: how large the values are, and the codes that they have if the scales of before are kept."""
+        """The first pass: record how large the values are, and encode them in case the base's scales are kept."""
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         if not self._may_keep(weight) and (largest := self._largest(weight, begin, count)):
             facts.meet(0, largest)
@@ -199,8 +199,8 @@ class QuantizingFiller:
             here = step.maxima()
             for block in np.flatnonzero(here):
                 facts.meet(run.blocks.start + int(block), here.reshape(-1)[block])
-            # One scale is new once an element lies beyond it; of several, each is asked whether it gives its own block
-            # back.
+            # A single scale is replaced once an element is beyond it. Several scales are decided block by block, so
+            # each block is checked.
             if self._plan.fresh or (weight.grid.per_tensor and not self._may_keep(weight)):
                 continue
             before = before_all[run.blocks].reshape(here.shape)
@@ -214,7 +214,7 @@ class QuantizingFiller:
         return self._looked(weight, facts, out)
 
     def _merge(self, weight: Quantization, begin: int, count: int, scales: F32, out: U8) -> WeightFacts | None:
-        """Codes with ``scales`` [n] by the short way, and their facts; None where there is none."""
+        """Merge and encode with ``scales`` [n] in one step. Return the facts, or None if the weight cannot."""
         facts, before = WeightFacts(), self._scales_before(weight).reshape(-1)
         for run in runs_of(weight.grid, begin, count, count):
             block = run.blocks.start
@@ -233,8 +233,8 @@ class QuantizingFiller:
         return facts
 
     def _largest(self, weight: Quantization, begin: int, count: int) -> np.float32:
-        """The largest magnitude of some elements, or one that is not above what is known of the unit, by the short way;
-        0 where there is none.
+        """Return the largest magnitude of a run of elements, or a value not above what is known of the unit, if the
+        merged weight finds it from few elements; otherwise 0.
         """
         unit = self._plan.unit_of[weight.name]
         known = self._outgrown.get(unit, np.float32(0))
@@ -246,10 +246,10 @@ class QuantizingFiller:
         return found
 
     def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        """The second pass: the codes that the values have with scales that were decided on."""
+        """The second pass: make the codes with the decided scales."""
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
-        assert not isinstance(scales_all, Factor)  # which is of groups, that are not wide
+        assert not isinstance(scales_all, Factor)  # factors belong to weights with groups, which are not wide
         if (merged := self._merge(weight, begin, count, scales_all, out)) is not None:
             return Filled({weight.name: asdict(replace(merged, maxima={}))})
         for run, step, codes in self._passing.steps(rule, weight, begin, count, out):
@@ -261,13 +261,13 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- scales
 
     def _read_scales(self, span: TensorSpan, blocks: slice) -> Stored:
-        """The scales of some blocks of the base, as they are stored."""
+        """Return the scales of some blocks of the base, in their stored dtype."""
         itemsize = DTYPE_BITS[span.dtype] // 8
         stored = np.empty((blocks.stop - blocks.start) * itemsize, np.uint8)
         span.read(stored, blocks.start * itemsize)
         return stored.view(SCALE_DTYPES[span.dtype])
 
     def _write_scales(self, span: TensorSpan, first: int, stored: Stored) -> None:
-        """Have the scales from block ``first`` on written."""
+        """Queue the scales from block ``first`` on for writing."""
         data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         self._scales.append(Beside(span.file.name, span.start + first * stored.itemsize, data))

@@ -1,7 +1,7 @@
 """FP8 in the base's own layout: the base decides everything that a file can decide.
 
-Which tensors are FP8, names, grids, scale dtypes and shapes, the dtypes of what is not quantized, files and their
-order, down to the text of every header, configuration and side files. Only values are the source's.
+It decides which tensors are FP8, names, grids, scale dtypes and shapes, the dtypes of unquantized tensors, files and
+their order, down to the text of every header, configuration and side file. The source decides only the values.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fp8ckpt.tensors.tensor import Tensor
 
 
 def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint], Json]) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written.
+    """Plan the output, and refuse what can be refused, before the first byte is written.
 
-    ``served``: makes the configuration with which engines serve a base, whose layout is put right, too, where that was
-    asked for.
+    ``served`` makes the configuration with which engines serve the base; if serving was asked for, the layout is
+    corrected as well.
     """
-    assert asked.like is not None  # or nothing would be like it
+    assert asked.like is not None  # the caller checked it
     output.goal.refuse_existing()
     given, like = asked.opened(asked.source), asked.opened(asked.like)
     refuse_shared(output, given, "source")
@@ -83,11 +83,11 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
 
 
 def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The source's tensors under the names and in the stackings of the base, as far as it has them, and notes."""
+    """Return the source's tensors under the base's names and stackings, as far as it has them, and notes."""
     naming = find_layout(given.tensors, base.tensors)
     tensors = source_tensors(given, {name: naming.native_to_hf(name) for name in given.tensors})
     tied = tied_tensors(base.config, base.shapes, tensors.keys() ^ base.tensors.keys())
-    if not tied and ties_embeddings(base.config) is None:  # then equal bytes say it
+    if not tied and ties_embeddings(base.config) is None:  # then equal bytes decide
         tied = [embeddings_and_head(base.shapes)]
     tensors, notes = _tied_as_in(tensors, base, tied)
     if tensors.keys() <= base.tensors.keys() or base.tensors.keys() <= tensors.keys():
@@ -99,7 +99,7 @@ def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tupl
 
 
 def _in_order(given: Tensor, base: QuantizedTensor) -> Tensor:
-    """A tensor of the source, with dimensions as the base's codes have them."""
+    """Return a tensor of the source with its dimensions in the order of the base's codes."""
     if not base.across:
         return given
     name, rank = given.name, len(given.shape)
@@ -109,10 +109,10 @@ def _in_order(given: Tensor, base: QuantizedTensor) -> Tensor:
 def _tied_as_in(
     tensors: dict[str, Tensor], base: Checkpoint, tied: Sequence[Tied]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The source's tensors with what is tied as the base has it, under each name or under one; and notes.
+    """Return the source's tensors with tied weights stored as in the base, under each name or under one; and notes.
 
-    A base that stores it twice says itself, by equal bytes, that the two are one. Raises `ModelMismatchError` where the
-    base has no place for a head that is no longer the embeddings.
+    A base that stores both shows by equal bytes that the two are one. Raises `ModelMismatchError` if the base has no
+    place for a head that is no longer the embeddings.
     """
     tensors, notes = dict(tensors), []
     for one in tied:
@@ -127,7 +127,7 @@ def _tied_as_in(
             if not any(layout.hf_to_native(name) in one.names for layout in LAYOUTS):
                 continue
             if not same_bits(tensors[name], tensors[kept]):
-                if len(one.stored) > 1:  # a name of another model's
+                if len(one.stored) > 1:  # the name belongs to another model
                     continue
                 raise ModelMismatchError.of_head(name, tensors[name].span.file, kept)
             del tensors[name]
@@ -136,7 +136,7 @@ def _tied_as_in(
 
 
 def _side_file_notes(source: Checkpoint, base: Checkpoint) -> list[str]:
-    """Side files of the source that the output will not have, since the base's go out."""
+    """Return notes on the source's side files that differ from the output's, which are the base's."""
     ours, theirs = side_files(source), side_files(base)
     notes = []
     for name in sorted(ours.keys() - {CONFIG, MISTRAL_CONFIG}):

@@ -1,7 +1,7 @@
 """A base with adapters merged: planned like a conversion whose source is the base itself.
 
-To FP8, the layout is the base's own; what no adapter changes is its codes and scales, byte for byte. To BF16, it is the
-one that a conversion of the base has.
+To FP8, the layout is the base's own, and tensors that no adapter changes keep their codes and scales, byte for byte. To
+BF16, the layout is that of a conversion of the base.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def plan_merging(
     fresh: bool,
     served: Callable[[Checkpoint], Json] | None = None,
 ) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written.
+    """Plan the output, and refuse what can be refused, before the first byte is written.
 
-    ``served``: makes the configuration with which engines serve the base, whose layout is put right, too.
+    ``served`` makes the configuration with which engines serve the base; the layout is then corrected as well.
     """
     output.goal.refuse_existing()
     refuse_shared(output, base, "base")
@@ -93,9 +93,9 @@ def plan_merging(
 def _weights(
     base: Checkpoint, changed: Mapping[str, MergedTensor], spans: Mapping[str, TensorSpan]
 ) -> tuple[dict[str, Quantization], tuple[tuple[str, ...], ...]]:
-    """The weights that are quantized again, by the names that codes are stored under, and the units of the wide ones.
+    """Return the weights that are quantized again, by the names of their codes, and the units of the wide ones.
 
-    They are those that adapters change, and the siblings that must keep one scale with them.
+    These are the weights that adapters change, and the siblings that must share a scale with them.
     """
 
     def quantization(tensor: QuantizedTensor) -> Quantization:
@@ -113,7 +113,7 @@ def _weights(
 
 
 def _side_file_notes(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Files beside an adapter, a tokenizer's, that differ from those that go out."""
+    """Yield notes on files beside an adapter (a tokenizer's) that differ from those of the output."""
     theirs = side_files(base)
     for adapter in adapters:
         for name, file in side_files(adapter.checkpoint).items():

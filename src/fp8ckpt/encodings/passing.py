@@ -1,5 +1,5 @@
-"""What passes through one worker on its way to an output: values, read once for each look; what is stored as it is; and
-what is counted of both for a report or a page, and held against what was there before.
+"""The path of tensors through one worker: values to be quantized, tensors to be copied, and the counts of both for a
+report or a page, compared with the base.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 
-#: Elements that are worked on at once: with their codes they stay close to a core (half or twice as many are slower).
+#: Elements that are processed at once: with their codes they fit a core's cache (half or twice as many are slower).
 STEP = 1 << 19
 READ_AT_ONCE = 2 << 20  # bytes of codes: those of a chunk of bfloat16
 
 
 class Passing:
-    """One worker's buffers and counts. ``again``: whether values pass for the second time, and were seen before."""
+    """One worker's buffers and counts. ``again``: whether values pass for the second time, and were counted before."""
 
     def __init__(self, plan: QuantizingPlan, dequantizer: DequantizerOf) -> None:
         self._plan = plan
-        # Not touched, and not taken, before it is used: a band of the widest weight in the widest dtype.
+        # Buffers grow on use: memory is that of a band of the widest weight in the widest dtype.
         self._raw = np.empty(0, np.uint8)
         self._base_codes = np.empty(0, np.uint8)
-        self._base_at: tuple[str, int, int] | None = None  # which they are
+        self._base_at: tuple[str, int, int] | None = None  # the (name, first, size) of the codes in the buffer
         self._unpacked = np.empty(0, np.uint8)
         self.again = False
         self.seen = Seen()
@@ -48,11 +48,11 @@ class Passing:
         self.base_bytes_read = 0
 
     def begin(self, *, again: bool) -> None:
-        """Count anew, of another chunk."""
+        """Reset the counts for a new chunk."""
         self.seen, self.again = Seen(), again
 
     def values(self, tensor: Tensor, first: int, count: int) -> Values:
-        """Elements ``first`` to ``first + count`` of a tensor, good until the next call."""
+        """Return the elements ``first`` to ``first + count`` of a tensor, valid until the next call."""
         nbytes = count * TARGET_BYTES[tensor.dtype]
         if self._raw.size < nbytes:
             self._raw = np.empty(nbytes, np.uint8)
@@ -64,8 +64,8 @@ class Passing:
     def steps(
         self, rule: Rule, weight: Quantization, begin: int, count: int, out: U8
     ) -> Iterator[tuple[Run, Step, U8]]:
-        """What is worked on at once of a chunk: where it lies, its values, and where its codes are to be made, one a
-        byte: in ``out``, or what is then packed there. Rows are whole bytes, and so are runs.
+        """Yield the pieces of a chunk to process: the run, its values, and a buffer for its codes, one a byte. The
+        buffer is ``out`` itself, or is packed into it afterwards. Rows and runs are whole bytes.
         """
         for run in runs(weight, begin, count):
             self._see_base(weight, run)
@@ -82,7 +82,7 @@ class Passing:
             target[:] = quantize.pack(codes)
 
     def not_finite(self, weight: Quantization) -> Fp8CheckpointError:
-        """The refusal of a weight with values that have no code: all of it is counted."""
+        """Return the error for a weight with values that have no code. All of the weight is counted."""
         tensor, count, overflown = weight.source, 0, 0
         for first in range(0, tensor.numel, STEP):
             count += quantize.count_nonfinite(self.values(tensor, first, min(STEP, tensor.numel - first)))
@@ -94,7 +94,7 @@ class Passing:
     # ---------------------------------------------------------------- what is not quantized
 
     def copy(self, layout: FileLayout, chunk: Chunk, out: Bytes) -> dict[str, WeightFacts]:
-        """Fill ``out`` with what is stored as it is, or cast; the facts are of what was merged, or carried as NaN."""
+        """Fill ``out`` with tensors that are copied or cast. Return facts on merged ones, and on NaN codes."""
         if chunk.start < len(layout.head):
             head = layout.head[chunk.start : chunk.stop]
             out[: len(head)] = memoryview(head)
@@ -107,11 +107,11 @@ class Passing:
         return facts
 
     def _store(self, given: Tensor, span: TensorSpan, offset: int, out: Bytes, facts: dict[str, WeightFacts]) -> None:
-        """Values as they are written: as they are stored, dequantized, merged or cast."""
+        """Fill ``out`` with the values of a tensor as they are written: copied, dequantized, merged or cast."""
         first, reader = offset * 8 // DTYPE_BITS[span.dtype], self.reader
         reader.merge = None
         reader.nonfinite.clear()
-        reader.counting = True  # nowhere else are codes that are not finite carried over
+        reader.counting = True  # only here are codes that are not finite carried over
         if span.dtype in given.dtypes():
             given.elements(first, span.dtype, out, reader)
         else:
@@ -138,7 +138,7 @@ class Passing:
     def report(
         self, facts: WeightFacts, weight: Quantization, run: Run, step: Step, codes: U8, scales: F32, before: F32
     ) -> None:
-        """Take in what codes made of their values, and of what was there before, where that is reported."""
+        """Count what the codes make of their values, compared with the base, if the plan asks for a report."""
         if not self._plan.report:
             return
         if (merge := self.reader.merge) is not None:
@@ -161,12 +161,12 @@ class Passing:
         facts.tally.add(tally)
 
     def _see_base(self, weight: Quantization, run: Run) -> None:
-        """Count the codes that a run of elements had, at first sight."""
+        """Count the base's codes of a run of elements, in the first pass only."""
         if self._plan.see and not self.again and weight.before is not None:
             self.seen.count(weight.before, self._old(weight, weight.before, run))
 
     def _see_plain(self, span: TensorSpan, offset: int, out: Bytes) -> None:
-        """Count the codes of a weight that is the base's, and hold what else was stored against what the base has."""
+        """Count the codes of a weight that is carried from the base, or compare another tensor with the base's."""
         if (tensor := self._plan.by_codes.get(span.name)) is not None:
             self.seen.count(tensor, tensor.one_a_byte(out))
         elif (before := self._plan.compared(span)) is not None:
@@ -179,7 +179,7 @@ class Passing:
                 self.seen.change(span.name, Tally(moved=moved_bytes(old, out, span.dtype)))
 
     def _old(self, weight: Quantization, before: QuantizedTensor, run: Run) -> U8:
-        """The base's codes of a run of elements, one a byte; read once where they are asked for twice in a row."""
+        """Return the base's codes of a run of elements, one a byte. Two calls in a row for the same run read once."""
         nbytes = run.size // weight.per_byte
         if self._base_at != (at := (weight.name, run.first, run.size)):
             if self._base_codes.size < nbytes:
@@ -191,5 +191,5 @@ class Passing:
 
 
 def runs(weight: Quantization, begin: int, count: int) -> Iterator[Run]:
-    """What is worked on at once of so many elements of a weight from ``begin`` on."""
+    """Yield the pieces to process of ``count`` elements of a weight from ``begin`` on."""
     return (runs_of if weight.wide else bands_of)(weight.grid, begin, count, STEP)

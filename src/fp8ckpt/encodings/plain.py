@@ -1,4 +1,4 @@
-"""From FP8 to BF16, FP16 or FP32: the same files with the same tensors, less the scales."""
+"""From FP8 to BF16, FP16 or FP32: the same files with the same tensors, without the scales."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.tensor import Reader
 
 FILE, MODEL = "file", "model"
-#: Under which names and in which stackings tensors are written: the file's own, or those of its model in transformers.
+#: The names and stackings of the written tensors: those of the files, or those of the model in transformers.
 LAYOUTS = (FILE, MODEL)
 
 
 def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written."""
+    """Plan the output, and refuse what can be refused, before the first byte is written."""
     output.goal.refuse_existing()
     checkpoint, dtype = asked.opened(asked.source), TARGETS[asked.to]
     refuse_shared(output, checkpoint, "source")
@@ -48,6 +48,6 @@ def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
 
 
 def _refuse_overflow(tensor: QuantizedTensor) -> None:
-    """Float16 ends at 65504: a tensor whose finite codes go beyond is refused."""
+    """Raise if finite codes have values beyond 65504, the largest float16."""
     if count := tensor.count_overflown(Reader(cutting.CHUNK // 2, load_dequantizer)):
         raise RangeError.of_halves(tensor, count)

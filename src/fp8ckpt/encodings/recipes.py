@@ -1,10 +1,9 @@
-"""What an output holds, tensor by tensor, as pure data: planned before the first byte is written.
+"""The contents of an output, tensor by tensor, as pure data: planned before the first byte is written.
 
-An output in BF16, FP16 or FP32 has no weights that are quantized: its tensors are all ``plain``, and its files are cut
-at pages. In FP8, each file is that of the base, or of the source where there is no base. Its weights are cut into
-chunks that hold whole blocks, so that a chunk's scales can be made from the chunk alone; scales are written beside, by
-whoever makes the codes. A weight whose blocks are larger than a chunk is *wide*: its scales depend on all of it, and
-often on its siblings'.
+An output in BF16, FP16 or FP32 has no quantized weights: its tensors are all ``plain``, and its files are cut at pages.
+In FP8, each file is laid out as in the base, or as in the source without a base. Weights are cut into chunks of whole
+blocks, so that a chunk alone decides its scales; the worker that makes the codes writes the scales, too. A weight whose
+blocks are larger than a chunk is *wide*: its scales depend on all of it, and often on its siblings.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor, bytes_of_values
 
-Unit = tuple[str, ...]  # the names of weights that have one scale, or one factor, together
+Unit = tuple[str, ...]  # the names of weights that share one scale, or one factor
 
 
 class Quantization(NamedTuple):
-    """A weight to be quantized: where it is read, where its codes and scales go, and what it was before, if known.
+    """A weight to be quantized: its source, the places of its codes and scales, and its tensor in the base, if any.
 
-    ``factor``: where the second level of its scales goes, if it has one. ``merged``: the source, where it is one that
-    may have short ways to its largest magnitude and its codes.
+    ``factor``: the place of the second level of its scales, if it has one. ``merged``: the source, if adapters are
+    merged into it: it may find its largest magnitude and its codes in a faster way.
     """
 
     source: Tensor
@@ -52,7 +51,7 @@ class Quantization(NamedTuple):
 
     @classmethod
     def like(cls, before: QuantizedTensor, source: Tensor, spans: Mapping[str, TensorSpan]) -> Quantization:
-        """A weight that is written like one of a base; ``spans``: of the output, by name. Raises as `grid_of`."""
+        """Return a weight that is written like one of a base. ``spans``: the output's, by name. Raises as `grid_of`."""
         weight, scale, *factor = (spans[span.name] for span in (before.weight, *before.scales))
         return cls(source, weight, scale, grid_of(before), before, factor[0] if factor else None)
 
@@ -62,7 +61,7 @@ class Quantization(NamedTuple):
 
     @property
     def coding(self) -> Coding:
-        """How its codes are made: as the base's are, or in FP8."""
+        """The coding of its codes: that of the base, or FP8."""
         return CODINGS[self.weight.dtype if self.before is None else self.before.code_dtype]
 
     @property
@@ -71,7 +70,7 @@ class Quantization(NamedTuple):
 
     @property
     def band(self) -> int:
-        """Elements of the fewest rows that hold whole blocks; 0 where blocks span matrices."""
+        """The number of elements of the fewest rows that hold whole blocks; 0 if blocks span matrices."""
         matrices = as_matrices(self.grid)
         if any(size > 1 for size in matrices.block_size[:-2]):
             return 0
@@ -79,14 +78,14 @@ class Quantization(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether a chunk may be too small for a block."""
-        of_one_scale = self.grid.per_tensor and self.per_byte == 1  # what is packed has groups, if only one
+        """Whether a block may be larger than a chunk."""
+        of_one_scale = self.grid.per_tensor and self.per_byte == 1  # a packed weight has groups, even if only one
         return of_one_scale or not 0 < self.band <= cutting.CHUNK
 
 
 def grid_of(tensor: QuantizedTensor) -> BlockGrid:
-    """The grid by which a weight is worked on: its own. Where there is a factor, and a chunk does not hold a row of it,
-    a row is several of whole groups. Raises `UnsupportedFormatError` where groups do not divide such a row.
+    """Return the grid for quantizing a weight. It is its own, except that a row larger than a chunk becomes several
+    rows of whole groups if there is a factor. Raise `UnsupportedFormatError` if groups do not divide such a row.
     """
     if tensor.second is None or tensor.shape[-1] <= cutting.CHUNK:
         return tensor.grid
@@ -99,13 +98,13 @@ def grid_of(tensor: QuantizedTensor) -> BlockGrid:
 
 @dataclass(frozen=True)
 class QuantizingPlan:
-    """An output, and what each of its stored tensors is made of.
+    """An output, and the source of each of its stored tensors.
 
-    ``weights``: by name. ``plain``: where the stored tensors are read that are copied, or cast where the dtypes differ.
-    ``units``: the wide weights, and those with a factor; together those that must have one scale, or one factor.
-    ``fresh``: no scale is kept. ``powers_of_two``: of new scales. ``report``: count what training did; ``see``: and
-    what a page shows. ``carried``: what is the base's, byte for byte; ``merged``: what adapters change, and how
-    often it is read for that.
+    ``weights``: by name. ``plain``: the sources of the tensors that are copied, or cast if the dtypes differ.
+    ``units``: the wide weights and those with a factor, grouped by the scale or factor that they must share. ``fresh``:
+    no scale is kept. ``powers_of_two``: new scales are powers of two. ``report``: count the effect of training;
+    ``see``: count what the page shows. ``carried``: tensors copied from the base, byte for byte. ``merged``: tensors
+    that adapters change, each with the number of times it is read.
     """
 
     output: OutputPlan
@@ -123,29 +122,29 @@ class QuantizingPlan:
     notes: tuple[str, ...] = ()
 
     def untouched(self, weight: Quantization) -> bool:
-        """Whether no adapter changes a weight, which is here for the sake of its siblings alone."""
+        """Whether no adapter changes a weight: it is planned only because a sibling changes."""
         return bool(self.merged) and weight.name not in self.merged
 
     @cached_property
     def unit_of(self) -> dict[str, Unit]:
-        """The unit of each weight of ``units``."""
+        """The unit of each weight in ``units``."""
         return {name: unit for unit in self.units for name in unit}
 
     @cached_property
     def by_codes(self) -> dict[str, QuantizedTensor]:
-        """The base's weights that are carried, by the names that their codes are stored under."""
+        """The base's weights that are carried, by the names of their codes."""
         quantized = () if self.base is None else self.base.quantized
         return {tensor.weight.name: tensor for tensor in quantized if tensor.weight.name not in self.weights}
 
     def compared(self, span: TensorSpan) -> TensorSpan | None:
-        """What the base has of a tensor that is not quantized; None where that is written, or no base is known."""
+        """Return the base's tensor to compare an unquantized one with; None if it is carried, or without a base."""
         tensor = None if self.base is None else self.base.tensors.get(span.name)
         return None if tensor is None or span.name in self.carried else tensor.span
 
     @contextmanager
     def ahead(self, extents: Collection[Extent]) -> Iterator[None]:
-        """Announces what the extents will read: values to the source's store, what is carried or compared to the
-        base's; where that is the source itself, with an adapter merged, nothing is compared.
+        """Announce the reads of the extents: those of values to the source's store, those of carried and compared
+        tensors to the base's. If the base is the source itself, with an adapter merged, nothing is compared.
         """
         sources = {name: weight.source for name, weight in self.weights.items()}
         codes = {name: weight.before.weight for name, weight in self.weights.items() if weight.before and self.report}
@@ -157,7 +156,7 @@ class QuantizingPlan:
             yield
 
     def extents(self, most: int) -> dict[int, Extent]:
-        """All that is written in the first pass, by numbers, in extents of ``most`` bytes."""
+        """Return all extents of the first pass, of ``most`` bytes, by number."""
         found: list[Extent] = []
         scales = {quantization.scale.name for quantization in self.weights.values()}
         scales |= {factor.name for name in self.unit_of if (factor := self.weights[name].factor) is not None}
@@ -168,12 +167,12 @@ class QuantizingPlan:
         return dict(enumerate(found))
 
     def forecast(self, output: PartialOutput) -> Forecast:
-        """What writing it would take; see `fp8ckpt.output.plan.OutputPlan.forecast`."""
+        """Return the forecast of writing it; see `fp8ckpt.output.plan.OutputPlan.forecast`."""
         return self.output.forecast(output, self.extents(output.goal.extent), self.made_of(), self.notes)
 
     def made_of(self) -> dict[str, int]:
-        """Of how many bytes each tensor is made: values, which are read twice where it is known that no scale is kept,
-        and the base's codes for the report.
+        """Return how many bytes are read for each tensor: its values (twice, if it is known that no scale is kept), and
+        the base's codes for the report.
         """
         made = {name: self.merged.get(name, 1) * bytes_of_values(tensor) for name, tensor in self.plain.items()}
         for name, weight in self.weights.items():
@@ -184,14 +183,13 @@ class QuantizingPlan:
         return made
 
     def units_in(self, extent: Extent) -> set[Unit]:
-        """The units of which an extent has some of the bytes."""
+        """Return the units that an extent has bytes of."""
         names = (span.name for chunk in extent.chunks for span, _, _ in met(extent.layout, chunk))
         return {self.unit_of[name] for name in names if name in self.unit_of}
 
     def second_pass(self, first: Mapping[int, Extent], *, in_parts: bool) -> dict[int, Extent]:
-        """The extents in which weights of ``units`` are written again if their scales turn out to be others, as far as
-        they do; by numbers that go on from those of the ``first`` pass. ``in_parts``: an extent is written whole, with
-        all that is in it.
+        """Return the extents that write the weights of ``units`` again if they get new scales. The numbers go on from
+        those of the ``first`` pass. ``in_parts``: an extent is written whole, including its other tensors.
         """
         if in_parts:
             found = [extent for extent in first.values() if self.units and self.units_in(extent)]
@@ -209,15 +207,15 @@ class QuantizingPlan:
         return {i: extent._replace(again=True) for i, extent in enumerate(found, len(first))}
 
     def _beside(self, extent: Extent) -> set[str]:
-        """The other files that the scales of an extent's weights lie in."""
+        """Return the other files that hold the scales of an extent's weights."""
         spans = extent.layout.spans
         met = {spans[chunk.first].name for chunk in extent.chunks if chunk.first < len(spans)}
         files = {self.weights[name].scale.file.name for name in met if name in self.weights}
         return files - {extent.layout.name}
 
     def _chunks(self, layout: FileLayout, scales: Collection[str]) -> Iterator[Chunk]:
-        """The chunks of a file: small tensors together, large ones cut, ``scales`` left out; a weight is alone."""
-        start = stop = first = 0  # of the small tensors that are gathered
+        """Yield the chunks of a file without ``scales``: small tensors share one, large ones are cut, weights alone."""
+        start = stop = first = 0  # of the small tensors gathered so far
         for low, high, place, alone in self._cut_file(layout, scales):
             if stop > start and (alone or low != stop or high - start > cutting.CHUNK):
                 yield Chunk(start, stop, first)
@@ -232,7 +230,7 @@ class QuantizingPlan:
             yield Chunk(start, stop, first)
 
     def _cut_file(self, layout: FileLayout, scales: Collection[str]) -> Iterator[tuple[int, int, int, bool]]:
-        """The pieces of a file, each with which of its tensors it is of, and whether that is a weight."""
+        """Yield the pieces of a file, each with the index of its tensor, and whether that is a weight."""
         for low, high in _pieces(0, len(layout.head), cutting.CHUNK):
             yield low, high, 0, False
         for place, span in enumerate(layout.spans):
@@ -248,12 +246,12 @@ def _pieces(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _cut(span: TensorSpan, most: int) -> Iterator[tuple[int, int]]:
-    """A tensor in pieces of whole elements."""
+    """Yield a tensor in pieces of whole elements."""
     return _pieces(span.start, span.stop, max(most // 8 * 8, 8))
 
 
 def _cut_weight(quantization: Quantization) -> Iterator[tuple[int, int]]:
-    """A weight in pieces that hold whole blocks: some matrices, or some bands of one; a wide one anywhere."""
+    """Yield a weight in pieces of whole blocks: several matrices, or bands of one. A wide one is cut at any element."""
     span = quantization.weight
     if quantization.wide:
         yield from _cut(span, cutting.CHUNK)
@@ -270,8 +268,8 @@ def _cut_weight(quantization: Quantization) -> Iterator[tuple[int, int]]:
 def beside_weights(
     base: Checkpoint, given: Mapping[str, Tensor], spans: Iterable[str], weights: Mapping[str, Quantization]
 ) -> dict[str, Tensor]:
-    """Where all is read that an output in a base's layout stores besides ``weights`` and their scales: tensors that are
-    ``given``, and the base's own bytes for the others.
+    """Return the sources of the tensors that an output in a base's layout stores besides ``weights`` and their scales:
+    the ``given`` tensors, and the base's own bytes for the others.
     """
     made = {*weights, *(weight.scale.name for weight in weights.values())}
     stored = {span.name: span for header in base.files for span in header.spans}
@@ -279,7 +277,7 @@ def beside_weights(
 
 
 def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The source's tensors by the names (``names``: source to output) that they are written under; all are plain."""
+    """Return the source's tensors by their names in the output (``names``: source to output). All must be plain."""
     found: dict[str, Tensor] = {}
     for name, tensor in source.tensors.items():
         if tensor.scaled is not None:
@@ -289,8 +287,8 @@ def source_tensors(source: Checkpoint, names: Mapping[str, str]) -> dict[str, Te
 
 
 def joint_units(weights: Iterable[Quantization]) -> Iterator[Unit]:
-    """The names of wide weights, and of those with a factor: those of one scale, or one factor, with the siblings that
-    share it; each other is alone.
+    """Yield units of wide weights, and of weights with a factor: those that share a scale, or a factor, together, and
+    every other weight alone.
     """
     found = [weight for weight in weights if weight.scale.nbytes and (weight.wide or weight.factor)]
     names = {weight.before.name: weight.name for weight in found if weight.before}

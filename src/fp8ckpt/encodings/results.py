@@ -1,4 +1,4 @@
-"""What a conversion or a save did: the facts of it, and the report of quantizing, weight by weight."""
+"""The results of a conversion or a save: sizes and counts, and the report of quantizing by weight."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class WeightReport:
-    """What quantizing did to one weight, or to all.
+    """The effect of quantizing on one weight, or on all.
 
-    ``moved``: elements whose code is not the base's (None without a base). ``clipped``: magnitudes beyond the written
-    scale; ``outgrown``: beyond the base's. ``scales`` in all, of which ``fresh`` are new; ``fresh_factors``: of second
-    levels of scales (NVFP4), under which all are new. Errors are those of the written values against the source:
-    ``mean_error`` is relative to the mean magnitude, ``largest_error`` to the largest.
+    ``moved``: elements whose code differs from the base's (None without a base). ``clipped``: magnitudes beyond the
+    written scale; ``outgrown``: beyond the base's scale. ``scales``: the number of scales; ``fresh`` of them are new.
+    ``fresh_factors``: new second levels of scales (NVFP4), under which all scales are new. Errors are those of the
+    written values against the source: ``mean_error`` relative to the mean magnitude, ``largest_error`` to the largest.
     """
 
     name: str
@@ -30,7 +30,7 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """All weights together, and each. ``carried``: tensors that were taken from the base, byte for byte."""
+    """All weights together, and each. ``carried``: tensors that were copied from the base, byte for byte."""
 
     total: WeightReport
     weights: tuple[WeightReport, ...]
@@ -39,11 +39,11 @@ class QuantizationReport:
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion or a save did: a `PlainResult`, an `Fp8Result`, or of a save that is not to FP8 no more than
-    this. Sizes are in bytes.
+    """The result of a conversion or a save: a `PlainResult` or an `Fp8Result`, or this class itself for a save that is
+    not to FP8. Sizes are in bytes.
 
-    ``tensors``: of the source. ``bytes_read``: of the source's files; a model has none. ``bytes_written``: of all files
-    of weights, ``bytes_resumed`` of which an earlier run wrote. ``notes``: what a user should know.
+    ``tensors``: of the source. ``bytes_read``: from the source's files; 0 for a model. ``bytes_written``: of all files
+    of weights, ``bytes_resumed`` of which an earlier run wrote. ``notes``: facts for the user.
 
     >>> result = fp8ckpt.convert("sample-fp8", "sample-bf16")
     >>> result.tensors, result.bytes_resumed
@@ -63,7 +63,7 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class PlainResult(ConvertResult):
-    """What a conversion to BF16, FP16 or FP32 did. ``nan_codes`` counts, by tensor, those that were carried over.
+    """The result of a conversion to BF16, FP16 or FP32. ``nan_codes``: how many NaN codes were carried over, by tensor.
 
     >>> fp8ckpt.convert("sample-fp8", "sample-fp32", to="fp32").nan_codes
     {}
@@ -76,11 +76,11 @@ class PlainResult(ConvertResult):
 
 @dataclass(frozen=True)
 class Fp8Result(ConvertResult):
-    """What a conversion or a save to FP8 did.
+    """The result of a conversion or a save to FP8.
 
-    ``base_bytes_read``: codes of the base, which are read for the report alone. ``bytes_rewritten``: written a second
-    time, for weights whose one scale turned out not to fit. ``report``: what quantizing did, weight by weight; None
-    where none was asked for.
+    ``base_bytes_read``: codes of the base, read for the report alone. ``bytes_rewritten``: bytes written a second time,
+    for weights whose one scale turned out not to fit. ``report``: the effect of quantizing by weight; None if it was
+    not asked for.
 
     >>> _ = fp8ckpt.convert("sample-fp8", "sample-bf16")
     >>> fp8ckpt.convert("sample-bf16", "sample-block", to="fp8", scheme="block").quantized

@@ -1,8 +1,8 @@
-"""The one way back: which scales the blocks of a weight get, and which codes its values have with them.
+"""The rule of quantizing: which scales the blocks of a weight get, and which codes its values have with them.
 
-A conversion, a save from shards and an adapter differ in where values come from, how they are cut up, and where codes
-go. What decides a scale does not differ: the largest magnitude of its block, and whether the scale of before gives back
-every element. Both are maxima, so that parts of a block may be looked at anywhere, and combined in any order. The
+A conversion, a save from shards and an adapter differ in where values come from, how they are cut, and where codes go.
+The rule is the same: two facts decide a scale, the largest magnitude of its block, and whether the base's scale gives
+back every element. Both are maxima, so parts of a block can be looked at anywhere, and combined in any order. The
 numbers are those of `fp8ckpt.numerics.scaling`.
 """
 
@@ -26,12 +26,12 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 
 
 class NotFinite(Exception):
-    """Some of the values have no code. Whoever has all of the weight says how many: `WeightValueError`."""
+    """Some values have no code. The caller that has the whole weight counts them: `WeightValueError`."""
 
 
 class Decided(NamedTuple):
-    """The scales of some blocks, as they are stored and as float32; which of them are ``kept``; and those of
-    ``before``, infinite where there are none.
+    """The scales of some blocks, in their stored dtype and as float32; a mask of those ``kept`` from the base; and the
+    base's scales, ``before``, infinite if there are none.
     """
 
     stored: Scales
@@ -44,8 +44,8 @@ class Decided(NamedTuple):
 class Rule:
     """What decides the scales of the weight ``name``, which are stored in ``dtype``.
 
-    ``factor``: of all of them, where they have a second level, and ``factor_before``. ``fresh``: none of before is
-    kept. ``powers_of_two``: of new ones. ``file`` and ``remedy``: what is said where the dtype cannot hold a new one.
+    ``factor`` and ``factor_before``: the second level of the scales, here and in the base. ``fresh``: no scale is kept.
+    ``powers_of_two``: of new scales. ``file`` and ``remedy``: for the error if the dtype cannot hold a new scale.
     """
 
     name: str
@@ -60,19 +60,19 @@ class Rule:
 
     @classmethod
     def like(cls, base: QuantizedTensor, file: File, *, fresh: bool, powers_of_two: bool, remedy: str) -> Rule:
-        """The rule of a weight that is written like one of a base. Reads the second level of its scales, if any."""
+        """Return the rule of a weight that is written like one of a base. Reads its second level of scales."""
         factor, coding = load_factor(base), CODINGS[base.code_dtype]
         return cls(base.name, base.scale.dtype, coding, factor, factor, fresh, powers_of_two, file, remedy)
 
     def under(self, factor: Factor | None) -> Rule:
-        """The same rule with another second level of scales, under which no scale is kept."""
+        """Return the same rule with another second level of scales. With a new one, no scale is kept."""
         return self if factor is self.factor else replace(self, factor=factor, fresh=True)
 
     def decide(self, maxima: F32, stored: Scales | None, exact: Mask | None) -> Decided:
-        """The scales of blocks of these largest magnitudes. ``stored``: those of before, of the same shape, if any;
-        ``exact``: which blocks these give back, as far as that was asked.
+        """Return the scales of blocks with these largest magnitudes. ``stored``: the base's scales, of the same shape,
+        if any; ``exact``: the blocks that these give back, as far as that was asked.
 
-        Raises `RangeError` where the dtype could not hold a new one.
+        Raises `RangeError` if the dtype cannot hold a new scale.
         """
         chosen, keep = scaling.choose_scales(
             maxima, None if self.fresh else stored, self.dtype, exact,
@@ -85,11 +85,11 @@ class Rule:
         return Decided(chosen, scales, keep, before)
 
     def before(self, stored: Scales) -> F32:
-        """Stored scales of before as float32."""
+        """Return stored scales of the base as float32."""
         return scale_values(stored, self.dtype, self.factor_before)
 
     def asks(self, maxima: F32, before: F32) -> bool:
-        """Whether it matters if the scales of before give back every element: a block, or all, is small for them."""
+        """Whether it matters if the base's scales are exact: some block, or the whole, is small for them."""
         if self.fresh:
             return False
         small = self.factor is not None and scaling.small_for(maxima.max(initial=0), self.factor)
@@ -97,8 +97,8 @@ class Rule:
 
 
 class Step(NamedTuple):
-    """Values of a weight that are worked on at once, and where they lie among the blocks of ``grid``. What is said of
-    blocks is as of `fp8ckpt.numerics.quantize.block_shape`.
+    """Values of a weight that are processed together, and their place among the blocks of ``grid``. Arrays with a value
+    for each block have the shape `fp8ckpt.numerics.quantize.block_shape`.
     """
 
     rule: Rule
@@ -112,16 +112,16 @@ class Step(NamedTuple):
         return quantize.block_shape(self.grid)
 
     def maxima(self) -> F32:
-        """The largest magnitudes. Raises `NotFinite`."""
+        """Return the largest magnitude of each block. Raise `NotFinite` if one is not finite."""
         maxima: F32 = quantize.block_array(self.grid, np.float32)
         quantize.raise_maxima(self.parts, self.values, maxima)
-        if not np.isfinite(maxima).all():  # NaN and infinity are above all
+        if not np.isfinite(maxima).all():  # NaN and infinity exceed all finite magnitudes
             raise NotFinite
         return maxima
 
     def look(self, stored: Scales | None, room: U8) -> tuple[F32, Mask]:
-        """What decides the scales: the largest magnitudes, and which blocks the ``stored`` scales of before give back,
-        as far as they are here; all, where nobody asks. Codes are made in ``room``.
+        """Return what decides the scales: the largest magnitude of each block, and a mask of the blocks whose values
+        here the base's ``stored`` scales give back (all, if the rule does not ask). ``room`` is a buffer for codes.
         """
         maxima = self.maxima()
         if stored is None or not self.rule.asks(maxima, before := self.rule.before(stored)):
@@ -131,16 +131,16 @@ class Step(NamedTuple):
         return maxima, self.exact(before, codes)
 
     def encode(self, scales: F32, codes: U8) -> None:
-        """Fill ``codes``, one a byte, which lie as the values do."""
+        """Fill ``codes``, one a byte, in the order of the values."""
         quantize.encode(self.parts, self.values, scales, codes, self.rule.coding)
 
     def exact(self, scales: F32, codes: U8) -> Mask:
-        """Which blocks give back all values that are here."""
+        """Return a mask of the blocks whose values here the codes give back."""
         found: Mask = quantize.count_inexact(self.parts, self.values, codes, scales, self.rule.coding) == 0
         return found
 
     def tally(self, codes: U8, scales: F32, before: F32, old: U8 | None) -> Tally:
-        """What the codes lose of the values, and how many are not those of before, ``old``, if there were any."""
+        """Return what the values lose as codes, and how many codes differ from the base's, ``old``, if given."""
         found = quantize.tally(self.parts, self.values, codes, scales, before, self.rule.coding)
         if old is not None:
             found.moved = int(np.count_nonzero(old.reshape(-1) != codes.reshape(-1)))
@@ -148,8 +148,8 @@ class Step(NamedTuple):
 
 
 def units_of(weights: Iterable[QuantizedTensor]) -> list[tuple[str, ...]]:
-    """The names of those weights that have one scale, or a factor, each alone or with the siblings whose scale or
-    factor is the same: a new one is one of all. Grids are joined by engines as they are.
+    """Return the names of weights with one scale, or a factor: each alone, or together with the siblings that have the
+    same one, since a new one is for all of them. Engines join grids of blocks unchanged, so these need no unit.
     """
     of_one = (
         weight

@@ -1,9 +1,9 @@
-"""A plan carried out: in two passes at most, with what is decided between them.
+"""Carrying out a plan in at most two passes, with decisions between them.
 
-The first pass writes everything; a wide weight whose scale of before does not fit is only looked at, and so is one of
-two levels of scales that outgrows its factor. Of the facts that were recorded of all of a unit (`Units`) follow the
-scales of its wide weights, and the factors, and those weights are written, while others are looked at: cores and disk
-work at once. Both passes are resumed by their extents, and shared among ranks.
+The first pass writes everything, with two exceptions: a wide weight that the base's scale does not fit, and a weight
+that outgrows the factor of its two-level scales, are only looked at. Once all of a unit (`Units`) is looked at, the
+recorded facts decide the scales of its wide weights, or the factors. The second pass writes those weights while others
+are still looked at: cores and disk work at once. Both passes resume by extent, and are shared among ranks.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """What a run did. Sizes are in bytes; ``bytes_read`` of the source, ``base_bytes_read`` of the base's codes.
+    """The outcome of a run. Sizes in bytes: ``bytes_read`` of the source, ``base_bytes_read`` of the base's codes.
 
-    ``bytes_rewritten``: codes of wide weights that the first pass had written with scales that did not fit.
+    ``bytes_rewritten``: codes of wide weights that the first pass wrote with scales that did not fit.
     """
 
     plan: QuantizingPlan
@@ -74,17 +74,17 @@ def run(
     units.begin(done)
     rules = lru_cache(maxsize=4 * workers)(partial(rule_of, plan))
     before = lru_cache(maxsize=4 * workers)(scales_before)
-    # Neighbouring chunks are of one tensor, and workers stay close together.
+    # Neighbouring chunks belong to one tensor, and workers stay close together.
     dequantizer = lru_cache(maxsize=2 * workers)(load_dequantizer)
     outgrown: dict[tuple[str, ...], np.float32] = {}
-    # What comes from afar is announced in the order in which it is read.
+    # Remote reads are announced in order, so the second pass must wait.
     near = all(checkpoint.store.at_once == 1 for checkpoint in plan.output.inputs)
-    written = 0  # by the first pass, to which the second adds
+    written = 0  # bytes written by the first pass, to which the second adds
 
     def write(extents: Mapping[int, Extent], done: Container[int]) -> tuple[int, int, Counter[str]]:
         nonlocal written
         left = [i for i in extents if i not in done]
-        # Neighbours: what one rank has looked at alone, it can decide.
+        # Neighbours: a rank that has looked at all of a unit can decide it alone.
         part = slice(*(len(left) * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1)))
         mine = {i: extents[i] for i in left[part]}
         filler = partial(QuantizingFiller, plan, rules, before, outgrown, dequantizer, units.scales)
@@ -100,7 +100,7 @@ def run(
     decided, now_done = ranks.first(lambda: (_decide(plan, output, first), {*output.records()}))
     units.use(decided)
     again = units.written_again()
-    if not again.keys() <= now_done:  # what ranks have looked at together, or a run before
+    if not again.keys() <= now_done:  # left: units that several ranks looked at, or an earlier run
         counts += ranks.gather(lambda: write(again, now_done))
     rewritten = sum(wrote[name] for _, _, wrote in counts for name in decided)
     resumed = sum((first | again)[i].nbytes for i in done if i in first or i in again)
@@ -111,14 +111,14 @@ def run(
 
 
 def _facts(output: PartialOutput, extents: Mapping[int, object]) -> tuple[dict[str, WeightFacts], Seen]:
-    """What was recorded of these extents: by weight, and what was seen."""
+    """Return the recorded facts of these extents: by weight, and the counts."""
     recorded = [facts for i, facts in output.records().items() if i in extents]
     return weights_of(recorded), Seen.of(facts["seen"] for facts in recorded)
 
 
 def _decide(plan: QuantizingPlan, output: PartialOutput, first: Mapping[int, Extent]) -> dict[str, Decided | Factor]:
-    """The scales, or the factors, of the weights that must be written again; all scales that depend on the first pass
-    are written here.
+    """Return the scales, or the factors, of the weights that must be written again. Write all scales that depend on the
+    first pass.
     """
     facts, _ = _facts(output, first)
     decided: dict[str, Decided | Factor] = {}
@@ -151,7 +151,7 @@ def _publish(
     decided: Mapping[str, Decided | Factor],
     second: Mapping[int, Extent],
 ) -> tuple[dict[str, WeightFacts], Seen]:
-    """The last step: the facts of a report, and what was seen, of the records before they go; and the name."""
+    """Take the last step: return the facts of the report, and the counts, from the records; then publish the output."""
     facts: dict[str, WeightFacts] = {}
     seen = Seen()
     if plan.report:
@@ -171,7 +171,7 @@ def _publish(
 def _wide_facts(
     plan: QuantizingPlan, name: str, facts: WeightFacts, decided: Mapping[str, Decided | Factor]
 ) -> WeightFacts:
-    """How many scales of a weight of ``plan.units`` were kept, and made."""
+    """Return the facts of a weight of ``plan.units`` with its numbers of kept and new scales."""
     weight, found = plan.weights[name], decided.get(name)
     scales = prod(quantize.block_shape(weight.grid))
     if weight.factor is not None:

@@ -1,4 +1,4 @@
-"""How a run of a weight's elements is cut into what is worked on at once: whole blocks, or parts of wide ones."""
+"""Cutting a run of a weight's elements into pieces to process: whole blocks, or parts of wide ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fp8ckpt.numerics.geometry import BlockGrid, as_matrices
 
 
 class Run(NamedTuple):
-    """``size`` elements of a weight from ``first`` on, which lie in ``grid`` from ``start`` on; ``blocks``: where those
-    of the grid are among the weight's.
+    """``size`` elements of a weight from ``first`` on, at ``start`` in ``grid``. ``blocks``: the places of the grid's
+    blocks among those of the weight.
     """
 
     first: int
@@ -22,7 +22,7 @@ class Run(NamedTuple):
 
 
 def bands_of(grid: BlockGrid, begin: int, count: int, most: int) -> Iterator[Run]:
-    """A run of whole blocks in bands of about ``most`` elements, each a grid of its own."""
+    """Yield a run of whole blocks in bands of about ``most`` elements, each with a grid of its own."""
     matrices = as_matrices(grid)
     rows_of_one, cols = matrices.weight_shape[-2:]
     block = matrices.block_size[-2:]
@@ -39,8 +39,8 @@ def bands_of(grid: BlockGrid, begin: int, count: int, most: int) -> Iterator[Run
 
 
 def runs_of(grid: BlockGrid, begin: int, count: int, most: int) -> Iterator[Run]:
-    """A run of a wide weight in pieces of at most ``most`` elements. The grid is that of one matrix, unless blocks span
-    matrices: stacked experts may have many scales.
+    """Yield a run of a wide weight in pieces of at most ``most`` elements. The grid is that of one matrix (stacked
+    experts may have many scales), unless blocks span matrices.
     """
     matrices = as_matrices(grid)
     matrix = prod(matrices.weight_shape[-2:])

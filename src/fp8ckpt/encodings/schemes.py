@@ -1,6 +1,6 @@
-"""FP8 without a base: which tensors are quantized, by which grid, under which names, and how the configuration says so.
+"""FP8 without a base: which tensors are quantized, with which grid and names, and how the configuration says so.
 
-A scheme is a row. All are dynamic: activations are scaled as they come, and no activation scale is written.
+A scheme is a row. All are dynamic: engines scale activations at run time, and no activation scale is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BLOCK = (128, 128)
 
 
 class Scheme(NamedTuple):
-    """How weights are tiled, what their scales are called and shaped, and the ``quantization_config``."""
+    """A way to tile weights, the names and shapes of their scales, and the ``quantization_config``."""
 
     grid: Callable[[Shape], BlockGrid]
     scale_ending: str
@@ -81,21 +81,21 @@ SCHEMES = {
         {**_FP8, "weight_block_size": None},
     ),
     "block": Scheme(_blocks, "_scale_inv", lambda grid: grid.shape, {**_FP8, "weight_block_size": list(_BLOCK)}),
-    # That of compressed-tensors: the one of this kind that engines serve.
+    # In the names of compressed-tensors, the only format of this kind that engines serve.
     "channel": Scheme(_channels, "_scale", lambda grid: grid.shape, _compressed_tensors(_CHANNELS, _TOKENS)),
 }
-# Blocks by compressed-tensors' names, for models whose loaders understand "_scale_inv" as the scale of a whole tensor.
+# Blocks in the names of compressed-tensors, for models whose loaders take "_scale_inv" for the scale of a tensor.
 _BLOCKS_BY_OTHER_NAMES = Scheme(_blocks, "_scale", lambda grid: grid.shape, _compressed_tensors(_TILES, _GROUPS))
 
 
 def scheme_for(scheme: str, config: Json) -> Scheme:
-    """The row of a scheme, as it is written for a model of this configuration."""
+    """Return the row of a scheme, in the variant for a model of this configuration."""
     renamed = scheme == "block" and "vLLM 0.33" in engines_that_rename_scales(config)
     return _BLOCKS_BY_OTHER_NAMES if renamed else SCHEMES[scheme]
 
 
 class Choice(NamedTuple):
-    """The weights that a scheme quantizes, each with its grid, and why the others are left: names by reason."""
+    """The weights that a scheme quantizes, each with its grid, and the names of the others by the reason."""
 
     grids: dict[str, BlockGrid]
     left: dict[str, list[str]]
@@ -104,9 +104,9 @@ class Choice(NamedTuple):
 def choose(
     tensors: Mapping[str, Tensor], config: Json, scheme: str, *, only: str | None = None, skip: str | None = None
 ) -> Choice:
-    """Decide what is quantized: what releases quantize, if it matches ``only`` and not ``skip`` (see `convert`).
+    """Choose the weights to quantize: those that releases do, if they match ``only`` and not ``skip`` (see `convert`).
 
-    Weights that engines join are quantized together or not at all; in blocks only if each is whole blocks.
+    Weights that engines join are quantized together or not at all; in blocks, only if each consists of whole blocks.
     """
     roles = Roles({name: span.shape for name, span in tensors.items()}, config)
     wanted, unwanted = name_pattern("only", only), name_pattern("skip", skip)
@@ -134,7 +134,7 @@ def choose(
 def _apart(
     tensors: Mapping[str, Tensor], chosen: Mapping[str, BlockGrid], roles: Roles, scheme: str
 ) -> Iterator[tuple[str, list[str]]]:
-    """What cannot be joined as engines join it: whole units, by reason."""
+    """Yield the weights that cannot be joined as engines join them, in whole units, by reason."""
     cut_up: set[str] = set()
     if scheme == "block":
         shapes = {name: tensors[name].shape for name in chosen}
@@ -164,11 +164,11 @@ def _left_notes(left: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint], Json]) -> QuantizingPlan:
-    """Everything that can be known or refused before the first byte is written.
+    """Plan the output, and refuse what can be refused, before the first byte is written.
 
-    ``served``: makes the configuration with which engines serve what is planned.
+    ``served`` makes the configuration with which engines serve the planned output.
     """
-    assert asked.scheme is not None  # or there would be none
+    assert asked.scheme is not None  # the caller checked it
     scheme, report = asked.scheme, asked.report
     output.goal.refuse_existing()
     given = asked.opened(asked.source)
@@ -204,21 +204,21 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     copies = side_files(given)
     copies.pop(CONFIG, None)
     notes += notes_on_plain(given)
-    for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would believe them
+    for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would trust them
         if copies.pop(name, None) is not None:
             notes.append(f"{name} speaks of other weights, and is not written")
     stacks = [name for name in weights if is_stack(name, spans[name].shape)]
     if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
         notes.append(f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}")
     quantization = dict(row.config)
-    if tied := tied_heads(given.config, tensors):  # Linears to an engine, which would look for their scales
+    if tied := tied_heads(given.config, tensors):  # Linears to an engine, which would look for scales
         quantization["ignore" if "ignore" in quantization else "modules_to_not_convert"] = tied
     config = {**without_quantization(CONFIG, given.config, None), "quantization_config": quantization}
     written = Checkpoint(PLANNED, (), {**tensors, **quantized}, (), config, None, None, (), ())
     texts = {CONFIG: dump_json(served(written))}
     if given.index is not None or len(layouts) > 1:
         texts[given.index_name or INDEX] = index_text(layouts, given.index)
-    # Engines join grids of blocks as they are; of whole tensors they need one scale.
+    # Engines join grids of blocks unchanged; tensors with one scale each must share it.
     wide = [name for name, weight in weights.items() if weight.wide]
     scales = {name: b"" if scheme == "per-tensor" else name.encode() for name in wide}
     arguments = asked.arguments(job="quantize", scheme=scheme, report=report, only=asked.only, skip=asked.skip)

@@ -1,4 +1,4 @@
-"""What is counted of tensors as they pass, for a page: which codes are in use, and how the values of two differ."""
+"""Counts for the report's page, taken as tensors pass: which codes are in use, and how two tensors differ."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from fp8ckpt.tensors.stored import DTYPE_BITS
 
 
 class Seen:
-    """What one thread counted, or all of them.
-
-    ``codes``: how often each occurs, by dtype; ``use``: of each weight how many of its codes are zeros, subnormals,
-    saturated (of the largest magnitude) and nonfinite; ``changes``: how each tensor differs from its counterpart.
+    """The counts of one thread, or of all. ``codes``: how often each code occurs, by dtype; ``use``: for each weight
+    how many of its codes are zeros, subnormals, saturated (of the largest magnitude) and nonfinite; ``changes``: how
+    each tensor differs from its counterpart.
     """
 
     def __init__(self) -> None:
@@ -31,11 +30,11 @@ class Seen:
         self.changes: dict[str, Tally] = {}
 
     def count(self, tensor: QuantizedTensor, codes: U8) -> None:
-        """Take in codes of a weight, one a byte."""
+        """Count codes of a weight, one a byte."""
         self.count_codes(tensor.name, tensor.code_dtype, codes)
 
     def count_codes(self, name: str, dtype: str, codes: U8) -> None:
-        """Take in codes of a weight that is known by its name and the dtype of its codes."""
+        """Count codes of a weight that is given by its name and code dtype."""
         spread = np.zeros((4, 256), np.int64)
         kernels.count_codes(codes.reshape(-1), spread)
         classes = _code_classes(dtype)
@@ -45,7 +44,7 @@ class Seen:
         self.use.setdefault(name, Counter()).update(use)
 
     def compare(self, name: str, before: F32, after: F32, moved: int | None = None) -> None:
-        """Take in values [n] of a tensor and its counterpart. ``moved``: elements; by default those of other values."""
+        """Compare values [n] of a tensor and its counterpart. ``moved``: by default the elements of other values."""
         sums = np.zeros(kernels.TALLY)
         unequal = int(kernels.compare_values(before, after, sums))
         self.change(name, Tally(before.size, unequal if moved is None else moved, 0, 0, *map(float, sums)))
@@ -62,7 +61,7 @@ class Seen:
             self.change(name, tally)
 
     def recorded(self) -> dict[str, Any]:
-        """What was counted, as JSON; empty where nothing was."""
+        """Return the counts as JSON; empty if there are none."""
         parts = {
             "codes": {dtype: counts.tolist() for dtype, counts in self.codes.items()},
             "use": self.use,
@@ -86,14 +85,14 @@ class Seen:
 
 
 def moved_bytes(before: U8, after: U8, dtype: str) -> int:
-    """How many elements of a dtype have other bytes."""
+    """Return how many elements of a dtype have other bytes."""
     itemsize = max(1, DTYPE_BITS[dtype] // 8)
     return int((before != after).reshape(-1, itemsize).any(axis=1).sum())
 
 
 @lru_cache
 def _code_classes(dtype: str) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which of the codes are of which class; a code may be of none."""
+    """Return a mask of the codes for each class; a code may be in no class."""
     values = np.abs(code_values(dtype))
     finite = np.isfinite(values)
     form = CODE_FORMATS[dtype]

@@ -1,4 +1,4 @@
-"""Adapters of tied weights: PEFT saves each name that was trained, and a base has one tensor for all."""
+"""Adapters of tied weights: PEFT saves every trained name, and a base has one tensor for all of them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fp8ckpt.tensors.checkpoint import Checkpoint
 
 
 def is_one(tied: Tied, base: Checkpoint) -> bool:
-    """Whether a base stores it, and all that it stores of it is the same."""
+    """Whether a base stores the tied tensor, and all its copies are equal."""
     spans = [base.tensors[name].span for name in tied.stored]
     return bool(spans) and all(same_values(spans[0], span) for span in spans[1:])
 
 
 def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
-    """An adapter of the one tensor that a base has for all names of what is tied in it.
+    """Return the adapter with the one tensor that the base has for all names of a tied tensor.
 
-    Raises `UnsupportedFormatError` where it was trained under some of them only: whole, PEFT gives the model a tensor
-    for each; by factors, the one that the names share would be another for those that were not trained.
+    Raises `UnsupportedFormatError` if only some of the names were trained. With whole tensors, PEFT gives the model one
+    for each name; with factors, the shared tensor would change under the other names as well.
     """
     pairs = {f"{pair.module}.weight": pair for pair in adapter.pairs}
     names = _names(pairs.keys() | adapter.tensors.keys(), base, tied)
@@ -48,7 +48,7 @@ def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
 
 
 def _names(keys: Collection[str], base: Checkpoint, tied: Tied) -> dict[str, str]:
-    """Of the keys of an adapter, those of what is tied, each with its name in the base."""
+    """Return the keys of an adapter that name the tied tensor, each with its name in the base."""
     disk = {key: made.pieces[0].source for key, made in answers(keys, base.shapes).items()}
     found = {key: tied.names.get(key, tied.names.get(disk.get(key, ""))) for key in sorted(keys)}
     return {key: name for key, name in found.items() if name is not None}
@@ -61,7 +61,9 @@ def tied_notes(
     one: Collection[Tied],
     changed: Collection[str],
 ) -> Iterator[str]:
-    """What changes with a merged tensor, being tied to it (``one``), or does not, as the base stores another."""
+    """Yield notes on tensors that change with a merged one they are tied to (``one``), and on tensors stored apart from
+    it, which do not.
+    """
     factored = [{f"{pair.module}.weight" for pair in adapter.pairs} for adapter in adapters]
     for tied in sets:
         once = any(len(_names(keys, base, tied)) > 1 for keys in factored)

@@ -1,8 +1,8 @@
-"""What may be written twice: the weights of a plan's units. Which scales, or which factor, they need is known once all
-of a unit was looked at; where those of before do not fit, all of its weights are written again, at once.
+"""Units: the weights of a plan that may be written twice. The scales, or the factor, of a unit are known once all of it
+was looked at; if the base's do not fit, all its weights are written again in the second pass.
 
-What was found is recorded with the extents of the first pass, so that a run which was cut off decides the same. What
-the second pass wrote stands as long as nothing of its unit is looked at again, which writes over it.
+The findings are recorded with the extents of the first pass, so that a resumed run decides the same. What the second
+pass wrote stays valid unless a part of its unit is looked at again, which overwrites it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 
 
 class Units:
-    """Which extents of the ``first`` pass look at each unit of a plan, and which of the second write it again: of that,
-    what has new scales, or all of an extent, where an output is written ``in_parts``.
+    """Which extents of the ``first`` pass look at each unit of a plan, and which of the second write it again: only the
+    weights with new scales, or the whole extent for an output that is written ``in_parts``.
 
-    ``scales``: of the weights that are written again: the scales [n] of a wide one, and the factors of others.
+    ``scales`` of the weights that are written again: the scales [n] of each wide weight, and the factors of others.
     """
 
     def __init__(self, plan: QuantizingPlan, first: Mapping[int, Extent], *, in_parts: bool) -> None:
@@ -34,7 +34,7 @@ class Units:
         self._first = first
         self._second = plan.second_pass(first, in_parts=in_parts)
         self._in_parts = in_parts
-        self._units_in: dict[int, set[Unit]] = {}  # by extent, of either pass: one can hold thousands
+        self._units_in: dict[int, set[Unit]] = {}  # by extent of either pass; an extent can hold thousands
         self._looks: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
         self._writes: dict[Unit, set[int]] = {unit: set() for unit in plan.units}
         for extents, of_unit in ((first, self._looks), (self._second, self._writes)):
@@ -49,19 +49,19 @@ class Units:
         self._lock = threading.Lock()
 
     def stale(self, done: Mapping[int, Facts]) -> set[int]:
-        """What was ``done`` by a second pass of units that are looked at again."""
+        """Return the ``done`` extents of the second pass whose units will be looked at again."""
         again = (unit for unit, looks in self._looks.items() if not looks <= done.keys())
         return {i for unit in again for i in self._writes[unit]} & done.keys()
 
     def begin(self, done: Mapping[int, Facts]) -> None:
-        """Go on from what was ``done``. Units of which all was looked at are left to whoever has the records."""
+        """Start from the ``done`` extents. Units that are completely looked at are decided from the records."""
         self._left = {unit: left for unit, looks in self._looks.items() if (left := looks - done.keys())}
         for i in done.keys() & self._first.keys():
             self._take(done[i])
 
     def recorded(self, i: int, facts: Facts) -> dict[int, Extent]:
-        """Take in what was recorded of an extent. Returns those in which units are written again that are decided with
-        it, as nothing of them is left to be looked at.
+        """Take in the facts of an extent. If units can now be decided, return the extents that write them again: of a
+        decided unit, nothing is left to be looked at.
         """
         if i in self._second or not self._left:
             return {}
@@ -76,7 +76,7 @@ class Units:
             return self._again(j for j in written if self._units_in[j] <= self._decided)
 
     def written_again(self) -> dict[int, Extent]:
-        """All extents in which weights of new ``scales`` are written."""
+        """Return all extents that write weights with new ``scales``."""
         return self._again(i for name in self.scales for i in self._writes[self._plan.unit_of[name]])
 
     def _again(self, numbers: Iterable[int]) -> dict[int, Extent]:
@@ -93,13 +93,13 @@ class Units:
         return found
 
     def use(self, decided: Mapping[str, Decided | Factor | None]) -> None:
-        """Have weights written with these scales, and factors, where they are new."""
+        """Set the scales, or the factors, that weights are written again with, if they are new."""
         for name, found in decided.items():
             if found is not None and is_new(found):
                 self.scales[name] = found if isinstance(found, Factor) else found.scales.reshape(-1)
 
     def _is_last(self, i: int, unit: Unit) -> bool:
-        """Whether an extent was the last that looks at a unit."""
+        """Whether an extent was the last one that looks at a unit."""
         self._left[unit].discard(i)
         return not self._left[unit]
 
@@ -110,8 +110,8 @@ class Units:
 
 
 def decide(plan: QuantizingPlan, unit: Unit, found: Mapping[str, WeightFacts]) -> Decided | Factor | None:
-    """The scales of each member of a unit, or their factor, of what was ``found`` of all; None: their own factors of
-    before are kept.
+    """Return the scales of each member of a unit, or their factor, from the facts ``found`` for all of them. None: each
+    keeps its own factor.
     """
     members = [plan.weights[name] for name in unit]
     facts = [found.get(name, WeightFacts()) for name in unit]
@@ -126,7 +126,7 @@ def decide(plan: QuantizingPlan, unit: Unit, found: Mapping[str, WeightFacts]) -
 
 
 def is_new(decided: Decided | Factor | None) -> bool:
-    """Whether what has these scales, or this factor, must be written again."""
+    """Whether a weight with these scales, or this factor, must be written again."""
     return not decided.kept.all() if isinstance(decided, Decided) else decided is not None
 
 
@@ -143,7 +143,7 @@ def _scales_of_unit(plan: QuantizingPlan, weight: Quantization, facts: list[Weig
 
 
 def rule_of(plan: QuantizingPlan, name: str) -> Rule:
-    """What decides the scales of a weight of a plan."""
+    """Return the rule for a weight of a plan."""
     weight = plan.weights[name]
     if weight.before is None:
         return Rule(name, weight.scale.dtype)
@@ -152,7 +152,7 @@ def rule_of(plan: QuantizingPlan, name: str) -> Rule:
 
 
 def scales_before(weight: Quantization) -> F32:
-    """The scales that a wide weight had, of `fp8ckpt.numerics.quantize.block_shape`; infinite where it has no base."""
+    """Return the base's scales of a wide weight as `fp8ckpt.numerics.quantize.block_shape`, or infinities."""
     shape = quantize.block_shape(weight.grid)
     if weight.before is None:
         return np.full(shape, np.inf, np.float32)

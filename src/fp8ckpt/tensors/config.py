@@ -81,9 +81,7 @@ def states_quantization(store: Store, config: Json) -> bool:
 
 
 def modelopt_quantization(store: Store) -> Json:
-    """Return the ``quantization`` object of ModelOpt's own file, or an empty one. Raise `ConfigError` if it is no
-    object.
-    """
+    """Return ``quantization`` of ModelOpt's own file, or an empty object. Raise `ConfigError` if it is no object."""
     return _object(MODELOPT_CONFIG, (load_json(store, MODELOPT_CONFIG) or {}).get("quantization") or {})
 
 
