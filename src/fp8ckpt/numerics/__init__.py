@@ -1,1 +1,1 @@
-"""What the numbers are: no I/O, no tensor names, nothing of torch."""
+"""Numbers: codes, scales and blocks. No I/O, no tensor names, nothing of torch."""

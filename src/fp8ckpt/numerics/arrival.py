@@ -1,6 +1,6 @@
-"""What became of what was to be added to values: how many are others now, and the sums that say how much arrived.
+"""How much of an update arrives: how many values change, and sums that compare the wanted change with the stored one.
 
-Sums are taken in float64, in an order that follows from how many elements there are, and from nothing else.
+Sums are taken in float64, in an order that depends on the number of elements alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fp8ckpt.numerics.kernels import E2M1, E4M3, decoded, spread
 
 Array = npt.NDArray[Any]
 
-_LANES = 512  # partial sums, to which four elements are added at once; with them they stay closest to a core
+_LANES = 512  # partial sums, each of four elements at once; together with these they fit the first-level cache
 
 
 @compiled()
 def add_arrived(before: Array, wanted: Array, stored: Array, lanes: Array, changed: Array) -> None:
-    """Add to ``lanes`` f64 [4, _LANES] what `sum_arrived` adds up, and to ``changed`` i32 [_LANES] how many elements of
-    ``stored`` differ from ``before``: all f32 [n], at most four times as many as there are lanes.
+    """Add the terms of `sum_arrived` to ``lanes`` f64 [4, _LANES], and the number of elements of ``stored`` that differ
+    from ``before`` to ``changed`` i32 [_LANES]. All are f32 [n], with n at most four times the number of lanes.
     """
     size = before.size // 4
     of_before, of_delta, of_product, of_added = lanes[0], lanes[1], lanes[2], lanes[3]
@@ -55,8 +55,8 @@ def add_arrived(before: Array, wanted: Array, stored: Array, lanes: Array, chang
 
 @compiled()
 def sum_arrived(lanes: Array, changed: Array, sums: Array, counts: Array) -> None:
-    """Add to ``sums`` f64 [4] the squares of what was before, the squares of what was to be added to it, its products
-    with what was added, and the squares of that; and to the first of ``counts`` i64 the elements that changed.
+    """Add to ``sums`` f64 [4] the squares of ``before``, the squares of the wanted change, its products with the stored
+    change, and the squares of that; and to the first of ``counts`` i64 the number of changed elements.
     """
     for k in range(4):
         for lane in range(lanes.shape[1]):
@@ -67,7 +67,7 @@ def sum_arrived(lanes: Array, changed: Array, sums: Array, counts: Array) -> Non
 
 @compiled()
 def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array, counts: Array) -> None:
-    """What `sum_arrived` adds, of values f32 [n] before, as they were to be, and as they are stored."""
+    """Add what `sum_arrived` adds, for values f32 [n] before the update, as wanted, and as stored."""
     lanes, changed = np.zeros((4, _LANES), np.float64), np.zeros(_LANES, np.int32)
     for start in range(0, before.size, 4 * _LANES):
         stop = min(before.size, start + 4 * _LANES)
@@ -77,7 +77,7 @@ def count_arrived(before: Array, wanted: Array, stored: Array, sums: Array, coun
 
 @compiled(inline="always")
 def _decode_row(codes: Array, factors: Array, form: tuple[int, int, int], out: Array) -> None:
-    """The values f32 [n] of codes u8 [n], each by its scale; of NaN codes there are none."""
+    """Decode codes u8 [n] with one scale each to values f32 [n]. NaN codes must not occur."""
     sign_at, sign_bit = np.int32(32 - form[0]), np.int32(1 << (form[0] - 1))
     for i in range(codes.size):
         code = np.int32(codes[i])
@@ -100,10 +100,10 @@ def arrive_blocks(
     sums: Array,
     counts: Array,
 ) -> None:
-    """What `sum_arrived` adds, of a window of codes times scales: before and wanted f32 [R, C], codes u8 [R, C], scales
-    f32 [R blocks, C blocks].
+    """Add what `sum_arrived` adds, for a window of codes times scales: before and wanted f32 [R, C], codes u8 [R, C],
+    scales f32 [R blocks, C blocks].
 
-    The second of ``counts`` i64 [2] are magnitudes of ``wanted`` that are above ``beyond`` f32 times their scale.
+    The second of ``counts`` i64 [2] counts magnitudes of ``wanted`` above ``beyond`` f32 times their scale.
     """
     rows, cols = before.shape
     most = min(cols, 4 * _LANES)
@@ -133,8 +133,8 @@ def arrive_blocks(
 
 @dataclass(slots=True)
 class Arrival:
-    """What became of what was to be added to ``elements`` values, ``changed`` of which are others now. Sums of squares
-    and products: of the values ``before``, of the ``delta`` that was to be added, of that with what was ``added``.
+    """The outcome of an update of ``elements`` values, of which ``changed`` differ afterwards. Sums of squares of the
+    values ``before``, of the wanted ``delta`` and of the stored change ``added``; ``product`` sums delta times added.
     """
 
     elements: int = 0
@@ -146,7 +146,7 @@ class Arrival:
 
     @classmethod
     def of(cls, before: F32, wanted: F32, stored: F32) -> Arrival:
-        """Of values [n] before, as they were to be, and as they are stored. Those that are not finite are left out."""
+        """Return the outcome for values [n] before, as wanted, and as stored, without those that are not finite."""
         sums, changed = np.zeros(4), np.zeros(1, np.int64)
         count_arrived(before, wanted, stored, sums, changed)
         if not np.isfinite(sums).all():
@@ -155,7 +155,7 @@ class Arrival:
         return cls(before.size, int(changed[0]), *map(float, sums))
 
     def add(self, other: Arrival) -> None:
-        """Take in other elements."""
+        """Add the outcome for other elements."""
         self.elements += other.elements
         self.changed += other.changed
         self.before += other.before

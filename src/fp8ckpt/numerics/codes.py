@@ -1,8 +1,8 @@
 """The meaning of one stored code, and of one stored scale.
 
-A *code* is eight bits (FP8) or four (F4, of which a byte holds two, the low half first); `code_values` gives the
-float32 value of each of its patterns. A *scale* is always the multiplier, whatever a file calls it; `scale_values`
-gives scales as float32. NVFP4 has scales of two levels: those of its groups are scaled by a `Factor`, one a tensor.
+A *code* has eight bits (FP8) or four (F4: a byte holds two, the first in the low half); `code_values` gives the float32
+value of each pattern. A *scale* is always the multiplier, whatever a file calls it; `scale_values` gives scales as
+float32. NVFP4 has two levels of scales: a `Factor` for the whole tensor scales those of its groups.
 
 Dtype names are those of safetensors headers. Sources: OCP "8-bit Floating Point Specification" 1.0 (E4M3, E5M2), OCP
 "Microscaling Formats" 1.0 (E2M1, E8M0), and the IEEE-style ``fnuz`` variants of Noune et al. 2022 (one NaN, at 0x80; no
@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 
 class CodeFormat(NamedTuple):
-    """Layout of a code: sign bit, then ``exponent_bits``, then ``mantissa_bits``."""
+    """The layout of a code: sign bit, then ``exponent_bits``, then ``mantissa_bits``."""
 
     exponent_bits: int
     mantissa_bits: int
     bias: int
-    # A code c is not finite where (c & mask) - first, as a byte, is below `count`: one test that a compiler vectorises.
+    # Code c is not finite if (c & mask) - first, as a byte, is below `count`: one test that a compiler vectorises.
     nonfinite_mask: int
     nonfinite_first: int
     nonfinite_count: int
@@ -38,10 +38,9 @@ class CodeFormat(NamedTuple):
         return 8 // self.bits
 
 
-F4 = "F4"  # e2m1; files mostly hold it in bytes, as U8 or I8
+F4 = "F4"  # e2m1; most files store it in bytes, as U8 or I8
 
-#: Codes by the safetensors name of their dtype. Of FP8, only e4m3fn is found in released models; the rest are read if
-#: met.
+#: Codes by the safetensors name of their dtype. Released models use only e4m3fn of FP8; the others can be read too.
 CODE_FORMATS = {
     "F8_E4M3": CodeFormat(4, 3, 7, 0x7F, 0x7F, 1),
     "F8_E5M2": CodeFormat(5, 2, 15, 0x7F, 0x7C, 4),
@@ -50,21 +49,21 @@ CODE_FORMATS = {
     F4: CodeFormat(2, 1, 1, 0, 0, 0),
 }
 
-#: Of those, the ones of which a byte is a code.
+#: The formats with one code a byte.
 FP8_DTYPES = tuple(dtype for dtype, form in CODE_FORMATS.items() if form.bits == 8)
 
 #: Bytes per element of the dtypes that codes are dequantized to.
 TARGET_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
-#: What becomes of a base's scales: kept where the values still fit them, or all made anew.
+#: What happens to a base's scales: kept if the values still fit them, or all made anew.
 SCALES = ("reuse", "fresh")
 
-#: Scale dtypes; U8 holds e8m0 exponents. What is in F8_E4M3 has a factor besides.
+#: Scale dtypes; U8 holds e8m0 exponents. Scales in F8_E4M3 have a factor.
 SCALE_DTYPES = {
     "F32": np.uint32, "BF16": np.uint16, "F16": np.float16, "U8": np.uint8, "F8_E8M0": np.uint8, "F8_E4M3": np.uint8,
 }  # fmt: skip
 E8M0_DTYPES = ("U8", "F8_E8M0")
-FP8_SCALES = tuple(dtype for dtype in SCALE_DTYPES if dtype not in FP8_DTYPES)  # those that FP8 codes can have
+FP8_SCALES = tuple(dtype for dtype in SCALE_DTYPES if dtype not in FP8_DTYPES)  # those of FP8 codes
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -77,15 +76,15 @@ class Factor(NamedTuple):
     divides: bool
 
     def of(self, scales: F32) -> F32:
-        """The multipliers of codes, in float32."""
-        with np.errstate(all="ignore"):  # what is no scale then is refused by name
+        """Return the multipliers of codes, in float32."""
+        with np.errstate(all="ignore"):  # invalid scales are refused later, by name
             found: F32 = scales / self.value if self.divides else scales * self.value
             return found
 
 
 @lru_cache
 def code_values(dtype: str) -> F32:
-    """Float32 values [256 or 16] of every code of a dtype; NaN codes keep their sign bit, and are quiet."""
+    """Return the float32 values [256 or 16] of all codes of a dtype. NaN codes keep their sign bit, and are quiet."""
     form = CODE_FORMATS[dtype]
     bits = np.zeros(1 << form.bits, np.uint32)
     for code in range(bits.size):
@@ -100,8 +99,8 @@ def code_values(dtype: str) -> F32:
                 (1 + fraction) * 2.0 ** (exponent - form.bias) if exponent else fraction * 2.0 ** (1 - form.bias)
             )
             bits[code] = np.float32(magnitude).view(np.uint32)
-        # The single NaN of the fnuz formats sits where negative zero would be; it has no sign of its own, and is
-        # given the one that the reference decoders (ml_dtypes, torch) give it.
+        # The single NaN of the fnuz formats has the pattern of negative zero, and no sign of its own. It gets the sign
+        # that the reference decoders (ml_dtypes, torch) give it.
         bits[code] |= np.uint32(code >> form.bits - 1 << 31)
     values = bits.view(np.float32)
     values.flags.writeable = False
@@ -109,7 +108,7 @@ def code_values(dtype: str) -> F32:
 
 
 def scale_values(stored: npt.NDArray[np.generic], dtype: str, factor: Factor | None = None) -> F32:
-    """Scales as float32: exactly, as every scale dtype fits in it, but for one rounding where there is a ``factor``.
+    """Return scales as float32. The conversion is exact for every scale dtype; with a ``factor`` it rounds once.
 
     ``stored`` has the numpy dtype that `SCALE_DTYPES` gives; the shape is kept.
     """
@@ -131,5 +130,5 @@ def scale_values(stored: npt.NDArray[np.generic], dtype: str, factor: Factor | N
 
 
 def count_bad_scales(scales: F32) -> int:
-    """How many scales are NaN, infinite, zero or negative."""
+    """Return how many scales are NaN, infinite, zero or negative."""
     return int(scales.size - np.count_nonzero((scales > 0) & (scales < np.inf)))

@@ -1,8 +1,8 @@
-"""The decorator of the compiled loops, and the folder that keeps what was compiled.
+"""The decorator of the compiled loops, and the folder that caches the machine code.
 
-Compiling all loops takes half a minute, so the result is kept: beside the package, else in the user's cache folder,
-else in a private temporary one; the first that can be written decides. A container with an arbitrary user id may have
-none of them, and a disk may be full: then each process compiles for itself, and nothing else changes.
+Compiling all loops takes half a minute, so the result is cached: in the first writable folder of the package's, the
+user's cache folder and a private temporary one. A container with an arbitrary user id may have none of them, and a disk
+may be full: then each process compiles for itself, and nothing else changes.
 """
 
 # mypy: disable-error-code="no-untyped-call,attr-defined"
@@ -25,11 +25,11 @@ from numba.core.caching import FunctionCache
 
 from fp8ckpt.collector import collector_paused
 
-_ROOM = 1 << 20  # bytes; a folder that cannot take as much is as good as full
+_ROOM = 1 << 20  # bytes; a folder that cannot take this much counts as full
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """Compile a function at its first call, and release the GIL while it runs; ``options`` are numba's own."""
+    """Compile a function at its first call; it releases the GIL while it runs. ``options`` are numba's own."""
 
     def decorate(function: Any) -> Any:
         dispatcher = njit(nogil=True, **options)(function)
@@ -45,13 +45,13 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
 
 
 class _Cache(FunctionCache):
-    """numba's cache of one function, for which no fault of a file is an error: what is not there is compiled."""
+    """numba's cache of one function. Missing and damaged files are no errors: the function is compiled."""
 
     @collector_paused()
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # a damaged file can raise whatever a damaged pickle can
+        except Exception:  # a damaged file can raise anything that a damaged pickle can
             with suppress(OSError):
                 self.flush()
             return None
@@ -63,7 +63,7 @@ class _Cache(FunctionCache):
 
 @lru_cache(maxsize=1)
 def cache_folder() -> str | None:
-    """Where compiled code is kept; None where no folder can be written. NUMBA_CACHE_DIR goes before all."""
+    """Return the folder for compiled code, or None if no folder is writable. NUMBA_CACHE_DIR has priority."""
     with suppress(OSError):
         for folder in _folders():
             with suppress(OSError):
@@ -93,6 +93,6 @@ def _temporary() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether nobody else can put code there, for us to run."""
+    """Whether nobody else can put code there for us to run."""
     found = folder.lstat()
     return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)

@@ -1,14 +1,14 @@
-"""Dequantize a window of a weight, given where it lies, into a caller's buffer.
+"""Dequantize a window of a weight at a known place into a caller's buffer.
 
 The contract: ``value = round_nearest_even(float32(code) * float32(scale), dtype)`` - one multiplication in float32, one
 rounding. A code has 256 values, so for one scale this *is* a table of 256 entries, and dequantization is a look-up:
 exact by construction, for every FP8 dtype, scale dtype and target dtype, NaN included. Scales stored as exponents
-(e8m0) share 255 tables, whatever the size of their blocks; other scales get a table a block where the block is large
-enough to repay one, and are multiplied with equal bits where it is not. One case has loops of its own, with equal bits
-and twice as fast: e4m3 codes to bfloat16, which is what most releases are.
+(e8m0) share 255 tables for blocks of any size. Other scales get a table a block if the block is large enough to repay
+it, and are multiplied otherwise, with equal bits. One case has loops of its own, with equal bits and twice as fast:
+e4m3 codes to bfloat16, the case of most releases.
 
-A byte of two codes of four bits has 256 values too: it is looked up as a pair. The scales of its groups are of one byte
-as well, exponents or e4m3, so there are 256 tables, each of which two levels of scales are multiplied into.
+A byte with two codes of four bits has 256 values too, and is looked up as a pair. The scales of its groups have one
+byte as well, exponents or e4m3, so there are 256 tables; the second level of scales is multiplied into them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fp8ckpt.numerics.codes import (
 from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, bytes_of_run, window, windows
 
 ROUNDING = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
-#: The least magnitudes that round to infinity, and its bits.
+#: The least magnitudes that round to infinity, and the bits of infinity.
 _OVERFLOW = {"BF16": (2 - 2**-8) * 2.0**127, "F16": 65520.0, "F32": (2 - 2**-24) * 2.0**127}
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _LEAST_ELEMENTS_PER_TABLE = 1024  # filling a table costs about as much as 400 look-ups
@@ -45,42 +45,42 @@ Bits = npt.NDArray[Any]  # u16 or u32: the bit patterns of the target dtype
 
 
 def bits_dtype(dtype: str) -> type[np.uint16] | type[np.uint32]:
-    """The unsigned numpy dtype that carries the bit patterns of a target dtype."""
+    """Return the unsigned numpy dtype that holds the bit patterns of a target dtype."""
     return np.uint16 if TARGET_BYTES[dtype] == 2 else np.uint32
 
 
 def scale_table(scales: F32, code_dtype: str, dtype: str) -> Bits:
-    """Tables [T, 256] of the target's bit patterns, one row for each of ``scales`` [T]."""
+    """Return tables [T, 256] of the target's bit patterns, one row for each of ``scales`` [T]."""
     tables = np.empty((scales.size, 256), bits_dtype(dtype))
     kernels.fill_tables(scales, code_values(code_dtype), ROUNDING[dtype], tables)
     return tables
 
 
 def pair_table(scales: F32, code_dtype: str, dtype: str) -> Bits:
-    """The same [T, 256] of the two codes of a byte, the low half first: u32 of two u16, u64 of two u32."""
+    """Return tables [T, 256] of both codes of a byte, the low half first: u32 of two u16, u64 of two u32."""
     tables = np.empty((scales.size, 256), np.uint32 if TARGET_BYTES[dtype] == 2 else np.uint64)
     kernels.fill_pair_tables(scales, code_values(code_dtype), ROUNDING[dtype], tables)
     return tables
 
 
-@lru_cache(maxsize=32)  # of up to half a mebibyte; a factor is one tensor's own
+@lru_cache(maxsize=32)  # each of up to half a mebibyte; a factor belongs to one tensor
 def _tables_by_byte(scale_dtype: str, factor: Factor | None, code_dtype: str, dtype: str) -> Bits:
-    """The tables [256, 256] of every byte that a scale can be."""
+    """Return the tables [256, 256] for every byte that a scale can be."""
     scales = scale_values(np.arange(256, dtype=np.uint8), scale_dtype, factor)
     fill = scale_table if CODE_FORMATS[code_dtype].per_byte == 1 else pair_table
     return fill(scales, code_dtype, dtype)
 
 
 def count_nonfinite(codes: U8, code_dtype: str) -> int:
-    """How many codes are NaN (or, in e5m2, infinite)."""
+    """Return how many codes are NaN (or, in e5m2, infinite)."""
     form = CODE_FORMATS[code_dtype]
     test = np.array([form.nonfinite_mask, form.nonfinite_first, form.nonfinite_count], np.uint8)
     return int(kernels.count_nonfinite(codes.reshape(-1), test[0], test[1], test[2]))
 
 
 def wider_codes(packed: U8, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> U8:
-    """The codes of four bits of a region, which lie in the bytes ``packed``, as codes e4m3 of the same values, one a
-    byte: for where nothing is known of four bits.
+    """Return the codes of four bits of a region, stored in the bytes ``packed``, as e4m3 codes of the same values, one
+    a byte: for callers that do not know codes of four bits.
     """
     wide = code_values("F8_E4M3").view(np.uint32).tolist()
     same = np.array([wide.index(bits) for bits in code_values(F4).view(np.uint32).tolist()], np.uint8)
@@ -90,12 +90,12 @@ def wider_codes(packed: U8, offsets: tuple[int, ...], sizes: tuple[int, ...]) ->
 
 
 class Dequantizer:
-    """One quantized tensor's scales, ready to be applied to any part of its codes. Immutable; threads may share it.
+    """The scales of one quantized tensor, ready for any part of its codes. Immutable; threads may share it.
 
     ``scales``: the stored scales, in any shape with one element a block, of the numpy dtype that
-    `fp8ckpt.numerics.codes.SCALE_DTYPES` gives for ``scale_dtype``, all of which a ``factor`` scales once more.
-    ``dtype`` is the target: BF16, F16 or F32. Where a byte holds two codes, the grid's blocks have even columns, and
-    ``scale_dtype`` is one of bytes.
+    `fp8ckpt.numerics.codes.SCALE_DTYPES` gives for ``scale_dtype``; a ``factor`` multiplies or divides all of them.
+    ``dtype`` is the target: BF16, F16 or F32. If a byte holds two codes, the grid's blocks have even columns, and
+    ``scale_dtype`` has one byte.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Dequantizer:
         self._matrices = as_matrices(grid)
         self._alone = grid.per_tensor and self._per_byte == 1
         row = BlockGrid((prod(grid.weight_shape),), (prod(grid.block_size),))
-        self._run = as_matrices(row) if self._alone else self._matrices  # with one scale, no row has an end
-        blocks = tuple(max(1, size) for size in self._run.shape)  # an empty weight has its one scale
+        self._run = as_matrices(row) if self._alone else self._matrices  # with one scale, rows need no ends
+        blocks = tuple(max(1, size) for size in self._run.shape)  # an empty weight keeps its one scale
         scales = scales.astype(SCALE_DTYPES[scale_dtype], copy=False)
         self._values = scale_values(scales, scale_dtype, factor).reshape(blocks)
         self._multiplied = code_dtype == "F8_E4M3" and dtype == "BF16"
-        self._by_byte: tuple[Bits, U8] | None = None  # tables, and which of them is each block's
+        self._by_byte: tuple[Bits, U8] | None = None  # tables, and the index of each block's table
         if SCALE_DTYPES[scale_dtype] is np.uint8 and not self._alone:
             self._by_byte = (
                 _tables_by_byte(scale_dtype, factor, code_dtype, dtype),
@@ -139,47 +139,47 @@ class Dequantizer:
         return float(self._values.max(initial=0)) * largest >= _OVERFLOW[self.dtype]
 
     def count_overflown(self, codes: U8, bits: Bits) -> int:
-        """How many of the values that it gave, ``bits``, are infinite and not those of infinite ``codes``."""
+        """Return how many of the values ``bits`` are infinite although their ``codes`` are finite."""
         infinite = np.isinf(code_values(self.code_dtype)) if self._per_byte == 1 else np.zeros(256, np.bool_)
         magnitudes = bits & (np.iinfo(bits.dtype).max >> 1)
         count = np.count_nonzero(magnitudes == _INFINITY[self.dtype])
         return int(count - (np.count_nonzero(infinite[codes]) if infinite.any() else 0))
 
     def alike(self, other: Dequantizer) -> bool:
-        """Whether the other gives the same values for the same codes."""
+        """Whether both give the same values for the same codes."""
         same = (self.grid, self.code_dtype, self.dtype) == (other.grid, other.code_dtype, other.dtype)
         return same and np.array_equal(self._values, other._values)
 
     def flat(self, codes: U8, start: int, out: Bits) -> None:
-        """Dequantize the elements ``start`` to ``start + n`` in row-major order, whose bytes are codes u8, into out
-        [n].
+        """Dequantize the elements ``start`` to ``start + n`` in row-major order into out [n]. ``codes`` u8: their
+        bytes.
         """
         for part, of_rows in self._windows(codes, start, out.size):
             self._window(of_rows, part, out[part.elements].reshape(part.rows, part.cols))
 
     def gives(self, codes: U8, start: int, bits: Bits) -> bool:
-        """Whether `flat` would give ``bits`` [n], where a loop can tell that writes nothing; else False."""
+        """Whether `flat` would give ``bits`` [n]. False also if no loop can compare without writing."""
         return self._multiplied and all(
             kernels.e4m3_are_bf16(of_rows, self._scales(part), *part.phase, bits[part.elements].reshape(of_rows.shape))
             for part, of_rows in self._windows(codes, start, bits.size)
         )
 
     def _windows(self, codes: U8, start: int, count: int) -> Iterator[tuple[Window, U8]]:
-        """A run of elements as windows, each with its part of the bytes ``codes``."""
+        """Yield a run of elements as windows, each with its part of the bytes ``codes``."""
         before = start // self._per_byte
         for part in windows(self._run, start, count):
             first, size = bytes_of_run(start + part.elements.start, part.rows * part.cols, self._per_byte)
             yield part, codes[first - before :][:size].reshape(part.rows, -1)
 
     def _scales(self, part: Window) -> F32:
-        """Those that meet a window [R blocks, C blocks]."""
+        """Return the scales of the blocks that a window meets [R blocks, C blocks]."""
         return np.ascontiguousarray(self._values[part.blocks])
 
     def region(self, codes: U8, offsets: tuple[int, ...], out: Bits) -> None:
-        """Dequantize the codes of a region at ``offsets`` in the full tensor; ``out`` has its sizes, any strides.
+        """Dequantize the codes of a region at ``offsets`` in the full tensor. ``out`` has the region's sizes, any
+        strides.
 
-        ``codes``: the bytes that hold them, of the same shape where a byte is a code, see
-        `fp8ckpt.numerics.geometry.bytes_of_region`.
+        ``codes``: its bytes, see `fp8ckpt.numerics.geometry.bytes_of_region`; of the same shape if a byte is one code.
         """
         rank = len(self._matrices.weight_shape)
         codes = codes.reshape((1,) * (rank - codes.ndim) + codes.shape)
@@ -194,12 +194,12 @@ class Dequantizer:
 
     @cached_property
     def _table(self) -> Bits:
-        """That of a weight with one scale."""
+        """The table of a weight with one scale."""
         table: Bits = scale_table(self._values.reshape(-1), self.code_dtype, self.dtype)[0]
         return table
 
     def _whole(self, codes: U8, out: Bits) -> None:
-        """Codes [n] of a weight with one scale."""
+        """Dequantize codes [n] of a weight with one scale."""
         if self._multiplied:
             kernels.multiply_e4m3_to_bf16(
                 codes[np.newaxis], self._values.reshape(1, 1), 0, 0, 1, codes.size, out[np.newaxis]
@@ -208,7 +208,7 @@ class Dequantizer:
             kernels.look_up(codes, self._table, out)
 
     def _window(self, codes: U8, part: Window, out: Bits) -> None:
-        """Codes [R, bytes of C] of a window of the weight."""
+        """Dequantize codes [R, bytes of C] of a window of the weight."""
         if self._alone:
             if codes.flags.c_contiguous and out.flags.c_contiguous:
                 self._whole(codes.reshape(-1), out.reshape(-1))

@@ -4,7 +4,7 @@ A region is ``(offsets, sizes)`` in the coordinates of the full tensor; never lo
 
 Per-tensor, per-expert, per-channel, per-block and MX scaling are one thing: a grid of blocks with one scale each. The
 invariant is ``scale shape == ceil(weight shape / block size)``, per dimension. There is no enum of schemes, and no
-guessing by division: what neither the shapes nor the configuration states is refused.
+guessing by division: a grid that neither the shapes nor the configuration states is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Region = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes; in the coord
 
 
 def pieces(region: Region, most: int) -> Iterator[Region]:
-    """The region in pieces of at most ``most`` elements that follow one another in its row-major order."""
+    """Yield the region in pieces of at most ``most`` elements, in its row-major order."""
     offsets, sizes = region
     count = prod(sizes)
     if count <= most:
@@ -38,20 +38,20 @@ def pieces(region: Region, most: int) -> Iterator[Region]:
 
 
 def within(piece: Region, region: Region) -> tuple[slice, ...]:
-    """The slices of a piece in an array of the region's sizes."""
+    """Return the slices of a piece in an array of the region's sizes."""
     return tuple(
         slice(at - start, at - start + size) for at, start, size in zip(piece[0], region[0], piece[1], strict=True)
     )
 
 
 def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The region as (first element, count) runs contiguous in a row-major tensor, in order and as few as can be."""
+    """Yield the region as the fewest (first element, count) runs, contiguous in a row-major tensor, in order."""
     if not (count := prod(sizes)):
         return
     if sizes == shape:
         yield 0, count
         return
-    # Trailing dimensions that are taken whole merge into one run with the dimension before them.
+    # Trailing dimensions of full size merge into one run with the dimension before them.
     split = len(shape)
     while split and sizes[split - 1] == shape[split - 1]:
         split -= 1
@@ -64,13 +64,13 @@ def runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...
 
 
 def bytes_of_run(start: int, count: int, per_byte: int) -> tuple[int, int]:
-    """The bytes (first, count) that hold a run of elements, ``per_byte`` of which lie in one."""
+    """Return the bytes (first, count) that hold a run of elements, with ``per_byte`` elements in each byte."""
     first = start // per_byte
     return first, -(-(start + count) // per_byte) - first
 
 
 def bytes_of_region(region: Region, per_byte: int) -> Region:
-    """The bytes that hold a region, where one holds ``per_byte`` elements of the last dimension."""
+    """Return the bytes that hold a region, with ``per_byte`` elements of the last dimension in each byte."""
     offsets, sizes = region
     if per_byte == 1:
         return region
@@ -79,7 +79,7 @@ def bytes_of_region(region: Region, per_byte: int) -> Region:
 
 
 def boxes(shape: Shape, start: int, count: int) -> Iterator[Region]:
-    """A run of elements in row-major order, from ``start`` on, as regions that follow one another, as few as can be."""
+    """Yield a run of elements in row-major order, from ``start`` on, as the fewest regions, in order."""
     if not shape:
         yield (), ()
         return
@@ -114,11 +114,11 @@ class BlockGrid(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A part of a weight that is a rectangle of one matrix, and where it lies in the grid.
+    """A rectangle of one matrix of a weight, and its place in the grid.
 
-    ``elements``: its place in the run of elements that was cut up; ``rows``, ``cols``: its sizes. ``blocks`` selects
-    the scales that meet it, as a matrix, from those of `as_matrices`; ``phase``: (rows, columns) by which it begins
-    inside its first block, then the block's own.
+    ``elements``: its place in the run of elements that was cut; ``rows``, ``cols``: its sizes. ``blocks`` selects the
+    scales that it meets, as a matrix, from those of `as_matrices`. ``phase``: the (rows, columns) by which it begins
+    inside its first block, then the rows and columns of a block.
     """
 
     elements: slice
@@ -129,8 +129,8 @@ class Window(NamedTuple):
 
 
 def as_matrices(grid: BlockGrid) -> BlockGrid:
-    """The grid of at least two dimensions, of which a weight of fewer is one row. The scales are the same, in the same
-    order.
+    """Return the grid with at least two dimensions; a weight of fewer is one row. The scales and their order do not
+    change.
     """
     rank = max(2, len(grid.weight_shape))
     return BlockGrid((1, 1, *grid.weight_shape)[-rank:], (1, 1, *grid.block_size)[-rank:])
@@ -139,7 +139,7 @@ def as_matrices(grid: BlockGrid) -> BlockGrid:
 def window(
     grid: BlockGrid, lead: tuple[int, ...], row: int, col: int, sizes: tuple[int, ...], elements: slice
 ) -> Window:
-    """The window of ``sizes`` (rows, columns) at (row, col) of matrix ``lead`` of a grid of matrices."""
+    """Return the window of ``sizes`` (rows, columns) at (row, col) of matrix ``lead`` of a grid of matrices."""
     rows, cols = sizes
     block_rows, block_cols = grid.block_size[-2:]
     blocks: tuple[int | slice, ...] = (
@@ -151,7 +151,7 @@ def window(
 
 
 def windows(grid: BlockGrid, start: int, count: int) -> Iterator[Window]:
-    """The elements ``start`` to ``start + count`` of a grid of matrices, in row-major order, as windows."""
+    """Yield the elements ``start`` to ``start + count`` of a grid of matrices, in row-major order, as windows."""
     shape = grid.weight_shape
     rows_of_one, cols = shape[-2:]
     done = 0
@@ -162,7 +162,7 @@ def windows(grid: BlockGrid, start: int, count: int) -> Iterator[Window]:
         for dim in reversed(shape[:-2]):
             matrix, i = divmod(matrix, dim)
             lead.append(i)
-        # A whole number of rows, as many as remain in this matrix; or the rest of a row that was entered midway.
+        # As many whole rows as remain in this matrix, or the rest of a row that was entered midway.
         rows = 1 if col else min(rows_of_one - row, (count - done) // cols) or 1
         width = min(cols - col, count - done)
         yield window(grid, tuple(reversed(lead)), row, col, (rows, width), slice(done, done + rows * width))
@@ -170,9 +170,8 @@ def windows(grid: BlockGrid, start: int, count: int) -> Iterator[Window]:
 
 
 class Surroundings(NamedTuple):
-    """The blocks that a region meets, as a grid of their own.
-
-    ``offsets``: where the region lies in that grid's weight; ``first``: the index in the whole grid of its first block.
+    """The blocks that a region meets, as a grid of their own. ``offsets``: the region's place in the weight of that
+    grid; ``first``: the index of its first block in the whole grid.
     """
 
     grid: BlockGrid
@@ -186,7 +185,7 @@ class Surroundings(NamedTuple):
 
 
 def surroundings(grid: BlockGrid, offsets: Shape, sizes: Shape) -> Surroundings:
-    """The blocks that meet the region at ``offsets`` of ``sizes``, which is not empty."""
+    """Return the blocks that meet the non-empty region at ``offsets`` of ``sizes``."""
     first, inside, shape = [], [], []
     for dim, block, start, size in zip(*grid, offsets, sizes, strict=True):
         at = start // block
@@ -197,8 +196,8 @@ def surroundings(grid: BlockGrid, offsets: Shape, sizes: Shape) -> Surroundings:
 
 
 def whole_blocks(grid: BlockGrid, offsets: Shape, sizes: Shape) -> tuple[Shape, Shape]:
-    """The region (offsets, sizes) of those blocks that lie in a region with all of their elements; sizes of 0 where
-    there is none.
+    """Return the region (offsets, sizes) of the blocks that lie completely inside a region; sizes of 0 if there are
+    none.
     """
     starts, lengths = [], []
     for dim, block, start, size in zip(*grid, offsets, sizes, strict=True):
@@ -210,7 +209,7 @@ def whole_blocks(grid: BlockGrid, offsets: Shape, sizes: Shape) -> tuple[Shape, 
 
 
 def first_elements(grid: BlockGrid, offsets: Shape, sizes: Shape) -> tuple[Shape, Shape]:
-    """The blocks, as a region (first, count) of the grid, whose first element lies in a region of the weight."""
+    """Return the blocks, as a region (first, count) of the grid, whose first element is in a region of the weight."""
     bounds = [
         (-(-start // block), -(-(start + size) // block))
         for block, start, size in zip(grid.block_size, offsets, sizes, strict=True)
@@ -219,8 +218,8 @@ def first_elements(grid: BlockGrid, offsets: Shape, sizes: Shape) -> tuple[Shape
 
 
 def tiled(weight_shape: Shape, block_size: Shape) -> BlockGrid | None:
-    """The grid of a configured block size, which belongs to the weight's last dimensions; leading ones get one block an
-    index.
+    """Return the grid of a configured block size, which applies to the weight's last dimensions; leading dimensions get
+    blocks of 1. None if the weight has fewer dimensions.
     """
     lead = len(weight_shape) - len(block_size)
     if lead < 0:
@@ -229,14 +228,14 @@ def tiled(weight_shape: Shape, block_size: Shape) -> BlockGrid | None:
 
 
 def infer_grid(weight_shape: Shape, scale_shape: Shape, block_size: Shape | None) -> BlockGrid | None:
-    """The grid by which scales of ``scale_shape`` tile a weight, or None where they do not.
+    """Return the grid by which scales of ``scale_shape`` tile a weight, or None if they do not.
 
     In order: a one-element scale spans the whole tensor, whatever its rank. A 1-D scale of more elements belongs to
     dimension 0. A scale of twice the weight's rank whose odd dimensions are 1 (ModelOpt's ``[ob, 1, ib, 1]``) is
     squeezed. Then the configured ``block_size`` is tried on the last dimensions, and last the reading in which each
     dimension of the scale is either 1 (one block spans it) or the weight's own (blocks of 1).
 
-    The configured block size goes first, and a dimension of 1 is not read as "spans it" beside one that needs the
+    The configured block size is tried first, because 1 does not mean "spans it" beside a dimension that needs the
     configuration: a weight (256, 256) in 128 x 128 blocks with a scale (2, 1) has lost a column of scales.
     """
     rank = len(weight_shape)
@@ -254,5 +253,5 @@ def infer_grid(weight_shape: Shape, scale_shape: Shape, block_size: Shape | None
             return grid
     if all(scale in (1, dim) for scale, dim in zip(scale_shape, weight_shape, strict=True)):
         block = tuple(1 if scale == dim else dim for scale, dim in zip(scale_shape, weight_shape, strict=True))
-        return BlockGrid(weight_shape, block) if all(block) else None  # there is no block where there is no element
+        return BlockGrid(weight_shape, block) if all(block) else None  # an empty dimension has no block
     return None

@@ -1,10 +1,10 @@
-"""The compiled loops. Nothing here allocates per element or knows a name or a file.
+"""The compiled loops. They allocate nothing per element, and know no names and no files.
 
 All loops release the GIL. Floating-point work is one float32 multiplication and one rounding to nearest even; there is
-no fast-math, so every result is the contract's, bit for bit. `compiled` keeps the machine code.
+no fast-math, so every result is the contract's, bit for bit. `compiled` caches the machine code.
 
-Block loops work on a two-dimensional window of a weight. ``row_phase`` and ``col_phase`` say how far into its first
-block the window begins, so that a window may start and stop anywhere.
+Block loops work on a two-dimensional window of a weight. ``row_phase`` and ``col_phase`` say how far inside its first
+block the window begins, so a window may start and stop anywhere.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fp8ckpt.numerics.compiled import compiled
 Array = npt.NDArray[Any]
 
 BF16, F16, F32 = 0, 1, 2  # rounding targets; constants so that numba folds them
-_SCRATCH = 4096  # elements; with codes and results they stay in the first-level cache
+_SCRATCH = 4096  # elements; with codes and results they fit the first-level cache
 
 
 @compiled(inline="always")
 def _rounded(value: Any, target: int) -> Any:
-    """Bits of a float32 rounded to nearest even in the target dtype. NaN stays a quiet NaN with its sign."""
+    """Return the bits of a float32 rounded to nearest even in the target dtype. NaN stays a quiet NaN with its sign."""
     bits = np.float32(value).view(np.uint32)
     if target == F32:
         return bits
@@ -71,8 +71,8 @@ def look_up(codes: Array, table: Array, out: Array) -> None:
 
 @compiled()
 def count_codes(codes: Array, counts: Array) -> None:
-    """Add to ``counts`` how often each code occurs: codes u8 [n], counts i64 [4, 256], to be summed over the first
-    dimension, so that equal codes in a row do not wait for one another.
+    """Add to ``counts`` how often each code occurs: codes u8 [n], counts i64 [4, 256]. The sum over the first dimension
+    is the count; four counters keep equal codes in a row from waiting for one another.
     """
     quarter = codes.size // 4
     for i in range(quarter):
@@ -88,9 +88,9 @@ E2M1 = (4, 1, 1)
 
 @compiled(inline="always")
 def decoded(code: Any, form: tuple[int, int, int]) -> Any:
-    """The magnitude f32 of a code: its bits, moved into a float32; those of a subnormal one are read as the least
-    normal and more, from which that is taken. No float32 subnormals, which some processors handle a hundred times
-    slower.
+    """Return the magnitude f32 of a code by moving its bits into a float32. A subnormal code is read as the least
+    normal plus its value, and the least normal is subtracted. This avoids float32 subnormals, which some processors
+    handle a hundred times slower.
     """
     width, mantissa, bias = form
     size = np.int32(np.int32(code) & np.int32((1 << (width - 1)) - 1))
@@ -102,19 +102,19 @@ def decoded(code: Any, form: tuple[int, int, int]) -> Any:
 
 @compiled(inline="always")
 def _to_bf16(size: Any) -> Any:
-    """Bits i32 of a float32 of no sign, and no NaN, rounded to bfloat16; in the low half."""
+    """Round the bits i32 of a float32 without sign, and not NaN, to bfloat16, in the low half."""
     even = np.int32(np.int32(size >> np.int32(16)) & np.int32(1))
     return np.int32(np.int32(size + np.int32(0x7FFF) + even) >> np.int32(16))
 
 
-_GROUP = 32  # of MXFP8: so short a loop is a tenth faster if its length is known when it is compiled
+_GROUP = 32  # of MXFP8: a constant trip count makes so short a loop a tenth faster
 
 
 @compiled(inline="always")
 def _e4m3_as_bf16(code: Any, scale: Any) -> Any:
-    """Bits i32 of an e4m3fn code times its scale, rounded to bfloat16; in the low half.
+    """Return the bits i32 of an e4m3fn code times its scale, rounded to bfloat16, in the low half.
 
-    Each result is cast to 32 bits: what is not is 64 bits wide to numba, and half of a vector is wasted.
+    Each result is cast to 32 bits, because numba widens others to 64 bits and half of a vector is wasted.
     """
     rounded = _to_bf16(np.float32(decoded(code, E4M3) * scale).view(np.int32))
     is_nan = np.int32(np.int32(code) & np.int32(0x7F)) == np.int32(0x7F)
@@ -126,7 +126,7 @@ def _e4m3_as_bf16(code: Any, scale: Any) -> Any:
 def multiply_e4m3_to_bf16(
     codes: Array, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, out: Array
 ) -> None:
-    """What `look_up_blocks` gives for e4m3fn codes and tables of bfloat16, in a loop that a compiler turns into vector
+    """Do what `look_up_blocks` does for e4m3fn codes and tables of bfloat16, in a loop that compiles to vector
     instructions: codes u8 [R, C], scales f32 [R blocks, C blocks], out u16 [R, C].
     """
     rows, cols = codes.shape
@@ -155,7 +155,7 @@ def multiply_e4m3_to_bf16(
 def e4m3_are_bf16(
     codes: Array, scales: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, values: Array
 ) -> bool:
-    """Whether that is ``values`` u16 [R, C], bit for bit; nothing is written."""
+    """Whether `multiply_e4m3_to_bf16` would give ``values`` u16 [R, C], bit for bit. Nothing is written."""
     rows, cols = codes.shape
     for r in range(rows):
         block_row = (row_phase + r) // block_rows
@@ -187,7 +187,7 @@ def look_up_blocks(
     block_cols: int,
     out: Array,
 ) -> None:
-    """Look up a window with one table a block: codes u8 [R, C], ids [R blocks, C blocks] into tables [T, 256], out [R,
+    """Look up a window with one table a block: codes u8 [R, C], ids [R blocks, C blocks] of tables [T, 256], out [R,
     C].
     """
     rows, cols = codes.shape
@@ -204,8 +204,8 @@ def look_up_blocks(
 
 @compiled()
 def fill_pair_tables(scales: Array, values: Array, target: int, tables: Array) -> None:
-    """``tables[t, byte]``: the values of the two codes of a byte times ``scales[t]``, rounded, the low one in the low
-    half: scales f32 [T], values f32 [16], tables u32 [T, 256] of two u16, or u64 of two u32.
+    """Fill ``tables[t, byte]`` with the values of the two codes of a byte times ``scales[t]``, rounded, the low code in
+    the low half: scales f32 [T], values f32 [16], tables u32 [T, 256] of two u16, or u64 of two u32.
     """
     singles = np.empty(16, np.uint64)
     half = np.uint64(4 * tables.itemsize)
@@ -229,11 +229,11 @@ def look_up_packed(
     block_cols: int,
     out: Array,
 ) -> None:
-    """The same of codes of four bits, a pair at a time: codes u8 [R, bytes of C], tables of `fill_pair_tables`, ids [R
-    blocks, C blocks], out u16/u32 [R, C].
+    """Look up codes of four bits, two at a time: codes u8 [R, bytes of C], tables of `fill_pair_tables`, ids [R blocks,
+    C blocks], out u16/u32 [R, C].
 
-    Blocks have even columns, so a byte lies in one. Where ``col_phase`` is odd a row begins with the high half of a
-    byte, and it may end with a low one.
+    Blocks have even columns, so a byte is in one block. If ``col_phase`` is odd, a row begins with the high half of a
+    byte; it may end with a low half.
     """
     rows, cols = out.shape
     odd = col_phase & 1
@@ -246,7 +246,7 @@ def look_up_packed(
         source, result = codes[r, odd:], out[r, odd:]
         block, phase = divmod(col_phase + odd, block_cols)
         room, left = block_cols - phase, cols - odd
-        byte = np.uint64(0)  # unsigned, or each index would be asked whether it counts from the end
+        byte = np.uint64(0)  # unsigned, so that no index is checked for being negative
         while left > 0:
             count = min(room, left)
             table = np.uint64(of_row[block]) << np.uint64(8)
@@ -274,7 +274,7 @@ def multiply_blocks(
     block_cols: int,
     out: Array,
 ) -> None:
-    """The same result without tables, for blocks too small to repay one: scales f32 [R blocks, C blocks]."""
+    """Compute the same result without tables, for blocks too small to repay one: scales f32 [R blocks, C blocks]."""
     rows, cols = codes.shape
     for r in range(rows):
         block_row = (row_phase + r) // block_rows
@@ -293,8 +293,8 @@ def multiply_blocks(
 
 @compiled()
 def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
-    """How many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`. Most runs have none: whether
-    one has any is seen 64 codes at a time.
+    """Return how many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`. Most runs have none, so
+    a part of `_SCRATCH` codes is counted only if a vectorised test finds any in it.
     """
     total = 0
     for start in range(0, codes.size, _SCRATCH):
@@ -310,16 +310,16 @@ def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
 
 # ---------------------------------------------------------------- quantizing
 #
-# Values come as bit patterns, u16 of bfloat16 or u32 of float32: shifted left by 16 or 0, both are float32. Divisions
-# do not check for zero (``error_model``), or they would not become vector instructions; scales are positive. A code is
-# a byte here, of four bits too, and ``form`` says what its bits are: how many, how many of the mantissa, and the
-# exponent's bias. Each form has a loop of its own, and each result is cast to 32 bits: what is shifted by a variable,
-# or not cast, is 64 bits wide to numba, and half of a vector is wasted.
+# Values are bit patterns, u16 of bfloat16 or u32 of float32: shifted left by 16 or 0, both are float32. Divisions do
+# not check for zero (``error_model``), or they would not become vector instructions; scales are positive. A code is one
+# byte here, also one of four bits, and ``form`` describes it: its bits, the bits of its mantissa, and the exponent's
+# bias. Each form has its own loop, and each result is cast to 32 bits: numba widens variable shifts and results that
+# are not cast to 64 bits, and half of a vector is wasted.
 
 
 @compiled(inline="always")
 def _widening(values: Array) -> Any:
-    """By how many bits values are shifted left, known when a loop is compiled."""
+    """Return the left shift that makes values float32 bits, a constant when a loop is compiled."""
     return np.int32(16) if values.itemsize == 2 else np.int32(0)
 
 
@@ -327,10 +327,10 @@ def _widening(values: Array) -> Any:
 def raise_maxima(
     values: Array, row_phase: int, col_phase: int, block_rows: int, block_cols: int, maxima: Array
 ) -> None:
-    """Raise the ``maxima`` u32 [R blocks, C blocks] to the largest magnitude of each block of a window, as bits of a
-    float32.
+    """Raise the ``maxima`` u32 [R blocks, C blocks] to the largest magnitude of each block of a window, as float32
+    bits.
 
-    values u16/u32 [R, C]. Bits of magnitudes are ordered as the magnitudes are, infinity and NaN above all others.
+    values u16/u32 [R, C]. Bits of magnitudes have the order of the magnitudes, with infinity and NaN above all numbers.
     """
     rows, cols = values.shape
     left = np.uint32(_widening(values))
@@ -351,7 +351,7 @@ def raise_maxima(
 
 @compiled(inline="always")
 def spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int, out: Array) -> None:
-    """The scales of one row's elements from ``start`` on, one an element: out f32 [n]."""
+    """Fill out f32 [n] with the scales of one row's elements from ``start`` on, one an element."""
     done = 0
     block = (col_phase + start) // block_cols
     while done < out.size:
@@ -363,10 +363,10 @@ def spread(scales: Array, row: int, start: int, col_phase: int, block_cols: int,
 
 @compiled(inline="always", error_model="numpy")
 def encode_row(values: Array, divisors: Array, most: Any, form: tuple[int, int, int], out: Array) -> None:
-    """Codes u8 [n] of values by their scales f32 [n].
+    """Encode values with scales f32 [n] as codes u8 [n].
 
-    A code's exponent and mantissa are the quotient's own bits, rounded (of e4m3 at the 20th); of a quotient below the
-    least normal (``2**-6``) they are whole steps (of ``2**-9``), which an addition (of ``2**14``) rounds to.
+    The exponent and mantissa of a code are the quotient's own bits, rounded (for e4m3 at the 20th). A quotient below
+    the least normal (``2**-6``) is a number of whole steps (of ``2**-9``), and adding ``2**14`` rounds it to one.
     """
     width, mantissa, bias = form
     left = _widening(values)
@@ -423,14 +423,14 @@ def encode_blocks(
 
 @compiled()
 def pack(codes: Array, out: Array) -> None:
-    """Codes of four bits u8 [2 n] as the bytes u8 [n] that hold them, the first in the low half."""
+    """Pack codes of four bits u8 [2 n] into bytes u8 [n], the first in the low half."""
     for i in range(out.size):
         out[i] = codes[2 * i] | (codes[2 * i + 1] << np.uint8(4))
 
 
 @compiled()
 def unpack(packed: Array, out: Array) -> None:
-    """The codes u8 [2 n] that bytes u8 [n] hold."""
+    """Unpack bytes u8 [n] into codes u8 [2 n]."""
     for i in range(packed.size):
         out[2 * i] = packed[i] & np.uint8(15)
         out[2 * i + 1] = packed[i] >> np.uint8(4)
@@ -443,7 +443,7 @@ TALLY = 4  # sums: of magnitudes, of errors; the largest magnitude, the largest 
 def _errors_of_row(
     values: Array, codes: Array, factors: Array, form: tuple[int, int, int], sizes: Array, errors: Array
 ) -> None:
-    """Magnitudes of values, and errors of their codes: both f32 [n]."""
+    """Compute the magnitudes of values, and the errors of their codes: both f32 [n]."""
     left = _widening(values)
     for i in range(codes.size):
         size = np.int32(np.int32(np.int32(values[i]) << left) & np.int32(0x7FFFFFFF)).view(np.float32)
@@ -466,11 +466,11 @@ def tally_blocks(
     sums: Array,
     counts: Array,
 ) -> None:
-    """Add to ``sums`` f64 [4] what codes of a window lose, and to ``counts`` i64 [2] how many values lie beyond.
+    """Add to ``sums`` f64 [4] what the codes of a window lose, and to ``counts`` i64 [2] how many values are beyond.
 
-    The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; largest
-    magnitude, largest error. counts: magnitudes above ``beyond`` f32 times their scale, and above their block's of
-    ``limits`` f32 [R blocks, C blocks].
+    The error of an element is ``abs(code * scale - value)``, in float32. sums: of magnitudes, of errors; the largest
+    magnitude, the largest error. counts: magnitudes above ``beyond`` f32 times their scale, and magnitudes above
+    ``limits`` f32 [R blocks, C blocks] of their block.
     """
     rows, cols = values.shape
     scratch = np.empty((4, min(cols, _SCRATCH)), np.float32)
@@ -490,7 +490,7 @@ def tally_blocks(
             else:
                 _errors_of_row(part, coded, factors, E2M1, sizes, errors)
             clipped, outgrown = np.int32(0), np.int32(0)
-            largest, worst = np.int32(0), np.int32(0)  # of bits, whose order is that of magnitudes
+            largest, worst = np.int32(0), np.int32(0)  # as bits, which have the order of magnitudes
             for i in range(size):
                 clipped = np.int32(clipped + np.int32(sizes[i] > factors[i] * beyond))
                 outgrown = np.int32(outgrown + np.int32(sizes[i] > bounds[i]))
@@ -516,8 +516,8 @@ def tally_blocks(
 
 @compiled()
 def compare_values(before: Array, after: Array, sums: Array) -> int:
-    """How many of the values f32 [n] differ from those of before; two NaN do not. Adds to ``sums`` f64 [4]: of the
-    magnitudes of before, of the distances; the largest magnitude, the largest distance: of elements that have both.
+    """Return how many of the values f32 [n] differ from those before; two NaN do not. Add to ``sums`` f64 [4], for
+    elements with finite ones: magnitudes before, distances; the largest magnitude, the largest distance.
     """
     unequal = 0
     magnitudes, distances = np.empty(_SCRATCH, np.float32), np.empty(_SCRATCH, np.float32)
@@ -588,8 +588,8 @@ def count_inexact(
 ) -> None:
     """Add to ``counts`` i64 [R blocks, C blocks] how many finite values of a window their codes do not give back.
 
-    A value is given back if the code's, times the scale, equals it when rounded to ``target``, or to bfloat16: a
-    float32 weight may be a bfloat16 one in a wider dtype.
+    A value is given back if its code times the scale equals it after rounding to ``target``, or to bfloat16: a float32
+    weight may be a bfloat16 one in a wider dtype.
     """
     rows, cols = values.shape
     for r in range(rows):
@@ -609,7 +609,7 @@ def count_inexact(
 
 @compiled()
 def round_values(values: Array, target: int, out: Array) -> int:
-    """Bits of float32 values [n] rounded to ``target``: out u16/u32 [n]. Returns how many finite became infinite."""
+    """Round float32 values [n] to ``target`` bits: out u16/u32 [n]. Return how many finite values became infinite."""
     overflown = 0
     for i in range(values.size):
         out[i] = _rounded(values[i], target)

@@ -1,8 +1,8 @@
 """Products of low rank: the compiled loops of merging.
 
-An element is ``value + scaling * sum``, in float32, where the sum begins at zero and takes the products of its row of
-``left`` and its column of ``right`` in the order of the rank. No operation is fused or reordered, so an element's bits
-depend on that row and that column alone: not on the shape of what is worked on at once, on threads, or on the machine.
+An element is ``value + scaling * sum``, in float32. The sum begins at zero and adds the products of its row of ``left``
+and its column of ``right`` in the order of the rank. No operation is fused or reordered, so an element's bits depend on
+that row and that column alone: not on the shape of a call, on threads, or on the machine.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fp8ckpt.numerics.tiles import COLS, ROWS, add_tile
 
 Array = npt.NDArray[Any]
 
-_STRIP = 512  # columns; some rows of them, and a strip of a right of rank 64, stay close to a core
-_TOO_SMALL = 2.0**-100  # where rounding to float32's subnormals is no longer a matter of the last place
-_LOOKED_AT = 512  # codes, of which none is looked at by itself if none is large
-_FEW = 1 << 14  # places, of a run, that are looked at one by one
-_LANES = 16  # partial sums, so that an addition need not wait for the one before it
+_STRIP = 512  # columns; a few rows of them, and a strip of a right factor of rank 64, fit the nearest cache
+_TOO_SMALL = 2.0**-100  # below it, rounding to float32's subnormals is no longer a matter of the last place
+_LOOKED_AT = 512  # codes, which are skipped together if none is large
+_FEW = 1 << 14  # places of a run that are looked at one by one
+_LANES = 16  # partial sums, so that additions do not wait for each other
 
 
 @compiled()
 def _pack(right: Array, start: int, size: int, panels: Array) -> None:
-    """Columns ``[start, start + size)`` of a right f32 [K, C], panel by panel: panels f32 [n, K, COLS], zeros where
-    there is no more.
+    """Copy the columns ``[start, start + size)`` of a right f32 [K, C] into panels f32 [n, K, COLS], padded with
+    zeros.
     """
     for panel in range(panels.shape[0]):
         at = panel * COLS
@@ -51,7 +51,7 @@ def _pack(right: Array, start: int, size: int, panels: Array) -> None:
 
 @compiled(inline="always")
 def _take_rows(left: Array, row: int, count: int, taken: Array) -> None:
-    """Rows ``[row, row + count)`` of a left f32 [R, K], and zeros for those of the ROWS that are missing."""
+    """Copy the rows ``[row, row + count)`` of a left f32 [R, K], and zeros for the missing ones of ROWS."""
     for r in range(ROWS):
         if r < count:
             taken[r] = left[row + r]
@@ -87,7 +87,7 @@ def add_product(left: Array, right: Array, scaling: Any, out: Array) -> None:
 
 @compiled(inline="always")
 def _decode_row(codes: Array, scale: Any, out: Array) -> None:
-    """Values f32 [n] of codes of e4m3 u8 [n]."""
+    """Decode e4m3 codes u8 [n] to values f32 [n]."""
     for i in range(codes.size):
         code = np.int32(codes[i])
         size = np.float32(decoded(code, FORM) * scale).view(np.int32)
@@ -109,13 +109,13 @@ def _merge_codes(
     sums: Array,
     counts: Array,
 ) -> Any:
-    """Put the codes of merged values in the place of the base's: codes of e4m3 u8 [R, C], scales f32 ``before`` and of
-    after. Returns the largest magnitude among those values, NaN above all.
+    """Replace the base's codes by those of the merged values: e4m3 codes u8 [R, C], with scales f32 ``before`` and
+    ``scale``. Return the largest magnitude of the merged values; NaN counts as larger than any number.
 
-    left f32 [R, K] and right f32 [K, C] are those of all products, one after the other along the rank, where they end
-    at ``ends`` i64 [P]; scalings f32 [P]. Of ``sums`` and the first of ``counts`` see `fp8ckpt.numerics.arrival`; the
-    second of ``counts`` are magnitudes above ``beyond`` times the scale. All is done with some rows of a strip of
-    columns at a time, which stay close to a core.
+    left f32 [R, K] and right f32 [K, C] hold all products, one after the other along the rank, ending at ``ends`` i64
+    [P]; scalings f32 [P]. For ``sums`` and the first of ``counts`` see `fp8ckpt.numerics.arrival`; the second of
+    ``counts`` counts magnitudes above ``beyond`` times the scale. The work goes by a few rows of a strip of columns,
+    which fit the nearest cache.
     """
     (rows, cols), rank = codes.shape, right.shape[0]
     panels = np.empty((_STRIP // COLS, rank, COLS), np.float32)
@@ -132,7 +132,7 @@ def _merge_codes(
         for row in range(0, rows, ROWS):
             count = min(ROWS, rows - row)
             _take_rows(left, row, count, lefts)
-            if count < ROWS or size < _STRIP:  # what is beyond adds nothing to any sum
+            if count < ROWS or size < _STRIP:  # the padding adds zero to all sums
                 old[:] = np.float32(0)
                 stored[:] = np.float32(0)
             for r in range(count):
@@ -163,16 +163,16 @@ def _merge_codes(
 
 @dataclass
 class MergedCodes:
-    """What became of values that were merged and encoded: their ``largest`` magnitude, what arrived, and how many
+    """The outcome of merging and encoding: the ``largest`` magnitude, how much of the update arrived, and how many
     magnitudes are beyond their scale.
     """
 
-    largest: np.float32 = np.float32(0)  # noqa: RUF009 - it is not changed
+    largest: np.float32 = np.float32(0)  # noqa: RUF009 - it is never mutated
     arrival: Arrival = field(default_factory=Arrival)
     clipped: int = 0
 
     def add(self, other: MergedCodes) -> None:
-        """Take in other values; NaN stays above all."""
+        """Add the outcome for other values. NaN counts as larger than any number."""
         self.largest = np.maximum(self.largest, other.largest)
         self.arrival.add(other.arrival)
         self.clipped += other.clipped
@@ -186,8 +186,8 @@ def merge_codes(
     scalings: list[float],
     scale: np.float32,
 ) -> MergedCodes:
-    """Put the codes of values to which products are added in the place of the base's: codes of e4m3 [R, C], with the
-    scales of ``before`` and of after; lefts [R, K] and rights [K, C] of any strides.
+    """Replace e4m3 codes [R, C] by those of the values with products added. ``before`` and ``scale``: the scales before
+    and after; lefts [R, K] and rights [K, C] of any strides.
     """
     left = _joined(lefts, 1, np.empty((codes.shape[0], 0), np.float32))
     right = _joined(rights, 0, np.empty((0, codes.shape[1]), np.float32))
@@ -200,14 +200,14 @@ def merge_codes(
 
 
 def _joined(parts: list[F32], axis: int, none: F32) -> F32:
-    """In C order; not copied where it is one in that order."""
+    """Return the parts joined in C order, without a copy if there is one part in that order."""
     return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate([none, *parts], axis))
 
 
 @compiled()
 def add_product_at(left: Array, right: Array, rows: Array, cols: Array, scaling: Any, out: Array) -> None:
-    """The bits of `add_product` at some places: left f32 [R, K], right f32 [C, K] of any strides, rows and cols i64
-    [n], out f32 [n].
+    """Add products at single places, with the bits of `add_product`: left f32 [R, K], right f32 [C, K] of any strides,
+    rows and cols i64 [n], out f32 [n].
     """
     for i in range(rows.size):
         total = np.float32(0)
@@ -226,7 +226,7 @@ def _largest_code(codes: Array) -> Any:
 
 @compiled()
 def largest_codes(codes: Array, phase: int, cols: int, largest: Array) -> None:
-    """The largest magnitude of each row, of codes u8 [n] that begin ``phase`` into a row of ``cols``: u8 [R]."""
+    """Find the largest magnitude of each row u8 [R], in codes u8 [n] that begin ``phase`` into a row of ``cols``."""
     start = -phase
     for row in range(largest.size):
         largest[row] = _largest_code(codes[max(0, start) : start + cols])
@@ -235,8 +235,8 @@ def largest_codes(codes: Array, phase: int, cols: int, largest: Array) -> None:
 
 @compiled()
 def find_codes(codes: Array, phase: int, cols: int, least: Array, places: Array) -> int:
-    """How many codes have a magnitude of at least that of their row, and the places of the first of them: codes as in
-    `largest_codes`, least u8 [R], places i64 [m].
+    """Return how many codes have at least the magnitude ``least`` u8 [R] of their row, and fill ``places`` i64 [m] with
+    the first of them. Codes as in `largest_codes`.
     """
     found = 0
     for row in range(least.size):
@@ -253,8 +253,8 @@ def find_codes(codes: Array, phase: int, cols: int, least: Array, places: Array)
 
 
 class FewLargest:
-    """Finds the ``largest`` magnitude among values of codes to each of which at most a bound is added: of those codes
-    alone that could be it, once some are known. ``scale``: of all codes; ``largest``: a magnitude that is there.
+    """A search for the ``largest`` magnitude among values of codes with a bounded addition to each. It looks only at
+    the codes that can exceed what is known. ``scale``: of all codes; ``largest``: a magnitude that occurs.
     """
 
     def __init__(self, scale: float, dtype: str, largest: np.float32) -> None:
@@ -267,12 +267,13 @@ class FewLargest:
     def candidates(
         self, codes: npt.NDArray[np.uint8], phase: int, cols: int, bounds: npt.NDArray[np.float64]
     ) -> tuple[npt.NDArray[np.int64], F32] | None:
-        """The places [n], among these codes, that may hold one that is larger, and their values f32 [n]; None if there
-        are too many. ``bounds`` f64 [R], of the rows of ``cols`` that the codes meet, ``phase`` into the first.
+        """Return the places [n] among the codes that may hold a larger magnitude, and their values f32 [n]; None if
+        there are too many. ``bounds`` f64 [R]: of the rows of ``cols`` that they meet, beginning ``phase`` into the
+        first.
         """
         tops = np.empty(bounds.size, np.uint8)
         largest_codes(codes, phase, cols, tops)
-        # One of the largest code is at least its value less the bound.
+        # The element with the largest code has at least its value less the bound.
         known = max(float(self.largest), float(self._values[min(int(tops.max(initial=0)), 126)]) - float(bounds.max()))
         if known < _TOO_SMALL:
             return None
@@ -284,15 +285,15 @@ class FewLargest:
         return places, values
 
     def raise_to(self, values: F32) -> None:
-        """Take in values that were found; NaN and infinity stay above all."""
+        """Take in found values. NaN and infinity count as larger than any number."""
         found = np.abs(values).max(initial=0)
         self.largest = max(self.largest, found if found == found else np.float32(np.inf))
 
 
 @compiled()
 def sum_squares(values: Array, sums: Array) -> None:
-    """The sum of the squares of each row, in float64 and in an order that follows from the length of the row alone:
-    values f32 [R, C], sums f64 [R].
+    """Sum the squares of each row in float64, in an order that depends on the length of the row alone: values f32 [R,
+    C], sums f64 [R].
     """
     rows, cols = values.shape
     whole = cols // _LANES * _LANES
@@ -314,7 +315,7 @@ def sum_squares(values: Array, sums: Array) -> None:
 
 @compiled()
 def add_squares(values: Array, sums: Array) -> None:
-    """Add the squares of each row to the sums of its columns, in float64 and row after row: values f32 [R, C], sums f64
+    """Add the squares of each row to the sums of the columns in float64, row by row: values f32 [R, C], sums f64
     [C].
     """
     rows, cols = values.shape

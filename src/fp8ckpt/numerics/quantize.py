@@ -1,8 +1,8 @@
-"""Quantize parts of a weight with given scales, and see what that loses.
+"""Quantize parts of a weight with given scales, and count what that loses.
 
 The contract: ``code = e4m3fn(clamp(float32(w) / float32(scale), -448, 448))``, nearest even, for finite ``w``. Of FP8
-only e4m3fn is written: no release uses another. Codes of four bits (e2m1) follow the same contract with 6 in the place
-of 448. Which scales these are, `fp8ckpt.numerics.scaling` decides.
+only e4m3fn is written: no release uses another. Codes of four bits (e2m1) follow the same contract with 6 in place of
+448. `fp8ckpt.numerics.scaling` decides the scales.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, wi
 
 
 class Coding(NamedTuple):
-    """What decides the codes of one dtype and their scales: the ``largest`` code; of how many times the scale on a
-    magnitude is ``beyond`` it, and up to how many a block is ``small`` for it.
+    """The constants of one code dtype: its ``largest`` code, and two multiples of a scale. Magnitudes above ``beyond``
+    times it do not fit the scale; a block with none of ``small`` times it is small for the scale.
     """
 
     dtype: str
@@ -39,7 +39,7 @@ class Coding(NamedTuple):
 
     @property
     def form(self) -> tuple[int, int, int]:
-        """As the kernels take it."""
+        """The format as the kernels take it: bits, mantissa bits, bias."""
         form = CODE_FORMATS[self.dtype]
         return form.bits, form.mantissa_bits, form.bias
 
@@ -48,14 +48,14 @@ E4M3 = Coding("F8_E4M3", np.float32(448), np.float32(450), np.float32(28))
 E2M1 = Coding(F4, np.float32(6), np.float32(6 * 450 / 448), np.float32(4))
 CODINGS = {coding.dtype: coding for coding in (E4M3, E2M1)}
 
-Scales = npt.NDArray[Any]  # as they are stored: of the numpy dtype that SCALE_DTYPES gives
+Scales = npt.NDArray[Any]  # as stored: of the numpy dtype that SCALE_DTYPES gives
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
 
 
 class Values(NamedTuple):
-    """Values of a weight as the kernels take them: bits u16 of bfloat16 or u32 of float32, and the left shift to
-    float32 bits.
+    """Values of a weight as the kernels take them: bits (u16 of bfloat16 or u32 of float32), and the left shift that
+    makes them float32 bits.
     """
 
     bits: npt.NDArray[Any]
@@ -64,12 +64,12 @@ class Values(NamedTuple):
 
     @property
     def floats(self) -> F32:
-        """The values as float32, a copy."""
+        """A copy of the values as float32."""
         return (self.bits.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
 
 
 def values_of(stored: U8, dtype: str) -> Values:
-    """The bytes of BF16, F16 or F32 elements as values [n]; float16 is widened, exactly, and no other is copied."""
+    """Return bytes of BF16, F16 or F32 elements as values [n]. Float16 is widened, exactly; others are not copied."""
     if dtype == "BF16":
         return Values(stored.view(np.uint16), 16, dtype)
     if dtype == "F16":
@@ -78,14 +78,14 @@ def values_of(stored: U8, dtype: str) -> Values:
 
 
 class Part(NamedTuple):
-    """A window, and how to take it out of an array of the elements that were cut up."""
+    """A window, and a function that takes it out of an array of the elements that were cut."""
 
     window: Window
     of: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 
 
 def parts_of_run(grid: BlockGrid, start: int, count: int) -> list[Part]:
-    """The elements ``start`` to ``start + count`` of a weight, which lie in arrays [count]."""
+    """Return the parts of the elements ``start`` to ``start + count`` of a weight, held by arrays [count]."""
 
     def taking(cut: Window) -> Callable[[npt.NDArray[Any]], npt.NDArray[Any]]:
         return lambda array: array[cut.elements].reshape(cut.rows, cut.cols)
@@ -94,7 +94,7 @@ def parts_of_run(grid: BlockGrid, start: int, count: int) -> list[Part]:
 
 
 def parts_of_region(grid: BlockGrid, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Part]:
-    """The region at ``offsets`` of ``sizes`` in coordinates of the full weight; it lies in arrays of those sizes."""
+    """Return the parts of the region at ``offsets`` of ``sizes`` in the full weight, held by arrays [sizes]."""
     matrices = as_matrices(grid)
     rank = len(matrices.weight_shape)
     offsets = (0,) * (rank - len(offsets)) + offsets
@@ -113,18 +113,18 @@ def parts_of_region(grid: BlockGrid, offsets: tuple[int, ...], sizes: tuple[int,
 
 
 def block_shape(grid: BlockGrid) -> tuple[int, ...]:
-    """One a block: the shape that the functions below take scales and maxima in."""
+    """Return the shape with one element a block in which the functions below take scales and maxima."""
     return tuple(max(1, size) for size in as_matrices(grid).shape)
 
 
 def block_array(grid: BlockGrid, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    """Zeros, one a block."""
+    """Return zeros, one a block."""
     return np.zeros(block_shape(grid), dtype)
 
 
 def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:
-    """Raise ``maxima`` (of `block_array`) to the largest magnitude of each block that the parts meet; NaN and infinity
-    stay above all.
+    """Raise ``maxima`` (of `block_array`) to the largest magnitude of each block that the parts meet. NaN and infinity
+    count as larger than any number.
     """
     for part in parts:
         found = maxima[part.window.blocks].view(np.uint32).copy()
@@ -133,12 +133,10 @@ def raise_maxima(parts: Iterable[Part], values: Values, maxima: F32) -> None:
 
 
 def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8, coding: Coding = E4M3) -> None:
-    """Fill ``codes`` u8, one a byte, which lie as the values do. ``scales`` as of `block_array`; values that are not
-    finite have no code.
-    """
+    """Fill ``codes`` u8, one a byte, in the order of the values, which are finite. ``scales`` as of `block_array`."""
     for part in parts:
         given = np.ascontiguousarray(scales[part.window.blocks])
-        if not given.all():  # zeros, and nothing else, keep a scale of zero
+        if not given.all():  # a block of zeros may keep a scale of zero
             given = np.where(given == 0, np.float32(1), given)
         kernels.encode_blocks(
             part.of(values.bits), given, coding.form, coding.largest, *part.window.phase, part.of(codes)
@@ -146,21 +144,21 @@ def encode(parts: Iterable[Part], values: Values, scales: F32, codes: U8, coding
 
 
 def pack(codes: U8) -> U8:
-    """Codes of four bits [2 n], one a byte, as the bytes [n] that hold them."""
+    """Return the bytes [n] that hold codes of four bits [2 n], given one a byte."""
     packed = np.empty(codes.size // 2, np.uint8)
     kernels.pack(codes, packed)
     return packed
 
 
 def unpack(packed: U8) -> U8:
-    """The codes of four bits [2 n], one a byte, that bytes [n] hold."""
+    """Return the codes of four bits [2 n], one a byte, in the bytes [n]."""
     codes = np.empty(2 * packed.size, np.uint8)
     kernels.unpack(packed, codes)
     return codes
 
 
 def decode(parts: Iterable[Part], codes: U8, scales: F32, coding: Coding = E4M3) -> F32:
-    """The values [n] of codes as float32: ``code * scale``."""
+    """Return the values [n] of codes as float32: ``code * scale``."""
     bits = np.empty(codes.size, np.uint32)
     for part in parts:
         given = np.ascontiguousarray(scales[part.window.blocks])
@@ -171,7 +169,7 @@ def decode(parts: Iterable[Part], codes: U8, scales: F32, coding: Coding = E4M3)
 
 
 def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32, coding: Coding = E4M3) -> Counts:
-    """How many elements of each block that the parts meet are not given back by their codes."""
+    """Return how many elements of each block that the parts meet are not given back by their codes."""
     counts = np.zeros(scales.shape, np.int64)
     for part in parts:
         found = np.zeros(scales[part.window.blocks].shape, np.int64)
@@ -185,24 +183,24 @@ def count_inexact(parts: Iterable[Part], values: Values, codes: U8, scales: F32,
 
 
 def largest_of_codes(parts: Iterable[Part], codes: U8, scales: F32, coding: Coding) -> F32:
-    """The largest magnitude of each block, of codes as they are, one a byte; none of them is decoded."""
+    """Return the largest magnitude of each block, from codes, one a byte, without decoding them."""
     largest = np.zeros(scales.shape, np.float32)
-    sizes = (codes & np.uint8((1 << coding.form[0] - 1) - 1)).astype(np.uint16)  # in the order of their values
+    sizes = (codes & np.uint8((1 << coding.form[0] - 1) - 1)).astype(np.uint16)  # ordered as their values
     raise_maxima(parts, Values(sizes, 16, coding.dtype), largest)
     found: F32 = code_values(coding.dtype)[largest.view(np.uint32) >> np.uint32(16)] * scales
     return found
 
 
 def count_nonfinite(values: Values) -> int:
-    """How many values are NaN or infinite."""
+    """Return how many values are NaN or infinite."""
     return int(np.count_nonzero(~np.isfinite(values.floats)))
 
 
 @dataclass(slots=True)
 class Tally:
-    """What quantizing did to a number of elements.
+    """The effect of quantizing on a number of elements.
 
-    ``clipped``: magnitudes beyond the written scale; ``outgrown``: beyond the scale of before. Errors are those of
+    ``clipped``: magnitudes beyond the written scale; ``outgrown``: beyond the base's scale. Errors are those of
     ``code * scale`` in float32 against the value; ``error`` and ``magnitude`` are sums.
     """
 
@@ -227,9 +225,7 @@ class Tally:
 
 
 def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before: F32, coding: Coding = E4M3) -> Tally:
-    """What ``codes`` with ``scales`` lose of the values; ``before``: the scales that might have been kept (infinite
-    where none).
-    """
+    """Return what ``codes`` with ``scales`` lose of the values. ``before``: the base's scales, infinite without any."""
     sums, counts = np.zeros(kernels.TALLY), np.zeros(2, np.int64)
     with np.errstate(over="ignore"):
         beyond = before * coding.beyond
@@ -245,7 +241,7 @@ def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before:
 def arrival(
     parts: Iterable[Part], before: F32, wanted: F32, codes: U8, scales: F32, coding: Coding = E4M3
 ) -> tuple[Arrival, int]:
-    """What became of what was to be added to values [n], and how many of those magnitudes are beyond their scale.
+    """Return how much of an update of values [n] arrives, and how many wanted magnitudes are beyond their scale.
     ``scales`` as of `block_array`.
     """
     parts = list(parts)
@@ -256,13 +252,13 @@ def arrival(
             part.of(before), part.of(wanted), part.of(codes), given, coding.form, coding.beyond,
             *part.window.phase, sums, counts,
         )  # fmt: skip
-    if not np.isfinite(sums).all():  # then what is not finite is left out
+    if not np.isfinite(sums).all():  # values that are not finite are left out
         return Arrival.of(before, wanted, decode(parts, codes, scales, coding)), int(counts[1])
     return Arrival(before.size, int(counts[0]), *map(float, sums)), int(counts[1])
 
 
 def round_to(values: F32, dtype: str, out: npt.NDArray[Any]) -> int:
-    """Float32 values [n] as bits of ``dtype`` (BF16, F16 or F32), nearest even; returns how many finite ones became
-    infinite.
+    """Round float32 values [n] to bits of ``dtype`` (BF16, F16 or F32), nearest even. Return how many finite ones
+    became infinite.
     """
     return int(kernels.round_values(values, ROUNDING[dtype], out))

@@ -1,21 +1,21 @@
-"""Which scale a block gets: the one that it had, or a new one.
+"""The scale that a block gets: the one that it had, or a new one.
 
-A fresh scale is ``amax / 448`` in float32, 1 where ``amax`` is 0, stored in a scale dtype rounded up, so that nothing
-clips; where scales are exponents (e8m0), or are to be powers of two in a dtype that holds others too, it is the least
-of e8m0's values that is not below. A scale that is there already is kept where the block still *fits* it:
+A fresh scale is ``amax / 448`` in float32, 1 if ``amax`` is 0, stored in a scale dtype and rounded up, so that nothing
+clips. If scales are exponents (e8m0), or must be powers of two in another dtype, it is rounded up to a value of e8m0.
+An existing scale is kept if the block still *fits* it:
 
-- nothing lies beyond: no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the
-  scale that was rounded to bfloat16 may be larger by one part in 257 (449.743), and still has that code as its nearest;
-- and it is not so small that precision is thrown away: the largest magnitude is at least 28 times the scale, so that no
-  more than four of e4m3's binades are left unused; or the block is zero; or the scale gives back every element exactly.
+- no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the scale that was rounded
+  to bfloat16 may be larger by one part in 257 (449.743), and 448 is still its nearest code;
+- and the block is not so small that precision is lost: the largest magnitude is at least 28 times the scale, so that
+  no more than four of e4m3's binades are unused; or the block is zero; or the scale gives back every element exactly.
 
 So a block that was dequantized and not changed always fits, and gets its codes back.
 
-Codes of four bits (e2m1) keep a scale where the largest magnitude is at least 4 times it. A fresh one is as whoever
-defines the format makes it. MXFP4: the OCP's ``2 ** (floor(log2(amax)) - 2)``, by which values between 6 and 8 times it
-become 6. NVFP4: ``amax / 6`` less the tensor's `Factor`, rounded to the nearest e4m3 value, as compressed-tensors and
-ModelOpt do it (they differ where that is zero). The factor is to these scales what a scale is to codes of e4m3, and is
-kept by the rule above, of the whole tensor.
+Codes of four bits (e2m1) keep a scale if the largest magnitude is at least 4 times it. A fresh scale follows the
+definition of the format. MXFP4: the OCP's ``2 ** (floor(log2(amax)) - 2)``, with which values between 6 and 8 times it
+become 6. NVFP4: ``amax / 6`` under the tensor's `Factor`, rounded to the nearest e4m3 value, as compressed-tensors
+and ModelOpt do (they differ where that is zero). The factor relates to these scales as a scale to e4m3 codes, and is
+kept by the rule above, applied to the whole tensor.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fp8ckpt.numerics.quantize import E2M1, E4M3, Coding, Mask, Scales, Values, 
 
 
 def within(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
-    """Which blocks have nothing beyond their scale."""
-    with np.errstate(all="ignore"):  # a scale of zero is one of zeros
+    """Return a mask of the blocks whose magnitudes are not beyond their scale."""
+    with np.errstate(all="ignore"):  # a block of zeros may have a scale of zero
         inside: Mask = (maxima == 0) | (maxima / scales <= coding.beyond)
     return inside
 
 
 def fits(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
-    """Which blocks fit their scale by their largest magnitude alone. Of the others, `may_fit` says which an exact look
-    decides.
+    """Return a mask of the blocks that fit their scale by their largest magnitude alone. For those of `may_fit`, the
+    exactness of their elements decides.
     """
     with np.errstate(all="ignore"):
         large: Mask = (maxima == 0) | (maxima / scales >= coding.small)
@@ -44,7 +44,7 @@ def fits(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
 
 
 def may_fit(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
-    """Blocks that are small for their scale, and keep it if it gives back every element."""
+    """Return a mask of the blocks that are small for their scale, and keep it if it gives back every element."""
     with np.errstate(all="ignore"):
         ratio = maxima / scales
     small: Mask = (maxima > 0) & (ratio < coding.small)
@@ -54,15 +54,15 @@ def may_fit(maxima: F32, scales: F32, coding: Coding = E4M3) -> Mask:
 def fresh_scales(
     maxima: F32, dtype: str, *, powers_of_two: bool = False, coding: Coding = E4M3, factor: Factor | None = None
 ) -> Scales:
-    """New scales, as stored in ``dtype``, for blocks of these (finite) largest magnitudes; under a tensor's ``factor``.
+    """Return new scales, as stored in ``dtype``, for blocks with these finite largest magnitudes, under ``factor``.
 
-    Infinite or NaN where the dtype cannot hold one: F16 for magnitudes beyond 29 million (14 as powers of two), and
-    F8_E4M3 for those that the factor is too small for.
+    Infinite or NaN if the dtype cannot hold one: F16 for magnitudes beyond 29 million (14 as powers of two), and
+    F8_E4M3 for magnitudes that the factor is too small for.
     """
     if coding.dtype == F4:
         return _of_exponent(maxima) if factor is None else _of_two_levels(maxima, factor)
     wanted = (maxima / coding.largest).astype(np.float32)
-    # Below float32's normal numbers a quotient may have lost bits that matter.
+    # A quotient below float32's normal numbers may have lost bits that matter.
     short = (wanted < np.finfo(np.float32).tiny) & (wanted.astype(np.float64) * 448 < maxima)
     wanted = np.where(short, np.nextafter(wanted, np.float32(np.inf)), wanted)
     wanted = np.where(maxima == 0, np.float32(1), wanted)
@@ -85,18 +85,18 @@ def fresh_scales(
 
 
 def _of_exponent(maxima: F32) -> U8:
-    """MXFP4: the exponent of the largest magnitude less that of the largest code; 1 for zeros."""
+    """Return MXFP4 scales: the exponent of the largest magnitude less that of the largest code; 1 for zeros."""
     exponents = np.maximum(maxima.view(np.uint32) >> np.uint32(23), np.uint32(2)) - np.uint32(2)
     return np.where(maxima == 0, np.uint32(127), exponents).astype(np.uint8)
 
 
-_MOST_OF_E4M3 = np.float32(464)  # what is larger does not round to 448
+_MOST_OF_E4M3 = np.float32(464)  # larger values do not round to 448
 _LEAST_OF_E4M3 = np.float32(2.0**-9)
 _NAN_OF_E4M3 = np.uint8(0x7F)
 
 
 def _of_two_levels(maxima: F32, factor: Factor) -> U8:
-    """NVFP4: to the nearest, never zero."""
+    """Return NVFP4 scales, rounded to the nearest, never zero."""
     wanted = _under(maxima, factor)
     if factor.divides:  # compressed-tensors
         wanted = np.where(wanted <= _LEAST_OF_E4M3 / 2, np.float32(0.125), wanted)
@@ -111,25 +111,25 @@ def _of_two_levels(maxima: F32, factor: Factor) -> U8:
 
 
 def _under(maxima: F32, factor: Factor) -> F32:
-    """The scales of groups under a factor, before they are rounded."""
+    """Return the scales of groups under a factor, before rounding."""
     with np.errstate(all="ignore"):
         found: F32 = maxima / E2M1.largest * factor.value if factor.divides else maxima / (E2M1.largest * factor.value)
     return found
 
 
 def outgrows(largest: np.float32, factor: Factor) -> bool:
-    """Whether a group of this largest magnitude needs a scale that e4m3 does not hold under the factor."""
+    """Whether a group with this largest magnitude needs a scale that e4m3 cannot hold under the factor."""
     return not _under(np.full(1, largest, np.float32), factor)[0] <= _MOST_OF_E4M3
 
 
 def small_for(largest: np.float32, factor: Factor) -> bool:
-    """Whether a tensor is so small for its factor that it keeps it only if it is given back exactly."""
+    """Whether a tensor is so small for its factor that it keeps it only if it gives back every element."""
     return bool(largest > 0 and _under(np.full(1, largest, np.float32), factor)[0] < E4M3.small)
 
 
 def choose_factor(largest: np.float32, before: Factor, *, exact: bool, fresh: bool) -> Factor:
-    """The factor of before, or a new one, for a tensor of this largest magnitude. ``exact``: whether every element is
-    given back by its scales of before; ``fresh``: none is kept.
+    """Return the factor ``before`` or a new one, for a tensor with this largest magnitude. ``exact``: whether its
+    present scales give back every element; ``fresh``: nothing is kept.
     """
     if not fresh and not outgrows(largest, before) and (exact or not small_for(largest, before)):
         return before
@@ -137,9 +137,9 @@ def choose_factor(largest: np.float32, before: Factor, *, exact: bool, fresh: bo
 
 
 def fresh_factor(largest: np.float32, *, divides: bool) -> Factor:
-    """A new factor for a tensor of this (finite) largest magnitude: that of the group which holds it is e4m3's largest.
+    """Return a new factor: the group with this finite largest magnitude of the tensor then gets e4m3's largest scale.
 
-    As compressed-tensors (``divides``) and ModelOpt make it, but that it is 1 where neither's is a number.
+    It is that of compressed-tensors (``divides``) or ModelOpt, or 1 where theirs is not a positive finite number.
     """
     most = E2M1.largest * E4M3.largest
     with np.errstate(all="ignore"):
@@ -157,10 +157,10 @@ def choose_scales(
     coding: Coding = E4M3,
     factor: Factor | None = None,
 ) -> tuple[Scales, Mask]:
-    """(scales as stored in ``dtype``, which of them are ``kept``) for blocks of these largest magnitudes.
+    """Return (scales as stored in ``dtype``, mask of those that are ``kept``) for blocks of these largest magnitudes.
 
-    ``kept``: the scales of before, of the same shape, or None to make all anew; ``exact``: where they give back every
-    element; ``powers_of_two``: of new scales; ``factor``: of all.
+    ``kept``: the present scales, of the same shape, or None to make all new; ``exact``: which of them give back every
+    element; ``powers_of_two``: for new scales; ``factor``: of all scales.
     """
     fresh = fresh_scales(maxima, dtype, powers_of_two=powers_of_two, coding=coding, factor=factor)
     if kept is None:

@@ -1,7 +1,7 @@
-"""The innermost part of a product: a tile of sums that stays in registers while the rank goes by.
+"""The innermost part of a product: a tile of sums that stays in registers during the loop over the rank.
 
-Written in vectors of LLVM, which no loop of numba becomes: it would store each sum after every addition. A product and
-an addition are two roundings here, as in plain float32, whatever the machine's vectors are.
+It is written in LLVM vectors, because numba would store each sum after every addition. A product and an addition are
+two roundings, as in plain float32, for any vector width of the machine.
 """
 
 # mypy: disable-error-code="no-untyped-call,untyped-decorator"
@@ -15,19 +15,19 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-ROWS, COLS = 4, 32  # sums of a tile: eight vectors of AVX-512, and the sixteen that AVX2 has
+ROWS, COLS = 4, 32  # sums of a tile: eight vectors of AVX-512, or all sixteen of AVX2
 
 
 @intrinsic
 def _add_tile(_context: Any, left: Any, panel: Any, first: Any, last: Any, scaling: Any, values: Any, col: Any) -> Any:
     """``values[:, col : col + COLS] += scaling * (left[:, first:last] @ panel[first:last])``: left f32 [ROWS, K], panel
-    f32 [K, COLS], values f32 [ROWS, C], all in C order. A sum takes its products one after the other, from zero.
+    f32 [K, COLS], values f32 [ROWS, C], all in C order. A sum adds its products one after the other, from zero.
     """
     signature = types.void(left, panel, types.int64, types.int64, types.float32, values, types.int64)
     return signature, _build
 
 
-add_tile: Any = _add_tile  # which is called without the context
+add_tile: Any = _add_tile  # callers do not pass the context
 
 
 def _build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
