@@ -1,9 +1,9 @@
 """The command line: each command is one library call and printing.
 
-Results go to stdout; progress and errors go to stderr. Under torchrun the first rank speaks for all. Exit codes: 0
-done, 1 refused or different, 2 usage, 130 interrupted. An error is one line; a traceback is a bug.
+Results go to stdout, progress and errors to stderr. Under torchrun only the first rank prints. Exit codes: 0 done, 1
+refused or different, 2 usage, 130 interrupted. An error is one line; a traceback is a bug.
 
-One file a command. `options` holds what several commands share, `printing` how results look, `progress` what is seen
+One file per command. `options` holds what several commands share, `printing` how results look, `progress` what is shown
 while a command works. Help imports neither torch nor numpy: a command imports its job when it runs.
 """
 
@@ -38,7 +38,7 @@ app = typer.Typer(
 
 _COMMANDS: dict[
     Callable[..., None], tuple[str, str]
-] = {  # in the order of help: a line, and an example that a test runs
+] = {  # in the order of the help: a line, and an example that a test runs
     inspect: ("What is FP8, with which scales; what is not; every defect.", "fp8ckpt inspect sample-fp8"),
     convert: ("FP8 to BF16, exactly; and back to FP8.", "fp8ckpt convert sample-fp8 sample-bf16 --to bf16"),
     merge: ("LoRA adapters into a release, in its own layout.", "fp8ckpt merge sample-fp8 sample-lora merged-fp8"),
@@ -69,22 +69,22 @@ def _options(
 def main() -> None:
     """Run the command line, and turn every named error into one line."""
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a name that is a text
-        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None where the caller closed them
-        for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding, or any encoding, lacks
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None if the caller closed them
+        for stream in (sys.stdout, sys.stderr):  # a name may hold what no encoding has
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
             try:
                 app()
             finally:
-                sys.stdout.flush()  # or Python does it when nobody can catch its error
-                gc.freeze()  # all ends with the process: there is no need to look for cycles in all that was imported
+                sys.stdout.flush()  # or Python flushes when nothing can catch its error
+                gc.freeze()  # the process ends: no garbage collection of all imported modules is needed
         except Fp8CheckpointError as error:
             refuse(error)
         except MemoryError:
             fail("there is not enough memory; --workers 1 takes the least, where there is that option")
         except OSError as error:
             sys.stdout = nowhere
-            if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
                 sys.exit(1)
             fail(f"{error.filename or 'standard output'}: {error.strerror}")

@@ -77,11 +77,11 @@ def convert(
 ) -> None:
     """Dequantize every weight, exactly, and write the directory that a trainer loads. Or quantize again.
 
-    With --like BASE, what goes out has BASE's layout to the byte, FP8, MXFP4 or NVFP4, and SRC's values; what was not
-    trained comes back as it was.
+    With --like BASE, the output has BASE's layout to the byte, FP8, MXFP4 or NVFP4, and SRC's values; weights that were
+    not trained come back byte for byte.
 
-    What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
-    Under torchrun, the ranks share the work.
+    The output is in DST.partial until it is complete. The same command resumes an interrupted run. Under torchrun, the
+    ranks share the work.
     """
     from fp8ckpt.convert import convert as run
     from fp8ckpt.convert import plan_convert

@@ -29,12 +29,10 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """What is FP8, with which scales; what is not, and why; what BF16 will take; and every defect. Exit 1 if there is
-    one.
-    """
+    """What is FP8, with which scales; what is not, and why; what BF16 will take; every defect. Exit 1 if any."""
     from fp8ckpt.inspect import inspect as run
 
-    listed = "" if as_json and tensor is None else tensor  # a machine reads what it needs
+    listed = "" if as_json and tensor is None else tensor  # JSON has all tensors
     with job():
         found = run(path, follow_index=follow_index, tensor=listed, scales=scales or as_json)
     answer(found, _print if tensor is None else _print_listed, as_json=as_json, quiet=quiet)

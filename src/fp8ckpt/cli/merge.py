@@ -48,10 +48,10 @@ def merge(
 ) -> None:
     """Merge a LoRA into a release, and write it in the release's own layout; the model is never held in BF16.
 
-    What ADAPTER does not touch comes out as it was, byte for byte. The report says how much of ADAPTER arrived.
+    Tensors that ADAPTER does not touch are unchanged, byte for byte. The report says how much of ADAPTER arrived.
 
-    What is written is in DST.partial until it is whole. A run that was cut off is resumed by the same command.
-    Under torchrun, the ranks share the work.
+    The output is in DST.partial until it is complete. The same command resumes an interrupted run. Under torchrun, the
+    ranks share the work.
     """
     from fp8ckpt.merge import merge as run
     from fp8ckpt.merge import plan_merge
@@ -67,7 +67,7 @@ def merge(
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """A path with its weight, which is 1 where none is given."""
+    """A path with its weight; 1 if none is given."""
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0

@@ -1,4 +1,4 @@
-"""What several commands take, said once: arguments, options, and words that have more than one spelling."""
+"""Arguments, options, and words with several spellings that commands share."""
 
 import difflib
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ Workers = Annotated[
 
 
 def word(*names: str, also: dict[str, str] | None = None, instead: dict[str, str] | None = None, help: str) -> Any:
-    """An option whose value is one of ``names``, in any case; ``also``: other spellings, and the name each stands for;
-    ``instead``: what is no value, and what to do where it was meant.
+    """Return an option whose value is one of ``names``, in any case. ``also``: other spellings, with the name that each
+    stands for; ``instead``: words that are not values, with the advice that is printed for each.
     """
     known = {name: name for name in names} | {other: name for other, name in (also or {}).items() if name in names}
 
@@ -55,13 +55,13 @@ def word(*names: str, also: dict[str, str] | None = None, instead: dict[str, str
 
 
 def target(*names: str, four_bits: str, help: str) -> Any:
-    """A `word` for what tensors become; ``four_bits``: what to do where that was meant."""
+    """A `word` for what tensors become; ``four_bits``: the advice if a format of four bits is given."""
     return word(*names, also=_DTYPES, instead=dict.fromkeys(("fp4", "mxfp4", "nvfp4"), four_bits), help=help)
 
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """A `ValueError` about arguments is wrong usage here; a named error of a checkpoint is not."""
+    """Raise a `ValueError` about arguments as wrong usage, except a named error of a checkpoint."""
     try:
         yield
     except ValueError as error:

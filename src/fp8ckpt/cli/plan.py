@@ -24,8 +24,8 @@ def plan(
 ) -> None:
     """What each rank of a cluster will hold as bfloat16, read, and take at its peak. Reads headers only.
 
-    The ranks that tp and pp leave are data-parallel, and share out what they hold, as FSDP2 does. Which tensors are
-    cut, and how, is told by their names, and printed.
+    The ranks that tp and pp leave are data-parallel, and shard what they hold among them, as FSDP2 does. The names of
+    tensors decide which are cut, and how; that is printed.
     """
     from fp8ckpt.plan import plan as run
 

@@ -1,4 +1,4 @@
-"""How results look: tables and sentences for people, JSON for machines, colour on a terminal."""
+"""How results are printed: tables and sentences for people, JSON for machines, colour on a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}  # numbers of the te
 
 
 def speaks() -> bool:
-    """Whether this process prints: under torchrun, the first rank does for all."""
+    """Whether this process prints: under torchrun, only the first rank does."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
 
 
@@ -42,8 +42,8 @@ def fail(message: str) -> NoReturn:
 
 
 def refuse(error: Fp8CheckpointError) -> NoReturn:
-    """End as `fail` does; where JSON was asked for, stdout has the error's facts."""
-    if "--json" in map(str.lower, sys.argv) and speaks():  # the command that took the option has ended
+    """End like `fail`; with ``--json``, stdout gets the facts of the error."""
+    if "--json" in map(str.lower, sys.argv) and speaks():  # the command has ended, and its options are gone
         import json
 
         print(json.dumps({"error": _plain(error)}, indent=2))
@@ -52,11 +52,11 @@ def refuse(error: Fp8CheckpointError) -> NoReturn:
 
 @contextmanager
 def job(destination: Path | None = None) -> Iterator[None]:
-    """Ctrl-C ends a job within seconds; one that writes says what it leaves, and how to go on. What it finds wrong in
-    its arguments is wrong usage.
+    """Run a job that Ctrl-C ends within seconds; one that writes says what it leaves, and how to continue. A
+    `ValueError` about its arguments is wrong usage.
 
-    What is under way is waited for, and no longer than `_GRACE`: a store or a disk may be silent, and a run may be cut
-    off at any moment.
+    After Ctrl-C, work in progress gets `_GRACE` seconds: a store or a disk may not answer, and a run may be interrupted
+    at any moment.
     """
 
     def leave() -> None:
@@ -77,7 +77,7 @@ def job(destination: Path | None = None) -> Iterator[None]:
         if callable(before):
             before(number, frame)  # raises KeyboardInterrupt
 
-    if before is not signal.SIG_IGN:  # as nohup has it
+    if before is not signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGINT, interrupt)
     try:
         with usage():
@@ -89,11 +89,11 @@ def job(destination: Path | None = None) -> Iterator[None]:
 
 
 def answer(result: T, print_text: Callable[[T], None], *, as_json: bool, quiet: bool, **more: object) -> None:
-    """Print a result, in the way that was asked for; ``more`` is said in JSON only."""
+    """Print a result as text or JSON; ``more`` is printed in JSON only."""
     if not speaks():
         return
     if as_json:
-        import json  # help has no need of it
+        import json  # not needed for help
 
         print(json.dumps({**more, **dataclasses.asdict(result)}, indent=2, default=_plain))  # type: ignore[call-overload]  # T is a dataclass
     elif not quiet:
@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def answer_plan(plan: Callable[[], Forecast], *, as_json: bool, quiet: bool) -> None:
-    """Print what a job would do; exit 1 where there is no room."""
+    """Print what a job would do; exit 1 if there is not enough disk space."""
     with usage():
         forecast = plan()
     answer(forecast, _print_forecast, as_json=as_json, quiet=quiet)
@@ -131,7 +131,7 @@ def _print_forecast(forecast: Forecast) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A time, in the units that suit it."""
+    """A time, in units that suit it."""
     if seconds < 1:
         return "less than a second"
     minutes, seconds = divmod(round(seconds), 60)
@@ -140,7 +140,7 @@ def duration(seconds: float) -> str:
 
 
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:
-    """``text`` in a colour, or bold, where the stream is a terminal and NO_COLOR does not ask for none."""
+    """``text`` in a colour, or bold, if the stream is a terminal and NO_COLOR is not set."""
     stream = stream or sys.stdout
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
@@ -148,7 +148,7 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in the unit that suits them."""
+    """A number of bytes, in a unit that suits it."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count, units = count / 1000, units[1:]
@@ -156,12 +156,12 @@ def size(count: float) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """``part`` of ``whole``, and in percent."""
+    """``part`` of ``whole``, also in percent."""
     return f"{part:,} of {whole:,}" + (f" ({100 * part / whole:.3g} %)" if whole else "")
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    """Print columns of text; numbers stand to the right."""
+    """Print columns of text; numbers are aligned to the right."""
     cells = [tuple(f"{cell:,}" if isinstance(cell, int) else shown(cell) for cell in row) for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     right = [isinstance(cell, int) for cell in rows[0]]
@@ -172,7 +172,7 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
 
 
 def print_written(result: ConvertResult | MergeResult, did: str) -> None:
-    """Print what a job wrote, and what a user should know of it."""
+    """Print what a job wrote, and its notes."""
     written = f"{result.tensors} tensors in {size(result.bytes_written)}"
     print(f"{result.destination}: {written}, {did}{result.seconds:.1f} s")
     if result.bytes_resumed:
@@ -189,7 +189,7 @@ def print_scales(total: WeightReport | MergedWeight, moved: str = "") -> None:
 
 
 def print_first(lines: Iterable[tuple[str, str]]) -> None:
-    """Print ``(kind, line)``: the first twenty of each kind, and how many more there are, which JSON has."""
+    """Print ``(kind, line)``: the first twenty lines of each kind, and the number of the others, which JSON has."""
     counts: Counter[str] = Counter()
     for kind, line in lines:
         counts[kind] += 1
@@ -201,7 +201,7 @@ def print_first(lines: Iterable[tuple[str, str]]) -> None:
 
 
 def print_defects(defects: Sequence[Fp8CheckpointError], kind: str = "defects") -> None:
-    """Print how many there are, and the first of each class."""
+    """Print the number of defects, and the first of each class."""
     print(f"{kind}: {styled(f'{len(defects):,}', 'red') if defects else 'none'}")
     names = [type(defect).__name__ for defect in defects]
     print_first(
@@ -215,7 +215,7 @@ def print_notes(notes: Sequence[str]) -> None:
 
 
 def print_nan_codes(nan_codes: dict[str, int], where: str = "") -> None:
-    """Print how many NaN codes there are, and where the first is."""
+    """Print the number of NaN codes, and the first tensor that has one."""
     if not nan_codes:
         print(f"0 NaN codes{where}")
         return

@@ -1,4 +1,4 @@
-"""What is seen on stderr while a command works: a bar on a terminal, and lines where there is none."""
+"""Progress on stderr while a command works: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fp8ckpt.errors import shown
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-INTERVAL = 30.0  # seconds between two lines where there is no terminal
+INTERVAL = 30.0  # seconds between two lines, without a terminal
 
 Report = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
 
 @contextmanager
 def progress(verb: str, *, quiet: bool) -> Iterator[Report | None]:
-    """A function to be told of progress, or None where nobody is to see any."""
+    """Yield a function that reports progress, or None if nothing is to be shown."""
     if quiet or not speaks():
         yield None
     elif sys.stderr.isatty():
@@ -48,9 +48,9 @@ def _bar() -> Progress:
 
 
 class Lines:
-    """Progress as lines of text, one every `INTERVAL` seconds at most; a command that is done by then prints none.
+    """Progress as lines of text, at most one every `INTERVAL` seconds; a command that finishes before that prints none.
 
-    ``clock`` gives seconds.
+    ``clock`` returns seconds.
     """
 
     def __init__(self, verb: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,7 +60,7 @@ class Lines:
         self._begun = self._printed = clock()
 
     def report(self, done: int, total: int, doing: str) -> None:
-        """Print a line, if it is time."""
+        """Print a line, if it is time for one."""
         now = self._clock()
         if now - self._printed < INTERVAL:
             return

@@ -27,7 +27,7 @@ def report(
 ) -> None:
     """Draw a page, in one HTML file: sizes, scales by layer, which codes are in use; and with B, what moved.
 
-    Needs the extra: pip install 'fp8ckpt[report]'. All of A, and of B, is read once.
+    Needs the extra: pip install 'fp8ckpt[report]'. Reads all of A, and of B, once.
     """
     from fp8ckpt.report import report as run
 

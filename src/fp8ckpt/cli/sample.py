@@ -44,7 +44,7 @@ def sample(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a miniature, valid FP8 checkpoint in the released layout, which a model can be made of."""
+    """Write a miniature, valid FP8 checkpoint in the released layout, from which a model can be built."""
     from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes, plan_sample
     from fp8ckpt.sample import sample as run
 

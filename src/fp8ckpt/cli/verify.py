@@ -32,8 +32,8 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check one checkpoint, or compare two: the same tensors bit for bit, configuration and side files. Exit 1 if
-    not.
+    """Check that one checkpoint is sound, or that two are the same: tensors bit for bit, configuration and side files.
+    Exit 1 if not.
     """
     from fp8ckpt.verify import verify as run
 

@@ -1,1 +1,1 @@
-"""Leaf modules, one a host trainer: what is special to it. The core never imports them."""
+"""One module per host trainer, for what that trainer alone needs. The core never imports them."""

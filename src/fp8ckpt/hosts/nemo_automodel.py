@@ -1,11 +1,11 @@
-"""NeMo AutoModel: our adapter, on its streaming path too.
+"""NeMo AutoModel: our adapter for its streaming path.
 
-`Mistral3FP8StateDictAdapter` itself serves that trainer's single-process and DCP paths. Its streaming path asks for
-more: that the adapter be an instance of its own base class, and cut the load into parts, each finished before the next
-begins. Written against nemo-automodel 0.7.0.
+`Mistral3FP8StateDictAdapter` itself serves that trainer's single-process and DCP paths. Its streaming path needs more:
+the adapter must be an instance of the trainer's own base class, and divide the load into parts, each finished before
+the next begins. Written against nemo-automodel 0.7.0.
 
-    model.state_dict_adapter = AutoModelMistral3FP8StateDictAdapter.from_checkpoint(path)
-    checkpointer.load_model(model, path, is_init_step=True)
+model.state_dict_adapter = AutoModelMistral3FP8StateDictAdapter.from_checkpoint(path) checkpointer.load_model(model,
+path, is_init_step=True)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictA
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_PART = 1 << 28  # elements of the full tensors; every rank must cut at the same places, so shards do not count
+_PART = 1 << 28  # elements of full tensors, not of shards, so that every rank cuts at the same places
 _ENDS = ("embed_tokens.weight", "model.norm.weight")  # of the text model; a pipeline stage lacks one or both
 
 
@@ -34,14 +34,13 @@ class AutoModelMistral3FP8StateDictAdapter(Mistral3FP8StateDictAdapter, HostStat
     def iter_checkpoint_load_parts(
         self, model_state_dict: dict[str, torch.Tensor], device_mesh: DeviceMesh | None = None
     ) -> Iterator[CheckpointLoadPart] | None:
-        """Parts of about a quarter of a billion elements: FP8 placeholders for a few weights at a time, and their
-        finishing.
+        """Return parts of about a quarter of a billion elements: FP8 placeholders for a few weights, and what finishes
+        them.
 
-        Tensors that are BF16 on disk are filled in place. A head that is not on disk, being tied to the embedding,
-        counts as done with the last part; the host ties the two when all parts are done. None, upon which the host
-        takes another path, where parts cannot be told: for a pipeline stage, since the host reads each part on all
-        ranks together, and stages have parts of different number; and for a tied model without a file to look at,
-        which may hold a head or not.
+        Tensors that are BF16 on disk are filled in place. A head that is tied to the embedding, and not on disk, counts
+        as done with the last part; the host ties the two after all parts. Returns None, and the host takes another
+        path, in two cases: for a pipeline stage, since the host reads each part on all ranks together and stages have
+        different numbers of parts; and for a tied model without a file, which may hold a head or not.
         """
         if not all(any(name.endswith(end) for name in model_state_dict) for end in _ENDS):
             return None

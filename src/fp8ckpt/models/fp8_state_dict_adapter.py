@@ -1,8 +1,8 @@
-"""What the FP8 adapters of all families share: placeholders going out, pairing and dequantizing coming in.
+"""What the FP8 adapters of all families share, for hosts that own their reader.
 
-For hosts that own their reader. ``to_hf(quantization=True)`` emits FP8 placeholders and their scales', so that the
-reader fetches codes verbatim; ``from_hf`` pairs, dequantizes and drops. Hosts that take a reader get `FP8StorageReader`
-instead, and need ``to_hf(quantization=False)`` only. Both ways give the same bits.
+``to_hf(quantization=True)`` emits placeholders for codes and scales, so that the host's reader fetches codes verbatim;
+``from_hf`` pairs codes with scales, dequantizes, and drops the scales. Hosts that take a reader get `FP8StorageReader`
+instead, and only need ``to_hf(quantization=False)``. Both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def identity(name: str) -> str:
 class Release(NamedTuple):
     """What an adapter takes from the checkpoint that it was made for.
 
-    ``quantized``: its FP8 weights by native name; ``stored``: all names on disk; ``powers_of_two``: of new scales.
+    ``quantized``: its FP8 weights by native name; ``stored``: all names on disk; ``powers_of_two``: whether new scales
+    must be powers of two.
     """
 
     quantized: Mapping[str, QuantizedTensor]
@@ -51,10 +52,10 @@ class Release(NamedTuple):
 
 
 class FP8StateDictAdapter(StateDictAdapter):
-    """A family says which weights are FP8, how their scales tile them, and of which dtype these are without a file."""
+    """Base class: a family defines which weights are FP8, how scales tile them, and their dtype without a file."""
 
     logger: logging.Logger
-    block_size: tuple[int, ...] | None = None  # one scale a tensor
+    block_size: tuple[int, ...] | None = None  # None: one scale per tensor
     scale_dtype: str
 
     def __init__(
@@ -63,11 +64,11 @@ class FP8StateDictAdapter(StateDictAdapter):
         self.native_to_hf = native_to_hf
         self.hf_to_native = hf_to_native
         self.layout_name = layout_name
-        self._release: Release | None = None  # of from_checkpoint()
-        self.may_lack_head = False  # on disk, since it is tied to the embeddings
+        self._release: Release | None = None  # set by from_checkpoint()
+        self.may_lack_head = False  # the file may lack a head that is tied to the embeddings
 
     def _take(self, checkpoint: Checkpoint) -> None:
-        """Be the adapter of an open checkpoint: by its headers and configuration alone. Raises
+        """Become the adapter of an open checkpoint, from its headers and configuration alone. Raises
         `UnsupportedFormatError` for scales of another shape or name than the family's.
         """
         for tensor in checkpoint.quantized:
@@ -93,23 +94,23 @@ class FP8StateDictAdapter(StateDictAdapter):
                 self.fqn_to_index_mapping.setdefault(self.native_to_hf("lm_head.weight"), len(numbers))
 
     def is_fp8_weight(self, fqn: str) -> bool:
-        """By the file, if there is one; otherwise by the release's rule for names."""
+        """Whether a weight is FP8: by the file, if there is one; otherwise by the release's rule for names."""
         return self._is_named_fp8(fqn) if self._release is None else fqn in self._release.quantized
 
     @abstractmethod
     def _is_named_fp8(self, fqn: str) -> bool:
-        """Whether the release's rule for names makes an FP8 weight of it."""
+        """Whether the release's rule for names makes it an FP8 weight."""
 
     def _fits(self, tensor: QuantizedTensor) -> tuple[bool, str]:
-        """Whether its scale is one as the family has them, and in words what that is."""
+        """Whether its scale has the family's shape, and that shape in words."""
         if self.block_size is None:
             return tensor.grid.per_tensor, "one scale a tensor"
         grid = tiled(tensor.shape, self.block_size)
         return (False, "a matrix") if grid is None else (tensor.scale.shape == grid.shape, f"{grid.shape}")
 
     def _scaled(self, fqn: str, weight: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        """(the shape of a weight's scale, the size of its blocks); for one that spans it no size, and the file's shape,
-        if there is a file.
+        """Return (the shape of a weight's scale, its block size). A scale that spans the weight has no block size, and
+        the file's shape, if there is a file.
         """
         if self.block_size is None:
             return () if (tensor := self._on_disk(fqn)) is None else tensor.scale.shape, None
@@ -119,15 +120,16 @@ class FP8StateDictAdapter(StateDictAdapter):
         return grid.shape, grid.block_size
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:
-        """A tensor of the shape and dtype that the weight's scale has on disk; whole on every rank."""
+        """Return a tensor with the shape and dtype of the weight's scale on disk; whole on every rank."""
         tensor = self._on_disk(fqn)
         dtype = torch_dtype(self.scale_dtype if tensor is None else tensor.scale.dtype)
         return torch.ones(self._scaled(fqn, weight)[0], device=weight.device, dtype=torch.float32).to(dtype)
 
     def quantize(self, fqn: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scale) of a weight, with the checkpoint's scales where it fits them; without one, new ones.
+        """Return (codes, scale) of a weight, with the checkpoint's scales where they fit; without a checkpoint, with
+        new ones.
 
-        Raises `ScaleValueError` where one on disk is no scale, `RangeError` where its dtype could not hold a new one.
+        Raises `ScaleValueError` if a scale on disk is invalid, `RangeError` if its dtype cannot hold a new one.
         """
         shape, block_size = self._scaled(fqn, weight)
         tensor, rule, before = self._on_disk(fqn), Rule(fqn, self.scale_dtype), None
@@ -150,9 +152,9 @@ class FP8StateDictAdapter(StateDictAdapter):
     ) -> dict[str, Any]:
         """Convert a native state dict to the HF layout.
 
-        With ``quantization``, each FP8 weight becomes a placeholder of its shape, device and placements whose codes are
-        still to be read, followed by one for its scale; everything else is the same object. Native names that match
-        ``exclude_key_regex`` from their start are left out. Further keywords, which hosts pass, change nothing.
+        With ``quantization``, each FP8 weight becomes a placeholder of its shape, device and placements, for codes that
+        are still to be read, followed by one for its scale; everything else is the same object. Native names that match
+        ``exclude_key_regex`` from their start are left out. Further keywords, which hosts pass, are ignored.
         """
         hf: dict[str, Any] = {}
         for fqn, value in state_dict.items():
@@ -171,8 +173,9 @@ class FP8StateDictAdapter(StateDictAdapter):
     ) -> dict[str, Any]:
         """Convert an HF state dict, FP8 or not, to the native one.
 
-        An FP8 weight with its ``_scale_inv`` beside it becomes bfloat16, a DTensor stays one; scales and activation
-        scales are dropped; the rest passes as the same object, an FP8 weight without a scale too, which hosts rely on.
+        An FP8 weight with its ``_scale_inv`` becomes bfloat16, and a DTensor stays a DTensor. Scales and activation
+        scales are dropped. Everything else is passed on as the same object; so is an FP8 weight without a scale, which
+        hosts rely on.
         """
         native: dict[str, Any] = {}
         dequantized = scales = activations = 0
@@ -194,16 +197,15 @@ class FP8StateDictAdapter(StateDictAdapter):
         return native
 
     def dequantize(self, key: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The bfloat16 values of codes."""
+        """Return the bfloat16 values of codes."""
         return dequantize(key, weight, scale, self.block_size)
 
     def convert_single_tensor_to_hf(self, fqn: str, tensor: Any, **kwargs: Any) -> list[tuple[str, Any]]:
-        """The (HF name, tensor) pairs that are stored for a native tensor.
+        """Return the (HF name, tensor) pairs that are stored for a native tensor.
 
-        One pair, of the same object; with ``quantization=True`` two for an FP8 weight: its codes, and a scale with
-        which they reproduce the tensor that went in: exactly, if it was not changed since it was loaded from the
-        checkpoint that the adapter was made for (`from_checkpoint`), and within e4m3's rounding otherwise. All ranks
-        that hold shards must call.
+        One pair, with the same object; for an FP8 weight with ``quantization=True`` two: its codes, and a scale. They
+        reproduce the tensor exactly if it is unchanged since it was loaded from the checkpoint that the adapter was
+        made for (`from_checkpoint`), and otherwise within e4m3's rounding. All ranks that hold shards must call it.
         """
         key = self.native_to_hf(fqn)
         excluded = kwargs.get("exclude_key_regex")
@@ -215,5 +217,5 @@ class FP8StateDictAdapter(StateDictAdapter):
         return [(key, tensor)]
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> FP8StorageReader:
-        """The reader that torchtitan asks its adapter for. Whether the checkpoint is quantized, the file knows."""
+        """Return the reader that torchtitan asks its adapter for. The file itself says whether it is quantized."""
         return FP8StorageReader(path)

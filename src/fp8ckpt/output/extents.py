@@ -1,7 +1,7 @@
-"""How an output file is cut: into chunks, which a worker fills and writes at once, and extents, which are shared among
-processes, flushed to disk, and resumed.
+"""How an output file is cut: into chunks, which a worker fills and writes in one step, and extents, which are shared
+among processes, flushed to disk, and resumed.
 
-Pure data; every process that makes the same plan cuts it in the same way.
+Pure data; every process with the same plan cuts it in the same way.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from fp8ckpt.stores.store import ByteRange, Store
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor, reads_of_run, with_scales
 
-#: Bytes, at most. With what it is made of, a chunk stays in a second-level cache, and a disk takes it in one request.
+#: Bytes, at most. A chunk and its inputs fit into a second-level cache, and a disk takes it in one request.
 CHUNK = 4 << 20
-#: Bytes: what a run that was cut off has to write again, at most, per worker.
+#: Bytes; at most this is written again, per worker, after an interruption.
 EXTENT = 16 * CHUNK
-#: Bytes of an extent that is held in memory until a store has it.
+#: Bytes of an extent that is held in memory until it is in a store.
 PART = 4 * CHUNK
-#: As many parts a file may have in a store.
+#: The most parts that a store allows a file.
 MOST_PARTS = 10_000
 
 
 class Chunk(NamedTuple):
-    """Bytes ``[start, stop)`` of an output file; ``first``: which of its tensors is the first that it meets."""
+    """Bytes ``[start, stop)`` of an output file; ``first``: the index of the first tensor in the file that it meets."""
 
     start: int
     stop: int
@@ -38,10 +38,10 @@ class Chunk(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """Some chunks of an output file; ``beside``: the other files that filling them writes to.
+    """Some chunks of an output file; ``beside``: the other files that are written to when it is filled.
 
-    ``number``: which of the file it is, from 1 on; bytes ``[start, stop)`` of it are this one's, and no other's.
-    ``again``: it was written before.
+    ``number``: its number in the file, from 1 on; bytes ``[start, stop)`` belong to it alone. ``again``: it was written
+    before.
     """
 
     layout: FileLayout
@@ -63,7 +63,7 @@ class Extent(NamedTuple):
 
 
 def page_chunks(layout: FileLayout) -> Iterator[Chunk]:
-    """All of a file in chunks that begin at pages."""
+    """Yield all of a file in chunks that begin at pages."""
     first = 0
     for start in range(0, layout.size, CHUNK):
         while first < len(layout.spans) and layout.spans[first].stop <= start:
@@ -72,8 +72,8 @@ def page_chunks(layout: FileLayout) -> Iterator[Chunk]:
 
 
 def extents_of(layout: FileLayout, chunks: Iterable[Chunk], most: int) -> Iterator[Extent]:
-    """The chunks of a file in extents of ``most`` bytes, in a longer file of as many as `MOST_PARTS` need: their order
-    means the same to every process that made the same plan.
+    """Yield the chunks of a file in extents of ``most`` bytes, or more if the file would have over `MOST_PARTS`. Their
+    order is the same in every process with the same plan.
     """
     most = part_of(layout.size, most)
     taken: list[Chunk] = []
@@ -89,12 +89,12 @@ def extents_of(layout: FileLayout, chunks: Iterable[Chunk], most: int) -> Iterat
 
 
 def part_of(size: int, least: int) -> int:
-    """Bytes of the parts of a file of ``size``: at least so many, and no more parts than a store takes."""
+    """Bytes of each part of a file of ``size`` bytes: ``least``, or more if a store would not allow as many parts."""
     return max(least, -(-size // (MOST_PARTS - 1)))
 
 
 def met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int]]:
-    """The tensors that a chunk of an output file meets, and which of its bytes, of the file, are theirs."""
+    """Yield the tensors that a chunk of an output file meets, and the range of the file's bytes that is theirs."""
     for span in islice(layout.spans, chunk.first, None):
         if span.start >= chunk.stop:
             return
@@ -104,8 +104,8 @@ def met(layout: FileLayout, chunk: Chunk) -> Iterator[tuple[TensorSpan, int, int
 
 
 def reads_of(tensors: Mapping[str, Tensor], extents: Iterable[Extent], store: Store) -> Iterator[list[ByteRange]]:
-    """What filling the extents will read of a store, in order: scales, once a tensor, and values. ``tensors``: of which
-    each tensor of the output is made, by its name.
+    """Yield what filling the extents will read from a store, in order: scales, once a tensor, and values. ``tensors``:
+    the source of each tensor of the output, by the output's name.
     """
 
     def values() -> Iterator[tuple[Sequence[TensorSpan], list[ByteRange]]]:

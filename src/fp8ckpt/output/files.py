@@ -1,8 +1,8 @@
-"""Bytes out at known offsets: whole writes or a named error.
+"""Write bytes at known offsets: all of them, or raise a named error.
 
-`OutputFile` writes around the page cache where the file system can (``O_DIRECT``), so that a file of any size leaves
-the machine's memory alone and is durable once its metadata is flushed; where it cannot, it writes through the cache,
-with the same result.
+`OutputFile` bypasses the page cache if the file system allows it (``O_DIRECT``): a file of any size then leaves the
+machine's memory alone, and is durable once its metadata is flushed. Otherwise it writes through the cache, with the
+same result.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fp8ckpt.stores.local import refuse_irregular
 from fp8ckpt.stores.store import Bytes, File
 from fp8ckpt.system import HUGE_PAGE, MOST_AT_ONCE, flush, flush_data
 
-#: Direct writes start, and end, at multiples of this (bytes); a page, and a multiple of every disk's block.
+#: Direct writes start and end at multiples of this (bytes): a page, and a multiple of every disk's block size.
 ALIGNMENT = 4096
 
 
 def aligned_buffer(size: int) -> Bytes:
-    """A buffer of ``size`` bytes that begins at a page, as direct writes need: a huge one, where the system has them.
+    """Return a buffer of ``size`` bytes that begins at a page, as direct writes need: a huge page, if the system has
+    them.
 
-    A request to a disk may name a few hundred pieces of memory: of huge pages that is 4 MiB, and of small ones an
-    eighth of it.
+    A request to a disk may name a few hundred pieces of memory: 4 MiB in huge pages, an eighth of that in small ones.
     """
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel that was built without them
+        with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     buffer = np.frombuffer(memory, np.uint8)
     return buffer[-buffer.ctypes.data % HUGE_PAGE :][:size]
@@ -42,7 +42,7 @@ def aligned_buffer(size: int) -> Bytes:
 
 @contextmanager
 def writing_to(file: Path) -> Iterator[None]:
-    """Errors of the operating system get their name, `StorageError`, and that of what is written."""
+    """Raise errors of the operating system as `StorageError`, with the name of the file."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def writing_to(file: Path) -> Iterator[None]:
 
 class OutputFile:
     """A file of known size, written in pieces at their offsets, by any number of threads and processes. ``passing``: it
-    is made if there is none, soon read, and removed, so that it stays in the page cache, if there is room.
+    is created if absent, and soon read and removed, so it should stay in the page cache.
     """
 
     def __init__(self, file: Path, *, passing: bool = False) -> None:
@@ -66,8 +66,8 @@ class OutputFile:
             self._direct = None
 
     def write(self, data: Bytes, offset: int) -> None:
-        """Write all of ``data`` at ``offset``: the whole pages directly, if in memory they lie as they do on disk, and
-        the rest not.
+        """Write all of ``data`` at ``offset``: whole pages directly, if they are aligned in memory as on disk, and the
+        rest through the cache.
         """
         first = -offset % ALIGNMENT
         direct = (data.nbytes - first) // ALIGNMENT * ALIGNMENT
@@ -87,27 +87,25 @@ class OutputFile:
                 done += os.pwrite(fd, view[done : done + MOST_AT_ONCE], offset + done)
             except OSError as error:
                 if error.errno == errno.EINVAL and fd == self._direct:
-                    fd = self._cached  # opened for direct writes, and yet refuses one of this alignment
+                    fd = self._cached  # opened for direct writes, but refuses this alignment
                     continue
                 raise StorageError.of_writing(error, self.file) from error
 
     def flush(self) -> None:
-        """Return when all that was written is on disk."""
+        """Return when everything that was written is on disk."""
         with writing_to(self.file):
             flush_data(self._cached)
 
     def close(self) -> None:
         """Release the descriptors; does not flush."""
         for fd in (self._cached, self._direct):
-            with writing_to(self.file):  # which a file server may have put off
+            with writing_to(self.file):  # a file server may report a failed write only now
                 if fd is not None:
                     os.close(fd)
 
 
 class OutputFiles:
-    """The files of a directory that a process writes to, each opened when it is first asked for; for any number of
-    threads.
-    """
+    """The files of a directory that a process writes to, each opened when it is first asked for. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -115,7 +113,7 @@ class OutputFiles:
         self._lock = threading.Lock()
 
     def of(self, name: str) -> OutputFile:
-        """The file of that name, which exists."""
+        """The file of that name, which must exist."""
         with self._lock:
             if name not in self._files:
                 self._files[name] = OutputFile(self._directory / name)
@@ -132,7 +130,7 @@ class OutputFiles:
 
 
 def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
-    """A descriptor of a regular file, which the caller closes. Never blocks, and follows no link, whoever made it."""
+    """Return a descriptor of a regular file, which the caller closes. Never blocks, and never follows a link."""
     try:
         fd = os.open(file, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -148,7 +146,7 @@ def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
 
 
 def create(file: Path, size: int) -> None:
-    """Create ``file`` with ``size`` bytes of nothing; one that is there keeps what it has."""
+    """Create ``file`` with ``size`` zero bytes; an existing one keeps its contents."""
     fd = open_to_write(file, os.O_WRONLY | os.O_CREAT)
     try:
         with writing_to(file):
@@ -163,7 +161,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 def copy_whole(source: File, file: Path) -> None:
-    """Copy a file's bytes and flush them to disk; memory is one buffer."""
+    """Copy a file's bytes and flush them to disk; memory is bounded by one buffer."""
     with writing_to(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     _write_pieces(file, (piece.data for piece in source.pieces()))
@@ -180,12 +178,12 @@ def _write_pieces(file: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Return when the names in ``directory`` are on disk, where its file system can say so."""
+    """Return when the names in ``directory`` are on disk, if its file system supports that."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         flush(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # /proc, and some that are far away, flush files alone
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # /proc, and some remote file systems, flush only files
             raise
     finally:
         os.close(fd)

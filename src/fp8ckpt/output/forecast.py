@@ -1,6 +1,6 @@
-"""What an output takes, before its first byte: room on the disk, bytes to read and to write, and time.
+"""What an output takes, before its first byte: disk space, bytes to read and to write, and time.
 
-Nothing here makes or changes a file. How fast the disk is, is measured with a file that never has a name.
+Nothing here creates or changes a named file. The speed of the disk is measured with a file that never has a name.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _PIECE = 4 << 20
 
 
 class Room(NamedTuple):
-    """Bytes that an output still ``needs`` at ``where``, and those that are ``free`` there: None where the file system
-    cannot tell.
-    """
+    """The bytes that an output ``needs`` at ``where``, and those ``free`` there; None if that is unknown."""
 
     where: Path
     needs: int
@@ -35,18 +33,18 @@ class Room(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether there is room, for all that is known."""
+        """Whether there is enough space, as far as is known."""
         return self.free is None or self.needs <= self.free
 
     def refuse_too_little(self) -> None:
-        """Raise `NoRoomError` where what is needed is not free."""
+        """Raise `NoRoomError` if there is not enough space."""
         if self.free is not None and not self.fits:
             raise NoRoomError.of(str(self.where), self.needs, self.free)
 
 
 def room_for(sizes: Mapping[Path, int], holes: int = 0) -> Room:
-    """The room for files of these sizes, all in one file system, with so many bytes that are never written; what the
-    disk holds of them already is not needed again.
+    """The space for files of these sizes, all in one file system, less ``holes``: bytes that are never written. Bytes
+    that the disk has already given to the files are not needed again.
     """
     where = next(folder for folder in next(iter(sizes)).parents if os.path.lexists(folder))
     try:
@@ -59,7 +57,7 @@ def room_for(sizes: Mapping[Path, int], holes: int = 0) -> Room:
 
 
 def _on_disk(file: Path) -> int:
-    """Bytes that the disk has given to a file: holes are none."""
+    """Bytes that the disk has given to a file; holes do not count."""
     try:
         return os.lstat(file).st_blocks * _BLOCK
     except OSError:
@@ -68,13 +66,13 @@ def _on_disk(file: Path) -> int:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a job would do, and has not done. Sizes are in bytes.
+    """What a job would do, before it does it. Sizes are in bytes.
 
-    ``files`` in all. ``bytes_to_read`` of the source, and of a base; what turns out to need a second look is read
-    again. ``bytes_to_write`` of all files, but for the ``bytes_resumed`` that an earlier run had written;
+    ``files``: of the output. ``bytes_to_read``: from the source and a base; what turns out to need a second look is
+    read again. ``bytes_to_write``: of all files, without the ``bytes_resumed`` that an earlier run wrote;
     ``bytes_to_upload`` of them go to a store. ``where``: the directory whose file system must have ``bytes_needed``;
-    ``bytes_free`` there is None where that cannot tell. ``bytes_per_second``: what the disk just took, and ``seconds``:
-    what writing takes at that rate; None where it was not measured. ``notes``: what a user should know.
+    ``bytes_free`` there is None if it cannot tell. ``bytes_per_second``: the measured rate of the disk, and
+    ``seconds``: the time to write at that rate; None if it was not measured. ``notes``: what a user should know.
 
     >>> fp8ckpt.plan_convert("sample-fp8", "planned").bytes_resumed
     0
@@ -96,17 +94,17 @@ class Forecast:
 
 
 def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int:
-    """Bytes that are read to fill these extents; ``made_of``: of how many bytes each of their tensors is made."""
+    """The bytes that are read to fill these extents; ``made_of``: the source bytes of each of their tensors."""
     parts = (part for extent in extents for chunk in extent.chunks for part in met(extent.layout, chunk))
     return sum((high - low) * made_of.get(span.name, 0) // span.nbytes for span, low, high in parts)
 
 
 def measured_rate(directory: Path, most: int) -> float | None:
-    """Bytes a second that the disk takes of a durable write of about ``most``, at most `_MEASURED`, and at least one
-    piece; None where that cannot be tried.
+    """The bytes a second of a durable write of about ``most`` bytes, at least one piece and at most `_MEASURED`; None
+    if it cannot be measured.
     """
     size = max(1, min(_MEASURED, most) // _PIECE) * _PIECE
-    unnamed = getattr(os, "O_TMPFILE", None)  # Linux has it, and not every file system there
+    unnamed = getattr(os, "O_TMPFILE", None)  # Linux only, and not on every file system
     if unnamed is None:
         return None
     try:
@@ -115,7 +113,7 @@ def measured_rate(directory: Path, most: int) -> float | None:
         return None
     try:
         piece = aligned_buffer(_PIECE)
-        piece[:] = np.frombuffer(os.urandom(_PIECE), np.uint8)  # nothing that a file system could compress
+        piece[:] = np.frombuffer(os.urandom(_PIECE), np.uint8)  # a file system cannot compress it
         begun = time.monotonic()
         for start in range(0, size, _PIECE):
             os.pwrite(fd, piece.data, start)

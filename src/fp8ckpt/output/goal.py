@@ -1,4 +1,4 @@
-"""Where an output goes, and how it appears there once it is whole: a directory of this machine, by a rename. A store
+"""Where an output goes, and how it appears there once it is complete: a directory on this machine, by a rename. A store
 (`fp8ckpt.output.sending.Sending`) has the same methods, and `fp8ckpt.output.partial.PartialOutput` never asks which.
 """
 
@@ -21,11 +21,11 @@ from fp8ckpt.output.state import LOCK, STATE, State, is_state
 
 
 class Directory:
-    """The directory ``where``, which the folder of output in ``partial`` becomes.
+    """The directory ``where``; the output folder in ``partial`` is renamed to it.
 
-    ``in_parts``: whether an extent that was written can only be written again as a whole. ``at_once``: how many are
-    flushed sooner at once, beside the work, than one after the other in it. ``told``: what a fingerprint says of a goal
-    of which ``partial`` has only the last name. ``beside``: what a run leaves there, beside ``partial``.
+    ``in_parts``: whether an extent, once written, can only be rewritten as a whole. ``at_once``: the number of extents
+    that are flushed concurrently, beside the work; 0 flushes each within it. ``told``: what a fingerprint says of a
+    goal whose ``partial`` has only its last name. ``beside``: what a run leaves at the goal, beside ``partial``.
     """
 
     in_parts = False
@@ -48,21 +48,21 @@ class Directory:
         return OutputFile(self._partial / OUTPUT / extent.layout.name)
 
     def begin(self, in_parts: Collection[str]) -> None:
-        """Begin an output, or go on with it; ``in_parts``: the files that a store gets extent by extent."""
+        """Begin or resume an output; ``in_parts``: the files that a store gets extent by extent."""
 
     def refuse_existing(self) -> None:
-        """Raise `OutputExistsError` where anything stands there, a broken link included; in a store, but for what a run
-        of ours was cut off in completing.
+        """Raise `OutputExistsError` if anything stands there, a broken link included; in a store, anything but the
+        objects of an interrupted run of ours.
         """
         if os.path.lexists(self.where) or self.where.name == "..":
             self._tidy()
             raise OutputExistsError.of_destination(self.where)
 
     def _tidy(self) -> None:
-        """Remove what a run left that died between its last step, the rename, and its end: state, and nothing else; or
-        the empty folder where that was.
+        """Remove what a run left that died between its last step, the rename, and its end: our state and nothing else,
+        or an empty folder.
         """
-        with suppress(OSError):  # the destination stands there, and that is what the caller hears of
+        with suppress(OSError):  # the destination exists, and the caller hears of that
             found = {entry: status.st_mode for entry, status in entries(self._partial)}
             if not found:
                 self._partial.rmdir()
@@ -75,7 +75,7 @@ class Directory:
                 os.close(held)
 
     def publish(self) -> None:
-        """Have the files appear, which are whole, and flushed."""
+        """Make the files appear, which are complete and flushed."""
         output = self._partial / OUTPUT
         with writing_to(output):
             for directory, _, _ in os.walk(output):
@@ -85,7 +85,7 @@ class Directory:
             flush_parent(self.where)
 
     def give_up(self) -> None:
-        """Remove what is there of an output that can never become whole."""
+        """Remove what the goal has of an output that can never become complete."""
 
 
 def flush_parent(path: Path) -> None:

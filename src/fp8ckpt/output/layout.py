@@ -1,8 +1,8 @@
 """An output file as a pure function of names, dtypes and shapes: its header and every offset, before any byte is
 written.
 
-Tensors are ordered and the header is spelled as the safetensors library does it (wider dtypes first, then by name; data
-from a multiple of 8 bytes on), so that a file that we write equals, byte for byte, the one that library would write.
+Tensors are ordered and the header is written as the safetensors library does it (wider dtypes first, then by name; data
+from a multiple of 8 bytes on), so that a file of ours equals, byte for byte, the one that library would write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fp8ckpt.tensors.config import dump_json
 from fp8ckpt.tensors.header import Header
 from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
 
-# The library's own order, from the front of a file to its end; within one dtype, tensors go by name.
+# The library's own order, from the front of a file to its end; within one dtype, tensors are sorted by name.
 _DTYPE_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
@@ -25,11 +25,11 @@ _DTYPE_ORDER = (
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPE_ORDER)}
 
 
-DEFAULT_FILE_BYTES = 5_000_000_000  # the size at which Hugging Face begins another file, too
+DEFAULT_FILE_BYTES = 5_000_000_000  # the default of Hugging Face, too
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor to be written is."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: str
@@ -37,8 +37,8 @@ class TensorSpec(NamedTuple):
 
 
 class FileLayout(NamedTuple):
-    """One output file. ``head`` is everything before the data; ``spans`` are in the order of the data, their file the
-    plan's.
+    """One output file. ``head`` is everything before the data; ``spans`` are in the order of the data, with `PLANNED`
+    as the store of their file.
     """
 
     name: str
@@ -69,8 +69,8 @@ def lay_out(name: str, tensors: Iterable[TensorSpec], metadata: Mapping[str, str
 
 
 def lay_out_in_files(tensors: Iterable[TensorSpec], most: int) -> list[FileLayout]:
-    """Lay out tensors, in this order, in as many files of at most ``most`` bytes of data as they need, one tensor at
-    least in each, under the names that Hugging Face gives them.
+    """Lay out tensors, in this order, in as few files of at most ``most`` bytes of data as that allows, each with at
+    least one tensor, under Hugging Face's names.
     """
     metadata = {"format": "pt"}
     contents: list[list[TensorSpec]] = [[]]
@@ -89,12 +89,12 @@ def lay_out_in_files(tensors: Iterable[TensorSpec], most: int) -> list[FileLayou
 
 
 def lay_out_again(header: Header, tensors: Iterable[TensorSpec]) -> FileLayout:
-    """Lay out other tensors under the name of a file that is there, with its metadata."""
+    """Lay out other tensors under the name of an existing file, with its metadata."""
     return lay_out(header.file.name, tensors, {**header.metadata, "format": header.metadata.get("format", "pt")})
 
 
 def index_text(layouts: Iterable[FileLayout], before: Mapping[str, object] | None = None) -> bytes:
-    """The index of these files as it is written; of one that was there ``before``, the metadata is kept."""
+    """The bytes of the index of these files; the metadata of an index that was there ``before`` is kept."""
     metadata = (before or {}).get("metadata")
     return dump_json(index_of(layouts, metadata if isinstance(metadata, dict) else {}), sort_keys=True)
 

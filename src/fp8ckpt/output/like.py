@@ -1,6 +1,4 @@
-"""An output directory in the layout of a checkpoint that is there already: names, order, headers and side files are its
-own.
-"""
+"""An output directory in the layout of an existing checkpoint: with its names, order, headers and side files."""
 
 from __future__ import annotations
 
@@ -39,13 +37,13 @@ from fp8ckpt.tensors.tensor import Tensor
 
 
 def has_activation_scales(base: Checkpoint) -> bool:
-    """Whether every FP8 weight has its activation scale: without all of them, static scaling cannot be served."""
+    """Whether every FP8 weight has its activation scale: static scaling can be served only with all of them."""
     return all(tensor.activation_scales for tensor in base.quantized)
 
 
 def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
-    """The FP8 matrices whose one scale has dimensions, ``[1, 1]``; where scales are of blocks, or of the only row, that
-    is right.
+    """The FP8 matrices whose one scale has shape ``[1, 1]``; except in block formats, and for matrices of one row,
+    where that is right.
     """
     if block_sizes(base.store, base.config).stated:
         return []
@@ -54,8 +52,8 @@ def with_needless_dimensions(base: Checkpoint) -> list[QuantizedTensor]:
 
 
 class PlainLayout(NamedTuple):
-    """The files of a checkpoint with its FP8 weights in another dtype: files of weights, others that are written anew,
-    and others that are copied.
+    """The files of a checkpoint with its FP8 weights in another dtype: weight files, ``texts`` that are written anew,
+    and ``copies`` of others.
     """
 
     layouts: tuple[FileLayout, ...]
@@ -64,12 +62,12 @@ class PlainLayout(NamedTuple):
 
     @classmethod
     def of(cls, base: Checkpoint, dtype: str) -> PlainLayout:
-        """FP8 weights in ``dtype``, other tensors in their own; no scales, and no configuration of quantization."""
+        """FP8 weights in ``dtype``, others in their own; no scales, and no quantization in the configuration."""
         layouts = []
         for header in base.files:
             logical = base.tensors_in(header)
             specs = [TensorSpec(t.name, dtype if dtype in t.dtypes() else t.dtype, t.shape) for t in logical]
-            if specs or not header.spans:  # a file of nothing but scales has nothing left to hold
+            if specs or not header.spans:  # a file that held only scales is left out
                 metadata = metadata_without_quantization(header.metadata)
                 layouts.append(lay_out_again(header._replace(metadata=metadata), specs))
         texts, copies = plain_side_files(base, dtype)
@@ -79,7 +77,7 @@ class PlainLayout(NamedTuple):
 
     @classmethod
     def of_tensors(cls, base: Checkpoint, tensors: Mapping[str, Tensor], dtype: str) -> PlainLayout:
-        """The same of ``tensors`` that are made of the base's, in files of their own."""
+        """The same for ``tensors`` made of the base's, in files of their own."""
         specs = []
         for name, tensor in tensors.items():
             if dtype not in tensor.dtypes() and any(span.dtype in CODE_FORMATS for span in tensor.spans):
@@ -94,13 +92,13 @@ class PlainLayout(NamedTuple):
 
 
 class BaseLayout:
-    """The files of an output in a base's layout: the base's own, or, with a ``served`` configuration, what engines trip
-    over put right.
+    """The files of an output in a base's layout: the base's own or, with a ``served`` configuration, corrected for
+    engines.
 
-    Put right: scales of whole matrices of shape ``[1, 1]`` become ``[1]``; activation scales that are not there for all
-    weights are left out, unless modules are stated one by one; the configuration is the one given; several files get an
-    index; Mistral's ``params.json`` is left out beside Hugging Face files. ``layouts``: files of weights; ``texts``:
-    others that are written anew; ``copies``: others that are copied.
+    Corrected: scales of whole matrices of shape ``[1, 1]`` become ``[1]``; activation scales are left out if not all
+    weights have them, unless modules are stated one by one; the configuration is the given one; several files get an
+    index; Mistral's ``params.json`` is left out beside Hugging Face files. ``layouts``: weight files; ``texts``: files
+    that are written anew; ``copies``: files that are copied.
     """
 
     def __init__(self, base: Checkpoint, *, served: Json | None = None) -> None:

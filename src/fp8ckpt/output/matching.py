@@ -1,6 +1,4 @@
-"""What must be true before values are written in the layout of an FP8 base: the base is one, and both hold the same
-tensors.
-"""
+"""What must hold before values are written in an FP8 base's layout: the base is FP8, and both have the same tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ from fp8ckpt.tensors.reading import scale_defects
 from fp8ckpt.tensors.stored import DTYPE_BITS
 from fp8ckpt.tensors.tensor import Tensor
 
-FLOATS = (*TARGET_BYTES, "F64")  # of a state dict: each is cast to another
+FLOATS = (*TARGET_BYTES, "F64")  # dtypes of a state dict that are cast to one another
 
 
 def refuse_base(base: Checkpoint, remedy: str) -> None:
-    """A base holds FP8, or scales of an FP8 cache, and scales that are scales. Raises `UnsupportedFormatError` and
-    `ScaleValueError`.
+    """Raise `UnsupportedFormatError` unless a base holds FP8, or scales of an FP8 cache, and `ScaleValueError` unless
+    all of its scales are valid.
     """
     if not base.quantized and not base.cache_scales:
         found = "none of its tensors is quantized"
@@ -36,8 +34,8 @@ def refuse_other_tensors(
     remedy: str,
     carry: Collection[str] = (),
 ) -> set[str]:
-    """The same logical tensors in ``what`` (the "source", the "model") as in the base, of the same shapes. Returns
-    those that are only in the base and may be, being of ``carry``. Raises `ModelMismatchError`.
+    """Raise `ModelMismatchError` unless ``what`` (the "source", the "model") has the logical tensors of the base, with
+    the same shapes. Returns those of ``carry`` that only the base has.
     """
     missing, extra = base.tensors.keys() - found.keys(), found.keys() - base.tensors.keys()
     carried = missing & set(carry)
@@ -51,9 +49,7 @@ def refuse_other_tensors(
 
 
 def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], base: Checkpoint) -> None:
-    """The tensors are of dtypes that those of the base can be made of. Raises `UnsupportedFormatError`,
-    `ModelMismatchError`.
-    """
+    """Raise `UnsupportedFormatError` or `ModelMismatchError` unless the base's tensors can be made of these dtypes."""
     for name, given in found.items():
         tensor = base.tensors[name]
         if tensor.scaled is not None:
@@ -66,8 +62,8 @@ def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], 
 def refuse_other_kinds(
     found: Mapping[str, Tensor] | Mapping[str, TensorSpec], base: Checkpoint, floats: Collection[str] = FLOATS
 ) -> None:
-    """Tensors that are not FP8 in the base are of its dtype; ``floats`` are rounded to one another. Raises
-    `ModelMismatchError`.
+    """Raise `ModelMismatchError` unless tensors that are not FP8 in the base have its dtype, or both are of ``floats``,
+    which are rounded to one another.
     """
     for name, given in found.items():
         stored = base.tensors[name].dtype
@@ -76,13 +72,13 @@ def refuse_other_kinds(
 
 
 def in_fewer_bits(found: Mapping[str, Tensor], base: Checkpoint) -> list[str]:
-    """The tensors that the base holds in more bits, and plain: what they were cannot come back, trained or not."""
+    """The tensors that the base holds in more bits, and plain: the base's values cannot be restored, trained or not."""
     plain = {name: tensor.dtype for name, tensor in base.tensors.items() if tensor.scaled is None}
     return [name for name in found.keys() & plain if DTYPE_BITS[plain[name]] > DTYPE_BITS[found[name].dtype]]
 
 
 def refuse_dtype(given: Tensor | TensorSpec) -> None:
-    """A weight to be quantized is of a dtype that quantizing is defined for."""
+    """Raise `UnsupportedFormatError` if quantizing is not defined for the dtype of a weight."""
     if given.dtype not in TARGET_BYTES:
         what = f"a weight of dtype {given.dtype}"
         remedy = "cast it first, if its values are numbers and not packed codes"

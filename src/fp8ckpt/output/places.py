@@ -1,7 +1,7 @@
-"""Where the extents of an output are written: into a file of this machine, or into memory until a store has them.
+"""Where the extents of an output are written: into a file on this machine, or into memory until a store has them.
 
-A part of a file that a store has is final, but for being sent again whole. So what is filled by several hands - scales,
-which are made with the weights that lie elsewhere - is kept in a file here, and sent in the end.
+A part of a file in a store can only be replaced as a whole. So an extent that is filled at several times (with scales,
+which are made with weights of other extents) is kept in a file here, and sent last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fp8ckpt.stores.upload import Destination
 
 
 class Sent(NamedTuple):
-    """A part of a file that is for a store: its ``etag`` there and its MD5, "" while it is kept here."""
+    """A part of a file that is for a store: its ``etag`` there and its MD5, both "" while it is kept here."""
 
     name: str
     number: int
@@ -33,17 +33,17 @@ class Place(Protocol):
     """Takes the bytes of an extent, by their offsets in the file."""
 
     def write(self, data: Bytes, offset: int) -> None:
-        """Take some of the bytes."""
+        """Write some of the bytes."""
 
     def flush(self) -> Sent | None:
-        """Return when all bytes that were written are safe; what a store must be told of them in the end."""
+        """Return once all bytes written are safe, with what the store needs to know of them at the end."""
 
     def close(self) -> None:
         """Release what is held."""
 
 
 class Kept:
-    """An extent of a file here, to be sent in the end."""
+    """An extent of a file here, which is sent at the end."""
 
     def __init__(self, file: Path, extent: Extent) -> None:
         self._file = OutputFile(file)
@@ -61,7 +61,7 @@ class Kept:
 
 
 class Part:
-    """An extent in memory, sent as a part of its file once it is whole; one that is not is left to a second pass."""
+    """An extent in memory, sent as a part of its file once complete; an incomplete one is left to a second pass."""
 
     def __init__(self, far: Destination, extent: Extent) -> None:
         self._far = far
@@ -72,7 +72,7 @@ class Part:
         self._left = extent.nbytes
 
     def write(self, data: Bytes, offset: int) -> None:
-        """As `Place.write`; each byte once."""
+        """As `Place.write`; each byte is written once."""
         start = offset - self._extent.start
         self._bytes[start : start + data.nbytes] = data
         with self._lock:

@@ -1,6 +1,4 @@
-"""What every job plans before the first byte of an output: its files, and what a partial output must match to be taken
-up.
-"""
+"""What every job plans before the first byte of an output: its files, and what a partial output must match."""
 
 from __future__ import annotations
 
@@ -32,19 +30,19 @@ from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG
 from fp8ckpt.version import __version__
 from fp8ckpt.workers import share
 
-_COPIED_AT_ONCE = 8  # files of a store that is far away; each takes a buffer
+_COPIED_AT_ONCE = 8  # files of a remote store; each takes a buffer
 
-_SAMPLES = 512  # tensors of which contents_of() reads some bytes
+_SAMPLES = 512  # tensors that contents_of() reads bytes of
 _SAMPLE = 4096  # bytes
 
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """The files of an output: those of weights by their layouts, ``texts`` to be written anew, and ``copies`` of
-    others.
+    """The files of an output: weight files by their layouts, ``texts`` that are written anew, and ``copies`` of other
+    files.
 
-    ``inputs``: the checkpoints that are read; ``arguments``: what else decides the bytes. ``holes``: bytes of the files
-    of weights that are never written.
+    ``inputs``: the checkpoints that are read; ``arguments``: what else decides the bytes. ``holes``: bytes of the
+    weight files that are never written.
     """
 
     inputs: tuple[Checkpoint, ...]
@@ -67,13 +65,13 @@ class OutputPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files of weights."""
+        """Bytes of the weight files."""
         return sum(layout.size for layout in self.layouts)
 
     def begin(self, output: PartialOutput, written: Collection[Extent] = ()) -> dict[int, Facts]:
-        """What one process does for all: the directory, its empty files, and the small files. Returns what was done
-        before. Nothing is made where something is refused, or where there is no room. ``written``: the extents in which
-        the files of weights are made, where they are made so.
+        """Create the directory, its empty weight files, and the small files; one process does this for all. Returns the
+        records of earlier runs. Creates nothing if the output is refused or does not fit on the disk. ``written``: the
+        extents in which the weight files are made, if any.
         """
         self._look(output, written).refuse_too_little()
         output.begin(self._fingerprint(output), self.names, [layout.name for layout in self.layouts])
@@ -95,9 +93,9 @@ class OutputPlan:
         made_of: Mapping[str, int],
         notes: tuple[str, ...] = (),
     ) -> Forecast:
-        """What would be done, of what can be known before it is; raises what `begin` would, but `NoRoomError`.
+        """What would be done, as far as it is known in advance; raises what `begin` would raise, except `NoRoomError`.
 
-        ``extents`` by their numbers; ``made_of``: of how many bytes each tensor of the output is made.
+        ``extents`` by their numbers; ``made_of``: the number of source bytes of each tensor of the output.
         """
         room = self._look(output, extents.values())
         done = output.records() if self._is_laid_out(output) else {}
@@ -122,7 +120,7 @@ class OutputPlan:
         )
 
     def _look(self, output: PartialOutput, written: Iterable[Extent]) -> Room:
-        """Refuse what `begin` would refuse; the room that there is. Nothing is made or changed."""
+        """Refuse what `begin` would refuse, and return the disk space. Creates and changes nothing."""
         paths = [(file.store.path, file.name) for file in self.copies.values()]
         refuse_written(output, [path / name for path, name in paths if path is not None])
         output.look(self._fingerprint(output), self.names)
@@ -131,7 +129,7 @@ class OutputPlan:
         return room_for(sizes, self.holes + sent)
 
     def _sizes(self) -> dict[str, int]:
-        """Every file of the finished directory by its path in it, and how long it will be."""
+        """The size in bytes of every file of the finished directory, by its path in it."""
         return {
             **{layout.name: layout.size for layout in self.layouts},
             **{name: len(text) for name, text in self.texts.items()},
@@ -139,32 +137,30 @@ class OutputPlan:
         }
 
     def _is_laid_out(self, output: PartialOutput) -> bool:
-        """Whether all files of weights are there, as long as they will be."""
+        """Whether all weight files exist, with their final sizes."""
         try:
             return all((output.directory / layout.name).stat().st_size == layout.size for layout in self.layouts)
         except FileNotFoundError:
             return False
 
     def refuse_changes(self) -> None:
-        """Raise `SourceChangedError` if a file that is read is no longer what it was when it was opened."""
+        """Raise `SourceChangedError` if a file that is read has changed since it was opened."""
         stores = [*(checkpoint.store for checkpoint in self.inputs), *(file.store for file in self.copies.values())]
         for store in {id(store): store for store in stores}.values():
             store.refuse_changes()
 
     def publish(self, output: PartialOutput) -> None:
-        """Give the finished directory its name, unless what it was made of has changed meanwhile."""
+        """Make the finished directory appear, unless one of its sources has changed."""
         self.refuse_changes()
         output.publish()
 
     def said(self, output: PartialOutput) -> dict[str, Any]:
-        """What every rank that writes this output must say of it, see `refuse_unlike`."""
+        """What every rank that writes this output must state of it; see `refuse_unlike`."""
         read = [contents_of(checkpoint) for checkpoint in self.inputs]
         return {**said_of(output), **self.arguments, "what is read": read, "what is planned": self._digest()}
 
     def _fingerprint(self, output: PartialOutput) -> dict[str, Any]:
-        """What must be equal for a partial output to be taken up: the files that are read, and every byte that is
-        planned.
-        """
+        """What must be equal to resume a partial output: the files that are read, and all bytes that are planned."""
         sources = [_versions(checkpoint) for checkpoint in self.inputs]
         sources.append({name: [*file.stat] for name, file in sorted(self.copies.items())})
         return {
@@ -187,7 +183,7 @@ class OutputPlan:
 
 
 def _versions(checkpoint: Checkpoint) -> dict[str, list[Any]]:
-    """What the files of a checkpoint are that decide what is read of it: size, version, and the text of headers."""
+    """The size, version, and digest of the header of a checkpoint's files that decide what is read from it."""
     files = checkpoint.store.files()
     others = [checkpoint.index_name, CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG]
     texts = {header.file.name: hashlib.sha256(header.text).hexdigest() for header in checkpoint.files}
@@ -196,9 +192,9 @@ def _versions(checkpoint: Checkpoint) -> dict[str, list[Any]]:
 
 
 def contents_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """What ranks can compare that read copies of a checkpoint, each on its own disk: digests of the configuration, of
-    the headers with the names and sizes of files, and of bytes in the middle of tensors, of all or of some hundreds.
-    Of a store that is far away, its files' versions instead of bytes.
+    """What ranks can compare that read copies of a checkpoint on their own disks: digests of the configuration, of the
+    headers with names and sizes of files, and of bytes from the middle of up to some hundreds of tensors. For a remote
+    store, the versions of its files instead of bytes.
     """
     names = [[[header.file.name, header.size] for header in checkpoint.files], sorted(checkpoint.tensors)]
     said = {
@@ -226,12 +222,12 @@ def _digest_of(texts: Iterable[bytes]) -> str:
 
 
 def said_of(output: PartialOutput) -> dict[str, Any]:
-    """What ranks that write together say of any output."""
+    """What ranks that write together state of any output."""
     return {"the version of fp8ckpt": __version__, "the destination": str(output.destination)}
 
 
 def refuse_unlike(said: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `RanksDifferError` unless all ranks, in their order, say the same of what they make together."""
+    """Raise `RanksDifferError` unless all ranks, given in their order, state the same of what they make together."""
     for rank, other in enumerate(said):
         for what in {**said[0], **other}:
             if other.get(what) != said[0].get(what):
@@ -239,8 +235,8 @@ def refuse_unlike(said: Sequence[Mapping[str, Any]]) -> None:
 
 
 def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> None:
-    """Raise where the output would be written into a checkpoint that is read (``what`` it is), or that lies in the
-    output's own place; by whatever names the two are given.
+    """Raise if the output would be written into a checkpoint that is read (``what`` it is), or if the checkpoint lies
+    in the output's place; by whatever paths the two are given.
     """
     if (path := checkpoint.store.path) is None:
         inside = f"{output.destination}/".startswith(checkpoint.store.where.rstrip("/") + "/")
@@ -255,7 +251,7 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
 
 
 def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
-    """Raise where one of these files or directories stands at ``DST.partial``, or in it, or is linked to what is."""
+    """Raise if one of these files or directories is ``DST.partial``, or in it, or linked to something in it."""
     written = identities(output.partial)
     if not written:
         return
@@ -267,13 +263,13 @@ def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
 
 
 def _with_parents(path: Path) -> tuple[Path, ...]:
-    """A path without links, and every directory that it lies in."""
-    resolved = Path(os.path.realpath(path))  # Path.resolve() raises for links that go round
+    """A path without links, and every directory above it."""
+    resolved = Path(os.path.realpath(path))  # Path.resolve() raises for cyclic links
     return resolved, *resolved.parents
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The device and inode numbers of what stands there, if anything does: the same by all of its names."""
+    """The device and inode numbers of what a path leads to, if anything: the same by every name."""
     try:
         found = path.stat()
     except OSError:

@@ -1,7 +1,8 @@
 """An output that goes to a store: what is kept of it here while its parts are sent, and how its files appear there.
 
-Parts are sent as they are made, and no object is seen before all are there. Then the uploads are completed, file by
-file, what makes a checkpoint of files last; a run that was cut off in that is gone on with by one of the same parts.
+Parts are sent as they are made, and no object is visible before all are there. Then the uploads are completed, file by
+file, with the files that identify a checkpoint last. If a run is interrupted in that, a later run with the same parts
+continues.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, There
 
 
 class Sending:
-    """As a `fp8ckpt.output.goal.Directory`, of the place ``far``. What is kept of the output here is in ``partial``."""
+    """Like `fp8ckpt.output.goal.Directory`, for the place ``far``. ``partial`` has what is kept of the output here."""
 
     in_parts = True
     at_once = AT_ONCE
@@ -59,7 +60,7 @@ class Sending:
         run, new = self._state.run()
         try:
             self._far.hold(run)
-        except Fp8CheckpointError:  # another run's place, or one where we may not write
+        except Fp8CheckpointError:  # the place is another run's, or we may not write there
             if new:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
@@ -68,7 +69,7 @@ class Sending:
             self._drop_lost()
 
     def _drop_lost(self) -> None:
-        """Drop the records of what the store does not have, or no longer. Of a part that was sent again, the last."""
+        """Drop the records of parts that the store lacks. If a part was sent again, its last record counts."""
         recorded = self._state.records()
         last = {(sent.name, sent.number): sent.etag for _, sent in recorded.values() if sent is not None}
         lost = {part for part, etag in last.items() if etag and self._far.there(part[0]).get(part[1]) != etag}
@@ -80,8 +81,8 @@ class Sending:
             self._far.refuse_existing()
 
     def seen(self) -> dict[str, list[There]] | None:
-        """The parts of each file, where objects at the destination may be ours: a run was cut off between
-        the first and the last of them.
+        """The parts of each file, if objects at the destination may be ours: a run was interrupted between the first
+        and the last of them.
         """
         return self._state.seen(self._far.where)
 
@@ -90,7 +91,7 @@ class Sending:
         return self.seen()
 
     def send(self, name: str, number: int, data: bytes) -> There:
-        """Send a part of a file. Raises `ResumeMismatchError` where a run was cut off in completing other ones."""
+        """Send a part of a file. Raises `ResumeMismatchError` if an interrupted run was completing other parts."""
         if (seen := self._seen_before) is None:
             return self._far.send(name, number, data)
         if hashlib.md5(data).hexdigest() != seen[name][number - 1].md5:
@@ -98,7 +99,7 @@ class Sending:
         return seen[name][number - 1]
 
     def publish(self) -> None:
-        """Send what is left here, and have all files appear."""
+        """Send what is still here, and make all files appear."""
         found = [path for path in self._directory.rglob("*") if path.is_file()]
         names = sorted((path.relative_to(self._directory).as_posix() for path in found), key=_last)
         seen = self.seen()
@@ -135,7 +136,7 @@ class Sending:
         return {name: [There(*of_file[k][-2:]) for k in range(1, len(of_file) + 1)] for name, of_file in parts.items()}
 
     def give_up(self) -> None:
-        with suppress(StorageError):  # the caller hears of what came before
+        with suppress(StorageError):  # the caller hears of the first error
             self._far.give_up(self._uploads)
         self._far.release()
 
@@ -147,5 +148,5 @@ def _read(file: Path, start: int, stop: int) -> bytes:
 
 
 def _last(name: str) -> tuple[bool, bool, str]:
-    """Sorts what makes a checkpoint of files behind all else: the index, then the configuration."""
+    """A sort key that puts the files which identify a checkpoint last: the index, then the configuration."""
     return name == "config.json", name.endswith(".index.json"), name

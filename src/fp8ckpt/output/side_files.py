@@ -1,4 +1,4 @@
-"""The files of a checkpoint's directory that are not its weights: configuration, tokenizer, documentation."""
+"""The files of a checkpoint's directory other than its weights: configuration, tokenizer, documentation."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from fp8ckpt.tensors.directory import INDEX, NATIVE_INDEX
 
 
 def side_files(checkpoint: Checkpoint) -> dict[str, File]:
-    """Every file that belongs to the checkpoint and holds no weights, by its path in the directory.
+    """Return every file that belongs to the checkpoint and holds no weights, by its path in the directory.
 
-    Left out are the safetensors files at the top, read or not (beside the Hugging Face files, Mistral's releases have a
-    second copy, ``consolidated*``), but for those that are no part of the model, and the indexes. Raises `StorageError`
-    for a link that is not followed, a folder that cannot be listed, or what is no file at all.
+    Left out are the indexes and the safetensors files at the top, read or not (Mistral's releases have a second copy,
+    ``consolidated*``, beside the Hugging Face files), except those that are no part of the model. Raises `StorageError`
+    for a link that is not followed, a folder that cannot be listed, or anything but a regular file.
     """
     found = {}
     for name in checkpoint.store.files():
         of_weights = name.endswith(".safetensors") and "/" not in name and name not in checkpoint.beside
         if not of_weights and name not in (INDEX, NATIVE_INDEX):
             found[name] = File(checkpoint.store, name)
-            _ = found[name].stat  # refuses what is no file, before anything is written
+            _ = found[name].stat  # refuses anything but a file, before anything is written
     return found
 
 
 def notes_on_plain(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What a user should know of the same weights without quantization."""
     notes = checkpoint.notes
-    if checkpoint.cache_scales and not checkpoint.quantized:  # beside FP8 weights, nobody expects to find them again
+    if checkpoint.cache_scales and not checkpoint.quantized:  # beside FP8 weights, nobody expects to keep them
         count = len(checkpoint.cache_scales)
         notes += (f"{count} scales of the key-value cache are left out, with the configuration that they belong to",)
     return notes
 
 
 def plain_side_files(checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, bytes], dict[str, File]]:
-    """For the same weights in ``dtype``: the configuration without quantization, and the files to copy."""
+    """Return, for the same weights in ``dtype``, the configuration without quantization, and the files to copy."""
     texts: dict[str, bytes] = {}
     copies = side_files(checkpoint)
     copies.pop(MODELOPT_CONFIG, None)

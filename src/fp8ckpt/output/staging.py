@@ -1,12 +1,13 @@
-"""How several ranks write files that go to a store, where a part of a file is sent once, and whole.
+"""How several ranks write files that go to a store, where a part of a file is sent once, and complete.
 
-A part may hold what several ranks have of several tensors. So the work is cut into rounds (`schedule`): in each, every
-rank writes what it has of the round's tensors into files here that all ranks see, one a part, and meets the others.
-Then the parts that no later round adds to are sent, each by one rank, beside the work of the next round, and removed.
-So the disk here holds two rounds, and what waits for the end: headers, and what no rank's tensors are made of.
+A part may hold bytes of several tensors and several ranks. So the work is cut into rounds (`schedule`). In each round,
+every rank writes what it has of the round's tensors into files on this machine, one per part, which all ranks see, and
+meets the others. Then the parts that no later round adds to are sent, each by one rank, beside the work of the next
+round, and removed. So the disk holds two rounds, and what is sent at the end: headers, and bytes that are not made from
+any rank's tensors.
 
-Ranks go through what they hold side by side: a tensor begins where all that hold some of it are done with what comes
-before it. Where that would keep too many parts waiting for each other, the rounds follow the files.
+Each rank advances through its own tensors: a tensor begins once every rank that holds some of it is done with the
+tensors before it. If that would keep too many parts waiting for each other, the rounds follow the files.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fp8ckpt.output.sending import Sending
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.stores.upload import AT_ONCE
 
-#: Bytes of a round, over all ranks; one tensor may be larger.
+#: Bytes of a round, over all ranks; a single tensor may be larger.
 STAGED = 1 << 30
 _MOST_OPEN = 128  # files of parts
 
@@ -35,7 +36,7 @@ _MOST_OPEN = 128  # files of parts
 class Part(NamedTuple):
     """Bytes ``[start, stop)`` of a file, its part ``number``; ``place``: its number among the parts of all files.
 
-    Written to in the rounds from ``first`` to ``last``, and complete after the last.
+    It is written in the rounds from ``first`` to ``last``, and complete after ``last``.
     """
 
     name: str
@@ -48,8 +49,8 @@ class Part(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """In which of how many ``rounds`` each tensor is written, and when the ``parts`` of all files are complete: after
-    one of the rounds, or (``last == rounds``) in the end.
+    """The number of ``rounds``, the round of each tensor, and the ``parts`` of all files, each complete after one of
+    the rounds or, if ``last == rounds``, at the end.
     """
 
     rounds: int
@@ -58,7 +59,7 @@ class Schedule(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Bytes of parts that are here at once, at most: a part is sent in the round after its last."""
+        """The most bytes of parts that are here at once: a part is sent in the round after its last."""
         change: Counter[int] = Counter()
         for part in self.parts:
             change[part.first] += part.stop - part.start
@@ -67,7 +68,7 @@ class Schedule(NamedTuple):
 
     @property
     def ending(self) -> Mapping[str, Sequence[Part]]:
-        """The parts of each file that are complete in the end."""
+        """The parts of each file that are complete only at the end."""
         found: dict[str, list[Part]] = defaultdict(list)
         for part in self.parts:
             if part.last == self.rounds:
@@ -75,7 +76,7 @@ class Schedule(NamedTuple):
         return found
 
     def stages(self, layouts: Iterable[FileLayout], rank: int, ranks: int, names: Iterable[str]) -> Stages:
-        """What one of the ranks must know that has some of the tensors ``names``."""
+        """What one of the ``ranks`` must know, which writes items of the tensors ``names``."""
         complete: list[list[Part]] = [[] for _ in range(self.rounds)]
         for part in self.parts:
             if part.last < self.rounds:
@@ -88,8 +89,8 @@ class Schedule(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """One rank's part of a schedule: the round of each of its items; of each file, the place of its first part, and how
-    long its parts are; what it ``sends`` after each round, and how many bytes all ranks have sent by then.
+    """One rank's part of a schedule: the round of each of its items; for each file, the place of its first part and the
+    size of its parts; what the rank ``sends`` after each round, and how many bytes all ranks have sent by then.
     """
 
     round_of: Sequence[int]
@@ -101,8 +102,8 @@ class Stages(NamedTuple):
 def schedule(
     layouts: Sequence[FileLayout], makers: Mapping[str, str], held: Mapping[str, Mapping[int, int]], ranks: int
 ) -> Schedule:
-    """The rounds of an output. ``makers``: with which tensor each stored one is made, if ranks make it; ``held``: how
-    many bytes each rank has of a tensor.
+    """Return the rounds of an output. ``makers``: the tensor that each stored tensor is made from, if ranks make it;
+    ``held``: the bytes of each tensor that each rank has.
     """
     stored = (span.name for layout in layouts for span in layout.spans)
     names = list(dict.fromkeys(makers[name] for name in stored if name in makers))
@@ -114,7 +115,7 @@ def schedule(
 
 
 def _rounds(names: Iterable[str], held: Mapping[str, Mapping[int, int]], most: int) -> dict[str, int]:
-    """Rounds of at most ``most`` bytes a rank, but for what exceeds them alone."""
+    """Number rounds of at most ``most`` bytes a rank, except for a tensor that exceeds them alone."""
     written: Counter[int] = Counter()
     found: dict[str, int] = {}
     for name in names:
@@ -123,7 +124,7 @@ def _rounds(names: Iterable[str], held: Mapping[str, Mapping[int, int]], most: i
         written.update(dict.fromkeys(held[name], 0))
         for rank, nbytes in held[name].items():
             written[rank] = start + nbytes
-    numbers = {number: i for i, number in enumerate(sorted(set(found.values())))}  # a large tensor spans some
+    numbers = {number: i for i, number in enumerate(sorted(set(found.values())))}  # a large tensor spans several
     return {name: numbers[number] for name, number in found.items()}
 
 
@@ -147,17 +148,17 @@ def _scheduled(layouts: Iterable[FileLayout], makers: Mapping[str, str], round_o
 
 
 def _size(layout: FileLayout) -> int:
-    """Bytes of a part."""
+    """The bytes of a file's parts."""
     return extents.part_of(layout.size, extents.PART)
 
 
 class Staging:
-    """The files of an output that goes to a store, as one rank of a save writes them: as `OutputFiles`, but for what is
-    said here. ``writer`` tells ranks apart.
+    """The files of an output that goes to a store, as one rank of a save writes them; like `OutputFiles`, with these
+    differences. ``writer`` identifies the rank.
     """
 
     def __init__(self, output: PartialOutput, stages: Stages, writer: int) -> None:
-        assert isinstance(output.goal, Sending)  # or there would be no stages
+        assert isinstance(output.goal, Sending)  # otherwise there are no stages
         self._goal = output.goal
         self._output = output
         self._stages = stages
@@ -171,7 +172,7 @@ class Staging:
         return _StagedFile(self, *self._stages.files[name])
 
     def write(self, place: int, data: Bytes, offset: int) -> None:
-        """Write some of a part."""
+        """Write some bytes of a part."""
         with self._lock:
             file = self._open.get(place)
             if kept := file is not None or len(self._open) < _MOST_OPEN:
@@ -186,14 +187,14 @@ class Staging:
         self._sending += [self._pool.submit(self._send, part) for part in parts]
 
     def flush(self) -> None:
-        """Return when all ranks see what was written, and what was begun to be sent is there."""
+        """Return when all ranks can see what was written, and the parts being sent are in the store."""
         while self._open:
             self._open.popitem()[1].close()
         while self._sending:
             self._sending.pop(0).result()
 
     def close(self) -> None:
-        """Release what is held; what was not sent yet is not."""
+        """Release what is held; parts that are not sent yet are not sent."""
         self._pool.shutdown(cancel_futures=True)
         while self._open:
             self._open.popitem()[1].close()
@@ -206,7 +207,7 @@ class Staging:
         file.unlink()
 
 
-#: The files of an output as a rank writes them, by their names; for any number of threads.
+#: The files of an output as a rank writes them, by their names. Thread-safe.
 Files = OutputFiles | Staging
 
 

@@ -1,4 +1,4 @@
-"""What stands where an output would be written: ours, as a run left it, or somebody else's. Nothing is followed."""
+"""What stands where an output would be written: ours, as a run left it, or someone else's. No link is followed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fp8ckpt.errors import OutputExistsError, ResumeMismatchError
 from fp8ckpt.output.files import writing_to
 from fp8ckpt.output.state import LOCK, STATE, is_state
 
-OUTPUT = "output"  # the folder that becomes the destination
+OUTPUT = "output"  # the folder that is renamed to the destination
 
 
 def refuse_foreign(partial: Path, names: Collection[str]) -> None:
-    """Raise where something stands at ``partial`` that we did not make, or that holds more than we made. ``names``: of
-    the files of the output. Nothing is made or changed.
+    """Raise if what stands at ``partial`` is not ours, or holds more than we wrote. ``names``: the files of the output.
+    Creates and changes nothing.
     """
     if not os.path.lexists(partial):
         return
@@ -44,7 +44,7 @@ def refuse_foreign(partial: Path, names: Collection[str]) -> None:
 
 
 def identities(partial: Path) -> set[tuple[int, int]]:
-    """The device and inode numbers of ``partial``, and of all that is in it."""
+    """The device and inode numbers of ``partial``, and of everything in it."""
     with writing_to(partial):
         found = [os.lstat(partial)] if os.path.lexists(partial) else []
         if found and stat.S_ISDIR(found[0].st_mode):
@@ -53,7 +53,7 @@ def identities(partial: Path) -> set[tuple[int, int]]:
 
 
 def entries(directory: Path, folder: str = "") -> Iterator[tuple[str, os.stat_result]]:
-    """All that is in a directory, by its path in it; links are not followed."""
+    """Yield everything in a directory, by its path in it; links are not followed."""
     with os.scandir(directory / folder) as scanned:
         found = sorted((entry.name, entry.stat(follow_symlinks=False)) for entry in scanned)
     for name, status in found:

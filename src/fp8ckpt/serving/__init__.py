@@ -1,1 +1,1 @@
-"""What engines need beyond sound tensors; the only room that knows engines."""
+"""What serving engines need beyond sound tensors; the only room that knows engines."""

@@ -1,8 +1,8 @@
-"""Would a serving engine serve this directory, and serve what is in it?
+"""Whether a serving engine would load a directory, and serve what is in it.
 
-`examine` checks what vLLM 0.33, SGLang 0.5 and transformers 5.18 to 5.23 need beyond sound tensors, each point learnt
+`examine` checks what vLLM 0.33, SGLang 0.5 and transformers 5.18 to 5.23 need beyond sound tensors. Each check comes
 from a directory that was refused, or served wrong without an error. A check is a row; it finds failures, and notes on
-what is served otherwise than expected. Headers and scales are read, and a head that is tied.
+what is served otherwise than expected. It reads headers and scales, and a head that is tied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fp8ckpt.tensors.checkpoint import Checkpoint
 
 Check = Callable[[Subject], Iterator[Finding]]
 
-#: Checks of what is quantized, of any configuration that can be understood, and of any directory.
+#: Checks for quantized checkpoints, for any configuration that can be understood, and for any directory.
 _QUANTIZED: tuple[Check, ...] = (
     statements.method,
     statements.fp8_fields,
@@ -39,10 +39,10 @@ _ANY: tuple[Check, ...] = (leftovers.second_copies, leftovers.index_and_metadata
 
 @dataclass(frozen=True)
 class Servability:
-    """What `examine` found: ``failures`` that an engine would trip over, and ``notes`` on what is served otherwise than
-    expected.
+    """What `examine` found: ``failures`` of an engine to load or serve the directory, and ``notes`` on what is served
+    otherwise than expected.
 
-    ``tensor_parallel``: up to which size weights in blocks can be shared out; None where blocks do not limit it.
+    ``tensor_parallel``: the largest size to which weights in blocks can be sharded; None if blocks do not limit it.
     """
 
     failures: tuple[ServingError, ...]
@@ -51,14 +51,14 @@ class Servability:
 
 
 def examine(checkpoint: Checkpoint, *, tensor_parallel: int | None = None) -> Servability:
-    """Check a directory point by point; never raises. What `survey` has found already is not said again.
+    """Run all checks on a directory; never raises. What `survey` has found already is not repeated.
 
-    ``tensor_parallel``: the size that it is to be served with; one GPU otherwise.
+    ``tensor_parallel``: the size to serve with; one GPU by default.
     """
     subject = Subject(checkpoint, tensor_parallel)
     failures: list[ServingError] = []
     notes: list[str] = []
-    unreadable: dict[str, ServingError] = {}  # several checks may ask for one file
+    unreadable: dict[str, ServingError] = {}  # by message, since several checks may read one file
     able = None
     checks = [*_ANY]
     if not subject.is_readable:
@@ -76,6 +76,6 @@ def examine(checkpoint: Checkpoint, *, tensor_parallel: int | None = None) -> Se
                     failures.append(found)
                 else:
                     notes.append(found)
-        except Fp8CheckpointError as error:  # a file that cannot be read: no engine will read it either
+        except Fp8CheckpointError as error:  # a file that cannot be read, by engines either
             unreadable[error.message] = ServingError(error.found, **error.facts)
     return Servability((*failures, *unreadable.values()), tuple(notes), able)

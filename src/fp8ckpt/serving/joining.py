@@ -1,4 +1,4 @@
-"""What engines join, and share out among GPUs: all FP8 or none, and in whole blocks."""
+"""What engines join, and shard over GPUs: it must be all FP8 or none, and consist of whole blocks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Up to which tensor-parallel size weights in blocks can be shared out, of the powers of two to 64, and why no
-    further.
+    """The largest tensor-parallel size, of the powers of two up to 64, to which weights in blocks can be sharded, and
+    the reason why no larger one fits.
     """
 
     largest: int
@@ -28,7 +28,7 @@ class TensorParallel:
 
 
 def mixed(subject: Subject) -> Iterator[Finding]:
-    """Weights that are joined are all FP8, or none is."""
+    """Weights that are joined must all be FP8, or none of them."""
     tensors = subject.checkpoint.tensors
     units = [unit for unit in sibling_units(tensors) if len({tensors[name].scaled is None for name in unit}) > 1]
     if units:
@@ -39,7 +39,7 @@ def mixed(subject: Subject) -> Iterator[Finding]:
 
 
 def blocks(subject: Subject) -> Iterator[Finding]:
-    """Joined rows are whole blocks; and, for the size that was asked for, what each GPU has."""
+    """Joined rows must be whole blocks; and so must each GPU's part, for the requested size."""
     parts = partial(_ragged, subject)
     if one := parts(1):
         why = "are of FP8_PB_WO" if one[0].name in _in_whole_blocks(subject) else "are joined with others"
@@ -65,7 +65,7 @@ def blocks(subject: Subject) -> Iterator[Finding]:
 
 
 def _torn_rows(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """What transformers makes of a last block of fewer rows: it divides the rows by the number of scales."""
+    """Note what transformers does if the last block has fewer rows: it divides the rows by the number of scales."""
     if subject.stated is None or not subject.stated.row.by_transformers:
         return
     blocks = {name: block[0] for name, block in _blocks(subject).items() if len(shapes[name]) == 2}
@@ -81,7 +81,7 @@ def _torn_rows(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> Itera
 
 
 def tensor_parallel(subject: Subject) -> TensorParallel | None:
-    """Up to which size the blocks can be shared out; None where there are none, or where one GPU is too many."""
+    """Return the largest size to which the blocks can be sharded; None without blocks, or if not even one GPU fits."""
     if not _blocks(subject) or _ragged(subject, 1):
         return None
     able = list(takewhile(lambda size: not _ragged(subject, size), _SIZES))
@@ -97,12 +97,12 @@ def _ragged(subject: Subject, size: int) -> list[Ragged]:
 
 
 def _in_whole_blocks(subject: Subject) -> set[str]:
-    """What ModelOpt exports as FP8_PB_WO, with scales of twice the dimensions: vLLM's method for it takes no others."""
+    """What ModelOpt exports as FP8_PB_WO, with scales of twice the dimensions: vLLM takes only whole blocks."""
     return {tensor.name for tensor in subject.quantized if len(tensor.scale.shape) == 2 * len(tensor.shape)}
 
 
 def _blocks(subject: Subject) -> dict[str, Block]:
-    """The blocks of the matrices that are tiled; one smaller than a block has the size that is stated."""
+    """The blocks of the matrices that are tiled; for a matrix smaller than a block, the stated block size."""
     stated = block_sizes(subject.checkpoint.store, subject.checkpoint.config)
     of_eight_bits = [tensor for tensor in subject.quantized if tensor.weight.dtype in FP8_DTYPES]
     sizes = {tensor.name: stated.of(module_of(tensor.name)) for tensor in of_eight_bits if len(tensor.shape) >= 2}

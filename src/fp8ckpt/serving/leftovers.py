@@ -1,4 +1,4 @@
-"""Files that an engine would take for the model instead of what is there; the index, and the metadata of each file."""
+"""Files that an engine would load instead of the model's own; the index, and the metadata of each file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOADED = (".bin", ".pth", ".pt", ".gguf")
 
 
 def second_copies(subject: Subject) -> Iterator[Finding]:
-    """Other weights, and Mistral's own configuration, beside the files that were read."""
+    """Find other weights, and Mistral's own configuration, beside the files that were read."""
     names = sorted(name for name in subject.checkpoint.store.files() if "/" not in name)
     if any(not is_native(header.file.name) for header in subject.checkpoint.files):
         if second := [name for name in names if is_native(name)]:
@@ -31,7 +31,7 @@ def second_copies(subject: Subject) -> Iterator[Finding]:
 
 
 def index_and_metadata(subject: Subject) -> Iterator[Finding]:
-    """Several files have an index, and each says what wrote it."""
+    """Several files need an index, and each file's metadata must say which framework wrote it."""
     checkpoint = subject.checkpoint
     files = [header.file for header in checkpoint.files]
     if len(files) > 1 and checkpoint.index_name is None and not subject.is_native_only:

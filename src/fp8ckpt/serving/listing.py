@@ -1,4 +1,4 @@
-"""The skip list, against what is FP8 and what is not; and the ``config.json`` in which nothing is missing."""
+"""The skip list, compared with what is FP8 and what is not; and the ``config.json`` that lacks nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOTHING = ""  # an entry that names no module
 
 
 def complete(subject: Subject) -> Iterator[Finding]:
-    """Each unquantized Linear is listed, in the form that each engine reads."""
+    """Each unquantized Linear must be listed, in the form that each engine reads."""
     stated = subject.stated
     if stated is None or not stated.row.lists:
         return
@@ -48,7 +48,7 @@ def complete(subject: Subject) -> Iterator[Finding]:
 
 
 def true(subject: Subject) -> Iterator[Finding]:
-    """No FP8 weight is listed, however an engine reads the entries."""
+    """No FP8 weight may be listed, however an engine reads the entries."""
     stated = subject.stated
     if stated is None or not stated.row.lists:
         return
@@ -78,7 +78,7 @@ def true(subject: Subject) -> Iterator[Finding]:
 
 
 def _lists(quantization: dict[str, Any], keys: Sequence[str]) -> dict[str, list[str]]:
-    """The skip lists that are stated, by key: an engine reads one of them. An empty one where there is none."""
+    """The stated skip lists, by key: an engine reads one of them. An empty one if none is stated."""
     stated = {key: value for key in keys if isinstance(value := quantization.get(key), list) and value}
     return {key: [*strings(value)] for key, value in stated.items()} or {keys[0]: []}
 
@@ -89,21 +89,22 @@ def _missing(subject: Subject, row: Method, entries: Sequence[str]) -> Missing:
     if row.both_forms:
         quantized = (module_of(tensor.name) for tensor in subject.quantized)
         return missing_in_both_forms(entries, linears, unquantized_parts(linears, quantized), subject.native)
-    # ModelOpt may state its list in a file of its own, too.
+    # ModelOpt may also state its list in a file of its own.
     listed = [*configuration.skip_patterns(checkpoint.store, checkpoint.config), *entries]
     return missing_in_patterns(listed, linears, heads=row.heads)
 
 
 def served_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`serving_config` of a checkpoint that has all of its activation scales, or is served without any."""
+    """`serving_config` for a checkpoint that has all of its activation scales, or is served without any."""
     return serving_config(checkpoint, static=bool(checkpoint.quantized) and has_activation_scales(checkpoint))
 
 
 def serving_config(checkpoint: Checkpoint, *, static: bool) -> dict[str, Any]:
-    """The checkpoint's ``config.json`` with what engines need of it, equal to the one there is if nothing is missing.
+    """Return the checkpoint's ``config.json`` with what engines need added; equal to the existing one if nothing is
+    missing.
 
-    ``static``: every FP8 tensor has its activation scale. Added are ``quant_method``, ``activation_scheme``, and what
-    the skip list lacks, after the entries that it has; a checkpoint in FP8 that says nothing of it anywhere gets a
+    ``static``: every FP8 tensor has its activation scale. Added are ``quant_method``, ``activation_scheme``, and the
+    missing entries of the skip list, after the existing ones. An FP8 checkpoint that states no quantization gets a
     ``quantization_config``.
     """
     subject = Subject(checkpoint)
@@ -119,7 +120,7 @@ def serving_config(checkpoint: Checkpoint, *, static: bool) -> dict[str, Any]:
     if quantization.get("quant_method") is None:
         quantization["quant_method"] = guessed_method(quantization)
     method = quantization["quant_method"]
-    row = METHODS.get(method, UNKNOWN) if isinstance(method, str) else UNKNOWN  # it may be anything
+    row = METHODS.get(method, UNKNOWN) if isinstance(method, str) else UNKNOWN  # it may be of any type
     if not row.lists:
         return config
     if method == "fp8":
@@ -128,7 +129,7 @@ def serving_config(checkpoint: Checkpoint, *, static: bool) -> dict[str, Any]:
     for key, entries in _lists(quantization, row.lists).items():
         missing = _missing(subject, row, entries)
         if missing.names or missing.prefixes:
-            if not entries:  # where there is a list, it also names what engines leave alone by themselves
+            if not entries:  # a new list also names what engines leave alone by themselves
                 missing = _missing(subject, row, [_NOTHING])
             present = value if isinstance(value := quantization.get(key), list) else []
             names = [_exact(name, codes) if row.by_transformers else name for name in missing.names]
@@ -138,8 +139,8 @@ def serving_config(checkpoint: Checkpoint, *, static: bool) -> dict[str, Any]:
 
 
 def _exact(module: str, codes: Sequence[str]) -> str:
-    """The entry for a module: its name, ended for transformers 5.18 where the name of an FP8 tensor begins so. Other
-    engines build what is listed so unquantized by themselves.
+    """The entry for a module: its name, with ``$`` for transformers 5.18 if the name of an FP8 tensor begins with it.
+    Modules with such names are left unquantized by the other engines anyway.
     """
     if is_built_plain(module) and any(name.startswith(module) for name in codes):
         return f"{module}$"
@@ -147,7 +148,7 @@ def _exact(module: str, codes: Sequence[str]) -> str:
 
 
 def _common_block(quantized: Sequence[QuantizedTensor]) -> list[int] | None:
-    """The block size of all tensors that have more than one block in a matrix; None where there is none, or several."""
+    """The one block size of all tensors with several blocks in a matrix; None if there is none, or several."""
     blocks = {tensor.grid.block_size[-2:] for tensor in quantized if any(count > 1 for count in tensor.grid.shape[-2:])}
     block = blocks.pop() if len(blocks) == 1 else ()
     return list(block) if len(block) == 2 else None

@@ -1,4 +1,4 @@
-"""Scales as engines read them: their shapes, those of activations, powers of two, equal ones of what is joined."""
+"""Scales as engines read them: their shapes, activation scales, powers of two, and equal scales of joined weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXPONENTS = ("F8_E8M0", "U8")
 
 
 def shapes(subject: Subject) -> Iterator[Finding]:
-    """One scale has no dimensions, or one."""
+    """A single scale must have no dimensions, or one."""
     quantized = subject.quantized
     wrong: list[TensorSpan] = [tensor.scale for tensor in with_needless_dimensions(subject.checkpoint)]
     if wrong:
@@ -49,7 +49,7 @@ def _is_one_value(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool
 
 
 def of_activations(subject: Subject) -> Iterator[Finding]:
-    """One for each weight or for none, as is stated of its module; all or none where nothing is."""
+    """One activation scale for each weight, or for none, as is stated for its module; if nothing is, all or none."""
     static: dict[frozenset[bool], list[QuantizedTensor]] = {}
     for tensor in subject.quantized:
         of_module = subject.stated.static(module_of(tensor.name)) if subject.stated else frozenset[bool]()
@@ -72,7 +72,7 @@ def of_activations(subject: Subject) -> Iterator[Finding]:
 
 
 def powers_of_two(subject: Subject) -> Iterator[Finding]:
-    """Every scale is a power of two where ``scale_fmt`` is "ue8m0": engines drop the rest."""
+    """Every scale must be a power of two if ``scale_fmt`` is "ue8m0": engines drop the mantissa."""
     if not configuration.states_powers_of_two(subject.checkpoint.config):
         return
     spans = [tensor.scale for tensor in subject.quantized if tensor.scale.dtype not in _EXPONENTS]
@@ -90,13 +90,13 @@ def powers_of_two(subject: Subject) -> Iterator[Finding]:
 
 
 def of_siblings(subject: Subject) -> Iterator[Finding]:
-    """A note where weights that are joined have unequal scales, or second levels of them."""
+    """Note joined weights whose scales, or second-level scales, are unequal."""
     second = {t.name: t.second.span for t in subject.quantized if t.second is not None}
     yield from _unequal(
         second, "second levels of scales, and are served with the largest number for all: values are off"
     )
     if block_sizes(subject.checkpoint.store, subject.checkpoint.config).stated:
-        return  # grids are joined as they are, those of a single block too
+        return  # grids are joined unchanged, those of a single block too
     single = {
         t.name: t.scale for t in subject.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2
     }
@@ -115,6 +115,6 @@ def _unequal(single: dict[str, TensorSpan], what: str) -> Iterator[Finding]:
 
 
 def _read(spans: Iterable[TensorSpan]) -> Iterator[tuple[TensorSpan, npt.NDArray[Any]]]:
-    """The values of scales, in the order in which they lie on disk."""
+    """Yield the values of scales, in their order on disk."""
     for span in sorted(spans, key=lambda span: (span.file.name, span.start)):
         yield span, read_floats(span).reshape(-1)

@@ -1,12 +1,12 @@
 """The modules that a configuration must name as not quantized, and how its list is read.
 
-Serving engines learn from this list alone which modules are *not* FP8, and they read it in different ways. vLLM asks
-whether a module's full name is in it: a prefix skips nothing, and weights in BF16 are cast to FP8 without a word.
-transformers 5.23 (`should_convert_module`) takes each entry as a regular expression that must match from the start of
-the name to the end of a component, or as an ending of the name; 5.18 does not ask for the end of a component. SGLang
-takes it as whole components of the name. To all a full name says enough for the module itself, and only a prefix says
-it for a module that the engine makes of several (``qkv_proj``). So a list is complete in both forms: each unquantized
-Linear by its full name, and each part of the model that holds nothing FP8 by its prefix.
+Serving engines learn only from this list which modules are *not* FP8, and they read it in different ways. vLLM asks
+whether a module's full name is in it: a prefix skips nothing, and BF16 weights are silently cast to FP8. transformers
+5.23 (`should_convert_module`) takes each entry as a regular expression that must match from the start of the name to
+the end of a component, or as an ending of the name; 5.18 does not require the end of a component. SGLang takes it as
+whole components of the name. All of them understand a module's full name; only a prefix covers a module that the engine
+makes of several (``qkv_proj``). So a list is complete in both forms: each unquantized Linear by its full name, and each
+part of the model that holds nothing FP8 by its prefix.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def unquantized_linears(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules that multiply by floating point that is not FP8, less embeddings and norms, in the order of the
-    checkpoint: Linears, and the layers that engines make of stacked experts.
+    """Return the modules that multiply by floating-point weights that are not FP8, in the checkpoint's order: Linears,
+    and the layers that engines make of stacked experts, without embeddings and norms.
     """
     roles = Roles({name: tensor.shape for name, tensor in tensors.items()}, {})
     found: dict[str, None] = {}
@@ -41,10 +41,10 @@ def unquantized_linears(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def unquantized_parts(linears: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """The shortest prefixes of ``linears`` below which nothing is FP8: ``model.vision_tower``, ``lm_head``.
+    """Return the shortest prefixes of ``linears`` below which nothing is FP8: ``model.vision_tower``, ``lm_head``.
 
-    A prefix that ends inside a stack of layers (a router, the attention of one layer) is no part of the model, and not
-    among them.
+    A prefix that ends inside a stack of layers (a router, the attention of one layer) is not a part of the model, and
+    is left out.
     """
     holders = {ancestor for module in quantized for ancestor in (module, *ancestors(module))}
     parts: dict[str, None] = {}
@@ -58,8 +58,8 @@ def unquantized_parts(linears: Iterable[str], quantized: Iterable[str]) -> list[
 
 
 class SkipList(NamedTuple):
-    """Entries of a skip list, ready to be asked: ``names`` of modules, of parts and endings of their names; ``exact``
-    names, which end in ``$`` in the list; ``patterns``, ``re:`` and wildcards.
+    """The entries of a skip list, prepared for look-ups: ``names`` of modules, of parts and endings of their names;
+    ``exact`` names, which end in ``$`` in the list; ``patterns``, with ``re:`` or wildcards.
     """
 
     names: frozenset[str]
@@ -75,7 +75,7 @@ class SkipList(NamedTuple):
         return cls(names, exact, patterns, tuple(sorted({len(name) for name in names})))
 
     def covers(self, module: str) -> bool:
-        """Whether the module, one that holds it, or a pattern that matches it is listed."""
+        """Whether the module, a module that contains it, or a pattern that matches it is listed."""
         return (
             module in self.names
             or module in self.exact
@@ -88,11 +88,11 @@ class SkipList(NamedTuple):
         return self.covers(module) or any(ending in self.names for ending in endings)
 
     def begins(self, module: str) -> str | None:
-        """An entry that the name begins with, in the middle of a component too: as transformers 5.18 reads it."""
+        """An entry that the name begins with, even within a component, as transformers 5.18 matches; or None."""
         return next((module[:n] for n in self.lengths if module[:n] in self.names), None)
 
     def ends(self, module: str) -> str | None:
-        """An entry that the name ends in, in the middle of a component too: as transformers reads it to 5.23."""
+        """An entry that the name ends in, even within a component, as transformers matches up to 5.23; or None."""
         return next((module[-n:] for n in self.lengths if module[-n:] in self.names), None)
 
 
@@ -106,11 +106,11 @@ class Missing(NamedTuple):
 def missing_in_both_forms(
     entries: Sequence[str], linears: Sequence[str], parts: Sequence[str], native: Callable[[str], str]
 ) -> Missing:
-    """What the list of a ``quant_method`` "fp8" lacks; ``native`` gives the model's own name of a module on disk, which
-    counts too.
+    """Return what the list of a ``quant_method`` "fp8" lacks; ``native`` gives the model's own name of a module on
+    disk, which also counts.
 
-    Heads, routers and whatever else engines leave alone may be listed by their last component, and are asked for only
-    where there is a list.
+    Heads, routers and other modules that engines leave alone may be listed by their last component, and are required
+    only if there is a list.
     """
     skip_list = SkipList.of(entries)
 
@@ -120,19 +120,20 @@ def missing_in_both_forms(
         return module in skip_list.names or native(module) in skip_list.names
 
     names = [module for module in linears if not is_named(module)]
-    whole = {*linears}  # a part that is one Linear is asked for by name
+    whole = {*linears}  # a part that is one Linear is required by name
     prefixes = [
         part for part in parts if part not in whole and not (skip_list.covers(part) or skip_list.covers(native(part)))
     ]
-    if not entries:  # no prefix for what is left alone
+    if not entries:  # no prefix for modules that engines leave alone
         prefixes = [part for part in prefixes if any(name.startswith(part + ".") for name in names)]
     return Missing(prefixes, names)
 
 
 def missing_in_patterns(entries: Sequence[str], linears: Sequence[str], *, heads: bool) -> Missing:
-    """What the list of any other method lacks: its entries are names and patterns, and prefixes are not asked for.
+    """Return what the list of any other method lacks: its entries are names and patterns, and prefixes are not
+    required.
 
-    ``heads``: what engines leave alone is asked for where there is no list, too.
+    ``heads``: modules that engines leave alone are required even if there is no list.
     """
     skip_list = SkipList.of(entries)
     asked = (module for module in linears if entries or heads or not is_built_plain(module))

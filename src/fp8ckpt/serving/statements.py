@@ -1,4 +1,4 @@
-"""What the configuration states, of quantization and of tied heads, against the tensors that there are."""
+"""What the configuration states of quantization and of tied heads, compared with the tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTEGERS = ("I8", "U8", "I16", "I32", "U32")
 
 
 def method(subject: Subject) -> Iterator[Finding]:
-    """Quantization is stated, by a method that engines serve."""
+    """Quantization must be stated, with a method that engines serve."""
     stated = subject.stated
     if stated is None:
         found = "the weights are FP8, and no configuration says so"
@@ -44,7 +44,7 @@ def method(subject: Subject) -> Iterator[Finding]:
 
 
 def fp8_fields(subject: Subject) -> Iterator[Finding]:
-    """What "fp8" states besides: the activation scheme, and the block size of the file."""
+    """The further fields of "fp8": the activation scheme, and the block size of the file."""
     stated, quantized = subject.stated, subject.quantized
     if stated is None or stated.method != "fp8":
         return
@@ -59,7 +59,7 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
     size = tuple(block) if block else None
 
     def differs(tensor: QuantizedTensor) -> bool:
-        if size is None:  # the last two dimensions are the matrix; before them are experts, with a scale each or one
+        if size is None:  # the last two dimensions are the matrix; leading ones are experts, with a scale each or one
             return any(n > 1 for n in tensor.grid.shape[-2:])
         fit = tiled(tensor.shape, size)
         return fit is None or fit.shape != tensor.grid.shape
@@ -90,7 +90,7 @@ def renamed_scales(subject: Subject) -> Iterator[Finding]:
 
 
 def not_quantized(subject: Subject) -> Iterator[Finding]:
-    """Quantization that is stated of weights that are not; but for the cache's alone, which engines serve."""
+    """Quantization that is stated although the weights have none; except of the cache alone, which engines serve."""
     checkpoint = subject.checkpoint
     if subject.has_codes or checkpoint.defects:
         return
@@ -119,7 +119,7 @@ def _states_cache(stated: Json) -> bool:
 
 
 def _states_no_weights(stated: Json, linears: list[str]) -> bool:
-    """Whether no weight is stated to be quantized: by no group and no algorithm, or since all Linears are skipped."""
+    """Whether no weight is stated to be quantized: no group and no algorithm is stated, or all Linears are skipped."""
     if not stated.get("config_groups") and not stated.get("quant_algo") and "weight_block_size" not in stated:
         return True
     entries = [
@@ -130,7 +130,7 @@ def _states_no_weights(stated: Json, linears: list[str]) -> bool:
 
 
 def contradictions(subject: Subject) -> Iterator[Finding]:
-    """Two files that state different methods."""
+    """Two files must not state different methods."""
     quantization = configuration.quantization_config(subject.checkpoint.config)
     stated = quantization.get("quant_method")
     if subject.modelopt and quantization and not str(stated).startswith("modelopt"):
@@ -140,7 +140,7 @@ def contradictions(subject: Subject) -> Iterator[Finding]:
 
 
 def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
-    """Experts are a tensor each, where the model has no other layers in FP8; a note for other stacks."""
+    """Experts must be separate tensors if the model has no other FP8 layers; other stacks get a note."""
     stacks = [t for t in subject.quantized if is_stack(t.name, t.shape) and t.weight.dtype in FP8_DTYPES]
     stated, config = subject.stated, subject.checkpoint.config
     if not stacks or stated is None or (misread := misreads_stacks(config, stated.method)) is None:
@@ -154,7 +154,7 @@ def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
 
 
 def tied_head(subject: Subject) -> Iterator[Finding]:
-    """The head against ``tie_word_embeddings``."""
+    """The head must agree with ``tie_word_embeddings``."""
     checkpoint = subject.checkpoint
     ties = ties_embeddings(checkpoint.config)
     embeddings, head = map(checkpoint.tensors.get, embeddings_and_head(checkpoint.tensors).names)
@@ -162,7 +162,7 @@ def tied_head(subject: Subject) -> Iterator[Finding]:
         return
     if ties and head is not None and not same_bits(head, embeddings):
         said = f"{CONFIG} says tie_word_embeddings"
-        if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this one, vLLM the other
+        if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this, vLLM text_config
             said = f"text_config says tie_word_embeddings, though {CONFIG} itself says false"
         found = f"the head is not {shown(embeddings.name)}, and {said}"
         remedy = "state false in all of it if the head is its own; an engine would serve the embeddings in its place"

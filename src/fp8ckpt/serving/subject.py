@@ -22,8 +22,8 @@ SCHEMES = ("static", "dynamic")
 _MISTRAL_STATIC = {"TENSOR": (True,), "NO_SCALES": (False,)}  # qscheme_act in params.json
 _NAMED = 3  # examples in a message
 
-#: Of a module: {True} if it has a scale for its activations, {False} if it has none; both where statements contradict
-#: each other, nothing where there is none.
+#: Takes a module; {True} if it is stated to have an activation scale, {False} if to have none; both if statements
+#: contradict each other, empty if nothing is stated.
 Static = Callable[[str], frozenset[bool]]
 _NOT_STATED = frozenset[bool]()
 
@@ -56,7 +56,7 @@ def _static_of_quark(quantization: Json) -> Static:
 
 
 def _static_of_modelopt(quantization: Json) -> Static:
-    """Its "FP8" has a scale for the activations of each weight, its other algorithms of eight bits none."""
+    """Its "FP8" has an activation scale for each weight; its other 8-bit algorithms have none."""
     stated: ByModule[frozenset[bool]] = ByModule({})
     for module, layer in layers(quantization):
         stated.named[module] = _static_of_algorithm(layer.get("quant_algo"))
@@ -85,9 +85,9 @@ class Method(NamedTuple):
     """A ``quant_method`` that engines serve.
 
     ``lists``: the keys of its skip list; a new list is written under the first. ``static``: whether activation scales
-    are to be stored, by what is stated. ``by_transformers``: its list is read by transformers as that of "fp8".
-    ``both_forms``: it is a list of full names and of prefixes; any other is of names and patterns. ``heads``: it has to
-    name heads and routers as well, of which transformers makes codes otherwise.
+    must be stored, by what is stated. ``by_transformers``: transformers reads its list like that of "fp8".
+    ``both_forms``: the list has full names and prefixes; any other has names and patterns. ``heads``: the list must
+    also name heads and routers, which transformers would quantize otherwise.
     """
 
     lists: tuple[str, ...]
@@ -117,7 +117,7 @@ UNKNOWN = Method((), _not_stated)
 
 
 class Stated(NamedTuple):
-    """What is stated of quantization: in which file, and by which method (None where that is not stated)."""
+    """What is stated of quantization: in which ``file``, and by which ``method`` (None if none is stated)."""
 
     file: str
     quantization: Json
@@ -125,17 +125,17 @@ class Stated(NamedTuple):
 
     @property
     def row(self) -> Method:
-        """The method; the one that the other statements are those of, where it is not stated."""
+        """The method's row; if none is stated, that of the method that the other statements belong to."""
         return METHODS.get(self.method or guessed_method(self.quantization), UNKNOWN)
 
     @property
     def static(self) -> Static:
-        """Whether activation scales are to be stored."""
+        """Whether activation scales must be stored, by module."""
         return self.row.static(self.quantization)
 
 
 def guessed_method(quantization: Json) -> str:
-    """The method that a configuration without ``quant_method`` speaks of."""
+    """The method that a configuration without ``quant_method`` describes."""
     if "config_groups" in quantization:
         return "compressed-tensors"
     return "modelopt" if "quant_algo" in quantization else "fp8"
@@ -143,7 +143,7 @@ def guessed_method(quantization: Json) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint that is examined, and what is stated of it. ``size``: the tensor-parallel size asked for."""
+    """A checkpoint that is examined, and what is stated of it. ``size``: the requested tensor-parallel size."""
 
     checkpoint: Checkpoint
     size: int | None = None
@@ -155,14 +155,12 @@ class Subject:
 
     @cached_property
     def is_readable(self) -> bool:
-        """Whether the configuration can be understood; all that rests on it would be named after it otherwise."""
+        """Whether the configuration can be understood; if not, checks that depend on it are not run."""
         return not any(isinstance(defect, ConfigError) for defect in self.checkpoint.defects)
 
     @cached_property
     def is_native_only(self) -> bool:
-        """Whether this is Mistral's own layout alone, which has no ``config.json`` and no index. What is only planned
-        has no files.
-        """
+        """Whether this is Mistral's own layout alone, without ``config.json`` and index; a plan has no files."""
         files = self.checkpoint.files
         return bool(files) and all(is_native(header.file.name) for header in files) and not self.has_config
 
@@ -176,7 +174,7 @@ class Subject:
 
     @cached_property
     def layout(self) -> KeyLayout:
-        """How the names on disk lead to the model's own, where they are Mistral's."""
+        """How names on disk map to the model's own, for Mistral's layout."""
         return layout_on_disk(self.checkpoint.tensors, self.checkpoint.config)
 
     def native(self, module: str) -> str:
@@ -185,12 +183,12 @@ class Subject:
 
     @cached_property
     def modelopt(self) -> Json:
-        """The ``quantization`` of ModelOpt's own file; empty where there is none."""
+        """The ``quantization`` of ModelOpt's own file; empty if there is none."""
         return configuration.modelopt_quantization(self.checkpoint.store)
 
     @cached_property
     def stated(self) -> Stated | None:
-        """What is stated of quantization; None where nothing is."""
+        """What is stated of quantization; None if nothing is."""
         if self.is_native_only:
             params = configuration.load_json(self.checkpoint.store, MISTRAL_CONFIG) or {}
             quantization = params.get("quantization")
@@ -219,5 +217,5 @@ def some(names: Iterable[str]) -> str:
 
 
 def strings(value: Any) -> Sequence[str]:
-    """The texts of a list; nothing where it is none."""
+    """The strings of a list; empty if the value is not a list."""
     return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []

@@ -1,1 +1,1 @@
-"""DeepSeek V3 and what is built like it."""
+"""DeepSeek V3 and models with its layout."""

@@ -1,7 +1,7 @@
 """State-dict adapter of models whose FP8 weights have scales of 128 x 128 blocks, as DeepSeek V3 has them.
 
-Scale grids are whole on every rank: they are 1/4096 of the weights' bytes, and the shards of a DTensor need not end
-where blocks end (576 or 1536 rows over 8 ranks do not). Each shard is dequantized by its offsets in the full tensor.
+Every rank has whole scale grids: they are 1/4096 of the weights' bytes, and the shards of a DTensor need not end at
+block boundaries (576 or 1536 rows over 8 ranks do not). Each shard is dequantized by its offsets in the full tensor.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
 
     @classmethod
     def from_checkpoint(cls, path: CheckpointLike) -> DeepseekV3FP8StateDictAdapter:
-        """For the checkpoint at ``path``: which weights are FP8, and what their scales are.
+        """Return the adapter for the checkpoint at ``path``, which decides which weights are FP8, and their scales.
 
-        Raises `UnsupportedFormatError` where a scale is no grid of 128 x 128 blocks, named ``_scale_inv``.
+        Raises `UnsupportedFormatError` if a scale is not a grid of 128 x 128 blocks named ``_scale_inv``.
         """
         adapter = cls()
         adapter._take(open_checkpoint(path))

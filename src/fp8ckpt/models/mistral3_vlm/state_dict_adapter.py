@@ -1,8 +1,8 @@
-"""State-dict adapter of Mistral3 models that were released in FP8, with one scale a tensor.
+"""State-dict adapter of Mistral3 models that were released in FP8, with one scale per tensor.
 
-The text model's Linear weights are e4m3 with a scalar ``weight_scale_inv`` beside each, and an ``activation_scale``
-that training does not use; vision tower, projector, ``lm_head``, embeddings and norms are BF16. The names and
-signatures here are those that host trainers know from the adapter's reference documentation.
+The text model's Linear weights are e4m3, each with a scalar ``weight_scale_inv`` and an ``activation_scale`` that
+training does not use. Vision tower, projector, ``lm_head``, embeddings and norms are BF16. The names and signatures
+here are those that host trainers know from the adapter's reference documentation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VLM_TEXT, _NESTED_TEXT = NESTED.prefixes[0]
 def _is_fp8_weight_key(model_key: str, not_fp8_prefixes: tuple[str, ...] = ()) -> bool:
     """Return True iff ``model_key`` names an FP8 Linear weight.
 
-    ``not_fp8_prefixes``: modules that are not FP8, they and all below them; no mere beginnings of names.
+    ``not_fp8_prefixes``: modules that are not FP8, with everything below them; they match whole components of names.
     """
     if not model_key.endswith(".weight") or model_key.endswith(_NON_QUANTIZED_SUFFIXES):
         return False
@@ -47,8 +47,8 @@ def _dequantize_from_fp8(
 class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
     """Maps a Mistral3 model's state dict to its FP8 checkpoint, and back.
 
-    ``native_to_hf``, ``hf_to_native``: the names; by default the same on both sides. ``layout_name`` appears in log
-    lines. ``not_fp8_prefixes``: native modules that are BF16 on disk.
+    ``native_to_hf``, ``hf_to_native``: translate names; by default both sides have the same. ``layout_name`` appears in
+    log lines. ``not_fp8_prefixes``: native modules that are BF16 on disk.
     """
 
     logger = logger
@@ -67,10 +67,10 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
 
     @classmethod
     def for_vlm_full(cls, config: Any | None = None) -> Mistral3FP8StateDictAdapter:
-        """For the full model, where there is no file. Without ``config`` its names are the same on disk, as in Mistral
-        Medium 3.5 128B; with one, they are those under which that model is released.
+        """Return the adapter of the full model, if there is no file. Without ``config`` its names on disk are the same,
+        as in Mistral Medium 3.5 128B; with one, they are those under which that model is released.
 
-        ``config``: of transformers, or the mapping of ``config.json``.
+        ``config``: a transformers configuration, or the mapping of ``config.json``.
         """
         if config is None:
             return cls._of_layout(IDENTITY, is_vlm=True)
@@ -80,16 +80,16 @@ class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
 
     @classmethod
     def for_causal_lm(cls, config: Any | None = None) -> Mistral3FP8StateDictAdapter:
-        """For the text model alone, where there is no file; its names are the same on disk, as in Devstral 2."""
+        """Return the adapter of the text model alone, without a file; names on disk are the same, as in Devstral 2."""
         adapter = cls(layout_name="causal_lm")
         adapter.may_lack_head = bool(ties_embeddings(config))
         return adapter
 
     @classmethod
     def from_checkpoint(cls, path: CheckpointLike) -> Mistral3FP8StateDictAdapter:
-        """For the checkpoint at ``path``: layout, which weights are FP8, and what their scales are.
+        """Return the adapter for the checkpoint at ``path``: its layout, FP8 weights and scales.
 
-        Raises `UnsupportedFormatError` where its scales are not one a tensor, named ``_scale_inv``.
+        Raises `UnsupportedFormatError` unless its scales are one per tensor, named ``_scale_inv``.
         """
         checkpoint = open_checkpoint(path)
         layout = NESTED if any(name.startswith(_NESTED_TEXT) for name in checkpoint.tensors) else IDENTITY
