@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import NamedTuple
 
 import fp8ckpt
 import fp8ckpt.errors
+from fp8ckpt.errors.base import Says
 
 ROOT = Path(fp8ckpt.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
@@ -252,6 +254,23 @@ def test_errors_go_from_process_to_process() -> None:
     assert OwnError.__module__ == __name__
 
 
+def test_sentences_are_given_their_facts() -> None:
+    """Each is said somewhere, and where it is raised at once with the facts that it has places for, and no others."""
+    says = {
+        f"{kind.__name__}.{name}": {
+            fact.split(".")[0] for _, fact, _, _ in Formatter().parse("".join(one.texts)) if fact
+        }
+        for kind in vars(fp8ckpt.errors).values()
+        for name, one in (vars(kind).items() if isinstance(kind, type) else ())
+        if isinstance(one, Says)
+    }
+    nodes = [node for module in MODULES for node in ast.walk(tree_of(module))]
+    said = {node: ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute) and node.attr[:3] == "of_"}
+    assert says.keys() <= {*said.values()}
+    for call in (node for node in nodes if isinstance(node, ast.Call) and said.get(node.func) in says):
+        assert {word.arg for word in call.keywords} - {"tensor", "file"} == says[said[call.func]], said[call.func]
+
+
 def test_functions_are_not_hidden_by_their_modules() -> None:
     """``fp8ckpt.convert`` is the function, though ``fp8ckpt/convert.py`` is imported too."""
     for name in JOBS:
@@ -339,7 +358,7 @@ except SystemExit:
 """
     loaded = set(fresh(code)[0].splitlines()[-1].split())
     others = {name for name in loaded if not name.startswith(("fp8ckpt", "typer.", "click."))}
-    assert others <= {"__future__", "dataclasses", "gc"}
+    assert others <= {"__future__", "dataclasses", "gc", "string", "_string"}
     ours = {f"fp8ckpt.cli.{path.stem}" for path in (ROOT / "cli").glob("[!_]*.py")}
     ours |= {f"fp8ckpt.errors.{path.stem}" for path in (ROOT / "errors").glob("[!_]*.py")}
     ours |= {"fp8ckpt", "fp8ckpt.cli", "fp8ckpt.errors", "fp8ckpt.targets", "fp8ckpt.version"}

@@ -118,8 +118,7 @@ def verify(
     defects = tuple(defect for side, found in zip(sides, by_side, strict=True) for defect in (*found, *side.slips))
     servability = examine(sides[-1], tensor_parallel=tensor_parallel) if serving else None
     if servability is not None and (count := len(by_side[-1])):
-        found = f"it has {count} defect{'s' if count > 1 else ''}: an engine refuses it, or serves something else"
-        failure = ServingError(found, file=sides[-1].path, expected="a sound checkpoint")
+        failure = ServingError.of_unsound(file=sides[-1].path, defects=f"{count} defect{'s' if count > 1 else ''}")
         servability = replace(servability, failures=(*servability.failures, failure))
     notes: tuple[str, ...] = ()
     if len(sides) == 2 and not unsound:

@@ -61,12 +61,12 @@ from fp8ckpt.errors.scales import (
     ScaleShapeError,
     ScaleValueError,
 )
+from fp8ckpt.errors.serving import ServingError
 from fp8ckpt.errors.stores import NoRoomError, StorageError, UnsupportedStoreError
 from fp8ckpt.errors.system import MissingPackageError, UnsupportedSystemError
 from fp8ckpt.errors.values import (
     RangeError,
     RegionError,
-    ServingError,
     UnknownTensorError,
     WeightValueError,
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol, Self
+from string import Formatter
+from typing import Any, Protocol, Self, TypeVar
 
 _MOST_NAMES = 10  # in one message
 _LONGEST_NAME = 200  # characters; a header may hold names of megabytes
@@ -24,6 +25,32 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
+
+
+E = TypeVar("E", bound="Fp8CheckpointError")
+
+
+class _Facts(Formatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        """As `str.format` has it; and "{name:shown}" is a name from a file, "{names:listed}" are some of many."""
+        show = {"shown": shown, "listed": listed}.get(format_spec)
+        return show(value) if show else super().format_field(value, format_spec)
+
+
+class Says:
+    """A sentence of an error class, which makes the error of it. ``found``, ``expected`` and ``remedy`` have places for
+    facts: whoever raises it gives them, by their names, with the tensor and the file.
+    """
+
+    def __init__(self, found: str, expected: str = "", remedy: str = "") -> None:
+        self.texts = found, expected, remedy
+
+    def __get__(self, _: object, cls: type[E]) -> Callable[..., E]:
+        return partial(self._of, cls)
+
+    def _of(self, cls: type[E], tensor: Any = None, *, file: object = None, **facts: object) -> E:
+        found, expected, remedy = (_Facts().vformat(text, (), facts) for text in self.texts)
+        return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 
 
 class Fp8CheckpointError(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Named, Stored, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, Named, Says, Stored, shown
 
 COPY = "compare it with what it was copied from, or have it written anew"
 _SAME_PLACE = "get it from where the other files came from, and from nowhere else"
@@ -23,19 +23,10 @@ _FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
 class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     """There is no checkpoint at the given path, nor a cached one of that hub id."""
 
-    @classmethod
-    def of_empty(cls, where: str) -> Self:
-        return cls.of_answer(where, "there is no object below it")
-
-    @classmethod
-    def of_page(cls, where: str) -> Self:
-        remedy = "give a directory whose index page lists its files; for a model of the Hub, hf://org/name"
-        return cls.of_answer(where, "its page lists no files", remedy)
-
-    @classmethod
-    def of_answer(cls, where: str, answered: str, remedy: str = "check the URL") -> Self:
-        """``answered``: who, and what."""
-        return cls(answered, file=where, remedy=remedy)
+    of_empty = Says("there is no object below it", remedy="check the URL")
+    of_page = Says("its page lists no files",
+        remedy="give a directory whose index page lists its files; for a model of the Hub, hf://org/name")  # fmt: skip
+    of_answer = Says("{who} answered {answer}", remedy="{remedy}")
 
     @classmethod
     def of_path(cls, path: object) -> Self:

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, Says, shown
 
 
 class OutputExistsError(Fp8CheckpointError, FileExistsError):
     """The destination exists, and is never overwritten."""
 
+    of_objects = Says("there are objects below it", "none", "choose another one, or move them away")
+    of_other = Says("there is another object of this name below {where}", "what the run before made",
+        "choose another destination, or move away what is there")  # fmt: skip
+
     @classmethod
     def of_destination(cls, destination: object) -> Self:
         remedy = "choose another one, or move it away"
         return cls("the destination exists", file=str(destination), expected="no such path", remedy=remedy)
-
-    @classmethod
-    def of_objects(cls, where: str) -> Self:
-        remedy = "choose another one, or move them away"
-        return cls("there are objects below it", file=where, expected="none", remedy=remedy)
-
-    @classmethod
-    def of_other(cls, name: str, where: str) -> Self:
-        """An object that is not made of the file's parts."""
-        found, remedy = f"there is another object of this name below {where}", "choose another destination"
-        remedy += ", or move away what is there"
-        return cls(found, file=name, expected="what the run before made", remedy=remedy)
 
     @classmethod
     def of_foreign(cls, partial: object, found: str) -> Self:
@@ -38,14 +30,11 @@ class OutputExistsError(Fp8CheckpointError, FileExistsError):
 class OutputBusyError(Fp8CheckpointError, RuntimeError):
     """Another process is writing the same destination."""
 
+    of_lock = Says("another run writes there", remedy="wait for it to end; if it never will, delete that object")
+
     @classmethod
     def of(cls, partial: object) -> Self:
         return cls("another process is writing it", file=str(partial), remedy="wait for it to end")
-
-    @classmethod
-    def of_lock(cls, lock: str) -> Self:
-        remedy = "wait for it to end; if it never will, delete that object"
-        return cls("another run writes there", file=lock, remedy=remedy)
 
 
 class RankLostError(Fp8CheckpointError, RuntimeError):

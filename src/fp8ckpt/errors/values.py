@@ -96,7 +96,3 @@ class RangeError(Fp8CheckpointError, OverflowError):
         found = f"its values need a scale beyond the range of {dtype}{under}"
         expected = "values that the base's scale dtype can scale"
         return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
-
-
-class ServingError(Fp8CheckpointError, ValueError):
-    """A serving engine would refuse the directory, or serve something else than what is in it."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from fp8ckpt.errors import shown
+
 #: Leaf modules that are joined where they stand in the same module, in the order in which they are joined.
 FUSED_LEAVES = (
     ("q_proj", "k_proj", "v_proj"),
@@ -60,6 +62,9 @@ class Ragged(NamedTuple):
     dimension: str
     size: int
     block: int
+
+    def __str__(self) -> str:
+        return f"{shown(self.name)} has {self.size} {self.dimension}, and its blocks {self.block}"
 
 
 def sibling_units(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
-from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.errors import ServingError
 from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged, sibling_units
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.formats import module_of
+from fp8ckpt.tensors.scaled import QuantizedTensor
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -32,10 +33,8 @@ def mixed(subject: Subject) -> Iterator[Finding]:
     tensors = subject.checkpoint.tensors
     units = [unit for unit in sibling_units(tensors) if len({tensors[name].scaled is None for name in unit}) > 1]
     if units:
-        found = f"{len(units)} groups of weights that engines join are FP8 in part; the first is {some(units[0])}"
-        remedy = "quantize all of a group, or none: vLLM refuses to build the layer"
         tensor = next(name for name in units[0] if tensors[name].scaled is None)
-        yield ServingError(found, tensor=tensor, file=subject.file, expected="all FP8, or none", remedy=remedy)
+        yield ServingError.of_mixed(tensor, file=subject.file, count=len(units), some=some(units[0]))
 
 
 def blocks(subject: Subject) -> Iterator[Finding]:
@@ -43,16 +42,11 @@ def blocks(subject: Subject) -> Iterator[Finding]:
     parts = partial(_ragged, subject)
     if one := parts(1):
         why = "are of FP8_PB_WO" if one[0].name in _in_whole_blocks(subject) else "are joined with others"
-        found = f"{len(one)} FP8 tensors {why} and are not whole blocks: {_described(one[0])}"
-        remedy = "convert the BF16 weights with --scheme block, which leaves such, or with per-tensor or channel"
-        yield _failure(found, one[0], subject, remedy)
+        yield ServingError.of_torn(_tensor(subject, one[0]), count=len(one), why=why, part=one[0])
     elif subject.size is not None and (many := parts(subject.size)):
-        found = f"with a tensor-parallel size of {subject.size}, {len(many)} FP8 tensors are not cut into whole blocks"
-        able = tensor_parallel(subject)
-        remedy = (
-            f"serve it with {able.largest if able else 1} or fewer; experts that are not cut (expert parallelism) fit"
-        )
-        yield _failure(f"{found}: {_described(many[0])}", many[0], subject, remedy)
+        able, tensor = tensor_parallel(subject), _tensor(subject, many[0])
+        largest = able.largest if able else 1
+        yield ServingError.of_shares(tensor, size=subject.size, count=len(many), part=many[0], largest=largest)
     shapes = {tensor.name: tensor.shape for tensor in subject.quantized}
     columns = [name for name, block in _blocks(subject).items() if shapes[name][-1] % block[1]]
     if columns:
@@ -88,7 +82,7 @@ def tensor_parallel(subject: Subject) -> TensorParallel | None:
     if able[-1] == _SIZES[-1]:
         return TensorParallel(able[-1], None)
     size = 2 * able[-1]
-    return TensorParallel(able[-1], f"with {size}, {_described(_ragged(subject, size)[0])}")
+    return TensorParallel(able[-1], f"with {size}, {_ragged(subject, size)[0]}")
 
 
 def _ragged(subject: Subject, size: int) -> list[Ragged]:
@@ -120,11 +114,5 @@ def _heads(subject: Subject) -> Heads | None:
     return None
 
 
-def _described(part: Ragged) -> str:
-    return f"{shown(part.name)} has {part.size} {part.dimension}, and its blocks {part.block}"
-
-
-def _failure(found: str, part: Ragged, subject: Subject, remedy: str) -> ServingError:
-    file = next(tensor.weight.file for tensor in subject.quantized if tensor.name == part.name)
-    expected = f"multiples of {part.block} {part.dimension}, where vLLM and SGLang raise ValueError otherwise"
-    return ServingError(found, tensor=part.name, file=file, expected=expected, remedy=remedy)
+def _tensor(subject: Subject, part: Ragged) -> QuantizedTensor:
+    return next(tensor for tensor in subject.quantized if tensor.name == part.name)

@@ -17,17 +17,11 @@ def second_copies(subject: Subject) -> Iterator[Finding]:
     names = sorted(name for name in subject.checkpoint.store.files() if "/" not in name)
     if any(not is_native(header.file.name) for header in subject.checkpoint.files):
         if second := [name for name in names if is_native(name)]:
-            found = f"Mistral's own copy of the weights stands beside the others: {some(second)}"
-            remedy = "move it away: vLLM serves it instead of the others"
-            yield ServingError(found, file=second[0], expected="one copy", remedy=remedy)
+            yield ServingError.of_native_weights(file=second[0], some=some(second))
         if MISTRAL_CONFIG in names:
-            found = "Mistral's own configuration stands beside weights that it does not speak of"
-            remedy = "move it away: vLLM reads it, and looks for consolidated*.safetensors"
-            yield ServingError(found, file=MISTRAL_CONFIG, expected=f"{CONFIG} alone", remedy=remedy)
+            yield ServingError.of_native_config(file=MISTRAL_CONFIG, config=CONFIG)
     if others := [name for name in names if name.endswith(_LOADED) and is_of_another_kind(name)]:
-        found = f"weights of another kind stand beside the safetensors files: {some(others)}"
-        remedy = "move them away: an engine may load them instead"
-        yield ServingError(found, file=others[0], expected="one copy", remedy=remedy)
+        yield ServingError.of_other_weights(file=others[0], some=some(others))
 
 
 def index_and_metadata(subject: Subject) -> Iterator[Finding]:
@@ -35,11 +29,7 @@ def index_and_metadata(subject: Subject) -> Iterator[Finding]:
     checkpoint = subject.checkpoint
     files = [header.file for header in checkpoint.files]
     if len(files) > 1 and checkpoint.index_name is None and not subject.is_native_only:
-        found = f"{len(files)} safetensors files without an index"
-        remedy = "take the index that was written with them, or write the directory anew with convert, which makes one"
-        yield ServingError(found, file=files[0], expected="model.safetensors.index.json", remedy=remedy)
+        yield ServingError.of_no_index(file=files[0], count=len(files))
     unmarked = [header for header in checkpoint.files if header.metadata.get("format") != "pt"]
     if unmarked:
-        found = f"the metadata does not say what wrote it, in {len(unmarked)} of {len(files)} files"
-        remedy = "have it written anew with that: loaders that serve several frameworks refuse the file, or guess"
-        yield ServingError(found, file=unmarked[0].file, expected='{"format": "pt"}', remedy=remedy)
+        yield ServingError.of_metadata(file=unmarked[0].file, count=len(unmarked), all=len(files))

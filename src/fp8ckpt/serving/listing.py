@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.errors import ServingError
 from fp8ckpt.families.roles import is_built_plain
 from fp8ckpt.output.like import has_activation_scales
 from fp8ckpt.serving.skip_list import (
@@ -33,18 +33,10 @@ def complete(subject: Subject) -> Iterator[Finding]:
         return
     for key, entries in _lists(stated.quantization, stated.row.lists).items():
         missing = _missing(subject, stated.row, entries)
-        remedy = "list them: an engine makes FP8 of what it is not told to skip"
-        if missing.names:
-            found = f"{len(missing.names)} unquantized Linears are not in {key}: {some(missing.names)}"
-            expected = "a name or a pattern for each"
-            if stated.row.both_forms:
-                expected = "each by its full name: vLLM skips no module that a prefix stands for"
-            yield ServingError(found, tensor=missing.names[0], file=stated.file, expected=expected, remedy=remedy)
-        if missing.prefixes:
-            parts = f"{len(missing.prefixes)} parts of the model that hold nothing FP8"
-            found = f"{parts} are not in {key}: {some(missing.prefixes)}"
-            expected = "each by its prefix, as transformers and SGLang read the list"
-            yield ServingError(found, tensor=missing.prefixes[0], file=stated.file, expected=expected, remedy=remedy)
+        by_name = ServingError.of_unlisted_names if stated.row.both_forms else ServingError.of_unlisted
+        for unlisted, names in ((by_name, missing.names), (ServingError.of_unlisted_parts, missing.prefixes)):
+            if names:
+                yield unlisted(names[0], file=stated.file, count=len(names), key=key, some=some(names))
 
 
 def true(subject: Subject) -> Iterator[Finding]:
@@ -55,14 +47,9 @@ def true(subject: Subject) -> Iterator[Finding]:
     modules = [module_of(tensor.name) for tensor in subject.quantized]
     for key, entries in _lists(stated.quantization, stated.row.lists).items():
         skip_list = SkipList.of(entries)
-
-        def failure(found: str, module: str, remedy: str, file: str = stated.file) -> ServingError:
-            return ServingError(found, tensor=module, file=file, expected="none that is FP8", remedy=remedy)
-
         listed = [m for m in modules if skip_list.reaches(m) or skip_list.reaches(subject.native(m))]
         if listed:
-            found = f"{len(listed)} FP8 tensors are in {key}: {some(listed)}"
-            yield failure(found, listed[0], "take them off the list: an engine would read codes as weights")
+            yield ServingError.of_listed(listed[0], file=stated.file, count=len(listed), key=key, some=some(listed))
         if not stated.row.by_transformers:
             continue
         known = set(listed)
@@ -70,11 +57,14 @@ def true(subject: Subject) -> Iterator[Finding]:
         for version, part, like in (("5.18", "beginning", skip_list.begins), ("5.23", "end", skip_list.ends)):
             taken = [(m, entry) for m in others if (entry := like(m) or like(subject.native(m)))]
             if taken:
-                module, entry = taken[0]
-                names = f"{len(taken)} FP8 tensors' names"
-                found = f"transformers {version} takes {shown(entry)} in {key} for the {part} of {names}"
-                remedy = "list what is not FP8 by its full name, and with a $ after it where other names begin so"
-                yield failure(f"{found}: {some(name for name, _ in taken)}", module, remedy)
+                (module, entry), names, misread = (
+                    taken[0],
+                    some(name for name, _ in taken),
+                    f"the {part} of {len(taken)}",
+                )
+                yield ServingError.of_misread_list(
+                    module, file=stated.file, version=version, entry=entry, key=key, part=misread, some=names
+                )
 
 
 def _lists(quantization: dict[str, Any], keys: Sequence[str]) -> dict[str, list[str]]:

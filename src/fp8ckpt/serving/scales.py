@@ -29,19 +29,12 @@ def shapes(subject: Subject) -> Iterator[Finding]:
     quantized = subject.quantized
     wrong: list[TensorSpan] = [tensor.scale for tensor in with_needless_dimensions(subject.checkpoint)]
     if wrong:
-        count = f"{len(wrong)} of {len(quantized)} FP8 tensors"
-        found = f"the scale of a whole tensor has shape {list(wrong[0].shape)}, in {count}"
-        remedy = "store it without dimensions: vLLM's loader fails on this one"
-        yield ServingError(found, tensor=wrong[0], expected="[] or [1]", remedy=remedy)
+        shape, count = list(wrong[0].shape), len(wrong)
+        yield ServingError.of_dimensions(wrong[0], shape=shape, count=count, all=len(quantized))
     wrong = [span for t in quantized for span in t.activation_scales if not _is_one_value(span.shape, t.shape)]
     if wrong:
-        shape = list(wrong[0].shape)
-        found = f"the activation scale has shape {shape}, and is one of {len(wrong)} that engines cannot load"
-        remedy = "store it without dimensions"
-        if wrong[0].numel > 1:
-            remedy = "calibrate one value for all: engines have no other static scaling of activations"
-        expected = "[] or [1], or [experts]"
-        yield ServingError(found, tensor=wrong[0], expected=expected, remedy=remedy)
+        of_shape = ServingError.of_activation_values if wrong[0].numel > 1 else ServingError.of_activation_shape
+        yield of_shape(wrong[0], shape=list(wrong[0].shape), count=len(wrong))
 
 
 def _is_one_value(shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
@@ -59,16 +52,11 @@ def of_activations(subject: Subject) -> Iterator[Finding]:
         lacking = [tensor for tensor in tensors if not tensor.activation_scales]
         count = len(subject.quantized)
         if lacking and (stated == {True} or (having and not stated)):
-            found = f"{len(lacking)} of {count} FP8 tensors have no activation scale"
-            expected = "one for each, " + (f"by {subject.file}" if stated else "or for none")
-            remedy = "restore them, or leave out all and state dynamic, where the method has that"
-            remedy += ": engines take a missing one for a senseless number"
-            yield ServingError(found, tensor=lacking[0], expected=expected, remedy=remedy)
+            by = f"by {subject.file}" if stated else "or for none"
+            yield ServingError.of_lacking(lacking[0], count=len(lacking), all=count, by=by)
         if having and stated == {False}:
-            found = f"{len(having)} of {count} FP8 tensors have an activation scale"
-            first, expected = having[0].activation_scales[0], f"none, by {subject.file}"
-            remedy = "leave them out; or state static, where the method has that and every FP8 tensor has one"
-            yield ServingError(found, tensor=having[0].name, file=first.file, expected=expected, remedy=remedy)
+            name, file = having[0].name, having[0].activation_scales[0].file
+            yield ServingError.of_needless(name, file=file, count=len(having), all=count, by=subject.file)
 
 
 def powers_of_two(subject: Subject) -> Iterator[Finding]:
@@ -83,10 +71,7 @@ def powers_of_two(subject: Subject) -> Iterator[Finding]:
             wrong.append(span)
             count += others
     if wrong:
-        where = f"{count} scales of {len(wrong)} FP8 tensors"
-        found = f"{where} are no powers of two, and {subject.file} states scale_fmt ue8m0"
-        remedy = "quantize these weights again (convert --scales fresh): engines keep only the exponents of such scales"
-        yield ServingError(found, tensor=wrong[0], expected="powers of two", remedy=remedy)
+        yield ServingError.of_powers(wrong[0], scales=count, count=len(wrong), by=subject.file)
 
 
 def of_siblings(subject: Subject) -> Iterator[Finding]:

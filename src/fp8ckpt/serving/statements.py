@@ -24,21 +24,12 @@ def method(subject: Subject) -> Iterator[Finding]:
     """Quantization must be stated, with a method that engines serve."""
     stated = subject.stated
     if stated is None:
-        found = "the weights are FP8, and no configuration says so"
-        expected = '"quantization_config" with quant_method, activation_scheme and the skip list'
-        if subject.file == MISTRAL_CONFIG:
-            expected = '"quantization"'
-        remedy = "take the configuration that was written with them; convert --like and --serving writes one"
-        if subject.checkpoint.markers:
-            remedy = (
-                "serve it with ComfyUI, whose markers say so; for engines, convert it to bf16 and that with a --scheme"
-            )
-        yield ServingError(found, file=subject.file, expected=expected, remedy=remedy)
+        unstated = ServingError.of_markers if subject.checkpoint.markers else ServingError.of_nothing_stated
+        keys = '"quantization_config" with quant_method, activation_scheme and the skip list'
+        yield unstated(file=subject.file, keys='"quantization"' if subject.file == MISTRAL_CONFIG else keys)
     elif stated.method is None:
-        found, guess = "quant_method is missing", guessed_method(stated.quantization)
-        remedy = f"add it; what else is stated is that of {guess}"
-        expected = f"one of {', '.join(name for name in METHODS if name != 'mistral')}"
-        yield ServingError(found, file=stated.file, expected=expected, remedy=remedy)
+        methods, guess = ", ".join(name for name in METHODS if name != "mistral"), guessed_method(stated.quantization)
+        yield ServingError.of_no_method(file=stated.file, methods=methods, guess=guess)
     elif stated.method not in METHODS:
         yield f"quant_method is {shown(stated.method)}, of which fp8ckpt does not know what engines need: not checked"
 
@@ -50,9 +41,7 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
         return
     scheme = stated.quantization.get("activation_scheme")
     if scheme not in SCHEMES:
-        found = "activation_scheme is missing" if scheme is None else f"activation_scheme is {shown(scheme)}"
-        remedy = "state static if every FP8 tensor has its activation scale, else dynamic"
-        yield ServingError(found, file=stated.file, expected="static or dynamic", remedy=remedy)
+        yield ServingError.of_scheme(file=stated.file, scheme="missing" if scheme is None else scheme)
     block = stated.quantization.get("weight_block_size")
     if "weight_block_size" not in stated.quantization:
         yield "weight_block_size is absent: vLLM takes that for one scale a tensor, transformers for 128 x 128 blocks"
@@ -65,11 +54,10 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
         return fit is None or fit.shape != tensor.grid.shape
 
     if others := [tensor for tensor in quantized if tensor.weight.dtype in FP8_DTYPES and differs(tensor)]:
-        first, count = others[0], f"{len(others)} of {len(quantized)} FP8 tensors"
-        found = f"weight_block_size is {shown(block)}, and {count} are scaled otherwise"
-        expected = f"the block size of scales {list(first.scale.shape)} for weights {list(first.shape)}"
-        remedy = "state the block size of the file, or null for one scale a tensor; engines take one for all"
-        yield ServingError(found, tensor=first.name, file=stated.file, expected=expected, remedy=remedy)
+        first, scale, weight = others[0], list(others[0].scale.shape), list(others[0].shape)
+        yield ServingError.of_block(
+            first.name, file=stated.file, block=block, count=len(others), all=len(quantized), scale=scale, weight=weight
+        )
 
 
 def renamed_scales(subject: Subject) -> Iterator[Finding]:
@@ -79,14 +67,11 @@ def renamed_scales(subject: Subject) -> Iterator[Finding]:
     if not grids:
         return
     for engine in engines_that_rename_scales(subject.checkpoint.config):
-        found = f"{engine} takes weight_scale_inv of this model for the one scale of a tensor"
-        if engine.startswith("SGLang"):
-            yield f"{found}, and does not serve the blocks of {shown(grids[0].name)} and {len(grids) - 1} more"
-            continue
-        expected = "weight_scale, of compressed-tensors, for blocks"
-        remedy = "convert the BF16 weights with --scheme block, which names blocks so, or with --scheme per-tensor"
-        found += f", and refuses {len(grids)} that are blocks"
-        yield ServingError(found, tensor=grids[0].scale, expected=expected, remedy=remedy)
+        does, serves_others = f"refuses {len(grids)} that are blocks", engine.startswith("SGLang")
+        if serves_others:
+            does = f"does not serve the blocks of {shown(grids[0].name)} and {len(grids) - 1} more"
+        failure = ServingError.of_renamed(grids[0].scale, engine=engine, does=does)
+        yield failure.found if serves_others else failure
 
 
 def not_quantized(subject: Subject) -> Iterator[Finding]:
@@ -106,11 +91,7 @@ def not_quantized(subject: Subject) -> Iterator[Finding]:
         elif integers:
             yield f"{file} states a quantization that is not FP8 ({some(integers)}): not checked"
         else:
-            found = "it states that the weights are quantized, and none is"
-            remedy = (
-                "if they are meant to be as they are, state no quantization of them: an engine would look for scales"
-            )
-            yield ServingError(found, file=file, expected="no quantization of weights", remedy=remedy)
+            yield ServingError.of_unquantized(file=file)
 
 
 def _states_cache(stated: Json) -> bool:
@@ -134,9 +115,7 @@ def contradictions(subject: Subject) -> Iterator[Finding]:
     quantization = configuration.quantization_config(subject.checkpoint.config)
     stated = quantization.get("quant_method")
     if subject.modelopt and quantization and not str(stated).startswith("modelopt"):
-        found = f"it states quantization by ModelOpt, and {CONFIG} states {shown(stated)}"
-        remedy = "move away the file that does not speak of these weights"
-        yield ServingError(found, file=MODELOPT_CONFIG, expected="one method", remedy=remedy)
+        yield ServingError.of_contradiction(file=MODELOPT_CONFIG, config=CONFIG, stated=stated)
 
 
 def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
@@ -145,12 +124,9 @@ def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
     stated, config = subject.stated, subject.checkpoint.config
     if not stacks or stated is None or (misread := misreads_stacks(config, stated.method)) is None:
         return
-    found = f"{len(stacks)} stacks of experts are FP8 ({some(tensor.name for tensor in stacks)}): {misread}"
-    if not has_no_fp8_experts(config):
-        yield found
-        return
-    remedy = "leave them in BF16 (convert --scheme, --skip experts), or give each expert a tensor of its own"
-    yield ServingError(found, tensor=stacks[0], expected="an expert a tensor", remedy=remedy)
+    names = some(tensor.name for tensor in stacks)
+    failure = ServingError.of_stacks(stacks[0], count=len(stacks), some=names, misread=misread)
+    yield failure if has_no_fp8_experts(config) else failure.found
 
 
 def tied_head(subject: Subject) -> Iterator[Finding]:
@@ -164,10 +140,6 @@ def tied_head(subject: Subject) -> Iterator[Finding]:
         said = f"{CONFIG} says tie_word_embeddings"
         if checkpoint.config.get("tie_word_embeddings") is False:  # transformers reads this, vLLM text_config
             said = f"text_config says tie_word_embeddings, though {CONFIG} itself says false"
-        found = f"the head is not {shown(embeddings.name)}, and {said}"
-        remedy = "state false in all of it if the head is its own; an engine would serve the embeddings in its place"
-        yield ServingError(found, tensor=head, expected="the same bytes, or no head", remedy=remedy)
+        yield ServingError.of_head(head, embeddings=embeddings.name, said=said)
     if ties is False and head is None and not checkpoint.defects and has_language_head(checkpoint.config):
-        found = "tie_word_embeddings is false, and no head is stored"
-        remedy = "restore the head; or state true if it is the embeddings"
-        yield ServingError(found, file=CONFIG, expected=f"a tensor {HEADS[0]}", remedy=remedy)
+        yield ServingError.of_no_head(file=CONFIG, head=HEADS[0])

@@ -51,11 +51,11 @@ def address_of(path: str | os.PathLike[str]) -> Address | None:
     if match is None and (match := _ODD.fullmatch(text)) is None:
         return None
     scheme = match[1].rpartition("@")[2].lower()
-    raise UnsupportedStoreError.of_form(Address(scheme, match[match.re.groups]))
+    raise UnsupportedStoreError.of_form(file=Address(scheme, match[match.re.groups]))
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Return a path on this machine. Raises `UnsupportedStoreError` for the URL of a store."""
     if (address := address_of(path)) is None:
         return Path(path)
-    raise UnsupportedStoreError.of_output(address, "a local path")
+    raise UnsupportedStoreError.of_output(address, *address, "a local path")

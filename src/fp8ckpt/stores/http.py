@@ -46,7 +46,7 @@ class HttpObjects:
         self.where = str(address).rstrip("/")
         self._base = f"{address.scheme}://{address.rest.rstrip('/')}/"
         if not urlsplit(self._base).hostname or "?" in address.rest or "#" in address.rest:
-            raise UnsupportedStoreError.of_kind(self.where, "directory", f"{address.scheme}://host/directory")
+            raise UnsupportedStoreError.of_directory(file=self.where, scheme=address.scheme)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._address,)
@@ -63,7 +63,7 @@ class HttpObjects:
         """As `fp8ckpt.stores.remote.Objects.list`: from the index pages, and a HEAD request for each file."""
         names = list(dict.fromkeys(self._names("", 0)))
         if not names:
-            raise CheckpointNotFoundError.of_page(self.where)
+            raise CheckpointNotFoundError.of_page(file=self.where)
         with ThreadPoolExecutor(AT_ONCE, THREADS) as pool:
             return dict(zip(names, pool.map(self._stat, names), strict=True))
 
@@ -72,7 +72,7 @@ class HttpObjects:
         asked = {"Range": f"bytes={start}-{stop - 1}", **condition}
         with self.answer("GET", name, asked, listed=True) as response:
             if response.status != 206:
-                raise StorageError.of_ranges(name, self.where)
+                raise StorageError.of_ranges(file=name, where=self.where)
             refuse_other_range(response.headers.get("Content-Range"), start, stop, name, stat)
             self.refuse_other(name, stat, response.headers)
             yield from response.stream(_PIECE, decode_content=False)
@@ -111,29 +111,31 @@ class HttpObjects:
                     yield response
                     return
         except ValueError as error:
-            raise StorageError.of_request(self.where, error) from None
+            raise StorageError.of_request(file=self.where, error=error) from None
         except HTTPError as error:
             raise met(error, self.where) from None
-        raise StorageError.of_redirects(name or self.where, _MOST_REDIRECTS)
+        raise StorageError.of_redirects(file=name or self.where, most=_MOST_REDIRECTS)
 
     def _led_to(self, url: str, location: str, name: str) -> str:
         target = urlsplit(urljoin(url, location))
         if target.scheme not in ("http", "https") or (url.startswith("https:") and target.scheme == "http"):
-            raise StorageError.of_scheme(name, self.where, target.scheme)
+            raise StorageError.of_http(file=name or None, where=self.where, scheme=target.scheme)
         if _origin(url) == _origin(target.geturl()):  # the URL's user and password stay with the host
             return target._replace(netloc=urlsplit(url).netloc).geturl()
         return target.geturl()
 
     def _refuse(self, response: Any, name: str, listed: bool) -> None:
-        status, answered = response.status, f"the server answered {response.status}"
+        status = response.status
         if status in (408, 429) or status >= 500:
-            raise Broken(answered, after=response.headers.get("Retry-After"))
+            raise Broken(f"the server answered {status}", after=response.headers.get("Retry-After"))
         if listed and status in (404, 410, 412, 416):
             raise SourceChangedError.of(name)
         if status in (404, 410):
-            raise CheckpointNotFoundError.of_answer(self.where, answered)
+            raise CheckpointNotFoundError.of_answer(
+                file=self.where, who="the server", answer=status, remedy="check the URL"
+            )
         if status >= 300:
-            raise StorageError.of_answer(name, f"{self.where} answered {status}", self.permission)
+            raise StorageError.of_answer(file=name or None, who=self.where, answer=status, remedy=self.permission)
 
     def _stat(self, name: str) -> Stat:
         with self.answer("HEAD", name, {}, listed=False) as response:
@@ -151,7 +153,7 @@ class HttpObjects:
             for piece in response.stream(_PIECE, decode_content=False):
                 held += piece
                 if len(held) > _LONGEST_PAGE:
-                    raise StorageError.of_page(self.where)
+                    raise StorageError.of_page(file=self.where)
         page.feed(held.decode(errors="replace"))
         here = urlsplit(self.url(folder))
         for link in page.found:

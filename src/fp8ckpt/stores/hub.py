@@ -32,7 +32,7 @@ class HubObjects(HttpObjects):
         self.where = str(address).rstrip("/")
         match = _PLACE.fullmatch(address.rest.strip("/"))
         if match is None:
-            raise self._no_model()
+            raise UnsupportedStoreError.of_hub(file=self.where)
         self.model, revision, folder = match.groups()
         self.revision = unquote(revision) if revision else None
         self._folder = f"{folder}/" if folder else ""
@@ -42,9 +42,6 @@ class HubObjects(HttpObjects):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HubObjects, (self._address, self._commit)
-
-    def _no_model(self) -> UnsupportedStoreError:
-        return UnsupportedStoreError.of_kind(self.where, "model of the Hub", "hf://org/name or hf://org/name@revision")
 
     def url(self, name: str) -> str:
         """The URL of a file of the commit."""
@@ -90,17 +87,19 @@ class HubObjects(HttpObjects):
         try:
             yield
         except OfflineModeIsEnabled:
-            raise StorageError.of_offline(self.where) from None
+            raise StorageError.of_offline(file=self.where) from None
         except HFValidationError:
-            raise self._no_model() from None
+            raise UnsupportedStoreError.of_hub(file=self.where) from None
         except ValueError as error:
-            raise StorageError.of_request(self.where, error) from None
+            raise StorageError.of_request(file=self.where, error=error) from None
         except HfHubHTTPError as error:
             status, kind = error.response.status_code, type(error).__name__.removesuffix("Error")
             if status >= 500 or status in (408, 429):
                 raise Broken(f"the Hub answered {status}") from None
-            answered = f"the Hub answered {status} ({kind})"
-            raise CheckpointNotFoundError.of_answer(self.where, answered, self.permission) from None
+            answer, remedy = f"{status} ({kind})", self.permission
+            raise CheckpointNotFoundError.of_answer(
+                file=self.where, who="the Hub", answer=answer, remedy=remedy
+            ) from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "ssl"):
                 raise

@@ -158,7 +158,7 @@ class LocalStore:
             return real
         if self._blobs is not None and Path(real).is_relative_to(self._blobs):
             return real
-        raise StorageError.of_link(name)
+        raise StorageError.of_link(file=name)
 
     def _descriptor(self, name: str) -> _Descriptor:
         key = self._path(name), name == self._named
@@ -226,7 +226,9 @@ def open_to_read(file: str | Path, name: str) -> int:
 def refuse_irregular(stat: os.stat_result, name: str) -> None:
     """Raise `StorageError` for anything but a regular file: a FIFO, a socket, a device, a folder, a link."""
     if not modes.S_ISREG(stat.st_mode):
-        raise StorageError.of_kind(name, _KINDS.get(modes.S_IFMT(stat.st_mode), "no file"))
+        raise StorageError.of_kind(
+            file=name, kind=_KINDS.get(modes.S_IFMT(stat.st_mode), "no file"), remedy="move it away"
+        )
 
 
 def read_whole(file: Path) -> bytes:

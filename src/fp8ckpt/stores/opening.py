@@ -31,7 +31,7 @@ def objects_of(address: Address) -> Objects:
 
         return HttpObjects(address)
     if address.scheme in ("file", "local"):
-        raise UnsupportedStoreError.of_local(address)
+        raise UnsupportedStoreError.of_local(file=address, rest=address.rest)
     from fp8ckpt.stores.other import OtherObjects
 
     return OtherObjects(address)

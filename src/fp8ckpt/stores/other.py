@@ -40,7 +40,7 @@ class OtherObjects:
 
         scheme = self._address.scheme
         if scheme not in known_implementations:
-            raise UnsupportedStoreError.of_scheme(self.where, scheme)
+            raise UnsupportedStoreError.of_scheme(file=self.where, scheme=scheme)
         try:
             client, path = url_to_fs(f"{scheme}://{self._address.rest}", use_listings_cache=False)
         except ImportError as error:
@@ -49,9 +49,9 @@ class OtherObjects:
             package = _PACKAGES.get(module, module)
             raise MissingPackageError.of(f"reading {scheme}://", self.where, package, package) from error
         except TypeError:
-            raise StorageError.of_instance(self.where) from None
+            raise StorageError.of_instance(file=self.where) from None
         except Exception as error:
-            raise StorageError.of_client(self.where, "its client", error) from None
+            raise StorageError.of_client(file=self.where, error=error) from None
         return client, path.rstrip("/")
 
     def list(self) -> Mapping[str, Stat]:
@@ -66,7 +66,7 @@ class OtherObjects:
             version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
             found[name[len(path) :].lstrip("/")] = stat_of(self.where, name, info.get("size"), version)
         if not found:
-            raise CheckpointNotFoundError.of_empty(self.where)
+            raise CheckpointNotFoundError.of_empty(file=self.where)
         return found
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:

@@ -58,11 +58,9 @@ class Broken(Exception):
     ``remedy``: what to do if it never succeeds; ``after``: seconds to wait, if the server asks for that.
     """
 
-    def __init__(
-        self, found: str, remedy: str = "see whether the store answers, and run it again", *, after: str | None = None
-    ) -> None:
+    def __init__(self, found: str, remedy: str | None = None, *, after: str | None = None) -> None:
         super().__init__(found)
-        self.remedy = remedy
+        self.remedy = remedy or "see whether the store answers, and run it again"
         self.after = min(float(after), _MOST_PATIENT) if after and after.isdigit() else 0.0
         self.brought = 0  # bytes, before it failed
 
@@ -85,7 +83,7 @@ def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat:
 def stat_of(where: str, name: str, size: object, version: str) -> Stat:
     """The size and version that a store gives for a file. Raises `StorageError` if one is missing."""
     if not version or not str(size).isdigit():
-        raise StorageError.of_version(name, where)
+        raise StorageError.of_version(file=name, where=where)
     return Stat(int(str(size)), version)
 
 
@@ -102,7 +100,7 @@ _MET = {
 def met(error: BaseException, where: str) -> Exception:
     """Return the error for what a client met, in our own words: the client's text may hold a secret."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return StorageError.of_certificate(where)
+        return StorageError.of_certificate(file=where)
     kind = type(error).__name__
     return Broken(*_MET.get(kind, (f"no whole answer ({kind})",)))
 
@@ -243,7 +241,7 @@ class RemoteStore:
         """Fill the buffers of a request, in as many attempts as it takes."""
         stat = self.files().get(request.file)
         if stat is None:
-            raise StorageError.of_no_object(request.file, self.where)
+            raise StorageError.of_no_object(file=request.file, where=self.where)
         if request.stop > stat.size:
             raise TruncatedFileError.of_end(request.file, stat.size, request.stop, "look for a whole copy")
         if self._shared is not None and reads_over(request):
@@ -287,7 +285,7 @@ def attempted(
         except Broken as error:
             count = 1 if error.brought >= _PROGRESS else count + 1
             if count == most:
-                raise StorageError.of_attempts(file, doing, count, error, error.remedy) from None
+                raise StorageError.of_attempts(file=file, doing=doing, count=count, error=error) from None
             longest = min(_FIRST_PAUSE * 2 ** (count - 1), _LONGEST_PAUSE)
             pauses = longest * random.uniform(0.5, 1)  # or all ranks would repeat their requests at the same time
             (pause or wait)(max(pauses, error.after))

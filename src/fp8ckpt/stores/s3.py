@@ -49,7 +49,6 @@ _REMEDIES = {
     "IllegalLocationConstraintException": _REGION,
     "NoSuchBucket": "check the URL, or make the bucket first",
 }
-_SET_UP = " (AWS_PROFILE, AWS_ENDPOINT_URL, ...)"
 _making = threading.Lock()  # boto3's sessions are not thread-safe
 
 
@@ -60,11 +59,10 @@ class S3Objects:
         bucket, _, prefix = address.rest.partition("/")
         self.where = str(address._replace(scheme="s3"))
         if not _BUCKET.fullmatch(bucket) or set("?#;") & set(prefix):
-            remedy = f"give credentials and endpoint as boto3 takes them{_SET_UP}"
-            raise UnsupportedStoreError.of_kind(self.where, "bucket and prefix", "s3://bucket/prefix", remedy)
+            raise UnsupportedStoreError.of_bucket(file=self.where)
         self.bucket, self.prefix = bucket, prefix.rstrip("/")
         if self.prefix.startswith("/") or "//" in self.prefix:
-            raise UnsupportedStoreError.of_slashes(self.where, bucket)
+            raise UnsupportedStoreError.of_slashes(file=self.where, bucket=bucket)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Objects, (Address("s3", f"{self.bucket}/{self.prefix}"),)
@@ -107,7 +105,7 @@ class S3Objects:
             if not entry["Key"].endswith("/")
         }
         if not found:
-            raise CheckpointNotFoundError.of_empty(self.where)
+            raise CheckpointNotFoundError.of_empty(file=self.where)
         return found
 
     def get(self, name: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
@@ -235,7 +233,7 @@ class S3Objects:
         try:
             yield
         except RecursionError:  # boto3 follows redirects without end if no region is set
-            raise StorageError.of_regions(self.where, _REGION) from None
+            raise StorageError.of_regions(file=self.where, remedy=_REGION) from None
         except Exception as error:
             own = type(error).__module__.startswith(("botocore", "boto3", "urllib3"))
             if not (own or (making and isinstance(error, ValueError))):
@@ -250,18 +248,19 @@ class S3Objects:
             if isinstance(error, broken) or "urllib3" in str(type(error)):
                 cause = getattr(error, "kwargs", {}).get("error")  # if it is urllib3's, it says more
                 return met(cause if isinstance(cause, Exception) else error, self.where)
-            return StorageError.of_client(self.where, "boto3", error, _SET_UP)
+            return StorageError.of_boto3(file=self.where, error=error)
         code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
-        answered = f"the store answered {status} {'' if code == str(status) else code}".rstrip()
+        answer = f"{status} {'' if code == str(status) else code}".rstrip()
         if (status >= 500 and status != 501) or status in (408, 429) or code in _LATER:
             after = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
-            return Broken(answered, *([_REMEDIES[code]] if code in _REMEDIES else []), after=after)
+            return Broken(f"the store answered {answer}", _REMEDIES.get(code), after=after)
         if name is not None and not writing and status in (404, 412, 416):
             return SourceChangedError.of(name)
         remedy = _REMEDIES.get(code) or ("check the URL" if status == 404 else self._permission(writing))
         if status == 404 and not writing:
-            return CheckpointNotFoundError.of_answer(self.where, answered, remedy)
-        return StorageError.of_answer(self.where if name is None else f"{self.where}/{name}", answered, remedy)
+            return CheckpointNotFoundError.of_answer(file=self.where, who="the store", answer=answer, remedy=remedy)
+        place = self.where if name is None else f"{self.where}/{name}"
+        return StorageError.of_answer(file=place, who="the store", answer=answer, remedy=remedy)
 
     def _permission(self, writing: bool) -> str:
         """The remedy where the store refuses without saying why."""

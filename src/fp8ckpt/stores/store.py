@@ -114,7 +114,7 @@ class File(NamedTuple):
         """The file's size and version. Raises `StorageError` if there is no such file."""
         found = self.store.files().get(self.name)
         if found is None:
-            raise StorageError.of_absent(self.name)
+            raise StorageError.of_absent(file=self.name)
         return found
 
     def read(self, start: int, out: Bytes) -> None:

@@ -72,7 +72,7 @@ class Destination:
     def refuse_existing(self) -> None:
         """Raise `OutputExistsError` if any object exists there, except the lock."""
         if not self._do("looking at", None, self._client.is_empty, LOCK):
-            raise OutputExistsError.of_objects(self.where)
+            raise OutputExistsError.of_objects(file=self.where)
 
     def hold(self, run: str) -> None:
         """Keep other runs away until `release`; a ``run`` that holds the place keeps it. Raises `OutputBusyError`."""
@@ -86,7 +86,7 @@ class Destination:
         elif held is None:
             held = self._do("looking at", LOCK, self._client.text, LOCK)
         if held != text:
-            raise OutputBusyError.of_lock(f"{self.where}/{LOCK}")
+            raise OutputBusyError.of_lock(file=f"{self.where}/{LOCK}")
 
     def release(self) -> None:
         """Let other runs write there: delete the lock."""
@@ -148,12 +148,12 @@ class Destination:
         if upload is not None and self._do("writing", name, partial(self._client.finish, new=new), name, upload, etags):
             return
         if not self._is_made(name, etags):
-            raise StorageError.of_aborted(name, self.where)
+            raise StorageError.of_aborted(file=name, where=self.where)
 
     def _is_made(self, name: str, etags: Sequence[str]) -> bool:
         found = self._do("looking at", name, self._client.made_by, name)
         if found is not None and found[0] != self._client.etag_of_parts(etags) and found[1] != self._run:
-            raise OutputExistsError.of_other(name, self.where)
+            raise OutputExistsError.of_other(file=name, where=self.where)
         return found is not None
 
     def put(self, name: str, file: Path) -> None:
@@ -189,4 +189,4 @@ def destination_of(address: Address, own: Path) -> Destination:
         from fp8ckpt.stores.s3 import S3Objects
 
         return Destination(S3Objects(address), own)
-    raise UnsupportedStoreError.of_output(address, "a local path, or s3://bucket/prefix")
+    raise UnsupportedStoreError.of_output(address, *address, "a local path, or s3://bucket/prefix")
