@@ -1,7 +1,7 @@
-"""Python's search for circles of objects, put off while many objects are made that stay and are in none.
+"""Pausing Python's garbage collector while many long-lived objects are made that are in no reference cycle.
 
-Of a large model these are a few hundred thousand small tuples, and of the first compiled loop the thousands of types
-that numba makes, among all of torch's objects. Searching takes a third of the time, or more.
+For a large model these are a few hundred thousand small tuples; for the first compiled loop, the thousands of types
+that numba makes, among all of torch's objects. The collector would take a third of the time, or more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Also a decorator."""
+    """Pause the collector in a with block, or as a decorator in a function."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,9 @@
 """Fill planned files in parallel, in pieces at known offsets.
 
-A worker thread has a chunk (`fp8ckpt.output.extents`) filled into one of its own reused buffers, and fills the next
-one while a thread beside it writes that at its offset: cores and disk work at once. Once all chunks of an extent are on
-disk, it is recorded, and others may follow from what was found (``then``): they are filled in turn with those that are
-left. What fills a chunk is the job's own business (`Filler`).
+A worker thread has a chunk (`fp8ckpt.output.extents`) filled into one of its own reused buffers. It fills the next one
+while another thread writes the first at its offset: cores and disk work at once. Once all chunks of an extent are on
+disk, the extent is recorded. Its facts may add further extents (``then``), which are filled in turn with the remaining
+ones. How a chunk is filled is up to the job (`Filler`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from fp8ckpt.ranks import Ranks
 from fp8ckpt.stores.store import Bytes
 from fp8ckpt.workers import share
 
-_BUFFERS = 2  # of a worker: one is filled while the other is written
+_BUFFERS = 2  # for each worker: one is filled while the other is written
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the current activity
 
 
 def begin(
@@ -42,9 +42,9 @@ def begin(
     extents: Mapping[int, Extent],
     stale: Callable[[Mapping[int, Facts]], Collection[int]],
 ) -> dict[int, Facts]:
-    """Begin an output together: all ranks plan the same one, and the first makes it. Returns what was done before, as
-    the first rank saw it: others may be writing by the time that the last one looks. ``stale``: which of that no longer
-    stands; it is forgotten before anything is written.
+    """Begin an output on all ranks: all plan the same one, and the first rank creates it. Return the extents that were
+    done before, as the first rank saw them: others may be writing by the time the last rank looks. ``stale`` returns
+    those that are no longer valid; they are forgotten before anything is written.
     """
     if ranks.size > 1:
         refuse_unlike(ranks.gather(lambda: plan.said(output)))
@@ -67,7 +67,7 @@ class Beside(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What became of a chunk: facts, and whether there is anything to write; what is to be written ``beside`` it."""
+    """A filled chunk: its facts, whether it must be written, and the bytes to write ``beside`` it."""
 
     facts: Facts
     write: bool = True
@@ -75,13 +75,13 @@ class Filled(NamedTuple):
 
 
 class Filler(Protocol):
-    """One worker's means of making output bytes."""
+    """The interface that makes output bytes, one object a worker."""
 
     def fill(self, extent: Extent, chunk: Chunk, out: Bytes) -> Filled:
         """Fill ``out`` with the bytes of a chunk of an extent."""
 
 
-_Chunk = tuple[int, int]  # (number of the extent, number of the chunk in it)
+_Chunk = tuple[int, int]  # (index of the extent, index of the chunk in it)
 
 
 @dataclass
@@ -92,11 +92,10 @@ class _OpenExtent:
 
 
 class ExtentWriter:
-    """Writes extents of a partial output, by their numbers, and records each with its facts once it is on disk.
+    """A writer of numbered extents of a partial output, which records each with its facts once it is on disk.
 
-    ``combine`` makes the facts of an extent of those of its chunks, which come in order; ``then`` says which others
-    follow, now that these were recorded of one. Where an output takes the last step of several extents at once, threads
-    beside the work take them.
+    ``combine`` makes the facts of an extent from those of its chunks, in order. ``then`` returns the extents to add
+    once these facts are recorded. If the output finishes several extents at once, separate threads do that.
     """
 
     def __init__(
@@ -125,8 +124,8 @@ class ExtentWriter:
         self._unfinished: deque[Future[None]] = deque()
 
     def run(self, fillers: Sequence[Filler]) -> int:
-        """Write them all, with a worker thread a filler; the first error stops every worker, and is raised. Returns how
-        many bytes are written, with those of ``before``.
+        """Write all extents, with one worker thread for each filler. The first error stops every worker, and is raised.
+        Return the number of bytes written, including ``before``.
         """
         try:
             with ExitStack() as threads:
@@ -135,7 +134,7 @@ class ExtentWriter:
                     threads.callback(self._finishing.shutdown, cancel_futures=True)
                 writing = threads.enter_context(ThreadPoolExecutor(len(fillers), "fp8ckpt-writing"))
                 workers = [_Worker(self, filler, writing) for filler in fillers]
-                while self._left or self._following:  # those that follow from the last ones come when these are written
+                while self._left or self._following:  # the last extents may add others once they are written
                     share(self._chunks(), [worker.fill for worker in workers])
                     for worker in workers:
                         worker.wait()
@@ -146,8 +145,8 @@ class ExtentWriter:
                 extent.place.close()
 
     def _chunks(self) -> Iterator[_Chunk]:
-        """Of those that are left and of those that follow a chunk in turn: what is only looked at keeps the cores at
-        work while the disk has what follows.
+        """Yield chunks of remaining and of added extents in turn: chunks that are only looked at keep the cores busy
+        while the disk writes the others.
         """
         taken: tuple[deque[_Chunk], ...] = (deque(), deque())
         while self._left or self._following or any(taken):
@@ -161,18 +160,18 @@ class ExtentWriter:
                     yield chunks.popleft()
 
     def _leave_open(self, most: int) -> None:
-        """Wait until so few extents are open, or none is being finished; raises what that met."""
+        """Wait until at most ``most`` extents are open, or none is being finished. Raise their errors."""
         while self._unfinished and len(self._open) > most:
             self._unfinished.popleft().result()
 
     def filled(self, filler: Filler, buffer: Bytes, of: _Chunk) -> Callable[[], None] | None:
-        """Fill a chunk; what is returned writes it, if it is to be written, and is to be called before the buffer is
-        used again.
+        """Fill a chunk. Return a function that writes it, to be called before the buffer is used again, or None if
+        there is nothing to write.
         """
         i, k = of
         extent = self._extents[i]
         chunk = extent.chunks[k]
-        # As it lies on disk, so that it can be written directly.
+        # aligned as on disk, so that it can be written directly
         out = buffer[chunk.start % ALIGNMENT :][: chunk.nbytes]
         filled = filler.fill(extent, chunk, out)
         if filled.write:
@@ -225,7 +224,7 @@ class ExtentWriter:
 
 
 class _Worker:
-    """One thread that fills, with its buffers; what is in them is written by the threads of ``writing``."""
+    """One filling thread with its buffers. The threads of ``writing`` write them."""
 
     def __init__(self, writer: ExtentWriter, filler: Filler, writing: Executor) -> None:
         self._writer = writer
@@ -235,7 +234,7 @@ class _Worker:
         self._under_way: deque[Future[None]] = deque()
 
     def fill(self, of: _Chunk) -> None:
-        """Fill a chunk, and leave it to be written. Raises what an earlier one met."""
+        """Fill a chunk, and submit it for writing. Raise the error of an earlier write."""
         if len(self._under_way) == _BUFFERS:
             self._under_way.popleft().result()
         write = self._writer.filled(self._filler, self._buffers[0], of)
@@ -244,13 +243,13 @@ class _Worker:
             self._under_way.append(self._writing.submit(write))
 
     def wait(self) -> None:
-        """Return when all is written; raises what that met."""
+        """Wait until everything is written. Raise the errors of writing."""
         while self._under_way:
             self._under_way.popleft().result()
 
 
 def _write_beside(output: PartialOutput, parts: list[Beside]) -> None:
-    """Write those that follow each other at once: each write that is not of whole pages waits for all others of its
+    """Write adjacent parts in one call: each write that is not of whole pages waits for all other writes of its
     file.
     """
     runs: list[list[Beside]] = []

@@ -1,8 +1,8 @@
-"""A report as one HTML page: figures as SVG inside of it, tables, and no script; it needs no network, ever.
+"""A report as one HTML page: SVG figures inside it, tables, and no script; it never needs a network.
 
-matplotlib draws. Its colours are stand-ins that become the page's own variables, so that one drawing suits a light and
-a dark screen; what a cell or a bar means is a title that shows under the pointer. Everything is a row for each kind and
-layer, so the page is small whatever the model's size.
+matplotlib draws. Its colours are placeholders for variables of the page, so that one drawing suits a light and a dark
+screen. The meaning of a cell or a bar is a title that appears under the pointer. Everything is a row for each kind and
+layer, so the page is small for a model of any size.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     from fp8ckpt.report import Change, Report, WeightRow
 
-_MOST_KINDS = 30  # rows of a figure or a table; what is left out is said
+_MOST_KINDS = 30  # rows of a figure or a table; the page says how many are left out
 _MOST_ROWS = 20
 _NARROW = 8
-_MARKS = (2.0**-4, 1.0, 2.0**4, 2.0**8, 2.0**12)  # values that the axis of codes names, besides its ends and zero
+_MARKS = (2.0**-4, 1.0, 2.0**4, 2.0**8, 2.0**12)  # values that label the axis of codes, besides its ends and zero
 _UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}  # the largest first
 
-# Stand-ins for the page's colours, which the style sheet below defines for light and for dark.
+# Placeholders for the page's colours, which the style sheet below defines for light and for dark.
 _INK, _MUTED, _GRID, _SERIES = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)", _SERIES: "var(--series)"}
 
@@ -58,7 +58,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 
 
 def require_library() -> None:
-    """Raise `MissingPackageError` where there is no plotting library."""
+    """Raise `MissingPackageError` if the plotting library is missing."""
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError as error:
@@ -67,7 +67,7 @@ def require_library() -> None:
 
 
 def page_of(found: Report) -> str:
-    """The whole page."""
+    """Return the whole page."""
     title = " and ".join(shown(PurePath(path).name or path) for path in found.paths)
     sections = [_overview(found), _sizes(found)]
     if found.changes is not None:
@@ -141,7 +141,7 @@ def _activations(weights: Sequence[WeightRow]) -> str:
 
 
 def _panels(weights: Sequence[WeightRow], range_of: Callable[[WeightRow], ScaleRange], text: str) -> tuple[str, str]:
-    """(the text, a small figure for each kind): ranges by layer."""
+    """Return (the text, a small figure for each kind): ranges by layer."""
     kinds = _by_kind_and_layer(weights)
     names = list(kinds)[:_MOST_KINDS]
     columns = min(4, len(names))
@@ -166,7 +166,7 @@ def _panels(weights: Sequence[WeightRow], range_of: Callable[[WeightRow], ScaleR
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             spread.update(end for r in each for end in (r.least, r.greatest))
             _plain(axes, grid="y")
-        if spread and max(spread) > _NARROW * min(spread):  # or powers of two have no line in it
+        if spread and max(spread) > _NARROW * min(spread):  # otherwise no power of two may be on the axis
             panels[0].set_yscale("log", base=2)
         for axes in panels[len(names) :]:
             axes.set_visible(False)
@@ -292,7 +292,7 @@ def _heat_map(
     label: str,
     value_of: Callable[[Sequence[Change]], float],
 ) -> str:
-    """A cell for each kind and layer; colours are of a logarithmic scale, and nothing is no cell."""
+    """Draw a cell for each kind and layer. Colours have a logarithmic scale; zero is no cell."""
     values = {(i, layer): value_of(group) for i, name in enumerate(names) for layer, group in kinds[name].items()}
     positive = [value for value in values.values() if value > 0]
     if not positive:
@@ -309,7 +309,7 @@ def _heat_map(
         most = max(positive)
         least = min(*positive, most / 10)
         norm = LogNorm(max(least, most * 1e-6), most, clip=True)
-        colours = ListedColormap(colormaps["viridis"](np.linspace(0.12, 1.0, 256)))  # its first ones are lost on black
+        colours = ListedColormap(colormaps["viridis"](np.linspace(0.12, 1.0, 256)))  # the first are lost on black
         titles = {}
         for (i, layer), value in values.items():
             cell = Rectangle((layer - 0.46, i - 0.46), 0.92, 0.92, lw=0.4, ec=_GRID)
@@ -337,7 +337,7 @@ def _heat_map(
 
 
 def _svg(draw: Callable[[Figure], dict[str, str]], width: float, height: float) -> str:
-    """What ``draw`` draws, in inches, as an SVG element; it returns the titles of parts, by their ids."""
+    """Return what ``draw`` draws, in inches, as an SVG element. ``draw`` returns the titles of parts by their ids."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -348,7 +348,7 @@ def _svg(draw: Callable[[Figure], dict[str, str]], width: float, height: float) 
     }  # fmt: skip
     out = io.StringIO()
     with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # it only measures: the reader's own fonts draw the text
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # only measured: the reader's fonts draw the text
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_visible(False)
         titles = draw(figure)
@@ -356,7 +356,7 @@ def _svg(draw: Callable[[Figure], dict[str, str]], width: float, height: float) 
     drawn = out.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", drawn)  # the page's own family
+    drawn = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", drawn)  # the font family of the page
     for stand_in, variable in _VARIABLES.items():
         drawn = drawn.replace(stand_in, variable)
     for gid, text in titles.items():
@@ -366,7 +366,7 @@ def _svg(draw: Callable[[Figure], dict[str, str]], width: float, height: float) 
 
 
 def _plain(axes: Axes, grid: str) -> None:
-    """No frame, no marks at the ticks, and a grid along one axis, or none."""
+    """Remove the frame and the tick marks, and draw a grid along one axis, or none."""
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, which="both")
@@ -376,7 +376,7 @@ def _plain(axes: Axes, grid: str) -> None:
 
 
 def _name(parts: Iterable[Any], titles: Sequence[str]) -> dict[str, str]:
-    """Give the drawn parts ids, and return the titles by them."""
+    """Give ids to the drawn parts, and return their titles by id."""
     found = {}
     for i, (part, title) in enumerate(zip(parts, titles, strict=True)):
         part.set_gid(f"part-{i}")
@@ -385,7 +385,7 @@ def _name(parts: Iterable[Any], titles: Sequence[str]) -> dict[str, str]:
 
 
 def _by_kind_and_layer(rows: Iterable[Any]) -> dict[str, dict[int, list[Any]]]:
-    """Rows by kind, then by layer, in order; what stands outside of the layers counts as of layer 0."""
+    """Return rows by kind, then by layer, in order. Tensors outside of the layers count as layer 0."""
     kinds: dict[str, dict[int, list[Any]]] = {}
     for row in rows:
         kinds.setdefault(row.kind, {}).setdefault(row.layer or 0, []).append(row)
@@ -396,7 +396,7 @@ def _by_kind_and_layer(rows: Iterable[Any]) -> dict[str, dict[int, list[Any]]]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns but the first stand to the right."""
+    """Return an HTML table. All columns except the first are aligned right."""
     if not rows:
         return ""
 
@@ -414,7 +414,7 @@ def _left_out(count: int, kept: int) -> str:
 
 
 def _short(name: str) -> str:
-    """A kind as a label: matplotlib takes dollar signs for formulas."""
+    """Return a kind as a label, with dollar signs escaped, which matplotlib takes for formulas."""
     text = shown(name).replace("$", r"\$")
     return text if len(text) <= 44 else f"...{text[-41:]}"
 

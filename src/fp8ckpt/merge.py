@@ -1,11 +1,11 @@
 """Merge LoRA adapters into a base, in the base's own layout: codes and factors in, codes out.
 
 The model never exists in BF16. Each weight that an adapter changes is read once, merged in float32, and quantized with
-the base's scale where it still fits; everything else is the base's bytes. Memory is that of a conversion, and the
-largest pair of factors. The report says how much of what the adapter adds arrived: codes of eight bits are coarse, and
-an adapter's additions are small.
+the base's scale if that still fits; all other bytes are the base's. Memory is that of a conversion, plus the largest
+pair of factors. The report says how much of each adapter arrived: codes of eight bits are coarse, and an adapter's
+additions are small.
 
-Like a conversion, a merge is seen at its name when it is whole, and resumed by the same call; under torchrun the ranks
+Like a conversion, a merge appears at its name once it is whole, and the same call resumes it; under torchrun the ranks
 share the work.
 """
 
@@ -37,19 +37,20 @@ if TYPE_CHECKING:
     from fp8ckpt.encodings.run import Written
 
 TO = (FP8, "bf16")
-#: What PEFT wrote, by its directory; or several, each alone or as (directory, weight).
+#: A directory that PEFT wrote, or several, each alone or as (directory, weight).
 AdapterLike: TypeAlias = str | Path | Store | Sequence[str | Path | Store | tuple[str | Path | Store, float]]
-_LITTLE = 0.5  # of what is to be added
+_LITTLE = 0.5  # of the wanted addition
 
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """What became of an adapter in one tensor, or in all.
+    """How much of an adapter is in one merged tensor, or in all.
 
-    ``changed``: elements whose value is not the base's. ``delta``: the norm of what was to be added, relative to the
-    base's. ``arrived``: how much of it is in what is stored: 1 is all of it (None where nothing was to be added).
-    ``error``: the norm of what is stored beside it, relative to that of what was to be added. ``clipped``: magnitudes
-    beyond their scale; ``fresh``: new scales, of ``scales``, and ``fresh_factors`` of second levels of scales (NVFP4).
+    ``changed``: elements whose value differs from the base's. ``delta``: the norm of the wanted addition, relative to
+    the base's. ``arrived``: the part of it in the stored values, 1 for all of it (None if the addition is zero).
+    ``error``: the norm of the rest of the stored change, relative to that of the wanted addition. ``clipped``:
+    magnitudes beyond their scale. ``fresh`` of ``scales`` are new; ``fresh_factors``: new second levels of scales
+    (NVFP4).
     """
 
     name: str
@@ -66,7 +67,7 @@ class MergedWeight:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """All tensors together that an adapter changes, and each."""
+    """All tensors that an adapter changes together, and each."""
 
     total: MergedWeight
     weights: tuple[MergedWeight, ...]
@@ -74,12 +75,12 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did. Sizes are in bytes.
+    """The result of a merge. Sizes are in bytes.
 
-    ``tensors`` in all, ``merged`` of which adapters change. ``bytes_read``: of the base. ``bytes_written``: of all
-    files of weights, ``bytes_resumed`` of which an earlier run wrote, and ``bytes_rewritten`` a second time, for
-    weights whose one scale turned out not to fit. ``nan_codes``: by tensor, those that were carried over. ``notes``:
-    what a user should know.
+    ``tensors`` in all, ``merged`` of which adapters change. ``bytes_read``: from the base. ``bytes_written``: of all
+    files of weights, ``bytes_resumed`` of which an earlier run wrote. ``bytes_rewritten``: bytes written a second time,
+    for weights whose one scale turned out not to fit. ``nan_codes``: how many NaN codes were carried over, by tensor.
+    ``notes``: facts for the user.
 
     >>> result = fp8ckpt.merge("sample-fp8", "sample-lora", "merged-bf16", to="bf16")
     >>> result.merged, result.tensors, result.nan_codes
@@ -116,16 +117,16 @@ def merge(
 ) -> MergeResult:
     """Merge ``adapter`` into ``base``, and write ``destination``.
 
-    ``adapter``: the directory that PEFT wrote, or several, each alone or with a weight that its additions are
-    multiplied by. ``to`` "fp8" (where the base is FP8) writes the base's own layout, as `fp8ckpt.convert` with ``like``
-    does; "bf16" dequantizes. Values are ``code * scale + scaling * (B @ A)`` in float32, rounded once. What no adapter
-    changes is the base's, byte for byte. ``scales`` "reuse" keeps the scale of a block whose merged values fit it, and
-    makes a new one elsewhere, for a weight together with the siblings that share its scale; "fresh" makes those of all
-    merged weights new. ``serving``, ``follow_index``, ``workers`` and ``progress``: as for `fp8ckpt.convert`.
+    ``adapter``: the directory that PEFT wrote, or several, each alone or with a weight that multiplies its additions.
+    ``to`` "fp8" (if the base is FP8) writes the base's own layout, as `fp8ckpt.convert` with ``like`` does; "bf16"
+    dequantizes. Values are ``code * scale + scaling * (B @ A)`` in float32, rounded once. Tensors that no adapter
+    changes are the base's, byte for byte. ``scales`` "reuse" keeps the scale of a block whose merged values fit it, and
+    makes a new one otherwise, for a weight together with the siblings that share its scale; "fresh" makes the scales of
+    all merged weights new. ``serving``, ``follow_index``, ``workers`` and ``progress``: as for `fp8ckpt.convert`.
 
-    Raises `UnsupportedFormatError` for adapters that are no LoRA, or a LoRA that no weights are equal to;
-    `ModelMismatchError` for one of another model; `WeightValueError` for one that is not finite; and what
-    `fp8ckpt.convert` raises. All but the disk's refusals come before the first byte, and those of values that do not
+    Raises `UnsupportedFormatError` for adapters that are not LoRA, or that no weights are equal to;
+    `ModelMismatchError` for an adapter of another model; `WeightValueError` for one that is not finite; and what
+    `fp8ckpt.convert` raises. All errors come before the first byte, except those of the disk and of values that do not
     fit.
 
     >>> result = fp8ckpt.merge("sample-fp8", "sample-lora", "merged-fp8")
@@ -151,7 +152,7 @@ def _checked(
     follow_index: bool,
     workers: int | None,
 ) -> _Merging:
-    """The arguments in one form, the base open. Raises `ValueError` for what does not go together."""
+    """Return the arguments in one form, with the base open. Raise `ValueError` if arguments do not go together."""
     several = adapter if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
     adapters = [one if isinstance(one, tuple) else (one, 1.0) for one in several]
     to = None if to is None else target_of(to, TO)
@@ -194,9 +195,9 @@ def plan_merge(
     serving: bool = False,
     follow_index: bool = False,
 ) -> Forecast:
-    """What `merge` would do with the same arguments: files, bytes to read and to write, room, time. Writes nothing.
+    """Return what `merge` would do with the same arguments: files, bytes read and written, room, time. Writes nothing.
 
-    Raises what `merge` raises before its first byte, but for `NoRoomError`: ``fits`` says whether there is room.
+    Raises what `merge` raises before its first byte, except `NoRoomError`: ``fits`` says whether there is room.
 
     >>> fp8ckpt.plan_merge("sample-fp8", "sample-lora", "planned").fits
     True
@@ -260,14 +261,14 @@ def _row(name: str, facts: WeightFacts) -> MergedWeight:
 
 
 def _notes(report: MergeReport, to: str, plan: QuantizingPlan) -> list[str]:
-    """Notes for the user where little of the adapters arrived, with what can be done about it."""
+    """Return notes if little of the adapters arrived, with what the user can do about it."""
     little = [row for row in report.weights if row.arrived is not None and row.arrived < _LITTLE]
     notes = []
     if to == FP8 and little:
         least = min(little, key=lambda row: row.arrived or 0.0)
         share = 100 * (least.arrived or 0.0)
         ways = ["ship BF16 (--to bf16)"]
-        if not {row.name for row in little} <= _of_powers_of_two(plan):  # whose grid stays, whatever their scale
+        if not {row.name for row in little} <= _of_powers_of_two(plan):  # their grid stays, whatever their scale
             ways += [*([] if plan.fresh else ["try --scales fresh"]), "merge into a base in smaller blocks"]
         found = (
             f"of {len(little)} of {len(report.weights)} merged tensors less than half of what was to be added arrived"

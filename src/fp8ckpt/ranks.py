@@ -1,4 +1,4 @@
-"""The ranks that share one job, whether torchrun started them or the caller's process group is there already.
+"""The ranks that share one job: those that torchrun started, or those of the caller's process group.
 
 A single process pays nothing for this: torch is not imported.
 """
@@ -27,32 +27,32 @@ T = TypeVar("T")
 _PATIENCE = 15.0  # seconds
 _ALONE = "start it on each of them, or unset WORLD_SIZE to run it alone"
 
-BEYOND = 64 << 20  # bytes; what all threads of a rank together may take beyond what is loaded or saved
+BEYOND = 64 << 20  # bytes that all threads of a rank together may take beyond what is loaded or saved
 
 
 class Ranks:
-    """One process of ``size`` that run the same job together; by default the only one."""
+    """One of ``size`` processes that run the same job together; this class is a single process."""
 
     rank = 0
     size = 1
 
     def together(self, step: Callable[[], T]) -> T:
-        """Take a step on every rank, and meet. Returns this rank's result, or raises the first error that any rank met
-        with.
+        """Take a step on every rank, and synchronize. Return this rank's result, or raise the first error of any
+        rank.
         """
         return step()
 
     def gather(self, step: Callable[[], T]) -> list[T]:
-        """Take a step on every rank as `together` does, and return the results of all ranks, which are pickled."""
+        """Take a step on every rank as `together` does, and return the pickled results of all ranks."""
         return [step()]
 
     def first(self, step: Callable[[], T]) -> T:
-        """Have the first rank take a step, and meet. Returns its result on every rank, or raises its error."""
+        """Take a step on the first rank, and synchronize. Return its result on every rank, or raise its error."""
         return self.gather(lambda: step() if self.rank == 0 else None)[0]  # type: ignore[return-value]  # rank 0's is a T
 
 
 class GroupRanks(Ranks):
-    """The ranks of a torch process group; by default of the default one."""
+    """The ranks of a torch process group; without an argument those of the default group."""
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         import torch.distributed as dist
@@ -72,7 +72,7 @@ class GroupRanks(Ranks):
         result, error = None, None
         try:
             result = step()
-        except Exception as caught:  # whatever it is, the other ranks must hear of it, or they wait for ever
+        except Exception as caught:  # the other ranks must learn of any error, or they wait forever
             error = caught
         met: list[Any] = [None] * self.size
         with lost_ranks_named(error):
@@ -85,8 +85,8 @@ class GroupRanks(Ranks):
 
 @contextmanager
 def lost_ranks_named(own: Exception | None = None) -> Iterator[None]:
-    """Around collectives: a rank that is gone, of which torch says only how it noticed, is a `RankLostError`. What this
-    rank met before, its ``own`` error, stays its cause.
+    """Around collectives, raise `RankLostError` if a rank is gone: torch only says how it noticed. An earlier error of
+    this rank, ``own``, becomes the cause.
     """
     try:
         yield
@@ -97,18 +97,18 @@ def lost_ranks_named(own: Exception | None = None) -> Iterator[None]:
 
 
 def has_group() -> bool:
-    """Whether a process group is initialized. Does not import torch: who has one has imported it."""
+    """Whether a process group is initialized. Does not import torch: a caller with a group has imported it."""
     dist: Any = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def ranks_of_group(group: ProcessGroup | None = None) -> Ranks:
-    """The ranks of a process group, by default of the default one; a single one where none is initialized."""
+    """Return the ranks of a process group, by default of the default one; a single one if none is initialized."""
     return GroupRanks(group) if has_group() else Ranks()
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error as the other ranks can be told of it: some of other libraries cannot be pickled, or made anew."""
+    """Return the error in a form that can be pickled: errors of other libraries may fail to pickle or to unpickle."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -120,10 +120,10 @@ _MOST_THREADS = 256  # each has some MiB of buffers; no disk is faster with more
 
 
 def threads_of_this_rank(asked: int | None = None) -> int:
-    """As many threads as were asked for, within reason; by default the cores of this machine that are this rank's: an
-    equal share of them with the other ranks here.
+    """Return the number of threads for this rank: ``asked``, up to a limit, or by default this rank's equal share of
+    the cores of this machine.
 
-    torchrun says how many those are; without it, all ranks of the process group are taken to be on this machine.
+    torchrun says how many ranks are on this machine; without it, all ranks of the process group are taken to be.
     """
     if asked:
         return min(asked, _MOST_THREADS)
@@ -134,8 +134,8 @@ def threads_of_this_rank(asked: int | None = None) -> int:
 
 
 def _join(size: int) -> None:
-    """Meet the ranks of torchrun. One that waits alone says for what: torch waits for half an hour, without a word, and
-    the variables may be those of a job that this one was only started in.
+    """Join the ranks of torchrun. A rank that waits alone logs what it waits for: torch waits silently for half an
+    hour, and the variables may belong to a job that only started this one.
     """
     import torch.distributed as dist
 
@@ -153,7 +153,7 @@ def _join(size: int) -> None:
 
 @contextmanager
 def ranks_of_this_job() -> Iterator[Ranks]:
-    """The ranks of the initialized process group; else those of torchrun, joined for the time of the job; else one."""
+    """Yield the ranks of the initialized process group; else join those of torchrun for this job; else a single one."""
     if has_group():
         ranks = GroupRanks()
         yield ranks if ranks.size > 1 else Ranks()

@@ -1,8 +1,8 @@
-"""A picture of a checkpoint, or of what became of it: one HTML page that needs no network.
+"""A report on one checkpoint, or on the change from one to another: a single HTML page that needs no network.
 
-Of one: sizes, scales by layer and kind of module, which codes are in use, activation scales. Of two: also what moved.
-All is counted while the files are read once, in parallel; memory is a few MiB a worker, and the page has a row for each
-kind and layer, not for each weight. What is drawn, and how, is in `fp8ckpt.figures`.
+For one checkpoint it shows sizes, scales by layer and kind of module, the codes in use, and activation scales; for two,
+also what moved. Everything is counted while the files are read once, in parallel; memory is a few MiB a worker, and the
+page has a row for each kind and layer, not for each weight. `fp8ckpt.figures` draws it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fp8ckpt.walk import CHUNK, Step, Walk
 
 @dataclass(frozen=True)
 class CodeUse:
-    """How many codes are zero, subnormal, of the largest magnitude, NaN or infinite; of ``codes`` in all."""
+    """How many of ``codes`` are zero, subnormal, of the largest magnitude, or nonfinite (NaN or infinite)."""
 
     codes: int
     zeros: int
@@ -51,7 +51,7 @@ class CodeUse:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One FP8 weight: its scales, the greatest of its activation scales (None without one), its codes."""
+    """One FP8 weight: its scales, the greatest of its activation scales (None without any), its codes."""
 
     name: str
     kind: str
@@ -64,11 +64,11 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Change:
-    """How one tensor of the second checkpoint differs from the first's.
+    """The difference of one tensor of the second checkpoint from the first's.
 
-    ``moved``: elements whose code differs where both are FP8, and whose value does elsewhere. Errors are those of the
+    ``moved``: elements with another code if both are FP8, otherwise with another value. Errors are those of the
     second's values: ``mean_error`` is relative to the first's mean magnitude, ``largest_error`` to its largest.
-    ``fresh``: scales that differ, of ``scales``; None where not both are FP8 on one grid.
+    ``fresh`` of ``scales`` differ; both are None unless both tensors are FP8 on one grid.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Change:
 
 @dataclass(frozen=True)
 class SizeRow:
-    """What the tensors of one kind and dtype take, in bytes, scales included."""
+    """The bytes that the tensors of one kind and dtype take, with their scales."""
 
     kind: str
     dtype: str
@@ -94,9 +94,9 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows. ``weights`` and ``codes`` (by FP8 dtype, how often each of the 256 occurs) are of the first
-    checkpoint that has any. ``changes`` is None for one checkpoint alone; ``apart``: names of tensors that only one of
-    two has, or that are of another shape or kind of dtype.
+    """The contents of a page. ``weights`` and ``codes`` (for each FP8 dtype, how often each code occurs) belong to the
+    first checkpoint that has any. ``changes`` is None for a single checkpoint. ``apart``: names of tensors that only
+    one of two has, or that have another shape or kind of dtype.
 
     >>> found = fp8ckpt.report("sample-fp8", output="page.html")
     >>> max(found.weights, key=lambda weight: weight.scales.greatest).kind
@@ -122,12 +122,11 @@ def report(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Look at one checkpoint, or hold a second against it, and write ``output``, an HTML page that is complete in
-    itself.
+    """Look at one checkpoint, or compare a second with it, and write ``output``, a self-contained HTML page.
 
-    ``progress`` is called with (bytes read so far, in all, what is being done). Raises `MissingPackageError` without
-    the extra ``report``, `OutputExistsError` where the page exists, and what `open_checkpoint` raises for a defective
-    checkpoint.
+    ``progress`` is called with (bytes read so far, bytes in all, the current activity). Raises `MissingPackageError`
+    without the extra ``report``, `OutputExistsError` if the page exists, and what `open_checkpoint` raises for a
+    defective checkpoint.
 
     >>> found = fp8ckpt.report("sample-fp8", output="page.html")
     >>> found.bytes_read, found.changes
@@ -148,19 +147,19 @@ def report(
 
 
 def draw(sides: Sequence[Checkpoint], seen: Seen, page: Path) -> None:
-    """Write the page of two of which all was counted already; headers and scales are read."""
+    """Write the page of two checkpoints that are counted already. Reads headers and scales only."""
     from fp8ckpt.figures import page_of
 
     _publish(page, page_of(_Job(sides, None, seen).found()))
 
 
 def refuse_page(output: str | Path) -> Path:
-    """The page's full path, if there is what draws it, and nothing is there yet."""
+    """Return the page's full path. Raise if the plotting library is missing, or if something is there already."""
     from fp8ckpt.figures import require_library
 
     require_library()
     page = local_path(output).absolute()
-    for path in (page, partial_of(page)):  # it is written to the second one first
+    for path in (page, partial_of(page)):  # the page is written to the second one first
         if os.path.lexists(path):
             remedy = "move it away, or choose another name"
             raise OutputExistsError("there is something already", file=str(path), remedy=remedy)
@@ -168,7 +167,7 @@ def refuse_page(output: str | Path) -> Path:
 
 
 def _publish(page: Path, text: str) -> None:
-    """Write the page under another name, and rename it once it is whole; a file that is there is never replaced."""
+    """Write the page under another name, then rename it. An existing file is never replaced."""
     refuse_page(page)
     partial = partial_of(page)
     room_for({partial: len(text.encode())}).refuse_too_little()
@@ -176,13 +175,13 @@ def _publish(page: Path, text: str) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_whole(partial, text.encode())
         partial.rename(page)
-    except OSError as error:  # a named error of writing is one, too
+    except OSError as error:  # a named error of writing is an OSError too
         partial.unlink(missing_ok=True)
         raise error if isinstance(error, StorageError) else StorageError.of_writing(error, page) from error
 
 
 class _Job:
-    """Reads one side, or two, in chunks of elements, and counts; or says what was ``seen`` of them."""
+    """A pass over one checkpoint or two, in chunks of elements, that counts; or the counts ``seen`` elsewhere."""
 
     def __init__(self, sides: Sequence[Checkpoint], progress: Progress | None, seen: Seen | None = None) -> None:
         self._sides = sides
@@ -200,7 +199,7 @@ class _Job:
         self.walk = Walk(coded | {name: [side.tensors[name] for side in sides] for name in self._compared}, progress)
 
     def step_of(self, dequantizer: DequantizerOf) -> tuple[Step, list[Reader]]:
-        """One worker, with buffers of its own."""
+        """Return the step function of one worker and its readers. Each worker has its own buffers."""
         readers = [Reader(CHUNK, dequantizer) for _ in self._sides]
         buffers = [np.empty(CHUNK * 8, np.uint8) for _ in readers]
 
@@ -218,7 +217,7 @@ class _Job:
         return step, readers
 
     def found(self) -> Report:
-        """What was counted, and what headers and scales say."""
+        """Return the report from the counts, headers and scales."""
         at = places(dict.fromkeys(name for side in self._sides for name in side.tensors))
         return Report(
             paths=tuple(side.path for side in self._sides),
@@ -260,7 +259,7 @@ class _Job:
 
 
 class _Part(NamedTuple):
-    """A chunk of one tensor: its values as they are stored in ``dtype``, and its codes, one a byte."""
+    """A chunk of one tensor: its values as stored in ``dtype``, and its codes, one a byte."""
 
     dtype: str
     values: Bytes
@@ -272,7 +271,7 @@ class _Part(NamedTuple):
 
 
 def _part(tensors: Sequence[Tensor], which: int, start: int, count: int, room: Bytes, reader: Reader) -> _Part:
-    """A chunk of one of the tensors; of one that is alone its codes, and not its values."""
+    """Return a chunk of one of the tensors. For a single tensor, only the codes are read."""
     tensor, codes = tensors[which], list[Bytes]()
     reader.passing = lambda _, part: codes.append(part.reshape(-1).copy())
     dtype = tensor.dtype if tensor.scaled is None else _compared(tensors)
@@ -287,7 +286,7 @@ def _part(tensors: Sequence[Tensor], which: int, start: int, count: int, room: B
 
 def _compare(seen: Seen, name: str, tensors: Sequence[Tensor], parts: Sequence[_Part]) -> None:
     a, b = parts
-    if _floating(tensors[0]) is None:  # integers and the like: bytes that differ say it all
+    if _floating(tensors[0]) is None:  # integers and the like: count elements with other bytes
         seen.change(name, Tally(moved=moved_bytes(a.values, b.values, a.dtype)))
         return
     coded = all(tensor.scaled is not None for tensor in tensors) and len({*map(_code_dtype, tensors)}) == 1
@@ -295,12 +294,12 @@ def _compare(seen: Seen, name: str, tensors: Sequence[Tensor], parts: Sequence[_
 
 
 def _code_dtype(tensor: Tensor) -> str:
-    """The dtype of a tensor's codes, or of its values where it has no codes."""
+    """Return the dtype of a tensor's codes, or of its values if it has no codes."""
     return tensor.dtype if tensor.scaled is None else tensor.scaled.code_dtype
 
 
 def _floating(tensor: Tensor) -> str | None:
-    """The dtype in which a tensor's values are read as floats, or None where they are none."""
+    """Return the dtype in which a tensor's values are read as floats, or None if they are not floats."""
     if tensor.scaled is not None:
         return "F32"
     return tensor.dtype if tensor.dtype in TARGET_BYTES else None
@@ -316,13 +315,13 @@ def _comparable(a: Tensor, b: Tensor) -> bool:
 
 
 def _compared(tensors: Sequence[Tensor]) -> str:
-    """The dtype that FP8 values are rounded to: the other side's, or float32 where there is none or both are FP8."""
+    """Return the dtype for comparing FP8 values: the other side's, or float32 if there is none or both are FP8."""
     plain = [tensor.dtype for tensor in tensors if tensor.scaled is None]
     return plain[0] if len(plain) == 1 else "F32"
 
 
 def _fresh_scales(a: Tensor, b: Tensor) -> tuple[int | None, int | None]:
-    """(scales of the second that are not the first's, scales), or Nones where not both are FP8 on one grid."""
+    """Return (number of differing scales, number of scales), or Nones unless both are FP8 on one grid."""
     if a.scaled is None or b.scaled is None or a.scaled.grid != b.scaled.grid:
         return None, None
     left, right = (
@@ -332,7 +331,7 @@ def _fresh_scales(a: Tensor, b: Tensor) -> tuple[int | None, int | None]:
 
 
 def _sizes(side: Checkpoint, at: dict[str, Place]) -> Iterator[SizeRow]:
-    """Largest first."""
+    """Yield the largest first."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, tensor in side.tensors.items():
         row = rows.setdefault((at[name].kind, _code_dtype(tensor)), [0, 0])

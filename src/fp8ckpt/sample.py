@@ -1,10 +1,9 @@
-"""Write a miniature, valid FP8 checkpoint in a released layout: what the demo runs on, and what tests and benchmarks
-start from.
+"""Write a miniature, valid FP8 checkpoint in a released layout, for the demo, tests and benchmarks.
 
-Two families. `Mistral3Sizes`: a Mistral3 vision-language model with per-tensor e4m3 text Linears, 0-d BF16 scales and
-activation scales, all else BF16. `DeepseekSizes`: a DeepSeek-V3-shaped model with F32 scales of 128 x 128 blocks,
-ragged edges included. Weights are normal deviates quantized with ``amax / 448``, so a model made of them runs. Where
-there are several files, the scale of a file's last FP8 weight lies in the next file, as happens in releases.
+There are two families. `Mistral3Sizes`: a Mistral3 vision-language model with per-tensor e4m3 text Linears, 0-d BF16
+scales and activation scales, all else BF16. `DeepseekSizes`: a model shaped like DeepSeek V3 with F32 scales of 128 x
+128 blocks, ragged edges included. Weights are normal deviates quantized with ``amax / 448``, so a model made of them
+runs. With several files, the scale of a file's last FP8 weight is in the next file, as in releases.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fp8ckpt.tensors.stored import TensorSpan, tensor_nbytes
 if TYPE_CHECKING:
     from fp8ckpt.engine import Progress
 
-_POOL = 1 << 22  # deviates that all weights are cut from; drawing each anew would take minutes for real sizes
+_POOL = 1 << 22  # deviates that all weights are cut from; new ones for each would take minutes for real sizes
 _BAND = 128  # rows of a weight that are made at once
 
 
@@ -48,11 +47,11 @@ def sample(
 ) -> Path:
     """Write a checkpoint of ``sizes`` to the new directory ``destination``, and return it.
 
-    ``layout`` (Mistral3 only): "identity", the names of the model's own state dict, as Mistral Medium 3.5 has them; or
-    "nested", as Ministral 3 and Devstral have them. ``files``: how many safetensors files. ``sparse``: true headers,
-    scales and side files, and holes where weights would be. ``progress`` is called with (bytes of weights written, in
-    all, what is being done). Raises `fp8ckpt.errors.OutputExistsError` where the destination exists, and
-    `fp8ckpt.errors.NoRoomError` where there is no room for it.
+    ``layout`` (Mistral3 only): "identity", the names of the model's own state dict, as in Mistral Medium 3.5; or
+    "nested", as in Ministral 3 and Devstral. ``files``: the number of safetensors files. ``sparse``: write true
+    headers, scales and side files, and leave holes for the weights. ``progress`` is called with (bytes of weights
+    written, bytes in all, the current activity). Raises `fp8ckpt.errors.OutputExistsError` if the destination exists,
+    and `fp8ckpt.errors.NoRoomError` if there is no room for it.
 
     >>> from fp8ckpt.sample import Mistral3Sizes
     >>> path = fp8ckpt.sample("small", Mistral3Sizes(layers=1), files=2)
@@ -91,7 +90,7 @@ def plan_sample(
     files: int = 3,
     sparse: bool = False,
 ) -> Forecast:
-    """What `sample` would write with the same arguments: files, bytes, room, time. Writes nothing.
+    """Return what `sample` would write with the same arguments: files, bytes, room, time. Writes nothing.
 
     >>> fp8ckpt.plan_sample("planned").files
     10
@@ -107,7 +106,7 @@ class _Planned(NamedTuple):
 
 
 def _plan(sizes: Mistral3Sizes | DeepseekSizes, layout: str, files: int, sparse: bool, seed: int) -> _Planned:
-    """Everything that can be known or refused before the first byte is written."""
+    """Plan the output, and refuse what can be refused, before the first byte is written."""
     if files < 1:
         raise ValueError(f"files={files}; expected at least 1")
     refuse_other("layout", layout, LAYOUTS)
@@ -150,7 +149,7 @@ def _scale_specs(weight: Weight, block: tuple[int, int] | None) -> list[TensorSp
 
 
 def _partition(weights: list[Weight], block: tuple[int, int] | None, files: int) -> list[FileLayout]:
-    """Fill the files one after the other with about the same number of bytes; a scale may go to the file after its
+    """Fill the files one after the other with about the same number of bytes. A scale may go to the file after its
     weight's.
     """
     total = sum(map(_nbytes, weights))
@@ -176,7 +175,7 @@ def _partition(weights: list[Weight], block: tuple[int, int] | None, files: int)
 
 
 def _bytes_of(weight: Weight, block: tuple[int, int] | None, sparse: bool, seed: int) -> Iterator[tuple[str, int, Any]]:
-    """(stored tensor, offset in it in bytes, bytes) of a weight and its scales."""
+    """Yield (stored tensor, offset in it in bytes, bytes) for a weight and its scales."""
     import numpy as np
 
     from fp8ckpt.numerics.quantize import encode, parts_of_run, values_of
@@ -226,7 +225,7 @@ def _bytes_of(weight: Weight, block: tuple[int, int] | None, sparse: bool, seed:
 
 
 def _bf16(values: Any, *, up: bool = False) -> Any:
-    """Positive or negative float32 values as bfloat16 bits: nearest even, or away from zero."""
+    """Return float32 values as bfloat16 bits: rounded to nearest even, or away from zero."""
     import numpy as np
 
     bits = values.view(np.uint32)
@@ -237,7 +236,7 @@ _pools: dict[int, Any] = {}
 
 
 def _bands(weight: Weight, seed: int) -> Iterator[tuple[int, Any]]:
-    """(first element, values f32 [rows, row size]) of `_BAND` rows after another, the same at every call."""
+    """Yield (first element, values f32 [rows, row size]) in steps of `_BAND` rows; every call gives the same."""
     import numpy as np
 
     rows = weight.shape[0]

@@ -1,6 +1,6 @@
-"""What differs between operating systems: Linux has all of it, macOS lacks some, and any other is refused by name.
+"""Differences between operating systems: Linux has everything, macOS lacks some, and any other is refused by name.
 
-Each function does the same on both, and asks at every call for what the system has.
+Each function does the same on both, and checks at every call what the system offers.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ try:
 except ImportError:
     raise UnsupportedSystemError.of(sys.platform) from None
 
-#: Bytes that one call reads or writes at most: macOS refuses calls of 2 GiB and more, Linux does a part of them.
+#: The most bytes for one call of read or write: macOS refuses 2 GiB and more, Linux processes only a part.
 MOST_AT_ONCE = 1 << 30
 HUGE_PAGE = 2 << 20  # bytes
 _BALLOONS = Path("/sys/bus/virtio/drivers/virtio_balloon")
-_REPORTING = 5  # the bit, among a balloon's features
+_REPORTING = 5  # the index of the bit among a balloon's features
 
 
 def cores() -> int:
-    """The processors that this process may run on; where the system does not say, those that there are."""
+    """Return the number of processors that this process may run on; if the system does not say, of all processors."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
 
 
 def read_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Fill flat buffers with the bytes from ``offset`` on. Returns how many there were, at the end of a file fewer."""
+    """Fill flat buffers with the bytes from ``offset`` on. Return their number, less at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, buffers, offset)
     done = 0
@@ -48,11 +48,11 @@ def read_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
 
 def hint_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
-    """Ask for huge pages in ranges of memory, (address, bytes), as far as nobody has touched them yet; what they hold
-    stays. In pages of 4 KiB, fresh memory for a model takes as long as all else that a load does.
+    """Ask for huge pages in ranges of memory, (address, bytes), where nobody has touched it yet. The contents stay. In
+    pages of 4 KiB, fresh memory for a model takes as long as the rest of a load.
 
-    Nothing happens where the system has none, nor in a virtual machine that reports free memory to its host: large
-    pages are those that the host has taken back, and it takes longer to give them than they save.
+    Does nothing if the system has no huge pages, nor in a virtual machine that reports free memory to its host: the
+    host has then taken back large pages, and giving them again takes longer than they save.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE") or any(
         path.read_text()[_REPORTING] == "1" for path in _BALLOONS.glob("virtio*/features")
@@ -64,24 +64,24 @@ def hint_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for start, size in ranges:
         if size >= HUGE_PAGE:
-            # Whole pages, outwards: so neighbours stay one mapping, of which a process may have no more than 65,530.
+            # Whole pages, outwards: neighbours then stay one mapping, of which a process may have at most 65,530.
             low, high = start & -mmap.PAGESIZE, -(-(start + size) // mmap.PAGESIZE) * mmap.PAGESIZE
             madvise(low, high - low, mmap.MADV_HUGEPAGE)
 
 
 def flush(fd: int) -> None:
-    """Return when the file, or the names in the folder, are on disk."""
-    if hasattr(fcntl, "F_FULLFSYNC"):  # of macOS, whose fsync() leaves them in the disk's own cache
+    """Wait until the file, or the names in the folder, are on disk."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync() leaves data in the disk's own cache
         try:
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
-        except OSError:  # the file system has none
+        except OSError:  # the file system does not support it
             pass
     os.fsync(fd)
 
 
 def flush_data(fd: int) -> None:
-    """The same as `flush`, for a file whose size does not change."""
+    """As `flush`, for a file whose size does not change."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(fd)
     else:
@@ -89,15 +89,15 @@ def flush_data(fd: int) -> None:
 
 
 def reserve(fd: int, start: int, size: int) -> None:
-    """Have room for bytes of a file, or raise `OSError`: what is mapped and has none would end the process."""
+    """Reserve room for bytes of a file, or raise `OSError`: writing to a mapping without room kills a process."""
     if not hasattr(os, "posix_fallocate"):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
     os.posix_fallocate(fd, start, size)
 
 
 def lock(fd: int, *, wait: bool = False, shared: bool = False) -> bool:
-    """Take a file for this process, until it is closed, or together with others that ``shared`` it; False where another
-    has it, and this one does not ``wait``.
+    """Lock a file for this process until it is closed, alone or ``shared`` with others. Return False if another process
+    has it and this one does not ``wait``.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

@@ -1,15 +1,15 @@
-"""What quantized weights can become, and what people call it. Imports nothing: the commands' help needs it."""
+"""What quantized weights can become, and the names of these targets. Imports nothing, for the commands' help."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-#: The dtypes that weights are dequantized to, by the names that people use.
+#: The dtypes that weights are dequantized to, by the names of the arguments.
 TARGETS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-FP8 = "fp8"  # the other target: not one dtype for all, but a base's or a scheme's choice
+FP8 = "fp8"  # the other target: no dtype, but a choice of a base or a scheme
 
-#: The same as torch, files and others call them, in lower case.
+#: Other names for them, of torch, files and users, in lower case.
 SPELLINGS = {
     "bfloat16": "bf16",
     **dict.fromkeys(("float16", "f16", "half"), "fp16"),
@@ -19,7 +19,7 @@ SPELLINGS = {
 
 
 def target_of(given: object, among: Iterable[str] = (*TARGETS, FP8), argument: str = "to") -> str:
-    """The one of ``among`` that is meant, by any of its names or by a torch dtype. Raises `ValueError` for another.
+    """Return the member of ``among`` with this name, alias or torch dtype. Raise `ValueError` for another.
 
     >>> target_of("BF16"), target_of("torch.float16"), target_of("float8_e4m3fn")
     ('bf16', 'fp16', 'fp8')
@@ -32,12 +32,12 @@ def target_of(given: object, among: Iterable[str] = (*TARGETS, FP8), argument: s
 
 
 def refuse_count(argument: str, given: object) -> None:
-    """Raise `ValueError` for an argument that is given, and is no whole number of at least 1."""
+    """Raise `ValueError` for an argument that is given and is not a whole number of at least 1."""
     if given is not None and not (hasattr(given, "__index__") and given.__index__() >= 1):
         raise ValueError(f"{argument}={given!r}; expected at least 1")
 
 
 def refuse_other(argument: str, given: str, among: Iterable[str]) -> None:
-    """Raise `ValueError` for an argument that is none of these words."""
+    """Raise `ValueError` for an argument that is not one of these words."""
     if given not in (known := tuple(among)):
         raise ValueError(f"{argument}={given!r}; expected one of {', '.join(known)}")

@@ -1,6 +1,6 @@
-"""Tensors of one checkpoint, or the same ones of two, read side by side: how jobs look at values and write none.
+"""Reading the tensors of one checkpoint, or the same ones of two side by side, for jobs that write none.
 
-Threads take chunks of elements in turn. Memory is a few MiB a worker; a store that is far away is told what comes.
+Threads take chunks of elements in turn. Memory is a few MiB a worker. Remote stores get their reads announced.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from fp8ckpt.workers import share
 
 CHUNK = 2 << 20  # elements that are looked at together; half or a quarter as many take a tenth longer
 
-#: Looks at ``count`` elements, from ``start`` on, of the tensors of that name: (name, start, count).
+#: Looks at ``count`` elements, from ``start`` on, of the tensors with that name: (name, start, count).
 Step = Callable[[str, int, int], None]
 
 
 class Walk:
-    """``tensors``: by name, one or two of one shape. ``progress`` is called with bytes read, of all, and what is done.
-
-    ``bytes_read``: of codes and values, by all threads so far.
+    """A parallel pass over ``tensors``: by name, one or two of one shape. ``progress`` is called with (bytes read so
+    far, bytes in all, the current activity). ``bytes_read``: codes and values, by all threads so far.
     """
 
     def __init__(self, tensors: Mapping[str, Sequence[Tensor]], progress: Progress | None) -> None:
         self.tensors = tensors
         self.bytes_read = 0
-        self.lock = threading.Lock()  # for what the threads add up
+        self.lock = threading.Lock()  # guards the sums of the threads
         self._progress = progress
 
     def run(self, workers: int, step_of: Callable[[DequantizerOf], tuple[Step, Sequence[Reader]]]) -> None:
-        """Look at all, with the step of each worker, whose readers are of that worker alone."""
+        """Look at all tensors. ``step_of`` makes the step of one worker, and the readers that only it uses."""
         from fp8ckpt.tensors.reading import load_dequantizer
 
         dequantizer = lru_cache(maxsize=4 * workers)(load_dequantizer)

@@ -1,4 +1,4 @@
-"""Threads that take their work in turn from one iterator: how jobs read, convert, compare and write in parallel."""
+"""Threads that take work from one iterator: how jobs read, convert, compare and write in parallel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def share(items: Iterable[T], workers: Sequence[Callable[[T], object]]) -> None:
-    """Do all ``items``, with a thread for each of ``workers``; each takes the next item when it is done with one.
+    """Process all ``items``, with a thread for each of ``workers``; a thread that is done with an item takes the next.
 
-    ``items`` is advanced by one thread at a time. The first error, or Ctrl-C in the calling thread, ends every worker
-    after the item in hand, and is raised.
+    One thread at a time advances ``items``. The first error, or Ctrl-C in the calling thread, stops every worker after
+    its current item, and is raised.
     """
     left = iter(items)
     lock = threading.Lock()
@@ -36,7 +36,7 @@ def share(items: Iterable[T], workers: Sequence[Callable[[T], object]]) -> None:
 
     with ThreadPoolExecutor(len(workers), "fp8ckpt") as pool:
         futures = []
-        with suppress(RuntimeError):  # where the system gives no more threads, those that there are do it all
+        with suppress(RuntimeError):  # if the system gives no more threads, the existing ones do all the work
             for work in workers:
                 futures.append(pool.submit(take_turns, work))
         if not futures:

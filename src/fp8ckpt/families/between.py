@@ -1,8 +1,7 @@
-"""Two files that hold one model under other names, or its experts stacked in the one and not in the other: how the
-tensors of the one are made of those of the other.
+"""Translating between two files of one model that differ in names or in the stacking of experts.
 
-The way is by the model itself, which transformers builds of the configuration without any values: its tables say how
-each file's tensors make the model's. One of these assemblies is turned round, and the two are made one.
+The translation goes through the model: transformers builds it from the configuration, without values, and its tables
+say how the tensors of each file make the model's. One of these two assemblies is reversed, and the two are composed.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class Translated(NamedTuple):
-    """``tensors``: of one file under the names and in the stackings of another, as far as they can be made of its own;
-    and those that are in none of these, under their own names. ``made``: how many are not simply its own.
+    """``tensors``: those of one file under the names and in the stackings of another, as far as they can be made, and
+    the remaining ones under their own names. ``made``: how many are assembled from others.
     """
 
     tensors: dict[str, Tensor]
@@ -34,10 +33,10 @@ class Translated(NamedTuple):
 
 
 def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
-    """The tensors of ``given`` as in ``wanted``. None where it needs no translation, or where there is no knowing how:
+    """Return the tensors of ``given`` as in ``wanted``. None if no translation is needed, or none is known:
     transformers is not installed, or does not know the model.
 
-    Raises `ModelMismatchError` for tensors of other shapes, and `UnsupportedFormatError` where some experts lack.
+    Raises `ModelMismatchError` for tensors of other shapes, and `UnsupportedFormatError` if some experts are missing.
     """
     if given.tensors.keys() <= wanted.tensors.keys() or wanted.tensors.keys() <= given.tensors.keys():
         return None
@@ -57,10 +56,10 @@ def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
 
 
 def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names and in the stackings of its model, and those for which the model has
-    no place under their own.
+    """Return the tensors of a checkpoint under the names and in the stackings of its model. Tensors that the model has
+    no place for keep their own names.
 
-    Raises `UnsupportedFormatError` where transformers is not installed or does not know the model, and
+    Raises `UnsupportedFormatError` if transformers is not installed or does not know the model, and
     `ModelMismatchError` for tensors of other shapes than the model's.
     """
     if not has_transformers():
@@ -78,8 +77,8 @@ def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
 
 
 def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[str, Assembly] | None:
-    """Of the tensors ``wanted``, those that can be made of the ones ``given``, and how; None where transformers does
-    not know a model of this configuration.
+    """Return the tensors of ``wanted`` that can be made of the ones in ``given``, as assemblies. None if transformers
+    does not know a model of this configuration.
     """
     if (known := known_model(config)) is None:
         return None
@@ -97,8 +96,8 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
 
 
 def parts_of_model(given: Checkpoint) -> dict[str, Assembly]:
-    """How the tensors of a checkpoint's model are made of its own; none where transformers is not installed, or does
-    not know the model.
+    """Return the tensors of a checkpoint's model as assemblies of the checkpoint's; empty if transformers is not
+    installed, or does not know the model.
     """
     known = known_model(given.config)
     return {} if known is None else known.assembled(given.shapes).parts
@@ -111,14 +110,14 @@ class Known(NamedTuple):
     shapes: Shapes
 
     def assembled(self, stored: Shapes) -> Assembled:
-        """How its tensors are made of those ``stored``."""
+        """Return the model's tensors as assemblies of those ``stored``."""
         from fp8ckpt.families.transformers_tables import assemble
 
         return assemble(self.model, self.shapes, stored)
 
 
 def known_model(config: Mapping[str, Any]) -> Known | None:
-    """The model that a configuration names; None where transformers is not installed, or makes none of it."""
+    """Return the model that a configuration names; None if transformers is not installed, or cannot build it."""
     with suppress(ConfigError):
         return _configured(config) if has_transformers() else None
     return None
@@ -133,5 +132,5 @@ def _configured(config: Mapping[str, Any]) -> Known | None:
 
 
 def has_transformers() -> bool:
-    """Whether transformers is installed, whose tables are gone by."""
+    """Whether transformers is installed."""
     return find_spec("transformers") is not None

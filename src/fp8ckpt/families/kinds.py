@@ -1,10 +1,10 @@
-"""The kind and the layer of a tensor, by its name: what belongs together in a table or a picture; and what is carried.
+"""The kind and the layer of a tensor, from its name, for tables and figures; and which tensors are carried.
 
-``model.layers.3.mlp.experts.17.up_proj.weight`` is of layer 3, and of the kind ``mlp.experts.*.up_proj``. Where layers
-stand in several parts of a model (text, vision), those of the smaller parts have the part's name in theirs.
+``model.layers.3.mlp.experts.17.up_proj.weight`` is in layer 3, and of the kind ``mlp.experts.*.up_proj``. If several
+parts of a model have layers (text, vision), the kinds of the smaller parts include the part's name.
 
 Models have no place for the layers of a release that predict further tokens (MTP). These are carried: left out when a
-model is loaded, and taken from the base, byte for byte, when one is written back.
+model is loaded, and copied from the base, byte for byte, when one is written back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
-#: How configurations call the number of MTP layers, which follow the others under the next layer numbers.
+#: The configuration keys for the number of MTP layers, which follow the others under the next layer numbers.
 _COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "mtp_num_layers", "num_mtp_modules")
 _PREFIX = r"(?:model\.|language_model\.)*"
 _LAYER = re.compile(_PREFIX + r"layers\.(\d+)\.")
@@ -23,19 +23,19 @@ _MTP = re.compile(_PREFIX + r"mtp[._]")
 
 
 class Place(NamedTuple):
-    """``layer`` is None for what stands outside of the layers."""
+    """``layer`` is None for tensors outside of the layers."""
 
     kind: str
     layer: int | None
 
 
 def starred(name: str) -> str:
-    """A name with a star for each number: tensors of one kind have one such name."""
+    """Return a name with a star for each number: all tensors of a kind have the same starred name."""
     return _NUMBER.sub(".*", name)
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
-    """The place of each tensor, in the order given."""
+    """Return the place of each tensor, in the order given."""
     parts = {name: parts_of(name) for name in names}
     main = main_stem(parts)
     return {
@@ -45,13 +45,13 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def main_stem(names: Iterable[str]) -> str:
-    """What stands before the number of a layer in most of the names that have one."""
+    """Return the part before the layer number in most of the names that have one."""
     stems = Counter(stem for stem, layer, _ in map(parts_of, names) if layer is not None)
     return stems.most_common(1)[0][0] if stems else ""
 
 
 def parts_of(name: str) -> tuple[str, int | None, str]:
-    """(what stands before the layer, the layer, what stands behind it)."""
+    """Return (the part before the layer number, the layer, the part after it)."""
     module = name.removesuffix(".weight")
     found = _NUMBER.search(module)
     if found is None:
@@ -61,7 +61,7 @@ def parts_of(name: str) -> tuple[str, int | None, str]:
 
 
 def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
-    """The names that belong to MTP layers, by the name itself or by the number of layers in ``config``."""
+    """Return the names that belong to MTP layers, by the name itself or by the number of layers in ``config``."""
     text = {**config, **(config.get("text_config") or {})}
     layers = text.get("num_hidden_layers")
     more = max((count for key in _COUNTS if isinstance(count := text.get(key), int)), default=0)
@@ -76,8 +76,8 @@ def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
 def carriable(
     given: Collection[str], base: Collection[str], config: Mapping[str, Any], pattern: re.Pattern[str] | None = None
 ) -> set[str]:
-    """Names of the base that are taken from it where ``given``, what is written, lacks them: those in which ``pattern``
-    is found, and all MTP layers if none of them is given; where some of their tensors are, they may have been trained.
+    """Return the base's names that may be copied from it if ``given``, the tensors to be written, lacks them: those in
+    which ``pattern`` is found, and MTP's if none of them is given: given ones may be trained.
     """
     mtp = mtp_tensors(base, config)
     named = {name for name in base if pattern is not None and pattern.search(name)}

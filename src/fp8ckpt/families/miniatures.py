@@ -1,4 +1,4 @@
-"""Models of released families, of any size, as facts: the tensors, the configuration, and the small files beside them.
+"""Models of released families, in any size, as facts: tensors, configuration, and the small files beside them.
 
 `fp8ckpt.sample` writes them.
 """
@@ -32,7 +32,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True)
 class Mistral3Sizes:
-    """Sizes of a Mistral3 vision-language model; by default a miniature of 0.9 MB."""
+    """Sizes of a Mistral3 vision-language model; the default is a miniature of 0.9 MB."""
 
     block: ClassVar[tuple[int, int] | None] = None
     layers: int = 2
@@ -50,11 +50,11 @@ class Mistral3Sizes:
 
     @classmethod
     def true_shape(cls) -> Mistral3Sizes:
-        """Mistral Medium 3.5 128B; the width of its vision tower is Pixtral Large's."""
+        """Return the sizes of Mistral Medium 3.5 128B; the width of the vision tower is Pixtral Large's."""
         return cls(88, 12288, 28672, 96, 8, 128, 131072, 48, 1664, 8192, 16, 1540)
 
     def weights(self, layout: str) -> Iterator[Weight]:
-        """The tensors in the order of the file, under the names of a layout."""
+        """Yield the tensors in the order of the file, under the names of a layout."""
         named = LAYOUTS[layout].native_to_hf
         for weight in self._weights():
             yield weight._replace(name=named(weight.name))
@@ -120,7 +120,7 @@ class Mistral3Sizes:
 
 @dataclass(frozen=True)
 class DeepseekSizes:
-    """Sizes of a DeepSeek-V3-shaped model; by default a miniature whose dimensions are no multiples of 128."""
+    """Sizes of a model shaped like DeepSeek V3; the default is a miniature whose dimensions are no multiples of 128."""
 
     block: ClassVar[tuple[int, int]] = (128, 128)
     layers: int = 2
@@ -139,11 +139,11 @@ class DeepseekSizes:
 
     @classmethod
     def true_shape(cls) -> DeepseekSizes:
-        """DeepSeek V3, without its layer of multi-token prediction: about 91,000 tensors."""
+        """Return the sizes of DeepSeek V3, without its layer of multi-token prediction: about 91,000 tensors."""
         return cls(61, 3, 7168, 18432, 2048, 256, 128, 1536, 512, 128, 64, 128, 129280)
 
     def weights(self, layout: str) -> Iterator[Weight]:
-        """The tensors in the order of the file; there is one layout."""
+        """Yield the tensors in the order of the file; there is one layout."""
         hidden = self.hidden
         yield Weight("model.embed_tokens.weight", (self.vocabulary, hidden))
         for i in range(self.layers):
@@ -199,7 +199,7 @@ def _gated(name: str, hidden: int, wide: int, *, fp8: bool) -> Iterator[Weight]:
 
 
 def side_files(vocabulary: int) -> dict[str, bytes]:
-    """A working byte-level tokenizer, and the other small files that a release has."""
+    """Return a working byte-level tokenizer, and the other small files of a release."""
     # GPT-2's printable stand-ins for bytes, which byte-level tokenizers share.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     stand_ins = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]

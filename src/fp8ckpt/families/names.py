@@ -1,9 +1,9 @@
-"""How a model's own names and stackings (native) and those on disk (HF) translate, as data.
+"""Translation between a model's own names and stackings (native) and those on disk (HF), as data.
 
-A layout is a list of prefix pairs; the first whose native prefix begins a name replaces it. Names that no pair touches
-are the same on both sides. Which layout a checkpoint has is decided by the names in the file, never by a number of
-layers. A model of transformers 5 holds stacked experts, ``experts.gate_up_proj [E, 2 I, H]`` and ``experts.down_proj
-[E, H, I]``; most releases hold a matrix an expert.
+A layout is a list of prefix pairs; the first whose native prefix begins a name replaces it. Other names are the same on
+both sides. The names in the file decide which layout a checkpoint has, never the number of layers. A model of
+transformers 5 holds stacked experts, ``experts.gate_up_proj [E, 2 I, H]`` and ``experts.down_proj [E, H, I]``; most
+releases hold one matrix for each expert.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class KeyLayout(NamedTuple):
-    """``prefixes``: (native, HF), each ending in a dot."""
+    """``prefixes``: pairs (native, HF), each ending in a dot."""
 
     name: str
     prefixes: tuple[tuple[str, str], ...]
 
     def native_to_hf(self, name: str) -> str:
-        """The name on disk of a model's tensor."""
+        """Return the name on disk of a model's tensor."""
         for native, hf in self.prefixes:
             if name.startswith(native):
                 return hf + name[len(native) :]
         return name
 
     def hf_to_native(self, name: str) -> str:
-        """The model's name of a tensor on disk."""
+        """Return the model's name of a tensor on disk."""
         for native, hf in self.prefixes:
             if name.startswith(hf):
                 return native + name[len(hf) :]
@@ -39,7 +39,7 @@ class KeyLayout(NamedTuple):
 
 
 # Mistral3 vision-language models: Mistral Medium 3.5 keeps the names of the model's own state dict; Ministral 3 and
-# Devstral Small 2 nest the text model the other way round. A text model alone has the names of its part.
+# Devstral Small 2 nest the text model in the other order. A text model alone has the names of its part.
 IDENTITY = KeyLayout("vlm_full", ())
 NESTED = KeyLayout(
     "vlm_nested",
@@ -57,32 +57,32 @@ TEXT_OF_NESTED = KeyLayout(
 
 LAYOUTS = (IDENTITY, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED)
 
-#: Layers of the one Mistral3 release whose names on disk are the model's own: Mistral Medium 3.5 128B.
+#: The number of layers of the one Mistral3 release with the model's own names on disk: Mistral Medium 3.5 128B.
 _IDENTITY_LAYERS = 88
-#: Models whose releases have nested names on disk, which transformers renames as Mistral3's; by ``model_type``.
+#: Models whose releases have nested names on disk, which transformers renames like Mistral3's; by ``model_type``.
 NESTED_MODELS = frozenset(
     {"mistral3", "llava", "llava_next", "vipllava", "gemma3", "aya_vision", "internvl", "got_ocr2"}
 )
 
-#: What a stack is called, and the leaves of one expert that it concatenates; in each of the families' ways.
+#: The name of a stack, and the leaves of one expert that it concatenates, in the variants of the families.
 STACKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
 _WITH = {leaf: (stack, leaves) for stack, ways in STACKS.items() for leaves in ways for leaf in leaves}
-#: The matrix of one expert: what holds the experts, the expert's number, the leaf.
+#: The matrix of one expert: the module of the experts, the expert's number, the leaf.
 ONE_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 
 
 def find_layout(native_names: Collection[str], hf_names: Collection[str]) -> KeyLayout:
-    """The layout under which most of a model's names are on disk; the plainest of those that are equally good."""
+    """Return the layout with which the most names of a model are on disk; of equally good ones the first."""
     stored = set(hf_names)
     return max(LAYOUTS, key=lambda layout: sum(layout.native_to_hf(name) in stored for name in native_names))
 
 
 def released_layout(config: Any) -> KeyLayout:
-    """The layout in which a Mistral3 model is released, by its configuration (an object, or the mapping of
-    ``config.json``): for want of a file, whose names would say it.
+    """Return the layout in which a Mistral3 model is released, from its configuration (an object, or the mapping of
+    ``config.json``), for callers without a file whose names would show it.
     """
     text = stated(config, "text_config")
     identity = stated(text, "model_type") == "ministral3" and stated(text, "num_hidden_layers") == _IDENTITY_LAYERS
@@ -90,19 +90,19 @@ def released_layout(config: Any) -> KeyLayout:
 
 
 def architectures(config: Mapping[str, Any]) -> set[str]:
-    """The classes that the configuration names; none where it names them in no list."""
+    """Return the classes that the configuration names; none if it has no list of them."""
     named = config.get("architectures")
     return {str(name) for name in named} if isinstance(named, list) else set()
 
 
 def stated(config: Any, key: str) -> Any:
-    """What a configuration, an object or a mapping, has under a key; None where it has nothing."""
+    """Return the value of a key in a configuration, an object or a mapping; None if it has none."""
     return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
 
 
 def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
-    """The regular expression that a user gave as ``option``, to be found in names. Raises `ValueError` for what is
-    none.
+    """Return the compiled regular expression ``text`` that a user gave as ``option``. Raise `ValueError` for an invalid
+    one.
     """
     try:
         return None if text is None else re.compile(text)
@@ -111,7 +111,7 @@ def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
 
 
 def layout_on_disk(names: Iterable[str], config: Mapping[str, Any]) -> KeyLayout:
-    """The layout of a checkpoint: nested if names on disk are, and the model is one that has such or is not stated."""
+    """Return the layout of a checkpoint: nested if its names are, and its model has such names or is not stated."""
     kind = config.get("model_type")
     if kind is not None and kind not in NESTED_MODELS:
         return IDENTITY
@@ -119,8 +119,8 @@ def layout_on_disk(names: Iterable[str], config: Mapping[str, Any]) -> KeyLayout
 
 
 def answers(wanted: Collection[str], stored: Shapes) -> dict[str, Assembly]:
-    """How the tensors ``wanted`` of a model are made of those ``stored``, under the layout of names that answers most;
-    without those that none answers.
+    """Return the tensors ``wanted`` of a model as assemblies of those ``stored``, under the layout of names that
+    matches the most. Tensors without a match are left out.
     """
     found = [dict(_answered(wanted, stored, layout)) for layout in LAYOUTS]
     return max(found, key=len)
@@ -135,7 +135,7 @@ def _answered(wanted: Collection[str], stored: Shapes, layout: KeyLayout) -> Ite
 
 
 def stacked(name: str, stored: Shapes) -> Assembly | None:
-    """The stack of this name, of the matrices of its experts; None where they are not all there."""
+    """Return the stack of this name, as an assembly of its experts' matrices; None if some are missing."""
     stem, _, leaf = name.rpartition(".")
     for leaves in STACKS.get(leaf, ()):
         count = 0
@@ -149,13 +149,13 @@ def stacked(name: str, stored: Shapes) -> Assembly | None:
 
 
 def stack_with(name: str) -> str | None:
-    """The stack that the matrix of one expert is a part of; None for what is none."""
+    """Return the name of the stack that the matrix of one expert belongs to; None for another tensor."""
     one = ONE_EXPERT.fullmatch(name)
     return f"{one[1]}.{_WITH[one[3]][0]}" if one is not None and one[3] in _WITH else None
 
 
 def unstacked(name: str, stored: Shapes) -> Assembly | None:
-    """The matrix of one expert, of a stack [E, out, in]; None where there is none."""
+    """Return the matrix of one expert, as an assembly of a stack [E, out, in]; None if there is no such stack."""
     one, stack = ONE_EXPERT.fullmatch(name), stack_with(name)
     if one is None or stack is None:
         return None

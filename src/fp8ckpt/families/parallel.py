@@ -1,12 +1,11 @@
-"""How engines join weights, and share them out among GPUs, by leaf module, as rows; and what that asks of blocks.
+"""How engines join weights, and shard them over GPUs, by leaf module, as rows; and what that requires of blocks.
 
-An engine that joins FP8 matrices has one scale for the whole. Where the parts' scales differ it requantizes the parts
-to the largest of them, so what it serves is no longer what the file holds; equal scales are left alone.
+An engine that joins FP8 matrices has one scale for the whole. If the scales of the parts differ, it requantizes them to
+the largest, so it no longer serves what the file holds; equal scales stay unchanged.
 
-With a tensor-parallel size of N each GPU has an N-th of the rows of some Linears, and an N-th of the columns of those
-that add up what these have made; what is in neither row is whole on every GPU. Engines refuse weights in blocks whose
-rows are joined with others', or shared out, where a part is not whole blocks (vLLM 0.33 and SGLang 0.5 while they build
-the layer).
+With tensor parallelism of size N, each GPU has 1/N of the rows of some Linears, and 1/N of the columns of those that
+sum up their results; every other weight is whole on each GPU. Engines refuse a weight in blocks if its rows are joined
+or sharded and a part is not whole blocks (vLLM 0.33 and SGLang 0.5 while they build the layer).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from fp8ckpt.errors import shown
 
-#: Leaf modules that are joined where they stand in the same module, in the order in which they are joined.
+#: Leaf modules that are joined if they have the same parent, in the order of joining.
 FUSED_LEAVES = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -27,7 +26,7 @@ FUSED_LEAVES = (
     ("in_proj_b", "in_proj_a"),
 )
 _LEAVES_WITH = {leaf: leaves for leaves in FUSED_LEAVES for leaf in leaves}
-#: Rows are shared out.
+#: Rows are sharded.
 SPLIT_ROWS = frozenset(
     {
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "wq", "wk", "wv", "q_b_proj", "kv_b_proj", "wq_b", "wkv_b"),
@@ -35,13 +34,13 @@ SPLIT_ROWS = frozenset(
         *("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),
     }
 )
-#: Columns are shared out.
+#: Columns are sharded.
 SPLIT_COLUMNS = frozenset({"o_proj", "wo", "down_proj", "w2", "output_linear", "fc2", "out_proj"})
-#: Rows of whole heads of keys and values: with more GPUs than there are such heads, each has one.
+#: Rows are sharded by whole heads of keys and values: if there are more GPUs than heads, each GPU has one.
 KEY_VALUE_ROWS = frozenset({"k_proj", "v_proj", "wk", "wv"})
-#: Weights that are joined in the file already: of how many parts of equal rows each is.
+#: Weights that are joined in the file already: the number of parts with equal rows.
 JOINED_ALREADY = {"gate_up_proj": 2, "gate_up": 2, "w13": 2, "input_linear": 2}
-#: The same of parts that are not equal: the rows of queries, and those of keys and of values, by heads.
+#: The same with parts of different sizes: the rows of queries, keys and values, by heads.
 QUERIES_KEYS_VALUES = frozenset({"qkv_proj"})
 
 Shape = tuple[int, ...]
@@ -68,9 +67,9 @@ class Ragged(NamedTuple):
 
 
 def sibling_units(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The groups among these names of tensors that engines join: two members or more, each in the order of the table.
+    """Return the groups of these names that engines join: at least two members each, in the order of the table.
 
-    Only names that end in ``.weight`` take part. Groups come in the order in which the first of their members is met.
+    Only names that end in ``.weight`` take part. Groups are ordered by the first occurrence of a member.
     """
     present: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for name in names:
@@ -86,10 +85,9 @@ def sibling_units(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def equal_units(scales: Mapping[str, bytes]) -> list[tuple[str, ...]]:
-    """All weights of ``scales`` (what their scales are, as stored), each alone or with the siblings whose scale equals
-    its own.
+    """Group the weights in ``scales`` (name to stored scale): siblings with equal scales together, others alone.
 
-    A new scale of one of a unit is one of all: what was equal for the engine's sake stays equal.
+    A new scale is one for the whole group: scales that are equal for the engine's sake stay equal.
     """
     units: list[tuple[str, ...]] = []
     for siblings in sibling_units(scales):
@@ -108,10 +106,10 @@ def ragged(
     heads: Heads | None,
     every: Collection[str] = (),
 ) -> Iterator[Ragged]:
-    """What engines refuse with a tensor-parallel size of ``size``: of each weight in ``blocks``, its first such part.
+    """Yield what engines refuse with tensor parallelism of ``size``: the first such part of each weight in ``blocks``.
 
-    ``shapes`` and ``blocks`` are of matrices or of stacks of them. ``heads``: of the model, where they are known.
-    ``every``: weights that must be whole blocks, joined and shared out or not.
+    ``shapes`` and ``blocks`` are of matrices or of stacks of them. ``heads``: of the model, if known. ``every``:
+    weights that must be whole blocks even if they are neither joined nor sharded.
     """
     joined = {name for unit in sibling_units(blocks) for name in _aligned(unit)}
     for name, (block_rows, block_columns) in blocks.items():
@@ -128,7 +126,7 @@ def ragged(
 
 
 def _parts(leaf: str, rows: int, size: int, heads: Heads | None) -> list[float]:
-    """The rows of each part that a GPU has of a weight."""
+    """Return the rows of each part of a weight on one GPU."""
     shares = size if leaf in SPLIT_ROWS else 1
     if leaf in QUERIES_KEYS_VALUES and heads is not None:
         head = rows / (heads.queries + 2 * heads.keys)
@@ -141,6 +139,6 @@ def _parts(leaf: str, rows: int, size: int, heads: Heads | None) -> list[float]:
 
 
 def _aligned(unit: tuple[str, ...]) -> tuple[str, ...]:
-    """The members of a unit that must be whole blocks: all, less the last where rows are not shared out."""
+    """Return the members of a unit that must be whole blocks: all, except the last if rows are not sharded."""
     leaf = unit[0].removesuffix(".weight").rpartition(".")[2]
     return unit if leaf in SPLIT_ROWS else unit[:-1]

@@ -1,9 +1,9 @@
-"""What a weight is in its model, told by its name, its shape and what stands beside it.
+"""The role of a weight in its model, from its name, its shape and its neighbours.
 
-Releases in FP8 quantize the Linears of the language model's layers and the stacks of its experts, and leave the rest.
-`Roles` says of each weight why it is left, or that it is not. A router is known by its name, or by having a row for
-each of the experts beside it; a stack of experts by its three dimensions; the projections of a recurrent layer that
-have a row or two for each of its heads by their names, or by the vector of decay rates (``A_log``) beside them.
+Releases in FP8 quantize the Linears of the language model's layers and the stacks of its experts, and no other weights.
+`Roles` gives the reason why a weight is not quantized, or None. A router is recognised by its name, or by having one
+row for each neighbouring expert; a stack of experts by its three dimensions; the projections of a recurrent layer with
+one or two rows a head by their names, or by the vector of decay rates (``A_log``) beside them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from fp8ckpt.tensors.formats import module_of
 
 Shape = tuple[int, ...]
 
-# What the releases of a family leave unquantized, by the ends of names, for adapters that there are before a file.
-#: Ends of weights' names in Mistral3. Endings, not modules: the last is of "model.language_model.norm.weight", too.
+# Weights that the releases of a family do not quantize, by the ends of names, for adapters without a file at hand.
 MISTRAL3 = (
     "embed_tokens.weight",
     "lm_head.weight",
@@ -27,9 +26,9 @@ MISTRAL3 = (
     "post_attention_layernorm.weight",
     "model.norm.weight",
 )
-#: Modules of Mistral3, whole, where it sees.
+#: Whole modules of Mistral3: those of vision.
 MISTRAL3_TOWERS = ("model.vision_tower", "model.multi_modal_projector")
-#: The same of DeepSeek V3: embeddings, heads, norms, routers, and the projection of multi-token prediction.
+#: The same for DeepSeek V3: embeddings, heads, norms, routers, and the projection of multi-token prediction.
 DEEPSEEK_V3 = (
     "embed_tokens.weight",
     "lm_head.weight",
@@ -40,7 +39,7 @@ DEEPSEEK_V3 = (
 )
 
 _WEIGHT = ".weight"
-#: What is left whatever its shape: what it is, and a pattern that its module's name has.
+#: Parts that are never quantized, whatever their shape, and the pattern of their modules' names.
 _PARTS = (
     ("embeddings", re.compile(r"embed|relative_attention_bias$|(^|\.)(emb|shared|wpe|wte)$", re.IGNORECASE)),
     ("norms", re.compile(r"norm", re.IGNORECASE)),
@@ -54,24 +53,24 @@ _PARTS = (
         ),
     ),
 )
-#: The same by the last component of the name: anywhere, and outside layers only.
+#: The same by the last component of the name: anywhere, and (below) only outside layers.
 _LEAVES = {
     "heads": {"lm_head", "head"},
     "projections of multi-token prediction": {"eh_proj"},
     "weights of sparse attention's indexer": {"weights_proj"},
 }
 _HEADS_OUTSIDE_LAYERS = {"output", "score", "classifier"}
-#: A component of the names of whatever a head is made of, outside layers: ``lm_head.dense``, ``predictions.transform``.
+#: A component in the names of a head's parts, outside layers: ``lm_head.dense``, ``predictions.transform``.
 _PARTS_OF_HEADS = re.compile(r"(\w+_)?(head|predictions|pooler|vocab_transform)")
-#: What a tower without a name of its own begins with, and the text model beside it.
+#: The prefix of a tower without a name of its own, and the prefix of the text model beside it.
 _NAMELESS_TOWERS = (("blocks.", "layers."), ("encoder.", "language_model."))
 _TOWER_CONFIG = re.compile(r"(vision|audio|encoder)_config")
 _VOCABULARY = re.compile(r"\w*vocab_size\w*|n_vocab")
-#: What engines build unquantized by themselves: of the heads, those by whole components of their names.
+#: Modules that engines always build unquantized; heads by whole components of their names.
 _BUILT_PLAIN = {"gate", "router", "shared_expert_gate", *_LEAVES["projections of multi-token prediction"]}
 _BUILT_PLAIN |= _LEAVES["weights of sparse attention's indexer"]
 _HEADS_BUILT_PLAIN = (".lm_head", ".output", ".shared_head.head")
-#: A component of a router's name, anywhere and last. ``gate_proj`` is none, nor is a `gate` with an ``up`` beside it.
+#: Components of a router's name, anywhere and last. ``gate_proj`` is none, nor is a `gate` with an ``up`` beside it.
 _ROUTER = re.compile(r"gate|\w*router\w*|\w*experts?_gate", re.IGNORECASE)
 _ROUTER_LEAF = re.compile(r"wg|gating|(gate|gating)_net(work)?", re.IGNORECASE)
 _ATTENTION = re.compile(r"att", re.IGNORECASE)
@@ -79,7 +78,7 @@ _ROUTER_IN_ATTENTION = re.compile(r"\w*router\w*", re.IGNORECASE)
 #: A gated delta net's projections to one or two numbers a head: too small for blocks, and BF16 in all releases.
 _PER_HEAD = re.compile(r"in_proj_(ba|ab|a|b)")
 _DECAY_RATES = ".A_log"
-#: A gate of attention, which has a row for each head or for each number of each.
+#: A gate of attention, with one row a head, or one for each number of each head.
 _GATE_OF_HEADS = re.compile(r"g_proj|gate(_proj)?")
 _HEAD_COUNTS = re.compile(r"(n|num)_(attention_)?heads?")
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
@@ -88,14 +87,14 @@ _NO_STACK = ("bias", "scale", "scales", "blocks", "scale_inv")
 
 
 class Roles:
-    """What each of a checkpoint's weights is. ``shapes``: of all tensors by name; ``config``: ``config.json``."""
+    """The roles of a checkpoint's weights. ``shapes``: of all tensors by name; ``config``: ``config.json``."""
 
     def __init__(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> None:
         self._shapes = shapes
         self._config = config
 
     def is_weight(self, name: str) -> bool:
-        """Whether the tensor may multiply vectors: a ``.weight`` of two dimensions, or any tensor of more."""
+        """Whether the tensor may be a matrix or a stack: a ``.weight`` of two dimensions, or any tensor of more."""
         rank = len(self._shapes[name])
         return rank > 2 or (rank == 2 and name.endswith(_WEIGHT))
 
@@ -110,7 +109,7 @@ class Roles:
         return shape[0] in self._experts_beside(module) and _ATTENTION.search(held) is None  # heads are no experts
 
     def experts_of(self, name: str) -> str | None:
-        """The module that engines make of the experts that a weight is of, as one layer; None for other weights."""
+        """Return the module of the experts that a weight is one of, which engines build as one layer; or None."""
         components = module_of(name).split(".")
         stack = self.is_stack(name)
         for i, part in enumerate(components[:-1]):
@@ -119,7 +118,7 @@ class Roles:
         return ".".join((*components[:-1], "experts")) if stack else None
 
     def left(self, name: str) -> str | None:
-        """What the weight is that releases leave unquantized, in the plural; None for one that they quantize."""
+        """Return the kind of weight, in the plural, that releases do not quantize; None if they quantize it."""
         module, rank = module_of(name), len(self._shapes[name])
         if (part := _part_of(module)) is not None:
             return part
@@ -159,7 +158,7 @@ class Roles:
     def _is_named_a_router(self, path: list[str], name: str) -> bool:
         if not (any(_ROUTER.fullmatch(part) for part in path) or _ROUTER_LEAF.fullmatch(path[-1])):
             return False
-        beside = name.removesuffix("gate.weight") + "up"  # a gate beside an up of its shape is one of a plain MLP
+        beside = name.removesuffix("gate.weight") + "up"  # a gate with an up of the same shape is part of a plain MLP
         ups = (self._shapes.get(f"{beside}.weight"), self._shapes.get(f"{beside}_proj.weight"))
         return not (name.endswith(".gate.weight") and self._shapes[name] in ups)
 
@@ -181,13 +180,13 @@ class Roles:
         return tuple(tower for tower, text in _NAMELESS_TOWERS if any(name.startswith(text) for name in self._shapes))
 
     def _experts_beside(self, module: str) -> set[int]:
-        """How many experts there may be in the two modules next above ``module``."""
+        """Return the possible numbers of experts in the two modules above ``module``."""
         above = module.rpartition(".")[0]
         return self._experts.get(above, set()) | self._experts.get(above.rpartition(".")[0], set())
 
     @cached_property
     def _experts(self) -> dict[str, set[int]]:
-        """How many experts there may be, by the module that holds them: their numbers, their stacks, their router."""
+        """The possible numbers of experts, by the module that holds them: from their indices, stacks and router."""
         stated = {*_stated(self._config, _EXPERT_COUNTS)}
         found: dict[str, set[int]] = {}
         numbers: dict[str, set[str]] = {}
@@ -210,12 +209,12 @@ class Roles:
 
 
 def in_tower(module: str) -> bool:
-    """Whether it is of a vision or audio tower, or of what joins one to the text model."""
+    """Whether a module is part of a vision or audio tower, or joins one to the text model."""
     return _PARTS[-1][1].search(module) is not None
 
 
 def is_built_plain(module: str) -> bool:
-    """Whether engines build this module unquantized whatever is configured: so releases without a list work."""
+    """Whether engines build this module unquantized for any configuration. Releases without a list rely on it."""
     leaf = module.rpartition(".")[2]
     return leaf in _BUILT_PLAIN or f".{module}".endswith(_HEADS_BUILT_PLAIN)
 
@@ -229,14 +228,14 @@ def _holds_experts(component: str) -> bool:
 
 
 def _in_layer(module: str) -> list[str]:
-    """The components of a module's name after its last number, which is that of a layer or of an expert."""
+    """Return the components of a module's name after its last number, which is that of a layer or of an expert."""
     components = module.split(".")
     last = max((i for i, part in enumerate(components) if part.isdigit()), default=len(components))
     return components[last + 1 :]
 
 
 def _stated(config: Mapping[str, Any], key_of: re.Pattern[str]) -> Iterator[int]:
-    """The numbers that a configuration states under such keys, nested too."""
+    """Yield the numbers that a configuration states under such keys, nested ones too."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _stated(value, key_of)

@@ -1,9 +1,9 @@
-"""How trainers share out a model's tensors among ranks, told by their names.
+"""How trainers shard a model's tensors over ranks, from their names.
 
-Pipeline stages: the layers of the text model in equal runs; what stands before them (embeddings, vision towers) on the
+Pipeline stages: the layers of the text model in equal runs; tensors before them (embeddings, vision towers) on the
 first stage, the last norm and the head on the last one. Tensor parallelism: rows or columns of the Linears of those
-layers, by the rows of `fp8ckpt.families.parallel`, and rows of the head; everything else is whole on each rank.
-Expert parallelism: the experts of a layer are one stack, in however many tensors they lie, and are shared out whole.
+layers, by the rows of `fp8ckpt.families.parallel`, and rows of the head; everything else is whole on each rank. Expert
+parallelism: the experts of a layer are one stack, in one tensor or many, and whole experts go to ranks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Cut = Literal["rows", "columns"]
 
 
 class Sharing(NamedTuple):
-    """How one tensor is shared out.
+    """How one tensor is sharded.
 
-    ``layer``: of the text model, or None outside of its layers; there, ``last`` tells the last stage from the first.
-    ``cut``: what tensor parallelism cuts of the matrix, None for nothing. ``stack``: of the experts that it is one of,
-    or all of (``stacked``); None for what is no expert.
+    ``layer``: of the text model, or None for a tensor outside of its layers, which is on the first stage or the
+    ``last``. ``cut``: what tensor parallelism cuts of the matrix, or None. ``stack``: the experts that it is one of, or
+    all of (``stacked``); None if it is no expert.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Sharing(NamedTuple):
 
 
 def sharing(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[tuple[str, Sharing]]:
-    """How each tensor of a checkpoint is shared out, by name. ``config``: ``config.json``."""
+    """Yield how each tensor of a checkpoint is sharded, by name. ``config``: ``config.json``."""
     roles = Roles(shapes, config)
     stem = main_stem(name for name in shapes if not in_tower(module_of(name)))
     stacks = {name.rpartition(".")[0] for name in shapes if roles.is_stack(name)}
@@ -63,7 +63,7 @@ def sharing(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[
 
 
 def _cut(module: str, rank: int) -> Cut | None:
-    """A bias is cut with the rows of its weight."""
+    """Return what tensor parallelism cuts. A bias is cut with the rows of its weight."""
     leaf = re.sub(r"[._]bias$", "", module).rpartition(".")[2]
     if leaf in SPLIT_ROWS:
         return "rows"
@@ -71,7 +71,7 @@ def _cut(module: str, rank: int) -> Cut | None:
 
 
 def _is_last_norm(module: str, stem: str) -> bool:
-    """Whether it stands beside the layers, and is a norm of what they give."""
+    """Whether a module is the norm after the last layer, beside the layers."""
     parent, _, leaf = module.rpartition(".")
     return parent == stem.rpartition(".")[0] and "norm" in leaf.lower() and "embed" not in leaf.lower()
 

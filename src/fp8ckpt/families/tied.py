@@ -1,6 +1,6 @@
-"""Which names of a model are one tensor: of a live model, by its parameters and transformers' configuration of them; of
-files, by the model that their configuration names, or, where transformers does not know it, by the names that most
-language models have for their embeddings and their head.
+"""Tied weights: several names of a model for one tensor. For a live model they follow from its parameters and
+transformers' configuration; for files from the model that their configuration names, or, if transformers does not know
+it, from the common names of embeddings and head.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from fp8ckpt.families.between import known_model
 from fp8ckpt.families.kinds import parts_of
 from fp8ckpt.families.names import Shapes, architectures, stated
 
-#: The head and the embeddings of a language model, under the names that they have on disk.
+#: The head and the embeddings of a language model, by their names on disk.
 HEADS = ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight", "head.weight")
 EMBEDDINGS = (
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
     "model.embed_tokens.weight",
 )
-#: Heads of other names than ``lm_head``, by ``model_type``.
+#: Heads with other names than ``lm_head``, by ``model_type``.
 _OTHER_HEADS = (
     ("proj_out", {"whisper", "moonshine", "moonshine_streaming"}),
     ("cls.predictions.decoder", {"bert", "big_bird", "deberta", "deberta-v2", "ernie", "megatron-bert", "roformer"}),
@@ -38,8 +38,8 @@ _HAS_HEAD = re.compile(r"For\w*(LM|Generation|PreTraining)|LMHead|DoubleHeads")
 
 
 class Tied(NamedTuple):
-    """One tensor of a model that has several names. ``names``: of which, and under its names on disk, with the one that
-    it is stored as, empty where it is not; ``size``: how many of them are the model's.
+    """One tensor of a model that has several names. ``names`` maps each name, those on disk included, to the one that
+    it is stored under, or to "" if it is not stored. ``size``: the number of the model's names.
     """
 
     names: dict[str, str]
@@ -50,27 +50,27 @@ class Tied(NamedTuple):
         return list(dict.fromkeys(filter(None, self.names.values())))
 
     def others(self, stored: str) -> list[str]:
-        """Its names beside one that it is stored as."""
+        """Return its names except those that ``stored`` stands for."""
         return [name for name, on_disk in self.names.items() if on_disk != stored]
 
 
 def ties_embeddings(config: Any) -> bool | None:
-    """Whether a model's head is its embeddings, as its configuration or the text section of it says; None where neither
-    does.
+    """Whether a model's head is its embeddings, according to its configuration or the text section; None if neither
+    says.
     """
     said = [stated(section, "tie_word_embeddings") for section in (config, stated(config, "text_config"))]
     return True in said or (False if False in said else None)
 
 
 def has_language_head(config: Mapping[str, Any]) -> bool:
-    """Whether the model predicts tokens, by its ``architectures``; true where none is stated."""
+    """Whether the model predicts tokens, by its ``architectures``; True if none is stated."""
     named = architectures(config)
     return not named or any(map(_HAS_HEAD.search, named))
 
 
 def tied_sets(parameters: Iterable[tuple[str, Any]], model: Any) -> list[list[str]]:
-    """Disjoint sets of names of a model's ``parameters`` that are one, or that transformers' configuration of the
-    ``model`` says should be; the source of each first, whose name is the one to store.
+    """Return disjoint sets of names of a model's ``parameters`` that are one tensor, or that transformers'
+    configuration of the ``model`` ties. The first name of a set is the one to store.
     """
     shared: dict[int, list[str]] = {}
     for name, parameter in parameters:
@@ -85,8 +85,8 @@ def tied_sets(parameters: Iterable[tuple[str, Any]], model: Any) -> list[list[st
 
 
 def tied_tensors(config: Mapping[str, Any], stored: Shapes, asked: Collection[str]) -> list[Tied]:
-    """What is tied in a model with this configuration, of which a file holds the tensors ``stored``. Nothing is looked
-    up where all that is ``asked`` for lies in layers.
+    """Return the tied tensors of a model with this configuration, for a file with the tensors ``stored``. Nothing is
+    looked up if all names that are ``asked`` for are in layers.
     """
     if ties_embeddings(config) is False or all(parts_of(name)[1] is not None for name in asked):
         return []
@@ -102,14 +102,14 @@ def tied_tensors(config: Mapping[str, Any], stored: Shapes, asked: Collection[st
 
 
 def embeddings_and_head(stored: Collection[str]) -> Tied:
-    """The two under the names that most language models have for them."""
+    """Return embeddings and head as one tensor, under the names that most language models have for them."""
     names = [next((name for name in known if name in stored), known[0]) for known in (EMBEDDINGS, HEADS)]
     return Tied({name: name if name in stored else "" for name in names}, 2)
 
 
 def tied_heads(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """The modules, under each name that engines may have for it, of a head that is the embeddings and that is not among
-    the tensors of these ``names``; none where the configuration ties nothing.
+    """Return the modules of a head that is tied to the embeddings and is not among ``names``, under each name that
+    engines may have for it; empty if the configuration ties nothing.
     """
     if ties_embeddings(config) is False or not has_language_head(config):
         return []

@@ -1,8 +1,7 @@
-"""What transformers knows about its own models, asked of the installed version. Nothing else of ours touches its
-internals.
+"""What transformers knows about its own models, asked of the installed version. No other file touches its internals.
 
-Its tables of conversions say how the tensors of a file become those of a model. Here they are run on symbols: tensors
-without values that remember of which pieces they are made. So every family that transformers loads is loaded by us.
+Its conversion tables say how the tensors of a file become those of a model. Here they run on symbols: tensors without
+values that record their pieces. So fp8ckpt loads every family that transformers loads.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from fp8ckpt.tensors.assembly import Assembly
 from fp8ckpt.tensors.config import CONFIG, without_quantization
 from fp8ckpt.tensors.reading import stored_dtype
 
-# Whether a class holds experts as [E, in, out]; other classes say it themselves, in ``is_transposed``.
+# Whether a class holds experts as [E, in, out]; other classes state it in ``is_transposed``.
 _TRANSPOSED = {"Llama4TextExperts": True}
 
 
 class Assembled(NamedTuple):
-    """``parts``: of which tensors of a file each of a model's is made; ``stored``: all of the file; ``ignored``: those
-    of it that the model's class declares to have no place for.
+    """``parts``: the tensors of a model as assemblies of a file's; ``stored``: all tensors of the file; ``ignored``:
+    those that the model's class declares to have no place for.
     """
 
     parts: dict[str, Assembly]
@@ -37,19 +36,19 @@ class Assembled(NamedTuple):
 
     @property
     def unused(self) -> list[str]:
-        """The tensors of the file that are in none of the model's, in the file's order."""
+        """The tensors of the file that no tensor of the model uses, in the file's order."""
         used = {piece.source for assembly in self.parts.values() for piece in assembly.pieces}
         return [name for name in self.stored if name not in used]
 
 
 def is_pretrained(module: Any) -> bool:
-    """Whether it is one of transformers' models, which have a configuration; it need not be imported for that."""
+    """Whether it is one of transformers' models, which have a configuration. Does not import transformers."""
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__) and hasattr(module, "config")
 
 
 def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The model that a configuration (of ``config.json``) names, unquantized, on the meta device; None where
-    transformers has no such class. Raises `ConfigError` where it makes no model of the configuration.
+    """Return the model that a configuration (``config.json``) names, unquantized, on the meta device; None if
+    transformers has no such class. Raise `ConfigError` if it cannot build a model from the configuration.
     """
     import transformers
 
@@ -59,19 +58,19 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
     if cls is None or not isinstance(config.get("model_type"), str):
         return None
     try:
-        # Infinities are written as objects, which only its own reader of files makes floats of.
+        # Infinities are written as objects, which only transformers' own reader turns into floats.
         decoded = transformers.PreTrainedConfig._decode_special_floats(dict(config))
-        # The configurations of parts state dtypes too, by which the parts are made.
+        # The configurations of parts state dtypes too, with which the parts are built.
         plain = without_quantization(CONFIG, decoded, stored_dtype(dtype))
         with torch.device("meta"):
             return cls._from_config(transformers.AutoConfig.for_model(**plain), dtype=dtype)
-    except Exception as error:  # of many classes: each part of each configuration is checked in a way of its own
+    except Exception as error:  # of many classes: each part of a configuration is checked in its own way
         raise ConfigError.of_model(CONFIG, name, error) from error
 
 
 def distributed(model: Any, how: Any) -> Any:
-    """A model on the meta device, sharded by its own plans as ``from_pretrained(distributed_config=how)`` shards it:
-    what is tied is taken apart before, for plans that name the head, and tied again by whoever fills it.
+    """Shard a model on the meta device by its own plans, as ``from_pretrained(distributed_config=how)`` does. Tied
+    tensors are separated first, for plans that name the head; the caller that fills them ties them again.
     """
     for target in model.all_tied_weights_keys:
         owner, _, leaf = target.rpartition(".")
@@ -81,7 +80,7 @@ def distributed(model: Any, how: Any) -> Any:
     try:
         prepared, _, meshes = model.prepare_distribute_model(how)
         return model.maybe_distribute_model(model, prepared, meshes)
-    except Exception as error:  # of many kinds: each plan of each class is applied in a way of its own
+    except Exception as error:  # of many kinds: each plan of a class is applied in its own way
         sizes = [f"{key}={size}" for key, size in vars(how).items() if key.endswith("_size") and size not in (None, 1)]
         raise ModelMismatchError.of_plan(type(model).__name__, sizes, error) from error
 
@@ -93,8 +92,8 @@ def is_distributed(model: Any) -> bool:
 
 @collector_paused()
 def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
-    """How the tensors ``own`` of a transformers model are made of those ``stored`` in a file, by the rules by which
-    ``from_pretrained`` makes them.
+    """Return the tensors ``own`` of a transformers model as assemblies of those ``stored`` in a file, by the rules of
+    ``from_pretrained``.
 
     Raises `UnsupportedFormatError` for a conversion that is more than a rearrangement.
     """
@@ -107,8 +106,8 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
     prefix, held = model.base_model_prefix, dict(own)
     parts: dict[str, Assembly] = {}
     rules: dict[str, Any] = {}
-    stacks: dict[tuple[str, str], list[str]] = {}  # of each tensor and pattern, what the pattern finds
-    unused: dict[str, str] = {}  # and what they would be called in the model
+    stacks: dict[tuple[str, str], list[str]] = {}  # by tensor and pattern: the names that match
+    unused: dict[str, str] = {}  # by name on disk: the name in the model
     for name in sorted(stored, key=core.dot_natural_key):
         target, pattern = core.rename_source_key(name, renamings, converters, prefix, held)
         if target not in own and name in own:
@@ -134,10 +133,10 @@ def assemble(model: Any, own: Shapes, stored: Shapes) -> Assembled:
 
 
 def _conversions(model: Any) -> list[Any]:
-    """The rules for this model and the models in it.
+    """Return the rules for this model and the models in it.
 
-    They are found by class, and ``fully_shard`` gives a module another one, which transformers takes for custom code:
-    so it is shown stand-ins of the models' own classes.
+    transformers finds them by class. ``fully_shard`` gives a module another class, which transformers takes for custom
+    code, so it gets stand-ins of the models' own classes.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -152,24 +151,24 @@ def _conversions(model: Any) -> list[Any]:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class before it was sharded."""
+    """Return a module's class before it was sharded."""
     return next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("FSDP"))
 
 
 def _converted(rule: Any, target: str, model: Any) -> dict[str, Assembly]:
-    """What a rule makes of the symbols that it has collected."""
+    """Return what a rule makes of the symbols that it has collected."""
     try:
         made = rule.convert(target, model=model, config=model.config)
     except UnsupportedFormatError as error:
         raise error.but(tensor=target) from None
-    except (ValueError, RuntimeError) as error:  # shapes that do not go together: a file that lacks some of the experts
+    except (ValueError, RuntimeError) as error:  # shapes do not match: a file lacks some of the experts
         sources = [name for names in rule.layer_targets.values() for name in names]
         raise UnsupportedFormatError.of_sources(target, sources, error) from error
     return {name: (held[0] if isinstance(held, list) else held).assembly for name, held in made.items()}
 
 
 def _refuse_gaps(target: str, names: list[str]) -> None:
-    """transformers stacks experts in their order, whatever their numbers are."""
+    """Raise if the numbers of experts have gaps: transformers stacks experts in order, whatever their numbers are."""
     numbers = [int(one[2]) for one in map(ONE_EXPERT.fullmatch, names) if one is not None]
     absent = sorted(set(range(max(numbers, default=0))) - {*numbers})
     if absent:
@@ -177,8 +176,8 @@ def _refuse_gaps(target: str, names: list[str]) -> None:
 
 
 def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Assembly], unused: dict[str, str]) -> None:
-    """Stack the experts that no rule of transformers has stacked."""
-    found: dict[str, dict[str, str]] = {}  # by stack, its matrices under the model's names, and their own
+    """Stack the experts that no rule of transformers stacks."""
+    found: dict[str, dict[str, str]] = {}  # by stack: its matrices, the model's name of each to its own
     for name, target in unused.items():
         if (stack := stack_with(target)) in own and stack not in parts:
             found.setdefault(str(stack), {})[target] = name
@@ -208,7 +207,7 @@ def _is_transposed(module: nn.Module, target: str, stacked: Assembly, own: Shape
 
 
 class _Symbol(torch.Tensor):
-    """A tensor on the meta device that knows its assembly; torch's rearrangements of it are those of the assembly."""
+    """A tensor on the meta device with its assembly. torch's rearrangements of it rearrange the assembly."""
 
     assembly: Assembly
 
@@ -269,13 +268,13 @@ _RULES: dict[str, Callable[..., Assembly | tuple[Assembly, ...]]] = {
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype, names: Iterable[str]) -> list[str]:
-    """The tensors that ``from_pretrained(dtype=dtype)`` keeps in float32: by the patterns that the classes list."""
+    """Return the tensors that ``from_pretrained(dtype=dtype)`` keeps in float32, by the patterns of the classes."""
     patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     return [name for name in names if any(pattern.search(name) for pattern in patterns)]
 
 
 def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
-    """Make float32 of what ``from_pretrained(dtype=dtype)`` keeps in float32. The model is on the meta device."""
+    """Convert the tensors that ``from_pretrained(dtype=dtype)`` keeps in float32. The model is on the meta device."""
     held = model.state_dict(keep_vars=True)
     for name in kept_in_float32(model, dtype, held):
         if held[name].is_floating_point():
@@ -283,8 +282,8 @@ def keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 
 
 def initialize_buffers(model: Any, module: nn.Module) -> None:
-    """Give the non-persistent buffers of one of the model's modules their values, as ``from_pretrained`` does after it
-    has built a model on the meta device; what the state dict holds is left alone.
+    """Set the non-persistent buffers of one of the model's modules, as ``from_pretrained`` does after it has built a
+    model on the meta device. Tensors of the state dict are not changed.
     """
     from transformers.initialization import guard_torch_init_functions
 
