@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fp8ckpt.numerics.dequantize import Dequantizer
 
 
-_PAIRS = 16  # tensor pairs: how many results of comparing scales are cached for the other chunks of the same pair
+_PAIRS = 16  # pairs of tensors whose comparison of scales is cached for their other chunks
 
 
 @dataclass(frozen=True)

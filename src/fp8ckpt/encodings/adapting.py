@@ -47,7 +47,7 @@ class _Use(NamedTuple):
     known: bool | None = None
 
     def fits(self, shape: tuple[int, ...]) -> tuple[bool, bool]:
-        """Whether the product is of a tensor of this shape as [out, in], and as [in, out]."""
+        """Whether the factors fit a tensor of this shape as [out, in], and whether as [in, out]."""
         sizes = (self.pair.b.shape[0], self.pair.a.shape[1])
         return sizes == shape[-2:], sizes[::-1] == shape[-2:]
 

@@ -77,7 +77,7 @@ def carriable(
     given: Collection[str], base: Collection[str], config: Mapping[str, Any], pattern: re.Pattern[str] | None = None
 ) -> set[str]:
     """Return the base's names that may be copied from it if ``given``, the tensors to be written, lacks them: those in
-    which ``pattern`` is found, and MTP's if none of them is given: given ones may be trained.
+    which ``pattern`` is found, and all of MTP unless some are given, which may have been trained.
     """
     mtp = mtp_tensors(base, config)
     named = {name for name in base if pattern is not None and pattern.search(name)}

@@ -85,7 +85,8 @@ def sibling_units(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def equal_units(scales: Mapping[str, bytes]) -> list[tuple[str, ...]]:
-    """Group the weights in ``scales`` (name to stored scale): siblings with equal scales together, others alone.
+    """Return the weights in ``scales`` (name to stored scale) grouped: siblings with equal scales together, others
+    alone.
 
     A new scale is one for the whole group: scales that are equal for the engine's sake stay equal.
     """

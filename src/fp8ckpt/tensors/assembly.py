@@ -305,7 +305,7 @@ def reversed_assemblies(parts: Mapping[str, Assembly], shapes: Mapping[str, Shap
 
 
 def composed(parts: Mapping[str, Assembly], inner: Mapping[str, Assembly]) -> dict[str, Assembly]:
-    """Replace sources by their own assemblies in ``inner``. Assemblies with a source not in ``inner`` are left out."""
+    """Return the assemblies with each source replaced by its own in ``inner``; without those of other sources."""
     ordered: dict[str, Ordered] = {}
     found = {}
     for name, assembly in parts.items():

@@ -1,7 +1,7 @@
 """What a configuration states for single modules: compressed-tensors by groups of targets, ModelOpt by layer names,
 Quark by both.
 
-If several statements match a module, its name goes before a pattern, and a pattern before its class, as in
+If several statements match a module, its name takes precedence over a pattern, and a pattern over its class, as in
 compressed-tensors and vLLM; the first matching pattern counts. A module listed in ``ignore`` belongs to no group.
 """
 

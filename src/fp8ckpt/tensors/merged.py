@@ -1,7 +1,7 @@
 """Tensors whose values are a base's with adapters added: computed in float32, and rounded once.
 
     value = base + scaling * (left @ right) + ...       base = float32(code) * float32(scale), or what is stored
-    value = magnitude / norm of the row * value         with DoRA; of the column where the weight lies across
+    value = magnitude / norm of the row * value         with DoRA; norm of the column if the weight is [in, out]
 
 A base tensor may be part of a trained one (one expert of a stack), or the reverse: a `Product` is added to one box of
 the tensor. An element's bits depend only on its base, its row of ``left`` and its column of ``right``.

@@ -57,7 +57,7 @@ def load_dequantizer(tensor: QuantizedTensor, dtype: str) -> Dequantizer:
 
 def load_scales(tensor: QuantizedTensor) -> npt.NDArray[Any]:
     """Return a tensor's scales [n] in their stored dtype. Raise `ScaleValueError` if one is NaN, infinite, zero or
-    negative, by itself or multiplied by its second level.
+    negative, by itself or with its second level applied.
     """
     scales = _stored(tensor.scale)
     factor = load_factor(tensor)

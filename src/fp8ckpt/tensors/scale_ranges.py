@@ -1,7 +1,7 @@
 """The range of the scales of one tensor, or of all of a kind: least, median and greatest; and which stand out.
 
 A scale *stands out* if it is more than `FAR` times the median of its kind, or less than a `FAR`-th of it. For a weight
-with many scales, its greatest and its least are compared with the medians of the other weights' greatest and least.
+with many scales, its greatest and its least are compared with the medians of all greatest and all least of the kind.
 Reads scales, and no codes; memory is that of one weight's scales.
 """
 
