@@ -85,8 +85,7 @@ def sibling_units(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def equal_units(scales: Mapping[str, bytes]) -> list[tuple[str, ...]]:
-    """Return the weights in ``scales`` (name to stored scale) grouped: siblings with equal scales together, others
-    alone.
+    """Return the weights in ``scales`` (name to stored scale) in units: siblings with equal scales, and others alone.
 
     A new scale is one for the whole group: scales that are equal for the engine's sake stay equal.
     """

@@ -28,8 +28,8 @@ from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, wi
 
 
 class Coding(NamedTuple):
-    """The constants of one code dtype: its ``largest`` code, and two multiples of a scale. Magnitudes above ``beyond``
-    times it do not fit the scale; a block with none of ``small`` times it is small for the scale.
+    """The constants of one code dtype: its ``largest`` code, and two multiples of a scale. A magnitude above ``beyond``
+    times the scale does not fit it; a block with all magnitudes below ``small`` times it is small for it.
     """
 
     dtype: str
