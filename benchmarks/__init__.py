@@ -1,3 +1,1 @@
-"""What is measured, against which peers, in the same run on the same bytes; equality is asserted before anything is
-timed.
-"""
+"""Benchmarks against peers, in the same run on the same bytes; each asserts equality before it reports a time."""

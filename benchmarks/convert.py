@@ -1,5 +1,5 @@
-"""`convert` of a layer of real width against the disk's floor and `cp` of its output; and of a block-scaled checkpoint
-against compressed-tensors.
+"""`convert` of a layer of true width against the disk's floor and `cp` of its output; and of a checkpoint with block
+scales against compressed-tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCKS = DeepseekSizes(
     v_dim=128,
 )
 
-# Not ru_maxrss: a child that is forked begins with its parent's.
+# Not ru_maxrss: a forked child starts with its parent's.
 PEAK = """
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024

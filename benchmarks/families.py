@@ -1,7 +1,7 @@
-"""Every family of `tests.families.releases`, as released: what of the way from FP8 through a model and back works, row
-by row. ``python -m benchmarks families`` prints the matrix and writes docs/families.md.
+"""Every family of `tests.families.releases`, as released: which steps of the way from FP8 through a model and back
+work, row by row. ``python -m benchmarks families`` prints the matrix and writes docs/families.md.
 
-A cell is a check that is made: of bytes or bits, never of closeness. One that fails says how, in the page too.
+A cell is a check of bytes or bits, never of closeness. A failed check says how, on the page too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Row:
 
     name: str
     root: Path
-    sharded: dict[str, dict[str, str]]  # by the sharding and the family, what was wrong on any rank
+    sharded: dict[str, dict[str, str]]  # what was wrong on any rank, by sharding and family
     held: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -140,7 +140,7 @@ def there_and_back(root: Path, sharding: str) -> dict[str, str]:
             assert_loaded(model, name, row.path)
             save_model(model, row.out(sharding), to="fp8", like=row.path)
             assert_released(row.out(sharding), name, row.path)
-        except Exception as error:  # the others go on, as far as their ranks are still together
+        except Exception as error:  # the others go on, if their ranks are still together
             found[name] = repr(error)
     return found
 
@@ -198,18 +198,18 @@ Nemotron-H, DeepSeek-V2, -V3.2 and -V4, Kimi Linear, Gemma 4; eight of them on t
 
 
 def page(rows: Iterable[tuple[str, ...]]) -> str:
-    """The text of docs/families.md: of rows of a family's name and its cells."""
+    """The text of docs/families.md, from rows of a family's name and its cells."""
     head = ("family", *CHECKS)
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     return "\n".join((INTRODUCTION, *lines)) + "\n" + REMARKS
 
 
 def cells(row: Row) -> Iterable[str]:
-    """What came of each check; one that fails says how."""
+    """Yield the outcome of each check; one that fails says how."""
     for name, check in CHECKS.items():
         try:
             yield check(row)
-        except Exception as error:  # whatever it is: the matrix says it
+        except Exception as error:  # the matrix shows any failure
             first = str(error).strip().partition("\n")[0]
             print(f"  {row.name}, {name}: {type(error).__name__}: {first}", file=sys.stderr)
             yield f"no: {type(error).__name__}"

@@ -1,4 +1,4 @@
-"""The first run on a new machine, which compiles the kernels it needs, against the second, which finds them."""
+"""The first run on a new machine, which compiles its kernels, against the second, which finds them compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor: what this machine does without us. Who reads, writes, fills new memory or copies takes at least this."""
+"""The floor: what reading, writing, filling new memory and copying take on this machine without us."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ SIZE = 1 << 30  # bytes
 
 
 def touch(size: int, *, huge: bool) -> None:
-    """Write a byte to each page of fresh memory, with pages of 2 MiB where the system gives them, or of 4 KiB."""
+    """Write a byte to each page of fresh memory, in pages of 2 MiB if the system gives them, or of 4 KiB."""
     torch.frombuffer(pages(size, huge=huge), dtype=torch.uint8).zero_()
 
 
 def write_buffered(file: Path, size: int, threads: int, *, pushed: bool) -> None:
-    """The same bytes as `write_durably` through the page cache, flushed at the end; ``pushed``: and set out for the
-    disk as they come.
-    """
+    """Write the same bytes as `write_durably` through the page cache, and flush; ``pushed``: write them back early."""
     piece = 4 << 20
     data = os.urandom(piece)
     fd = os.open(file, os.O_CREAT | os.O_WRONLY, 0o644)
@@ -32,7 +30,7 @@ def write_buffered(file: Path, size: int, threads: int, *, pushed: bool) -> None
         for start in range(first * piece, size, threads * piece):
             os.pwrite(fd, data, start)
             if pushed:
-                os.posix_fadvise(fd, start, piece, os.POSIX_FADV_DONTNEED)  # begins to write what is dirty
+                os.posix_fadvise(fd, start, piece, os.POSIX_FADV_DONTNEED)  # begins to write dirty pages
 
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -43,7 +41,7 @@ def write_buffered(file: Path, size: int, threads: int, *, pushed: bool) -> None
 
 
 def copies() -> Callable[[], None]:
-    """bfloat16 to bfloat16, in memory that both have had before: `SIZE` bytes of result."""
+    """Copy bfloat16 to bfloat16, in memory that both have touched before: `SIZE` bytes of result."""
     source = torch.ones(SIZE // 2, dtype=torch.bfloat16)
     result = torch.empty_like(source)
 

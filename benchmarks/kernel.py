@@ -102,7 +102,7 @@ def main() -> None:
         reference = (weight.float() * expanded).to(torch.bfloat16)
 
         def ours(part: slice, dequantizer: Dequantizer = dequantizer) -> None:
-            for row in range(part.start, part.stop, 128):  # as the reader and the converter call it: a buffer at a time
+            for row in range(part.start, part.stop, 128):  # one buffer at a time, as in the reader and the converter
                 dequantizer.flat(codes[row : row + 128].reshape(-1), row * COLS, bits[row : row + 128].reshape(-1))
 
         in_threads(ours, cores)()

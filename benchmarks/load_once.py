@@ -1,10 +1,9 @@
 """Load one checkpoint into one model in one way, in a process of its own: ``python load_once.py KIND CHECKPOINT``.
 
-Prints JSON: the seconds of a first load, into fresh memory, and of a second into the same memory, where the way has
-one; the peak of private memory beyond what the process held before; the model's bytes, and a checksum of every
-parameter. Under torchrun the model is sharded with FSDP2. The way ``touch`` writes zeros into the model, and is the
-floor of the others. Imports nothing of the benchmarks, so that it runs in a
-peer's environment.
+Prints JSON: the seconds of a first load, into fresh memory, and of a second into the same memory, if the way has one;
+the peak of private memory beyond what the process held before; the model's bytes, and a checksum of every parameter.
+Under torchrun the model is sharded with FSDP2. The way ``touch`` writes zeros into the model, the floor of the others.
+Imports nothing of the benchmarks, so that it runs in a peer's environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, the memory of child processes, and the machine's facts."""
+"""What all benchmarks share: interleaved timing, the memory of child processes, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTS_PYTHON = ROOT / ".venv-hosts" / "bin" / "python"
 
 
 def facts() -> dict[str, Any]:
-    """What a figure means nothing without."""
+    """The facts without which a figure means nothing."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         "?",
@@ -47,7 +47,7 @@ def facts() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{model} (family {family}), {len(os.sched_getaffinity(0))} cores",
         "memory_gib": round(memory / 2**20, 1),
-        "load": round(os.getloadavg()[0], 1),  # of the last minute: above what was measured itself, others worked here
+        "load": round(os.getloadavg()[0], 1),  # of the last minute, others' work here included
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -60,9 +60,9 @@ def facts() -> dict[str, Any]:
 def interleaved(
     runs: dict[str, Callable[[], None]], rounds: int = 5, pause: float = 0.0
 ) -> dict[str, dict[str, float]]:
-    """Time each run once a round, in turn, so that what the machine does meanwhile falls on all alike.
+    """Time each run once a round, in turn, so that other work on the machine affects all alike.
 
-    ``pause``: seconds before each run, for the threads of torch's own pool to stop spinning after theirs.
+    ``pause``: seconds before each run, for the threads of torch's own pool to stop spinning.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -78,7 +78,7 @@ def interleaved(
 
 
 def pages(size: int, *, huge: bool) -> memoryview:
-    """Fresh memory that begins at a huge page, in such or in small ones."""
+    """Fresh memory that begins at a huge page, in huge or in small pages."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE
@@ -86,9 +86,7 @@ def pages(size: int, *, huge: bool) -> memoryview:
 
 
 def write_durably(file: Path, size: int, threads: int = 2, piece: int = 4 << 20, *, huge: bool = True) -> None:
-    """The floor of whatever writes so many bytes and has them on disk: direct writes alone, in pieces of 4 MiB, of
-    memory in huge pages, or in small ones.
-    """
+    """The floor of a durable write: direct writes of ``size`` bytes, in pieces of 4 MiB, from huge or small pages."""
     fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o644)
     try:
         os.ftruncate(fd, -(-size // piece) * piece)
@@ -107,7 +105,7 @@ def write_durably(file: Path, size: int, threads: int = 2, piece: int = 4 << 20,
 
 
 def read_all(files: Iterable[Path], threads: int = 2, piece: int = 4 << 20) -> None:
-    """The floor of whatever reads files once: into buffers that are used again, in pieces of 4 MiB."""
+    """The floor of reading files once: into buffers that are reused, in pieces of 4 MiB."""
 
     def read(fd: int, first: int, size: int) -> None:
         buffer = bytearray(piece)
@@ -137,7 +135,7 @@ def show(title: str, rows: dict[str, dict[str, float]], ours: str) -> None:
 
 @contextmanager
 def anonymous_peak() -> Iterator[Callable[[], int]]:
-    """Sample this process's anonymous (private) memory; the callable gives the peak so far, in bytes."""
+    """Sample this process's anonymous (private) memory; the callable returns the peak so far, in bytes."""
     peak = 0
     stop = threading.Event()
 

@@ -1,7 +1,7 @@
-"""`merge` of one layer of the 128B Mistral against PEFT's own road (the model in BF16, `merge_and_unload`, and back by
+"""`merge` of one layer of the 128B Mistral against PEFT's own way (the model in BF16, `merge_and_unload`, and back by
 `--like`), and its floors: the matrix products alone, and reading the base and writing the output durably.
 
-``python -m benchmarks.merge SMALL`` tries it out on a small layer, and keeps nothing.
+``python -m benchmarks.merge SMALL`` tries it on a small layer, and writes no result.
 """
 
 from __future__ import annotations

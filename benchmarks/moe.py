@@ -1,5 +1,5 @@
-"""`load_pretrained` of a mixture of experts of true width, an expert a tensor in the file, against transformers' own
-``from_pretrained(dequantize=True)`` on the same bytes: one process, and two ranks.
+"""`load_pretrained` of a mixture of experts of true width, with one tensor per expert in the file, against
+transformers' own ``from_pretrained(dequantize=True)`` on the same bytes: one process, and two ranks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A load of DeepSeek-V3 on 64 ranks, rehearsed: true names and shapes in sparse files, and worlds of which one rank is
-there. What each rank reads, that all together read the files once, and what one rank's plan takes.
+"""A load of DeepSeek-V3 on 64 ranks, rehearsed with true names and shapes in sparse files, and process groups in which
+only one rank exists: what each rank reads, that all together read the files once, and what one rank's plan takes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Distribute = Callable[[torch.Tensor], DTensor]
 
 
 def ep64() -> Distribute:
-    """Four of 256 experts a rank; everything else cut by rows over all ranks."""
+    """Four of 256 experts per rank; everything else sharded by rows over all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
     return lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
 
 def ep8_fsdp8() -> Distribute:
-    """An eighth of the experts for eight ranks (of 64), of whose stack each has an eighth of the rows, gate and up
-    apart; everything else cut by rows over all ranks.
+    """An eighth of the experts for each eight of 64 ranks; each of the eight has an eighth of the rows of that stack,
+    of gate and up separately; everything else is sharded by rows over all ranks.
     """
     mesh = init_device_mesh("cpu", (8, dist.get_world_size() // 8), mesh_dim_names=("ep", "dp"))
 
@@ -57,8 +57,8 @@ MESHES = {f.__name__: f for f in (ep64, ep8_fsdp8)}
 
 
 class Planned(NamedTuple):
-    """One rank's plan. ``seconds`` of its processor: to open the files, and for the rest; ``grown``: bytes that the
-    process takes for either.
+    """One rank's plan. ``seconds`` of processor time: to open the files, and for the rest; ``grown``: the bytes that
+    the process grew by in each.
     """
 
     read: int
@@ -68,7 +68,7 @@ class Planned(NamedTuple):
 
 
 def plan_rank(name: str, rank: int, ranks: int, path: Path) -> Planned:
-    """All that a rank does before its first byte. The parameters are never touched, and take no memory."""
+    """Do all that a rank does before its first byte. The parameters are never touched, and take no memory."""
     _alone(rank, ranks)
     model: Any = configured_model(open_checkpoint(path).config)
     distribute = MESHES[name]()

@@ -144,7 +144,7 @@ def one_weight() -> None:
             maxima: list[quantize.F32] = []
 
             def bands(part: slice) -> Iterator[tuple[list[quantize.Part], quantize.Values, slice]]:
-                for row in range(part.start, part.stop, 128):  # as the converter does: a band at a time
+                for row in range(part.start, part.stop, 128):  # one band at a time, as in the converter
                     run = slice(row * cols, (row + 128) * cols)
                     yield (
                         quantize.parts_of_run(grid, run.start, 128 * cols),

@@ -1,11 +1,11 @@
-"""What keeping the base's scales means: a released FP8 model is updated at random and shipped again, with its scales
+"""What keeping the base's scales means: a released FP8 model is updated at random and quantized again, with its scales
 kept or made anew.
 
-Every figure is of the library's own report and `verify`, on whole checkpoints: FP8 -> BF16 -> a random update -> FP8.
-Two kinds of update: *dense*, every weight of the FP8 layers moves by normal deviates; *sparse*, one in a hundred does.
-Three kinds of base: scales of ``amax / 448`` a tensor, the same a block, and scales a tensor that leave a fifth of the
-range unused, as calibrated or shared ones do. Writes the data and the figure of docs/scales.md; needs matplotlib (`pip
-install '.[bench]'`).
+Every figure is from the library's own report and `verify`, on whole checkpoints: FP8 -> BF16 -> a random update -> FP8.
+There are two kinds of update: *dense* moves every weight of the FP8 layers by normal deviates, *sparse* one in a
+hundred. There are three kinds of base: scales of ``amax / 448`` per tensor, the same per block, and scales per tensor
+that leave a fifth of the range unused, as calibrated or shared scales do. Writes the data and the figure of
+docs/scales.md; needs matplotlib (`pip install '.[bench]'`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 
 LAYER = Mistral3Sizes(layers=1, hidden=4096, intermediate=8192, heads=32, kv_heads=8, head_dim=128)  # 0.14 GB each
 CONVERTED = {0.5: 3, 2: 14, 8: 56}  # gigabytes of FP8: layers
-LOADED = {0.5: 3, 1: 7, 2: 14}  # a model takes twice as many, and the machine has to have them
+LOADED = {0.5: 3, 1: 7, 2: 14}  # a model takes twice as many bytes of memory
 TENSORS = {1_000: 4, 10_000: 9, 92_000: 61}  # about: layers of DeepSeek V3
 
 IN_CHILD = (

@@ -1,9 +1,9 @@
-"""A bucket on loopback: converting where it lies, against downloading first, and against what the server can give.
+"""A bucket on loopback: converting from it in place, against downloading first, and against the server's maximum.
 
-``python -m benchmarks.stores [GB [ROUNDS]]``. The server is moto's, in a process of its own, so it takes its share of
-the cores: what counts is the ratio to the server's own maximum, ranges that are thrown away. moto's is slow, and slower
-with longer files, all of which it copies for each range; where nginx is installed, it serves the same files, too.
-Opening is measured against a server that takes 20 ms for each request.
+``python -m benchmarks.stores [GB [ROUNDS]]``. The server is moto's, in a process of its own that shares the cores, so
+the meaningful figure is the ratio to the server's own maximum: reading all ranges and throwing them away. moto is slow,
+and slower with longer files, which it copies completely for each range; if nginx is installed, it serves the same
+files, too. Opening is measured against a server that takes 20 ms for each request.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _converting_from_nginx(work: Path, source: Path) -> dict[str, Any] | None:
 
 
 def _loading() -> dict[str, Any]:
-    """Into a model of two ranks, its rows shared out: what they fetched together, against what there is."""
+    """Load a model of two ranks with rows sharded: the bytes that they fetched together, against those of the files."""
     code = f"import sys; sys.argv = ['', 's3://{BUCKET}/{PREFIX}']\n{_LOADING}"
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(code)

@@ -1,7 +1,7 @@
-"""The tables of the READMEs, made from the dated results: ``python -m benchmarks.table`` writes them where they stand.
+"""The tables of the READMEs, made from the dated results: ``python -m benchmarks.table`` writes them into the pages.
 
-Of each benchmark the newest result counts. Where a run was repeated, its median is shown, and of whole processes the
-best. A ratio is the peer's time by ours, of one run, and a floor's in the same way: above 1, ours takes less.
+The newest result of each benchmark counts. For repeated runs the median is shown, for whole processes the best. A ratio
+is the peer's time divided by ours, in one run, and a floor's in the same way: above 1, ours takes less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def newest(name: str) -> dict[str, Any] | None:
-    """The newest result of a benchmark, with the day it is of; None where there is none."""
+    """The newest result of a benchmark, with its day; None if there is none."""
     found = sorted(RESULTS.glob(f"????-??-??-{name}.json"))
     return json.loads(found[-1].read_text()) if found else None
 
@@ -256,7 +256,7 @@ def _machine(facts: dict[str, Any]) -> str:
 
 
 def _busy(loads: list[float]) -> str:
-    """What is to be known of a machine that others used, too: a benchmark alone makes a load of up to 3."""
+    """What a reader must know of a machine that others used, too: a benchmark alone makes a load of up to 3."""
     spread = " to ".join(map(str, sorted({min(loads), max(loads)})))
     return f", while others worked there (load {spread})" if max(loads) > 3 else ""
 

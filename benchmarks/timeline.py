@@ -1,7 +1,7 @@
 """Where a conversion spends its time: seconds of each thread in reading, kernels, writing, flushing and waiting; and
-how many of them on a processor, which are the same however busy the machine is.
+how many of them on a processor, which do not depend on other load.
 
-The steps are timed from outside, around the calls that take them; what is under way at once is told by the sums.
+The steps are timed from outside, around the calls that take them; the sums show how much they overlap.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fp8ckpt.stores.local import LocalStore
 
 Seconds = dict[str, dict[str, float]]  # by thread, by step
 
-# What is inside of another step is taken from it: what is left of filling is kernels.
+# A step inside another is subtracted from it: the rest of filling is kernels.
 STEPS: dict[str, tuple[tuple[type, str], ...]] = {
     "fill": ((QuantizingFiller, "fill"),),
     "read": ((LocalStore, "read"),),
@@ -38,7 +38,7 @@ STEPS: dict[str, tuple[tuple[type, str], ...]] = {
 
 @contextmanager
 def timed() -> Iterator[Seconds]:
-    """What each thread spends in each step, while the context is entered."""
+    """Yield the seconds that each thread spends in each step, inside the context."""
     seconds: Seconds = defaultdict(lambda: defaultdict(float))
 
     def around(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ def timed() -> Iterator[Seconds]:
             finally:
                 own = seconds[threading.current_thread().name]
                 own[step] += time.perf_counter() - begun
-                if step != "read":  # which is inside of filling
+                if step != "read":  # reading is inside of filling
                     own["on a processor"] += time.thread_time() - on_processor
 
         return run
