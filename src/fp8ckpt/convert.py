@@ -58,7 +58,7 @@ def convert(
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Convert ``source`` to ``destination``, a new directory or ``s3://bucket/prefix``. The output becomes visible once
-    all of it is written. An output in a store is sent part by part; the run keeps its state in the working directory.
+    all of it is written. An output in a store is sent part by part; the working directory keeps the run's state.
 
     To BF16, FP16 or FP32: ``to`` is "bf16" (the default), "fp16" or "fp32", or torch's dtype. Every quantized weight is
     dequantized to it. The output has the same files with the same tensors, without the scales; tensors that were not
@@ -78,8 +78,8 @@ def convert(
     byte-identical to the base.
 
     To FP8 by a scheme: ``scheme`` is "per-tensor", "block" or "channel". Linear weights of the source are quantized by
-    it, with dynamic activation scaling: only those in whose names ``only`` is found and ``skip`` is not; both are
-    regular expressions, applied with `re.search`. The notes list what is not quantized, and why.
+    it, with dynamic activation scaling. With ``only`` or ``skip`` (regular expressions, as for `re.search`), these are
+    the weights in whose names ``only`` is found and ``skip`` is not. The notes list what is not quantized, and why.
 
     ``report`` False makes no report on the quantization, and does not read the base's codes for it. ``report_html``
     names a file for the page of `fp8ckpt.report` on ``source`` (or ``like``) and the output; it is counted in the same

@@ -293,8 +293,8 @@ def multiply_blocks(
 
 @compiled()
 def count_nonfinite(codes: Array, mask: Any, first: Any, count: Any) -> int:
-    """Return how many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`. Most runs have none, so
-    a part of `_SCRATCH` codes is counted only if a vectorised test finds any in it.
+    """Return how many codes u8 [n] are NaN or infinite, by the byte test of `codes.CodeFormat`. Most runs have none:
+    vector instructions test 64 codes at a time, and only a part with any is counted.
     """
     total = 0
     for start in range(0, codes.size, _SCRATCH):

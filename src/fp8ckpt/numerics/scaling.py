@@ -4,8 +4,8 @@ A fresh scale is ``amax / 448`` in float32, 1 if ``amax`` is 0, stored in a scal
 clips. If scales are exponents (e8m0), or must be powers of two in another dtype, it is rounded up to a value of e8m0.
 An existing scale is kept if the block still *fits* it:
 
-- no magnitude is above 450 times the scale. The largest code is 448; a value of 448 times the scale that was rounded
-  to bfloat16 may be larger by one part in 257 (449.743), and 448 is still its nearest code;
+- no magnitude is above 450 times the scale. The largest code is 448; 448 times the scale, rounded to bfloat16, may be
+  larger by one part in 257 (449.743 times the scale), and 448 is still its nearest code;
 - and the block is not so small that precision is lost: the largest magnitude is at least 28 times the scale, so that
   no more than four of e4m3's binades are unused; or the block is zero; or the scale gives back every element exactly.
 

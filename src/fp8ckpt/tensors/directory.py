@@ -153,7 +153,7 @@ def refuse_part(store: Store, name: str) -> None:
 
 
 def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -> None:
-    """Add a defect for each missing part. Without an index, the names still say how many parts there are."""
+    """Add a defect for each missing part. Without an index, ``model-00001-of-00003.safetensors`` gives their number."""
     for name in on_disk:
         if match := _PART.fullmatch(name):
             stem, _, count = match.groups()
