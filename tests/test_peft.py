@@ -66,10 +66,28 @@ def test_embeddings_are_saved_beside_their_factors(tmp_path: Path) -> None:
     assert result.merged == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mistral3 identity", "Mistral3 nested"])
+def test_an_adapter_of_a_model_without_its_head(name: str, tmp_path: Path) -> None:
+    """As AutoModel makes it for embeddings and rewards: its names lack the first part."""
+    base = RELEASES[name].write(tmp_path / "base")
+    whole = load_pretrained(base, dtype=torch.float32)
+    model = adapted(whole.model, tmp_path / "adapter", target_modules=["q_proj", "o_proj"], r=2)
+    merge(base, tmp_path / "adapter", tmp_path / "out", to="bf16")
+    expected = model.merge_and_unload().state_dict()
+    for key, found in load_pretrained(tmp_path / "out").model.state_dict().items():
+        assert torch.allclose(found.float(), expected[key], rtol=2**-7, atol=1e-6), key
+
+
 def trained(base: Path, directory: Path, dtype: torch.dtype = torch.float32, std: float = 0.2, **config: Any) -> Any:
+    """A base with an adapter of random values, which is saved."""
+    return adapted(load_pretrained(base, dtype=dtype), directory, std, **config)
+
+
+def adapted(model: Any, directory: Path, std: float = 0.2, **config: Any) -> Any:
     """A model with an adapter of random values, which is saved."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(load_pretrained(base, dtype=dtype), peft.LoraConfig(**config))
+    model = peft.get_peft_model(model, peft.LoraConfig(**config))
     for name, parameter in model.named_parameters():
         if re.search(r"lora_(embedding_)?[AB]", name):
             torch.nn.init.normal_(parameter, std=std)
@@ -144,6 +162,8 @@ def test_what_becomes_of_a_tied_head(name: str, *, twice: bool, tmp_path: Path) 
         layer = model.get_base_model().get_submodule(embeddings)
         whole = "modules_to_save" in config
         expected = layer.weight if whole else layer.base_layer.weight + layer.get_delta_weight("default")
+        if config.get("use_dora"):
+            expected = model.merge_and_unload().get_submodule(embeddings).weight
         notes = merge(tmp_path / "base", adapter, out, to="bf16").notes
         [note] = [note for note in notes if f"{head}.weight" in note and "as well" in note]
         assert ("added once" in note) == (not whole and "ensure_weight_tying" in config)
@@ -153,7 +173,7 @@ def test_what_becomes_of_a_tied_head(name: str, *, twice: bool, tmp_path: Path) 
 
     linears = {"target_modules": r".*\.(query_key_value|q_proj|query|q)$", "r": 2}
     merged(0, "apart from what it is tied to.*unties them", **linears, modules_to_save=[embeddings])
-    merged(1, None, target_modules=[embeddings], r=2)
+    merged(1, None, target_modules=[embeddings], r=2, use_dora=twice)
     merged(2, f"{head}.weight is .*would change with it", target_modules=[head], r=2)
     merged(3, f"{head}.weight is .*would change with it", target_modules=[embeddings, head], r=2)
     if embeddings.endswith("embed_tokens"):  # the names of which PEFT knows that they are tied

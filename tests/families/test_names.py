@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from fp8ckpt import open_checkpoint, sample
-from fp8ckpt.families.names import IDENTITY, LAYOUTS, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED, KeyLayout, find_layout
+from fp8ckpt.families.names import (
+    HEADLESS,
+    HEADLESS_OF_NESTED,
+    IDENTITY,
+    LAYOUTS,
+    NESTED,
+    TEXT_OF_IDENTITY,
+    TEXT_OF_NESTED,
+    KeyLayout,
+    find_layout,
+)
 
 VLM = [
     "model.language_model.embed_tokens.weight", "model.language_model.layers.10.self_attn.q_proj.weight",
@@ -29,6 +39,8 @@ NESTED_ON_DISK = [
         (NESTED, VLM, NESTED_ON_DISK),
         (TEXT_OF_IDENTITY, TEXT, [*VLM[:3], "lm_head.weight"]),
         (TEXT_OF_NESTED, TEXT, [*NESTED_ON_DISK[:3], "language_model.lm_head.weight"]),
+        (HEADLESS, [name.removeprefix("model.") for name in VLM[:5]], VLM[:5]),
+        (HEADLESS_OF_NESTED, [name.removeprefix("model.") for name in VLM[:5]], NESTED_ON_DISK[:5]),
     ],
     ids=lambda value: value.name if isinstance(value, KeyLayout) else "",
 )

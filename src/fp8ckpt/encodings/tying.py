@@ -36,7 +36,7 @@ def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
         apart = bool(trained.keys() - pairs.keys()) and len(trained) < tied.size
         if apart or not all(same_values(first, span) for span in trained.values()):
             raise UnsupportedFormatError.of_untied(first, others)
-    for key in names.keys() & pairs.keys():
+    for key in (names.keys() & pairs.keys()) - {kept}:
         if kept not in pairs or not same_product(pairs[key], pairs[kept]):
             raise UnsupportedFormatError.of_tied_factors(pairs[key].a, key, stored)
     dropped = names.keys() - {kept}

@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class KeyLayout(NamedTuple):
-    """``prefixes``: pairs (native, HF), each ending in a dot."""
+    """``prefixes``: pairs (native, HF), each empty or ending in a dot."""
 
     name: str
     prefixes: tuple[tuple[str, str], ...]
@@ -54,8 +54,11 @@ TEXT_OF_IDENTITY = KeyLayout("text_of_vlm_full", (("model.", "model.language_mod
 TEXT_OF_NESTED = KeyLayout(
     "text_of_vlm_nested", (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
 )
+# The base of a model, which transformers' AutoModel makes, lacks the first part of its names.
+HEADLESS = KeyLayout("headless", (("", "model."),))
+HEADLESS_OF_NESTED = KeyLayout("headless_of_vlm_nested", (("language_model.", "language_model.model."),))
 
-LAYOUTS = (IDENTITY, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED)
+LAYOUTS = (IDENTITY, NESTED, TEXT_OF_IDENTITY, TEXT_OF_NESTED, HEADLESS, HEADLESS_OF_NESTED)
 
 #: The number of layers of the one Mistral3 release with the model's own names on disk: Mistral Medium 3.5 128B.
 _IDENTITY_LAYERS = 88
