@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from transformers import AutoConfig, FineGrainedFP8Config, Ministral3ForCausalLM, Mistral3ForConditionalGeneration
 
 import fp8ckpt
@@ -738,6 +738,15 @@ def _tied_on_ranks(path: Path, twice: Path, other: Path, untied: Path) -> None:
     model = load_pretrained(path, parallelize=lambda m: tp(m, mesh()))
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert_same(whole(model.lm_head.weight), open_checkpoint(untied).read("lm_head.weight"))
+    for part in ("lm_head", "model.language_model.embed_tokens"):  # the other of the two is whole on every rank
+
+        def shard(model: Any, part: str = part) -> None:
+            cut = distribute_tensor(model.get_submodule(part).weight.detach(), mesh(), [Shard(1)])
+            model.get_submodule(part).weight = nn.Parameter(cut)
+
+        model = load_pretrained(path, parallelize=shard)
+        assert_same(whole(model.lm_head.weight), open_checkpoint(untied).read("lm_head.weight"))
+        assert_same(whole(model.model.language_model.embed_tokens.weight), whole(model.lm_head.weight))
     with pytest.raises(ModelMismatchError, match="on disk they differ"):
         load_pretrained(other, parallelize=lambda m: fsdp(m, mesh()))
 

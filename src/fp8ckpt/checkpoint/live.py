@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fp8ckpt.errors import ConfigError, ModelMismatchError
@@ -103,6 +103,17 @@ def tie(model: Any) -> None:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in the placements of ``other``. Collective over all ranks that hold one of them."""
+    if isinstance(tensor, DTensor) and not (isinstance(other, DTensor) and other.device_mesh == tensor.device_mesh):
+        tensor = tensor.full_tensor()  # rare, and only for embeddings
+    if not isinstance(other, DTensor):
+        return tensor
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(other.device_mesh, other.placements)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def restore_buffers(model: nn.Module) -> None:

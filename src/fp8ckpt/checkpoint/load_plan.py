@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from fp8ckpt.checkpoint.assembling import assemble, of_names
-from fp8ckpt.checkpoint.live import local_part, refuse_what_hides, restore_buffers, tensors_of, tie, tied_groups
+from fp8ckpt.checkpoint.live import (
+    laid_out_like,
+    local_part,
+    refuse_what_hides,
+    restore_buffers,
+    tensors_of,
+    tie,
+    tied_groups,
+)
 from fp8ckpt.checkpoint.planners import Part, parts_of
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.collector import collector_paused
@@ -175,8 +183,8 @@ class LoadPlan:
         """Fill tied tensors and those that an adapter made anew; restore the buffers that no checkpoint holds."""
         with torch.no_grad():
             for name, source in self._sources.items():
-                if name != source:  # a copy onto itself, where the two are one tensor
-                    self.named[name].copy_(self.named[source])
+                if self.named[name] is not self.named[source]:
+                    self.named[name].copy_(laid_out_like(self.named[source], self.named[name]))
             if self.named is not self._native:
                 adapter: Any = self.model.state_dict_adapter
                 for name, tensor in adapter.from_hf(dict(self.named)).items():

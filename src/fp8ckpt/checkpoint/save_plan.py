@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from fp8ckpt.checkpoint.assembling import assemble
-from fp8ckpt.checkpoint.live import refuse_what_hides, tensors_of, tied_groups
+from fp8ckpt.checkpoint.live import laid_out_like, local_part, refuse_what_hides, tensors_of, tied_groups
 from fp8ckpt.checkpoint.planners import AssemblySavePlanner
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.collector import collector_paused
@@ -114,14 +114,7 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     one, other = one.detach(), other.detach()
     if isinstance(other, DTensor) and not isinstance(one, DTensor):
         one, other = other, one
-    if isinstance(one, DTensor):
-        if isinstance(other, DTensor) and other.device_mesh != one.device_mesh:
-            other = other.full_tensor()  # rare, and only for embeddings; nothing else moves a tensor to another mesh
-        if isinstance(other, DTensor):
-            other = other.redistribute(one.device_mesh, one.placements).to_local()
-        else:
-            other = distribute_tensor(other, one.device_mesh, one.placements, src_data_rank=None).to_local()
-        one = one.to_local()
+    one, other = local_part(one), local_part(laid_out_like(other, one))
     if one.data_ptr() == other.data_ptr():
         return False
     return not torch.equal(*(part.contiguous().view(torch.uint8) for part in (one, other.to(one.device))))
