@@ -49,6 +49,12 @@ def test_closed_streams(closed: str, sample_fp8: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_working_directory_that_is_gone(sample_fp8: Path, tmp_path: Path) -> None:
+    """It is what is named."""
+    done = shell('mkdir "$1" && cd "$1" && rmdir "$1" && fp8ckpt convert $0 out', sample_fp8, tmp_path / "gone")
+    assert (done.returncode, done.stderr) == (1, "fp8ckpt: the working directory: No such file or directory\n")
+
+
 @pytest.mark.parametrize("command", ["convert", "sample"])
 @pytest.mark.parametrize(
     ("destination", "found", "remedy"),

@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from fp8ckpt import convert, merge, open_checkpoint
+from fp8ckpt import convert, merge, open_checkpoint, ranks
 from fp8ckpt.errors import RankLostError
 from tests.adapters import PREFIX, factors, write_adapter
 from tests.distributed import Launched
@@ -262,6 +263,17 @@ def test_process_group_of_one(sample_fp8: Path, expected: dict[str, bytes], tmp_
     code, _, stderr = Launched(tmp_path / "ranks", 1, *command).ended()
     assert code == 0, stderr
     assert tree(tmp_path / "out") == expected
+
+
+def test_ranks_wait_for_slower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than the half hour after which torch takes a rank for lost."""
+    waits: list[timedelta] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "_join", lambda size: dist.init_process_group("fake", rank=0, world_size=size))
+    monkeypatch.setattr(dist, "new_group", lambda timeout: waits.append(timeout) or dist.group.WORLD)
+    with ranks.ranks_of_this_job() as joined:
+        assert joined.size == 2
+    assert waits > [timedelta(days=1)]
 
 
 def test_a_rank_that_is_started_alone(sample_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

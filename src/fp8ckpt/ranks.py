@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8ckpt.errors import Fp8CheckpointError, RankLostError
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PATIENCE = 15.0  # seconds
+_LONGEST_WAIT = timedelta(days=30)  # for ranks with slower disks; of one that has ended, all hear at once
 _ALONE = "start it on each of them, or unset WORLD_SIZE to run it alone"
 
 BEYOND = 64 << 20  # bytes that all threads of a rank together may take beyond what is loaded or saved
@@ -162,7 +164,7 @@ def ranks_of_this_job() -> Iterator[Ranks]:
 
         _join(size)
         try:
-            yield GroupRanks()
+            yield GroupRanks(dist.new_group(timeout=_LONGEST_WAIT))
         finally:
             dist.destroy_process_group()
     else:

@@ -813,6 +813,13 @@ def test_an_endpoint_that_is_none(endpoint: str, s3: Server, monkeypatch: pytest
         open_checkpoint(f"s3://{BUCKET}/x")
 
 
+def test_an_endpoint_that_is_a_web_page(s3: Server) -> None:
+    """boto3 makes an empty listing of it."""
+    s3.answer = lambda asked: Answer(200, {"Content-Type": "text/html"}, b"<html><body/></html>")
+    with pytest.raises(StorageError, match=r"what answers there is no such store.*AWS_ENDPOINT_URL"):
+        open_checkpoint(f"s3://{BUCKET}/x")
+
+
 # ---------------------------------------------------------------- what cannot be served
 
 REFUSED: dict[str, tuple[type[Fp8CheckpointError], str]] = {

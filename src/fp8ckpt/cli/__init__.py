@@ -87,4 +87,5 @@ def main() -> None:
             sys.stdout = nowhere
             if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
                 sys.exit(1)
-            fail(f"{error.filename or 'standard output'}: {error.strerror}")
+            no_place = isinstance(error, FileNotFoundError)  # os.getcwd(), which does not say so
+            fail(f"{error.filename or ('the working directory' if no_place else 'standard output')}: {error.strerror}")

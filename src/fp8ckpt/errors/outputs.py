@@ -40,7 +40,10 @@ class OutputBusyError(Fp8CheckpointError, RuntimeError):
 class RankLostError(Fp8CheckpointError, RuntimeError):
     """Another rank ended, or did not answer."""
 
-    remedy = "what is on disk is kept: look why it ended, and run the same again"
+    remedy = (
+        "what is on disk is kept: look why it ended, and run the same again; if it is only slower than the others, "
+        "with a longer timeout of the process group"
+    )
 
     @classmethod
     def of(cls, error: RuntimeError) -> Self:

@@ -223,6 +223,9 @@ class S3Objects:
         """Yield the entries ``of`` all pages of a listing; of one object, if ``name`` is given."""
         with self.errors(name, writing=name is not None):
             for page in self.client.get_paginator(operation).paginate(Bucket=self.bucket, **more):
+                if page.keys() <= {"ResponseMetadata"}:  # some other text, in which boto3 finds nothing
+                    found, remedy = "what answers there is no such store", "check the endpoint (AWS_ENDPOINT_URL)"
+                    raise StorageError(found, file=self.where, expected="a listing", remedy=remedy)
                 yield from page.get(of, ())
 
     @contextmanager
