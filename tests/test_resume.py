@@ -20,6 +20,7 @@ import pytest
 from fp8ckpt import convert, sample
 from fp8ckpt.cli import main
 from fp8ckpt.errors import (
+    Fp8CheckpointError,
     NoRoomError,
     OutputExistsError,
     ResumeMismatchError,
@@ -290,6 +291,25 @@ def test_destination_that_appears_meanwhile_is_left(sample_fp8: Path, expected: 
     out.rmdir()
     convert(sample_fp8, out)
     assert digests(out) == expected
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00003-of-00003.safetensors", "stray"])
+def test_output_that_others_change_meanwhile(
+    name: str, sample_fp8: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """A file that is removed, cut or added after all was written: nothing is published, and a rerun ends well."""
+    file = tmp_path / "out.partial" / "output" / name
+
+    def change(done: int, total: int, doing: str) -> None:
+        if done == total:
+            file.unlink() if name.startswith("tokenizer") else file.open("ab").truncate(5)
+
+    with pytest.raises(Fp8CheckpointError, match=r"No such file|expected [0-9]+ bytes|it holds stray"):
+        convert(sample_fp8, tmp_path / "out", progress=change, workers=1)
+    assert os.listdir(tmp_path) == ["out.partial"]
+    (tmp_path / "out.partial" / "output" / "stray").unlink(missing_ok=True)
+    convert(sample_fp8, tmp_path / "out")
+    assert digests(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize("calls", [0, 1, 7, 20])

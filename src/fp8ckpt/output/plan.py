@@ -15,14 +15,14 @@ from zlib import crc32
 
 import numpy as np
 
-from fp8ckpt.errors import OutputExistsError, RanksDifferError
+from fp8ckpt.errors import OutputExistsError, RanksDifferError, StorageError
 from fp8ckpt.output import extents
 from fp8ckpt.output.extents import Extent
-from fp8ckpt.output.files import copy_whole, create, write_whole
+from fp8ckpt.output.files import copy_whole, create, write_whole, writing_to
 from fp8ckpt.output.forecast import Forecast, Room, bytes_read_for, measured_rate, room_for
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.standing import identities
+from fp8ckpt.output.standing import identities, refuse_foreign
 from fp8ckpt.output.state import Facts
 from fp8ckpt.stores.store import ByteRange, File
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -150,8 +150,13 @@ class OutputPlan:
             store.refuse_changes()
 
     def publish(self, output: PartialOutput) -> None:
-        """Make the finished directory appear, unless one of its sources has changed."""
+        """Make the finished directory appear, unless one of its sources has changed, or one of its files."""
         self.refuse_changes()
+        refuse_foreign(output.partial, self.names)
+        for name, size in self._sizes().items():
+            with writing_to(output.directory / name):
+                if (output.directory / name).stat().st_size != size:
+                    raise StorageError.of_another_hand(file=str(output.directory / name), size=size)
         output.publish()
 
     def said(self, output: PartialOutput) -> dict[str, Any]:
