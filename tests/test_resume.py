@@ -449,7 +449,12 @@ def test_disk_that_is_really_too_small(sample_fp8: Path, expected: dict[str, str
     assert f"on the disk of {small_disk}: 1.2 MB needed, 1.0 MB free: there is no room" in planned.stdout
     assert_one_line(cli("convert", sample_fp8, out), f"{small_disk.name}: the output needs", "free some space")
     assert os.listdir(small_disk) == []
-    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=16m,ro", str(small_disk)], check=True)
+    assert_one_line(cli("convert", sample_fp8, out, "--plan"), "Read-only file system", "choose a place")
+    page = cli("convert", sample_fp8, small_disk.parent / "other", "--report-html", small_disk / "page.html")
+    assert_one_line(page, "Read-only file system", "choose a place")
+    assert not (small_disk.parent / "other").exists()
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert cli("convert", sample_fp8, out, "--plan").returncode == 0
     assert os.listdir(small_disk) == []
     assert cli("convert", sample_fp8, out).returncode == 0

@@ -110,6 +110,8 @@ def convert(
             from fp8ckpt.report import draw, refuse_page
 
             page = ranks.together(lambda: refuse_page(report_html))
+            if page == output.destination or page.is_relative_to(output.partial):
+                raise ValueError(f"report_html is {report_html}, where the output is written: choose another name")
         threads = threads_of_this_rank(workers)
         begun = time.monotonic()
         done = run(lambda: _plan(how, output), output, threads, progress, ranks)

@@ -23,7 +23,7 @@ from fp8ckpt.families.kinds import Place, places
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.numerics.quantize import Tally
 from fp8ckpt.output.files import write_whole
-from fp8ckpt.output.forecast import room_for
+from fp8ckpt.output.forecast import refuse_unwritable, room_for
 from fp8ckpt.output.partial import partial_of
 from fp8ckpt.ranks import threads_of_this_rank
 from fp8ckpt.stores.address import local_path
@@ -163,6 +163,7 @@ def refuse_page(output: str | Path) -> Path:
         if os.path.lexists(path):
             remedy = "move it away, or choose another name"
             raise OutputExistsError("there is something already", file=str(path), remedy=remedy)
+    refuse_unwritable(room_for({page: 0}).where)
     return page
 
 

@@ -5,6 +5,7 @@ Nothing here creates or changes a named file. The speed of the disk is measured 
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fp8ckpt.errors import NoRoomError
+from fp8ckpt.errors import NoRoomError, StorageError
 from fp8ckpt.output.extents import Extent, met
 from fp8ckpt.output.files import aligned_buffer
 from fp8ckpt.system import flush_data
@@ -91,6 +92,14 @@ class Forecast:
     bytes_per_second: float | None
     seconds: float | None
     notes: tuple[str, ...]
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `StorageError` if no file can be made in a folder that is there."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        number = errno.EACCES if folder.is_dir() else errno.ENOTDIR
+        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else number
+        raise StorageError.of_writing(OSError(number, os.strerror(number)), folder)
 
 
 def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int:

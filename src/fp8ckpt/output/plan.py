@@ -19,7 +19,7 @@ from fp8ckpt.errors import OutputExistsError, RanksDifferError, StorageError
 from fp8ckpt.output import extents
 from fp8ckpt.output.extents import Extent
 from fp8ckpt.output.files import copy_whole, create, write_whole, writing_to
-from fp8ckpt.output.forecast import Forecast, Room, bytes_read_for, measured_rate, room_for
+from fp8ckpt.output.forecast import Forecast, Room, bytes_read_for, measured_rate, refuse_unwritable, room_for
 from fp8ckpt.output.layout import FileLayout
 from fp8ckpt.output.partial import PartialOutput
 from fp8ckpt.output.standing import identities, refuse_foreign
@@ -98,6 +98,7 @@ class OutputPlan:
         ``extents`` by their numbers; ``made_of``: the number of source bytes of each tensor of the output.
         """
         room = self._look(output, extents.values())
+        refuse_unwritable(room.where)
         done = output.records() if self._is_laid_out(output) else {}
         resumed = sum(extent.nbytes for i, extent in extents.items() if i in done)
         read = bytes_read_for((extent for i, extent in extents.items() if i not in done), made_of)

@@ -224,8 +224,7 @@ class S3Objects:
         with self.errors(name, writing=name is not None):
             for page in self.client.get_paginator(operation).paginate(Bucket=self.bucket, **more):
                 if page.keys() <= {"ResponseMetadata"}:  # some other text, in which boto3 finds nothing
-                    found, remedy = "what answers there is no such store", "check the endpoint (AWS_ENDPOINT_URL)"
-                    raise StorageError(found, file=self.where, expected="a listing", remedy=remedy)
+                    raise StorageError.of_web_page(file=self.where)
                 yield from page.get(of, ())
 
     @contextmanager
