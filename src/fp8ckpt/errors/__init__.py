@@ -1,8 +1,8 @@
-"""Every refusal has a name::
+"""The tree of errors: every refusal has a name::
 
     Fp8CheckpointError
     ├── CheckpointNotFoundError   (FileNotFoundError)  no such directory, file or cached hub id
-    ├── HeaderError               (ValueError)  a safetensors header that is malformed or lies
+    ├── HeaderError               (ValueError)  a safetensors header that is malformed or wrong
     │   └── TruncatedFileError                  the file holds fewer bytes than its header says
     ├── IndexMismatchError        (ValueError)  the index and the headers disagree
     ├── ConfigError               (ValueError)  config.json cannot be understood
@@ -12,24 +12,24 @@
     ├── ScaleShapeError           (ValueError)  a scale that does not tile its weight
     ├── ScaleDtypeError           (ValueError)  a scale of a dtype that no FP8 family uses
     ├── ScaleValueError           (ValueError)  a scale that is NaN, infinite, zero or negative
-    ├── WeightValueError          (ValueError)  a weight that cannot be quantized: it is not finite
+    ├── WeightValueError          (ValueError)  a weight that is not finite, so it cannot be quantized
     ├── UnsupportedFormatError    (ValueError)  packed or integer weights: recognised, not handled
     ├── UnknownTensorError        (KeyError)    no tensor of that name
     ├── RegionError               (IndexError)  offsets and sizes outside the tensor
     ├── RangeError                (OverflowError)  finite codes that the target dtype cannot hold
     ├── ModelMismatchError        (ValueError)  the model and the checkpoint do not hold the same tensors
     ├── ServingError              (ValueError)  a serving engine would refuse the directory, or serve something else
-    ├── OutputExistsError         (FileExistsError)  the destination is there already
+    ├── OutputExistsError         (FileExistsError)  the destination exists
     ├── OutputBusyError           (RuntimeError)  another process is writing the destination
     ├── RankLostError             (RuntimeError)  another rank ended, or did not answer
-    ├── RanksDifferError          (ValueError)  ranks that load or write together were not given the same
-    ├── ResumeMismatchError       (RuntimeError)  a partial output of some other conversion
-    ├── UnsupportedSystemError    (ImportError) Windows, or another system without what POSIX promises of files
-    ├── MissingPackageError       (ImportError) a package is needed that only an extra brings
-    ├── SourceChangedError        (RuntimeError)  a file that is read was written to meanwhile
-    ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read, or written
-    └── StorageError              (OSError)     the disk refused a read or a write, or what should be a file is none
-        └── NoRoomError                         the disk has less room than the output needs
+    ├── RanksDifferError          (ValueError)  ranks of one load or save got different arguments or files
+    ├── ResumeMismatchError       (RuntimeError)  the partial output is another conversion's
+    ├── UnsupportedSystemError    (ImportError) Windows, or another system without POSIX file semantics
+    ├── MissingPackageError       (ImportError) a package that only an extra installs is missing
+    ├── SourceChangedError        (RuntimeError)  a file changed while it was read
+    ├── UnsupportedStoreError     (ValueError)  the URL of a store that cannot be read or written
+    └── StorageError              (OSError)     a read or a write failed, or a name is not that of a regular file
+        └── NoRoomError                         the disk has less space than the output needs
 
 Each message has the form *tensor, file, found, expected, what to do*, on one line. Names that come from a file are
 shown with control characters escaped and shortened, so that no input can break the line.

@@ -1,4 +1,4 @@
-"""What all errors have in common: five facts, from which the one line is made, and how names are shown in it."""
+"""What all errors share: five facts, the one line that is made from them, and how names are shown in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def shown(text: object) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first of the names, and how many more there are."""
+    """The first of the names, and the number of others."""
     names = sorted(names)
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
@@ -32,14 +32,14 @@ E = TypeVar("E", bound="Fp8CheckpointError")
 
 class _Facts(Formatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
-        """As `str.format` has it; and "{name:shown}" is a name from a file, "{names:listed}" are some of many."""
+        """Format as `str.format` does; "{name:shown}" is a name from a file, "{names:listed}" are the first of many."""
         show = {"shown": shown, "listed": listed}.get(format_spec)
         return show(value) if show else super().format_field(value, format_spec)
 
 
 class Says:
-    """A sentence of an error class, which makes the error of it. ``found``, ``expected`` and ``remedy`` have places for
-    facts: whoever raises it gives them, by their names, with the tensor and the file.
+    """A sentence of an error class; calling it makes the error. ``found``, ``expected`` and ``remedy`` have
+    placeholders for facts, which the raise site gives by name, with the tensor and the file.
     """
 
     def __init__(self, found: str, expected: str = "", remedy: str = "") -> None:
@@ -56,8 +56,8 @@ class Says:
 class Fp8CheckpointError(Exception):
     """Base of all errors raised by fp8ckpt.
 
-    Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None). A tensor
-    of a checkpoint may be given itself, which says its file, too.
+    Attributes: ``tensor`` and ``file`` (names, or None), ``found``, ``expected``, ``remedy`` (texts, or None).
+    ``tensor`` may be given as a tensor of a checkpoint, which names its file, too.
 
     >>> try:
     ...     fp8ckpt.open_checkpoint("nowhere/at/all")
@@ -66,12 +66,12 @@ class Fp8CheckpointError(Exception):
     CheckpointNotFoundError check the path
     """
 
-    expected: str | None = None  # a class may have one that holds wherever no other is given
+    expected: str | None = None  # a class may have a default
     remedy: str | None = None
 
     def __init_subclass__(cls) -> None:
         if cls.__module__.startswith("fp8ckpt.errors."):
-            cls.__module__ = "fp8ckpt.errors"  # as users import it, whichever file of this room it stands in
+            cls.__module__ = "fp8ckpt.errors"  # where users import it from
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Fp8CheckpointError(Exception):
 
     @property
     def message(self) -> str:
-        """The one line that says it all. Composed when it is asked for: a hostile file has 200,000 defects."""
+        """The one-line message. Composed on demand: a hostile file has 200,000 defects."""
         subject = " in ".join(shown(part) for part in (self.tensor, self.file) if part is not None)
         message = f"{subject}: {self.found}" if subject else self.found
         if self.expected is not None:
@@ -102,7 +102,7 @@ class Fp8CheckpointError(Exception):
 
     @property
     def facts(self) -> dict[str, str | None]:
-        """What it says besides ``found``, by the names of the arguments."""
+        """The facts besides ``found``, by the names of the arguments."""
         return {"tensor": self.tensor, "file": self.file, "expected": self.expected, "remedy": self.remedy}
 
     def but(self, **other: str | None) -> Self:
@@ -110,11 +110,11 @@ class Fp8CheckpointError(Exception):
         return type(self)(self.found, **{**self.facts, **other})
 
     def advising(self, more: str) -> Self:
-        """The same error, with more that can be done about it."""
+        """The same error, with a further remedy."""
         return self.but(remedy=more if self.remedy is None else f"{self.remedy}; {more}")
 
     def among(self, others: int) -> Self:
-        """The same error, where there are ``others`` besides."""
+        """The same error, with the number of other defects."""
         return (
             self.advising(f"{others} more defect{'s' if others > 1 else ''}: see fp8ckpt inspect") if others else self
         )
@@ -127,15 +127,15 @@ class Fp8CheckpointError(Exception):
 
 
 class Named(Protocol):
-    """What has a name: a file of a store, or a path."""
+    """Anything with a name: a file of a store, or a path."""
 
     @property
     def name(self) -> str:
-        """As a message shows it."""
+        """The name as a message shows it."""
 
 
 class Stored(Protocol):
-    """What a message says of a stored tensor: its key, where it lies, dtype and shape as the header has them."""
+    """What a message says of a stored tensor: its key, its file, and dtype and shape from the header."""
 
     @property
     def name(self) -> str: ...
@@ -154,7 +154,7 @@ class Stored(Protocol):
 
 
 class Readable(Protocol):
-    """A tensor of a checkpoint: what is stored of it, whole or in codes, is its ``span``."""
+    """A tensor of a checkpoint; its ``span`` is what is stored of it, values or codes."""
 
     @property
     def name(self) -> str: ...

@@ -1,7 +1,7 @@
 """What is wrong with the files of a checkpoint: headers, the index, configurations.
 
-A file that is not what it should be may be of a release or the user's own: nothing is fetched into a directory of other
-weights, nothing is removed, and nothing is stated that the weights were not made with.
+A bad file may belong to a release or to the user. So no remedy fetches files into a directory of other weights, removes
+any, or states what the weights were not made with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
 
 
 class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
-    """There is no checkpoint at the given path, nor a cached one of that hub id."""
+    """There is no checkpoint at the path, and no cached one with that hub id."""
 
     of_empty = Says("there is no object below it", remedy="check the URL")
     of_page = Says("its page lists no files",
@@ -40,14 +40,14 @@ class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
 
     @classmethod
     def of_lacking(cls, where: str, lacks: str, pickled: str | None = None) -> Self:
-        """A directory that ``lacks`` weights, but for those of an adapter that are ``pickled``."""
+        """A directory that ``lacks`` weights, except those of an adapter that are ``pickled``."""
         found = f"there is no {lacks} in it" + (f", only {pickled}" if pickled else "")
         newer = "save it once more with a newer PEFT: save_pretrained(..., safe_serialization=True)"
         return cls(found, file=where, remedy=newer if pickled else _CHECK)
 
     @classmethod
     def of_unconfigured(cls, where: str, config: str) -> Self:
-        """A directory of no adapter: it lacks the configuration of one."""
+        """A directory without the configuration of an adapter."""
         remedy = "give the directory that PEFT's save_pretrained wrote"
         return cls(f"there is no {config} in it", file=where, remedy=remedy)
 
@@ -57,13 +57,13 @@ class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
 
     @classmethod
     def of_part(cls, file: str, directory: str, count: int = 0) -> Self:
-        """One of ``count`` files of a checkpoint; with 0, one of no weights."""
+        """One of ``count`` files of a checkpoint; with 0, a file without weights."""
         found = f"this is 1 of {count} files of a checkpoint" if count else "this holds no weights"
         return cls(found, file=file, remedy=f"open the directory: {directory}")
 
 
 class SourceChangedError(Fp8CheckpointError, RuntimeError):
-    """A file of a checkpoint was written to, replaced or removed after it was opened: what was read may be a mix."""
+    """A file of a checkpoint was written, replaced or removed after it was opened: what was read may be a mix."""
 
     expected = "the file as it was"
     remedy = "run it again once nothing writes to the file"
@@ -74,7 +74,7 @@ class SourceChangedError(Fp8CheckpointError, RuntimeError):
 
 
 class _JsonError(Fp8CheckpointError, ValueError):
-    """JSON that is none, or is more than it may be: the part that headers and configurations have in common."""
+    """JSON that is malformed or too large, in headers and in configurations."""
 
     @classmethod
     def of_text(cls, file: Named, error: object) -> Self:
@@ -86,7 +86,7 @@ class _JsonError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_size(cls, file: Named, size: int, values: int, most: tuple[int, int]) -> Self:
-        """``values``: commas and brackets; ``most`` of them, and of bytes where these are not ASCII."""
+        """``values``: commas and brackets; ``most``: the limits on them and, unless all are ASCII, on bytes."""
         found = f"it holds {size} bytes with {values} commas and brackets"
         expected = "at most {} of them, and {} bytes where not all are ASCII".format(*most)
         return cls(found, file=file, expected=expected, remedy=COPY)
@@ -102,12 +102,12 @@ class ConfigError(_JsonError):
 
     @classmethod
     def of_adapter(cls, file: Named, key: str, stated: object, expected: str) -> Self:
-        """A ``key`` of PEFT's that is no setting."""
+        """A ``key`` of PEFT's whose value is not valid."""
         return cls(f"{key} is {shown(stated)}", file=file, expected=expected, remedy="take the file PEFT wrote")
 
     @classmethod
     def of_quantization(cls, file: str, stated: object) -> Self:
-        """A statement of quantization that is no object."""
+        """A statement of quantization that is not an object."""
         found = f"what it states of quantization is {shown(repr(stated))}"
         remedy = "state what the file that came with these weights states"
         return cls(found, file=file, expected="an object", remedy=remedy)
@@ -119,7 +119,7 @@ class ConfigError(_JsonError):
 
     @classmethod
     def of_block_sizes(cls, file: str, modules: str, sizes: tuple[object, object]) -> Self:
-        """Two for the same modules."""
+        """Two block sizes for the same modules."""
         found = f"the configuration states several block sizes for {shown(modules)}: {sizes[0]} and {sizes[1]}"
         return cls(found, file=file, expected="one", remedy=_OF_SCALES)
 
@@ -130,7 +130,7 @@ class ConfigError(_JsonError):
 
     @classmethod
     def of_model(cls, config: str, model: str, error: Exception) -> Self:
-        """The ``model`` that it names cannot be made of it."""
+        """The ``model`` that the configuration names cannot be made from it."""
         found = f"{model} cannot be made of it: {shown(str(error))}"
         remedy = (
             "take the configuration that was written with these weights, or the transformers that it was written for"
@@ -139,7 +139,7 @@ class ConfigError(_JsonError):
 
 
 class HeaderError(_JsonError):
-    """A safetensors header is malformed, or claims what cannot be."""
+    """A safetensors header is malformed, or states what cannot be."""
 
     remedy = COPY
 
@@ -154,7 +154,7 @@ class HeaderError(_JsonError):
 
     @classmethod
     def of_entry(cls, file: Named, tensor: str, entry: str) -> Self:
-        """``entry``: what stands for the tensor, as JSON."""
+        """``entry``: the tensor's entry, as JSON."""
         found, expected = (
             f"the entry {shown(entry)} is malformed",
             "a dtype, a shape of whole numbers and two data offsets",
@@ -181,7 +181,7 @@ class HeaderError(_JsonError):
 
     @classmethod
     def of_place(cls, stored: Stored, start: int, end: int, previous: str) -> Self:
-        """``start``: where the tensor's data begins; ``end``: where it should, after ``previous``."""
+        """``start``: where the tensor's data begins; ``end``: where it should begin, after ``previous``."""
         what = "overlaps" if start < end else f"leaves a hole of {start - end} bytes after"
         found = f"its data begins at byte {start} and {what} {shown(previous)}"
         return cls(found, tensor=stored, expected=f"byte {end}")
@@ -197,7 +197,7 @@ class HeaderError(_JsonError):
 
     @classmethod
     def of_two(cls, stored: Stored, other: str) -> Self:
-        """The tensor ``stored`` is in the file or under the key ``other`` as well."""
+        """The tensor ``stored`` is also in the file, or under the key, ``other``."""
         remedy = "open the one file that is meant, or write an index that names the model's files"
         return cls(f"it is in {shown(other)} as well", tensor=stored, expected="each name once", remedy=remedy)
 
@@ -222,7 +222,7 @@ class TruncatedFileError(HeaderError):
 
     @classmethod
     def of(cls, file: Named, size: int, end: int | None = None) -> Self:
-        """A file of ``size`` bytes, whose header says where its ``end`` is, or which has none."""
+        """A file of ``size`` bytes, whose header gives its ``end``; None if it has no header."""
         least = "at least the 8 bytes of a header's length" if end is None else f"{end} bytes, as the header says"
         return cls(f"the file holds {size} bytes", file=file, expected=least)
 
@@ -246,7 +246,7 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_place(cls, tensor: str, index: str, listed: str | None, actual: str | None) -> Self:
-        """A tensor that is ``listed`` for another file than the ``actual`` one; either may be none."""
+        """A tensor that the index has as ``listed`` in one file and is in the ``actual`` one; either may be None."""
         remedy = _INDEX
         if listed is None:
             found = f"{shown(actual)} holds a tensor that the index {index} does not list"
@@ -274,18 +274,18 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_absent(cls, index: str, tensor: str, name: str, where: str) -> Self:
-        """It names a file that is not there, for the tensor among others."""
+        """The index names a file that does not exist, for the tensor among others."""
         found, expected = f"the file {shown(name)} is not there", f"{shown(name)} in {where}"
         return cls(found, tensor=tensor, file=index, expected=expected, remedy=f"{_SAME_PLACE}; or {_INDEX}")
 
     @classmethod
     def of_part(cls, file: str, part: str, count: int) -> Self:
-        """One of ``count`` parts is not there, by the name of another."""
+        """One of ``count`` parts does not exist, as the name of another part shows."""
         found, expected = f"the part {shown(part)} is not there", f"all of the {count} parts"
         return cls(found, file=file, expected=expected, remedy=_SAME_PLACE)
 
     @classmethod
     def of_size(cls, index: str, stated: object, actual: int) -> Self:
-        """A ``total_size`` that is not the tensors' own, in bytes."""
+        """A ``total_size`` that differs from the tensors' bytes."""
         found = f"metadata.total_size is {shown(stated)}; the tensors take {actual} bytes"
         return cls(found, file=index, remedy="nothing reads it wrong; convert writes the index anew")

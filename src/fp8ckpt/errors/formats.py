@@ -1,4 +1,4 @@
-"""Formats that are recognised and not handled: of weights, of what is to be quantized, of models, of adapters."""
+"""Formats that are recognised and not handled: of weights, of tensors to be quantized, of models, of adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_factor(cls, weight: Stored, second: str) -> Self:
-        """``second``: the name of what scales the codes besides their scale."""
+        """``second``: the name of the tensor that scales the codes besides their scale."""
         found = f"{shown(second)} is a second factor or a zero point, which fp8ckpt does not apply"
         return cls(found, tensor=weight, expected="one scale", remedy=SAME_TOOL)
 
@@ -35,7 +35,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_dtype(cls, tensor: str, file: object, what: str, known: Iterable[str], remedy: str | None = None) -> Self:
-        """``what`` is of a dtype that no values of this kind have."""
+        """``what`` has a dtype that no values of this kind have."""
         return cls(what, tensor=tensor, file=file, expected=f"one of {', '.join(known)}", remedy=remedy)
 
     @classmethod
@@ -49,7 +49,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_rows(cls, tensor: Readable, size: int, most: int) -> Self:
-        """A weight with a factor whose rows are longer than what is worked on at once."""
+        """A weight with a factor whose rows are longer than a working step."""
         found = f"rows of {size} elements, of which the last group is not whole"
         return cls(found, tensor=tensor, expected=f"rows of at most {most} elements, or of whole groups")
 
@@ -60,7 +60,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_scheme(cls, path: object, left: Iterable[str]) -> Self:
-        """A source of which all is ``left``: why."""
+        """A source of which nothing is quantized; ``left``: the reasons."""
         found = "none of its tensors is quantized by this scheme"
         expected = "Linears of a language model's layers, or stacks of experts"
         remedy = f"choose other weights or another --scheme, or --like BASE ({'; '.join(left) or 'it has no weights'})"
@@ -68,7 +68,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_quantized(cls, tensor: Readable) -> Self:
-        """A tensor of a source that is to be quantized."""
+        """A quantized tensor in a source that is to be quantized."""
         remedy = "convert it first: --to bf16"
         return cls("it is quantized already", tensor=tensor, expected="BF16, F16 or F32", remedy=remedy)
 
@@ -103,7 +103,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_square_stack(cls, tensor: str, kind: str, shape: tuple[int, ...]) -> Self:
-        """Experts of a class (``kind``) that does not say which of the two sizes is the rows."""
+        """Experts of a class (``kind``) that does not say which of the two equal sizes is the rows."""
         found = f"experts of {kind} of shape {shape} may be transposed or not"
         return cls(found, tensor=tensor, remedy="give the model a state_dict_adapter with its assemblies")
 
@@ -118,12 +118,12 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_kind(cls, file: Named, kind: object) -> Self:
-        """The ``peft_type`` of an adapter that is no LoRA."""
+        """The ``peft_type`` of an adapter that is not a LoRA."""
         return cls(f"peft_type is {shown(kind)}", file=file, expected="LORA", remedy=_MERGED_THERE)
 
     @classmethod
     def of_setting(cls, file: Named, key: str, why: str, *, mergeable: bool) -> Self:
-        """What an adapter's configuration has, and ``why`` it is not merged; PEFT may know how (``mergeable``)."""
+        """A setting of an adapter, and ``why`` it is not merged; ``mergeable``: PEFT may merge it."""
         remedy = _MERGED_THERE if mergeable else None
         return cls(f"{key} is set: {why}", file=file, expected=f"{key} null", remedy=remedy)
 
@@ -168,7 +168,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_wrapping(cls, module: str, parameters: Iterable[str], known: Iterable[str]) -> Self:
-        """Parameters of one module that an adapter targets; of ``known`` ones it is known which PEFT wraps first."""
+        """Several targeted parameters of one module; only for the ``known`` ones is it known which PEFT wraps first."""
         found = f"target_parameters {listed(parameters)}: which was wrapped first is not known"
         return cls(found, tensor=module, expected=f"at most one of a module, or {' and '.join(known)}")
 
@@ -184,7 +184,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_trained(cls, tensor: Stored, shape: tuple[int, ...]) -> Self:
-        """A whole tensor of an adapter, of which the base has a part as one of this ``shape``."""
+        """A whole tensor of an adapter; the base has a part of it, of this ``shape``, as a tensor."""
         found = f"a tensor of shape {tensor.shape} was trained whole, of which {shape} is a part in the base"
         return cls(found, tensor=tensor, expected="one tensor", remedy=_MERGED_THERE)
 
@@ -200,7 +200,7 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_tied_factors(cls, factor: Stored, key: str, stored: str) -> Self:
-        """Factors of ``key``, which the base has as one with others, by the name ``stored``."""
+        """Factors of ``key``, which the base ties to other names and stores as ``stored``."""
         found = f"factors of a part of what is tied in the base: {shown(key)} is {shown(stored)} there, which would "
         found += "change with it, and was trained without"
         expected = "the same factors for all, or those of the embeddings alone"

@@ -1,4 +1,4 @@
-"""A model and a checkpoint that do not hold the same tensors, or a model that cannot be filled, or written."""
+"""A model and a checkpoint that do not hold the same tensors, or a model that cannot be filled or written."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ _SHARD = "shard it with fully_shard (FSDP2)"
 
 
 class ModelMismatchError(Fp8CheckpointError, ValueError):
-    """The model lacks tensors of the checkpoint, or the checkpoint lacks tensors of the model, or they are of other
-    shapes.
-    """
+    """The model or the checkpoint lacks tensors of the other, or their shapes differ."""
 
     @classmethod
     def of_shape(cls, tensor: str, file: object, found: tuple[int, ...], base: tuple[int, ...], what: str) -> Self:
-        """A tensor of ``what`` (the "source", the "model") that is of another shape than the base's."""
+        """A tensor of ``what`` (the "source", the "model") whose shape is not the base's."""
         remedy = "give its own base"
         if len(found) == 2 and found[1:] == base[1:]:
             instead = (
@@ -39,7 +37,7 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_dtype(cls, tensor: str, file: object, dtype: str, base: str) -> Self:
-        """``base``: the dtype that the base has."""
+        """``base``: the dtype in the base."""
         remedy = f"give its own base, or cast it to {base} if its values are meant to be that"
         return cls(f"dtype {dtype}", tensor=tensor, file=file, expected=f"{base}, as in the base", remedy=remedy)
 
@@ -56,7 +54,7 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_head(cls, tensor: str, file: object, kept: str) -> Self:
-        """A tensor of a source that the base has as one with ``kept``."""
+        """A tensor of a source that the base ties to ``kept``."""
         found = f"it is not {shown(kept)}, and the base, where the two are one, stores no other"
         remedy = "tie the two before the model is saved, or quantize it by a --scheme instead"
         return cls(found, tensor=tensor, file=file, expected="the same values", remedy=remedy)
@@ -84,7 +82,7 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_replacement(cls, tensor: Stored, weight: float) -> Self:
-        """A tensor that was trained whole, of an adapter of a ``weight``, or of a second one."""
+        """A tensor that was trained whole, in an adapter with a ``weight`` other than 1, or in two adapters."""
         if weight == 1:
             return cls("two adapters replace it", tensor=tensor, expected="one that does")
         found = f"a whole tensor of an adapter of weight {weight:g}"
@@ -92,7 +90,7 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_key(cls, factor: Stored, name: str, others: int, base: object) -> Self:
-        """What was trained as ``name`` is not in the ``base``, nor are ``others``."""
+        """Neither the tensor trained as ``name`` nor ``others`` are in the ``base``."""
         found = f"nothing in the base answers to {shown(name)}" + (f", and to {others} more" if others else "")
         remedy = f"give the base that it was trained on: {base} is another, or ties or lacks this"
         return cls(found, tensor=factor, expected="a tensor of the base", remedy=remedy)
@@ -128,13 +126,13 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_two(cls, tensor: str, file: object, found: str) -> Self:
-        """One of two that the model has as one, and that differ; ``found``: which is the other."""
+        """One of two tensors that the model ties and that differ; ``found`` names the other."""
         remedy = "if it is its own, give it memory of its own, and build the model with tie_word_embeddings false"
         return cls(found, tensor=tensor, file=file, remedy=remedy)
 
     @classmethod
     def of_second(cls, stored: Readable, where: object) -> Self:
-        """A tensor that another of its file is made into, under the names and in the stackings of ``where``."""
+        """A tensor that another one of its file becomes, under the names and in the stackings of ``where``."""
         remedy = "ask who wrote it which of the two is meant, and have it written without the other"
         return cls(f"another of its tensors is this one in {where}", tensor=stored, remedy=remedy)
 
@@ -151,26 +149,26 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_memory(cls, tensor: str, numel: int, reach: int) -> Self:
-        """A tensor of ``numel`` elements in the memory of fewer."""
+        """A tensor of ``numel`` elements in the memory of ``reach`` elements, which are fewer."""
         found, remedy = f"its {numel} elements lie in the memory of {reach}", "give it memory of its own"
         return cls(found, tensor=tensor, expected="a place for each", remedy=f"{remedy}: tensor.contiguous()")
 
     @classmethod
     def of_codes(cls, tensor: str, dtype: object) -> Self:
-        """A parameter that would be given codes, without the scales that they mean something by."""
+        """A parameter that would get codes without their scales."""
         expected = "bfloat16, float16 or float32, in which values are loaded, scales and all"
         return cls(f"a parameter of dtype {dtype}", tensor=tensor, expected=expected, remedy="cast it first")
 
     @classmethod
     def of_rounding(cls, stored: Readable, dtypes: tuple[str, object]) -> Self:
-        """A tensor of one of the dtypes on disk, and of the other in the model, which holds fewer values."""
+        """A tensor that has the first of the dtypes on disk and the second, which holds fewer values, in the model."""
         expected = "a dtype that holds every value of the stored one"
         remedy = "keep this parameter in the stored dtype, or say narrow=True to have it rounded"
         return cls("{} on disk, and {} in the model".format(*dtypes), tensor=stored, expected=expected, remedy=remedy)
 
     @classmethod
     def of_sharded(cls, names: Collection[str]) -> Self:
-        """Tensors that torch had before DTensor."""
+        """ShardedTensors, torch's predecessor of DTensor."""
         found = f"{len(names)} tensors are ShardedTensors, the first {shown(next(iter(names)))}"
         save = "to save what FullyShardedDataParallel wraps, set its state_dict_type to FULL_STATE_DICT"
         return cls(found, expected="tensors, or DTensors", remedy=f"{_SHARD}; {save}")
@@ -181,7 +179,7 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_apart(cls, tensor: str, kept: str) -> Self:
-        """A tensor that was trained apart from the one whose name it is stored under."""
+        """A tensor that differs from the one that it is tied to and stored as."""
         found = f"the configuration ties it to {kept}, under whose name the two are stored, and they differ"
         own = "a head of its own is saved without like, from a model that was built with tie_word_embeddings false"
         remedy = f"tie the two before training: model.tie_weights(); {own}"
@@ -189,14 +187,14 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_stage(cls, tensor: str, source: str) -> Self:
-        """A tensor that is stored under the name of another stage's."""
+        """A tensor that is stored under the name of another stage's tensor."""
         found = f"it is tied to {source}, which this stage of the model does not hold"
         remedy = "take it out of this stage once the two are the same (model.lm_head = None), for one is stored"
         return cls(found, tensor=tensor, expected="both in one stage, where they can be compared", remedy=remedy)
 
     @classmethod
     def of_plan(cls, model: str, sizes: Collection[str], error: Exception) -> Self:
-        """``sizes`` of a mesh that transformers' own plans cannot shard a ``model`` by."""
+        """``sizes`` of a mesh over which transformers' own plans cannot shard a ``model``."""
         found = f"DistributedConfig({', '.join(sizes)}) cannot be applied: {type(error).__name__}: {shown(error)}"
         remedy = "combine other sizes, or give a function that shards the model"
         return cls(found, expected=f"what transformers can make of {model}", remedy=remedy)

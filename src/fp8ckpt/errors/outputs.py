@@ -1,4 +1,4 @@
-"""What keeps an output from being written: what is there already, another run, another rank."""
+"""What keeps an output from being written: an existing file, another run, another rank."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ class RankLostError(Fp8CheckpointError, RuntimeError):
 
 
 class RanksDifferError(Fp8CheckpointError, ValueError):
-    """Ranks that make one thing together were not asked for the same, read different checkpoints, or run different
-    versions.
-    """
+    """Ranks of one job have different arguments, read different checkpoints, or run different versions."""
 
     @classmethod
     def of(cls, what: str, rank: int, other: object, first: object) -> Self:
@@ -65,28 +63,28 @@ class RanksDifferError(Fp8CheckpointError, ValueError):
 
 
 class ResumeMismatchError(Fp8CheckpointError, RuntimeError):
-    """A partial output is there, and belongs to another conversion."""
+    """A partial output exists, and belongs to another conversion."""
 
     @classmethod
     def of_other(cls, partial: object, begun: str, found: str) -> Self:
-        """``begun``: all that the other run left, which may be deleted."""
+        """``begun``: everything that the other run left, which may be deleted."""
         remedy = f"choose another destination, or delete {begun} to begin anew, without what that run had done"
         return cls(found, file=str(partial), remedy=remedy)
 
     @classmethod
     def of_elsewhere(cls, partial: object, where: str) -> Self:
-        """A run that goes elsewhere has a destination of the same last name: no reason to delete anything."""
+        """The partial output of a run to another destination with the same last name: no reason to delete anything."""
         remedy = "run this in another directory, or choose a destination of another last name"
         return cls(f"it is of a run that goes to {where}", file=str(partial), remedy=remedy)
 
     @classmethod
     def of_strange(cls, partial: object, found: str) -> Self:
-        """``found``: what is in a partial output, and no run of ours left it so."""
+        """``found``: what a partial output holds that no run of ours leaves so."""
         return cls(found, file=str(partial), remedy="move it away, or choose another destination")
 
     @classmethod
     def of_other_weights(cls, file: str, where: str, partial: object) -> Self:
-        """A run was cut off in completing the parts of ``file``, and these are others."""
+        """A run was interrupted while it completed the parts of ``file``, and the parts given now differ."""
         found = f"a run before was cut off while its files appeared in {where}: other weights, by their MD5s"
         remedy = f"choose another destination, or save the weights of that run, which {partial} is of"
         return cls(found, file=file, remedy=remedy)

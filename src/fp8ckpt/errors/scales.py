@@ -1,6 +1,6 @@
 """What is wrong with the scales of a weight.
 
-Whoever knows with which scales the codes were made is who wrote the file: no remedy guesses.
+Only the writer of a file knows which scales its codes were made with, so no remedy guesses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SAME_TOOL = "use the tool that wrote it"
 
 
 class MissingScaleError(Fp8CheckpointError, ValueError):
-    """An FP8 weight has no scale: its codes are not its values."""
+    """An FP8 weight without a scale: its codes alone are not its values."""
 
     remedy = (
         "look for it in the other files that belong to this one, or under another name; "
@@ -24,7 +24,7 @@ class MissingScaleError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, weight: Stored, expected: str, near: str | None) -> Self:
-        """``expected``: the name that its scale could have; ``near``: what may be it under another name."""
+        """``expected``: a name that its scale could have; ``near``: a tensor that may be its scale, misnamed."""
         misnamed = "" if near is None else f" (is {shown(near)} its scale, misnamed?)"
         return cls(f"{weight.dtype} weight without a scale{misnamed}", tensor=weight, expected=shown(expected))
 
@@ -36,7 +36,7 @@ class OrphanScaleError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, scale: Stored, weight: str, stored: Stored | None) -> Self:
-        """``weight``: the name of the weight that it could scale; ``stored``: what is there instead of FP8."""
+        """``weight``: the name of the weight that it could scale; ``stored``: the tensor of that name, if not FP8."""
         found = "a scale without a weight"
         if stored is not None:
             found = f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
@@ -59,7 +59,7 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, weight: Stored, scale: Stored, block_size: tuple[int, ...] | None, fit: tuple[int, ...] | None) -> Self:
-        """``block_size``: the module's, as the configuration states it; ``fit``: the scales' shape that it asks for."""
+        """``block_size``: the module's, as stated in the configuration; ``fit``: the shape of scales that fits it."""
         found = f"scale shape {scale.shape} in {shown(scale.file.name)} does not fit weight {weight.shape}"
         if fit is None:
             expected = "one element, or one a row"
@@ -74,7 +74,7 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_group(cls, weight: Stored, scale: Stored, stated: int, group: int) -> Self:
-        """``stated``: how many codes of four bits the configuration has share a scale; ``group``: how many do."""
+        """``stated``: the configuration's number of 4-bit codes per scale; ``group``: the actual number."""
         found = f"scale shape {scale.shape} in {shown(scale.file.name)} is of groups of {group}, group_size is {stated}"
         remedy = "state the group_size of the scales, wherever a configuration file has one: engines size them by it"
         expected = f"group_size {group}, by the scales' dtype {scale.dtype}"
@@ -97,6 +97,6 @@ class ScaleValueError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, scale: Stored, counts: tuple[int, int], first: object, at: tuple[int, ...]) -> Self:
-        """``counts``: of how many scales, and how many there are; the ``first`` of them, which is ``at`` a place."""
+        """``counts``: the number of bad scales, and of all; ``first``: the first bad one, and its index ``at``."""
         found = "{} of {} scales cannot be a scale, the first {}".format(*counts, first) + (f" at {at}" if at else "")
         return cls(found, tensor=scale, expected="finite and positive", remedy=COPY)

@@ -1,4 +1,4 @@
-"""What a serving engine would trip over: a row each, which `fp8ckpt.serving` finds."""
+"""What a serving engine would fail on, one row each; `fp8ckpt.serving` finds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_DIMENSIONS = "store it without dimensions"
 
 
 class ServingError(Fp8CheckpointError, ValueError):
-    """A serving engine would refuse the directory, or serve something else than what is in it."""
+    """A serving engine would refuse the directory, or serve something other than its contents."""
 
     # fmt: off
     of_unsound = Says("it has {defects}: an engine refuses it, or serves something else", "a sound checkpoint")

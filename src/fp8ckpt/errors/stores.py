@@ -1,4 +1,4 @@
-"""What a disk or a store does not give or take. No remedy can lose anything."""
+"""What a disk or a store refuses. No remedy can lose anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Self
 
 from fp8ckpt.errors.base import Fp8CheckpointError, Says
 
-# What helps, by what the operating system says: anywhere, where something is read, and where it is written.
+# Remedies by the operating system's errno: for any access, for reading, and for writing.
 _UNREACHABLE = "see that the file server answers, and run it again"
 _ANYWHERE = {
     errno.EIO: "check the disk",
@@ -37,7 +37,7 @@ _TO_COPY = "write to a local directory, and copy it there with the store's own c
 
 
 class UnsupportedStoreError(Fp8CheckpointError, ValueError):
-    """The URL of a store that is not known, or that cannot do what is asked of it."""
+    """The URL of a store that is not known, or that cannot do what is requested."""
 
     # fmt: off
     of_form = Says("it looks like a store's URL, and is none", "scheme://..., as s3://bucket/prefix",
@@ -54,14 +54,14 @@ class UnsupportedStoreError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_output(cls, url: object, scheme: str, rest: str, expected: str) -> Self:
-        """A store that no output goes to."""
+        """A store that outputs cannot go to."""
         remedy = _TO_WRITE.get(scheme, _TO_COPY).format(rest=rest)
         return cls(f"fp8ckpt writes nothing to {scheme}://", file=str(url), expected=expected, remedy=remedy)
 
 
 class StorageError(Fp8CheckpointError, OSError):
-    """The disk refused a read or a write, and the message has the operating system's reason; or there is a FIFO, a
-    device, a folder, or a link that leads away, where a file should be.
+    """A read or a write failed, with the operating system's reason in the message; or a FIFO, a device, a folder, or a
+    link that leads away is in the place of a file.
     """
 
     # fmt: off
@@ -78,7 +78,7 @@ class StorageError(Fp8CheckpointError, OSError):
 
     @classmethod
     def of_writing(cls, error: OSError, file: object) -> Self:
-        """The message has all of the path: its last part may be ours, and unknown to the user."""
+        """The message has the whole path: its last part may be ours, and unknown to the user."""
         otherwise = "see that files can be made there and that nothing else changes them, and run it again"
         remedy = _WRITING.get(error.errno or 0, otherwise)
         return cls(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)
@@ -114,11 +114,11 @@ class StorageError(Fp8CheckpointError, OSError):
 
 
 class NoRoomError(StorageError):
-    """The disk has less room than the output needs. Nothing was written."""
+    """The disk has less space than the output needs. Nothing was written."""
 
     remedy = "free some space, or choose another destination"
 
     @classmethod
     def of(cls, where: str, needed: int, free: int) -> Self:
-        """``where``: a directory of the file system; it needs so many bytes, and so many are free."""
+        """``where``: a directory of the file system; ``needed`` and ``free`` bytes there."""
         return cls(f"the output needs {needed:,} bytes more, and {free:,} are free in its file system", file=where)

@@ -1,4 +1,4 @@
-"""What the machine and its packages do not give."""
+"""What the operating system and the installed packages lack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fp8ckpt.errors.base import Fp8CheckpointError
 
 
 class UnsupportedSystemError(Fp8CheckpointError, ImportError):
-    """The operating system does not promise of files what is needed."""
+    """The operating system lacks the file semantics that fp8ckpt needs."""
 
     expected = "Linux or macOS"
     remedy = "on Windows, run it in WSL, the Windows Subsystem for Linux"
@@ -19,7 +19,7 @@ class UnsupportedSystemError(Fp8CheckpointError, ImportError):
 
 
 class MissingPackageError(Fp8CheckpointError, ImportError):
-    """A package is needed that only an extra of this one brings."""
+    """A package is missing that only an extra of this one installs."""
 
     @classmethod
     def of(cls, doing: str, file: object, package: str, install: str) -> Self:

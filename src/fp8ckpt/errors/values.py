@@ -1,4 +1,4 @@
-"""What is asked of tensors, and cannot be: a name, a region, a dtype, a code, an engine's rule."""
+"""Requests that tensors cannot fulfil: a name, a region, a dtype, a code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WeightValueError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of(cls, tensor: str, file: object, found: str) -> Self:
-        """``found``: how many elements are no numbers; ``file``: where they are read, None for those of a model."""
+        """``found``: how many elements are not finite; ``file``: where they are read from, None for a model's."""
         causes = "training that diverged, or NaN codes of an FP8 source (verify counts them)"
         remedy = f"find out where they come from: {causes}"
         return cls(found, tensor=tensor, file=file, expected="finite weights", remedy=remedy)
@@ -57,7 +57,7 @@ class RangeError(Fp8CheckpointError, OverflowError):
 
     @classmethod
     def of_codes(cls, tensor: str | Readable, count: int, dtype: str) -> Self:
-        """Finite codes whose scales take them beyond ``dtype``."""
+        """Finite codes whose scaled values exceed ``dtype``."""
         remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
         return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
 
@@ -68,13 +68,13 @@ class RangeError(Fp8CheckpointError, OverflowError):
 
     @classmethod
     def of_base(cls, tensor: str, source: Readable, dtypes: tuple[str, str], count: int) -> Self:
-        """Values of a ``source``, of the first of the dtypes, that the base has in the second."""
+        """Values of a ``source``, which has the first of the dtypes, and the base the second."""
         found = "{} finite values of {} do not fit {}".format(count, *dtypes)
         return cls(found, tensor=tensor, file=source.span.file, expected=f"{dtypes[1]}, as in the base")
 
     @classmethod
     def of_cast(cls, stored: Stored, given: str, count: int, *, beyond_all: bool) -> Self:
-        """Values of the dtype ``given`` in one piece of what is saved; ``beyond_all``: no dtype holds some of them."""
+        """Values of dtype ``given`` in one piece of a save; ``beyond_all``: no dtype holds some of them."""
         found = f"finite values of {given} do not fit {stored.dtype}, {count} of them in one piece"
         wider = {"F16": "save in bf16 or fp32", "BF16": "save in fp32"}.get(stored.dtype)
         remedy = f"{wider}; where it is the base that says the dtype, without like"

@@ -4,8 +4,8 @@
 the adapter must be an instance of the trainer's own base class, and divide the load into parts, each finished before
 the next begins. Written against nemo-automodel 0.7.0.
 
-model.state_dict_adapter = AutoModelMistral3FP8StateDictAdapter.from_checkpoint(path) checkpointer.load_model(model,
-path, is_init_step=True)
+    model.state_dict_adapter = AutoModelMistral3FP8StateDictAdapter.from_checkpoint(path)
+    checkpointer.load_model(model, path, is_init_step=True)
 """
 
 from __future__ import annotations
