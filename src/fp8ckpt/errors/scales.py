@@ -5,7 +5,7 @@ Only the writer of a file knows which scales its codes were made with, so no rem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 from fp8ckpt.errors.base import Fp8CheckpointError, Stored, shown
@@ -35,12 +35,11 @@ class OrphanScaleError(Fp8CheckpointError, ValueError):
     remedy = "look for the weight in the other files that belong to this one, or ask who wrote it what became of it"
 
     @classmethod
-    def of(cls, scale: Stored, weight: str, stored: Stored | None) -> Self:
-        """``weight``: the name of the weight that it could scale; ``stored``: the tensor of that name, if not FP8."""
-        found = "a scale without a weight"
-        if stored is not None:
-            found = f"the scale of a weight of dtype {stored.dtype}, which is not FP8"
-        return cls(found, tensor=scale, expected=f"an FP8 tensor {shown(weight)}")
+    def of(cls, scale: Stored, weights: Sequence[str], stored: Mapping[str, Stored]) -> Self:
+        """``weights``: the names of those that it could scale; ``stored``: all tensors by name."""
+        there = next((stored[name] for name in weights if name in stored), None)
+        other = f"the scale of a weight of dtype {there.dtype}, which is not FP8" if there else None
+        return cls(other or "a scale without a weight", tensor=scale, expected=f"an FP8 tensor {shown(weights[0])}")
 
 
 class AmbiguousScaleError(Fp8CheckpointError, ValueError):

@@ -10,7 +10,7 @@ their scales do: exponents for groups of 32 (MXFP4) or e4m3 for groups of 16 (NV
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,16 +132,6 @@ FACTORS = (
     ("_qdata", "_zero_point"),
     ("_qdata", "_act_pre_scale"),
 )
-
-
-def beside(rows: Iterable[ScaleRow]) -> Callable[[str], list[tuple[ScaleRow, str]]]:
-    """Return a function that lists the (row, key) pairs that may stand beside codes of a given name."""
-    ends = [(row, row.weight, row.scale) for row in rows]
-
-    def keys(codes: str) -> list[tuple[ScaleRow, str]]:
-        return [(row, codes.removesuffix(end) + scale) for row, end, scale in ends if codes.endswith(end)]
-
-    return keys if ends else lambda codes: []
 
 
 def factor_key(codes: str, row: ScaleRow) -> str | None:

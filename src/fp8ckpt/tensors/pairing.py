@@ -8,8 +8,9 @@ not tile its weight, or one of a foreign dtype. Integer and other packed weights
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
-from functools import lru_cache, partial
+from collections.abc import Collection, Mapping
+from functools import cached_property, lru_cache, partial
+from operator import itemgetter
 from typing import NamedTuple
 
 from fp8ckpt.errors import (
@@ -30,6 +31,8 @@ from fp8ckpt.tensors.scaled import QuantizedTensor, SecondLevel
 from fp8ckpt.tensors.stored import TensorSpan
 from fp8ckpt.tensors.tensor import Tensor
 
+_Beside = tuple[formats.ScaleRow, TensorSpan]
+
 
 class Pairing(NamedTuple):
     """The logical tensors in the order given, and every defect. Separate from them: the scales of attention and of its
@@ -47,102 +50,187 @@ def pair(
 ) -> Pairing:
     """Pair every weight of codes of a checkpoint with its scale.
 
-    ``spans`` are all stored tensors by name. ``blocks`` and ``quantized`` come from the configuration: the block size
-    of each module, and whether it mentions quantization at all (perhaps of the cache alone). ``complete`` is False if
-    some files could not be read: missing and left-over tensors are then no defects.
+    ``spans`` are all stored tensors by name; ``blocks`` and ``quantized`` are the configuration's: the block size of
+    each module, and whether it speaks of quantization at all (of the cache alone, for example). With ``complete`` false
+    some files could not be read, and what is missing or left over is not held against the rest.
     """
-    last_parts = "\n.".join(("", *{name[name.rfind(".") + 1 :] for name in spans}, ""))
-
-    def occurs(ending: str) -> bool:  # most endings of the tables do not; each is part of a name's last component
-        return ending + "\n" in last_parts
-
-    codes = {
-        name: dtype
-        for name, span in spans.items()
-        if span.dtype in formats.MAY_BE_CODES and (dtype := formats.code_dtype(span, spans)) is not None
-    }
-    made: dict[str, Tensor | None] = {}  # by the name of the codes; None for tensors that belong to others
-    defects: list[Fp8CheckpointError] = []
-    dtypes = {span.dtype for span in spans.values()}
-    if any(map(occurs, formats.PACKED_WEIGHTS)) or not dtypes.isdisjoint(formats.MAY_BE_PACKED):
-        _refuse_packed(spans, codes, made, defects)
-    marked = spans.values() if any(map(occurs, formats.MARKERS)) else ()
-    markers = tuple(span for span in marked if formats.is_marker(span.name, span.dtype, span.shape))
-    made.update((span.name, None) for span in markers)
-    weights = [name for name in codes if name not in made]
-    if F4 in codes.values():
-        weights.sort(key=lambda name: codes[name] != F4)  # their FP8 scales are then no weights
-    scales, activations = (
-        [(row, row.weight, row.scale) for row in rows if occurs(row.scale)]
-        for rows in (formats.SCALES, formats.ACTIVATIONS)
-    )
-    has_factors = any(occurs(ending) for _, ending in formats.FACTORS)
-    renamed, ordered = (any(map(occurs, endings)) for endings in (formats.RENAMING_ENDINGS, formats.ORDERED))
-    block_size = None if blocks.grouped.values else blocks.common
-    near_scales: dict[str, list[str]] | None = None
+    pairs = _Pairs(spans, blocks, complete=complete)
+    pairs.refuse_packed()
+    markers = pairs.set_markers_apart()
+    weights = pairs.weights()
     for name in weights:
-        if name in made:
-            continue
-        made[name] = None
-        span, packed, found, beside = spans[name], codes[name] == F4, [], []
-        for row, end, ending in scales:
-            scale = spans.get(name.removesuffix(end) + ending) if name.endswith(end) else None
-            if scale is not None and (packed or scale.dtype not in FP8_DTYPES):
-                found.append((row, scale))
-                made.setdefault(scale.name)
-        for _, end, ending in activations:
-            scale = spans.get(name.removesuffix(end) + ending) if name.endswith(end) else None
-            if scale is not None:
-                beside.append(scale)
-                made.setdefault(scale.name)
+        if name not in pairs.made:
+            pairs.pair(name)
+    tensors, cache_scales = pairs.sort_out(quantized=quantized or bool(weights), activations=bool(weights))
+    return Pairing(tensors, cache_scales, markers, pairs.defects)
+
+
+class _Pairs:
+    """What of a checkpoint is paired so far, and every defect.
+
+    ``made``: the tensors, by the names that their codes are stored under; and None, by that of what belongs to others.
+    """
+
+    def __init__(self, spans: Mapping[str, TensorSpan], blocks: BlockSizes, *, complete: bool) -> None:
+        self.made: dict[str, Tensor | None] = {}
+        self.defects: list[Fp8CheckpointError] = []
+        self._spans, self._blocks, self._complete = spans, blocks, complete
+        self._codes = {
+            name: dtype
+            for name, span in spans.items()
+            if span.dtype in formats.MAY_BE_CODES and (dtype := formats.code_dtype(span, spans)) is not None
+        }
+        self._last_parts = "\n.".join(("", *{name[name.rfind(".") + 1 :] for name in spans}, ""))
+        self._scales, self._activations = (
+            [row for row in rows if self._occurs(row.scale)] for rows in (formats.SCALES, formats.ACTIVATIONS)
+        )
+        self._has_factors = self._occurs(*(ending for _, ending in formats.FACTORS))
+        self._renamed, self._ordered = (self._occurs(*ends) for ends in (formats.RENAMING_ENDINGS, formats.ORDERED))
+        self._block_size = None if blocks.grouped.values else blocks.common
+
+    def _occurs(self, *endings: str) -> bool:
+        """Whether any name ends so: most endings of the tables do not, and each lies in the last part of a name."""
+        return any(ending + "\n" in self._last_parts for ending in endings)
+
+    def _note(self, defect: Fp8CheckpointError) -> None:
+        """What may lie in a file that could not be read is no defect."""
+        if self._complete or not isinstance(defect, MissingScaleError | OrphanScaleError):
+            self.defects.append(defect)
+
+    def refuse_packed(self) -> None:
+        """What is packed or integer is a defect each; it and all that stands beside it are no tensors of their own."""
+        dtypes = {span.dtype for span in self._spans.values()}
+        if not self._occurs(*formats.PACKED_WEIGHTS) and dtypes.isdisjoint(formats.MAY_BE_PACKED):
+            return
+        for name, span in self._spans.items():
+            if name not in self._codes and _is_packed(span, self._spans):
+                stem = name
+                for ending in (".weight", *formats.PACKED_WEIGHTS, "_blocks", "_qdata"):
+                    stem = stem.removesuffix(ending)
+                self.made.update(dict.fromkeys((name, *(stem + ending for ending in formats.COMPANIONS))))
+                self.defects.append(UnsupportedFormatError.of_packed(span))
+
+    def set_markers_apart(self) -> tuple[TensorSpan, ...]:
+        spans = self._spans.values() if self._occurs(*formats.MARKERS) else ()
+        markers = tuple(span for span in spans if formats.is_marker(span.name, span.dtype, span.shape))
+        self.made.update((span.name, None) for span in markers)
+        return markers
+
+    def weights(self) -> list[str]:
+        """The names of all codes that may have scales; of four bits first: scales in FP8 are theirs, and no weights."""
+        weights = [name for name in self._codes if name not in self.made]
+        return sorted(weights, key=lambda name: self._codes[name] != F4) if F4 in self._codes.values() else weights
+
+    def pair(self, name: str) -> None:
+        """Pair the codes of a name with what stands beside them."""
+        self.made[name] = None
+        span, packed = self._spans[name], self._codes[name] == F4
+        found = self._claim(name, self._scales, () if packed else FP8_DTYPES)
+        beside = self._claim(name, self._activations, ()) if self._activations else ()
         factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
         if factor is not None:
-            made.setdefault(factor)
-        if has_factors and (second := _second_factor(name, spans, factor)) is not None:
-            made.setdefault(second)
-            defects.append(UnsupportedFormatError.of_factor(span, second))
+            self.made.setdefault(factor)
+        if self._has_factors and (second := _second_factor(name, self._spans, factor)) is not None:
+            self.made.setdefault(second)
+            self._note(UnsupportedFormatError.of_factor(span, second))
         elif len(found) == 1:
-            row, scale = found[0]
-            result: QuantizedTensor | Fp8CheckpointError
-            logical = formats.logical_name(name) if renamed else name
-            if ordered and formats.in_kernel_order(name, scale.dtype, scale.shape, spans):
-                result = UnsupportedFormatError.of_order(span, scale)
-            elif packed:
-                result = _of_four_bits(logical, span, row, scale, tuple(beside), spans, blocks)
-            else:
-                stated = block_size or blocks.of(formats.module_of(logical))
-                result = _of_eight_bits(logical, span, scale, tuple(beside), stated)
-            if isinstance(result, Fp8CheckpointError):
-                if complete or not isinstance(result, MissingScaleError):
-                    defects.append(result)
-            elif logical != name and logical in spans:
-                defects.append(HeaderError.of_two(spans[logical], name))
-            else:
-                made[name] = result
+            self._take(span, packed, found[0], tuple(map(itemgetter(1), beside)) if beside else ())
         elif found:
-            defects.append(AmbiguousScaleError.of(span, [scale.name for _, scale in found]))
-        elif complete:
-            if near_scales is None:
-                near_scales = _names_like_scales(spans)
-            defects.append(_missing(span, near_scales))
-
-    tensors: dict[str, Tensor] = {}
-    cache_scales: list[TensorSpan] = []
-    quantized = quantized or bool(weights)
-    for name, span in spans.items():
-        if (tensor := made.get(name, span)) is not span:
-            if tensor is not None:
-                tensors[tensor.name] = tensor
-        elif quantized and formats.is_attention_scale(name, span.shape, spans):
-            cache_scales.append(span)
-        elif (meant := _meant_weights(span, spans, activations=bool(weights))) is not None:
-            if complete:
-                defects.append(
-                    OrphanScaleError.of(span, meant[0], next((spans[key] for key in meant if key in spans), None))
-                )
+            self._note(AmbiguousScaleError.of(span, [scale.name for _, scale in found]))
         else:
-            tensors[name] = span
-    return Pairing(tensors, tuple(cache_scales), markers, defects)
+            self._note(_missing(span, self._near_scales))
+
+    def _claim(self, name: str, rows: list[formats.ScaleRow], but: Collection[str]) -> list[_Beside]:
+        """What stands beside codes by the rows of a table, but for some dtypes: it is no tensor of its own."""
+        found = []
+        for row in rows:
+            if name.endswith(end := row.weight):
+                span = self._spans.get(name.removesuffix(end) + row.scale)
+                if span is not None and span.dtype not in but:
+                    found.append((row, span))
+                    self.made.setdefault(span.name)
+        return found
+
+    def _take(self, codes: TensorSpan, packed: bool, found: _Beside, activations: tuple[TensorSpan, ...]) -> None:
+        """Make a tensor of codes and their one scale."""
+        scale = found[1]
+        name = formats.logical_name(codes.name) if self._renamed else codes.name
+        made: QuantizedTensor | Fp8CheckpointError
+        if self._ordered and formats.in_kernel_order(codes.name, scale.dtype, scale.shape, self._spans):
+            made = UnsupportedFormatError.of_order(codes, scale)
+        elif packed:
+            made = self._of_four_bits(name, codes, found, activations)
+        else:
+            stated = self._block_size or self._blocks.of(formats.module_of(name))
+            made = _of_eight_bits(name, codes, scale, activations, stated)
+        if isinstance(made, Fp8CheckpointError):
+            self._note(made)
+        elif name != codes.name and name in self._spans:
+            self._note(HeaderError.of_two(self._spans[name], codes.name))
+        else:
+            self.made[codes.name] = made
+
+    def _of_four_bits(
+        self, name: str, weight: TensorSpan, found: _Beside, activations: tuple[TensorSpan, ...]
+    ) -> QuantizedTensor | Fp8CheckpointError:
+        """The dtype of the scales says how large their groups are, and whether there is a second level."""
+        row, scale = found
+        if scale.dtype not in formats.GROUPS:
+            return ScaleDtypeError.of(weight, scale, formats.GROUPS)
+        shape, group = formats.weight_shape(row, weight, F4), (formats.GROUPS[scale.dtype],)
+        grid = tiled(shape, group)
+        if grid is None or shape[-1] % 2:
+            return HeaderError.of_halves(weight)
+        if grid.shape != scale.shape or (row.groups and 2 * weight.shape[-1] != group[0]):
+            return ScaleShapeError.of(weight, scale, group, grid.shape)
+        stated = self._blocks.four_bits.of(formats.module_of(name))
+        if stated is not None and stated[-1] != group[0]:
+            return ScaleShapeError.of_group(weight, scale, stated[-1], group[0])
+        second = self._second_level(weight, row, scale)
+        if isinstance(second, Fp8CheckpointError):
+            return second
+        return QuantizedTensor(name, weight, scale, grid, activations, F4, second, row.across)
+
+    def _second_level(
+        self, weight: TensorSpan, row: formats.ScaleRow, scale: TensorSpan
+    ) -> SecondLevel | Fp8CheckpointError | None:
+        """The factor of the scales, None where their dtype has none."""
+        key = formats.factor_key(weight.name, row)
+        second = None if key is None else self._spans.get(key)
+        if scale.dtype != formats.TWO_LEVELS:
+            return None if second is None else UnsupportedFormatError.of_factor(weight, second.name)
+        if second is None:
+            return MissingScaleError.of(weight, key or scale.name, None)
+        if second.dtype != "F32":
+            return ScaleDtypeError.of(weight, second, ("F32",))
+        return SecondLevel(second, row.divides) if second.numel == 1 else ScaleShapeError.of(weight, second, None, None)
+
+    def sort_out(self, *, quantized: bool, activations: bool) -> tuple[dict[str, Tensor], tuple[TensorSpan, ...]]:
+        """All tensors, and the scales of the cache, once the weights are paired. See `_meant_weights`."""
+        tensors: dict[str, Tensor] = {}
+        cache_scales: list[TensorSpan] = []
+        spans, made = self._spans, self.made
+        for name, span in spans.items():
+            if (tensor := made.get(name, span)) is not span:
+                if tensor is not None:
+                    tensors[tensor.name] = tensor
+            elif quantized and formats.is_attention_scale(name, span.shape, spans):
+                cache_scales.append(span)
+            elif (meant := _meant_weights(span, spans, activations=activations)) is not None:
+                self._note(OrphanScaleError.of(span, meant, spans))
+            else:
+                tensors[name] = span
+        return tensors, tuple(cache_scales)
+
+    @cached_property
+    def _near_scales(self) -> dict[str, list[str]]:
+        """Names that speak of a scale, by the module they stand in: what a misnamed scale is looked for among."""
+        names: dict[str, list[str]] = {}
+        for name in sorted(self._spans):
+            module, _, leaf = name.rpartition(".")
+            if "scale" in leaf and not name.endswith(_ACTIVATION_ENDINGS):
+                names.setdefault(module, []).append(name)
+        return names
 
 
 _ACTIVATION_ENDINGS = tuple(row.scale for row in formats.ACTIVATIONS)
@@ -169,22 +257,6 @@ def _meant_weights(span: TensorSpan, spans: Mapping[str, TensorSpan], *, activat
     beside = [name.removesuffix(end) + row.weight for end, row in ends if row.meant == formats.BESIDE]
     of_bytes = [row for _, row in ends if row.meant == formats.BYTES and span.dtype == "U8" and len(span.shape) > 1]
     return weights if of_bytes or any(weight in spans for weight in beside) else None
-
-
-def _refuse_packed(
-    spans: Mapping[str, TensorSpan],
-    codes: Mapping[str, str],
-    made: dict[str, Tensor | None],
-    defects: list[Fp8CheckpointError],
-) -> None:
-    """Add a defect for each packed or integer weight. It and its companions are no tensors of the checkpoint."""
-    for name, span in spans.items():
-        if name not in codes and _is_packed(span, spans):
-            stem = name
-            for ending in (".weight", *formats.PACKED_WEIGHTS, "_blocks", "_qdata"):
-                stem = stem.removesuffix(ending)
-            made.update(dict.fromkeys((name, *(stem + ending for ending in formats.COMPANIONS))))
-            defects.append(UnsupportedFormatError.of_packed(span))
 
 
 def _is_packed(span: TensorSpan, spans: Mapping[str, TensorSpan]) -> bool:
@@ -215,52 +287,6 @@ def _of_eight_bits(
     return ScaleShapeError.of(weight, scale, block_size, fit.shape if fit else None)
 
 
-def _of_four_bits(
-    name: str,
-    weight: TensorSpan,
-    row: formats.ScaleRow,
-    scale: TensorSpan,
-    activations: tuple[TensorSpan, ...],
-    spans: Mapping[str, TensorSpan],
-    blocks: BlockSizes,
-) -> QuantizedTensor | Fp8CheckpointError:
-    """Pair codes of four bits. The dtype of the scales decides the group size, and whether there is a second level."""
-    if scale.dtype not in formats.GROUPS:
-        return ScaleDtypeError.of(weight, scale, formats.GROUPS)
-    shape, group = formats.weight_shape(row, weight, F4), (formats.GROUPS[scale.dtype],)
-    grid = tiled(shape, group)
-    if grid is None or shape[-1] % 2:
-        return HeaderError.of_halves(weight)
-    if grid.shape != scale.shape or (row.groups and 2 * weight.shape[-1] != group[0]):
-        return ScaleShapeError.of(weight, scale, group, grid.shape)
-    key = formats.factor_key(weight.name, row)
-    second = None if key is None else spans.get(key)
-    stated = blocks.four_bits.of(formats.module_of(name))
-    if stated is not None and stated[-1] != group[0]:
-        return ScaleShapeError.of_group(weight, scale, stated[-1], group[0])
-    if scale.dtype != formats.TWO_LEVELS:
-        if second is not None:
-            return UnsupportedFormatError.of_factor(weight, second.name)
-        return QuantizedTensor(name, weight, scale, grid, activations, F4, across=row.across)
-    if second is None:
-        return MissingScaleError.of(weight, key or scale.name, None)
-    if second.dtype != "F32":
-        return ScaleDtypeError.of(weight, second, ("F32",))
-    if second.numel != 1:
-        return ScaleShapeError.of(weight, second, None, None)
-    return QuantizedTensor(name, weight, scale, grid, activations, F4, SecondLevel(second, row.divides), row.across)
-
-
-def _names_like_scales(spans: Mapping[str, TensorSpan]) -> dict[str, list[str]]:
-    """Return the names that contain "scale", by module: the candidates for a misnamed scale."""
-    names: dict[str, list[str]] = {}
-    for name in sorted(spans):
-        module, _, leaf = name.rpartition(".")
-        if "scale" in leaf and not name.endswith(_ACTIVATION_ENDINGS):
-            names.setdefault(module, []).append(name)
-    return names
-
-
 def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> MissingScaleError:
     module, _, leaf = weight.name.rpartition(".")
     names = near_scales.get(module, [])
@@ -268,5 +294,6 @@ def _missing(weight: TensorSpan, near_scales: Mapping[str, list[str]]) -> Missin
     near = [name for name in names[first : first + 1] if leaf == "weight" or name.startswith(weight.name)]
     expected = weight.name + "_scale_inv"
     if formats.logical_name(weight.name) != weight.name:
-        expected = formats.beside(formats.SCALES)(weight.name)[-1][1]
+        row = [row for row in formats.SCALES if weight.name.endswith(row.weight)][-1]
+        expected = weight.name.removesuffix(row.weight) + row.scale
     return MissingScaleError.of(weight, expected, near[0] if near else None)
