@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,6 +34,8 @@ from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
 from fp8ckpt.tensors.directory import (
+    Findings,
+    Index,
     compare_index,
     file_names,
     holds_tensors,
@@ -174,75 +177,76 @@ def store_of(path: str | Path | Store) -> tuple[Store, str | None]:
 
 
 def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
-    defects: list[Fp8CheckpointError] = []
-    notes: list[str] = []
-    try:
-        config = configuration.load_json(store, configuration.CONFIG) or {}
-        blocks = block_sizes(store, config)
-        quantized = configuration.states_quantization(store, config)
-    except (ConfigError, StorageError) as error:
-        defects.append(error)
-        config, blocks, quantized = {}, BlockSizes(), False
-    understood = not defects  # otherwise nobody knows the right block sizes
-    index_name, index = None, None
+    found = Findings()
+    config, blocks, quantized = _configuration(store, found)
+    understood = not found.defects  # otherwise nobody knows the right block sizes
     on_disk = names = [single] if single else safetensors_in(store)
+    index = None
     if single:
         refuse_part(store, single)
     else:
-        index_name, index = read_index(store, on_disk, defects)
-        names = file_names(store, on_disk, index_name, index, defects)
-        notes += note_on_other_weights(store)
+        index = read_index(store, on_disk, found)
+        names = file_names(store, on_disk, index, found)
+        found.notes += note_on_other_weights(store)
     beside = [name for name in on_disk if name not in names and is_foreign(name)]
-    if index_name is not None and index is not None:
-        listed = set(index["weight_map"].values())
-        unnamed = [name for name in model_files(on_disk) if name not in listed]
-        for name in filter(lambda name: holds_tensors(File(store, name)), unnamed):
-            if follow_index:
-                beside.append(name)
-                notes.append(f"{shown(name)}: {index_name} does not name it, and it is no part of the checkpoint")
-            else:
-                defects.append(IndexMismatchError.of_unnamed(name, index_name))
-    headers: list[Header] = []
-    complete = not defects
-    for header, found in _headers(store, names):
-        defects += found
-        complete = complete and not found
-        if header is not None:
-            headers.append(header)
-    unlisted: Mapping[str, str] | None = index["weight_map"] if follow_index and index is not None else None
-    spans = _spans_by_name(headers, unlisted, defects, notes)
-    slips: list[Fp8CheckpointError] = []
-    if index is not None and index_name is not None:
-        compare_index(index_name, index, spans, complete, defects, slips)
+    listing = index if index is not None and index.content else None
+    if listing is not None:
+        beside += _unnamed(listing, store, on_disk, follow_index, found)
+    headers = [header for header in _headers(store, names, found) if header is not None]
+    complete = not found.defects
+    spans = _spans_by_name(headers, listing.weight_map if listing is not None and follow_index else None, found)
+    if listing is not None:
+        compare_index(listing, spans, complete, found)
     pairing = pair(spans, blocks, quantized=quantized, complete=complete)
-    defects += [error for error in pairing.defects if understood or not isinstance(error, ScaleShapeError)]
+    found.defects += [error for error in pairing.defects if understood or not isinstance(error, ScaleShapeError)]
     return Checkpoint(
         store=store,
         files=tuple(headers),
         tensors=pairing.tensors,
         cache_scales=pairing.cache_scales,
         config=config,
-        index_name=index_name,
-        index=index,
-        notes=tuple(notes),
-        defects=tuple(defects),
-        slips=tuple(slips),
+        index_name=None if index is None else index.name,
+        index=None if listing is None else listing.content,
+        notes=tuple(found.notes),
+        defects=tuple(found.defects),
+        slips=tuple(found.slips),
         markers=pairing.markers,
         beside=tuple(beside),
     )
 
 
-def _headers(store: Store, names: list[str]) -> Iterator[tuple[Header | None, list[Fp8CheckpointError]]]:
-    files = [File(store, name) for name in names]
-    if store.at_once == 1:
-        yield from map(read_header, files)
-    else:
-        with ThreadPoolExecutor(store.at_once, "fp8ckpt") as pool:
-            yield from pool.map(read_header, files)
+def _configuration(store: Store, found: Findings) -> tuple[configuration.Json, BlockSizes, bool]:
+    """Return ``config.json``, the block sizes, and whether any configuration speaks of quantization."""
+    try:
+        config = configuration.load_json(store, configuration.CONFIG) or {}
+        return config, block_sizes(store, config), configuration.states_quantization(store, config)
+    except (ConfigError, StorageError) as error:
+        found.defects.append(error)
+        return {}, BlockSizes(), False
+
+
+def _unnamed(index: Index, store: Store, on_disk: list[str], follow_index: bool, found: Findings) -> Iterator[str]:
+    """Yield the files of tensors that an index does not name, if it is followed; without that, they are defects."""
+    listed = index.files
+    for name in model_files(on_disk):
+        if name in listed or not holds_tensors(File(store, name)):
+            continue
+        if follow_index:
+            found.notes.append(f"{shown(name)}: {index.name} does not name it, and it is no part of the checkpoint")
+            yield name
+        else:
+            found.defects.append(IndexMismatchError.of_unnamed(name, index.name))
+
+
+def _headers(store: Store, names: list[str], found: Findings) -> Iterator[Header | None]:
+    with ThreadPoolExecutor(store.at_once, "fp8ckpt") if store.at_once > 1 else nullcontext() as pool:
+        for header, defects in (pool.map if pool else map)(read_header, [File(store, name) for name in names]):
+            found.defects += defects
+            yield header
 
 
 def _spans_by_name(
-    headers: Iterable[Header], listed: Mapping[str, str] | None, defects: list[Fp8CheckpointError], notes: list[str]
+    headers: Iterable[Header], listed: Mapping[str, str] | None, into: Findings
 ) -> dict[str, TensorSpan]:
     """Return all stored tensors by name, or only those in ``listed`` if it is given."""
     spans: dict[str, TensorSpan] = {}
@@ -252,11 +256,11 @@ def _spans_by_name(
         for name in left_out:
             del found[name]
         for name in sorted(spans.keys() & found.keys()):
-            defects.append(HeaderError.of_two(found[name], spans[name].file.name))
+            into.defects.append(HeaderError.of_two(found[name], spans[name].file.name))
         spans.update(found)
         if left_out:
             names = f"{len(left_out)} tensors, the first of them {shown(left_out[0])}"
-            notes.append(f"{shown(header.file.name)}: the index does not list {names}: they are not read")
+            into.notes.append(f"{shown(header.file.name)}: the index does not list {names}: they are not read")
     return spans
 
 

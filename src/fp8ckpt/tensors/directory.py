@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import Any
+from typing import NamedTuple
 
 from fp8ckpt.errors import (
     CheckpointNotFoundError,
@@ -33,29 +34,49 @@ _OF_TRAINERS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "ran
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def read_index(
-    store: Store, on_disk: list[str], defects: list[Fp8CheckpointError]
-) -> tuple[str | None, dict[str, Any] | None]:
-    """Return the name of the index and its contents. Both are None without an index, the contents also for a defect."""
+@dataclass
+class Findings:
+    """What is found in opening a checkpoint: ``defects``; ``slips``, which harm no reader; ``notes`` for the user."""
+
+    defects: list[Fp8CheckpointError] = field(default_factory=list)
+    slips: list[Fp8CheckpointError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Index(NamedTuple):
+    """The index file. ``content`` is empty if it is a defect."""
+
+    name: str
+    content: configuration.Json
+
+    @property
+    def weight_map(self) -> Mapping[str, str]:
+        return self.content.get("weight_map") or {}
+
+    @property
+    def files(self) -> set[str]:
+        """The names of files in it."""
+        return {*self.weight_map.values()}
+
+
+def read_index(store: Store, on_disk: list[str], found: Findings) -> Index | None:
+    """Return the index, or None without one."""
     for name in (INDEX, NATIVE_INDEX):
         if name == NATIVE_INDEX and any(not is_native(file) for file in model_files(on_disk)):
             continue
         try:
             index = configuration.load_json(store, name)
-        except StorageError as error:
-            defects.append(error)
-            return name, None
-        except ConfigError as error:
-            defects.append(IndexMismatchError.of_json(name, error))
-            return name, None
+        except (StorageError, ConfigError) as error:
+            found.defects.append(error if isinstance(error, StorageError) else IndexMismatchError.of_json(name, error))
+            return Index(name, {})
         if index is None:
             continue
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
-            defects.append(IndexMismatchError.of_kind(name))
-            return name, None
-        return name, index
-    return None, None
+            found.defects.append(IndexMismatchError.of_kind(name))
+            return Index(name, {})
+        return Index(name, index)
+    return None
 
 
 def is_native(name: str) -> bool:
@@ -104,30 +125,24 @@ def holds_tensors(file: File) -> bool:
     return bool(defects) or (header is not None and bool(header.spans))
 
 
-def file_names(
-    store: Store,
-    on_disk: list[str],
-    index_name: str | None,
-    index: dict[str, Any] | None,
-    defects: list[Fp8CheckpointError],
-) -> list[str]:
+def file_names(store: Store, on_disk: list[str], index: Index | None, found: Findings) -> list[str]:
     """Return the files of the model. Raise `CheckpointNotFoundError` if there are none. Missing files that the index or
     the numbering of parts names are defects.
     """
-    if index is None:
+    if index is None or not index.content:
         on_disk = model_files(on_disk)
         if not on_disk:
             raise CheckpointNotFoundError.of_lacking(store.where, "safetensors file")
-        if index_name is None:
-            _find_missing_parts(on_disk, defects)
+        if index is None:
+            _find_missing_parts(on_disk, found)
         return on_disk
     named: list[str] = []
-    for name in sorted(set(index["weight_map"].values())):
+    for name in sorted(index.files):
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-            defects.append(IndexMismatchError.of_path(index_name or INDEX, name))
+            found.defects.append(IndexMismatchError.of_path(index.name, name))
         elif not _is_there(store, name):
-            tensor = next(tensor for tensor, file in index["weight_map"].items() if file == name)
-            defects.append(IndexMismatchError.of_absent(index_name or INDEX, tensor, name, store.where))
+            tensor = next(tensor for tensor, file in index.weight_map.items() if file == name)
+            found.defects.append(IndexMismatchError.of_absent(index.name, tensor, name, store.where))
         else:
             named.append(name)
     return named
@@ -144,15 +159,15 @@ def refuse_part(store: Store, name: str) -> None:
     """Raise if the file is one of several, which lack each other's tensors, or if it is a configuration or an index."""
     if name.endswith(".json"):
         raise CheckpointNotFoundError.of_part(name, store.where)
-    named = read_index(store, [name], [])[1]
-    files = set(named["weight_map"].values()) if named is not None else set()
+    index = read_index(store, [name], Findings())
+    files = set() if index is None else index.files
     match = _PART.fullmatch(name)
     count = len(files) if name in files else int(match.group(3)) if match else 1
     if count > 1:
         raise CheckpointNotFoundError.of_part(name, store.where, count)
 
 
-def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -> None:
+def _find_missing_parts(on_disk: list[str], found: Findings) -> None:
     """Add a defect for each missing part. Without an index, ``model-00001-of-00003.safetensors`` gives their number."""
     for name in on_disk:
         if match := _PART.fullmatch(name):
@@ -160,29 +175,22 @@ def _find_missing_parts(on_disk: list[str], defects: list[Fp8CheckpointError]) -
             for part in range(1, min(int(count), 10_000) + 1):
                 expected = f"{stem}-{part:05d}-of-{count}.safetensors"
                 if expected not in on_disk:
-                    defects.append(IndexMismatchError.of_part(name, expected, int(count)))
+                    found.defects.append(IndexMismatchError.of_part(name, expected, int(count)))
             return
 
 
-def compare_index(
-    file: str,
-    index: dict[str, Any],
-    spans: Mapping[str, TensorSpan],
-    complete: bool,
-    defects: list[Fp8CheckpointError],
-    slips: list[Fp8CheckpointError],
-) -> None:
+def compare_index(index: Index, spans: Mapping[str, TensorSpan], complete: bool, found: Findings) -> None:
     """Add a defect for each tensor that the index places wrongly. A wrong total size is a slip: it harms no reader."""
-    weight_map: dict[str, str] = index["weight_map"]
+    weight_map = index.weight_map
     stored = {name: span.file.name for name, span in spans.items()}
     if stored != weight_map:
         for name in sorted(weight_map.keys() | stored.keys()):
             listed, actual = weight_map.get(name), stored.get(name)
             if listed == actual or (actual is None and not complete):
                 continue
-            defects.append(IndexMismatchError.of_place(name, file, listed, actual))
-    metadata = index.get("metadata")
+            found.defects.append(IndexMismatchError.of_place(name, index.name, listed, actual))
+    metadata = index.content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     actual_total = sum(span.stop - span.start for span in spans.values())
     if complete and total is not None and total != actual_total:
-        slips.append(IndexMismatchError.of_size(file, total, actual_total))
+        found.slips.append(IndexMismatchError.of_size(index.name, total, actual_total))
