@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fp8ckpt.output.partial import PartialOutput
+from fp8ckpt.output.plan import refuse_shared
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, open_checkpoint
 
 
@@ -29,6 +31,13 @@ class Asked:
     def opened(self, path: CheckpointLike) -> Checkpoint:
         """Return the open source or base, with its index followed if that was asked for."""
         return open_checkpoint(path, follow_index=self.follow_index)
+
+    def opened_source(self, output: PartialOutput) -> Checkpoint:
+        """Open the source. Raise if the output exists, or shares files with it."""
+        output.goal.refuse_existing()
+        given = self.opened(self.source)
+        refuse_shared(output, given, "source")
+        return given
 
     def arguments(self, **job: Any) -> dict[str, Any]:
         """Return the arguments that a partial output must match to be resumed: those of ``job``, and whether to see."""

@@ -37,9 +37,7 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
     corrected as well.
     """
     assert asked.like is not None  # the caller checked it
-    output.goal.refuse_existing()
-    given, like = asked.opened(asked.source), asked.opened(asked.like)
-    refuse_shared(output, given, "source")
+    given, like = asked.opened_source(output), asked.opened(asked.like)
     refuse_shared(output, like, "base")
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
     tensors, notes = _as_in(like, given)

@@ -10,7 +10,7 @@ from fp8ckpt.families.loaders import leaves_experts_random
 from fp8ckpt.output import extents as cutting
 from fp8ckpt.output.like import PlainLayout
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_shared
+from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.output.side_files import notes_on_plain
 from fp8ckpt.targets import TARGETS
 from fp8ckpt.tensors.checkpoint import raise_first
@@ -25,9 +25,7 @@ LAYOUTS = (FILE, MODEL)
 
 def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
     """Plan the output, and refuse what can be refused, before the first byte is written."""
-    output.goal.refuse_existing()
-    checkpoint, dtype = asked.opened(asked.source), TARGETS[asked.to]
-    refuse_shared(output, checkpoint, "source")
+    checkpoint, dtype = asked.opened_source(output), TARGETS[asked.to]
     raise_first(scale_defects(checkpoint.quantized, checkpoint.cache_scales))
     if dtype == "F16":
         for tensor in checkpoint.quantized:

@@ -5,7 +5,7 @@ A scheme is a row. All are dynamic: engines scale activations at run time, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from fp8ckpt.encodings.asked import Asked
@@ -18,10 +18,10 @@ from fp8ckpt.families.roles import Roles
 from fp8ckpt.families.tied import tied_heads
 from fp8ckpt.numerics.codes import TARGET_BYTES
 from fp8ckpt.numerics.geometry import BlockGrid, Shape, tiled
-from fp8ckpt.output.layout import TensorSpec, index_text, lay_out_again
+from fp8ckpt.output.layout import FileLayout, TensorSpec, index_text, lay_out_again
 from fp8ckpt.output.matching import refuse_dtype
 from fp8ckpt.output.partial import PartialOutput
-from fp8ckpt.output.plan import OutputPlan, refuse_shared
+from fp8ckpt.output.plan import OutputPlan
 from fp8ckpt.output.side_files import notes_on_plain, side_files
 from fp8ckpt.stores.memory import PLANNED
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -169,19 +169,49 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     ``served`` makes the configuration with which engines serve the planned output.
     """
     assert asked.scheme is not None  # the caller checked it
-    scheme, report = asked.scheme, asked.report
-    output.goal.refuse_existing()
-    given = asked.opened(asked.source)
-    refuse_shared(output, given, "source")
+    given = asked.opened_source(output)
     tensors = source_tensors(given, {name: name for name in given.tensors})
     if all(is_native(header.file.name) for header in given.files):
         raise UnsupportedFormatError.of_native(given.path)
-    row = scheme_for(scheme, given.config)
-    grids, left = choose(tensors, given.config, scheme, only=asked.only, skip=asked.skip)
+    row = scheme_for(asked.scheme, given.config)
+    grids, left = choose(tensors, given.config, asked.scheme, only=asked.only, skip=asked.skip)
     notes = [*_left_notes(left)]
     if not grids:
         raise UnsupportedFormatError.of_scheme(given.path, notes)
-    layouts = []
+    layouts = tuple(_laid_out(given, tensors, grids, row))
+    spans = {span.name: span for layout in layouts for span in layout.spans}
+    weights = {
+        name: Quantization(tensors[name], spans[name], spans[name + row.scale_ending], grid, None)
+        for name, grid in grids.items()
+    }
+    texts = {CONFIG: dump_json(served(_planned(given, tensors, weights, row)))}
+    if given.index is not None or len(layouts) > 1:
+        texts[given.index_name or INDEX] = index_text(layouts, given.index)
+    copies = side_files(given)
+    dropped = [name for name in (CONFIG, MODELOPT_CONFIG, MISTRAL_CONFIG) if copies.pop(name, None) is not None]
+    notes += (*notes_on_plain(given), *_notes(given, row, weights, dropped))
+    # Engines join grids of blocks unchanged; tensors with one scale each must share it.
+    wide = [name for name, weight in weights.items() if weight.wide]
+    scales = {name: b"" if asked.scheme == "per-tensor" else name.encode() for name in wide}
+    asking = {"scheme": asked.scheme, "report": asked.report, "only": asked.only, "skip": asked.skip}
+    return QuantizingPlan(
+        output=OutputPlan((given,), asked.arguments(job="quantize", **asking), layouts, texts, copies),
+        source=given,
+        base=None,
+        weights=weights,
+        plain={name: span for name, span in tensors.items() if name not in weights},
+        units=tuple(equal_units(scales)),
+        fresh=True,
+        report=asked.report,
+        see=asked.see,
+        notes=tuple(notes),
+    )
+
+
+def _laid_out(
+    given: Checkpoint, tensors: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], row: Scheme
+) -> Iterator[FileLayout]:
+    """Lay out the files of the source, with the scales of each weight behind its codes."""
     for header in given.files:
         specs = []
         for span in (tensors[tensor.name] for tensor in given.tensors_in(header)):
@@ -191,46 +221,31 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
                 refuse_dtype(span)
                 specs.append(TensorSpec(span.name, "F8_E4M3", span.shape))
                 specs.append(TensorSpec(span.name + row.scale_ending, "F32", row.scale_shape(grid)))
-        layouts.append(lay_out_again(header, specs))
-    spans = {span.name: span for layout in layouts for span in layout.spans}
-    weights = {
-        name: Quantization(tensors[name], spans[name], spans[name + row.scale_ending], grid, None)
-        for name, grid in grids.items()
-    }
+        yield lay_out_again(header, specs)
+
+
+def _planned(
+    given: Checkpoint, tensors: Mapping[str, Tensor], weights: Mapping[str, Quantization], row: Scheme
+) -> Checkpoint:
+    """Return the planned output as if it were written."""
     quantized = {
         name: QuantizedTensor(name, weight.weight, weight.scale, weight.grid, (), weight.weight.dtype)
         for name, weight in weights.items()
     }
-    copies = side_files(given)
-    copies.pop(CONFIG, None)
-    notes += notes_on_plain(given)
-    for name in (MODELOPT_CONFIG, MISTRAL_CONFIG):  # engines would trust them
-        if copies.pop(name, None) is not None:
-            notes.append(f"{name} speaks of other weights, and is not written")
-    stacks = [name for name in weights if is_stack(name, spans[name].shape)]
-    if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
-        notes.append(f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}")
     quantization = dict(row.config)
     if tied := tied_heads(given.config, tensors):  # Linears to an engine, which would look for scales
         quantization["ignore" if "ignore" in quantization else "modules_to_not_convert"] = tied
     config = {**without_quantization(CONFIG, given.config, None), "quantization_config": quantization}
-    written = Checkpoint(PLANNED, (), {**tensors, **quantized}, (), config, None, None, (), ())
-    texts = {CONFIG: dump_json(served(written))}
-    if given.index is not None or len(layouts) > 1:
-        texts[given.index_name or INDEX] = index_text(layouts, given.index)
-    # Engines join grids of blocks unchanged; tensors with one scale each must share it.
-    wide = [name for name, weight in weights.items() if weight.wide]
-    scales = {name: b"" if scheme == "per-tensor" else name.encode() for name in wide}
-    arguments = asked.arguments(job="quantize", scheme=scheme, report=report, only=asked.only, skip=asked.skip)
-    return QuantizingPlan(
-        output=OutputPlan((given,), arguments, tuple(layouts), texts, copies),
-        source=given,
-        base=None,
-        weights=weights,
-        plain={name: span for name, span in tensors.items() if name not in weights},
-        units=tuple(equal_units(scales)),
-        fresh=True,
-        report=report,
-        see=asked.see,
-        notes=tuple(notes),
-    )
+    return Checkpoint(PLANNED, (), {**tensors, **quantized}, (), config, None, None, (), ())
+
+
+def _notes(
+    given: Checkpoint, row: Scheme, weights: Mapping[str, Quantization], dropped: Iterable[str]
+) -> Iterator[str]:
+    """Yield the notes on configurations that are ``dropped``, as engines would trust them, and on stacks of experts."""
+    for name in dropped:
+        if name != CONFIG:  # which is written anew
+            yield f"{name} speaks of other weights, and is not written"
+    stacks = [name for name, weight in weights.items() if is_stack(name, weight.weight.shape)]
+    if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
+        yield f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}"
