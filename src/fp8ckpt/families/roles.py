@@ -18,7 +18,8 @@ from fp8ckpt.tensors.formats import module_of
 
 Shape = tuple[int, ...]
 
-# Weights that the releases of a family do not quantize, by the ends of names, for adapters without a file at hand.
+# Weights that the releases of a family do not quantize, by the ends of names, for adapters without a file at hand. Ends
+# of names are no modules: "model.norm.weight" also matches "model.language_model.norm.weight".
 MISTRAL3 = (
     "embed_tokens.weight",
     "lm_head.weight",
