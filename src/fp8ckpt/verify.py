@@ -336,7 +336,7 @@ def _file_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterato
             if mixed:
                 configs = [without_quantization(name, config, "BF16") for config in configs]
             for key in sorted(configs[0].keys() | configs[1].keys()):
-                if [configs[0].get(key)] != [configs[1].get(key)]:  # in lists, one NaN is the same as itself
+                if [configs[0].get(key)] != [configs[1].get(key)]:  # lists compare by identity first: NaN equals NaN
                     yield f"{name}: {key} differs"
         elif not same_bytes(files[0][name], files[1][name]):
             yield f"{name}: differs"

@@ -27,7 +27,7 @@ _MOST_VALUES = 2_000_000  # commas and brackets of a JSON text, which bound its 
 _MOST_DEFECTS = 1_000  # of one header; the rest is not looked at
 _MOST_DIMENSIONS = 64  # bounds the work on a hostile shape; torch itself stops at 64
 _LARGEST_DIMENSION = 2**63 - 1
-_CONSTANTS = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}  # one each: two NaN compare equal
+_CONSTANTS = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}  # one each: lists with NaN can be equal
 
 
 class Header(NamedTuple):
