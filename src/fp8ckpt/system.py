@@ -48,8 +48,8 @@ def read_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
 
 def hint_huge_pages(ranges: Iterable[tuple[int, int]]) -> None:
-    """Ask for huge pages in ranges of memory, (address, bytes), where nobody has touched it yet. The contents stay. In
-    pages of 4 KiB, fresh memory for a model takes as long as the rest of a load.
+    """Ask for huge pages in untouched parts of ranges of memory, (address, bytes). Their contents stay. In pages of 4
+    KiB, fresh memory for a model takes as long as the rest of a load.
 
     Does nothing if the system has no huge pages, nor in a virtual machine that reports free memory to its host: the
     host has then taken back large pages, and giving them again takes longer than they save.

@@ -104,7 +104,7 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- siblings of what is merged
 
     def _carry(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        """The first pass over a weight that no adapter changes: copy its bytes, and record how large a scale or a
+        """In the first pass, copy the bytes of a weight that no adapter changes, and record how large a scale or a
         factor that it shares must be for it.
         """
         before = weight.before
@@ -184,7 +184,7 @@ class QuantizingFiller:
     # ---------------------------------------------------------------- wide weights
 
     def _look(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        """The first pass: record how large the values are, and encode them in case the base's scales are kept."""
+        """In the first pass, record how large the values are, and encode them in case the base's scales are kept."""
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         if not self._may_keep(weight) and (largest := self._largest(weight, begin, count)):
             facts.meet(0, largest)
@@ -246,7 +246,7 @@ class QuantizingFiller:
         return found
 
     def _encode_decided(self, weight: Quantization, begin: int, count: int, out: U8) -> Filled:
-        """The second pass: make the codes with the decided scales."""
+        """In the second pass, make the codes with the decided scales."""
         facts, rule = WeightFacts(), self._rule_of(weight.name)
         before_all, scales_all = self._scales_before(weight).reshape(-1), self._decided[weight.name]
         assert not isinstance(scales_all, Factor)  # factors belong to weights with groups, which are not wide

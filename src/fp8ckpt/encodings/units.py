@@ -23,8 +23,8 @@ from fp8ckpt.tensors.reading import load_dequantizer, load_scales
 
 
 class Units:
-    """Which extents of the ``first`` pass look at each unit of a plan, and which of the second write it again: only the
-    weights with new scales, or the whole extent for an output that is written ``in_parts``.
+    """The extents of the ``first`` pass that look at each unit of a plan, and those of the second that write it again:
+    only the weights with new scales, or whole extents for an output that is written ``in_parts``.
 
     ``scales`` of the weights that are written again: the scales [n] of each wide weight, and the factors of others.
     """

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class Translated(NamedTuple):
-    """``tensors``: those of one file under the names and in the stackings of another, as far as they can be made, and
-    the remaining ones under their own names. ``made``: how many are assembled from others.
+    """A translation. ``tensors``: those of one file under the names and in the stackings of another, as far as they can
+    be made, and the remaining ones under their own names. ``made``: how many are assembled from others.
     """
 
     tensors: dict[str, Tensor]

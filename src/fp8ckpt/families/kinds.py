@@ -23,7 +23,7 @@ _MTP = re.compile(_PREFIX + r"mtp[._]")
 
 
 class Place(NamedTuple):
-    """``layer`` is None for tensors outside of the layers."""
+    """The kind and the layer of a tensor. ``layer`` is None for tensors outside of the layers."""
 
     kind: str
     layer: int | None

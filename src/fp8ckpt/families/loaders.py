@@ -50,8 +50,8 @@ def is_stack(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def misreads_stacks(config: Mapping[str, Any], method: str | None) -> str | None:
-    """Say, in words, when transformers 5 takes the codes of stacked experts with this ``quant_method`` for values. None
-    for a method that it does not load, or has layers of stacks for.
+    """Return, in words, when transformers 5 takes the codes of stacked experts with this ``quant_method`` for values.
+    None for a method that it does not load, or has layers of stacks for.
     """
     if method == "compressed-tensors":
         return "transformers quantizes nothing but Linears by compressed-tensors, and takes codes for values"

@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class KeyLayout(NamedTuple):
-    """``prefixes``: pairs (native, HF), each empty or ending in a dot."""
+    """A name map between a model and its files. ``prefixes``: pairs (native, HF), each empty or ending in a dot."""
 
     name: str
     prefixes: tuple[tuple[str, str], ...]

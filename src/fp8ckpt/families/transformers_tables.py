@@ -26,8 +26,8 @@ _TRANSPOSED = {"Llama4TextExperts": True}
 
 
 class Assembled(NamedTuple):
-    """``parts``: the tensors of a model as assemblies of a file's; ``stored``: all tensors of the file; ``ignored``:
-    those that the model's class declares to have no place for.
+    """A model assembled from a file. ``parts``: the model's tensors; ``stored``: all tensors of the file; ``ignored``:
+    those of the file that the model's class declares to have no place for.
     """
 
     parts: dict[str, Assembly]

@@ -31,7 +31,7 @@ _ALGORITHMS = {"MXFP8": (1, 32), "FP8_PB_WO": (128, 128), "FP8_PB_REAL": (128, 1
 
 @dataclass
 class BlockSizes:
-    """``common``: the size of modules in no group; ``grouped``: the sizes of groups, None for a group without blocks;
+    """Stated block sizes. ``common``: of modules in no group; ``grouped``: of groups, None for a group without blocks;
     ``four_bits``: how many codes of four bits share a scale, where the configuration states that.
     """
 

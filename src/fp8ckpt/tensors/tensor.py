@@ -89,7 +89,7 @@ def reads_of_run(tensor: Tensor, start: int, stop: int) -> Iterator[ByteRange]:
 
 
 def elements_by_region(tensor: Tensor, start: int, dtype: str, out: Bytes, reader: Reader) -> None:
-    """`Tensor.elements` for a tensor that gives its values by region."""
+    """Fill ``out`` as `Tensor.elements` does, for a tensor that gives its values by region."""
     bits, done = out.view(f"u{DTYPE_BITS[dtype] // 8}"), 0
     for region in boxes(tensor.shape, start, bits.size):
         size = prod(region[1])
