@@ -42,7 +42,7 @@ class Decided(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """What decides the scales of the weight ``name``, which are stored in ``dtype``.
+    """The rule that decides the scales of the weight ``name``, which are stored in ``dtype``.
 
     ``factor`` and ``factor_before``: the second level of the scales, here and in the base. ``fresh``: no scale is kept.
     ``powers_of_two``: of new scales. ``file`` and ``remedy``: for the error if the dtype cannot hold a new scale.
