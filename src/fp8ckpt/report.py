@@ -154,7 +154,9 @@ def draw(sides: Sequence[Checkpoint], seen: Seen, page: Path) -> None:
 
 
 def refuse_page(output: str | Path) -> Path:
-    """Return the page's full path. Raise if the plotting library is missing, or if something is there already."""
+    """Return the page's full path. Raise if the plotting library is missing, or if the page cannot or must not be
+    written.
+    """
     from fp8ckpt.figures import require_library
 
     require_library()
