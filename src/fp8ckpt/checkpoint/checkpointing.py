@@ -137,7 +137,7 @@ class Checkpointer:
 
         Raises `OutputExistsError` if the path exists, `ModelMismatchError` if model and base do not hold the same
         tensors, `RangeError` for finite values that the stored dtype cannot hold, and `StorageError` if the disk fails;
-        for "fp8" also the errors of `FP8StorageWriter`. Every rank raises. The directory appears only once it is
+        for "fp8" also the errors of `FP8StorageWriter`; all on every rank. The directory appears only once it is
         complete and on disk.
 
         >>> model = fp8ckpt.load_pretrained("sample-fp8")

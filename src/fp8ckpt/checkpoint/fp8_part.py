@@ -35,8 +35,8 @@ _EXCHANGED = 1 << 14  # weights whose facts are exchanged at once, over all rank
 
 
 class Task(NamedTuple):
-    """What a rank must know. ``leader``: the first weight of each of its weights' units of two or more, which share one
-    scale or factor; ``carried``: the tensors that are taken from the base.
+    """What a rank must know. ``leader``: for each weight of a unit (two or more that share one scale or factor), the
+    unit's first weight; ``carried``: the tensors that are taken from the base.
     """
 
     leader: Mapping[str, str]
@@ -163,7 +163,7 @@ class Part:
         )
 
     def _cuts(self, shards: Iterable[Shard], *, waiting: bool) -> Iterator[Cut]:
-        """Yield what is written of shards or, if ``waiting``, looked at: all, where a factor is to be decided."""
+        """Yield the pieces of shards to write; if ``waiting``, to look at: all, if a factor is to be decided."""
         for shard in shards:
             values = shard.in_order(resolved(self._planner, shard.item))
             yield from cut(shard, values, self._step, waiting=waiting and shard.factor is None)

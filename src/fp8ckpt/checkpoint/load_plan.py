@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint a load reads into which of a model; checked before the first byte is read."""
+"""The plan of a load: which tensors of a checkpoint fill those of a model, checked before the first byte is read."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class LoadPlan:
         ]
 
     def second(self) -> tuple[dict[str, torch.Tensor], list[Part]]:
-        """Return new tensors for those on disk twice, sharded as those that they are compared with; and their parts."""
+        """Return new tensors for the second copies on disk, sharded like those loaded, and the parts that fill them."""
         tensors = {name: torch.empty_like(self.named[first]) for name, first in self.twice.items()}
         return tensors, [part for name, tensor in tensors.items() for part in parts_of(tensor, self._assemblies[name])]
 
     def _with_absent(self) -> dict[str, torch.Tensor]:
-        """The model's tensors, and the names in other pipeline stages that they are tied to."""
+        """The model's tensors, also by the names in other pipeline stages that they are tied to."""
         groups = [(group, [name for name in group if name in self._native]) for group in self._tied]
         absent = {name: self._native[held[0]] for group, held in groups if held for name in group}
         return {**absent, **self._native}
@@ -134,7 +134,7 @@ class LoadPlan:
                 raise ModelMismatchError.of_memory(name, local.numel(), reach)
 
     def _refuse_dtypes(self, narrow: bool) -> None:
-        """Refuse an FP8 parameter for an FP8 tensor, as it would get codes alone, and casts that lose plain values."""
+        """Refuse FP8 parameters, which would get codes without scales, and casts that would round plain values."""
         for name, tensor in self.named.items():
             for source in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
                 stored = self.checkpoint.tensors[source]

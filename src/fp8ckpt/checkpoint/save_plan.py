@@ -98,7 +98,7 @@ def _refuse_of_other_stages(groups: list[list[str]], native: Collection[str], in
 
 
 def _tied_elsewhere(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> dict[str, str]:
-    """The tensors that are stored under a name that they are tied to, and that name; in one order on all ranks."""
+    """The tensors that are stored under another name of their group, with that name; in one order on all ranks."""
     left_out: dict[str, str] = {}
     for group in groups:
         present = [name for name in group if name in native]

@@ -70,7 +70,7 @@ def main() -> None:
     """Run the command line, and turn every named error into one line."""
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a name that is a text
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # None if the caller closed them
-        for stream in (sys.stdout, sys.stderr):  # a name may hold what no encoding has
+        for stream in (sys.stdout, sys.stderr):  # a name may hold characters that no encoding has
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -87,5 +87,5 @@ def main() -> None:
             sys.stdout = nowhere
             if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
                 sys.exit(1)
-            no_place = isinstance(error, FileNotFoundError)  # os.getcwd(), which does not say so
+            no_place = isinstance(error, FileNotFoundError)  # from os.getcwd(), which names no file
             fail(f"{error.filename or ('the working directory' if no_place else 'standard output')}: {error.strerror}")

@@ -70,7 +70,7 @@ class ServingError(Fp8CheckpointError, ValueError):
         "powers of two",
         "quantize these weights again (convert --scales fresh): engines keep only the exponents of such scales")
 
-    # ---------------------------------------------------------------- what engines join, and share out
+    # ---------------------------------------------------------------- what engines join and shard
 
     of_mixed = Says("{count} groups of weights that engines join are FP8 in part; the first is {some}",
         "all FP8, or none", "quantize all of a group, or none: vLLM refuses to build the layer")

@@ -83,7 +83,7 @@ class StorageError(Fp8CheckpointError, OSError):
         remedy = _WRITING.get(error.errno or 0, otherwise)
         return cls(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)
 
-    # ---------------------------------------------------------------- stores that are far away
+    # ---------------------------------------------------------------- remote stores
     # fmt: off
 
     of_another_hand = Says("it was changed after it was written", "{size} bytes",

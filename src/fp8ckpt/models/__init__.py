@@ -1,1 +1,1 @@
-"""One folder a model family: names and shapes only."""
+"""One folder per model family: names and shapes only."""

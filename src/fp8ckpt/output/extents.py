@@ -54,7 +54,7 @@ class Extent(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether its chunks are all of its bytes: scales that are made beside are in none."""
+        """Whether its chunks cover all of its bytes: scales that are made with other extents are in no chunk."""
         return self.nbytes == self.stop - self.start
 
     @property

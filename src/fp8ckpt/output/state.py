@@ -114,7 +114,7 @@ class State:
         flush_directory(self.at)  # no old record may come back after a crash
 
     def forget(self) -> None:
-        """Mark no extent as written: the files that the records describe are gone."""
+        """Mark every extent as not written: the files that the records describe are gone."""
         for file in (*self.at.glob(_RECORDS + "*"), *self.at.glob(_STAGED + "*")):
             file.unlink()
 

@@ -4,9 +4,9 @@ everything else is here.
 - *One version.* The listing gives each object's size and ETag (or blob id), and every request is for that version. If
   the object has changed, the request raises `SourceChangedError`; versions are never mixed.
 - *Few requests, many at once.* Consecutive ranges of one read are joined into requests of at most 16 MiB. A gap between
-  them is read and thrown away where that is cheaper than another request: up to 128 KiB, which take about as long as a
-  request costs among this many. So a slice of columns reads at most the span of its strips. Ranges of different reads
-  are joined by another rule (`fp8ckpt.stores.ahead`).
+  them is read and thrown away where that is cheaper than another request: up to 128 KiB, which takes about as long as a
+  request costs while many are in flight. So a slice of columns reads at most the span of its strips. Ranges of
+  different reads are joined by another rule (`fp8ckpt.stores.ahead`).
 - *Nothing twice.* Before a job announces its reads, a short range is read together with the block of 128 KiB around it,
   which is kept: headers, configurations, scales, and the norms between them, are read several times.
 - *A whole read or a named error.* A request that breaks (5xx, a reset, a short body, a stall, another range than
@@ -54,7 +54,7 @@ _FOREIGN_FOLDERS = (".git/", ".cache/")  # of the tools that fetched a checkpoin
 
 
 class Broken(Exception):
-    """A request that failed, or ended early, and may succeed when it is made again. Its words hold no secrets;
+    """A request that failed, or ended early, and may succeed when it is made again. The message holds no secrets;
     ``remedy``: what to do if it never succeeds; ``after``: seconds to wait, if the server asks for that.
     """
 
