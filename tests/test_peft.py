@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fp8ckpt import convert, load_model, load_pretrained, merge, open_checkpoint
 from fp8ckpt.errors import ModelMismatchError, UnsupportedFormatError
 from tests.families.releases import RELEASES
 from tests.families.test_tied import built
-from tests.oracle import read_directory, read_safetensors, write_safetensors
+from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
 from tests.test_four_bits import gpt_oss
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -48,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mixtral", {"target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"], "r": 2}
     ),
     "square experts": ("MiniMax-M2", {"target_modules": [], "target_parameters": EXPERTS[:1], "r": 2}),
-    "transposed experts": ("Llama-4", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
+    "transposed experts, one square": ("Llama-4", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "r": 2}),
     "experts stacked in the release": ("Mistral4", {"target_modules": [], "target_parameters": EXPERTS, "r": 2}),
 }  # fmt: skip
 
@@ -212,6 +213,28 @@ def test_experts_in_four_bits(tmp_path: Path) -> None:
     experts = [row.arrived for row in result.report.weights if "experts" in row.name]
     assert experts == pytest.approx([0.9] * 4, abs=0.05)  # the OCP's scales clip what is above six of them
     assert verify(tmp_path / "fp4").ok
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_apart_whose_stacks_interleave_gate_and_up(tmp_path: Path) -> None:
+    """Of gpt-oss, as quantizers save it that know Linears alone: neither an adapter nor a model has stacks of such."""
+    base, apart = gpt_oss(tmp_path / "base"), tmp_path / "apart"
+    trained(base, tmp_path / "a", target_modules=["q_proj"], target_parameters=EXPERTS, r=2)
+    convert(base, tmp_path / "stacked")
+    tensors = read_directory(tmp_path / "stacked")
+    for name in [name for name in tensors if re.search(r"experts\.\w+_proj$", name)]:
+        (stem, _, leaf), whole = name.rpartition("."), tensors.pop(name)
+        for i, expert in enumerate(whole.array.transpose(0, 2, 1)):
+            for k, part in enumerate(leaf.replace("gate_up_proj", "gate_proj up_proj").split()):
+                rows = expert[k::2] if "gate" in leaf else expert
+                tensors[f"{stem}.{i}.{part}.weight"] = Stored.of(rows, whole.dtype)
+    apart.mkdir()
+    write_safetensors(apart / "model.safetensors", tensors, {"format": "pt"})
+    shutil.copy(tmp_path / "stacked/config.json", apart)
+    with pytest.raises(UnsupportedFormatError, match="gate and up in turn"):
+        merge(apart, tmp_path / "a", tmp_path / "merged")
+    with pytest.raises(UnsupportedFormatError, match="gate and up in turn"):
+        convert(apart, tmp_path / "out", layout="model")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -275,7 +275,7 @@ RELEASES = {
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
     "Llama, ModelOpt": Release("LlamaForCausalLM", _TEXT, MODELOPT, {}, cache=True, modelopt=True),
     "Llama-4": Release("Llama4ForConditionalGeneration",
-        {"text_config": {**_MOE, "intermediate_size_mlp": 96, "intermediate_size": 40, "interleave_moe_layer_step": 2},
+        {"text_config": {**_MOE, "intermediate_size_mlp": 96, "intermediate_size": 32, "interleave_moe_layer_step": 2},
          "vision_config": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 128,
                            "num_attention_heads": 2, "vision_output_dim": 32, "image_size": 56, "patch_size": 14,
                            "projector_input_dim": 32, "projector_output_dim": 32},

@@ -110,9 +110,8 @@ def _uses(adapter: Adapter, there: Collection[str], config: Json) -> Iterator[_U
             continue
         if len(leaves) != levels[pair.module]:
             raise ModelMismatchError.of_pairs(pair.a, pair.module, levels[pair.module], len(leaves))
-        leaf = leaves[-1 - pair.depth]  # the parameter wrapped last is outermost
-        across = leaf in _REGISTERED and has_no_fp8_experts(config)  # none of their classes has [out, in]
-        yield _Use(adapter, pair, f"{pair.module}.{leaf}", f"{pair.module}.{leaf}", across)
+        target = f"{pair.module}.{leaves[-1 - pair.depth]}"  # the parameter wrapped last is outermost
+        yield _Use(adapter, pair, target, target)
 
 
 def _known(uses: Sequence[_Use], parts: Mapping[str, Assembly]) -> Iterator[_Use]:
@@ -160,6 +159,9 @@ def _answered(keys: Mapping[str, TensorSpan], shapes: Shapes, base: Checkpoint) 
 def _parts(wanted: Collection[str], shapes: Shapes, base: Checkpoint) -> dict[str, Assembly]:
     """Return wanted tensors as assemblies of the base's: matched by name, or else through the base's model."""
     parts = answers(wanted, shapes)
+    if has_no_fp8_experts(base.config):  # names do not say that their stacks are transposed, or interleave gate and up
+        wholes = {name: Assembly.whole(made.pieces[0].source, made.shape) for name, made in parts.items()}
+        parts = {name: made for name, made in parts.items() if made == wholes[name]}
     if len(parts) == len(wanted):
         return parts
     made = parts_of_model(base)
@@ -234,7 +236,7 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
         return use.known, not use.known
     version = str(use.adapter.config.get("peft_version") or "").split(".")
     numbers = tuple(int(part) for part in version[:3] if part.isdigit())
-    if matrices and not use.across and len(version) == 3 and numbers >= _STRAIGHT_SINCE:
+    if matrices and len(version) == 3 and numbers >= _STRAIGHT_SINCE:
         return True, False
     raise UnsupportedFormatError.of_square_experts(use.pair.a)
 

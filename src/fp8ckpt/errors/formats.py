@@ -108,6 +108,11 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
         return cls(found, tensor=tensor, remedy="give the model a state_dict_adapter with its assemblies")
 
     @classmethod
+    def of_interleaved(cls, tensor: str, kind: str) -> Self:
+        found = f"experts of {kind} hold rows of gate and up in turn, and in the file they are apart"
+        return cls(found, tensor=tensor, remedy="take a checkpoint whose experts are stacked")
+
+    @classmethod
     def of_conversion(cls, function: str) -> Self:
         found = f"transformers makes it with {function}, which is not known to rearrange"
         expected = "a conversion that stacks, concatenates, cuts, permutes or reshapes"

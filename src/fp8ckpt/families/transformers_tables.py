@@ -190,6 +190,8 @@ def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Ass
         except ValueError as error:
             raise UnsupportedFormatError.of_sources(stack, disk.values(), error) from error
         module = model.get_submodule(stack.rpartition(".")[0])
+        if len(disk) > experts and not getattr(module, "is_concatenated", True):
+            raise UnsupportedFormatError.of_interleaved(stack, own_class(module).__name__)
         made = made.renamed(disk)
         parts[stack] = made.transpose(1, 2) if _is_transposed(module, stack, made, own) else made
         for name in disk.values():
