@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PATIENCE = 15.0  # seconds
-_LONGEST_WAIT = timedelta(days=30)  # for ranks with slower disks; all others learn at once of one that has ended
+_LONGEST_WAIT = timedelta(days=1)  # for a slower rank; one that ended is noticed at once, one that hangs then
 _ALONE = "start it on each of them, or unset WORLD_SIZE to run it alone"
 
 BEYOND = 64 << 20  # bytes that all threads of a rank together may take beyond what is loaded or saved
