@@ -54,9 +54,9 @@ class FP8StorageWriter(DirectoryWriter):
     (``base_bytes_read``, their sum). After ``dcp.save`` the attribute ``report`` is, on every rank, the one that
     ``convert(..., like=base)`` gives; None without it, and if the save ran in another process.
 
-    Raises, on every rank: `UnsupportedFormatError` for a base that is not FP8 (e4m3) or a dtype that is not quantized,
-    `ModelMismatchError` for tensors or shapes other than the base's, `WeightValueError` for elements that are not
-    finite, `RangeError` for values that no stored dtype can hold. ``dcp.save`` raises them inside torch's
+    Raises, on every rank: `UnsupportedFormatError` for a base without codes of e4m3 or four bits, or a dtype that is
+    not quantized, `ModelMismatchError` for tensors or shapes other than the base's, `WeightValueError` for elements
+    that are not finite, `RangeError` for values that no stored dtype can hold. ``dcp.save`` raises them inside torch's
     ``CheckpointException``.
 
     >>> import torch.distributed.checkpoint as dcp
