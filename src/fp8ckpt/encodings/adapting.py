@@ -75,25 +75,31 @@ def adapted(base: Checkpoint, adapters: Sequence[Adapter], tied: Sequence[Tied] 
         if tensor.scaled is None and tensor.dtype not in TARGET_BYTES:
             what = f"an adapter of a tensor of dtype {tensor.dtype}"
             raise UnsupportedFormatError.of_dtype(name, tensor.span.file, what, ["FP8", *TARGET_BYTES])
-        merged = MergedTensor(tensor, tensor.dtype, (), floats)
+        found[name] = MergedTensor(tensor, tensor.dtype, (), floats)
         for piece in assembly.pieces:
-            whole = Assembly.whole(piece.source, tensor.shape).pieces == (piece,)
-            here = by_target.get(piece.source, ())
-            for adapter in adapters:
-                span = adapter.tensors.get(piece.source)
-                # PEFT saves embeddings beside their factors, trained or not.
-                beside = whole and any(use.adapter is adapter for use in here)
-                if span is not None and not (beside and same_values(span, tensor.span)):
-                    merged = _replaced(merged, adapter, span, whole=whole)
-            for use in here:
-                products = _products(use, parts[use.target].shape, piece, len(tensor.shape))
-                merged = _scaled(replace(merged, products=(*merged.products, *products)), use, whole=whole)
-        found[name] = merged
+            found[name] = _changed(found[name], piece, adapters, by_target.get(piece.source, ()), parts)
     for one in tied:
         if one.stored[0] in found:
             copies = {name: base.tensors[name] for name in one.stored if name not in found}
             found |= {name: replace(found[one.stored[0]], base=tensor) for name, tensor in copies.items()}
     return found
+
+
+def _changed(
+    merged: MergedTensor, piece: Piece, adapters: Sequence[Adapter], uses: Sequence[_Use], parts: Mapping[str, Assembly]
+) -> MergedTensor:
+    """Add what ``adapters``, and ``uses`` of their pairs, change in one piece."""
+    whole = Assembly.whole(piece.source, merged.shape).pieces == (piece,)
+    for adapter in adapters:
+        span = adapter.tensors.get(piece.source)
+        # PEFT saves embeddings beside their factors, trained or not.
+        beside = whole and any(use.adapter is adapter for use in uses)
+        if span is not None and not (beside and same_values(span, merged.span)):
+            merged = _replaced(merged, adapter, span, whole=whole)
+    for use in uses:
+        products = _products(use, parts[use.target].shape, piece, len(merged.shape))
+        merged = _scaled(replace(merged, products=(*merged.products, *products)), use, whole=whole)
+    return merged
 
 
 # ---------------------------------------------------------------- names

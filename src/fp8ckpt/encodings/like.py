@@ -40,20 +40,7 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
     given, like = asked.opened_source(output), asked.opened(asked.like)
     refuse_shared(output, like, "base")
     refuse_base(like, "give the FP8 checkpoint that the source came from, or choose a --scheme")
-    tensors, notes = _as_in(like, given)
-    allowed = carriable(tensors, like.tensors, like.config, name_pattern("carry", asked.carry))
-    remedy = f"give the base that {given.path} came from"
-    if not (tensors.keys() <= like.tensors.keys() or has_transformers()):
-        remedy += ", or install transformers, whose tables say how models stack experts: pip install 'fp8ckpt[hf]'"
-    carried = refuse_other_tensors(tensors, like, "source", remedy, allowed)
-    if carried:
-        notes += (f"{len(carried)} tensors that the source lacks are carried from the base: {listed(carried)}",)
-    refuse_other_dtypes(tensors, like)
-    if fewer := in_fewer_bits(tensors, like):
-        notes += (f"{len(fewer)} tensors have fewer bits in the source than in the base: {listed(fewer)}",)
-    if not like.quantized:
-        count = len(like.cache_scales)
-        notes = (f"the base has no FP8 weights: its {count} scales of the key-value cache are written back", *notes)
+    tensors, carried, notes = _matched(given, like, asked.carry)
     changes = BaseLayout(like, served=served(like) if asked.serving else None)
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights = {  # by the names that codes are stored under
@@ -78,6 +65,29 @@ def plan_like(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint]
         carried=tuple(sorted(carried)),
         notes=(*given.notes, *like.notes, *notes, *_side_file_notes(given, like)),
     )
+
+
+def _matched(
+    given: Checkpoint, like: Checkpoint, carry: str | None
+) -> tuple[dict[str, Tensor], set[str], tuple[str, ...]]:
+    """Return the source's tensors as the base has them, the names of those to take from the base, and notes. Raise
+    `ModelMismatchError` for tensors that differ in other ways.
+    """
+    tensors, notes = _as_in(like, given)
+    allowed = carriable(tensors, like.tensors, like.config, name_pattern("carry", carry))
+    remedy = f"give the base that {given.path} came from"
+    if not (tensors.keys() <= like.tensors.keys() or has_transformers()):
+        remedy += ", or install transformers, whose tables say how models stack experts: pip install 'fp8ckpt[hf]'"
+    carried = refuse_other_tensors(tensors, like, "source", remedy, allowed)
+    if carried:
+        notes += (f"{len(carried)} tensors that the source lacks are carried from the base: {listed(carried)}",)
+    refuse_other_dtypes(tensors, like)
+    if fewer := in_fewer_bits(tensors, like):
+        notes += (f"{len(fewer)} tensors have fewer bits in the source than in the base: {listed(fewer)}",)
+    if not like.quantized:
+        count = len(like.cache_scales)
+        notes = (f"the base has no FP8 weights: its {count} scales of the key-value cache are written back", *notes)
+    return tensors, carried, notes
 
 
 def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fp8ckpt.encodings.adapting import adapted
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, beside_weights, joint_units
@@ -62,21 +63,38 @@ def plan_merging(
         refuse_nonfinite(adapter)
     inputs = (base, *(adapter.checkpoint for adapter in adapters))
     arguments = {"job": "merge", "to": to, "fresh": fresh, "adapters": [adapter.fingerprint for adapter in adapters]}
-    notes = (*tied_notes(base, adapters, sets, tied, changed), *_side_file_notes(base, adapters))
-    if to != FP8:
-        layouts, texts, copies = PlainLayout.of(base, TARGETS[to])
-        tensors: dict[str, Tensor] = {**base.tensors, **changed}
-        plain = {span.name: tensors[span.name] for layout in layouts for span in layout.spans}
-        planned = OutputPlan(inputs, arguments, layouts, texts, copies)
-        notes = (*notes_on_plain(base), *notes)
-        merged = {name: tensor.passes for name, tensor in changed.items()}
-        return QuantizingPlan(planned, base, None, {}, plain, (), fresh, report=True, merged=merged, notes=notes)
+    output_of = partial(OutputPlan, inputs, arguments)
+    plan = _in_codes(base, changed, output_of, fresh, served) if to == FP8 else _plain(base, changed, output_of, to)
+    return replace(
+        plan, notes=(*plan.notes, *tied_notes(base, adapters, sets, tied, changed), *_side_file_notes(base, adapters))
+    )
+
+
+def _plain(
+    base: Checkpoint, changed: Mapping[str, MergedTensor], output_of: Callable[..., OutputPlan], to: str
+) -> QuantizingPlan:
+    """Plan an output that is not quantized, in the layout of a conversion of the base."""
+    layouts, texts, copies = PlainLayout.of(base, TARGETS[to])
+    tensors: dict[str, Tensor] = {**base.tensors, **changed}
+    plain = {span.name: tensors[span.name] for layout in layouts for span in layout.spans}
+    planned, merged = output_of(layouts, texts, copies), {name: tensor.passes for name, tensor in changed.items()}
+    notes = notes_on_plain(base)
+    return QuantizingPlan(planned, base, None, {}, plain, (), False, report=True, merged=merged, notes=notes)
+
+
+def _in_codes(
+    base: Checkpoint,
+    changed: Mapping[str, MergedTensor],
+    output_of: Callable[..., OutputPlan],
+    fresh: bool,
+    served: Callable[[Checkpoint], Json] | None,
+) -> QuantizingPlan:
+    """Plan an output in the base's own layout."""
     changes = BaseLayout(base, served=None if served is None else served(base))
     spans = {span.name: span for layout in changes.layouts for span in layout.spans}
     weights, units = _weights(base, changed, spans)
-    powers_of_two = states_powers_of_two(base.config)
     return QuantizingPlan(
-        output=OutputPlan(inputs, arguments, changes.layouts, changes.texts, changes.copies),
+        output=output_of(changes.layouts, changes.texts, changes.copies),
         source=base,
         base=base,
         weights=weights,
@@ -84,9 +102,9 @@ def plan_merging(
         units=units,
         fresh=fresh,
         report=True,
-        powers_of_two=powers_of_two,
+        powers_of_two=states_powers_of_two(base.config),
         merged={base.tensors[name].span.name: tensor.passes for name, tensor in changed.items()},
-        notes=(*base.notes, *notes),
+        notes=base.notes,
     )
 
 
