@@ -64,12 +64,7 @@ from fp8ckpt.errors.scales import (
 from fp8ckpt.errors.serving import ServingError
 from fp8ckpt.errors.stores import NoRoomError, StorageError, UnsupportedStoreError
 from fp8ckpt.errors.system import MissingPackageError, UnsupportedSystemError
-from fp8ckpt.errors.values import (
-    RangeError,
-    RegionError,
-    UnknownTensorError,
-    WeightValueError,
-)
+from fp8ckpt.errors.values import RangeError, RegionError, UnknownTensorError, WeightValueError
 
 __all__ = [
     "AmbiguousScaleError", "CheckpointNotFoundError", "ConfigError", "Fp8CheckpointError",

@@ -156,9 +156,5 @@ class Arrival:
 
     def add(self, other: Arrival) -> None:
         """Add the outcome for other elements."""
-        self.elements += other.elements
-        self.changed += other.changed
-        self.before += other.before
-        self.delta += other.delta
-        self.product += other.product
-        self.added += other.added
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -7,6 +7,7 @@ only e4m3fn is written: no release uses another. Codes of four bits (e2m1) follo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,13 +17,7 @@ import numpy.typing as npt
 
 from fp8ckpt.numerics import kernels
 from fp8ckpt.numerics.arrival import Arrival, arrive_blocks
-from fp8ckpt.numerics.codes import (
-    CODE_FORMATS,
-    F4,
-    F32,
-    U8,
-    code_values,
-)
+from fp8ckpt.numerics.codes import CODE_FORMATS, F4, F32, U8, code_values
 from fp8ckpt.numerics.dequantize import ROUNDING
 from fp8ckpt.numerics.geometry import BlockGrid, Window, as_matrices, window, windows
 
@@ -214,14 +209,9 @@ class Tally:
     largest_error: float = 0.0
 
     def add(self, other: Tally) -> None:
-        self.elements += other.elements
-        self.moved += other.moved
-        self.clipped += other.clipped
-        self.outgrown += other.outgrown
-        self.magnitude += other.magnitude
-        self.error += other.error
-        self.largest = max(self.largest, other.largest)
-        self.largest_error = max(self.largest_error, other.largest_error)
+        for name in self.__slots__:
+            joined = max if name.startswith("largest") else operator.add
+            setattr(self, name, joined(getattr(self, name), getattr(other, name)))
 
 
 def tally(parts: Iterable[Part], values: Values, codes: U8, scales: F32, before: F32, coding: Coding = E4M3) -> Tally:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -115,11 +116,7 @@ class Assembly(NamedTuple):
     def stack(cls, parts: Sequence[Assembly], axis: int = 0) -> Assembly:
         """Stack tensors of one shape along a new axis."""
         _same_shape("stacked", [part.shape for part in parts])
-        axis %= len(parts[0].shape) + 1
-
-        def put(values: Shape, value: int) -> Shape:
-            return (*values[:axis], value, *values[axis:])
-
+        put = partial(_put, axis=axis % (len(parts[0].shape) + 1), over=0)
         pieces = [
             Piece(p.source, p.source_offsets, put(p.offsets, i), put(p.sizes, 1), put(p.axes, NEW))
             for i, part in enumerate(parts)
@@ -134,9 +131,9 @@ class Assembly(NamedTuple):
         _same_shape("concatenated", [(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts])
         pieces, at = [], 0
         for part in parts:
-            pieces += [p._replace(offsets=_with(p.offsets, axis, p.offsets[axis] + at)) for p in part.pieces]
+            pieces += [p._replace(offsets=_put(p.offsets, p.offsets[axis] + at, axis=axis)) for p in part.pieces]
             at += part.shape[axis]
-        return cls(_with(parts[0].shape, axis, at), tuple(pieces))
+        return cls(_put(parts[0].shape, at, axis=axis), tuple(pieces))
 
     def renamed(self, names: Mapping[str, str]) -> Assembly:
         """Return the same assembly with its sources renamed."""
@@ -164,8 +161,8 @@ class Assembly(NamedTuple):
     def narrow(self, axis: int, start: int, size: int) -> Assembly:
         """Return a part along an axis, as a tensor of its own."""
         axis %= len(self.shape)
-        region = _with((0,) * len(self.shape), axis, start), _with(self.shape, axis, size)
-        pieces = [p._replace(offsets=_with(p.offsets, axis, p.offsets[axis] - start)) for p in self.cut(region)]
+        region = _put((0,) * len(self.shape), start, axis=axis), _put(self.shape, size, axis=axis)
+        pieces = [p._replace(offsets=_put(p.offsets, p.offsets[axis] - start, axis=axis)) for p in self.cut(region)]
         return Assembly(region[1], tuple(pieces))
 
     def split(self, sizes: Sequence[int], axis: int = 0) -> tuple[Assembly, ...]:
@@ -184,11 +181,7 @@ class Assembly(NamedTuple):
         axis %= len(self.shape)
         if self.shape[axis] != 1:
             raise ValueError(f"axis {axis} of {self.shape} is not of length 1")
-
-        def without(values: Shape) -> Shape:
-            return (*values[:axis], *values[axis + 1 :])
-
-        return self._moved(without)
+        return self._moved(partial(_put, axis=axis))
 
     def _moved(self, put: Callable[[Shape], Shape]) -> Assembly:
         """Return the assembly with other axes: ``put`` is applied to each shape, offsets, sizes and axes."""
@@ -201,7 +194,7 @@ class Assembly(NamedTuple):
         """
         shape = tuple(shape)
         if -1 in shape:
-            shape = _with(shape, shape.index(-1), prod(self.shape) // -prod(shape))
+            shape = _put(shape, prod(self.shape) // -prod(shape), axis=shape.index(-1))
         if prod(shape) != prod(self.shape):
             raise ValueError(f"{self.shape} cannot be reshaped to {shape}")
         result, axis = self, 0
@@ -220,15 +213,12 @@ class Assembly(NamedTuple):
 
     def _split_axis(self, axis: int, columns: int) -> Assembly:
         """Split one axis into rows and columns. A piece that spans several rows becomes one piece a row."""
-
-        def put(values: Shape, row: int, column: int) -> Shape:
-            return (*values[:axis], row, column, *values[axis + 1 :])
-
+        put = partial(_put, axis=axis)
         pieces = []
         for p in self.pieces:
             start, stop = p.offsets[axis], p.offsets[axis] + p.sizes[axis]
             for row in range(start // columns, -(-stop // columns)):
-                part = p.cut((_with(p.offsets, axis, row * columns), _with(p.sizes, axis, columns)))
+                part = p.cut((_put(p.offsets, row * columns, axis=axis), _put(p.sizes, columns, axis=axis)))
                 if part is not None:
                     offsets = put(part.offsets, row, part.offsets[axis] - row * columns)
                     sizes, axes = put(part.sizes, 1, part.sizes[axis]), put(part.axes, NEW, part.axes[axis])
@@ -242,14 +232,10 @@ class Assembly(NamedTuple):
         columns = self.shape[axis + 1]
         if columns == 1:
             return self.squeeze(axis + 1)
-
-        def joined(values: Shape, value: int) -> Shape:
-            return (*values[:axis], value, *values[axis + 2 :])
-
-        pieces = []
+        joined, pieces = partial(_put, axis=axis, over=2), []
         for p in self.pieces:
             for row in range(p.offsets[axis], p.offsets[axis] + p.sizes[axis]):
-                part = p.cut((_with(p.offsets, axis, row), _with(p.sizes, axis, 1)))
+                part = p.cut((_put(p.offsets, row, axis=axis), _put(p.sizes, 1, axis=axis)))
                 assert part is not None  # the row is one of its rows
                 offsets = joined(part.offsets, row * columns + part.offsets[axis + 1])
                 sizes, axes = joined(part.sizes, part.sizes[axis + 1]), joined(part.axes, part.axes[axis + 1])
@@ -323,9 +309,9 @@ def composed(parts: Mapping[str, Assembly], inner: Mapping[str, Assembly]) -> di
     return found
 
 
-def _with(values: Shape, axis: int, value: int) -> Shape:
-    axis %= len(values)
-    return (*values[:axis], value, *values[axis + 1 :])
+def _put(values: Shape, *new: int, axis: int, over: int = 1) -> Shape:
+    """Return the values with ``new`` ones in the place of as many as ``over`` from an axis on."""
+    return (*values[:axis], *new, *values[axis + over :])
 
 
 def _same_shape(verb: str, shapes: Iterable[Shape]) -> None:

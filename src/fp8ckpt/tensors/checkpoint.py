@@ -32,20 +32,9 @@ from fp8ckpt.stores.address import address_of
 from fp8ckpt.stores.local import ABSENT, LocalStore, kept_open
 from fp8ckpt.stores.store import File, Store
 from fp8ckpt.tensors import config as configuration
+from fp8ckpt.tensors import directory
 from fp8ckpt.tensors.blocks import BlockSizes, block_sizes
-from fp8ckpt.tensors.directory import (
-    Findings,
-    Index,
-    compare_index,
-    file_names,
-    holds_tensors,
-    is_foreign,
-    model_files,
-    note_on_other_weights,
-    read_index,
-    refuse_part,
-    safetensors_in,
-)
+from fp8ckpt.tensors.directory import Findings, Index
 from fp8ckpt.tensors.formats import names_of
 from fp8ckpt.tensors.header import Header, read_header
 from fp8ckpt.tensors.pairing import pair
@@ -180,15 +169,15 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     found = Findings()
     config, blocks, quantized = _configuration(store, found)
     understood = not found.defects  # otherwise nobody knows the right block sizes
-    on_disk = names = [single] if single else safetensors_in(store)
+    on_disk = names = [single] if single else directory.safetensors_in(store)
     index = None
     if single:
-        refuse_part(store, single)
+        directory.refuse_part(store, single)
     else:
-        index = read_index(store, on_disk, found)
-        names = file_names(store, on_disk, index, found)
-        found.notes += note_on_other_weights(store)
-    beside = [name for name in on_disk if name not in names and is_foreign(name)]
+        index = directory.read_index(store, on_disk, found)
+        names = directory.file_names(store, on_disk, index, found)
+        found.notes += directory.note_on_other_weights(store)
+    beside = [name for name in on_disk if name not in names and directory.is_foreign(name)]
     listing = index if index is not None and index.content else None
     if listing is not None:
         beside += _unnamed(listing, store, on_disk, follow_index, found)
@@ -196,7 +185,7 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     complete = not found.defects
     spans = _spans_by_name(headers, listing.weight_map if listing is not None and follow_index else None, found)
     if listing is not None:
-        compare_index(listing, spans, complete, found)
+        directory.compare_index(listing, spans, complete, found)
     pairing = pair(spans, blocks, quantized=quantized, complete=complete)
     found.defects += [error for error in pairing.defects if understood or not isinstance(error, ScaleShapeError)]
     return Checkpoint(
@@ -228,8 +217,8 @@ def _configuration(store: Store, found: Findings) -> tuple[configuration.Json, B
 def _unnamed(index: Index, store: Store, on_disk: list[str], follow_index: bool, found: Findings) -> Iterator[str]:
     """Yield the files of tensors that an index does not name, if it is followed; without that, they are defects."""
     listed = index.files
-    for name in model_files(on_disk):
-        if name in listed or not holds_tensors(File(store, name)):
+    for name in directory.model_files(on_disk):
+        if name in listed or not directory.holds_tensors(File(store, name)):
             continue
         if follow_index:
             found.notes.append(f"{shown(name)}: {index.name} does not name it, and it is no part of the checkpoint")
