@@ -69,8 +69,8 @@ def sample(
             spans.update((span.name, span) for span in file.spans)
         done, total = 0, sum(map(_nbytes, planned.weights))
         for weight in planned.weights:
-            for name, offset, data in _bytes_of(weight, planned.block, sparse, seed):
-                opened.of(spans[name].file.name).write(data, spans[name].start + offset)
+            for name, offset, data in _parts(weight, planned.block, sparse, seed):
+                opened.of(spans[name].file.name).write(data.reshape(-1).view("u1"), spans[name].start + offset)
             done += _nbytes(weight)
             if progress is not None:
                 progress(done, total, f"writing {spans[weight.name].file.name}")
@@ -174,54 +174,47 @@ def _partition(weights: list[Weight], block: tuple[int, int] | None, files: int)
     ]
 
 
-def _bytes_of(weight: Weight, block: tuple[int, int] | None, sparse: bool, seed: int) -> Iterator[tuple[str, int, Any]]:
-    """Yield (stored tensor, offset in it in bytes, bytes) for a weight and its scales."""
+def _parts(weight: Weight, block: tuple[int, int] | None, sparse: bool, seed: int) -> Iterator[tuple[str, int, Any]]:
+    """Yield (stored tensor, offset in it in bytes, array) for a weight and its scales."""
+    import numpy as np
+
+    if weight.fp8 and block is None:
+        activation = 0.01 + (zlib.crc32(weight.name.encode()) % 1000) / 50000
+        name = weight.name.removesuffix("weight") + "activation_scale"
+        yield name, 0, _bf16(np.array([activation], np.float32))
+    if sparse:
+        if weight.fp8:
+            ones = np.full(BlockGrid(weight.shape, block or weight.shape).shape, 2.0**-10, np.float32)
+            yield weight.name + "_scale_inv", 0, ones if block else _bf16(ones)
+    elif weight.fp8:
+        yield from _quantized(weight, block, seed)
+    else:
+        for first, values in _bands(weight, seed):
+            stored = values if weight.dtype == "F32" else _bf16(values)
+            yield weight.name, first * stored.itemsize, stored
+
+
+def _quantized(weight: Weight, block: tuple[int, int] | None, seed: int) -> Iterator[tuple[str, int, Any]]:
+    """Yield the same for codes and their scales."""
     import numpy as np
 
     from fp8ckpt.numerics.quantize import encode, parts_of_run, values_of
 
     scale_name = weight.name + "_scale_inv"
-    if weight.fp8 and block is None:
-        activation = 0.01 + (zlib.crc32(weight.name.encode()) % 1000) / 50000
-        yield (
-            weight.name.removesuffix("weight") + "activation_scale",
-            0,
-            _bf16(np.array([activation], np.float32)).view(np.uint8),
-        )
-    if sparse:
-        if weight.fp8:
-            grid = BlockGrid(weight.shape, block or weight.shape)
-            ones = np.full(grid.shape, 2.0**-10, np.float32)
-            yield scale_name, 0, (ones if block else _bf16(ones)).reshape(-1).view(np.uint8)
-        return
-    if not weight.fp8:
-        for offset, values in _bands(weight, seed):
-            stored = values if weight.dtype == "F32" else _bf16(values)
-            yield weight.name, offset * stored.itemsize, stored.reshape(-1).view(np.uint8)
-        return
-    tensor_scale = None
+    of_all: Any = None
     if block is None:
         largest = max(float(np.abs(values).max()) for _, values in _bands(weight, seed))
-        stored = _bf16(np.array([largest / 448], np.float32), up=True)
-        tensor_scale = (stored.astype(np.uint32) << 16).view(np.float32)[0]
-        yield scale_name, 0, stored.view(np.uint8)
-    for offset, values in _bands(weight, seed):
-        codes = np.empty(values.size, np.uint8)
-        if block is None:
-            grid, scales = BlockGrid(values.shape, values.shape), np.full((1, 1), tensor_scale, np.float32)
-        else:
-            grid = BlockGrid(values.shape, (len(values), block[1]))
-            edges = np.arange(0, values.shape[1], block[1])
-            scales = (np.maximum.reduceat(np.abs(values).max(axis=0), edges) / np.float32(448)).astype(np.float32)[
-                np.newaxis
-            ]
-            yield (
-                scale_name,
-                offset // (values.shape[1] * block[0]) * len(edges) * 4,
-                scales.reshape(-1).view(np.uint8),
-            )
+        stored = _bf16(np.array([[largest / 448]], np.float32), up=True)
+        of_all = (stored.astype(np.uint32) << 16).view(np.float32)
+        yield scale_name, 0, stored
+    for first, values in _bands(weight, seed):
+        grid, scales, codes = BlockGrid(values.shape, values.shape), of_all, np.empty(values.size, np.uint8)
+        if block is not None:
+            grid, edges = grid._replace(block_size=(len(values), block[1])), np.arange(0, values.shape[1], block[1])
+            scales = np.maximum.reduceat(np.abs(values).max(axis=0), edges)[np.newaxis] / np.float32(448)
+            yield scale_name, first // (values.shape[1] * block[0]) * len(edges) * 4, scales
         encode(parts_of_run(grid, 0, values.size), values_of(values.reshape(-1).view(np.uint8), "F32"), scales, codes)
-        yield weight.name, offset, codes
+        yield weight.name, first, codes
 
 
 def _bf16(values: Any, *, up: bool = False) -> Any:

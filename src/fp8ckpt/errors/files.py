@@ -155,10 +155,8 @@ class HeaderError(_JsonError):
     @classmethod
     def of_entry(cls, file: Named, tensor: str, entry: str) -> Self:
         """``entry``: the tensor's entry, as JSON."""
-        found, expected = (
-            f"the entry {shown(entry)} is malformed",
-            "a dtype, a shape of whole numbers and two data offsets",
-        )
+        found = f"the entry {shown(entry)} is malformed"
+        expected = "a dtype, a shape of whole numbers and two data offsets"
         return cls(found, tensor=tensor, file=file, expected=expected, remedy=_ANEW)
 
     @classmethod

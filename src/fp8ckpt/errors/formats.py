@@ -10,6 +10,7 @@ from fp8ckpt.errors.scales import SAME_TOOL
 
 _FILES = "look whether files of the checkpoint are missing"
 _MERGED_THERE = "merge it with PEFT (merge_and_unload) into the model in BF16, and convert that with --like"
+_WRITTEN = "F8_E4M3, the one FP8 dtype that releases use and fp8ckpt writes"
 FACTORS = "matrices [rank, in] and [out, rank]"
 
 
@@ -41,11 +42,8 @@ class UnsupportedFormatError(Fp8CheckpointError, ValueError):
     @classmethod
     def of_codes(cls, tensor: Readable, dtype: str) -> Self:
         """A weight of a base whose codes are never written."""
-        found, expected = (
-            f"{dtype} codes in the base",
-            "F8_E4M3, the one FP8 dtype that releases use and fp8ckpt writes",
-        )
-        return cls(found, tensor=tensor, expected=expected, remedy="write bf16, and give that a --scheme")
+        expected, remedy = _WRITTEN, "write bf16, and give that a --scheme"
+        return cls(f"{dtype} codes in the base", tensor=tensor, expected=expected, remedy=remedy)
 
     @classmethod
     def of_rows(cls, tensor: Readable, size: int, most: int) -> Self:

@@ -25,17 +25,16 @@ class KeyLayout(NamedTuple):
 
     def native_to_hf(self, name: str) -> str:
         """Return the name on disk of a model's tensor."""
-        for native, hf in self.prefixes:
-            if name.startswith(native):
-                return hf + name[len(native) :]
-        return name
+        return _renamed(name, self.prefixes)
 
     def hf_to_native(self, name: str) -> str:
         """Return the model's name of a tensor on disk."""
-        for native, hf in self.prefixes:
-            if name.startswith(hf):
-                return native + name[len(hf) :]
-        return name
+        return _renamed(name, ((hf, native) for native, hf in self.prefixes))
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """Return a name with the first of the prefixes that it has in the place of the other of its pair."""
+    return next((new + name[len(old) :] for old, new in prefixes if name.startswith(old)), name)
 
 
 # Mistral3 vision-language models: Mistral Medium 3.5 keeps the names of the model's own state dict; Ministral 3 and
