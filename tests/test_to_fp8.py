@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,20 @@ def back(source: Path, base: Path, destination: Path, **how: Any) -> Fp8Result:
     return result
 
 
+def comes_back(base: Path, to: str = "bf16") -> Fp8Result:
+    """To ``to`` and back like the original: every file of the directory, byte for byte."""
+    convert(base, plain := base.with_name(f"plain-{to}"), to=to)
+    result = back(plain, base, base.with_name(f"back-{to}"))
+    assert_same_tree(base.with_name(f"back-{to}"), base)
+    return result
+
+
+def one(*shape: int, scale: float = 1, dtype: str = "F32") -> dict[str, Stored]:
+    """An FP8 weight of ones, with one scale."""
+    codes = Stored.codes(np.full(shape or (2, 2), 0x38, np.uint8))
+    return {"w.weight": codes, "w.weight_scale": Stored.of(np.float32(scale), dtype)}
+
+
 UE8M0 = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
 
 
@@ -101,22 +114,16 @@ def grown(plain: Path, destination: Path) -> Path:
 
 
 @pytest.mark.parametrize("scales", ["reuse", "fresh"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"quantization_config": UE8M0},
-        {"quantization_config": {**UE8M0, "scale_fmt": "UE8M0"}},
-        {"text_config": {"quantization_config": UE8M0}},
-    ],
-    ids=["top", "capitals", "nested"],
-)
+@pytest.mark.parametrize("config", [
+    {"quantization_config": UE8M0},
+    {"quantization_config": {**UE8M0, "scale_fmt": "UE8M0"}},
+    {"text_config": {"quantization_config": UE8M0}},
+], ids=["top", "capitals", "nested"])  # fmt: skip
 def test_new_scales_are_powers_of_two_where_the_base_says_so(config: Any, scales: str, tmp_path: Path) -> None:
     """``scale_fmt`` "ue8m0": a new scale is the least power of two not below ``amax / 448``, in any dtype."""
     base = powers_of_two(tmp_path / "fp8", config, np.random.default_rng(1))
-    convert(base, tmp_path / "plain", to="fp32")
-    back(tmp_path / "plain", base, tmp_path / "same")
-    assert_same_tree(tmp_path / "same", base)
-    source = grown(tmp_path / "plain", tmp_path / "grown")
+    comes_back(base, "fp32")
+    source = grown(tmp_path / "plain-fp32", tmp_path / "grown")
     back(source, base, tmp_path / "back", scales=scales)
     values, found, before = (read_directory(path) for path in (source, tmp_path / "back", base))
     for name, block in (("a.weight", (128, 128)), ("b.weight", (40, 24))):
@@ -150,13 +157,8 @@ def test_round_trip_of_every_family(name: str, to: str, tmp_path: Path) -> None:
     assert (result.to, result.quantized) == ("fp8", len(weights))
     assert result.report is not None
     total = result.report.total
-    assert (total.elements, total.moved, total.clipped, total.outgrown, total.fresh) == (
-        sum(weights.values()),
-        0,
-        0,
-        0,
-        0,
-    )
+    assert total.elements == sum(weights.values())
+    assert (total.moved, total.clipped, total.outgrown, total.fresh) == (0, 0, 0, 0)
     assert total.scales == sum(math.prod(family.tensors[scale].shape) for scale, _ in family.blocks.values())
     assert [row.name for row in result.report.weights] == [tensor.name for tensor in open_checkpoint(base).quantized]
     # The source is read once, but for what the base has and it has not; the base's codes are read once, for the report.
@@ -207,10 +209,7 @@ def test_round_trip_through_float16(name: str, tmp_path: Path) -> None:
         scale: Stored.of(np.full(family.tensors[scale].shape, 0.37, np.float32), family.tensors[scale].dtype)
         for scale, _ in family.blocks.values()
     }
-    base = replace(family, tensors={**family.tensors, **change}).write(tmp_path / "fp8")
-    convert(base, tmp_path / "plain", to="fp16")
-    back(tmp_path / "plain", base, tmp_path / "back")
-    assert_same_tree(tmp_path / "back", base)
+    comes_back(replace(family, tensors={**family.tensors, **change}).write(tmp_path / "fp8"), "fp16")
 
 
 @pytest.mark.parametrize("layout", ["identity", "nested"])
@@ -221,43 +220,30 @@ def test_round_trip_of_mistral3(layout: str, tmp_path: Path) -> None:
     (base / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     (base / "assets").mkdir()
     (base / "assets/logo.png").write_bytes(b"\x89PNG")
-    convert(base, tmp_path / "plain")
-    back(tmp_path / "plain", base, tmp_path / "back")
-    assert_same_tree(tmp_path / "back", base)
+    comes_back(base)
 
 
 def test_round_trip_of_deepseek(tmp_path: Path) -> None:
     """128 x 128 blocks with ragged edges, in several files."""
-    base = sample(tmp_path / "fp8", DeepseekSizes(), files=3)
-    convert(base, tmp_path / "plain")
-    back(tmp_path / "plain", base, tmp_path / "back")
-    assert_same_tree(tmp_path / "back", base)
+    comes_back(sample(tmp_path / "fp8", DeepseekSizes(), files=3))
 
 
 def test_round_trip_of_a_header_that_no_library_writes(tmp_path: Path) -> None:
     """The order of tensors, the spacing of the JSON and foreign metadata are the base's."""
-    rng = np.random.default_rng(5)
-    codes = Stored.codes((rng.integers(0, 126, (6, 5))).astype(np.uint8))
+    codes = np.random.default_rng(5).integers(0, 126, (6, 5)).astype(np.uint8)
     tensors = {
         "z.weight_scale_inv": Stored.of(np.float32(0.25), "BF16"),
-        "z.weight": codes,
+        "z.weight": Stored.codes(codes),
         "a": Stored.of(np.ones(3), "F32"),
     }
     base = Family(tensors, FP8, {"z.weight": ("z.weight_scale_inv", (6, 5))}).write(tmp_path / "fp8", files=1)
-    file = base / "model.safetensors"
+    header: dict[str, Any] = {"__metadata__": {"made by": "hand"}}
+    for (name, t), start in zip(tensors.items(), (0, 2, 32), strict=True):
+        header[name] = {"shape": list(t.shape), "dtype": t.dtype, "data_offsets": [start, start + len(t.data)]}
+    text = json.dumps({name: header[name] for name in (*tensors, "__metadata__")}, indent=3).encode()
     data = b"".join(tensor.data for tensor in tensors.values())
-    text = json.dumps(
-        {
-            name: {"shape": list(t.shape), "dtype": t.dtype, "data_offsets": [s, s + len(t.data)]}
-            for name, t, s in zip(tensors, tensors.values(), [0, 2, 32], strict=True)
-        }
-        | {"__metadata__": {"made by": "hand"}},
-        indent=3,
-    ).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    convert(base, tmp_path / "plain")
-    back(tmp_path / "plain", base, tmp_path / "back")
-    assert_same_tree(tmp_path / "back", base)
+    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    comes_back(base)
 
 
 def test_small_and_zero_blocks_keep_their_scale(tmp_path: Path) -> None:
@@ -278,22 +264,16 @@ def test_small_and_zero_blocks_keep_their_scale(tmp_path: Path) -> None:
     }
     base = Family(tensors, {}, {}).write(tmp_path / "fp8")
     for to in ("bf16", "fp32"):
-        convert(base, tmp_path / to, to=to)
-        back(tmp_path / to, base, tmp_path / f"back-{to}")
-        assert_same_tree(tmp_path / f"back-{to}", base)
+        comes_back(base, to)
 
 
 def test_the_source_may_lie_in_other_files_under_other_names(tmp_path: Path) -> None:
     """One file instead of three, and the model's own names instead of the nested ones on disk."""
     base = sample(tmp_path / "fp8", layout="nested")
     convert(base, tmp_path / "plain")
-    renamed = {}
-    for name, tensor in read_directory(tmp_path / "plain").items():
-        for hf, native in NESTED:
-            if name.startswith(hf):
-                name = native + name[len(hf) :]
-                break
-        renamed[name] = tensor
+    found = read_directory(tmp_path / "plain").items()
+    renamed = {native + name[len(hf) :]: t for name, t in found for hf, native in NESTED if name.startswith(hf)}
+    assert len(renamed) == len(found)
     back(write_plain(tmp_path / "other", renamed), base, tmp_path / "back")
     assert_same_tree(tmp_path / "back", base)
 
@@ -302,40 +282,23 @@ def test_float32_and_float16_sources_are_cast_where_the_base_is_not_quantized(tm
     """To the base's own dtype, nearest even, as ml_dtypes does it; integers are copied."""
     rng = np.random.default_rng(0)
     values = (rng.standard_normal((300, 7)) * np.exp2(rng.integers(-20, 12, (300, 7)))).astype(np.float32)
-    dtypes = {"a": "BF16", "b": "F16", "c": "F32", "d": "I64"}
-    plain = {name: Stored.of(values if dtype != "I64" else values.round(), dtype) for name, dtype in dtypes.items()}
-    weight = {
-        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
-        "w.weight_scale": Stored.of(np.float32(1), "F32"),
-    }
-    base = Family({**weight, **plain}, FP8, {}).write(tmp_path / "fp8")
+    whole = {"d": Stored.of(values.round(), "I64")}
+    base_dtypes = {"a": "BF16", "b": "F16", "c": "F32"}
+    plain = {name: Stored.of(values, dtype) for name, dtype in base_dtypes.items()}
+    base = Family({**one(), **plain, **whole}, FP8, {}).write(tmp_path / "fp8")
     for dtype in ("F32", "F16", "BF16"):
-        given = {
-            name: Stored.of(values if own != "I64" else values.round(), own if own == "I64" else dtype)
-            for name, own in dtypes.items()
-        }
-        source = write_plain(tmp_path / dtype, {"w.weight": Stored.of(np.ones((2, 2)), dtype), **given})
-        back(source, base, tmp_path / f"out-{dtype}")
-        found = read_directory(tmp_path / f"out-{dtype}")
-        for name, own in dtypes.items():
-            assert found[name] == Stored.of(given[name].array.astype(np.float32 if own != "I64" else np.int64), own), (
-                dtype,
-                name,
-            )
-        assert {name: found[name] for name in weight} == weight
+        given = Stored.of(values, dtype)
+        tensors = {"w.weight": Stored.of(np.ones((2, 2)), dtype), **dict.fromkeys(plain, given), **whole}
+        back(write_plain(tmp_path / dtype, tensors), base, tmp_path / f"out-{dtype}")
+        cast = {name: Stored.of(given.array.astype(np.float32), own) for name, own in base_dtypes.items()}
+        assert read_directory(tmp_path / f"out-{dtype}") == {**one(), **cast, **whole}
 
 
 def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
     """A float32 that float16 cannot hold would become infinite: `RangeError` names the tensor, and nothing is left."""
-    weight = {
-        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
-        "w.weight_scale": Stored.of(np.float32(1), "F32"),
-    }
-    base = Family({**weight, "n": Stored.of(np.ones(4), "F16")}, FP8, {}).write(tmp_path / "fp8")
-    source = write_plain(
-        tmp_path / "s",
-        {"w.weight": Stored.of(np.ones((2, 2)), "BF16"), "n": Stored.of(np.float32([1, 7e4, np.inf, -9e9]), "F32")},
-    )
+    base = Family({**one(), "n": Stored.of(np.ones(4), "F16")}, FP8, {}).write(tmp_path / "fp8")
+    large = Stored.of(np.float32([1, 7e4, np.inf, -9e9]), "F32")
+    source = write_plain(tmp_path / "s", {"w.weight": Stored.of(np.ones((2, 2)), "BF16"), "n": large})
     with pytest.raises(RangeError, match=r"^n in model\.safetensors: 2 finite values"):
         back(source, base, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["fp8", "s"]
@@ -351,14 +314,8 @@ def trained(family: Family, rng: np.random.Generator, dtype: str) -> dict[str, S
         values = tensors[name].array.astype(np.float32).copy()
         kind = rng.choice(["noise", "grown", "shrunk", "tiny", "zero", "same"], p=[0.3, 0.2, 0.15, 0.15, 0.1, 0.1])
         part = tuple(slice(int(rng.integers(0, dim)), None) for dim in values.shape)
-        change = {
-            "noise": 1 + 0.02 * rng.standard_normal(values.shape),
-            "grown": 1.7,
-            "shrunk": 0.21,
-            "tiny": 1e-4,
-            "zero": 0.0,
-            "same": 1.0,
-        }
+        noise = 1 + 0.02 * rng.standard_normal(values.shape)
+        change = {"noise": noise, "grown": 1.7, "shrunk": 0.21, "tiny": 1e-4, "zero": 0.0, "same": 1.0}
         values[part] *= np.broadcast_to(change[kind], values.shape)[part].astype(np.float32)
         tensors[name] = Stored.of(np.clip(values, -3e38, 3e38), dtype)
     return tensors
@@ -371,11 +328,8 @@ def expected_scale(values: Stored, scale: Stored, block: tuple[int, ...]) -> Sto
     wide = values.array.astype(np.float32)
     exact = np.zeros(values.shape, np.bool_)
     for dtype in {values.dtype, "BF16"}:
-        given = Stored("F8_E4M3", codes.shape, codes.data)
-        exact |= (
-            np.frombuffer(dequantize(given, scale, block, dtype), NUMPY[dtype]).reshape(values.shape).astype(np.float32)
-            == wide
-        )
+        again = Stored(dtype, values.shape, dequantize(codes, scale, block, dtype)).array
+        exact |= again.astype(np.float32) == wide
     inexact = maxima(Stored.of((~exact).astype(np.float32), "F32"), block) > 0
     with np.errstate(over="ignore"):
         ratio = (amax / before).astype(np.float32)
@@ -429,9 +383,8 @@ def check_report(result: Fp8Result, family: Family, tensors: dict[str, Stored], 
         same = np.frombuffer(family.tensors[scale].data, np.uint8) == np.frombuffer(written[scale].data, np.uint8)
         changed = (~same.reshape(row.scales, -1).all(axis=1)).sum()
         assert row.fresh >= changed  # a fresh scale may happen to be the old one
-        error = np.abs(np.abs(written[name].array.astype(np.float32)) * new - values.astype(np.float32)).astype(
-            np.float64
-        )
+        error = np.abs(np.abs(written[name].array.astype(np.float32)) * new - values.astype(np.float32))
+        error = error.astype(np.float64)
         assert row.mean_error == pytest.approx(error.sum() / values.sum() if values.any() else 0.0, rel=1e-4)
         assert row.largest_error == pytest.approx(error.max() / values.max() if values.any() else 0.0, rel=1e-6)
     total = result.report.total
@@ -479,33 +432,28 @@ def siblings(scales: list[float], leaves: tuple[str, ...] = ("q_proj", "k_proj",
     return Family(tensors, FP8, blocks)
 
 
+@pytest.mark.parametrize(("scales", "together"), [([0.5, 0.5, 0.5], "qkv"), ([0.5, 0.25, 0.5], "qv")])
 @pytest.mark.parametrize("chunk", [4 << 20, 64])
 def test_siblings_that_shared_a_scale_share_the_fresh_one(
-    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, scales: list[float], together: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of q, k and v grows: all three get the same new scale, of the largest of them; a sibling with a scale of its
     own keeps it.
     """
     cut(monkeypatch, chunk, 2)
     steps(monkeypatch, 50)
-    for scales, together in (
-        ([0.5, 0.5, 0.5], ("q_proj", "k_proj", "v_proj")),
-        ([0.5, 0.25, 0.5], ("q_proj", "v_proj")),
-    ):
-        family = siblings(scales)
-        name = f"{scales[1]}-{chunk}"
-        base = family.write(tmp_path / f"fp8-{name}")
-        tensors = family.expected()
-        grown = tensors["a.v_proj.weight"].array.astype(np.float32) * np.float32(1.5)
-        tensors["a.v_proj.weight"] = Stored.of(grown, "BF16")
-        back(write_plain(tmp_path / f"s-{name}", tensors), base, tmp_path / f"out-{name}")
-        found = read_directory(tmp_path / f"out-{name}")
-        fresh = fresh_scale(tensors["a.v_proj.weight"], (8, 16), "BF16")
-        for leaf in ("q_proj", "k_proj", "v_proj"):
-            weight = f"a.{leaf}.weight"
-            expected = fresh if leaf in together else family.tensors[weight + "_scale_inv"]
-            assert found[weight + "_scale_inv"].data == expected.data
-            assert found[weight].data == quantize(tensors[weight], expected, (8, 16))
+    family = siblings(scales)
+    tensors = family.expected()
+    grown = tensors["a.v_proj.weight"].array.astype(np.float32) * np.float32(1.5)
+    tensors["a.v_proj.weight"] = Stored.of(grown, "BF16")
+    back(write_plain(tmp_path / "s", tensors), family.write(tmp_path / "fp8"), tmp_path / "out")
+    found = read_directory(tmp_path / "out")
+    fresh = fresh_scale(tensors["a.v_proj.weight"], (8, 16), "BF16")
+    for leaf in "qkv":
+        weight = f"a.{leaf}_proj.weight"
+        expected = fresh if leaf in together else family.tensors[weight + "_scale_inv"]
+        assert found[weight + "_scale_inv"].data == expected.data
+        assert found[weight].data == quantize(tensors[weight], expected, (8, 16))
 
 
 def test_a_small_sibling_keeps_the_scale_that_it_shares(tmp_path: Path) -> None:
@@ -532,9 +480,7 @@ def test_a_weight_with_one_scale_that_outgrew_it_is_written_twice_at_most(
     steps(monkeypatch, 256)
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 127, (64, 128)).astype(np.uint8)
-    base = Family(
-        {"w.weight": Stored.codes(codes), "w.weight_scale": Stored.of(np.float32(0.1), "F32")}, FP8, {}
-    ).write(tmp_path / "fp8")
+    base = Family({**one(scale=0.1), "w.weight": Stored.codes(codes)}, FP8, {}).write(tmp_path / "fp8")
     values = codes.view(NUMPY["F8_E4M3"]).astype(np.float32) * np.float32(0.1)
     values[33, 7] = 100.0
     source = write_plain(tmp_path / "s", {"w.weight": Stored.of(values, "BF16")})
@@ -575,13 +521,8 @@ def test_weights_that_are_not_finite_are_refused(
     values = tensors[weight].array.astype(np.float32).copy()
     values.reshape(-1)[[3, values.size // 2, values.size - 1]] = value
     tensors[weight] = Stored.of(values, "BF16")
-    refused(
-        WeightValueError,
-        rf"^{weight} in .*: 3 of {values.size} elements",
-        write_plain(tmp_path / "s", tensors),
-        base,
-        tmp_path / "out",
-    )
+    source, said = write_plain(tmp_path / "s", tensors), rf"^{weight} in .*: 3 of {values.size} elements"
+    refused(WeightValueError, said, source, base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -592,51 +533,50 @@ def test_no_other_fp8_dtype_is_written(name: str, tmp_path: Path) -> None:
     refused(UnsupportedFormatError, "codes in the base; expected F8_E4M3", tmp_path / "plain", base, tmp_path / "out")
 
 
-def test_mismatches_are_refused(tmp_path: Path) -> None:
-    """A tensor too few, too many, of another shape, of a dtype that cannot be cast; a source that is FP8, a base that
-    is not.
-    """
+@pytest.mark.parametrize(("change", "kind", "said"), [
+    ({"lm_head.weight": None}, ModelMismatchError, r"lm_head\.weight, in the base"),
+    ({"extra": Stored.of(np.ones(3), "BF16")}, ModelMismatchError, "extra, in the source"),
+    ({"m.q.weight": Stored.of(np.ones((24, 40)), "BF16")}, ModelMismatchError,
+     r"m\.q\.weight.*\(24, 40\).*\(40, 24\)"),
+    ({"m.q.weight": Stored.of(np.ones((40, 24)), "I32")}, UnsupportedFormatError, r"m\.q\.weight.*I32"),
+    ({"model.norm.weight": Stored.of(np.ones(8), "I64")}, ModelMismatchError, r"model\.norm\.weight.*I64.*BF16"),
+])  # fmt: skip
+def test_mismatches_are_refused(
+    change: dict[str, Stored | None], kind: type[Fp8CheckpointError], said: str, tmp_path: Path
+) -> None:
+    """A tensor too few, too many, of another shape, of a dtype that cannot be cast."""
     family = E4M3["per-tensor 0-d BF16"]
-    base, tensors, out = family.write(tmp_path / "fp8"), family.expected(), tmp_path / "out"
-    fewer = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    refused(ModelMismatchError, r"lm_head\.weight, in the base", write_plain(tmp_path / "a", fewer), base, out)
-    more = {**tensors, "extra": tensors["lm_head.weight"]}
-    refused(ModelMismatchError, "extra, in the source", write_plain(tmp_path / "b", more), base, out)
-    shape = {**tensors, "m.q.weight": Stored("BF16", (24, 40), tensors["m.q.weight"].data)}
-    refused(ModelMismatchError, r"m\.q\.weight.*\(24, 40\).*\(40, 24\)", write_plain(tmp_path / "c", shape), base, out)
-    whole = {**tensors, "m.q.weight": Stored.of(np.ones((40, 24)), "I32")}
-    refused(UnsupportedFormatError, r"m\.q\.weight.*I32", write_plain(tmp_path / "d", whole), base, out)
-    norm = {**tensors, "model.norm.weight": Stored.of(np.ones(8), "I64")}
-    refused(ModelMismatchError, r"model\.norm\.weight.*I64.*BF16", write_plain(tmp_path / "e", norm), base, out)
+    tensors = {name: tensor for name, tensor in {**family.expected(), **change}.items() if tensor is not None}
+    refused(kind, said, write_plain(tmp_path / "s", tensors), family.write(tmp_path / "fp8"), tmp_path / "out")
+
+
+def test_places_and_kinds_of_directories_are_refused(tmp_path: Path) -> None:
+    """A source that is FP8, a base that is not; an output inside of either."""
+    family = E4M3["per-tensor 0-d BF16"]
+    base, out = family.write(tmp_path / "fp8"), tmp_path / "out"
+    plain = write_plain(tmp_path / "plain", family.expected())
     refused(UnsupportedFormatError, "quantized already", base, base, out)
-    refused(UnsupportedFormatError, "none of its tensors is quantized", tmp_path / "a", tmp_path / "b", out)
-    refused(OutputExistsError, "inside the base", write_plain(tmp_path / "f", tensors), base, base / "out")
-    refused(OutputExistsError, "inside the source", tmp_path / "f", base, tmp_path / "f/out")
+    refused(UnsupportedFormatError, "none of its tensors is quantized", plain, plain, out)
+    refused(OutputExistsError, "inside the base", plain, base, base / "out")
+    refused(OutputExistsError, "inside the source", plain, base, plain / "out")
 
 
 def test_a_scale_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
     """Values that a float16 scale cannot reach."""
-    tensors = {
-        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
-        "w.weight_scale": Stored.of(np.float32(1), "F16"),
-    }
-    base = Family(tensors, FP8, {}).write(tmp_path / "fp8")
+    base = Family(one(dtype="F16"), FP8, {}).write(tmp_path / "fp8")
     source = write_plain(tmp_path / "s", {"w.weight": Stored.of(np.full((2, 2), 1e9), "F32")})
     refused(RangeError, r"^w\.weight in .*range of F16", source, base, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"to": "fp8"},
-        {"to": "fp8", "like": "x", "scheme": "block"},
-        {"to": "fp8", "like": "x", "scales": "some"},
-        {"to": "fp8", "scheme": "int4"},
-        {"to": "bf16", "like": "x"},
-        {"to": "fp8", "scheme": "block", "scales": "fresh"},
-        {"to": "int8"},
-    ],
-)
+@pytest.mark.parametrize("how", [
+    {"to": "fp8"},
+    {"to": "fp8", "like": "x", "scheme": "block"},
+    {"to": "fp8", "like": "x", "scales": "some"},
+    {"to": "fp8", "scheme": "int4"},
+    {"to": "bf16", "like": "x"},
+    {"to": "fp8", "scheme": "block", "scales": "fresh"},
+    {"to": "int8"},
+])  # fmt: skip
 def test_arguments_that_do_not_go_together(how: dict[str, str], tmp_path: Path) -> None:
     """A `ValueError` that says which do."""
     with pytest.raises(ValueError, match=r"expected one of|needs the base|go with"):
@@ -661,11 +601,9 @@ def test_the_partition_is_the_base_s(tmp_path: Path) -> None:
     """Trained or not, every tensor is in the file that it was in, at the place where it was."""
     base = sample(tmp_path / "fp8")
     convert(base, tmp_path / "plain")
-    shutil.rmtree(tmp_path / "plain/assets", ignore_errors=True)
-    tensors = {
-        n: Stored.of(t.array.astype(np.float32) * 1.3, t.dtype) for n, t in read_directory(tmp_path / "plain").items()
-    }
-    back(write_plain(tmp_path / "s", tensors), base, tmp_path / "out")
+    plain = read_directory(tmp_path / "plain")
+    larger = {name: Stored.of(t.array.astype(np.float32) * 1.3, t.dtype) for name, t in plain.items()}
+    back(write_plain(tmp_path / "s", larger), base, tmp_path / "out")
     for file in base.glob("*.safetensors"):
         ours = tmp_path / "out" / file.name
         assert list(read_safetensors(ours)) == list(read_safetensors(file))
@@ -689,6 +627,5 @@ def test_scales_are_written_once_an_extent(sample_block: Path, tmp_path: Path, m
     convert(tmp_path / "bf16", tmp_path / "fp8", like=sample_block)
     scales = [tensor.scale for tensor in open_checkpoint(tmp_path / "fp8").quantized]
     assert max(span.shape[0] for span in scales) > 1
-    assert not [
-        span.name for span in scales for at in range(span.start + 1, span.stop) if (span.file.name, at) in begun
-    ]
+    within = {(span.file.name, at) for span in scales for at in range(span.start + 1, span.stop)}
+    assert not within & begun
