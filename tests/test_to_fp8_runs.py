@@ -6,10 +6,12 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,7 @@ from tests.stopping import CHUNK, CHUNKS, run_until
 from tests.support import ALL, cut, examples
 from tests.test_resume import GOES_ON, fail_after
 from tests.test_to_fp8 import expected_scale, steps
+from tests.test_verify import reindex
 
 
 class Died(BaseException):
@@ -65,12 +68,13 @@ def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fdatasync", fsync)
 
 
-def grow(
-    plain: Path, destination: Path, words: tuple[str, ...] = ("v_proj", "up_proj", "down_proj"), value: float = 3000
-) -> Path:
-    """A trained copy of a BF16 directory: in weights of these names the last element has grown far beyond, and some
-    others have moved.
-    """
+def back(folder: Path, out: Path, source: str = "trained", **how: Any) -> Any:
+    """A conversion in a folder of `small` to FP8 like its base."""
+    return convert(folder / source, out, to="fp8", like=folder / "fp8", **how)
+
+
+def grow(plain: Path, destination: Path, value: float = 3000) -> Path:
+    """A trained copy of a BF16 directory: the last element of some weights has grown far beyond, some others moved."""
     shutil.copytree(plain, destination)
     for file in destination.glob("*.safetensors"):
         raw = np.memmap(file, np.uint8, "r+")
@@ -80,16 +84,10 @@ def grow(
             start, stop = (8 + size + at for at in entry["data_offsets"])
             if "embed" not in name and len(entry["shape"]) == 2:
                 raw[start : stop - 2 : 1022] ^= 3  # low bits of mantissas
-                if any(word in name for word in words):
+                if any(word in name for word in ("v_proj", "up_proj", "down_proj")):
                     raw[stop - 2 : stop] = np.frombuffer(Stored.of(np.asarray(value), "BF16").data, np.uint8)
         raw.flush()
     return destination
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As of `outgrown`."""
-    return outgrown(tmp_path_factory.mktemp("small"))
 
 
 def outgrown(folder: Path) -> Path:
@@ -99,14 +97,20 @@ def outgrown(folder: Path) -> Path:
     sample(folder / "fp8", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384))
     convert(folder / "fp8", folder / "plain")
     grow(folder / "plain", folder / "trained")
-    convert(folder / "trained", folder / "undisturbed", to="fp8", like=folder / "fp8")
+    back(folder, folder / "undisturbed")
     return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As of `outgrown`."""
+    return outgrown(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(small: Path) -> dict[str, dict[str, str]]:
     """The digests of what undisturbed runs write, by source."""
-    result = convert(small / "trained", small / "out", to="fp8", like=small / "fp8")
+    result = back(small, small / "out")
     assert result.report is not None
     assert result.report.total.fresh > 0.4 * result.report.total.scales
     found = {"plain": digests(small / "fp8"), "trained": digests(small / "out")}
@@ -141,14 +145,13 @@ def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, mo
     def died(*_: object) -> None:
         raise Died
 
-    how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "scales": scales}
-    whole = convert(small / "trained", tmp_path / "whole", **how)
+    whole = back(small, tmp_path / "whole", scales=scales)
     with monkeypatch.context() as patch:
         patch.setattr("fp8ckpt.encodings.units.Units.recorded", lambda *_: {})
         patch.setattr("fp8ckpt.encodings.run._decide", died)
         with pytest.raises(Died):
-            convert(small / "trained", tmp_path / "out", **how)
-    result = convert(small / "trained", tmp_path / "out", **how)
+            back(small, tmp_path / "out", scales=scales)
+    result = back(small, tmp_path / "out", scales=scales)
     assert_same_tree(tmp_path / "out", tmp_path / "whole")
     assert result.report == whole.report
     assert result.report is not None
@@ -183,12 +186,12 @@ def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkey
             for name in STEPS:
                 patch.setattr(os, name, partial(before, getattr(os, name)))
             try:
-                convert(small / "trained", out, to="fp8", like=small / "fp8", report=remainder == 0, workers=1)
+                back(small, out, report=remainder == 0, workers=1)
                 ended = True
             except Died:
                 pass
         if not ended and not out.exists():
-            result = convert(small / "trained", out, to="fp8", like=small / "fp8", report=remainder == 0, workers=2)
+            result = back(small, out, report=remainder == 0, workers=2)
             passes.add(result.bytes_resumed > result.bytes_written)  # all of the first pass, and some of the second
         assert_same_tree(out, small / "undisturbed")
         shutil.rmtree(out)
@@ -202,27 +205,27 @@ def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("source", ["plain", "trained"])
-def test_full_disk(source: str, workers: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("source", "moments"), [("plain", (0, 1, 9, 60, 120)), ("trained", (0, 5, 70, 130, 150))])
+def test_full_disk(
+    source: str, moments: tuple[int, ...], workers: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ENOSPC after some writes of either pass: named, source and base untouched, no DST; the rerun, with other workers,
     ends well.
     """
     cut(monkeypatch, 8 << 10, 2)
     before = tree(small / source), tree(small / "fp8")
-    whole = convert(small / source, tmp_path / "whole", to="fp8", like=small / "fp8")
+    whole = back(small, tmp_path / "whole", source)
     shutil.rmtree(tmp_path / "whole")
-    moments = (0, 1, 9, 60, 120) if source == "plain" else (0, 5, 70, 130, 150)
     for calls in moments:
         out = tmp_path / f"out{calls}"
+        said = rf"No space left on device; free some space.*{out.name}\.partial, and {GOES_ON}"
         with monkeypatch.context() as patch:
             fail_after(patch, "pwrite", calls, errno.ENOSPC)
-            with pytest.raises(
-                StorageError, match=rf"No space left on device; free some space.*{out.name}\.partial, and {GOES_ON}"
-            ):
-                convert(small / source, out, to="fp8", like=small / "fp8", workers=workers)
+            with pytest.raises(StorageError, match=said):
+                back(small, out, source, workers=workers)
         assert os.listdir(tmp_path) == [f"{out.name}.partial"]
         assert (tree(small / source), tree(small / "fp8")) == before
-        result = convert(small / source, out, to="fp8", like=small / "fp8", workers=3 - workers)
+        result = back(small, out, source, workers=3 - workers)
         assert result.bytes_resumed > 0 or calls < 10
         assert result.report == whole.report
         assert_same_tree(out, small / ("fp8" if source == "plain" else "undisturbed"))
@@ -249,17 +252,14 @@ def test_a_record_that_the_disk_cuts_short(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    with monkeypatch.context() as patch:
+    ended = pytest.raises(StorageError, match="No space left on device") if full else nullcontext()
+    with monkeypatch.context() as patch, ended:
         patch.setattr(os, "write", short)
-        if full:
-            with pytest.raises(StorageError, match="No space left on device"):
-                convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
-            assert not (tmp_path / "out").exists()
-        else:
-            convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", workers=1)
+        back(small, tmp_path / "out", workers=1)
     assert shortened
+    assert (tmp_path / "out").exists() != full
     if full:
-        convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8")
+        back(small, tmp_path / "out")
     assert_same_tree(tmp_path / "out", small / "undisturbed")
 
 
@@ -275,7 +275,7 @@ def test_the_second_pass_stands_where_all_of_the_first_does(
         raise Died
 
     def run(out: Path) -> Any:
-        return convert(small / "trained", out, to="fp8", like=small / "fp8", workers=1)
+        return back(small, out, workers=1)
 
     report = run(tmp_path / "whole").report
     with monkeypatch.context() as patch:
@@ -315,13 +315,11 @@ def test_other_arguments_are_not_taken_up(
         fail_after(patch, "pwrite", 60, errno.EIO)
         with pytest.raises(StorageError):
             convert(small / "trained", tmp_path / "out", workers=1, **how)
+    sizes = Mistral3Sizes(layers=1, vision_layers=1, intermediate=384)
     other: dict[str, Any] = {
         "scales": {**how, "scales": "fresh"},
         "report": {**how, "report": False},
-        "base": {
-            "to": "fp8",
-            "like": sample(tmp_path / "other", Mistral3Sizes(layers=1, vision_layers=1, intermediate=384), seed=1),
-        },
+        "base": {**how, "like": sample(tmp_path / "other", sizes, seed=1)},
         "scheme": {"to": "fp8", "scheme": "per-tensor"},
         "to": {"to": "bf16"},
         "source": how,
@@ -348,11 +346,8 @@ def test_workers_change_no_byte_and_no_number(
     """1, 2 and 7 workers write the same directory and report the same, to the last digit of every sum."""
     cut(monkeypatch, 4096, 3)
     steps(monkeypatch, 1000)
-    like = {} if "scheme" in how else {"like": small / "fp8"}
-    results = [
-        convert(small / "trained", tmp_path / str(workers), to="fp8", workers=workers, **how, **like)  # type: ignore[arg-type]
-        for workers in (1, 2, 7)
-    ]
+    way: dict[str, Any] = {"to": "fp8", **how} | ({} if "scheme" in how else {"like": small / "fp8"})
+    results = [convert(small / "trained", tmp_path / str(n), workers=n, **way) for n in (1, 2, 7)]
     assert results[0].report is not None
     assert results[0].report.total.fresh > 0
     for other in results[1:]:
@@ -520,35 +515,25 @@ def test_ranks_write_and_report_what_one_process_does(
     code, stdout, stderr = Launched(tmp_path / "ranks", ranks, *command).ended()
     assert code == 0, stderr
     found = json.loads(stdout)
-    assert found.pop("nan").startswith(
-        f"WeightValueError: {name} in {file.name}: 1 of {values.size} elements are NaN or infinite"
-    )
-    full = found.pop("full")
-    assert full.startswith("StorageError: ")
-    assert "No space left on device" in full
-    assert GOES_ON in full
+    refused = f"WeightValueError: {name} in {file.name}: 1 of {values.size} elements are NaN or infinite"
+    assert found.pop("nan").startswith(refused)
+    assert re.match(f"StorageError: .*No space left on device.*{GOES_ON}", found.pop("full"))
     assert sorted(os.listdir(tmp_path / "out")) == ["block", "fresh", "full.partial", "full2", "plain", "trained"]
+    like: dict[str, Any] = {"like": folder / "fp8"}
     jobs: dict[str, tuple[str, dict[str, Any]]] = {
-        "plain": ("plain", {"like": folder / "fp8"}),
-        "trained": ("trained", {"like": folder / "fp8"}),
-        "fresh": ("trained", {"like": folder / "fp8", "scales": "fresh"}),
+        "plain": ("plain", like),
+        "trained": ("trained", like),
+        "fresh": ("trained", {**like, "scales": "fresh"}),
         "block": ("trained", {"scheme": "block"}),
-        "full2": ("trained", {"like": folder / "fp8"}),
+        "full2": ("trained", like),
     }
-    timing = (
-        "base_bytes_read",
-        "bytes_rewritten",
-    )  # of weights that turn out to have outgrown their scale: when is anybody's luck
+    timing = {"base_bytes_read", "bytes_rewritten"}  # when a weight turns out to have outgrown its scale is luck
     for key, (source, how) in jobs.items():
         alone = asdict(convert(folder / source, tmp_path / f"alone-{key}", to="fp8", **how))
-        alone = json.loads(
-            json.dumps(
-                {name: value for name, value in alone.items() if name not in ("seconds", "destination", *timing)}
-            )
-        )
-        assert {name: value for name, value in found[key].items() if name not in timing} == alone
+        alone = {name: alone[name] for name in alone.keys() - {"seconds", "destination", *timing}}
+        assert {name: found[key][name] for name in found[key].keys() - timing} == json.loads(json.dumps(alone))
         assert_same_tree(tmp_path / "out" / key, tmp_path / f"alone-{key}")
-    convert(folder / "trained", tmp_path / "out/full", to="fp8", like=folder / "fp8")
+    back(folder, tmp_path / "out/full")
     assert_same_tree(tmp_path / "out/full", small / "undisturbed")
 
 
@@ -593,10 +578,9 @@ class Counted:
 
 
 @pytest.mark.parametrize("report", [True, False])
-@pytest.mark.parametrize(
-    "case",
-    ["untouched", "block fresh", "block trained", "channel fresh", "MXFP8 fresh", "scheme block", "scheme channel"],
-)
+@pytest.mark.parametrize("case", [
+    "untouched", "block fresh", "block trained", "channel fresh", "MXFP8 fresh", "scheme block", "scheme channel",
+])  # fmt: skip
 def test_each_byte_is_read_once_and_written_once(
     case: str, report: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,12 +588,8 @@ def test_each_byte_is_read_once_and_written_once(
     always.
     """
     family = {"channel fresh": "per-channel [o,1]", "MXFP8 fresh": "MXFP8 U8"}.get(case)
-    if family is not None:
-        base = families()[family].write(tmp_path / "fp8")
-    else:
-        base = sample(
-            tmp_path / "fp8", DeepseekSizes(layers=1) if "block" in case else Mistral3Sizes(layers=1, vision_layers=1)
-        )
+    sizes = DeepseekSizes(layers=1) if "block" in case else Mistral3Sizes(layers=1, vision_layers=1)
+    base = sample(tmp_path / "fp8", sizes) if family is None else families()[family].write(tmp_path / "fp8")
     plain = convert(base, tmp_path / "plain").destination
     if case == "block trained":
         plain = grow(plain, tmp_path / "trained")
@@ -622,14 +602,9 @@ def test_each_byte_is_read_once_and_written_once(
     source, like = open_checkpoint(plain), open_checkpoint(base)
     spans = [span for header in source.files for span in header.spans]
     assert {count for span in spans for count in counted.of(span)} == {1}
-    stored = {span.name for span in spans}
-    only_in_base = [
-        s
-        for h in like.files
-        for s in h.spans
-        if s.name not in stored and s.name not in {t.scale.name for t in like.quantized}
-    ]
-    from_base = sum(span.nbytes for span in only_in_base) if "like" in how else 0
+    others = {span.name for span in spans} | {tensor.scale.name for tensor in like.quantized}
+    from_base = sum(span.nbytes for header in like.files for span in header.spans if span.name not in others)
+    from_base *= "like" in how
     assert result.bytes_read == sum(span.nbytes for span in spans) + from_base
     codes = sum(tensor.weight.nbytes for tensor in like.quantized)
     once = report and "like" in how
@@ -647,7 +622,7 @@ def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypat
     cut(monkeypatch, 4096, 2)
     with monkeypatch.context() as patch:
         counted = Counted(patch)
-        result = convert(small / "trained", tmp_path / "out", to="fp8", like=small / "fp8", report=False, workers=1)
+        result = back(small, tmp_path / "out", report=False, workers=1)
     twice = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
     twice = {name for name in twice if "o_proj" not in name and "gate" not in name}
     source = open_checkpoint(small / "trained")
@@ -690,8 +665,12 @@ def test_many_small_weights_are_flushed_together(tmp_path: Path, monkeypatch: py
 # ---------------------------------------------------------------- any checkpoint
 
 
+Drawn = tuple[dict[str, Stored], list[int], int, int, int]
+IN_FOURS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
+
+
 @st.composite
-def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int, int]:
+def checkpoints(draw: st.DrawFn) -> Drawn:
     """(tensors, file of each, chunk, chunks, step): FP8 weights of any shape and grid, among tensors of any dtype."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     dims = st.integers(0, 9) | st.integers(120, 140)
@@ -720,29 +699,22 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Stored], list[int], int, int
         tensors[f"layers.{i}.q_proj.weight"] = Stored.codes(codes)
         tensors[f"layers.{i}.q_proj.weight_scale_inv"] = scale
         if draw(st.booleans()):
-            tensors[f"layers.{i}.q_proj.activation_scale"] = (
-                Stored.of(np.asarray(0.5), dtype) if dtype != "F8_E8M0" else scale
-            )
+            activation = Stored.of(np.asarray(0.5), dtype) if dtype != "F8_E8M0" else scale
+            tensors[f"layers.{i}.q_proj.activation_scale"] = activation
     for i in range(draw(st.integers(0, 4))):
         shape = tuple(draw(st.lists(dims, max_size=2)))
-        tensors[f"other.{i}"] = Stored.of(
-            rng.integers(0, 2, shape), draw(st.sampled_from(["BF16", "F16", "F32", "I64", "U8", "BOOL", "F64", "I8"]))
-        )
+        dtype = draw(st.sampled_from(["BF16", "F16", "F32", "I64", "U8", "BOOL", "F64", "I8"]))
+        tensors[f"other.{i}"] = Stored.of(rng.integers(0, 2, shape), dtype)
     files = draw(st.lists(st.integers(0, 2), min_size=len(tensors), max_size=len(tensors)))
     few = sum(len(tensor.data) for tensor in tensors.values()) // 500 * 8  # or there are thousands of pieces
-    return (
-        tensors,
-        files,
-        max(few, draw(st.sampled_from([8, 64, 1000, 4096, 1 << 16]))),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from([7, 100, 1 << 19])),
-    )
+    chunk = max(few, draw(st.sampled_from([8, 64, 1000, 4096, 1 << 16])))
+    return tensors, files, chunk, draw(st.integers(1, 4)), draw(st.sampled_from([7, 100, 1 << 19]))
 
 
 @examples(30)
 @given(drawn=checkpoints(), to=st.sampled_from(["bf16", "fp32"]), report=st.booleans())
 def test_any_checkpoint_round_trips(
-    drawn: tuple[dict[str, Stored], list[int], int, int, int],
+    drawn: Drawn,
     to: str,
     report: bool,
     tmp_path_factory: pytest.TempPathFactory,
@@ -753,9 +725,7 @@ def test_any_checkpoint_round_trips(
     try:
         base = folder / "fp8"
         base.mkdir()
-        (base / "config.json").write_text(
-            json.dumps({"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}})
-        )
+        (base / "config.json").write_text(json.dumps(IN_FOURS))
         for file in set(files):
             part = {name: tensor for (name, tensor), own in zip(tensors.items(), files, strict=True) if own == file}
             write_safetensors(base / f"model-{file}.safetensors", part, {"format": "pt"})
@@ -770,11 +740,8 @@ def test_any_checkpoint_round_trips(
             assert result.report is not None
             total = result.report.total
             weights = {name: tensor for name, tensor in tensors.items() if name.endswith("q_proj.weight")}
-            assert (total.elements, total.moved, total.fresh) == (
-                sum(math.prod(t.shape) for t in weights.values()),
-                0,
-                0,
-            )
+            elements = sum(math.prod(tensor.shape) for tensor in weights.values())
+            assert (total.elements, total.moved, total.fresh) == (elements, 0, 0)
             assert total.scales == sum(math.prod(tensors[f"{name}_scale_inv"].shape) for name in weights)
     finally:
         shutil.rmtree(folder)
@@ -785,7 +752,7 @@ def test_any_checkpoint_round_trips(
     drawn=checkpoints(), dtype=st.sampled_from(["BF16", "F32"]), seed=st.integers(0, 2**32), workers=st.integers(1, 3)
 )
 def test_any_training_equals_the_oracle(
-    drawn: tuple[dict[str, Stored], list[int], int, int, int],
+    drawn: Drawn,
     dtype: str,
     seed: int,
     workers: int,
@@ -798,8 +765,7 @@ def test_any_training_equals_the_oracle(
     rng = np.random.default_rng(seed)
     folder = tmp_path_factory.mktemp("any")
     try:
-        config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
-        base = Family(tensors, config, {}).write(folder / "fp8", files=1)
+        base = Family(tensors, IN_FOURS, {}).write(folder / "fp8", files=1)
         convert(base, folder / "plain", to="fp32")
         trained = read_directory(folder / "plain")
         expected = dict(tensors)
@@ -814,9 +780,8 @@ def test_any_training_equals_the_oracle(
             trained[tensor.name] = Stored.of(values, dtype)
             if values.size:
                 expected[scale] = expected_scale(trained[tensor.name], tensors[scale], block)
-                expected[tensor.name] = Stored(
-                    "F8_E4M3", values.shape, quantize(trained[tensor.name], expected[scale], block)
-                )
+                codes = quantize(trained[tensor.name], expected[scale], block)
+                expected[tensor.name] = Stored("F8_E4M3", values.shape, codes)
         source = write_plain(folder / "trained", trained)
         with pytest.MonkeyPatch.context() as patch:
             cut(patch, chunk, chunks)
@@ -845,19 +810,21 @@ def command(cli: Run) -> Cli:
     return run
 
 
+def like(folder: Path) -> tuple[object, ...]:
+    return ("--to", "fp8", "--like", folder / "fp8")
+
+
 def test_summary_of_what_was_not_trained(small: Path, tmp_path: Path, command: Cli) -> None:
     """Nothing moved, every scale kept, and no table."""
-    code, out, err = command("convert", small / "plain", tmp_path / "out", "--to", "fp8", "--like", small / "fp8")
+    code, out, err = command("convert", small / "plain", tmp_path / "out", *like(small))
     assert (code, err) == (0, "")
     quantized = len(open_checkpoint(small / "fp8").quantized)
     elements = sum(tensor.weight.nbytes for tensor in open_checkpoint(small / "fp8").quantized)
     lines = out.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'out'}: {len(open_checkpoint(small / 'plain').tensors)} tensors in ")
     assert f", {quantized} quantized, " in lines[0]
-    assert (
-        lines[1] == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, "
-        f"{quantized} of {quantized} (100 %) scales kept, 0 new"
-    )
+    kept = f"{quantized} of {quantized} (100 %) scales kept, 0 new"
+    assert lines[1] == f"0 of {elements:,} (0 %) codes moved, 0 elements clipped, {kept}"
     assert lines[2].startswith("error against the source: ")
     assert len(lines) == 3
     assert_same_tree(tmp_path / "out", small / "fp8")
@@ -865,10 +832,9 @@ def test_summary_of_what_was_not_trained(small: Path, tmp_path: Path, command: C
 
 def test_summary_of_what_was_trained(small: Path, tmp_path: Path, command: Cli) -> None:
     """What moved, what is new, what had outgrown its scale; and the weights that moved most, in that order."""
-    like = ("--to", "fp8", "--like", small / "fp8")
-    code, out, err = command("convert", small / "trained", tmp_path / "out", *like)
+    code, out, err = command("convert", small / "trained", tmp_path / "out", *like(small))
     assert (code, err) == (0, "")
-    result = convert(small / "trained", tmp_path / "again", to="fp8", like=small / "fp8")
+    result = back(small, tmp_path / "again")
     assert result.report is not None
     total, lines = result.report.total, out.splitlines()
     assert total.moved
@@ -879,18 +845,15 @@ def test_summary_of_what_was_trained(small: Path, tmp_path: Path, command: Cli) 
     assert " ".join(lines[5].split()) == "weight moved share new scales of outgrown mean error largest"
     rows = sorted((row for row in result.report.weights if row.moved), key=lambda row: -(row.moved or 0) / row.elements)
     shares = [f"{100 * (row.moved or 0) / row.elements:.3g}" for row in rows]
-    assert [line.split()[:3] for line in lines[6:]] == [
-        [row.name, f"{row.moved:,}", share] for row, share in zip(rows[:10], shares, strict=False)
-    ]
+    first = [[row.name, f"{row.moved:,}", share] for row, share in zip(rows, shares, strict=True)][:10]
+    assert [line.split()[:3] for line in lines[6:]] == first
     assert_same_tree(tmp_path / "out", small / "undisturbed")
 
 
 def test_no_report_and_fresh_scales(small: Path, tmp_path: Path, command: Cli) -> None:
     """One line, and the bytes of the library call."""
     for i, more in enumerate((["--no-report"], ["--no-report", "--scales", "fresh", "--workers", "2"])):
-        code, out, err = command(
-            "convert", small / "trained", tmp_path / f"out{i}", "--to", "fp8", "--like", small / "fp8", *more
-        )
+        code, out, err = command("convert", small / "trained", tmp_path / f"out{i}", *like(small), *more)
         assert (code, err, len(out.splitlines())) == (0, "", 1)
     assert_same_tree(tmp_path / "out0", small / "undisturbed")
     convert(small / "trained", tmp_path / "fresh", to="fp8", like=small / "fp8", scales="fresh")
@@ -899,23 +862,16 @@ def test_no_report_and_fresh_scales(small: Path, tmp_path: Path, command: Cli) -
 
 def test_json_is_the_whole_result(small: Path, tmp_path: Path, command: Cli) -> None:
     """Every field of `Fp8Result`, the report of each weight and of all among them."""
-    code, out, err = command(
-        "convert", small / "trained", tmp_path / "out", "--to", "fp8", "--like", small / "fp8", "--json"
-    )
+    code, out, err = command("convert", small / "trained", tmp_path / "out", *like(small), "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    result = asdict(convert(small / "trained", tmp_path / "again", to="fp8", like=small / "fp8"))
+    result = asdict(back(small, tmp_path / "again"))
     assert found.keys() == {*result, "page"}  # where --report-html drew it
-    assert found["report"] == json.loads(json.dumps(result["report"]))
-    assert [row["name"] for row in found["report"]["weights"]] == [
-        t.name for t in open_checkpoint(small / "fp8").quantized
-    ]
-    assert {key: found[key] for key in ("to", "quantized", "bytes_read")} == {
-        key: result[key] for key in ("to", "quantized", "bytes_read")
-    }
-    code, out, _ = command(
-        "convert", small / "trained", tmp_path / "none", "--to", "fp8", "--like", small / "fp8", "--json", "--no-report"
-    )
+    for key in ("report", "to", "quantized", "bytes_read"):
+        assert found[key] == json.loads(json.dumps(result[key]))
+    names = [tensor.name for tensor in open_checkpoint(small / "fp8").quantized]
+    assert [row["name"] for row in found["report"]["weights"]] == names
+    code, out, _ = command("convert", small / "trained", tmp_path / "none", *like(small), "--json", "--no-report")
     assert json.loads(out)["report"] is None
 
 
@@ -978,22 +934,17 @@ def test_four_bits_are_the_bases(dtype: str, small: Path, tmp_path: Path, comman
         assert (code, "leave out --to" in " ".join(err.split())) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("source", "like", "found"),
-    [
-        ("fp8", "fp8", "it is quantized already; expected BF16, F16 or F32; convert it first: --to bf16"),
-        ("plain", "plain", "none of its tensors is quantized"),
-        ("plain", "other", "tensors are only in the base"),
-        ("plain", "nothing", "nothing"),
-        ("nothing", "fp8", "nothing"),
-    ],
-)
-def test_refusals_are_one_line(source: str, like: str, found: str, small: Path, tmp_path: Path, command: Cli) -> None:
+@pytest.mark.parametrize(("source", "base", "found"), [
+    ("fp8", "fp8", "it is quantized already; expected BF16, F16 or F32; convert it first: --to bf16"),
+    ("plain", "plain", "none of its tensors is quantized"),
+    ("plain", "other", "tensors are only in the base"),
+    ("plain", "nothing", "nothing"),
+    ("nothing", "fp8", "nothing"),
+])  # fmt: skip
+def test_refusals_are_one_line(source: str, base: str, found: str, small: Path, tmp_path: Path, command: Cli) -> None:
     """Exit 1, one line that names what was found, nothing written."""
-    if like == "other":
-        sample(tmp_path / "other", DeepseekSizes(layers=1))
-    base = tmp_path / "other" if like == "other" else small / like
-    code, out, err = command("convert", small / source, tmp_path / "out", "--to", "fp8", "--like", base)
+    path = sample(tmp_path / base, DeepseekSizes(layers=1)) if base == "other" else small / base
+    code, out, err = command("convert", small / source, tmp_path / "out", "--to", "fp8", "--like", path)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert err.startswith("fp8ckpt: ")
     assert found in err
@@ -1026,7 +977,12 @@ def test_serving_completes_the_released_list(tmp_path: Path, command: Cli) -> No
 
 def fall_short(base: Path, what: str) -> None:
     """Spoil a base in place, in one of the ways in which releases and other tools' outputs fall short."""
-    if what in ("[1,1] scales", "activation scales"):
+    if what == "params.json":
+        (base / what).write_text('{"dim": 128, "quantization": {"qformat_weight": "fp8_e4m3"}}')
+        write_safetensors(base / "consolidated.safetensors", {"x": Stored.of(np.ones(3), "BF16")})
+    elif what == "no index":
+        (base / "model.safetensors.index.json").unlink()
+    else:
         for file in sorted(base.glob("*.safetensors")):
             tensors = read_safetensors(file)
             for name, tensor in list(tensors.items()):
@@ -1035,18 +991,7 @@ def fall_short(base: Path, what: str) -> None:
                 if what == "activation scales" and name.endswith("q_proj.activation_scale"):
                     del tensors[name]
             write_safetensors(file, tensors, {"format": "pt"})
-        index = json.loads((base / "model.safetensors.index.json").read_text())
-        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in read_directory(base)}
-        index["metadata"] = {}
-        (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif what == "params.json":
-        (base / what).write_text('{"dim": 128, "quantization": {"qformat_weight": "fp8_e4m3"}}')
-        write_safetensors(base / "consolidated.safetensors", {"x": Stored.of(np.ones(3), "BF16")})
-    elif what == "no index":
-        (base / "model.safetensors.index.json").unlink()
-    elif what == "no format":
-        for file in base.glob("*.safetensors"):
-            write_safetensors(file, read_safetensors(file))
+        reindex(base)
 
 
 SHORT = ("[1,1] scales", "activation scales", "params.json", "no index")
@@ -1132,9 +1077,8 @@ def test_serving_changes_nothing_that_is_right(name: str, tmp_path: Path) -> Non
     assert (after.defects, after.tensor_differences) == ((), ())
     assert before.serving is not None
     assert after.serving is not None
-    assert {failure.found for failure in after.serving.failures} <= {
-        failure.found for failure in before.serving.failures
-    }
+    found, known = ({failure.found for failure in of.serving.failures} for of in (after, before))
+    assert found <= known
 
 
 def test_serving_keeps_the_activation_scales_of_one_group_of_several(tmp_path: Path) -> None:
@@ -1163,10 +1107,7 @@ def test_progress_goes_on_over_both_passes(small: Path, tmp_path: Path, monkeypa
     """What is done never falls, nor exceeds what there is to do, and in the end all is done."""
     cut(monkeypatch, 8192, 2)
     seen: list[tuple[int, int]] = []
-    how: dict[str, Any] = {"to": "fp8", "like": small / "fp8", "workers": 2}
-    result = convert(
-        small / "trained", tmp_path / "out", progress=lambda done, total, doing: seen.append((done, total)), **how
-    )
+    result = back(small, tmp_path / "out", workers=2, progress=lambda done, total, doing: seen.append((done, total)))
     assert seen == sorted(seen)
     assert all(done <= total for done, total in seen)
     scales = sum(tensor.scale.nbytes for tensor in open_checkpoint(small / "fp8").quantized)
