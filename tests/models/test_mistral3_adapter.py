@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,17 @@ def _stored(tensor: torch.Tensor) -> Stored:
 
 
 def _parameters(function: Any) -> dict[str, Any]:
-    return {
-        name: parameter.default for name, parameter in inspect.signature(function).parameters.items() if name != "self"
-    }
+    found = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in found.items() if name != "self"}
+
+
+def _single(
+    weight: torch.Tensor, adapter: Mistral3FP8StateDictAdapter | None = None, name: str = "a.weight"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scale of one weight."""
+    adapter = adapter or Mistral3FP8StateDictAdapter()
+    (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
+    return codes, scale
 
 
 # ---------------------------------------------------------------- the documented surface
@@ -60,14 +69,11 @@ def test_signatures_are_the_documented_ones() -> None:
     """Names, order and defaults of every argument; the constructor takes keywords only."""
     none = inspect.Parameter.empty
     adapter = Mistral3FP8StateDictAdapter
-    assert _parameters(adapter.to_hf) == {
-        "state_dict": none,
-        "exclude_key_regex": None,
-        "quantization": False,
-        "kwargs": none,
-    }
-    assert _parameters(adapter.from_hf) == {"hf_state_dict": none, "device_mesh": None, "kwargs": none}
-    assert _parameters(adapter.convert_single_tensor_to_hf) == {"fqn": none, "tensor": none, "kwargs": none}
+    options = {"exclude_key_regex": None, "quantization": False}
+    assert _parameters(adapter.to_hf) == {"state_dict": none, **options, "kwargs": none}
+    for either in (adapter, StateDictAdapter):
+        assert _parameters(either.from_hf) == {"hf_state_dict": none, "device_mesh": None, "kwargs": none}
+        assert _parameters(either.convert_single_tensor_to_hf) == {"fqn": none, "tensor": none, "kwargs": none}
     assert _parameters(adapter.__init__) == {
         "native_to_hf": module._identity, "hf_to_native": module._identity, "layout_name": "vlm_full",
         "not_fp8_prefixes": ()
@@ -75,19 +81,13 @@ def test_signatures_are_the_documented_ones() -> None:
     kinds = {p.kind for name, p in inspect.signature(adapter.__init__).parameters.items() if name != "self"}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
     assert _parameters(adapter.for_vlm_full) == _parameters(adapter.for_causal_lm) == {"config": None}
-    assert _parameters(module._dequantize_from_fp8) == {
-        "weight_fp8": none,
-        "scale_inv": none,
-        "target_dtype": torch.bfloat16,
-    }
+    given = {"weight_fp8": none, "scale_inv": none, "target_dtype": torch.bfloat16}
+    assert _parameters(module._dequantize_from_fp8) == given
     assert _parameters(module._is_fp8_weight_key) == {"model_key": none, "not_fp8_prefixes": ()}
     with pytest.raises(TypeError):
         adapter(module._identity)  # type: ignore[misc]
-    abstract = {"to_hf", "from_hf", "convert_single_tensor_to_hf"}
-    assert StateDictAdapter.__abstractmethods__ == abstract
+    assert StateDictAdapter.__abstractmethods__ == {"to_hf", "from_hf", "convert_single_tensor_to_hf"}
     assert _parameters(StateDictAdapter.to_hf) == {"state_dict": none, "kwargs": none}
-    assert _parameters(StateDictAdapter.from_hf) == {"hf_state_dict": none, "device_mesh": None, "kwargs": none}
-    assert _parameters(StateDictAdapter.convert_single_tensor_to_hf) == {"fqn": none, "tensor": none, "kwargs": none}
 
 
 def test_for_vlm_full() -> None:
@@ -108,18 +108,15 @@ TEXT_OF_SMALL = {"model_type": "ministral3", "num_hidden_layers": 40}
 SMALL = {"text_config": TEXT_OF_SMALL, "tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize(
-    ("config", "layout", "may_lack_head"),
-    [
-        (MEDIUM, "vlm_full", False),
-        (SMALL, "vlm_nested", False),
-        ({**SMALL, "tie_word_embeddings": True}, "vlm_nested", True),
-        ({"text_config": {**TEXT_OF_SMALL, "tie_word_embeddings": True}}, "vlm_nested", True),
-        ({"text_config": TEXT_OF_SMALL}, "vlm_nested", True),  # not said
-        ({"text_config": {"model_type": "mistral", "num_hidden_layers": 88}}, "vlm_nested", True),
-        ({}, "vlm_nested", True),
-    ],
-)
+@pytest.mark.parametrize(("config", "layout", "may_lack_head"), [
+    (MEDIUM, "vlm_full", False),
+    (SMALL, "vlm_nested", False),
+    ({**SMALL, "tie_word_embeddings": True}, "vlm_nested", True),
+    ({"text_config": {**TEXT_OF_SMALL, "tie_word_embeddings": True}}, "vlm_nested", True),
+    ({"text_config": TEXT_OF_SMALL}, "vlm_nested", True),  # not said
+    ({"text_config": {"model_type": "mistral", "num_hidden_layers": 88}}, "vlm_nested", True),
+    ({}, "vlm_nested", True),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", [dict, lambda config: Mistral3Config(**config)], ids=["mapping", "object"])
 def test_for_vlm_full_of_a_configuration(
     kind: Callable[[dict[str, Any]], Any], config: dict[str, Any], layout: str, may_lack_head: bool
@@ -149,31 +146,23 @@ def test_for_causal_lm(config: dict[str, Any] | None, may_lack_head: bool) -> No
     assert not adapter.is_fp8_weight("lm_head.weight")
 
 
-@pytest.mark.parametrize(
-    ("key", "fp8"),
-    [
-        (TEXT + "mlp.up_proj.weight", True),
-        (TEXT + "self_attn.q_proj.weight", True),
-        ("model.vision_tower_extra.x.weight", True),
-        ("model.multi_modal_projector2.linear.weight", True),
-        ("a.model.vision_tower.x.weight", True),
-        (TEXT + "mlp.up_proj.bias", False),
-        (TEXT + "mlp.up_proj.weight_scale_inv", False),
-        (TEXT + "mlp.up_proj", False),
-        ("model.language_model.embed_tokens.weight", False),
-        ("lm_head.weight", False),
-        ("language_model.lm_head.weight", False),
-        (TEXT + "input_layernorm.weight", False),
-        (TEXT + "post_attention_layernorm.weight", False),
-        ("model.language_model.norm.weight", False),
-        ("model.norm.weight", False),
-        ("model.vision_tower.transformer.layers.0.attention.q_proj.weight", False),
-        ("model.multi_modal_projector.linear_1.weight", False),
-    ],
-)
-def test_is_fp8_weight_key(key: str, fp8: bool) -> None:
+IN_FP8 = [
+    TEXT + "mlp.up_proj.weight", TEXT + "self_attn.q_proj.weight", "model.vision_tower_extra.x.weight",
+    "model.multi_modal_projector2.linear.weight", "a.model.vision_tower.x.weight",
+]  # fmt: skip
+NOT_FP8 = [
+    TEXT + "mlp.up_proj.bias", TEXT + "mlp.up_proj.weight_scale_inv", TEXT + "mlp.up_proj",
+    "model.language_model.embed_tokens.weight", "lm_head.weight", "language_model.lm_head.weight",
+    TEXT + "input_layernorm.weight", TEXT + "post_attention_layernorm.weight", "model.language_model.norm.weight",
+    "model.norm.weight", "model.vision_tower.transformer.layers.0.attention.q_proj.weight",
+    "model.multi_modal_projector.linear_1.weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*IN_FP8, *NOT_FP8])
+def test_is_fp8_weight_key(key: str) -> None:
     """A text Linear's weight, and nothing else; a prefix is a module's name, never the beginning of another's."""
-    assert module._is_fp8_weight_key(key, ("model.vision_tower", "model.multi_modal_projector")) is fp8
+    assert module._is_fp8_weight_key(key, ("model.vision_tower", "model.multi_modal_projector")) is (key in IN_FP8)
 
 
 def test_is_fp8_weight_key_without_prefixes() -> None:
@@ -261,10 +250,8 @@ def test_to_hf_without_quantization_passes_the_same_objects() -> None:
     """Identity of names, order and objects; the keywords that hosts add change nothing."""
     native = _native()
     adapter = Mistral3FP8StateDictAdapter.for_vlm_full()
-    for extra in (
-        {},
-        {"device_mesh": None, "for_checkpoint_load": True, "v4_compatible": False, "legacy_paramwrapper_layout": True},
-    ):
+    more = {"device_mesh": None, "for_checkpoint_load": True, "v4_compatible": False}
+    for extra in ({}, {**more, "legacy_paramwrapper_layout": True}):
         hf = adapter.to_hf(native, **extra)
         assert list(hf) == list(native)
         assert all(hf[name] is native[name] for name in native)
@@ -281,12 +268,8 @@ def test_to_hf_with_quantization_makes_placeholders() -> None:
     names.insert(names.index(q) + 1, q + "_scale_inv")
     assert list(hf) == names
     for name in (up, q):
-        weight, scale = hf[name], hf[name + "_scale_inv"]
-        assert (weight.dtype, weight.shape, weight.device) == (
-            torch.float8_e4m3fn,
-            native[name].shape,
-            native[name].device,
-        )
+        weight, scale, of = hf[name], hf[name + "_scale_inv"], native[name]
+        assert (weight.dtype, weight.shape, weight.device) == (torch.float8_e4m3fn, of.shape, of.device)
         assert not weight.requires_grad
         assert weight.data_ptr() != native[name].data_ptr()
         assert (scale.dtype, scale.shape, scale.device) == (torch.bfloat16, (), native[name].device)
@@ -305,9 +288,8 @@ def test_to_hf_stays_on_the_meta_device() -> None:
 def test_to_hf_leaves_out_what_a_pattern_matches() -> None:
     """``exclude_key_regex`` drops matching native names, with their scales."""
     native = _native()
-    hf = Mistral3FP8StateDictAdapter.for_vlm_full().to_hf(
-        native, exclude_key_regex=r".*(mlp|vision)", quantization=True
-    )
+    adapter = Mistral3FP8StateDictAdapter.for_vlm_full()
+    hf = adapter.to_hf(native, exclude_key_regex=r".*(mlp|vision)", quantization=True)
     q = TEXT + "self_attn.q_proj.weight"
     assert set(hf) == {name for name in native if "mlp" not in name and "vision" not in name} | {q + "_scale_inv"}
 
@@ -333,14 +315,9 @@ def test_from_hf_pairs_drops_and_passes_the_rest(caplog: pytest.LogCaptureFixtur
     alone = torch.zeros(2, 2).to(torch.float8_e4m3fn)
     plain = torch.randn(3)
     hf = {
-        up + "activation_scale": scale,
-        up + "weight_scale_inv": scale,
-        up + "weight": ALL_CODES,
-        TEXT + "alone.weight": alone,
-        TEXT + "orphan.weight_scale_inv": scale,
-        TEXT + "plain.weight": plain,
-        "step": 3,
-    }
+        up + "activation_scale": scale, up + "weight_scale_inv": scale, up + "weight": ALL_CODES,
+        TEXT + "alone.weight": alone, TEXT + "orphan.weight_scale_inv": scale, TEXT + "plain.weight": plain, "step": 3,
+    }  # fmt: skip
     with caplog.at_level(logging.INFO):
         native = Mistral3FP8StateDictAdapter.for_vlm_full().from_hf(hf, device_mesh=None, v4_compatible=True)
     assert list(native) == [up + "weight", TEXT + "alone.weight", TEXT + "plain.weight", "step"]
@@ -374,9 +351,8 @@ def test_from_hf_of_a_bf16_checkpoint_is_identity() -> None:
 def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fraction: int, dtype: torch.dtype) -> None:
     """Whatever its largest code: with the scale of before, the codes of before come back, from BF16 and from FP32."""
     scale = torch.tensor(2.0**exponent * (1 + fraction / 128), dtype=torch.bfloat16)
-    weight = module._dequantize_from_fp8(
-        torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(1, -1), scale, dtype
-    )
+    given = torch.tensor([codes], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight = module._dequantize_from_fp8(given, scale, dtype)
     found, kept = quantize(Rule("a.weight", "BF16"), weight, None, np.frombuffer(bits(scale), np.uint16))
     assert (found.dtype, found.shape) == (torch.float8_e4m3fn, weight.shape)
     assert_same(kept, scale)
@@ -390,9 +366,7 @@ def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
     codes.
     """
     weight = (torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) * 2.0**size).to(torch.bfloat16)
-    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
-        "a.weight", weight, quantization=True
-    )
+    codes, scale = _single(weight)
     values = codes.to(torch.float64) * scale.to(torch.float64)
     error = (values - weight.to(torch.float64)).abs()
     half_step = torch.maximum(weight.to(torch.float64).abs() * 2.0**-4, scale.to(torch.float64) * 2.0**-10)
@@ -403,14 +377,10 @@ def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
 def test_zeros_get_a_scale_of_one() -> None:
     """A weight of zeros, signed ones too, and an empty one: zero codes of their signs, a scale that means nothing."""
     weight = torch.tensor([[0.0, -0.0]], dtype=torch.bfloat16)
-    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
-        "a.weight", weight, quantization=True
-    )
+    codes, scale = _single(weight)
     assert bits(codes) == b"\x00\x80"
     assert float(scale) == 1.0
-    (_, codes), (_, scale) = Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf(
-        "a.weight", weight[:0], quantization=True
-    )
+    codes, scale = _single(weight[:0])
     assert codes.shape == (0, 2)
     assert float(scale) == 1.0
 
@@ -421,7 +391,7 @@ def test_what_is_not_finite_is_refused_by_name(bad: float) -> None:
     weight = torch.ones(3, 4, dtype=torch.bfloat16)
     weight[1, 2] = bad
     with pytest.raises(WeightValueError, match=r"a\.weight: 1 elements .*not finite"):
-        Mistral3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
+        _single(weight)
 
 
 def test_a_scale_that_its_dtype_cannot_hold_is_refused_by_name() -> None:
@@ -452,6 +422,16 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sample(tmp_path_factory.mktemp("nested") / "fp8", layout="nested")
 
 
+def _rescaled(source: Path, destination: Path, change: Callable[[np.ndarray], Stored]) -> Path:
+    """A copy whose scales are others."""
+
+    def edit(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        scales = {name: change(t.array.astype(np.float32)) for name, t in tensors.items() if "_scale_inv" in name}
+        return {**tensors, **scales}
+
+    return rewrite(source, destination, edit)
+
+
 def test_from_checkpoint_identity(sample_fp8: Path) -> None:
     """The names of the model's own state dict: vlm_full, and exactly the file's FP8 weights."""
     for path in (sample_fp8, str(sample_fp8), open_checkpoint(sample_fp8)):
@@ -472,12 +452,10 @@ def test_from_checkpoint_nested(nested: Path) -> None:
     assert len(native) == len(checkpoint.tensors)
     assert all(adapter.native_to_hf(name) == hf for name, hf in native.items())
     assert native["lm_head.weight"] == "language_model.lm_head.weight"
-    assert {native[name] for name in native if adapter.is_fp8_weight(name)} == {
-        tensor.name for tensor in checkpoint.quantized
-    }
-    assert {name.split(".")[1] for name in native if name != "lm_head.weight"} == {
-        "language_model", "vision_tower", "multi_modal_projector"
-    }  # fmt: skip
+    quantized = {tensor.name for tensor in checkpoint.quantized}
+    assert {native[name] for name in native if adapter.is_fp8_weight(name)} == quantized
+    parts = {name.split(".")[1] for name in native if name != "lm_head.weight"}
+    assert parts == {"language_model", "vision_tower", "multi_modal_projector"}
 
 
 def test_from_checkpoint_text_only(sample_fp8: Path, tmp_path: Path) -> None:
@@ -501,19 +479,12 @@ def test_from_checkpoint_takes_scales_as_the_file_has_them(
 ) -> None:
     """Placeholders and fresh scales have the dtype and shape that the scales on disk have."""
 
-    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        return {
-            name: Stored.of(tensor.array.astype(np.float32).reshape(shape), dtype)
-            if name.endswith("_scale_inv")
-            else tensor
-            for name, tensor in tensors.items()
-        }
-
-    adapter = Mistral3FP8StateDictAdapter.from_checkpoint(rewrite(sample_fp8, tmp_path / "scales", change))
+    path = _rescaled(sample_fp8, tmp_path / "scales", lambda scale: Stored.of(scale.reshape(shape), dtype))
+    adapter = Mistral3FP8StateDictAdapter.from_checkpoint(path)
     name = TEXT + "mlp.up_proj.weight"
     weight = torch.randn(4, 3)
     placeholder = adapter.to_hf({name: weight}, quantization=True)[name + "_scale_inv"]
-    (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
+    codes, scale = _single(weight, adapter, name)
     expected = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
     assert (placeholder.dtype, placeholder.shape) == (scale.dtype, scale.shape) == (expected, shape)
     assert float((module._dequantize_from_fp8(codes, scale, torch.float32) - weight).abs().max()) < 0.3
@@ -522,24 +493,15 @@ def test_from_checkpoint_takes_scales_as_the_file_has_them(
 def test_f32_scales_come_back_as_exactly(sample_fp8: Path, tmp_path: Path) -> None:
     """A file with F32 scales, loaded as BF16 or FP32: its own codes and scales again, for every weight."""
 
-    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        factor = np.float32(1.000977)  # so that BF16 does not hold the scales
-        return {
-            name: Stored.of(tensor.array.astype(np.float32) * factor, "F32") if name.endswith("_scale_inv") else tensor
-            for name, tensor in tensors.items()
-        }
-
-    path = rewrite(sample_fp8, tmp_path / "f32", change)
+    factor = np.float32(1.000977)  # so that BF16 does not hold the scales
+    path = _rescaled(sample_fp8, tmp_path / "f32", lambda scale: Stored.of(scale * factor, "F32"))
     checkpoint, adapter = open_checkpoint(path), Mistral3FP8StateDictAdapter.from_checkpoint(path)
-    differing = []
-    for name, dtype in (
-        (tensor.name, dtype) for tensor in checkpoint.quantized for dtype in (torch.bfloat16, torch.float32)
-    ):
+    stored, differing = read_directory(path), []
+    for name, dtype in product([tensor.name for tensor in checkpoint.quantized], (torch.bfloat16, torch.float32)):
         weight = torch.empty(checkpoint[name].shape, dtype=dtype)
         dcp.load({name: weight}, storage_reader=FP8StorageReader(checkpoint), no_dist=True)
-        (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
+        codes, scale = _single(weight, adapter, name)
         assert scale.dtype == torch.float32
-        stored = read_directory(path)
         if (bits(codes), bits(scale)) != (stored[name].data, stored[name + "_scale_inv"].data):
             differing.append((name, dtype))
     assert differing == []
@@ -566,11 +528,8 @@ def test_from_checkpoint_refuses_other_scales(sample_block: Path, sample_fp8: Pa
     """Block scales, and per-tensor scales of another name, are not this adapter's: refused by name."""
     with pytest.raises(UnsupportedFormatError, match="one scale a tensor"):
         Mistral3FP8StateDictAdapter.from_checkpoint(sample_block)
-    renamed = rewrite(
-        sample_fp8,
-        tmp_path / "named",
-        lambda tensors: {k.replace("_scale_inv", "_scale"): t for k, t in tensors.items()},
-    )
+    other = lambda tensors: {k.replace("_scale_inv", "_scale"): t for k, t in tensors.items()}  # noqa: E731
+    renamed = rewrite(sample_fp8, tmp_path / "named", other)
     with pytest.raises(UnsupportedFormatError, match="_scale_inv"):
         Mistral3FP8StateDictAdapter.from_checkpoint(renamed)
 
@@ -597,10 +556,8 @@ def _on_ranks() -> None:
     for case, weight in _weights().items():
         for placement in (Shard(0), Shard(1), Replicate()):
             sharded = distribute_tensor(weight, over, [placement])
-            (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf("a.weight", sharded, quantization=True)
-            (_, expected), (_, expected_scale) = adapter.convert_single_tensor_to_hf(
-                "a.weight", weight, quantization=True
-            )
+            codes, scale = _single(sharded)
+            expected, expected_scale = _single(weight)
             assert isinstance(codes, DTensor)
             assert codes.placements == sharded.placements
             assert bits(codes.view(torch.uint8).full_tensor()) == bits(expected), (case, placement)
@@ -610,18 +567,15 @@ def _on_ranks() -> None:
             hf = adapter.to_hf({"a.weight": sharded}, quantization=True)
             placeholder = hf["a.weight"]
             assert isinstance(placeholder, DTensor)
-            assert (placeholder.placements, placeholder.shape, placeholder.dtype) == (
-                sharded.placements, weight.shape, torch.float8_e4m3fn
-            )  # fmt: skip
-            assert placeholder.device_mesh == over
+            assert (placeholder.placements, placeholder.device_mesh) == (sharded.placements, over)
+            assert (placeholder.shape, placeholder.dtype) == (weight.shape, torch.float8_e4m3fn)
 
             for given_scale in (scale, distribute_tensor(scale, over, [Replicate()])):
                 native = adapter.from_hf({"a.weight": codes, "a.weight_scale_inv": given_scale})["a.weight"]
                 assert isinstance(native, DTensor)
                 assert (native.placements, native.device_mesh) == (sharded.placements, over)
-                assert_same(
-                    native.full_tensor(), module._dequantize_from_fp8(expected, expected_scale), (case, placement)
-                )
+                values = module._dequantize_from_fp8(expected, expected_scale)
+                assert_same(native.full_tensor(), values, (case, placement))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
