@@ -246,7 +246,7 @@ def _blocks() -> dict[str, Row]:
         "experts a tensor each": Row(
             release(SQUARES, _language(DENSE | EACH), fp8(BLOCK, skipped=["lm_head", *_language(router)]),
                     unquantized=_language(PLAIN | router)),
-            "an expert a tensor",
+            "Experts are one tensor each",
         ),
         "rows that are joined, and no whole blocks": Row(
             release(SQUARES, ragged, two), "Blocks are whole",
@@ -329,7 +329,7 @@ _OF_FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "one scale for the cache": ("X.kv_scale", (), ()),
     "Quark": ("X.prob_output_scale", (), ()),
     "attention scaled": ("X.q_scale", (), ()),
-    "attention scaled by head": ("one a head", (), ()),
+    "attention scaled by head": ("one per head", (), ()),
     "older activation scales": ("X.act_scale", ("have an activation scale",), ()),
     "an older key": ("compression_config", (), ()),
     "torchao": ("torchao", (), ()),

@@ -133,7 +133,7 @@ NO_NAMES = (
 )
 NO_INDEXES = ("", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": null}',
               '{"weight_map": {"a": null}}', '{"weight_map": {"a": "f", "a": "f"}}', "\ud83d", "[" * 10**5)  # fmt: skip
-NO_CONFIGS = ("{", "[]", "3", '{"a": 1, "a": 2}', '{"a": NaN}', "\ud800", "[" * 100_000)
+NO_CONFIGS = ("{", "[]", "3", '{"a": 1, "a": 2}', "\ud800", "[" * 100_000)
 NO_SIZES = (0, -1, "128", [128, 0], [-1, 128], [1.5, 2], [True, 1], [], [[128], [128]], {"a": 1}, [None], [{}], 128.0,
             True)  # fmt: skip
 TWO_SIZES = {str(i): {"weights": {"block_structure": [size, size]}} for i, size in enumerate((64, 128))}
