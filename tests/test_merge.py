@@ -650,6 +650,9 @@ def test_arguments(everything: Path, sample_fp8: Path, tmp_path: Path, cli: Run)
     with pytest.raises(OutputExistsError, match="inside the adapter"):
         merge(sample_fp8, everything, everything / "out")
     assert cli("merge", sample_fp8, everything, tmp_path / "out", "--to", "fp16").returncode == 2
+    assert (
+        "r=1_0" in cli("merge", sample_fp8, f"{everything}r=1_0", tmp_path / "out").stderr
+    )  # a path, and not ten times
     done = cli("merge", sample_fp8, tmp_path / "none", tmp_path / "out")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 

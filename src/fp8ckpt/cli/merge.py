@@ -72,7 +72,7 @@ def _weighted(text: str) -> tuple[str, float]:
     if not equals or Path(text).exists():
         return text, 1.0
     try:
-        return path, float(weight)
+        return path, float(weight.replace("_", "?"))  # Python reads 1_0 as ten
     except ValueError:
         return text, 1.0
 

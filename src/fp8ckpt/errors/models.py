@@ -115,7 +115,10 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
     @classmethod
     def of_absent(cls, names: Collection[str], file: object) -> Self:
         """Tensors of the model that the checkpoint ``file`` lacks."""
-        remedy = "load another checkpoint, or give the model a state_dict_adapter that knows its names"
+        remedy = (
+            "load another checkpoint, or only the part of the model without them (for a new head, "
+            "load_model(model.model, path, partial=True)), or give the model a state_dict_adapter that knows its names"
+        )
         return cls(f"{len(names)} tensors of the model are not in it: {listed(names)}", file=file, remedy=remedy)
 
     @classmethod
