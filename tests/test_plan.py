@@ -134,6 +134,7 @@ def test_what_models_have_no_place_for_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mesh", "message"), [
     ({"ranks": 0}, "ranks is 0"),
     ({"ranks": 4, "tp": -1}, "tp is -1"),
+    ({"ranks": 10**20}, "expected at most 131072"),
     ({"ranks": 6, "tp": 4}, "6 ranks are no multiple of tp \\* pp = 4"),
     ({"ranks": 4, "pp": 4}, "pp is 4, and the model has 2 layers"),
     ({"ranks": 4, "pp": 2, "ep": 4}, "a divisor of the 2 ranks of a stage"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,20 @@ def test_signed_zeros_and_nan_payloads_differ(tmp_path: Path) -> None:
     other = np.array([0x7FC00001, 0x7FC00000, 0x7F800000], np.uint32).view(np.float32)
     for name, zero, n in (("a", 0.0, nan), ("b", -0.0, other)):
         (tmp_path / name).mkdir()
-        tensors = {"zero": Stored.of(np.array([zero, 1.0], np.float32), "F32"), "nan": Stored("F32", (3,), n.tobytes())}
+        far = Stored.of(np.array([1e308 if name == "a" else -1e308]), "F64")
+        tensors = {
+            "zero": Stored.of(np.array([zero, 1.0], np.float32), "F32"),
+            "nan": Stored("F32", (3,), n.tobytes()),
+            "far": far,
+        }
         write_safetensors(tmp_path / name / "model.safetensors", tensors)
     differences = verify(tmp_path / "a", tmp_path / "b").tensor_differences
     assert set(differences) == {
         TensorDifference("zero", "values differ", 1, 2, 0.0, 0.0),
         TensorDifference("nan", "values differ", 2, 3, None, None),
+        TensorDifference(
+            "far", "values differ", 1, 1, largest := sys.float_info.max, largest / 1e308
+        ),  # and not infinite
     }
     assert verify(tmp_path / "a", tmp_path / "a").ok
 

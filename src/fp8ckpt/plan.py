@@ -79,6 +79,9 @@ class Plan:
     ranks: tuple[RankPlan, ...]
 
 
+_MOST_RANKS = 1 << 17  # each is planned by itself
+
+
 class _Mesh(NamedTuple):
     pp: int
     dp: int
@@ -177,6 +180,8 @@ def _mesh(ranks: int, tp: int, pp: int, ep: int) -> _Mesh:
     for name, size in (("ranks", ranks), ("tp", tp), ("pp", pp), ("ep", ep)):
         if size < 1:
             raise ValueError(f"{name} is {size}; expected 1 or more")
+    if ranks > _MOST_RANKS:
+        raise ValueError(f"ranks is {ranks}; expected at most {_MOST_RANKS}")
     if ranks % (tp * pp):
         raise ValueError(f"{ranks} ranks are no multiple of tp * pp = {tp * pp}")
     if ranks // pp % ep:

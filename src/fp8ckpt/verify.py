@@ -243,7 +243,8 @@ class _Comparison:
             left, right = (_floats(side.reshape(-1, itemsize)[unequal].reshape(-1), dtype) for side in (a, b))
             finite = np.isfinite(left) & np.isfinite(right)
             if finite.any():
-                distance = np.abs(left[finite] - right[finite])
+                with np.errstate(over="ignore"):  # of float64; JSON has no infinity
+                    distance = np.minimum(np.abs(left[finite] - right[finite]), np.finfo(np.float64).max)
                 size = np.maximum(np.abs(left[finite]), np.abs(right[finite]))
                 largest = float(distance.max())
                 relative = float(np.divide(distance, size, out=np.zeros_like(size), where=size > 0).max())

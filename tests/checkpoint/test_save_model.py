@@ -421,6 +421,18 @@ def test_values_of_another_kind_than_the_bases_are_refused(tmp_path: Path) -> No
             dcp.save(state, storage_writer=writer, no_dist=True)
 
 
+def test_codes_without_scales_are_refused(tmp_path: Path) -> None:
+    """What was only cast to FP8 could not be loaded again; codes that have their scales beside them can."""
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ModelMismatchError, match=r"weight: a parameter of dtype .*, and no scale .*bfloat16"):
+        save_model(model, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+    model.register_buffer("weight_scale", torch.tensor(0.5))
+    save_model(model, tmp_path / "out", to="fp32")
+    assert open_checkpoint(tmp_path / "out").read("weight").unique().item() == 0.5
+
+
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
     """A number, or a tensor of a dtype that safetensors does not know, is refused by name; nothing is written."""
     for state, name in (({"step": 3}, "step"), ({"z": torch.zeros(2, dtype=torch.complex128)}, "z")):

@@ -23,7 +23,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 
 from fp8ckpt import Fp8CheckpointError, FP8StorageReader, open_checkpoint
 from fp8ckpt.checkpoint.regions import dequantize_on_device, expanded_scales
-from fp8ckpt.errors import MissingScaleError, RegionError, ScaleValueError, UnknownTensorError, UnsupportedFormatError
+from fp8ckpt.errors import (
+    MissingScaleError,
+    ModelMismatchError,
+    RegionError,
+    ScaleValueError,
+    UnknownTensorError,
+    UnsupportedFormatError,
+)
 from fp8ckpt.tensors.reading import load_dequantizer, torch_dtype
 from tests.distributed import assert_same, bits, mesh, rewrite, run
 from tests.miniatures import Family, families
@@ -281,6 +288,15 @@ def test_a_plan_that_does_not_fit_its_target_is_refused(sample_fp8: Path) -> Non
             reader.read_data(LoadPlan([item]), planner)
         assert isinstance(caught.value, Fp8CheckpointError)
         assert reader.bytes_read == 0
+
+
+def test_a_target_whose_elements_share_memory_is_refused(sample_fp8: Path) -> None:
+    """They would all have the values of one."""
+    name = open_checkpoint(sample_fp8).quantized[0].name
+    shape = tuple(open_checkpoint(sample_fp8)[name].shape)
+    target = torch.zeros((1, shape[1]), dtype=torch.bfloat16).expand(shape)
+    with pytest.raises(ModelMismatchError, match="lie in the memory of"):
+        FP8StorageReader(sample_fp8).read_data(LoadPlan([_item(name, (0, 0), shape)]), _Planner(target))
 
 
 # ---------------------------------------------------------------- regions

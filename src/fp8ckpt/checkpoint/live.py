@@ -105,6 +105,13 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def refuse_shared_memory(name: str, local: torch.Tensor) -> None:
+    """Raise `ModelMismatchError` if elements of a tensor that is to be filled share memory with each other."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    if local.numel() > max(reach, 0):  # one of no elements may have any strides
+        raise ModelMismatchError.of_memory(name, local.numel(), reach)
+
+
 def laid_out_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` in the placements of ``other``. Collective over all ranks that hold one of them."""
     if isinstance(tensor, DTensor) and not (isinstance(other, DTensor) and other.device_mesh == tensor.device_mesh):

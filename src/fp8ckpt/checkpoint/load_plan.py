@@ -13,6 +13,7 @@ from fp8ckpt.checkpoint.assembling import assemble, of_names
 from fp8ckpt.checkpoint.live import (
     laid_out_like,
     local_part,
+    refuse_shared_memory,
     refuse_what_hides,
     restore_buffers,
     tensors_of,
@@ -129,9 +130,7 @@ class LoadPlan:
             local = local_part(tensor)
             if local.is_inference() and not torch.is_inference_mode_enabled():
                 raise ModelMismatchError.of_inference(name)
-            reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
-            if local.numel() > max(reach, 0):  # one of no elements may have any strides
-                raise ModelMismatchError.of_memory(name, local.numel(), reach)
+            refuse_shared_memory(name, local)
 
     def _refuse_dtypes(self, narrow: bool) -> None:
         """Refuse FP8 parameters, which would get codes without scales, and casts that would round plain values."""

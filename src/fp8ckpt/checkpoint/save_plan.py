@@ -15,12 +15,15 @@ from fp8ckpt.checkpoint.live import laid_out_like, local_part, refuse_what_hides
 from fp8ckpt.checkpoint.planners import AssemblySavePlanner
 from fp8ckpt.checkpoint.regions import rounds
 from fp8ckpt.collector import collector_paused
-from fp8ckpt.errors import ModelMismatchError, listed
+from fp8ckpt.errors import MissingScaleError, ModelMismatchError, listed
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.transformers_tables import Assembled
+from fp8ckpt.output.layout import TensorSpec, lay_out
 from fp8ckpt.tensors.assembly import Assembly
+from fp8ckpt.tensors.blocks import BlockSizes
 from fp8ckpt.tensors.checkpoint import Checkpoint
-from fp8ckpt.tensors.reading import torch_dtype
+from fp8ckpt.tensors.pairing import pair
+from fp8ckpt.tensors.reading import stored_dtype, torch_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +81,22 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
             raise ModelMismatchError.of_shape(name, base.path, tuple(tensor.shape), parts[name].shape, "model")
     if base is not None:
         _warn_of_fewer_bits(state, parts, base)
+    else:
+        _refuse_bare_codes(state)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     pattern = name_pattern("carry", carry)
     matching = {name for name in stored if pattern is not None and pattern.search(name)}
     planner = AssemblySavePlanner(parts, {**shapes, **stored})
     return SavePlan(state, planner, {*assembled.ignored, *matching}, tied, native)
+
+
+def _refuse_bare_codes(state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what was cast to FP8, without scales: nothing could load it."""
+    dtypes = {name: stored_dtype(tensor.dtype) for name, tensor in state.items()}
+    specs = (TensorSpec(name, dtype, tuple(state[name].shape)) for name, dtype in dtypes.items() if dtype is not None)
+    for defect in pair({span.name: span for span in lay_out("", specs, {}).spans}, BlockSizes()).defects:
+        if isinstance(defect, MissingScaleError) and defect.tensor is not None:
+            raise ModelMismatchError.of_bare_codes(defect.tensor, state[defect.tensor].dtype)
 
 
 def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

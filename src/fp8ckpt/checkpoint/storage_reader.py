@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from fp8ckpt.checkpoint.live import refuse_shared_memory
 from fp8ckpt.checkpoint.regions import RegionLoader, dequantizers, rounds
 from fp8ckpt.errors import Fp8CheckpointError, RegionError, shown
 from fp8ckpt.numerics.geometry import Region, pieces, within
@@ -188,6 +189,7 @@ class FP8StorageReader(StorageReader):
                 raise RegionError(
                     f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says"
                 )
+            refuse_shared_memory(name, target)
             found.append(((tensor.span.file.name, tensor.span.start), tensor, region, target))
         found.sort(key=lambda entry: entry[0])
         for _, tensor, region, target in found:

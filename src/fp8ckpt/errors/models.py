@@ -163,6 +163,12 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
         return cls(f"a parameter of dtype {dtype}", tensor=tensor, expected=expected, remedy="cast it first")
 
     @classmethod
+    def of_bare_codes(cls, tensor: str, dtype: object) -> Self:
+        """A parameter that was cast, and would be saved as codes that nothing could load."""
+        remedy = "cast it to bfloat16 first; to='fp8' with like= writes codes with their scales"
+        return cls(f"a parameter of dtype {dtype}, and no scale of it", tensor=tensor, expected="values", remedy=remedy)
+
+    @classmethod
     def of_rounding(cls, stored: Readable, dtypes: tuple[str, object]) -> Self:
         """A tensor that has the first of the dtypes on disk and the second, which holds fewer values, in the model."""
         expected = "a dtype that holds every value of the stored one"
