@@ -62,9 +62,9 @@ logger = logging.getLogger(__name__)
 
 
 class DirectoryWriter(StorageWriter):
-    """Writes the new directory ``path``, in the layout of ``like`` if given; tensors ``carry`` are taken from ``like``
-    if the state dict lacks them. ``process_group``: that of the save, if its ranks must meet while they write.
-    ``bytes_written`` counts this rank's tensor bytes.
+    """A storage writer of the new directory ``path``, in the layout of ``like`` if given; tensors ``carry`` are taken
+    from ``like`` if the state dict lacks them. ``process_group``: that of the save, if its ranks must meet while they
+    write. ``bytes_written`` counts this rank's tensor bytes.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ _COPIED = 4 << 20  # bytes of the base that are copied at once
 
 
 class FP8StorageWriter(DirectoryWriter):
-    """Quantizes to the new directory ``path``, for ``dcp.save(state_dict, storage_writer=...)`` and ``dcp.async_save``.
+    """A storage writer that quantizes to the new directory ``path``, for ``dcp.save`` and ``dcp.async_save``.
 
     ``like``: the FP8 checkpoint that the model came from: a directory, a hub id in the local cache, or an open
     `Checkpoint`; ``base`` is its former name. The state dict has its logical tensors under its names, in bfloat16,

@@ -127,7 +127,7 @@ def _in_axes_of_source(values: torch.Tensor, axes: tuple[int, ...], sizes: Shape
 
 
 class AssemblyLoadPlanner(LoadPlanner):
-    """Reads the parts that it is given. No rank needs to know what another reads, so the plan exchanged is empty."""
+    """A planner that reads the parts it is given. No rank needs another's plan, so the plan exchanged is empty."""
 
     def __init__(self, parts: list[Part]) -> None:
         self._parts = parts
@@ -170,8 +170,8 @@ def _read_item(index: int, part: Part) -> ReadItem:
 
 
 class AssemblySavePlanner(DefaultSavePlanner):
-    """Writes a state dict's tensors by their ``assemblies``; ``shapes`` are those of the tensors on disk. If several
-    ranks hold the same part, one of them writes it.
+    """A planner that writes a state dict's tensors by their ``assemblies``; ``shapes`` are those of the tensors on
+    disk. If several ranks hold the same part, one of them writes it.
     """
 
     def __init__(self, assemblies: Mapping[str, Assembly], shapes: Mapping[str, Shape]) -> None:

@@ -41,7 +41,7 @@ def rounds(stored: torch.dtype, target: torch.dtype) -> bool:
 
 
 class RegionLoader:
-    """Loads regions for one thread, with a buffer of its own."""
+    """A loader of regions for one thread, with a buffer of its own."""
 
     def __init__(self, dequantizer: DequantizerOf, threads: int) -> None:
         self._threads = threads

@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class SavePlan(NamedTuple):
-    """``state``: the tensors; ``planner``: cuts them into items; ``carry``: names of the base's tensors that may be
-    taken from it. ``tied``: the tensors that are left out, each with the tensor that it is tied to and stored as;
-    ``native``: all tensors of the model.
+    """The plan of a save. ``state``: the tensors; ``planner``: cuts them into items; ``carry``: names of the base's
+    tensors that may be taken from it. ``tied``: the tensors that are left out, each with the tensor that it is tied to
+    and stored as; ``native``: all tensors of the model.
     """
 
     state: dict[str, torch.Tensor]

@@ -38,7 +38,7 @@ BYTES_OF_STEP = 18
 
 
 class ShardQuantizer:
-    """Looks at pieces and writes them, for one worker, with buffers of its own.
+    """A worker that looks at pieces and writes them, with buffers of its own.
 
     ``rule_of``: gives the rule that decides a weight's scales. ``count``: takes what was done to a weight; None without
     a report, which alone needs the base's codes. ``nonfinite``: the weights with elements that have no code; an output

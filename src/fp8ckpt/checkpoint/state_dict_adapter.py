@@ -12,7 +12,7 @@ from fp8ckpt.tensors.assembly import Assembly
 
 
 class StateDictAdapter(ABC):
-    """Translates state dicts. Hosts pass further keywords to each method; an adapter ignores those it does not know.
+    """A translator of state dicts. Hosts pass further keywords to each method; it ignores unknown ones.
 
     ``hf_assets_path``: the directory of the checkpoint that it was made for; torchtitan loads from it if it is given no
     path. ``fqn_to_index_mapping``: the number of each tensor's file there, from 1 on, by its name on disk; torchtitan

@@ -60,8 +60,8 @@ _PIECE = 32 << 20  # elements; what a thread takes at once, so that a large tens
 
 
 class FP8StorageReader(StorageReader):
-    """Reads the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an open
-    `Checkpoint`.
+    """A storage reader of the logical checkpoint at ``path``: a directory, a file, a hub id in the local cache, or an
+    open `Checkpoint`.
 
     ``workers``: the number of threads; by default, this process's cores, divided by the ranks that torchrun started on
     the machine. ``threads`` is its former name. ``bytes_read`` counts the data bytes read so far, scales aside.

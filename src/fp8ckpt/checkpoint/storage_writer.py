@@ -54,7 +54,7 @@ class SideFiles:
 
 
 class SafetensorsStorageWriter(DirectoryWriter):
-    """Writes one directory of safetensors files.
+    """A storage writer of one directory of safetensors files.
 
     ``dtype``: of every floating-point tensor, "bf16", "fp16" or "fp32", or torch's. ``like``: a checkpoint with the
     same logical tensors; it decides the files, the dtype of tensors that it does not hold as FP8, and the side files,

@@ -52,7 +52,7 @@ class Release(NamedTuple):
 
 
 class FP8StateDictAdapter(StateDictAdapter):
-    """Base class: a family defines which weights are FP8, how scales tile them, and their dtype without a file."""
+    """The base of FP8 adapters: a family says which weights are FP8, how scales tile them, and their default dtype."""
 
     logger: logging.Logger
     block_size: tuple[int, ...] | None = None  # None: one scale per tensor

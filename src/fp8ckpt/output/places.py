@@ -30,7 +30,7 @@ class Sent(NamedTuple):
 
 
 class Place(Protocol):
-    """Takes the bytes of an extent, by their offsets in the file."""
+    """A sink for the bytes of an extent, by their offsets in the file."""
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write some of the bytes."""

@@ -24,7 +24,7 @@ from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, There
 
 
 class Sending:
-    """Like `fp8ckpt.output.goal.Directory`, for the place ``far``. ``partial`` has what is kept of the output here."""
+    """A place ``far`` in a store, with the methods of `fp8ckpt.output.goal.Directory`; ``partial`` is here."""
 
     in_parts = True
     at_once = AT_ONCE

@@ -298,7 +298,7 @@ def _restored(objects: Objects, listing: dict[str, Stat] | None) -> RemoteStore:
 
 
 class _Filling:
-    """Distributes the bytes of a request to its buffers, as they arrive."""
+    """The buffers of a request, filled as its bytes arrive."""
 
     def __init__(self, request: Request) -> None:
         self.at = request.start

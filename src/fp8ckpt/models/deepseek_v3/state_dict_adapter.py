@@ -22,7 +22,7 @@ def _is_fp8_weight_key(model_key: str) -> bool:
 
 
 class DeepseekV3FP8StateDictAdapter(FP8StateDictAdapter):
-    """Maps a model's state dict to an FP8 checkpoint with block scales, and back; names are the same by default."""
+    """An adapter between a model's state dict and an FP8 checkpoint with block scales; default names are the same."""
 
     logger = logger
     block_size = (128, 128)

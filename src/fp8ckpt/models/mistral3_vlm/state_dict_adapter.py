@@ -45,7 +45,7 @@ def _dequantize_from_fp8(
 
 
 class Mistral3FP8StateDictAdapter(FP8StateDictAdapter):
-    """Maps a Mistral3 model's state dict to its FP8 checkpoint, and back.
+    """An adapter between a Mistral3 model's state dict and its FP8 checkpoint.
 
     ``native_to_hf``, ``hf_to_native``: translate names; by default both sides have the same. ``layout_name`` appears in
     log lines. ``not_fp8_prefixes``: native modules that are BF16 on disk.
