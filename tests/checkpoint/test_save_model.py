@@ -19,7 +19,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing import ProcessExitedException
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Mistral3ForConditionalGeneration
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
+    Mistral3ForConditionalGeneration,
+)
 
 import fp8ckpt
 from fp8ckpt import (
@@ -217,6 +223,13 @@ def test_what_is_rounded_without_a_base_is_said(tmp_path: Path, caplog: pytest.L
     loaded = load_pretrained(tmp_path / "saved").state_dict()
     assert torch.equal(loaded[kept], model.state_dict()[kept])
     assert save_model(model, tmp_path / "whole", to="fp32").notes == ()
+    config = HunYuanMoEV1Config(
+        hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        num_hidden_layers=1, vocab_size=64, num_experts=2, moe_topk=1,
+    )  # fmt: skip
+    router = "model.layers.0.mlp.gate.wg.weight"  # which the class makes in float32, whatever is asked for
+    assert save_model(HunYuanMoEV1ForCausalLM._from_config(config, dtype=torch.bfloat16), tmp_path / "more").notes == ()
+    assert read_directory(tmp_path / "more")[router].dtype == "F32"
 
 
 def test_files_end_where_they_are_told(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from fp8ckpt.checkpoint.storage_reader import FP8StorageReader
 from fp8ckpt.checkpoint.storage_writer import SafetensorsStorageWriter, SideFiles
 from fp8ckpt.encodings.results import ConvertResult
 from fp8ckpt.errors import Fp8CheckpointError
+from fp8ckpt.families.between import known_model
 from fp8ckpt.families.transformers_tables import is_pretrained, kept_in_float32
 from fp8ckpt.numerics.codes import SCALES
 from fp8ckpt.ranks import Ranks, has_group, lost_ranks_named, ranks_of_group
@@ -236,9 +237,16 @@ def _named_errors() -> Iterator[None]:
 
 
 def _kept(model: nn.Module, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """The tensors that stay in float32 whatever the target: the model holds them so, and transformers loads them so."""
+    """The tensors that stay in float32 whatever the target: the model holds them so, and transformers loads them so, by
+    its patterns or because the class makes them so.
+    """
     held = [name for name, tensor in state.items() if tensor.dtype == torch.float32]
-    return kept_in_float32(model, dtype, held) if is_pretrained(model) else []
+    if not held or not is_pretrained(model):
+        return []
+    kept = {*kept_in_float32(model, dtype, held)}
+    if (known := known_model(json.loads(_configuration_of(model, "F32")[CONFIG]))) is not None:
+        kept |= {name for name, made in known.model.state_dict().items() if made.dtype == torch.float32}
+    return [name for name in held if name in kept]
 
 
 def _configuration_of(model: Any, dtype: str) -> dict[str, bytes]:
