@@ -62,8 +62,7 @@ def require_library() -> None:
     try:
         import matplotlib  # noqa: F401 - only whether it is there
     except ImportError as error:
-        remedy = "install the extra: pip install 'fp8ckpt[report]'"
-        raise MissingPackageError("a report is drawn by matplotlib, which is not installed", remedy=remedy) from error
+        raise MissingPackageError.of_report() from error
 
 
 def page_of(found: Report) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8ckpt.collector import collector_paused
-from fp8ckpt.errors import Fp8CheckpointError, UnknownTensorError, shown
+from fp8ckpt.errors import Fp8CheckpointError, UnknownTensorError
 from fp8ckpt.families.kinds import places, starred
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.numerics.codes import SCALE_DTYPES
@@ -210,8 +210,7 @@ def _listed(checkpoint: Checkpoint, blocks: BlockSizes, pattern: str) -> Iterato
     wanted = name_pattern("tensor", pattern)
     names = [name for name in checkpoint.tensors if wanted is None or wanted.search(name)]
     if not names and checkpoint.tensors:
-        found = f"no tensor has a name like {shown(repr(pattern))}"
-        raise UnknownTensorError(found, file=str(checkpoint.path), remedy="--tensor . lists them all")
+        raise UnknownTensorError.of_pattern(file=str(checkpoint.path), pattern=repr(pattern))
     for name in names:
         yield _row(checkpoint.tensors[name], blocks)
 

@@ -163,8 +163,7 @@ def refuse_page(output: str | Path) -> Path:
     page = local_path(output).absolute()
     for path in (page, partial_of(page)):  # the page is written to the second one first
         if os.path.lexists(path):
-            remedy = "move it away, or choose another name"
-            raise OutputExistsError("there is something already", file=str(path), remedy=remedy)
+            raise OutputExistsError.of_page(file=str(path))
     refuse_unwritable(room_for({page: 0}).where)
     return page
 

@@ -17,7 +17,7 @@ from fp8ckpt.errors import UnsupportedSystemError
 try:
     import fcntl
 except ImportError:
-    raise UnsupportedSystemError.of(sys.platform) from None
+    raise UnsupportedSystemError.of(system=sys.platform) from None
 
 #: The most bytes for one call of read or write: macOS refuses 2 GiB and more, Linux processes only a part.
 MOST_AT_ONCE = 1 << 30

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fp8ckpt.checkpoint.exchanged import WaitingBlocks
 from fp8ckpt.checkpoint.shards import PIECE, Shard, cut
 from fp8ckpt.numerics.geometry import BlockGrid, first_elements, surroundings
 from fp8ckpt.stores.memory import PLANNED
@@ -71,12 +70,10 @@ def test_cuts_tile_the_weight(seed: int, joined: bool) -> None:
     assert sorted(owned) == list(numbers.flat)
     if largest_block > step or joined:
         assert (waited == 1).all()
-    waiting = WaitingBlocks(shards, step)
     parts = [
         len({i for i, shard in enumerate(shards) if (of_element[_slices(shard.region)] == number).any()})
         for number in numbers.flat
     ]
-    assert waiting.shared.size == (numbers.size if joined else sum(count > 1 for count in parts))
     assert set(of_element[waited == 1]) >= {
         number for number, count in zip(numbers.flat, parts, strict=True) if count > 1
     }

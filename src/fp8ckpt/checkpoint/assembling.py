@@ -40,7 +40,7 @@ def assemble(model: nn.Module, native: Mapping[str, torch.Tensor], stored: Shape
         return None
     for name, assembly in made.parts.items():
         if (defect := assembly.defect(stored)) is not None:
-            raise ModelMismatchError(f"its assembly has {defect}", tensor=name, remedy="mend the state_dict_adapter")
+            raise ModelMismatchError.of_assembly(name, defect=defect)
     return made
 
 

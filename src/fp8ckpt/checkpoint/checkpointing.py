@@ -154,26 +154,13 @@ class Checkpointer:
             checkpoint = None if like is None else open_checkpoint(like)
             own = unwrapped(model)
             plan = plan_save(own, checkpoint, carry)
-            writer: DirectoryWriter
+            how: dict[str, Any] = {"like": checkpoint, "carry": plan.carry, "process_group": self._group}
             if to == FP8:
-                assert checkpoint is not None  # _refuse_arguments() saw to it
-                writer = FP8StorageWriter(
-                    path, like=checkpoint, scales=scales, report=report, carry=plan.carry, process_group=self._group
-                )
-            else:
-                side_files = None if checkpoint is not None else SideFiles(_configuration_of(own, TARGETS[to]))
-                keep = _kept(own, plan.state, torch_dtype(TARGETS[to])) if checkpoint is None else []
-                writer = SafetensorsStorageWriter(
-                    path,
-                    dtype=to,
-                    like=checkpoint,
-                    carry=plan.carry,
-                    keep=keep,
-                    side_files=side_files,
-                    max_file_bytes=max_file_bytes,
-                    process_group=self._group,
-                )
-            return writer, plan, to
+                return FP8StorageWriter(path, scales=scales, report=report, **how), plan, to
+            if checkpoint is None:
+                how["side_files"] = SideFiles(_configuration_of(own, TARGETS[to]))
+                how["keep"] = _kept(own, plan.state, torch_dtype(TARGETS[to]))
+            return SafetensorsStorageWriter(path, dtype=to, max_file_bytes=max_file_bytes, **how), plan, to
 
         begun, ranks = time.monotonic(), self._ranks()
         writer, plan, to = ranks.together(prepare)

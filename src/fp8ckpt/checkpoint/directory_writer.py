@@ -108,8 +108,7 @@ class DirectoryWriter(StorageWriter):
         """Return the plan with what this rank states of the output; only tensors can be stored."""
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                name, remedy = item.index.fqn, "keep it out of the state dict"
-                raise UnsupportedFormatError("it is no tensor", tensor=name, expected="tensors only", remedy=remedy)
+                raise UnsupportedFormatError.of_object(item.index.fqn)
         return dataclasses.replace(plan, storage_data=self._said())
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -227,9 +226,7 @@ class DirectoryWriter(StorageWriter):
         refuse_unlike(said)
         group = said[0].get("the process_group", [])
         if self._meets and len(said) > 1 and len(group) != len(said):
-            found = f"{len(group)} ranks are in the writer's process group, and {len(said)} save"
-            remedy = f"give {type(self).__name__} the process_group that dcp.save is given"
-            raise RanksDifferError(found, expected="the same ranks", remedy=remedy)
+            raise RanksDifferError.of_group(count=len(group), saving=len(said), writer=type(self).__name__)
 
     def _base_of_output(self) -> Checkpoint | None:
         """The checkpoint whose layout is written, if any, opened at first use."""

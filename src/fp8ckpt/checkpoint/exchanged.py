@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from fp8ckpt.checkpoint.shards import Numbers, Shard, elements_of_block, numbers_of
+from fp8ckpt.checkpoint.shards import Numbers, Shard, numbers_of
 from fp8ckpt.numerics.codes import F32, U8
-from fp8ckpt.numerics.geometry import Region, bytes_of_region, surroundings, whole_blocks
+from fp8ckpt.numerics.geometry import Region, bytes_of_region, surroundings
 from fp8ckpt.numerics.quantize import Mask
 from fp8ckpt.output.staging import Files
 from fp8ckpt.ranks import Ranks
@@ -24,25 +24,17 @@ _EXCHANGED = 1 << 20  # blocks, or bytes, exchanged at once over all ranks; 13 b
 
 
 class WaitingBlocks:
-    """What decides the scales of the blocks that wait, by their numbers. Thread-safe. ``shared``: the indices, in
-    order, of the blocks that other ranks, or other weights, may hold a part of.
-    """
+    """What decides the scales of the blocks that wait, by their numbers. Thread-safe."""
 
     def __init__(self, shards: Iterable[Shard], step: int) -> None:
-        waiting: list[Numbers] = []
-        own: list[Numbers] = []
+        waiting: list[Numbers] = [np.empty(0, np.int64)]
         for shard in shards:
-            grid = shard.weight.grid
-            waiting += (shard.numbers(*surroundings(grid, *part).region) for part in shard.waiting(step))
+            waiting += (shard.numbers(*surroundings(shard.weight.grid, *part).region) for part in shard.waiting(step))
             if shard.factor is not None:
                 waiting.append(np.array([shard.factor]))
-            whole = whole_blocks(grid, *shard.region)
-            if not shard.joined and elements_of_block(grid) > step and 0 not in whole[1]:
-                own.append(shard.numbers(*surroundings(grid, *whole).region))
-        self._numbers: Numbers = np.unique(np.concatenate([np.empty(0, np.int64), *waiting]))
+        self._numbers: Numbers = np.unique(np.concatenate(waiting))
         self._maxima: F32 = np.zeros(self._numbers.size, np.float32)
         self._exact: Mask = np.ones(self._numbers.size, np.bool_)
-        self.shared = np.flatnonzero(~np.isin(self._numbers, np.concatenate([np.empty(0, np.int64), *own])))
         self._lock = threading.Lock()
 
     def take_in(self, numbers: Numbers, maxima: F32, exact: Mask) -> None:
@@ -58,17 +50,16 @@ class WaitingBlocks:
         return self._maxima[at].reshape(shape), self._exact[at].reshape(shape)
 
     def exchange(self, ranks: Ranks) -> None:
-        """Combine the shared blocks over the ranks, in bounded memory."""
+        """Combine them over the ranks, in bounded memory."""
         if ranks.size == 1:
             return
-        for part in in_turn(ranks, self.shared.size):
+        for part in in_turn(ranks, self._numbers.size):
             for numbers, maxima, exact in ranks.gather(partial(self._part, part)):
                 ours = np.isin(numbers, self._numbers)
                 self.take_in(numbers[ours], maxima[ours], exact[ours])
 
     def _part(self, part: slice) -> tuple[Numbers, F32, Mask]:
-        at = self.shared[part]
-        return self._numbers[at], self._maxima[at], self._exact[at]
+        return self._numbers[part], self._maxima[part], self._exact[part]
 
 
 class Halves:

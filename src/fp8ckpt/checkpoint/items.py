@@ -113,13 +113,11 @@ def tensors_of_plans(plans: Iterable[SavePlan]) -> tuple[dict[str, TensorSpec], 
             name, dtype = item.index.fqn, item.tensor_data.properties.dtype
             if name not in found:
                 if (stored := stored_dtype(dtype)) is None:
-                    unknown = f"dtype {dtype} has no place in a safetensors file"
-                    raise UnsupportedFormatError(unknown, tensor=name, remedy="cast it first")
+                    raise UnsupportedFormatError.of_no_place(name, dtype=dtype)
                 found[name], held[name] = TensorSpec(name, stored, tuple(item.tensor_data.size)), Counter()
             held[name][rank] += tensor_nbytes(found[name].dtype, tuple(item.tensor_data.chunk.sizes))
     for name, tensor in found.items():
         planned, whole = sum(held[name].values()), tensor_nbytes(tensor.dtype, tensor.shape)
         if planned != whole:
-            part, remedy = f"the ranks' plans hold {planned} of its bytes", "use a planner that saves each shard once"
-            raise ModelMismatchError(part, tensor=name, expected=f"{whole}", remedy=remedy)
+            raise ModelMismatchError.of_plans(name, planned=planned, whole=whole)
     return found, held

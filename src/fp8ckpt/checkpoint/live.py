@@ -56,7 +56,7 @@ def refuse_what_hides(model: nn.Module, remedy: str) -> None:
     """Raise `ModelMismatchError` for a model that holds PEFT adapters, or whose values DeepSpeed has taken."""
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     if getattr(model, "peft_config", None) or "BaseTunerLayer" in classes:
-        raise ModelMismatchError.of_peft(remedy)
+        raise ModelMismatchError.of_peft(remedy=remedy)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ModelMismatchError.of_deepspeed()
 
@@ -70,7 +70,7 @@ def tensors_of(model: nn.Module, remedy: str) -> dict[str, torch.Tensor]:
     if sharded := [name for name, tensor in held.items() if type(tensor).__name__ == "ShardedTensor"]:
         raise ModelMismatchError.of_sharded(sharded)
     if on_meta := [name for name, tensor in held.items() if tensor.is_meta]:
-        raise ModelMismatchError.of_meta(on_meta, remedy)
+        raise ModelMismatchError.of_meta(names=on_meta, remedy=remedy)
     return held
 
 
@@ -109,7 +109,7 @@ def refuse_shared_memory(name: str, local: torch.Tensor) -> None:
     """Raise `ModelMismatchError` if elements of a tensor that is to be filled share memory with each other."""
     reach = 1 + sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
     if local.numel() > max(reach, 0):  # one of no elements may have any strides
-        raise ModelMismatchError.of_memory(name, local.numel(), reach)
+        raise ModelMismatchError.of_memory(name, numel=local.numel(), reach=reach)
 
 
 def laid_out_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -151,11 +151,7 @@ def restore_buffers(model: nn.Module) -> None:
                 with suppress(AttributeError):  # a pipeline stage lacks some of the layers
                     initialize_buffers(owners[above], modules[above])
         if _is_left(modules[name].get_buffer(key)):
-            raise ConfigError(
-                f"no checkpoint holds this buffer, and {type(owners[name]).__name__} does not make it anew",
-                tensor=f"{name}.{key}".removeprefix("."),
-                remedy="register it once the model is loaded",
-            )
+            raise ConfigError.of_buffer(f"{name}.{key}".removeprefix("."), owner=type(owners[name]).__name__)
 
 
 def _above(name: str) -> Iterator[str]:

@@ -110,19 +110,19 @@ class LoadPlan:
     def _refuse_mismatches(self, unused: list[str]) -> None:
         where = self.checkpoint.path
         if missing := [name for name in self.named if name not in self._sources]:
-            raise ModelMismatchError.of_absent(missing, where)
+            raise ModelMismatchError.of_absent(file=where, names=missing)
         if unused:
-            raise ModelMismatchError.of_unused(unused, where)
+            raise ModelMismatchError.of_unused(file=where, names=unused)
         for name, tensor in self.named.items():
             found, expected = tuple(tensor.shape), self._assemblies[self._sources[name]].shape
             if found != tuple(expected):
-                raise ModelMismatchError(f"shape {found} in the model", tensor=name, file=where, expected=f"{expected}")
+                raise ModelMismatchError.of_model_shape(name, file=where, shape=found, stored=expected)
 
     def _refuse_copies(self) -> None:
         """Refuse a state dict that consists of copies: what is loaded into them would not reach the model."""
         held = {0, *map(_storage, (*self.model.parameters(), *self.model.buffers()))}
         if copies := [name for name, tensor in self._native.items() if _storage(tensor) not in held]:
-            raise ModelMismatchError.of_copies(copies)
+            raise ModelMismatchError.of_copies(names=copies)
 
     def _refuse_memory(self) -> None:
         """Refuse tensors that cannot be written, or whose elements share memory with each other."""
@@ -138,7 +138,7 @@ class LoadPlan:
             for source in {piece.source for piece in self._assemblies[self._sources[name]].pieces}:
                 stored = self.checkpoint.tensors[source]
                 if stored.scaled is not None and tensor.dtype.itemsize == 1:
-                    raise ModelMismatchError.of_codes(name, tensor.dtype)
+                    raise ModelMismatchError.of_codes(name, dtype=tensor.dtype)
                 if stored.scaled is None and not narrow and rounds(torch_dtype(stored.dtype), tensor.dtype):
                     raise ModelMismatchError.of_rounding(stored, (stored.dtype, tensor.dtype))
 
@@ -176,7 +176,7 @@ class LoadPlan:
             loaded = local_part(self.named[self.twice[name]]), local_part(tensor)
             if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
                 found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
-                raise ModelMismatchError.of_two(name, self.checkpoint.path, found)
+                raise ModelMismatchError.of_two(name, file=self.checkpoint.path, found=found)
 
     def finish(self) -> None:
         """Fill tied tensors and those that an adapter made anew; restore the buffers that no checkpoint holds."""

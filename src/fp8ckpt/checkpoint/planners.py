@@ -73,8 +73,8 @@ def boxes(tensor: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
         return
     runs = _runs(tensor)
     if tuple(local.shape) != tuple(sum(stop - start for start, stop in of_axis) for of_axis in runs):
-        found = f"a shard of shape {tuple(local.shape)} for {tensor.placements} of {tuple(tensor.shape)}"
-        raise UnsupportedFormatError(found, expected="the shape that the placements mean")
+        shape, placements = tuple(local.shape), tensor.placements
+        raise UnsupportedFormatError.of_shard(shape=shape, placements=placements, whole=tuple(tensor.shape))
     for box in product(*(_with_places(of_axis) for of_axis in runs)):
         offsets, sizes = tuple(start for start, _, _ in box), tuple(stop - start for start, stop, _ in box)
         yield (offsets, sizes), local[tuple(slice(at, at + stop - start) for start, stop, at in box)]
@@ -86,8 +86,7 @@ def _runs(tensor: DTensor) -> list[Runs]:
     runs: list[Runs] = [[(0, size)] for size in tensor.shape]
     for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
         if placement.is_partial():
-            found, remedy = f"a placement {placement}", "redistribute it first"
-            raise UnsupportedFormatError(found, expected="Shard or Replicate", remedy=remedy)
+            raise UnsupportedFormatError.of_placement(placement=placement)
         axis: int | None = getattr(placement, "dim", None)
         if axis is not None:
             groups = _cut(runs[axis], getattr(placement, "split_factor", 1))  # more than 1 in strided shards only

@@ -79,12 +79,8 @@ def _built(path: CheckpointLike, asked: str | torch.dtype, follow_index: bool) -
     checkpoint = open_checkpoint(path, follow_index=follow_index)
     model = configured_model(checkpoint.config, dtype)
     if model is None:
-        raise ConfigError(
-            f"architectures is {checkpoint.config.get('architectures') or []!r}",
-            file=File(checkpoint.store, CONFIG),
-            expected="a class of transformers",
-            remedy="build the model yourself, and call load_model",
-        )
+        given = checkpoint.config.get("architectures") or []
+        raise ConfigError.of_architecture(file=File(checkpoint.store, CONFIG), given=given)
     model.config.name_or_path = str(checkpoint.path)
     keep_in_float32(model, dtype)
     return checkpoint, model

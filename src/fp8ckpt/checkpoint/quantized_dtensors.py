@@ -41,23 +41,13 @@ def dequantize(
     whole = (scale.full_tensor() if isinstance(scale, DTensor) else scale).detach().cpu().contiguous()
     scale_dtype = stored_dtype(whole.dtype) or ""
     if scale_dtype not in FP8_SCALES:
-        raise ScaleValueError(
-            f"a scale of dtype {whole.dtype}", tensor=name, expected=f"one of {', '.join(FP8_SCALES)}"
-        )
+        raise ScaleValueError.of_dtype(name, dtype=whole.dtype, known=", ".join(FP8_SCALES))
     grid = infer_grid(tuple(weight.shape), tuple(whole.shape), block_size)
     if grid is None:
-        raise ScaleShapeError(
-            f"scale shape {tuple(whole.shape)} does not fit weight {tuple(weight.shape)}",
-            tensor=name,
-            expected=f"a grid of blocks of {block_size}",
-        )
+        raise ScaleShapeError.of_grid(name, scale=tuple(whole.shape), weight=tuple(weight.shape), block=block_size)
     scales = bytes_of(whole).view(SCALE_DTYPES[scale_dtype])
     if bad := count_bad_scales(scale_values(scales, scale_dtype)):
-        raise ScaleValueError(
-            f"{bad} of {scales.size} scales are not finite and positive",
-            tensor=name,
-            remedy="load the scale before the weight is used",
-        )
+        raise ScaleValueError.of_placeholders(name, count=bad, all=scales.size)
     target = stored_dtype(dtype) if stored_dtype(dtype) in TARGET_BYTES else "F32"
     dequantizer = Dequantizer(grid, scales, scale_dtype, stored_dtype(weight.dtype) or "", target or "F32")
     codes, offsets = local_shard(weight)
@@ -118,7 +108,7 @@ def quantize(
     if not np.isfinite(maxima).all():
         count = int((~local.isfinite()).sum())
         found = f"{count} elements are not finite" if count else "elements of another rank's part are not finite"
-        raise WeightValueError.of(rule.name, None, found)
+        raise WeightValueError.of(rule.name, file=None, found=found)
     exact = None
     if before is not None:
         before = before.reshape(maxima.shape)

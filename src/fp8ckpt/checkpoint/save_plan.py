@@ -46,7 +46,7 @@ class SavePlan(NamedTuple):
         """
         differ = [name for name, kept in self.tied.items() if _differ(self.native[name], self.native[kept])]
         if differ:
-            raise ModelMismatchError.of_apart(differ[0], self.tied[differ[0]])
+            raise ModelMismatchError.of_apart(differ[0], kept=self.tied[differ[0]])
 
 
 @collector_paused()
@@ -96,7 +96,7 @@ def _refuse_bare_codes(state: Mapping[str, torch.Tensor]) -> None:
     specs = (TensorSpec(name, dtype, tuple(state[name].shape)) for name, dtype in dtypes.items() if dtype is not None)
     for defect in pair({span.name: span for span in lay_out("", specs, {}).spans}, BlockSizes()).defects:
         if isinstance(defect, MissingScaleError) and defect.tensor is not None:
-            raise ModelMismatchError.of_bare_codes(defect.tensor, state[defect.tensor].dtype)
+            raise ModelMismatchError.of_bare_codes(defect.tensor, dtype=state[defect.tensor].dtype)
 
 
 def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -108,7 +108,7 @@ def _refuse_of_other_stages(groups: list[list[str]], native: Collection[str], in
     for source, *targets in groups:
         mine = [name for name in targets if name in native]
         if mine and source not in native and not any(name in in_base for name in mine):
-            raise ModelMismatchError.of_stage(mine[0], source)
+            raise ModelMismatchError.of_stage(mine[0], source=source)
 
 
 def _tied_elsewhere(groups: list[list[str]], native: Collection[str], in_base: Collection[str]) -> dict[str, str]:

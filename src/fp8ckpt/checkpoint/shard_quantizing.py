@@ -2,9 +2,9 @@
 
 Blocks that do not wait (`fp8ckpt.checkpoint.shards`) are decided and written in one step, and nothing of them is kept.
 Waiting blocks are looked at first. What decides their scale - the largest magnitude, and whether the previous scale
-gives back every element - is combined over the pieces, and over the ranks for blocks that several ranks may hold. Both
-are maxima, so it does not matter how a weight is cut. The factor of a weight with two levels of scales is one more such
-block: all of the weight is looked at before any of it is written.
+gives back every element - is combined over the pieces, and over the ranks. Both are maxima, so it does not matter how a
+weight is cut. The factor of a weight with two levels of scales is one more such block: all of the weight is looked at
+before any of it is written.
 """
 
 from __future__ import annotations

@@ -186,9 +186,7 @@ class FP8StorageReader(StorageReader):
             tensor = scales[name] if name in scales else self.checkpoint[name]
             region = (tuple(item.storage_offsets), tuple(item.lengths))
             if tuple(target.shape) != region[1]:
-                raise RegionError(
-                    f"a target of shape {tuple(target.shape)}", tensor=name, expected=f"{region[1]}, as the plan says"
-                )
+                raise RegionError.of_target(name, shape=tuple(target.shape), planned=region[1])
             refuse_shared_memory(name, target)
             found.append(((tensor.span.file.name, tensor.span.start), tensor, region, target))
         found.sort(key=lambda entry: entry[0])

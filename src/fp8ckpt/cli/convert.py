@@ -19,56 +19,66 @@ _SCHEMES = {
     **dict.fromkeys(("per-channel", "channels", "channelwise"), "channel"),
 }
 
+_Destination = Annotated[
+    Path, typer.Argument(metavar="DST", help="The directory to make, which must not exist; or s3://bucket/prefix.")
+]
+_To = Annotated[
+    str | None,
+    target(
+        *("bf16", "fp16", "fp32", "fp8"),
+        four_bits="leave out --to, and give --like BASE, whose four bits are written",
+        help="What quantized weights become, bf16 if not said; or fp8, the way back.",
+    ),
+]
+_Layout = Annotated[
+    str,
+    word("file", "model", help="Not for fp8: names and stackings of the file, or of its model in transformers."),
+]
+_Like = Annotated[
+    str | None,
+    typer.Option(metavar="BASE", help="The way back: the checkpoint, in FP8 or four bits, that SRC came from."),
+]
+_Scheme = Annotated[
+    str | None,
+    word("per-tensor", "block", "channel", also=_SCHEMES, help="Without a base: to FP8, and how to quantize."),
+]
+_Scales = Annotated[
+    str, word("reuse", "fresh", help="With --like: keep the base's scale where values fit it, or make all new.")
+]
+_Carry = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX", help="With --like: take from BASE what SRC lacks and has this in its name."),
+]
+_Report = Annotated[bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")]
+_Page = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also draw the page of `fp8ckpt report SRC DST` (or BASE DST), counted in the same pass.",
+    ),
+]
+_Only = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="With --scheme: quantize only weights with this in their names.")
+]
+_Skip = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="With --scheme: leave weights with this in their names.")
+]
+
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help=SOURCE_HELP)],
-    destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="The directory to make, which must not exist; or s3://bucket/prefix.")
-    ],
-    to: Annotated[
-        str | None,
-        target(
-            *("bf16", "fp16", "fp32", "fp8"),
-            four_bits="leave out --to, and give --like BASE, whose four bits are written",
-            help="What quantized weights become, bf16 if not said; or fp8, the way back.",
-        ),
-    ] = None,
-    layout: Annotated[
-        str,
-        word("file", "model", help="Not for fp8: names and stackings of the file, or of its model in transformers."),
-    ] = "file",
-    like: Annotated[
-        str | None,
-        typer.Option(metavar="BASE", help="The way back: the checkpoint, in FP8 or four bits, that SRC came from."),
-    ] = None,
-    scheme: Annotated[
-        str | None,
-        word("per-tensor", "block", "channel", also=_SCHEMES, help="Without a base: to FP8, and how to quantize."),
-    ] = None,
-    scales: Annotated[
-        str, word("reuse", "fresh", help="With --like: keep the base's scale where values fit it, or make all new.")
-    ] = "reuse",
-    carry: Annotated[
-        str | None,
-        typer.Option(metavar="REGEX", help="With --like: take from BASE what SRC lacks and has this in its name."),
-    ] = None,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Say what quantizing did; reads the base's codes.")
-    ] = True,
-    report_html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also draw the page of `fp8ckpt report SRC DST` (or BASE DST), counted in the same pass.",
-        ),
-    ] = None,
+    destination: _Destination,
+    to: _To = None,
+    layout: _Layout = "file",
+    like: _Like = None,
+    scheme: _Scheme = None,
+    scales: _Scales = "reuse",
+    carry: _Carry = None,
+    report: _Report = True,
+    report_html: _Page = None,
     serving: Serving = False,
-    only: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="With --scheme: quantize only weights with this in their names.")
-    ] = None,
-    skip: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="With --scheme: leave weights with this in their names.")
-    ] = None,
+    only: _Only = None,
+    skip: _Skip = None,
     follow_index: FollowIndex = False,
     plan: Plan = False,
     workers: Workers = None,
@@ -87,18 +97,9 @@ def convert(
     from fp8ckpt.convert import plan_convert
 
     arguments: dict[str, Any] = {
-        "to": to,
-        "layout": layout,
-        "like": like,
-        "scheme": scheme,
-        "scales": scales,
-        "carry": carry,
-        "report": report,
-        "serving": serving,
-        "only": only,
-        "skip": skip,
-        "follow_index": follow_index,
-    }
+        "to": to, "layout": layout, "like": like, "scheme": scheme, "scales": scales, "carry": carry, "report": report,
+        "serving": serving, "only": only, "skip": skip, "follow_index": follow_index,
+    }  # fmt: skip
     if plan:
         answer_plan(lambda: plan_convert(source, destination, **arguments), as_json=as_json, quiet=quiet)
         return

@@ -115,7 +115,9 @@ def _uses(adapter: Adapter, there: Collection[str], config: Json) -> Iterator[_U
             yield _Use(adapter, pair, f"{pair.module}.weight", pair.module, across)
             continue
         if len(leaves) != levels[pair.module]:
-            raise ModelMismatchError.of_pairs(pair.a, pair.module, levels[pair.module], len(leaves))
+            raise ModelMismatchError.of_pairs(
+                pair.a, module=pair.module, pairs=levels[pair.module], parameters=len(leaves)
+            )
         target = f"{pair.module}.{leaves[-1 - pair.depth]}"  # the parameter wrapped last is outermost
         yield _Use(adapter, pair, target, target)
 
@@ -184,7 +186,7 @@ def _products(use: _Use, shape: tuple[int, ...], piece: Piece, rank: int) -> Ite
     left, right = _factors(use, shape, matrices=rank == 2 and piece.axes[-1] == len(shape) - 1)
     row, col = len(shape) - 2, len(shape) - 1
     if rank < 2 or {piece.axes[-2], piece.axes[-1]} != {row, col}:
-        raise UnsupportedFormatError.of_parts(use.pair.a, shape)
+        raise UnsupportedFormatError.of_parts(use.pair.a, shape=shape)
     if piece.axes[-2] == col:
         left, right, row, col = right, left, col, row
     starts = piece.source_offsets
@@ -208,7 +210,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     experts = shape[0] if len(shape) == 3 else 1
     rank = use.adapter.rank(use.key)
     if len(shape) not in (2, 3):
-        raise UnsupportedFormatError.of_dimensions(a, shape)
+        raise UnsupportedFormatError.of_dimensions(a, shape=shape)
     if a.shape[0] != rank * experts:
         raise ModelMismatchError.of_rank(a, rank, experts if len(shape) == 3 else None)
     straight, across = use.fits(shape)
@@ -218,7 +220,7 @@ def _factors(use: _Use, shape: tuple[int, ...], *, matrices: bool) -> tuple[Fact
     elif straight and across:
         straight, across = _of_square_experts(use, matrices=matrices)
     if not straight and not across:
-        raise ModelMismatchError.of_factors(a, b, use.target, shape)
+        raise ModelMismatchError.of_factors(a, b=b, target=use.target, shape=shape)
     inner, outer = Factor(a, True, experts=experts), Factor(b, False, experts=experts)
     return (outer, inner) if straight else (inner, outer)
 
@@ -253,9 +255,9 @@ def _of_square_experts(use: _Use, *, matrices: bool) -> tuple[bool, bool]:
 def _replaced(merged: MergedTensor, adapter: Adapter, span: TensorSpan, *, whole: bool) -> MergedTensor:
     """Return the tensor with its base replaced by a trained one. ``whole``: the base holds it as one tensor."""
     if not whole:
-        raise UnsupportedFormatError.of_trained(span, merged.shape)
+        raise UnsupportedFormatError.of_trained(span, shape=merged.shape)
     if span.shape != merged.shape:
-        raise ModelMismatchError.of_other_shape(span, span.shape, f"{merged.shape}, as in the base")
+        raise ModelMismatchError.of_other_shape(span, shape=span.shape, expected=f"{merged.shape}, as in the base")
     if adapter.weight != 1 or merged.replacement is not None:
         raise ModelMismatchError.of_replacement(span, adapter.weight)
     return replace(merged, replacement=span)
@@ -272,5 +274,5 @@ def _scaled(merged: MergedTensor, use: _Use, *, whole: bool) -> MergedTensor:
         raise UnsupportedFormatError.of_magnitude(magnitude)
     columns = _lies_across(use, shape)  # one magnitude for each output
     if magnitude.numel != shape[columns]:
-        raise ModelMismatchError.of_other_shape(magnitude, magnitude.shape, f"{shape[columns]} elements")
+        raise ModelMismatchError.of_other_shape(magnitude, shape=magnitude.shape, expected=f"{shape[columns]} elements")
     return replace(merged, magnitude=magnitude, norms=Norms() if columns else None)

@@ -137,7 +137,7 @@ def _tied_as_in(
             if not same_bits(tensors[name], tensors[kept]):
                 if len(one.stored) > 1:  # the name belongs to another model
                     continue
-                raise ModelMismatchError.of_head(name, tensors[name].span.file, kept)
+                raise ModelMismatchError.of_head(name, file=tensors[name].span.file, kept=kept)
             del tensors[name]
             notes.append(f"{name} of the source is its {kept}, and is not stored, as in the base")
     return tensors, tuple(notes)

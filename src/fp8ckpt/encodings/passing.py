@@ -88,7 +88,7 @@ class Passing:
             count += quantize.count_nonfinite(self.values(tensor, first, min(STEP, tensor.numel - first)))
             overflown += 0 if self.reader.merge is None else self.reader.merge.overflown
         if overflown:
-            return RangeError.of_merged(weight.name, tensor.span.file, overflown, "F32")
+            return RangeError.of_merged(weight.name, file=tensor.span.file, count=overflown, dtype="F32")
         return WeightValueError.of_nonfinite(weight.name, tensor.span.file, count, tensor.numel)
 
     # ---------------------------------------------------------------- what is not quantized
@@ -120,7 +120,7 @@ class Passing:
         if reader.merge is not None:
             arrival = Arrival.of(*reader.merge, values_of(out, span.dtype).floats)
             if arrival.elements < reader.merge.before.size and (overflown := reader.merge.overflown):
-                raise RangeError.of_merged(given, None, overflown, "F32")
+                raise RangeError.of_merged(given, file=None, count=overflown, dtype="F32")
             facts.setdefault(span.name, WeightFacts()).arrival.add(arrival)
         for name, count in reader.nonfinite.items():
             facts.setdefault(name, WeightFacts()).nan_codes += count

@@ -48,4 +48,4 @@ def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
 def _refuse_overflow(tensor: QuantizedTensor) -> None:
     """Raise if finite codes have values beyond 65504, the largest float16."""
     if count := tensor.count_overflown(Reader(cutting.CHUNK // 2, load_dequantizer)):
-        raise RangeError.of_halves(tensor, count)
+        raise RangeError.of_halves(tensor, count=count)

@@ -91,7 +91,7 @@ def grid_of(tensor: QuantizedTensor) -> BlockGrid:
         return tensor.grid
     (*lead, cols), group = tensor.grid.weight_shape, tensor.grid.block_size[-1]
     if cols % group:
-        raise UnsupportedFormatError.of_rows(tensor, cols, cutting.CHUNK)
+        raise UnsupportedFormatError.of_rows(tensor, size=cols, most=cutting.CHUNK)
     parts = next(n for n in range(2, cols + 1) if cols % (n * group) == 0 and cols // n <= max(cutting.CHUNK, group))
     return BlockGrid((prod(lead) * parts, cols // parts), (1, group))
 

@@ -172,7 +172,7 @@ def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoin
     given = asked.opened_source(output)
     tensors = source_tensors(given, {name: name for name in given.tensors})
     if all(is_native(header.file.name) for header in given.files):
-        raise UnsupportedFormatError.of_native(given.path)
+        raise UnsupportedFormatError.of_native(file=str(given.path))
     row = scheme_for(asked.scheme, given.config)
     grids, left = choose(tensors, given.config, asked.scheme, only=asked.only, skip=asked.skip)
     notes = [*_left_notes(left)]

@@ -35,10 +35,10 @@ def as_one(adapter: Adapter, base: Checkpoint, tied: Tied) -> Adapter:
         others = [name for name in list(tied.names)[: tied.size] if name != key]
         apart = bool(trained.keys() - pairs.keys()) and len(trained) < tied.size
         if apart or not all(same_values(first, span) for span in trained.values()):
-            raise UnsupportedFormatError.of_untied(first, others)
+            raise UnsupportedFormatError.of_untied(first, others=others)
     for key in (names.keys() & pairs.keys()) - {kept}:
         if kept not in pairs or not same_product(pairs[key], pairs[kept]):
-            raise UnsupportedFormatError.of_tied_factors(pairs[key].a, key, stored)
+            raise UnsupportedFormatError.of_tied_factors(pairs[key].a, key=key, stored=stored)
     dropped = names.keys() - {kept}
     return replace(
         adapter,

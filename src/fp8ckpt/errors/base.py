@@ -30,11 +30,18 @@ def listed(names: Iterable[str]) -> str:
 E = TypeVar("E", bound="Fp8CheckpointError")
 
 
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "shown": shown, "listed": listed, "joined": ", ".join, "count": lambda names: str(len(names)),
+}  # fmt: skip
+
+
 class _Facts(Formatter):
+    """As `str.format`; and "{name:shown}" is a name from a file, "{names:listed}" are some of many,
+    "{names:joined}" are all of them, and "{names:count}" is how many there are.
+    """
+
     def format_field(self, value: Any, format_spec: str) -> Any:
-        """Format as `str.format` does; "{name:shown}" is a name from a file, "{names:listed}" are the first of many."""
-        show = {"shown": shown, "listed": listed}.get(format_spec)
-        return show(value) if show else super().format_field(value, format_spec)
+        return _SHOWN[format_spec](value) if format_spec in _SHOWN else super().format_field(value, format_spec)
 
 
 class Says:
@@ -49,6 +56,7 @@ class Says:
         return partial(self._of, cls)
 
     def _of(self, cls: type[E], tensor: Any = None, *, file: object = None, **facts: object) -> E:
+        facts |= {"tensor": tensor, "file": file}
         found, expected, remedy = (_Facts().vformat(text, (), facts) for text in self.texts)
         return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
 

@@ -6,7 +6,6 @@ any, or states what the weights were not made with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Self
 
 from fp8ckpt.errors.base import Fp8CheckpointError, Named, Says, Stored, shown
@@ -23,14 +22,16 @@ _FOLLOW = "--follow-index (follow_index=True) reads what the index lists, and"
 class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     """There is no checkpoint at the path, and no cached one with that hub id."""
 
+    # fmt: off
     of_empty = Says("there is no object below it", remedy="check the URL")
     of_page = Says("its page lists no files",
-        remedy="give a directory whose index page lists its files; for a model of the Hub, hf://org/name")  # fmt: skip
+        remedy="give a directory whose index page lists its files; for a model of the Hub, hf://org/name")
     of_answer = Says("{who} answered {answer}", remedy="{remedy}")
-
-    @classmethod
-    def of_path(cls, path: object) -> Self:
-        return cls("there is no such directory or file", file=str(path), remedy=_CHECK)
+    of_path = Says("there is no such directory or file", remedy=_CHECK)
+    # A directory without the configuration of an adapter.
+    of_unconfigured = Says("there is no {config} in it", remedy="give the directory that PEFT's save_pretrained wrote")
+    of_file = Says("this is a file", "the directory of an adapter")
+    # fmt: on
 
     @classmethod
     def of_hub_id(cls, path: object) -> Self:
@@ -46,16 +47,6 @@ class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
         return cls(found, file=where, remedy=newer if pickled else _CHECK)
 
     @classmethod
-    def of_unconfigured(cls, where: str, config: str) -> Self:
-        """A directory without the configuration of an adapter."""
-        remedy = "give the directory that PEFT's save_pretrained wrote"
-        return cls(f"there is no {config} in it", file=where, remedy=remedy)
-
-    @classmethod
-    def of_file(cls, path: object) -> Self:
-        return cls("this is a file", file=str(path), expected="the directory of an adapter")
-
-    @classmethod
     def of_part(cls, file: str, directory: str, count: int = 0) -> Self:
         """One of ``count`` files of a checkpoint; with 0, a file without weights."""
         found = f"this is 1 of {count} files of a checkpoint" if count else "this holds no weights"
@@ -68,21 +59,15 @@ class SourceChangedError(Fp8CheckpointError, RuntimeError):
     expected = "the file as it was"
     remedy = "run it again once nothing writes to the file"
 
-    @classmethod
-    def of(cls, file: str) -> Self:
-        return cls("it changed after it was opened", file=file)
+    of = Says("it changed after it was opened")
 
 
 class _JsonError(Fp8CheckpointError, ValueError):
     """JSON that is malformed or too large, in headers and in configurations."""
 
-    @classmethod
-    def of_text(cls, file: Named, error: object) -> Self:
-        return cls(f"not valid JSON ({shown(error)})", file=file, expected="a JSON object", remedy=COPY)
-
-    @classmethod
-    def of_type(cls, file: Named, value: object) -> Self:
-        return cls(f"the JSON is a {type(value).__name__}", file=file, expected="an object", remedy=COPY)
+    of_text = Says("not valid JSON ({error:shown})", "a JSON object", COPY)
+    of_type = Says("the JSON is a {value.__class__.__name__}", "an object", COPY)
+    of_key = Says("the name occurs twice", "each name once", f"{_ANEW}: it does not say which of the two is meant")
 
     @classmethod
     def of_size(cls, file: Named, size: int, values: int, most: tuple[int, int]) -> Self:
@@ -91,31 +76,26 @@ class _JsonError(Fp8CheckpointError, ValueError):
         expected = "at most {} of them, and {} bytes where not all are ASCII".format(*most)
         return cls(found, file=file, expected=expected, remedy=COPY)
 
-    @classmethod
-    def of_key(cls, file: Named, key: str) -> Self:
-        remedy = f"{_ANEW}: it does not say which of the two is meant"
-        return cls("the name occurs twice", tensor=key, file=file, expected="each name once", remedy=remedy)
-
 
 class ConfigError(_JsonError):
     """``config.json`` (or ``hf_quant_config.json``, ``params.json``) cannot be understood."""
 
-    @classmethod
-    def of_adapter(cls, file: Named, key: str, stated: object, expected: str) -> Self:
-        """A ``key`` of PEFT's whose value is not valid."""
-        return cls(f"{key} is {shown(stated)}", file=file, expected=expected, remedy="take the file PEFT wrote")
-
-    @classmethod
-    def of_quantization(cls, file: str, stated: object) -> Self:
-        """A statement of quantization that is not an object."""
-        found = f"what it states of quantization is {shown(repr(stated))}"
-        remedy = "state what the file that came with these weights states"
-        return cls(found, file=file, expected="an object", remedy=remedy)
-
-    @classmethod
-    def of_block_size(cls, file: str, stated: object) -> Self:
-        found, expected = f"the block size is {shown(repr(stated))}", "positive whole numbers, such as [128, 128]"
-        return cls(found, file=file, expected=expected, remedy=_OF_SCALES)
+    # fmt: off
+    of_buffer = Says("no checkpoint holds this buffer, and {owner} does not make it anew",
+        remedy="register it once the model is loaded")
+    of_architecture = Says("architectures is {given!r}", "a class of transformers",
+        "build the model yourself, and call load_model")
+    # A ``key`` of PEFT's whose value is not valid.
+    of_adapter = Says("{key} is {stated:shown}", "{expected}", "take the file PEFT wrote")
+    # A statement of quantization that is not an object.
+    of_quantization = Says("what it states of quantization is {stated!r:shown}", "an object",
+        "state what the file that came with these weights states")
+    of_block_size = Says("the block size is {stated!r:shown}", "positive whole numbers, such as [128, 128]", _OF_SCALES)
+    of_long = Says("the file is longer than any configuration", "at most {most} bytes", COPY)
+    # The ``model`` that the configuration names cannot be made from it.
+    of_model = Says("{model} cannot be made of it: {error:shown}", "one that transformers reads",
+        "take the configuration that was written with these weights, or the transformers that it was written for")
+    # fmt: on
 
     @classmethod
     def of_block_sizes(cls, file: str, modules: str, sizes: tuple[object, object]) -> Self:
@@ -123,47 +103,31 @@ class ConfigError(_JsonError):
         found = f"the configuration states several block sizes for {shown(modules)}: {sizes[0]} and {sizes[1]}"
         return cls(found, file=file, expected="one", remedy=_OF_SCALES)
 
-    @classmethod
-    def of_long(cls, file: Named, most: int) -> Self:
-        found, expected = "the file is longer than any configuration", f"at most {most} bytes"
-        return cls(found, file=file, expected=expected, remedy=COPY)
-
-    @classmethod
-    def of_model(cls, config: str, model: str, error: Exception) -> Self:
-        """The ``model`` that the configuration names cannot be made from it."""
-        found = f"{model} cannot be made of it: {shown(str(error))}"
-        remedy = (
-            "take the configuration that was written with these weights, or the transformers that it was written for"
-        )
-        return cls(found, file=config, expected="one that transformers reads", remedy=remedy)
-
 
 class HeaderError(_JsonError):
     """A safetensors header is malformed, or states what cannot be."""
 
     remedy = COPY
 
-    @classmethod
-    def of_length(cls, file: Named, length: int, most: int) -> Self:
-        remedy = f"if it is meant to be a safetensors file, {COPY}"
-        return cls(f"the header claims {length} bytes", file=file, expected=f"at most {most}", remedy=remedy)
-
-    @classmethod
-    def of_metadata(cls, file: Named) -> Self:
-        return cls("__metadata__ is something else", file=file, expected="a map of text to text", remedy=_ANEW)
-
-    @classmethod
-    def of_entry(cls, file: Named, tensor: str, entry: str) -> Self:
-        """``entry``: the tensor's entry, as JSON."""
-        found = f"the entry {shown(entry)} is malformed"
-        expected = "a dtype, a shape of whole numbers and two data offsets"
-        return cls(found, tensor=tensor, file=file, expected=expected, remedy=_ANEW)
-
-    @classmethod
-    def of_dtype(cls, file: Named, tensor: str, dtype: str, known: Iterable[str]) -> Self:
-        found, expected = f"unknown dtype {shown(dtype)}", f"one of {', '.join(known)}"
-        remedy = "use the tool that wrote it, or a newer version of fp8ckpt"
-        return cls(found, tensor=tensor, file=file, expected=expected, remedy=remedy)
+    # fmt: off
+    of_length = Says("the header claims {length} bytes", "at most {most}",
+        f"if it is meant to be a safetensors file, {COPY}")
+    of_metadata = Says("__metadata__ is something else", "a map of text to text", _ANEW)
+    # ``entry``: the tensor's entry, as JSON.
+    of_entry = Says("the entry {entry:shown} is malformed", "a dtype, a shape of whole numbers and two data offsets",
+        _ANEW)
+    of_dtype = Says("unknown dtype {dtype:shown}", "one of {known:joined}",
+        "use the tool that wrote it, or a newer version of fp8ckpt")
+    # Bytes that belong to no tensor; the data ends at ``end``.
+    of_rest = Says("{rest} bytes follow the last tensor", "a file of {end} bytes")
+    of_many = Says("more than {most} defects; the rest was not looked at")
+    # The tensor ``stored`` is also in the file, or under the key, ``other``.
+    of_two = Says("it is in {other:shown} as well", "each name once",
+        "open the one file that is meant, or write an index that names the model's files")
+    of_parts = Says("{there} of {count} parts are there", remedy=_SAME_PLACE)
+    of_halves = Says("{tensor.dtype} {tensor.shape} in four bits has rows that are no whole bytes",
+        "rows of an even number of elements")
+    # fmt: on
 
     @classmethod
     def of_offsets(
@@ -185,38 +149,16 @@ class HeaderError(_JsonError):
         return cls(found, tensor=stored, expected=f"byte {end}")
 
     @classmethod
-    def of_rest(cls, file: Named, rest: int, end: int) -> Self:
-        """Bytes that belong to no tensor; the data ends at ``end``."""
-        return cls(f"{rest} bytes follow the last tensor", file=file, expected=f"a file of {end} bytes")
-
-    @classmethod
-    def of_many(cls, file: Named, most: int) -> Self:
-        return cls(f"more than {most} defects; the rest was not looked at", file=file)
-
-    @classmethod
-    def of_two(cls, stored: Stored, other: str) -> Self:
-        """The tensor ``stored`` is also in the file, or under the key, ``other``."""
-        remedy = "open the one file that is meant, or write an index that names the model's files"
-        return cls(f"it is in {shown(other)} as well", tensor=stored, expected="each name once", remedy=remedy)
-
-    @classmethod
     def of_index(cls, index: Named, absent: str | None) -> Self:
         """An index of an adapter that names no file, or an ``absent`` one."""
         found = "it names no file" if absent is None else f"it names {shown(absent)}, which is not there"
         return cls(found, file=index, remedy=_SAME_PLACE)
 
-    @classmethod
-    def of_parts(cls, where: str, there: int, count: int) -> Self:
-        return cls(f"{there} of {count} parts are there", file=where, remedy=_SAME_PLACE)
-
-    @classmethod
-    def of_halves(cls, stored: Stored) -> Self:
-        found = f"{stored.dtype} {stored.shape} in four bits has rows that are no whole bytes"
-        return cls(found, tensor=stored, expected="rows of an even number of elements")
-
 
 class TruncatedFileError(HeaderError):
     """A file holds fewer bytes than its header describes."""
+
+    of_end = Says("the file ends at byte {end}", "at least {least} bytes", "{remedy}")
 
     @classmethod
     def of(cls, file: Named, size: int, end: int | None = None) -> Self:
@@ -229,18 +171,24 @@ class TruncatedFileError(HeaderError):
         found = f"the header claims {length} bytes and the file holds {size}"
         return cls(found, file=file, expected=f"at least {length + 8} bytes")
 
-    @classmethod
-    def of_end(cls, file: str, end: int, least: int, remedy: str) -> Self:
-        return cls(f"the file ends at byte {end}", file=file, expected=f"at least {least} bytes", remedy=remedy)
-
 
 class IndexMismatchError(Fp8CheckpointError, ValueError):
     """The index and the files' own headers disagree, or the index names a file outside the directory."""
 
-    @classmethod
-    def of_unnamed(cls, file: str, index: str) -> Self:
-        remedy = f"{_FOLLOW} copies this file as it is"
-        return cls(f"the index {index} does not name this file", file=file, expected="every file in it", remedy=remedy)
+    # fmt: off
+    of_unnamed = Says("the index {index} does not name this file", "every file in it",
+        f"{_FOLLOW} copies this file as it is")
+    of_kind = Says("it has no weight_map of names to files", '{{"weight_map": {{tensor: file}}}}', _INDEX)
+    of_path = Says("it names the file {name:shown}", "the name of a file in the directory",
+        "do not use this checkpoint unless you know who wrote it")
+    # The index names a file that does not exist, for the tensor among others.
+    of_absent = Says("the file {name:shown} is not there", "{name:shown} in {where}", f"{_SAME_PLACE}; or {_INDEX}")
+    # One of ``count`` parts does not exist, as the name of another part shows.
+    of_part = Says("the part {part:shown} is not there", "all of the {count} parts", _SAME_PLACE)
+    # A ``total_size`` that differs from the tensors' bytes.
+    of_size = Says("metadata.total_size is {stated:shown}; the tensors take {actual} bytes",
+        remedy="nothing reads it wrong; convert writes the index anew")
+    # fmt: on
 
     @classmethod
     def of_place(cls, tensor: str, index: str, listed: str | None, actual: str | None) -> Self:
@@ -258,32 +206,3 @@ class IndexMismatchError(Fp8CheckpointError, ValueError):
     @classmethod
     def of_json(cls, index: str, error: Fp8CheckpointError) -> Self:
         return cls(error.found, **{**error.facts, "file": index})
-
-    @classmethod
-    def of_kind(cls, index: str) -> Self:
-        expected = '{"weight_map": {tensor: file}}'
-        return cls("it has no weight_map of names to files", file=index, expected=expected, remedy=_INDEX)
-
-    @classmethod
-    def of_path(cls, index: str, name: str) -> Self:
-        remedy = "do not use this checkpoint unless you know who wrote it"
-        expected = "the name of a file in the directory"
-        return cls(f"it names the file {shown(name)}", file=index, expected=expected, remedy=remedy)
-
-    @classmethod
-    def of_absent(cls, index: str, tensor: str, name: str, where: str) -> Self:
-        """The index names a file that does not exist, for the tensor among others."""
-        found, expected = f"the file {shown(name)} is not there", f"{shown(name)} in {where}"
-        return cls(found, tensor=tensor, file=index, expected=expected, remedy=f"{_SAME_PLACE}; or {_INDEX}")
-
-    @classmethod
-    def of_part(cls, file: str, part: str, count: int) -> Self:
-        """One of ``count`` parts does not exist, as the name of another part shows."""
-        found, expected = f"the part {shown(part)} is not there", f"all of the {count} parts"
-        return cls(found, file=file, expected=expected, remedy=_SAME_PLACE)
-
-    @classmethod
-    def of_size(cls, index: str, stated: object, actual: int) -> Self:
-        """A ``total_size`` that differs from the tensors' bytes."""
-        found = f"metadata.total_size is {shown(stated)}; the tensors take {actual} bytes"
-        return cls(found, file=index, remedy="nothing reads it wrong; convert writes the index anew")

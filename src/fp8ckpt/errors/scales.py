@@ -5,10 +5,10 @@ Only the writer of a file knows which scales its codes were made with, so no rem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Stored, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, Says, Stored, shown
 from fp8ckpt.errors.files import COPY
 
 SAME_TOOL = "use the tool that wrote it"
@@ -56,6 +56,15 @@ class AmbiguousScaleError(Fp8CheckpointError, ValueError):
 class ScaleShapeError(Fp8CheckpointError, ValueError):
     """A scale does not tile its weight."""
 
+    # fmt: off
+    of_grid = Says("scale shape {scale} does not fit weight {weight}", "a grid of blocks of {block}")
+    # ``stated``: the configuration's number of 4-bit codes per scale; ``group``: the actual number.
+    of_group = Says(
+        "scale shape {scale.shape} in {scale.file.name:shown} is of groups of {group}, group_size is {stated}",
+        "group_size {group}, by the scales' dtype {scale.dtype}",
+        "state the group_size of the scales, wherever a configuration file has one: engines size them by it")
+    # fmt: on
+
     @classmethod
     def of(cls, weight: Stored, scale: Stored, block_size: tuple[int, ...] | None, fit: tuple[int, ...] | None) -> Self:
         """``block_size``: the module's, as stated in the configuration; ``fit``: the shape of scales that fits it."""
@@ -71,28 +80,26 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
             remedy = "see whether the configuration is that of these weights; if it is, the scales are not"
         return cls(found, tensor=weight, expected=expected, remedy=remedy)
 
-    @classmethod
-    def of_group(cls, weight: Stored, scale: Stored, stated: int, group: int) -> Self:
-        """``stated``: the configuration's number of 4-bit codes per scale; ``group``: the actual number."""
-        found = f"scale shape {scale.shape} in {shown(scale.file.name)} is of groups of {group}, group_size is {stated}"
-        remedy = "state the group_size of the scales, wherever a configuration file has one: engines size them by it"
-        expected = f"group_size {group}, by the scales' dtype {scale.dtype}"
-        return cls(found, tensor=weight, expected=expected, remedy=remedy)
-
 
 class ScaleDtypeError(Fp8CheckpointError, ValueError):
     """A scale has a dtype that no FP8 family uses."""
 
     remedy = SAME_TOOL
 
-    @classmethod
-    def of(cls, weight: Stored, scale: Stored, known: Iterable[str]) -> Self:
-        found = f"its scale {shown(scale.name)} in {shown(scale.file.name)} has dtype {scale.dtype}"
-        return cls(found, tensor=weight, expected=f"one of {', '.join(known)}")
+    # fmt: off
+    of = Says("its scale {scale.name:shown} in {scale.file.name:shown} has dtype {scale.dtype}",
+        "one of {known:joined}")
+    # fmt: on
 
 
 class ScaleValueError(Fp8CheckpointError, ValueError):
     """A scale is NaN, infinite, zero or negative."""
+
+    # fmt: off
+    of_dtype = Says("a scale of dtype {dtype}", "one of {known}")
+    of_placeholders = Says("{count} of {all} scales are not finite and positive",
+        remedy="load the scale before the weight is used")
+    # fmt: on
 
     @classmethod
     def of(cls, scale: Stored, counts: tuple[int, int], first: object, at: tuple[int, ...]) -> Self:

@@ -19,7 +19,6 @@ class ServingError(Fp8CheckpointError, ValueError):
     of_unsound = Says("it has {defects}: an engine refuses it, or serves something else", "a sound checkpoint")
 
     # ---------------------------------------------------------------- what the configuration states
-
     of_nothing_stated = Says(_NOT_STATED, "{keys}",
         "take the configuration that was written with them; convert --like and --serving writes one")
     of_markers = Says(_NOT_STATED, "{keys}",
@@ -55,15 +54,14 @@ class ServingError(Fp8CheckpointError, ValueError):
         "none that is FP8", "list what is not FP8 by its full name, and with a $ after it where other names begin so")
 
     # ---------------------------------------------------------------- scales
-
     of_dimensions = Says("the scale of a whole tensor has shape {shape}, in {count} of {all} FP8 tensors", "[] or [1]",
         f"{_NO_DIMENSIONS}: vLLM's loader fails on this one")
     of_activation_shape = Says(_ACTIVATIONS, "[] or [1], or [experts]", _NO_DIMENSIONS)
     of_activation_values = Says(_ACTIVATIONS, "[] or [1], or [experts]",
         "calibrate one value for all: engines have no other static scaling of activations")
     of_lacking = Says("{count} of {all} FP8 tensors have no activation scale", "one for each, {by}",
-        "restore them, or leave out all and state dynamic, where the method has that: "
-        "engines take a missing one for a senseless number")
+        "restore them, or leave out all and state dynamic, where the method has that: engines take a missing one for "
+        "a senseless number")
     of_needless = Says("{count} of {all} FP8 tensors have an activation scale", "none, by {by}",
         "leave them out; or state static, where the method has that and every FP8 tensor has one")
     of_powers = Says("{scales} scales of {count} FP8 tensors are no powers of two, and {by} states scale_fmt ue8m0",
@@ -71,7 +69,6 @@ class ServingError(Fp8CheckpointError, ValueError):
         "quantize these weights again (convert --scales fresh): engines keep only the exponents of such scales")
 
     # ---------------------------------------------------------------- what engines join and shard
-
     of_mixed = Says("{count} groups of weights that engines join are FP8 in part; the first is {some}",
         "all FP8, or none", "quantize all of a group, or none: vLLM refuses to build the layer")
     of_torn = Says("{count} FP8 tensors {why} and are not whole blocks: {part}", _MULTIPLES,
@@ -80,7 +77,6 @@ class ServingError(Fp8CheckpointError, ValueError):
         _MULTIPLES, "serve it with {largest} or fewer; experts that are not cut (expert parallelism) fit")
 
     # ---------------------------------------------------------------- files
-
     of_native_weights = Says("Mistral's own copy of the weights stands beside the others: {some}", "one copy",
         "move it away: vLLM serves it instead of the others")
     of_native_config = Says("Mistral's own configuration stands beside weights that it does not speak of",
@@ -91,3 +87,4 @@ class ServingError(Fp8CheckpointError, ValueError):
         "take the index that was written with them, or write the directory anew with convert, which makes one")
     of_metadata = Says("the metadata does not say what wrote it, in {count} of {all} files", '{{"format": "pt"}}',
         "have it written anew with that: loaders that serve several frameworks refuse the file, or guess")
+    # fmt: on

@@ -69,23 +69,8 @@ class StorageError(Fp8CheckpointError, OSError):
     of_link = Says("it is a link that leads out of the directory", "a file, or a link to one inside",
         "put the file itself there, if you know who made the link")
     of_absent = Says("there is no such file", remedy="restore the file")
-    # fmt: on
-
-    @classmethod
-    def of_reading(cls, error: OSError, file: object, failed: str = "cannot be opened") -> Self:
-        remedy = _READING.get(error.errno or 0, "restore the file")
-        return cls(f"{failed}: {error.strerror}", file=file, remedy=remedy)
-
-    @classmethod
-    def of_writing(cls, error: OSError, file: object) -> Self:
-        """The message has the whole path: its last part may be ours, and unknown to the user."""
-        otherwise = "see that files can be made there and that nothing else changes them, and run it again"
-        remedy = _WRITING.get(error.errno or 0, otherwise)
-        return cls(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)
 
     # ---------------------------------------------------------------- remote stores
-    # fmt: off
-
     of_another_hand = Says("it was changed after it was written", "{size} bytes",
         "see what changes it, and run it again")
     of_web_page = Says("what answers there is no such store", "a listing", "check the endpoint (AWS_ENDPOINT_URL)")
@@ -112,13 +97,23 @@ class StorageError(Fp8CheckpointError, OSError):
     of_aborted = Says("its upload to {where} was aborted", remedy="begin anew, with another destination")
     # fmt: on
 
+    @classmethod
+    def of_reading(cls, error: OSError, file: object, failed: str = "cannot be opened") -> Self:
+        remedy = _READING.get(error.errno or 0, "restore the file")
+        return cls(f"{failed}: {error.strerror}", file=file, remedy=remedy)
+
+    @classmethod
+    def of_writing(cls, error: OSError, file: object) -> Self:
+        """The message has the whole path: its last part may be ours, and unknown to the user."""
+        otherwise = "see that files can be made there and that nothing else changes them, and run it again"
+        remedy = _WRITING.get(error.errno or 0, otherwise)
+        return cls(f"writing failed: {error.strerror}", file=str(file), remedy=remedy)
+
 
 class NoRoomError(StorageError):
     """The disk has less space than the output needs. Nothing was written."""
 
     remedy = "free some space, or choose another destination"
 
-    @classmethod
-    def of(cls, where: str, needed: int, free: int) -> Self:
-        """``where``: a directory of the file system; ``needed`` and ``free`` bytes there."""
-        return cls(f"the output needs {needed:,} bytes more, and {free:,} are free in its file system", file=where)
+    # ``where``: a directory of the file system; ``needed`` and ``free`` bytes there.
+    of = Says("the output needs {needed:,} bytes more, and {free:,} are free in its file system")

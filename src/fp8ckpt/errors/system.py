@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from fp8ckpt.errors.base import Fp8CheckpointError
+from fp8ckpt.errors.base import Fp8CheckpointError, Says
 
 
 class UnsupportedSystemError(Fp8CheckpointError, ImportError):
@@ -13,14 +11,14 @@ class UnsupportedSystemError(Fp8CheckpointError, ImportError):
     expected = "Linux or macOS"
     remedy = "on Windows, run it in WSL, the Windows Subsystem for Linux"
 
-    @classmethod
-    def of(cls, system: str) -> Self:
-        return cls(f"fp8ckpt does not run on {system}")
+    of = Says("fp8ckpt does not run on {system}")
 
 
 class MissingPackageError(Fp8CheckpointError, ImportError):
     """A package is missing that only an extra of this one installs."""
 
-    @classmethod
-    def of(cls, doing: str, file: object, package: str, install: str) -> Self:
-        return cls(f"{doing} needs {package}", file=file, remedy=f"pip install {install}")
+    # fmt: off
+    of_report = Says("a report is drawn by matplotlib, which is not installed",
+        remedy="install the extra: pip install 'fp8ckpt[report]'")
+    of = Says("{doing} needs {package}", remedy="pip install {install}")
+    # fmt: on

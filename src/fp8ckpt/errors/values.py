@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Self
 
-from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Stored
+from fp8ckpt.errors.base import Fp8CheckpointError, Readable, Says, Stored
 
 
 class UnknownTensorError(Fp8CheckpointError, KeyError):
     """The checkpoint has no tensor of that name."""
 
-    @classmethod
-    def of(cls, name: str, where: object, count: int) -> Self:
-        expected, remedy = f"one of its {count} logical tensors", "fp8ckpt inspect --tensor REGEX lists them"
-        return cls("the checkpoint has no such tensor", tensor=name, file=where, expected=expected, remedy=remedy)
+    # fmt: off
+    of_pattern = Says("no tensor has a name like {pattern:shown}", remedy="--tensor . lists them all")
+    of = Says("the checkpoint has no such tensor", "one of its {count} logical tensors",
+        "fp8ckpt inspect --tensor REGEX lists them")
+    # fmt: on
 
 
 class RegionError(Fp8CheckpointError, IndexError):
     """Offsets and sizes reach outside the tensor."""
+
+    of_target = Says("a target of shape {shape}", "{planned}, as the plan says")
 
     @classmethod
     def of(cls, tensor: Readable, region: tuple[object, object]) -> Self:
@@ -28,43 +31,37 @@ class RegionError(Fp8CheckpointError, IndexError):
 class WeightValueError(Fp8CheckpointError, ValueError):
     """A weight holds NaN or infinity, and has no FP8 code."""
 
-    @classmethod
-    def of(cls, tensor: str, file: object, found: str) -> Self:
-        """``found``: how many elements are not finite; ``file``: where they are read from, None for a model's."""
-        causes = "training that diverged, or NaN codes of an FP8 source (verify counts them)"
-        remedy = f"find out where they come from: {causes}"
-        return cls(found, tensor=tensor, file=file, expected="finite weights", remedy=remedy)
+    # fmt: off
+    # ``found``: how many elements are not finite; ``file``: where they are read from, None for a model's.
+    of = Says("{found}", "finite weights",
+        "find out where they come from: training that diverged, or NaN codes of an FP8 source (verify counts them)")
+    # A row or a column (``what``) of a tensor that DoRA scales.
+    of_direction = Says("{what} {index} is zero, and DoRA's magnitude has no direction to be of",
+        "{what}s that are not zero")
+    of_adapter = Says("{count} of {numel} elements are NaN or infinite", "finite values",
+        "give a checkpoint of the adapter from before its training diverged")
+    # fmt: on
 
     @classmethod
     def of_nonfinite(cls, tensor: str, file: object, count: int, numel: int) -> Self:
-        return cls.of(tensor, file, f"{count} of {numel} elements are NaN or infinite, and have no code")
-
-    @classmethod
-    def of_direction(cls, tensor: Readable, what: str, index: int) -> Self:
-        """A row or a column (``what``) of a tensor that DoRA scales."""
-        found = f"{what} {index} is zero, and DoRA's magnitude has no direction to be of"
-        return cls(found, tensor=tensor, expected=f"{what}s that are not zero")
-
-    @classmethod
-    def of_adapter(cls, factor: Stored, count: int, numel: int) -> Self:
-        found = f"{count} of {numel} elements are NaN or infinite"
-        remedy = "give a checkpoint of the adapter from before its training diverged"
-        return cls(found, tensor=factor, expected="finite values", remedy=remedy)
+        return cls.of(tensor, file=file, found=f"{count} of {numel} elements are NaN or infinite, and have no code")
 
 
 class RangeError(Fp8CheckpointError, OverflowError):
     """Finite values do not fit the range of the target dtype."""
+
+    # fmt: off
+    of_halves = Says("{count} elements go beyond 65504, the largest float16", remedy="convert to bf16 or fp32")
+    # Sums of a base and its adapters that ``dtype`` cannot hold.
+    of_merged = Says("{count} merged values do not fit {dtype}", "an adapter of this base",
+        "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it")
+    # fmt: on
 
     @classmethod
     def of_codes(cls, tensor: str | Readable, count: int, dtype: str) -> Self:
         """Finite codes whose scaled values exceed ``dtype``."""
         remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
         return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
-
-    @classmethod
-    def of_halves(cls, tensor: Readable, count: int) -> Self:
-        found = f"{count} elements go beyond 65504, the largest float16"
-        return cls(found, tensor=tensor, remedy="convert to bf16 or fp32")
 
     @classmethod
     def of_base(cls, tensor: str, source: Readable, dtypes: tuple[str, str], count: int) -> Self:
@@ -81,13 +78,6 @@ class RangeError(Fp8CheckpointError, OverflowError):
         if beyond_all or wider is None:
             remedy = "look why they are so large: no dtype to save in holds them"
         return cls(found, tensor=stored, expected=f"values within {stored.dtype}", remedy=remedy)
-
-    @classmethod
-    def of_merged(cls, tensor: str | Readable, file: object, count: int, dtype: str) -> Self:
-        """Sums of a base and its adapters that ``dtype`` cannot hold."""
-        remedy = "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it"
-        found = f"{count} merged values do not fit {dtype}"
-        return cls(found, tensor=tensor, file=file, expected="an adapter of this base", remedy=remedy)
 
     @classmethod
     def of_scale(cls, dtype: str, tensor: str, file: object, remedy: str | None, *, factor: bool) -> Self:

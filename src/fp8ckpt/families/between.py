@@ -49,7 +49,7 @@ def translated(given: Checkpoint, wanted: Checkpoint) -> Translated | None:
     used = {piece.source for assembly in parts.values() for piece in assembly.pieces}
     left = {name: tensor for name, tensor in given.tensors.items() if name not in used}
     if twice := sorted(left.keys() & parts.keys()):
-        raise ModelMismatchError.of_second(left[twice[0]], wanted.path)
+        raise ModelMismatchError.of_second(left[twice[0]], where=wanted.path)
     tensors = joined_tensors(parts, given.tensors)
     made = sum(tensor is not given.tensors.get(name) for name, tensor in tensors.items())
     return Translated({**tensors, **left}, made)
@@ -63,16 +63,16 @@ def as_in_model(given: Checkpoint) -> dict[str, Tensor]:
     `ModelMismatchError` for tensors of other shapes than the model's.
     """
     if not has_transformers():
-        raise UnsupportedFormatError.of_layout(given.path)
+        raise UnsupportedFormatError.of_layout(file=str(given.path))
     if (known := _configured(given.config)) is None:
         raise UnsupportedFormatError.of_model(f"{given.path}/{CONFIG}", given.config.get("architectures"))
     made = known.assembled(given.shapes)
     for name, assembly in made.parts.items():
         if assembly.shape != known.shapes[name]:
             expected = f"{known.shapes[name]}, as in the model"
-            raise ModelMismatchError.of_other_shape(name, assembly.shape, expected, given.path)
+            raise ModelMismatchError.of_other_shape(name, file=given.path, shape=assembly.shape, expected=expected)
         if (defect := assembly.defect(given.shapes)) is not None:
-            raise UnsupportedFormatError.of_assembly(name, defect, given.path)
+            raise UnsupportedFormatError.of_assembly(name, file=given.path, defect=defect)
     return {**joined_tensors(made.parts, given.tensors), **{name: given.tensors[name] for name in made.unused}}
 
 
@@ -85,13 +85,13 @@ def between(wanted: Shapes, given: Shapes, config: Mapping[str, Any]) -> dict[st
     there, here = known.assembled(wanted), known.assembled(given)
     for name, assembly in there.parts.items():
         if name in here.parts and here.parts[name].shape != assembly.shape:
-            raise ModelMismatchError.of_other_shape(name, here.parts[name].shape, assembly.shape)
+            raise ModelMismatchError.of_other_shape(name, shape=here.parts[name].shape, expected=assembly.shape)
     apart = {*there.unused}
     parts = {name: Assembly.whole(name, given[name]) for name in here.unused if name in apart}
     for name, assembly in composed(reversed_assemblies(there.parts, wanted), here.parts).items():
         parts[name] = assembly
         if (defect := assembly.defect(given)) is not None:
-            raise UnsupportedFormatError.of_assembly(name, defect)
+            raise UnsupportedFormatError.of_assembly(name, defect=defect)
     return parts
 
 

@@ -65,7 +65,7 @@ def configured_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloa
         with torch.device("meta"):
             return cls._from_config(transformers.AutoConfig.for_model(**plain), dtype=dtype)
     except Exception as error:  # of many classes: each part of a configuration is checked in its own way
-        raise ConfigError.of_model(CONFIG, name, error) from error
+        raise ConfigError.of_model(file=CONFIG, model=name, error=error) from error
 
 
 def distributed(model: Any, how: Any) -> Any:
@@ -82,7 +82,7 @@ def distributed(model: Any, how: Any) -> Any:
         return model.maybe_distribute_model(model, prepared, meshes)
     except Exception as error:  # of many kinds: each plan of a class is applied in its own way
         sizes = [f"{key}={size}" for key, size in vars(how).items() if key.endswith("_size") and size not in (None, 1)]
-        raise ModelMismatchError.of_plan(type(model).__name__, sizes, error) from error
+        raise ModelMismatchError.of_plan(model=type(model).__name__, sizes=sizes, error=error) from error
 
 
 def is_distributed(model: Any) -> bool:
@@ -191,7 +191,7 @@ def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Ass
             raise UnsupportedFormatError.of_sources(stack, disk.values(), error) from error
         module = model.get_submodule(stack.rpartition(".")[0])
         if len(disk) > experts and not getattr(module, "is_concatenated", True):
-            raise UnsupportedFormatError.of_interleaved(stack, own_class(module).__name__)
+            raise UnsupportedFormatError.of_interleaved(stack, kind=own_class(module).__name__)
         made = made.renamed(disk)
         parts[stack] = made.transpose(1, 2) if _is_transposed(module, stack, made, own) else made
         for name in disk.values():
@@ -204,7 +204,7 @@ def _is_transposed(module: nn.Module, target: str, stacked: Assembly, own: Shape
         return known
     straight, across = stacked.shape == own[target], stacked.transpose(1, 2).shape == own[target]
     if straight and across:
-        raise UnsupportedFormatError.of_square_stack(target, own_class(module).__name__, stacked.shape)
+        raise UnsupportedFormatError.of_square_stack(target, kind=own_class(module).__name__, shape=stacked.shape)
     return across
 
 
@@ -230,7 +230,7 @@ class _Symbol(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
         if isinstance(result, torch.Tensor):
             name = torch.overrides.resolve_name(func) or getattr(func, "__name__", "a function")
-            raise UnsupportedFormatError.of_conversion(name)
+            raise UnsupportedFormatError.of_conversion(function=name)
         return result
 
 

@@ -74,12 +74,8 @@ class FP8StateDictAdapter(StateDictAdapter):
         for tensor in checkpoint.quantized:
             fits, expected = self._fits(tensor)
             if not fits or tensor.scale.name != tensor.name + SCALE_SUFFIX:
-                raise UnsupportedFormatError(
-                    f"its scale {tensor.scale.name} has shape {tensor.scale.shape}",
-                    tensor=tensor.name,
-                    file=tensor.scale.file,
-                    expected=f"{expected}, {SCALE_SUFFIX}",
-                    remedy="use load_model or FP8StorageReader, which take any",
+                raise UnsupportedFormatError.of_grid(
+                    tensor.name, file=tensor.scale.file, scale=tensor.scale, fits=f"{expected}, {SCALE_SUFFIX}"
                 )
         quantized = {self.hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
         self._release = Release(quantized, frozenset(checkpoint.tensors), states_powers_of_two(checkpoint.config))
@@ -116,7 +112,7 @@ class FP8StateDictAdapter(StateDictAdapter):
             return () if (tensor := self._on_disk(fqn)) is None else tensor.scale.shape, None
         grid = tiled(tuple(weight.shape), self.block_size)
         if grid is None:
-            raise UnsupportedFormatError(f"shape {tuple(weight.shape)}", tensor=fqn, expected="at least two dimensions")
+            raise UnsupportedFormatError.of_axes(fqn, shape=tuple(weight.shape))
         return grid.shape, grid.block_size
 
     def scale_placeholder(self, fqn: str, weight: torch.Tensor) -> torch.Tensor:

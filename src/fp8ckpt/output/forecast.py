@@ -40,7 +40,7 @@ class Room(NamedTuple):
     def refuse_too_little(self) -> None:
         """Raise `NoRoomError` if there is not enough space."""
         if self.free is not None and not self.fits:
-            raise NoRoomError.of(str(self.where), self.needs, self.free)
+            raise NoRoomError.of(file=str(self.where), needed=self.needs, free=self.free)
 
 
 def room_for(sizes: Mapping[Path, int], holes: int = 0) -> Room:

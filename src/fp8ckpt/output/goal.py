@@ -56,7 +56,7 @@ class Directory:
         """
         if os.path.lexists(self.where) or self.where.name == "..":
             self._tidy()
-            raise OutputExistsError.of_destination(self.where)
+            raise OutputExistsError.of_destination(file=str(self.where))
 
     def _tidy(self) -> None:
         """Remove what a run left that died between its last step, the rename, and its end: our state and nothing else,

@@ -81,8 +81,7 @@ class PlainLayout(NamedTuple):
         specs = []
         for name, tensor in tensors.items():
             if dtype not in tensor.dtypes() and any(span.dtype in CODE_FORMATS for span in tensor.spans):
-                found = f"some of its pieces are FP8, and others {tensor.dtype}"
-                raise UnsupportedFormatError(found, tensor=name, expected="one dtype", remedy="convert to bf16")
+                raise UnsupportedFormatError.of_codes_and_others(name, dtype=tensor.dtype)
             specs.append(TensorSpec(name, dtype if dtype in tensor.dtypes() else tensor.dtype, tensor.shape))
         layouts = lay_out_in_files(specs, DEFAULT_FILE_BYTES)
         texts, copies = plain_side_files(base, dtype)

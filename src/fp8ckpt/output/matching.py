@@ -22,8 +22,7 @@ def refuse_base(base: Checkpoint, remedy: str) -> None:
     all of its scales are valid.
     """
     if not base.quantized and not base.cache_scales:
-        found = "none of its tensors is quantized"
-        raise UnsupportedFormatError(found, file=str(base.path), expected="an FP8 base", remedy=remedy)
+        raise UnsupportedFormatError.of_base(file=str(base.path), remedy=remedy)
     raise_first(scale_defects(base.quantized, base.cache_scales))
 
 
@@ -54,7 +53,7 @@ def refuse_other_dtypes(found: Mapping[str, Tensor] | Mapping[str, TensorSpec], 
         tensor = base.tensors[name]
         if tensor.scaled is not None:
             if tensor.scaled.code_dtype not in CODINGS:
-                raise UnsupportedFormatError.of_codes(tensor, tensor.scaled.code_dtype)
+                raise UnsupportedFormatError.of_codes(tensor, dtype=tensor.scaled.code_dtype)
             refuse_dtype(given)
     refuse_other_kinds(found, base, TARGET_BYTES.keys())
 
@@ -68,7 +67,7 @@ def refuse_other_kinds(
     for name, given in found.items():
         stored = base.tensors[name].dtype
         if given.dtype != stored and not {given.dtype, stored} <= set(floats):
-            raise ModelMismatchError.of_dtype(name, _file_of(given), given.dtype, stored)
+            raise ModelMismatchError.of_dtype(name, file=_file_of(given), dtype=given.dtype, base=stored)
 
 
 def in_fewer_bits(found: Mapping[str, Tensor], base: Checkpoint) -> list[str]:

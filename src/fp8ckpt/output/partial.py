@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path, PurePosixPath
@@ -104,7 +104,7 @@ class PartialOutput:
         self.state.at.mkdir(parents=True, exist_ok=True)
         self._lock = self.state.locked(LOCK)
         if self._lock is None or (writers := self.state.locked(WRITERS)) is None:
-            raise OutputBusyError.of(self.partial)
+            raise OutputBusyError.of(file=str(self.partial))
         try:
             self.turn = uuid.uuid4().hex
             os.write(writers, self.turn.encode())
@@ -124,11 +124,11 @@ class PartialOutput:
             self.goal.refuse_existing()
             standing.refuse_foreign(self.partial, names)
             if os.path.lexists(self.directory) and not self.state.has_plan:
-                raise self._mismatch("its state is gone")
+                raise self._mismatch(ResumeMismatchError.of_gone)
             now = {**fingerprint, **self.goal.told}
             if self.directory.exists() and (before := self._recorded_plan()) != now:
                 if self._lock is None and self.state.is_locked():  # or the remedy would be to delete its files
-                    raise OutputBusyError.of(self.partial)
+                    raise OutputBusyError.of(file=str(self.partial))
                 raise self._differs(before, now)
 
     @contextmanager
@@ -151,7 +151,7 @@ class PartialOutput:
         try:
             lock(held, wait=True, shared=True)
             if os.pread(held, len(turn), 0) != turn.encode():
-                raise OutputBusyError.of(self.partial)
+                raise OutputBusyError.of(file=str(self.partial))
             yield
         finally:
             os.close(held)
@@ -160,17 +160,26 @@ class PartialOutput:
         try:
             return self.state.plan()
         except (JSONDecodeError, UnicodeDecodeError, RecursionError):
-            raise self._mismatch("its state cannot be read") from None
+            raise self._mismatch(ResumeMismatchError.of_unreadable) from None
 
-    def _mismatch(self, found: str) -> ResumeMismatchError:
-        return ResumeMismatchError.of_other(self.partial, f"{self.partial}{self.goal.beside}", found)
+    def _mismatch(self, said: Callable[..., ResumeMismatchError], **facts: str) -> ResumeMismatchError:
+        return said(file=str(self.partial), begun=f"{self.partial}{self.goal.beside}", **facts)
 
     def _differs(self, before: Any, now: Mapping[str, Any]) -> ResumeMismatchError:
-        other = before.get("destination") if isinstance(before, dict) else None
-        if isinstance(before, dict) and other != now.get("destination"):
-            goes = shown(other) if other else str(self.partial.with_suffix(""))
-            return ResumeMismatchError.of_elsewhere(self.partial, goes)
-        return self._mismatch(_difference(before, now))
+        """Why a partial output is not taken up: it goes elsewhere, or a file has changed since, if others have not."""
+        if not isinstance(before, dict):
+            return self._mismatch(ResumeMismatchError.of_other)
+        if (other := before.get("destination")) != now.get("destination"):
+            where = shown(other) if other else str(self.partial.with_suffix(""))
+            return ResumeMismatchError.of_elsewhere(file=str(self.partial), where=where)
+        if {**before, "sources": None} != {**now, "sources": None}:
+            return self._mismatch(ResumeMismatchError.of_other)
+        pairs = zip(before["sources"], now["sources"], strict=False) if isinstance(before.get("sources"), list) else ()
+        same = {name: old.get(name) == new[name] for old, new in pairs if isinstance(old, dict) for name in new}
+        changed = [name for name in same if not same[name]]
+        if 0 < len(changed) < len(same):
+            return self._mismatch(ResumeMismatchError.of_changed, name=changed[0])
+        return self._mismatch(ResumeMismatchError.of_other)
 
     def records(self) -> dict[int, Facts]:
         """The facts recorded of each extent on disk, by all processes so far, in the order of the extents."""
@@ -224,14 +233,3 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
         raise error.advising(remedy) from error
     finally:
         output.release()
-
-
-def _difference(before: Any, now: Mapping[str, Any]) -> str:
-    """Why a partial output cannot be resumed: one changed file, if there is such, or the general reason."""
-    general = "it is of another source, another target dtype, other options or another version"
-    if not isinstance(before, dict) or {**before, "sources": None} != {**now, "sources": None}:
-        return general
-    pairs = zip(before["sources"], now["sources"], strict=False) if isinstance(before.get("sources"), list) else ()
-    same = {name: old.get(name) == new[name] for old, new in pairs if isinstance(old, dict) for name in new}
-    changed = [name for name in same if not same[name]]
-    return f"{changed[0]}, which it is made from, has changed since" if 0 < len(changed) < len(same) else general

@@ -237,7 +237,7 @@ def refuse_unlike(said: Sequence[Mapping[str, Any]]) -> None:
     for rank, other in enumerate(said):
         for what in {**said[0], **other}:
             if other.get(what) != said[0].get(what):
-                raise RanksDifferError.of(what, rank, other.get(what), said[0].get(what))
+                raise RanksDifferError.of(what=what, rank=rank, other=other.get(what), first=said[0].get(what))
 
 
 def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> None:
@@ -251,9 +251,8 @@ def refuse_shared(output: PartialOutput, checkpoint: Checkpoint, what: str) -> N
         read, places = _identity(path), (Path(output.destination), output.partial)
         inside = any(read in map(_identity, _with_parents(place)) for place in places)
     if inside:
-        found = f"the destination lies inside the {what} {path or checkpoint.store.where}"
-        remedy = "choose another destination"
-        raise OutputExistsError(found, file=str(output.destination), expected="a path outside it", remedy=remedy)
+        where = path or checkpoint.store.where
+        raise OutputExistsError.of_inside(file=str(output.destination), what=what, where=where)
 
 
 def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
@@ -263,9 +262,7 @@ def refuse_written(output: PartialOutput, read: Iterable[Path]) -> None:
         return
     for path in read:
         if not written.isdisjoint(map(_identity, _with_parents(path))):
-            found = f"{path}, which is read, stands where the output is written until it is whole"
-            remedy = "choose another destination"
-            raise OutputExistsError(found, file=str(output.partial), expected="a path that is free", remedy=remedy)
+            raise OutputExistsError.of_read(file=str(output.partial), path=path)
 
 
 def _with_parents(path: Path) -> tuple[Path, ...]:

@@ -95,7 +95,7 @@ class Sending:
         if (seen := self._seen_before) is None:
             return self._far.send(name, number, data)
         if hashlib.md5(data).hexdigest() != seen[name][number - 1].md5:
-            raise ResumeMismatchError.of_other_weights(name, self._far.where, self._partial)
+            raise ResumeMismatchError.of_other_weights(file=name, where=self._far.where, partial=self._partial)
         return seen[name][number - 1]
 
     def publish(self) -> None:

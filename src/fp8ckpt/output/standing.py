@@ -21,14 +21,12 @@ def refuse_foreign(partial: Path, names: Collection[str]) -> None:
     if not os.path.lexists(partial):
         return
     if not stat.S_ISDIR(os.lstat(partial).st_mode):
-        raise OutputExistsError.of_foreign(partial, "it is no directory")
+        raise OutputExistsError.of_no_directory(file=str(partial))
     if os.path.ismount(partial):
-        found = "another file system is mounted there, out of which no output can be renamed"
-        raise OutputExistsError.of_foreign(partial, found)
+        raise OutputExistsError.of_mount(file=str(partial))
     top = set(os.listdir(partial))
     if top and not (STATE in top and stat.S_ISDIR(os.lstat(partial / STATE).st_mode)):
-        found = f"fp8ckpt did not make it: it holds {min(top)}, and no {STATE}/"
-        raise OutputExistsError.of_foreign(partial, found)
+        raise OutputExistsError.of_foreign(file=str(partial), holds=min(top), state=STATE)
     ours = {f"{OUTPUT}/{name}" for name in names}
     folders = {parent.as_posix() for name in (*ours, f"{STATE}/{LOCK}") for parent in PurePosixPath(name).parents}
     for entry, status in entries(partial):
@@ -38,9 +36,9 @@ def refuse_foreign(partial: Path, names: Collection[str]) -> None:
             known = stat.S_ISREG(status.st_mode) and (entry in ours or is_state(entry))
         shown = entry.removeprefix(OUTPUT + "/")
         if not known:
-            raise ResumeMismatchError.of_strange(partial, f"it holds {shown}, which this output does not have")
+            raise ResumeMismatchError.of_strange(file=str(partial), holds=shown)
         if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
-            raise ResumeMismatchError.of_strange(partial, f"{shown} in it is a file of another name as well")
+            raise ResumeMismatchError.of_linked(file=str(partial), holds=shown)
 
 
 def identities(partial: Path) -> set[tuple[int, int]]:

@@ -80,7 +80,7 @@ class HttpObjects:
     def refuse_other(self, name: str, stat: Stat, headers: Mapping[str, str]) -> None:
         """Raise `SourceChangedError` if an answer is of another version."""
         if _version(headers) != stat.version:
-            raise SourceChangedError.of(name)
+            raise SourceChangedError.of(file=name)
 
     @contextmanager
     def answer(self, method: str, name: str, asked: Mapping[str, str], *, listed: bool) -> Iterator[Any]:
@@ -129,7 +129,7 @@ class HttpObjects:
         if status in (408, 429) or status >= 500:
             raise Broken(f"the server answered {status}", after=response.headers.get("Retry-After"))
         if listed and status in (404, 410, 412, 416):
-            raise SourceChangedError.of(name)
+            raise SourceChangedError.of(file=name)
         if status in (404, 410):
             raise CheckpointNotFoundError.of_answer(
                 file=self.where, who="the server", answer=status, remedy="check the URL"

@@ -78,7 +78,7 @@ class HubObjects(HttpObjects):
         """Raise `SourceChangedError` for another commit than ours, or another ETag than the same host gave before."""
         etag, by = headers.get("ETag", "").removeprefix("W/"), (name, urlsplit(self._leads.get(name, "")).hostname)
         if headers.get("X-Repo-Commit", self._commit) != self._commit or self._etags.setdefault(by, etag) != etag:
-            raise SourceChangedError.of(name)
+            raise SourceChangedError.of(file=name)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -106,9 +106,9 @@ class LocalStore:
             try:
                 now = _identity(os.lstat(self._real(name)))
             except OSError:
-                raise SourceChangedError.of(name) from None
+                raise SourceChangedError.of(file=name) from None
             if now != seen:
-                raise SourceChangedError.of(name)
+                raise SourceChangedError.of(file=name)
 
     def _look(self, name: str) -> Stat | None:
         """The size and version of a file, as first seen; None if there is nothing of that name."""
@@ -177,7 +177,7 @@ class LocalStore:
             raise
         except OSError as error:
             if error.errno in ABSENT and name in self._seen:
-                raise SourceChangedError.of(name) from error
+                raise SourceChangedError.of(file=name) from error
             nowhere = error.errno == errno.ENOENT and self._has(name)
             failed = "it is a link to nowhere" if nowhere else "cannot be opened"
             raise StorageError.of_reading(error, name, failed) from error
@@ -186,7 +186,7 @@ class LocalStore:
         """The file's identity. Raises `SourceChangedError` if it differs from the one first seen."""
         now = _identity(stat)
         if self._seen.setdefault(name, now) != now:
-            raise SourceChangedError.of(name)
+            raise SourceChangedError.of(file=name)
         return now
 
 
@@ -325,5 +325,5 @@ def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
             raise StorageError.of_reading(error, part.file, f"reading at byte {at} failed") from error
         if count == 0:
             remedy = "restore the file, or run it again once nothing writes to it"
-            raise TruncatedFileError.of_end(part.file, at, part.stop, remedy)
+            raise TruncatedFileError.of_end(file=part.file, end=at, least=part.stop, remedy=remedy)
         done += count

@@ -36,7 +36,9 @@ class MemoryStore:
             self._refuse_change(part.file)
             data = self.contents[part.file][part.start : part.stop]
             if len(data) < buffer.nbytes:
-                raise TruncatedFileError.of_end(part.file, part.start + len(data), part.stop, "restore the file")
+                raise TruncatedFileError.of_end(
+                    file=part.file, end=part.start + len(data), least=part.stop, remedy="restore the file"
+                )
             buffer[:] = np.frombuffer(data, np.uint8)
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:
@@ -51,7 +53,7 @@ class MemoryStore:
 
     def _refuse_change(self, name: str) -> None:
         if name not in self.contents or self._seen.setdefault(name, self._now(name)) != self._now(name):
-            raise SourceChangedError.of(name)
+            raise SourceChangedError.of(file=name)
 
     def _now(self, name: str) -> Stat:
         data = self.contents[name]

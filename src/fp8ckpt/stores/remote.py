@@ -75,7 +75,7 @@ def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat:
         raise Broken("the answer is no range", "fetch the files, or read them where ranges are served")
     first, last, size = match.groups()
     if size not in (str(stat.size), "*"):
-        raise SourceChangedError.of(name)
+        raise SourceChangedError.of(file=name)
     if int(first) != start or int(last) >= stop:
         raise Broken(f"the answer is of bytes {first}-{last}")
 
@@ -228,7 +228,7 @@ class RemoteStore:
         now, seen = self._list(), self._listed()
         for name in sorted(self._looked_at & seen.keys()):
             if now.get(name) != seen[name]:
-                raise SourceChangedError.of(name)
+                raise SourceChangedError.of(file=name)
 
     def submit(self, step: Callable[[T], None], item: T) -> Future[None]:
         """Run a step in one of the threads that wait for requests."""
@@ -243,7 +243,9 @@ class RemoteStore:
         if stat is None:
             raise StorageError.of_no_object(file=request.file, where=self.where)
         if request.stop > stat.size:
-            raise TruncatedFileError.of_end(request.file, stat.size, request.stop, "look for a whole copy")
+            raise TruncatedFileError.of_end(
+                file=request.file, end=stat.size, least=request.stop, remedy="look for a whole copy"
+            )
         if self._shared is not None and reads_over(request):
             self._shared.fetch(request, f"{self.where} {stat.version}", stat.size, partial(self._fetch, stat))
         else:

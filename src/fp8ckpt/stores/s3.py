@@ -79,7 +79,9 @@ class S3Objects:
             from botocore import UNSIGNED
             from botocore.config import Config
         except ImportError as error:
-            raise MissingPackageError.of("reading s3://", self.where, "boto3", "'fp8ckpt[s3]'") from error
+            raise MissingPackageError.of(
+                file=self.where, doing="reading s3://", package="boto3", install="'fp8ckpt[s3]'"
+            ) from error
         with _making, self.errors(None, making=True):
             session = boto3.Session()
             unsigned = {} if session.get_credentials() else {"signature_version": UNSIGNED}
@@ -115,7 +117,7 @@ class S3Objects:
             )
             try:
                 if answer.get("ETag", stat.version) != stat.version:
-                    raise SourceChangedError.of(name)
+                    raise SourceChangedError.of(file=name)
                 refuse_other_range(answer.get("ContentRange"), start, stop, name, stat)
                 while piece := answer["Body"].read(_PIECE):
                     yield piece
@@ -257,7 +259,7 @@ class S3Objects:
             after = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("retry-after")
             return Broken(f"the store answered {answer}", _REMEDIES.get(code), after=after)
         if name is not None and not writing and status in (404, 412, 416):
-            return SourceChangedError.of(name)
+            return SourceChangedError.of(file=name)
         remedy = _REMEDIES.get(code) or ("check the URL" if status == 404 else self._permission(writing))
         if status == 404 and not writing:
             return CheckpointNotFoundError.of_answer(file=self.where, who="the store", answer=answer, remedy=remedy)

@@ -124,23 +124,23 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
         raise ValueError(f"weight={weight}; expected a finite number, in float32")
     store, single = store_of(path)
     if single is not None:
-        raise CheckpointNotFoundError.of_file(path)
+        raise CheckpointNotFoundError.of_file(file=str(path))
     config = load_json(store, CONFIG)
     if config is None:
-        raise CheckpointNotFoundError.of_unconfigured(store.where, CONFIG)
+        raise CheckpointNotFoundError.of_unconfigured(file=store.where, config=CONFIG)
     _check(config, File(store, CONFIG))
     headers = _headers(store)
     stored: dict[str, TensorSpan] = {}
     for span in (span for header in headers for span in header.spans):
         if span.name in stored:
-            raise HeaderError.of_two(span, stored[span.name].file.name)
+            raise HeaderError.of_two(span, other=stored[span.name].file.name)
         if span.dtype not in TARGET_BYTES:
             raise UnsupportedFormatError.of_dtype(span.name, span.file, f"dtype {span.dtype}", TARGET_BYTES)
         stored[span.name] = span
     checkpoint = Checkpoint(store, headers, stored, (), {}, None, None, (), ())
     pairs, tensors = _sorted_out(stored, dora=bool(config.get("use_dora")))
     if not pairs and not tensors:
-        raise ModelMismatchError.of_empty_adapter(store.where)
+        raise ModelMismatchError.of_empty_adapter(file=store.where)
     return Adapter(checkpoint, config, weight, tuple(pairs), tensors)
 
 
@@ -149,7 +149,7 @@ def refuse_nonfinite(adapter: Adapter) -> None:
     for span in (span for header in adapter.checkpoint.files for span in header.spans):
         count = sum(int(np.count_nonzero(~np.isfinite(part))) for part in _floats(span))
         if count:
-            raise WeightValueError.of_adapter(span, count, span.numel)
+            raise WeightValueError.of_adapter(span, count=count, numel=span.numel)
 
 
 def same_values(one: TensorSpan, other: TensorSpan) -> bool:
@@ -184,16 +184,16 @@ def same_product(one: Pair, other: Pair) -> bool:
 
 def _check(config: Json, file: File) -> None:
     if (kind := config.get("peft_type")) != "LORA":
-        raise UnsupportedFormatError.of_kind(file, kind)
+        raise UnsupportedFormatError.of_kind(file=file, kind=kind)
     for key, why in _REFUSED.items():
         if config.get(key):
             raise UnsupportedFormatError.of_setting(file, key, why, mergeable=key in _OF_PEFT_ALONE)
     for key in sorted(config.keys() - _KNOWN - _REFUSED.keys()):
         if config[key]:
-            raise UnsupportedFormatError.of_unknown_setting(file, key, config[key])
+            raise UnsupportedFormatError.of_unknown_setting(file=file, key=key, stated=config[key])
     how = str(config.get("init_lora_weights", True)).lower()
     if how.startswith(_OF_ANOTHER_BASE):
-        raise UnsupportedFormatError.of_start(file, how)
+        raise UnsupportedFormatError.of_start(file=file, how=how)
     _check_numbers(config, file)
 
 
@@ -253,7 +253,7 @@ def _file_names(store: Store) -> list[str]:
     if parts:
         count = int(_PART.fullmatch(parts[0])[1])  # type: ignore[index]  # it matched above
         if len(parts) != count:
-            raise HeaderError.of_parts(store.where, len(parts), count)
+            raise HeaderError.of_parts(file=store.where, there=len(parts), count=count)
         return parts
     raise CheckpointNotFoundError.of_lacking(store.where, _WEIGHTS, _PICKLED if _PICKLED in present else None)
 
@@ -284,13 +284,13 @@ def _pair(module: str, depth: int, parts: dict[str, TensorSpan], *, dora: bool) 
     a, b = (parts.get(kind) for kind in kinds)
     first = next(iter(parts.values()))
     if a is None or b is None:
-        raise ModelMismatchError.of_lone_factor(first, module, kinds[0] if a is None else kinds[1])
+        raise ModelMismatchError.of_lone_factor(first, module=module, lacks=kinds[0] if a is None else kinds[1])
     if extra := parts.keys() - {*kinds, "magnitude_vector"}:
         raise UnsupportedFormatError.of_unknown(parts[min(extra)])
     if dora != ("magnitude_vector" in parts):
         raise ModelMismatchError.of_magnitude(a, module, dora=dora)
     if len(a.shape) > 2:
-        raise UnsupportedFormatError.of_convolution(a, b)
+        raise UnsupportedFormatError.of_convolution(a, b=b)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise ModelMismatchError.of_unequal_ranks(a, b)
+        raise ModelMismatchError.of_unequal_ranks(a, b=b)
     return Pair(module, depth, a, b, kinds[0] != "A", parts.get("magnitude_vector"))

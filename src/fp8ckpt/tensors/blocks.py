@@ -105,7 +105,7 @@ def _checked(stated: Any, file: str) -> Size | None:
     if stated is None:
         return None
     if not isinstance(stated, list | tuple) or not stated or not all(type(dim) is int and dim > 0 for dim in stated):
-        raise ConfigError.of_block_size(file, stated)
+        raise ConfigError.of_block_size(file=file, stated=stated)
     return tuple(stated)
 
 

@@ -100,7 +100,7 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            raise UnknownTensorError.of(name, self.path, len(self.tensors)) from None
+            raise UnknownTensorError.of(name, file=self.path, count=len(self.tensors)) from None
 
     def read(
         self, name: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None
@@ -224,7 +224,7 @@ def _unnamed(index: Index, store: Store, on_disk: list[str], follow_index: bool,
             found.notes.append(f"{shown(name)}: {index.name} does not name it, and it is no part of the checkpoint")
             yield name
         else:
-            found.defects.append(IndexMismatchError.of_unnamed(name, index.name))
+            found.defects.append(IndexMismatchError.of_unnamed(file=name, index=index.name))
 
 
 def _headers(store: Store, names: list[str], found: Findings) -> Iterator[Header | None]:
@@ -245,7 +245,7 @@ def _spans_by_name(
         for name in left_out:
             del found[name]
         for name in sorted(spans.keys() & found.keys()):
-            into.defects.append(HeaderError.of_two(found[name], spans[name].file.name))
+            into.defects.append(HeaderError.of_two(found[name], other=spans[name].file.name))
         spans.update(found)
         if left_out:
             names = f"{len(left_out)} tensors, the first of them {shown(left_out[0])}"
@@ -266,7 +266,7 @@ def _resolve(path: str | Path) -> tuple[Store, str | None]:
         return LocalStore(local.parent, local.name), local.name
     _refuse_hidden(local)
     if not _is_hub_id(str(path)):
-        raise CheckpointNotFoundError.of_path(path)
+        raise CheckpointNotFoundError.of_path(file=str(path))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

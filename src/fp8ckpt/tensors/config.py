@@ -36,7 +36,7 @@ def load_json(store: Store, name: str) -> Json | None:
     if stat is None:
         return None
     if stat.size > _LONGEST_JSON:
-        raise ConfigError.of_long(file, _LONGEST_JSON)
+        raise ConfigError.of_long(file=file, most=_LONGEST_JSON)
     return parse_json(b"".join(piece.tobytes() for piece in file.pieces()), file, ConfigError)
 
 
@@ -87,7 +87,7 @@ def modelopt_quantization(store: Store) -> Json:
 
 def _object(file: str, stated: object) -> Json:
     if not isinstance(stated, dict):
-        raise ConfigError.of_quantization(file, stated)
+        raise ConfigError.of_quantization(file=file, stated=stated)
     return stated
 
 

@@ -73,7 +73,7 @@ def read_index(store: Store, on_disk: list[str], found: Findings) -> Index | Non
             continue
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} <= {str}:
-            found.defects.append(IndexMismatchError.of_kind(name))
+            found.defects.append(IndexMismatchError.of_kind(file=name))
             return Index(name, {})
         return Index(name, index)
     return None
@@ -139,10 +139,10 @@ def file_names(store: Store, on_disk: list[str], index: Index | None, found: Fin
     named: list[str] = []
     for name in sorted(index.files):
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-            found.defects.append(IndexMismatchError.of_path(index.name, name))
+            found.defects.append(IndexMismatchError.of_path(file=index.name, name=name))
         elif not _is_there(store, name):
             tensor = next(tensor for tensor, file in index.weight_map.items() if file == name)
-            found.defects.append(IndexMismatchError.of_absent(index.name, tensor, name, store.where))
+            found.defects.append(IndexMismatchError.of_absent(tensor, file=index.name, name=name, where=store.where))
         else:
             named.append(name)
     return named
@@ -175,7 +175,7 @@ def _find_missing_parts(on_disk: list[str], found: Findings) -> None:
             for part in range(1, min(int(count), 10_000) + 1):
                 expected = f"{stem}-{part:05d}-of-{count}.safetensors"
                 if expected not in on_disk:
-                    found.defects.append(IndexMismatchError.of_part(name, expected, int(count)))
+                    found.defects.append(IndexMismatchError.of_part(file=name, part=expected, count=int(count)))
             return
 
 
@@ -193,4 +193,4 @@ def compare_index(index: Index, spans: Mapping[str, TensorSpan], complete: bool,
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     actual_total = sum(span.stop - span.start for span in spans.values())
     if complete and total is not None and total != actual_total:
-        found.slips.append(IndexMismatchError.of_size(index.name, total, actual_total))
+        found.slips.append(IndexMismatchError.of_size(file=index.name, stated=total, actual=actual_total))

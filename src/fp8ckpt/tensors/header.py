@@ -70,7 +70,7 @@ def _length_defect(file: File, size: int, length: int) -> Fp8CheckpointError | N
     if size < 8:
         return TruncatedFileError.of(file, size)
     if length > _LONGEST_HEADER:
-        return HeaderError.of_length(file, length, _LONGEST_HEADER)
+        return HeaderError.of_length(file=file, length=length, most=_LONGEST_HEADER)
     if length > size - 8:
         return TruncatedFileError.of_header(file, size, length)
     return None
@@ -88,7 +88,7 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
             seen: set[str] = set()
             # add() is None
             name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise kind.of_key(file, name)
+            raise kind.of_key(name, file=file)
         return mapping
 
     def whole(text: str) -> int:
@@ -115,9 +115,9 @@ def parse_json(text: bytes, file: File, kind: type[HeaderError] | type[ConfigErr
     except (ValueError, RecursionError) as error:
         if isinstance(error, Fp8CheckpointError):
             raise
-        raise kind.of_text(file, error) from None
+        raise kind.of_text(file=file, error=error) from None
     if not isinstance(value, dict):
-        raise kind.of_type(file, value)
+        raise kind.of_type(file=file, value=value)
     return value
 
 
@@ -139,7 +139,7 @@ def _validated(
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # the reference implementation reads null as absent
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        defects.append(HeaderError.of_metadata(file))
+        defects.append(HeaderError.of_metadata(file=file))
         metadata = {}
     data_start = 8 + len(text)
     spans: list[TensorSpan] = []
@@ -148,7 +148,7 @@ def _validated(
         if isinstance(found, TensorSpan):
             spans.append(found)
         elif len(defects) >= _MOST_DEFECTS:
-            return None, [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
+            return None, [*defects, HeaderError.of_many(file=file, most=_MOST_DEFECTS)]
         else:
             defects.append(found)
     complete = len(spans) == len(entries)
@@ -171,9 +171,9 @@ def _span(file: File, name: str, entry: Any, data_start: int) -> TensorSpan | He
             if type(dim) is not int or not 0 <= dim <= _LARGEST_DIMENSION:
                 raise TypeError
     except (KeyError, TypeError, ValueError):
-        return HeaderError.of_entry(file, name, json.dumps(entry))
+        return HeaderError.of_entry(name, file=file, entry=json.dumps(entry))
     if (known := _DTYPES.get(dtype)) is None:
-        return HeaderError.of_dtype(file, name, dtype, DTYPE_BITS)
+        return HeaderError.of_dtype(name, file=file, dtype=dtype, known=DTYPE_BITS)
     dtype, bits = known
     size = prod(shape) * bits
     if begin < 0 or end < begin or size != (end - begin) * 8 or (not size and _overflows(shape, bits)):
@@ -199,12 +199,12 @@ def _coverage_defects(file: File, size: int, data_start: int, spans: list[Tensor
         name, _, _, _, start, stop = span
         if start != end:
             if len(defects) >= _MOST_DEFECTS:
-                return [*defects, HeaderError.of_many(file, _MOST_DEFECTS)]
+                return [*defects, HeaderError.of_many(file=file, most=_MOST_DEFECTS)]
             defects.append(HeaderError.of_place(span, start, end, previous))
         end = max(end, stop)
         previous = name
     if size < end:
         defects.append(TruncatedFileError.of(file, size, end))
     elif size > end:
-        defects.append(HeaderError.of_rest(file, size - end, end))
+        defects.append(HeaderError.of_rest(file=file, rest=size - end, end=end))
     return defects

@@ -361,7 +361,7 @@ class MergedTensor:
         """
         assert self.magnitude is not None
         if not sums.all():
-            raise WeightValueError.of_direction(self, what, first + int(np.flatnonzero(sums == 0)[0]))
+            raise WeightValueError.of_direction(self, what=what, index=first + int(np.flatnonzero(sums == 0)[0]))
         magnitude = self.floats(self.magnitude).reshape(-1)[first:][: sums.size]
         factors: F32 = (magnitude.astype(np.float64) / np.sqrt(sums)).astype(np.float32)
         return factors
@@ -370,7 +370,7 @@ class MergedTensor:
         from fp8ckpt.numerics.quantize import round_to
 
         if overflown := round_to(np.ascontiguousarray(values).reshape(-1), dtype, out):
-            raise RangeError.of_merged(self, None, overflown, dtype)
+            raise RangeError.of_merged(self, file=None, count=overflown, dtype=dtype)
 
 
 class Norms:

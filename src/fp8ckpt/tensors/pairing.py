@@ -132,7 +132,7 @@ class _Pairs:
             self.made.setdefault(factor)
         if self._has_factors and (second := _second_factor(name, self._spans, factor)) is not None:
             self.made.setdefault(second)
-            self._note(UnsupportedFormatError.of_factor(span, second))
+            self._note(UnsupportedFormatError.of_factor(span, second=second))
         elif len(found) == 1:
             self._take(span, packed, found[0], tuple(map(itemgetter(1), beside)) if beside else ())
         elif found:
@@ -157,7 +157,7 @@ class _Pairs:
         name = formats.logical_name(codes.name) if self._renamed else codes.name
         made: QuantizedTensor | Fp8CheckpointError
         if self._ordered and formats.in_kernel_order(codes.name, scale.dtype, scale.shape, self._spans):
-            made = UnsupportedFormatError.of_order(codes, scale)
+            made = UnsupportedFormatError.of_order(codes, scale=scale)
         elif packed:
             made = self._of_four_bits(name, codes, found, activations)
         else:
@@ -166,7 +166,7 @@ class _Pairs:
         if isinstance(made, Fp8CheckpointError):
             self._note(made)
         elif name != codes.name and name in self._spans:
-            self._note(HeaderError.of_two(self._spans[name], codes.name))
+            self._note(HeaderError.of_two(self._spans[name], other=codes.name))
         else:
             self.made[codes.name] = made
 
@@ -176,7 +176,7 @@ class _Pairs:
         """The dtype of the scales says how large their groups are, and whether there is a second level."""
         row, scale = found
         if scale.dtype not in formats.GROUPS:
-            return ScaleDtypeError.of(weight, scale, formats.GROUPS)
+            return ScaleDtypeError.of(weight, scale=scale, known=formats.GROUPS)
         shape, group = formats.weight_shape(row, weight, F4), (formats.GROUPS[scale.dtype],)
         grid = tiled(shape, group)
         if grid is None or shape[-1] % 2:
@@ -185,7 +185,7 @@ class _Pairs:
             return ScaleShapeError.of(weight, scale, group, grid.shape)
         stated = self._blocks.four_bits.of(formats.module_of(name))
         if stated is not None and stated[-1] != group[0]:
-            return ScaleShapeError.of_group(weight, scale, stated[-1], group[0])
+            return ScaleShapeError.of_group(weight, scale=scale, stated=stated[-1], group=group[0])
         second = self._second_level(weight, row, scale)
         if isinstance(second, Fp8CheckpointError):
             return second
@@ -198,11 +198,11 @@ class _Pairs:
         key = formats.factor_key(weight.name, row)
         second = None if key is None else self._spans.get(key)
         if scale.dtype != formats.TWO_LEVELS:
-            return None if second is None else UnsupportedFormatError.of_factor(weight, second.name)
+            return None if second is None else UnsupportedFormatError.of_factor(weight, second=second.name)
         if second is None:
             return MissingScaleError.of(weight, key or scale.name, None)
         if second.dtype != "F32":
-            return ScaleDtypeError.of(weight, second, ("F32",))
+            return ScaleDtypeError.of(weight, scale=second, known=("F32",))
         return SecondLevel(second, row.divides) if second.numel == 1 else ScaleShapeError.of(weight, second, None, None)
 
     def sort_out(self, *, quantized: bool, activations: bool) -> tuple[dict[str, Tensor], tuple[TensorSpan, ...]]:
@@ -278,7 +278,7 @@ def _of_eight_bits(
     name: str, weight: TensorSpan, scale: TensorSpan, activations: tuple[TensorSpan, ...], stated: Shape | None
 ) -> QuantizedTensor | Fp8CheckpointError:
     if scale.dtype not in FP8_SCALES:
-        return ScaleDtypeError.of(weight, scale, FP8_SCALES)
+        return ScaleDtypeError.of(weight, scale=scale, known=FP8_SCALES)
     block_size = stated or formats.even_block(weight.name, weight.shape, scale.shape)
     grid = _grid(weight.shape, scale.shape, block_size)
     if grid is not None:
