@@ -24,7 +24,7 @@ from fp8ckpt.stores.upload import AT_ONCE, LOCK, Destination, There
 
 
 class Sending:
-    """A place ``far`` in a store, with the methods of `fp8ckpt.output.goal.Directory`; ``partial`` is here."""
+    """A place in a store, ``far``, with the methods of `fp8ckpt.output.goal.Directory`; ``partial`` is on this disk."""
 
     in_parts = True
     at_once = AT_ONCE
