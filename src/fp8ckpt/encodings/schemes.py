@@ -75,10 +75,7 @@ def _compressed_tensors(weights: Json, activations: Json) -> Json:
 
 SCHEMES = {
     "per-tensor": Scheme(
-        _per_tensor,
-        "_scale_inv",
-        lambda grid: () if grid.per_tensor else grid.shape,
-        {**_FP8, "weight_block_size": None},
+        _per_tensor, "_scale_inv", lambda g: () if g.per_tensor else g.shape, {**_FP8, "weight_block_size": None}
     ),
     "block": Scheme(_blocks, "_scale_inv", lambda grid: grid.shape, {**_FP8, "weight_block_size": list(_BLOCK)}),
     # In the names of compressed-tensors, the only format of this kind that engines serve.

@@ -21,23 +21,16 @@ Shape = tuple[int, ...]
 # Weights that the releases of a family do not quantize, by the ends of names, for adapters without a file at hand. Ends
 # of names are no modules: "model.norm.weight" also matches "model.language_model.norm.weight".
 MISTRAL3 = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
+    "embed_tokens.weight", "lm_head.weight", "input_layernorm.weight", "post_attention_layernorm.weight",
     "model.norm.weight",
-)
+)  # fmt: skip
 #: Whole modules of Mistral3: those of vision.
 MISTRAL3_TOWERS = ("model.vision_tower", "model.multi_modal_projector")
 #: The same for DeepSeek V3: embeddings, heads, norms, routers, and the projection of multi-token prediction.
 DEEPSEEK_V3 = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "norm.weight",
-    "mlp.gate.weight",
-    "eh_proj.weight",
+    "embed_tokens.weight", "lm_head.weight", "norm.weight", "mlp.gate.weight", "eh_proj.weight",
     "shared_head.head.weight",
-)
+)  # fmt: skip
 
 _WEIGHT = ".weight"
 #: Parts that are never quantized, whatever their shape, and the pattern of their modules' names.

@@ -29,9 +29,9 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.numerics.codes import F32, SCALE_DTYPES, TARGET_BYTES, scale_values
 from fp8ckpt.stores.store import File, Store
-from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first, store_of
+from fp8ckpt.tensors.checkpoint import Checkpoint, raise_first, read_headers, spans_by_name, store_of
 from fp8ckpt.tensors.config import Json, load_json
-from fp8ckpt.tensors.header import Header, read_header
+from fp8ckpt.tensors.directory import Findings
 from fp8ckpt.tensors.reading import read_floats
 from fp8ckpt.tensors.stored import TensorSpan
 
@@ -129,14 +129,13 @@ def open_adapter(path: str | Path | Store, weight: float = 1.0) -> Adapter:
     if config is None:
         raise CheckpointNotFoundError.of_unconfigured(file=store.where, config=CONFIG)
     _check(config, File(store, CONFIG))
-    headers = _headers(store)
-    stored: dict[str, TensorSpan] = {}
-    for span in (span for header in headers for span in header.spans):
-        if span.name in stored:
-            raise HeaderError.of_two(span, other=stored[span.name].file.name)
+    found = Findings()
+    headers = tuple(read_headers(store, _file_names(store), found))
+    stored = spans_by_name(headers, None, found)
+    raise_first(found.defects)
+    for span in stored.values():
         if span.dtype not in TARGET_BYTES:
             raise UnsupportedFormatError.of_dtype(span.name, span.file, f"dtype {span.dtype}", TARGET_BYTES)
-        stored[span.name] = span
     checkpoint = Checkpoint(store, headers, stored, (), {}, None, None, (), ())
     pairs, tensors = _sorted_out(stored, dora=bool(config.get("use_dora")))
     if not pairs and not tensors:
@@ -223,19 +222,6 @@ def _check_numbers(config: Json, file: File) -> None:
 
 
 # ---------------------------------------------------------------- the files
-
-
-def _headers(store: Store) -> tuple[Header, ...]:
-    """Return the headers of the single file, or of all parts. Raise the first defect."""
-    names = _file_names(store)
-    defects, headers = [], []
-    for name in names:
-        header, found = read_header(File(store, name))
-        defects += found
-        if header is not None:
-            headers.append(header)
-    raise_first(defects)
-    return tuple(headers)
 
 
 def _file_names(store: Store) -> list[str]:

@@ -21,7 +21,7 @@ from fp8ckpt.tensors.config import (
     quantization_config,
     quantization_configs,
 )
-from fp8ckpt.tensors.groups import LINEAR, ByModule, groups, layers, quark_weights
+from fp8ckpt.tensors.groups import LINEAR, ByModule, layers, weights_stated
 
 Size = tuple[int, ...]
 
@@ -60,13 +60,7 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
         _add(stated, LINEAR, _of_layer(section), CONFIG)
         for module, layer in layers(section):
             _add(grouped.named, module, _of_layer(layer), file)
-    for targets, group in groups(quantization):
-        weights = group.get("weights")
-        if not isinstance(weights, dict):
-            continue
-        for target in targets:
-            _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
-    for target, weights in quark_weights(quantization):
+    for target, weights in weights_stated(quantization):
         _add(grouped.of_kind(target), target, _of_weights(weights), CONFIG)
     _add({**stated}, LINEAR, grouped.classes.get(LINEAR), CONFIG)  # both speak of all Linear modules
     common, sizes, four_bits = stated[LINEAR], {*grouped.values}, _of_four_bits(quantization, modelopt)
@@ -78,11 +72,8 @@ def block_sizes(store: Store, config: Json) -> BlockSizes:
 def _of_four_bits(quantization: Json, modelopt: Json) -> ByModule[Size | None]:
     sizes: ByModule[Size | None] = ByModule(quantization)
     for file, section in ((CONFIG, quantization), (MODELOPT_CONFIG, modelopt)):
-        statements: list[tuple[str, Any]] = [(LINEAR, section), *layers(section)]
-        statements += [(target, group.get("weights")) for targets, group in groups(section) for target in targets]
-        statements += quark_weights(section)
-        for target, stated in statements:
-            size = stated.get("group_size") if isinstance(stated, dict) and _has_four_bits(stated) else None
+        for target, stated in ((LINEAR, section), *layers(section), *weights_stated(section)):
+            size = stated.get("group_size") if _has_four_bits(stated) else None
             _add(sizes.of_kind(target), target, [1, size] if size else None, file)
     return sizes
 

@@ -181,16 +181,16 @@ def _survey(store: Store, single: str | None, follow_index: bool) -> Checkpoint:
     listing = index if index is not None and index.content else None
     if listing is not None:
         beside += _unnamed(listing, store, on_disk, follow_index, found)
-    headers = [header for header in _headers(store, names, found) if header is not None]
+    headers = tuple(read_headers(store, names, found))
     complete = not found.defects
-    spans = _spans_by_name(headers, listing.weight_map if listing is not None and follow_index else None, found)
+    spans = spans_by_name(headers, listing.weight_map if listing is not None and follow_index else None, found)
     if listing is not None:
         directory.compare_index(listing, spans, complete, found)
     pairing = pair(spans, blocks, quantized=quantized, complete=complete)
     found.defects += [error for error in pairing.defects if understood or not isinstance(error, ScaleShapeError)]
     return Checkpoint(
         store=store,
-        files=tuple(headers),
+        files=headers,
         tensors=pairing.tensors,
         cache_scales=pairing.cache_scales,
         config=config,
@@ -227,16 +227,16 @@ def _unnamed(index: Index, store: Store, on_disk: list[str], follow_index: bool,
             found.defects.append(IndexMismatchError.of_unnamed(file=name, index=index.name))
 
 
-def _headers(store: Store, names: list[str], found: Findings) -> Iterator[Header | None]:
+def read_headers(store: Store, names: list[str], into: Findings) -> Iterator[Header]:
+    """Yield the headers of files, but for those of which nothing can be used."""
     with ThreadPoolExecutor(store.at_once, "fp8ckpt") if store.at_once > 1 else nullcontext() as pool:
         for header, defects in (pool.map if pool else map)(read_header, [File(store, name) for name in names]):
-            found.defects += defects
-            yield header
+            into.defects += defects
+            if header is not None:
+                yield header
 
 
-def _spans_by_name(
-    headers: Iterable[Header], listed: Mapping[str, str] | None, into: Findings
-) -> dict[str, TensorSpan]:
+def spans_by_name(headers: Iterable[Header], listed: Mapping[str, str] | None, into: Findings) -> dict[str, TensorSpan]:
     """Return all stored tensors by name, or only those in ``listed`` if it is given."""
     spans: dict[str, TensorSpan] = {}
     for header in headers:

@@ -97,8 +97,12 @@ def layers(quantization: Json) -> Iterator[tuple[str, Json]]:
             yield module, layer
 
 
-def quark_weights(quantization: Json) -> Iterator[tuple[str, Json]]:
-    """Yield (target, weights) for each statement of Quark: of layers by name or pattern, of classes, of all others."""
+def weights_stated(quantization: Json) -> Iterator[tuple[str, Json]]:
+    """Yield the (target, weights) of each group of compressed-tensors, and of each statement of Quark's: layers by name
+    or pattern, classes, and the rest.
+    """
+    for targets, group in groups(quantization):
+        yield from ((target, group["weights"]) for target in targets if isinstance(group.get("weights"), dict))
     classes = quantization.get("layer_type_quant_config")
     others = {LINEAR: quantization.get("global_quant_config"), **(classes if isinstance(classes, dict) else {})}
     for stated in (quantization.get("layer_quant_config"), others):
