@@ -58,9 +58,7 @@ def pair(
     pairs.refuse_packed()
     markers = pairs.set_markers_apart()
     weights = pairs.weights()
-    for name in weights:
-        if name not in pairs.made:
-            pairs.pair(name)
+    pairs.pair(weights)
     tensors, cache_scales = pairs.sort_out(quantized=quantized or bool(weights), activations=bool(weights))
     return Pairing(tensors, cache_scales, markers, pairs.defects)
 
@@ -121,24 +119,28 @@ class _Pairs:
         weights = [name for name in self._codes if name not in self.made]
         return sorted(weights, key=lambda name: self._codes[name] != F4) if F4 in self._codes.values() else weights
 
-    def pair(self, name: str) -> None:
-        """Pair the codes of a name with what stands beside them."""
-        self.made[name] = None
-        span, packed = self._spans[name], self._codes[name] == F4
-        found = self._claim(name, self._scales, () if packed else FP8_DTYPES)
-        beside = self._claim(name, self._activations, ()) if self._activations else ()
-        factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
-        if factor is not None:
-            self.made.setdefault(factor)
-        if self._has_factors and (second := _second_factor(name, self._spans, factor)) is not None:
-            self.made.setdefault(second)
-            self._note(UnsupportedFormatError.of_factor(span, second=second))
-        elif len(found) == 1:
-            self._take(span, packed, found[0], tuple(map(itemgetter(1), beside)) if beside else ())
-        elif found:
-            self._note(AmbiguousScaleError.of(span, [scale.name for _, scale in found]))
-        else:
-            self._note(_missing(span, self._near_scales))
+    def pair(self, weights: list[str]) -> None:
+        """Pair the codes of these names with the tensors that stand beside them."""
+        spans, codes, made, scales, activations = self._spans, self._codes, self.made, self._scales, self._activations
+        for name in weights:
+            if name in made:
+                continue
+            made[name] = None
+            span, packed = spans[name], codes[name] == F4
+            found = self._claim(name, scales, () if packed else FP8_DTYPES)
+            beside = self._claim(name, activations, ()) if activations else ()
+            factor = formats.factor_key(name, found[0][0]) if packed and len(found) == 1 else None
+            if factor is not None:
+                made.setdefault(factor)
+            if self._has_factors and (second := _second_factor(name, spans, factor)) is not None:
+                made.setdefault(second)
+                self._note(UnsupportedFormatError.of_factor(span, second=second))
+            elif len(found) == 1:
+                self._take(span, packed, found[0], tuple(map(itemgetter(1), beside)) if beside else ())
+            elif found:
+                self._note(AmbiguousScaleError.of(span, [scale.name for _, scale in found]))
+            else:
+                self._note(_missing(span, self._near_scales))
 
     def _claim(self, name: str, rows: list[formats.ScaleRow], but: Collection[str]) -> list[_Beside]:
         """What stands beside codes by the rows of a table, but for some dtypes: it is no tensor of its own."""
