@@ -197,7 +197,7 @@ def _check(config: Json, file: File) -> None:
 
 
 def _check_numbers(config: Json, file: File) -> None:
-    refuse = partial(ConfigError.of_adapter, file)
+    refuse = partial(ConfigError.of_adapter, file=file)
 
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -205,20 +205,21 @@ def _check_numbers(config: Json, file: File) -> None:
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         stated = config.get(patterns) or {}
         if not isinstance(stated, dict):
-            raise refuse(patterns, stated, "names or regular expressions, each with a number")
+            raise refuse(key=patterns, stated=stated, expected="names or regular expressions, each with a number")
         for name, value in ((key, config.get(key, 8)), *((f"{patterns}[{name!r}]", stated[name]) for name in stated)):
             if not is_number(value) or (key == "r" and (value < 1 or value != int(value))):
-                raise refuse(name, value, "a rank of at least 1" if key == "r" else "a finite number")
+                expected = "a rank of at least 1" if key == "r" else "a finite number"
+                raise refuse(key=name, stated=value, expected=expected)
         for pattern in stated:
             try:
                 re.compile(rf"(.*\.)?({pattern})$")
             except (re.error, RecursionError, OverflowError) as error:
                 what = f"{pattern}, no regular expression ({error})"
-                raise refuse(patterns, what, "names or regular expressions") from None
+                raise refuse(key=patterns, stated=what, expected="names or regular expressions") from None
     if not isinstance(targets := config.get("target_parameters") or [], list) or not all(
         isinstance(target, str) for target in targets
     ):
-        raise refuse("target_parameters", targets, "a list of names")
+        raise refuse(key="target_parameters", stated=targets, expected="a list of names")
 
 
 # ---------------------------------------------------------------- the files
