@@ -272,6 +272,8 @@ SQUARES = (128, 128)
 
 PACKED: dict[str, tuple[str, dict[str, Spec]]] = {
     "F6 in the header": ("m.q.weight", {"m.q.weight": ("F6_E2M3", (64, 64)), "m.q.weight_scale": ("F8_E8M0", (64, 2))}),
+    "compressed-tensors MXFP6": ("m.q.weight_packed",
+     {"m.q.weight_packed": ("U8", (64, 120)), "m.q.weight_scale": ("U8", (64, 5))}),
     "compressed-tensors INT4": ("m.q.weight_packed",
      {"m.q.weight_packed": ("I32", (64, 8)), "m.q.weight_scale": ("BF16", (64, 1)), "m.q.weight_shape": ("I64", (2,))}),
     "INT8": ("m.q.weight", {"m.q.weight": ("I8", (64, 64)), "m.q.weight_scale": ("F32", (64, 1))}),

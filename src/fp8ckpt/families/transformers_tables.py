@@ -186,7 +186,7 @@ def _stack_experts(model: Any, own: Shapes, stored: Shapes, parts: dict[str, Ass
         try:
             made = stacked(stack, {target: stored[name] for target, name in disk.items()})
             if made is None or made.shape[0] != experts or len(made.pieces) != len(disk):
-                raise ValueError(f"{experts} experts have other numbers")
+                raise ValueError(f"it is of experts 0 to {experts - 1}, each with all of its matrices")
         except ValueError as error:
             raise UnsupportedFormatError.of_sources(stack, disk.values(), error) from error
         module = model.get_submodule(stack.rpartition(".")[0])

@@ -184,6 +184,9 @@ class _Pairs:
         if grid is None or shape[-1] % 2:
             return HeaderError.of_halves(weight)
         if grid.shape != scale.shape or (row.groups and 2 * weight.shape[-1] != group[0]):
+            six = tiled((*shape[:-1], shape[-1] * 2 // 3), group)  # of 6 bits, a row of bytes holds fewer codes
+            if weight.name.endswith(formats.PACKED_WEIGHTS) and six is not None and six.shape == scale.shape:
+                return UnsupportedFormatError.of_packed(weight)
             return ScaleShapeError.of(weight, scale, group, grid.shape)
         stated = self._blocks.four_bits.of(formats.module_of(name))
         if stated is not None and stated[-1] != group[0]:
