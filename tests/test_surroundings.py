@@ -49,6 +49,23 @@ def test_closed_streams(closed: str, sample_fp8: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("variables", ["WORLD_SIZE=2", "WORLD_SIZE=2 RANK=1", "WORLD_SIZE=0", "WORLD_SIZE="])
+def test_a_shell_in_a_pod(variables: str, sample_fp8: Path) -> None:
+    """It has variables of a job, and no launcher: what asks no other rank speaks, as it does alone."""
+    done = shell(f"export {variables}; fp8ckpt inspect $0; fp8ckpt inspect $0/nowhere", sample_fp8)
+    assert done.stdout.endswith("defects: none\n")
+    assert (done.returncode, done.stderr.count("there is no such directory")) == (1, 1)
+
+
+@pytest.mark.parametrize("variables", ["WORLD_SIZE=abc", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=-3"])
+def test_ranks_that_cannot_meet(variables: str, sample_fp8: Path, tmp_path: Path) -> None:
+    """Wrong usage, which says of what."""
+    done = shell(f"env {variables} {COMMAND} convert $0 $1", sample_fp8, tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert variables.partition("=")[0] in done.stderr
+    assert "to run it alone" in done.stderr or "to run alone" in done.stderr
+
+
 def test_a_working_directory_that_is_gone(sample_fp8: Path, tmp_path: Path) -> None:
     """It is what is named."""
     done = shell('mkdir "$1" && cd "$1" && rmdir "$1" && fp8ckpt convert $0 out', sample_fp8, tmp_path / "gone")

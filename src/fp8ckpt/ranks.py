@@ -6,7 +6,6 @@ A single process pays nothing for this: torch is not imported.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import sys
 import threading
@@ -16,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8ckpt.errors import Fp8CheckpointError, RankLostError
-from fp8ckpt.system import cores
+from fp8ckpt.system import cores, ranks_stated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -129,10 +128,10 @@ def threads_of_this_rank(asked: int | None = None) -> int:
     """
     if asked:
         return min(asked, _MOST_THREADS)
-    here = os.environ.get("LOCAL_WORLD_SIZE")
+    here = ranks_stated("LOCAL_WORLD_SIZE")
     if here is None and has_group():
-        here = str(GroupRanks().size)
-    return max(1, cores() // max(1, int(here or 1)))
+        here = GroupRanks().size
+    return max(1, cores() // max(1, here or 1))
 
 
 def _join(size: int) -> None:
@@ -149,6 +148,8 @@ def _join(size: int) -> None:
         dist.init_process_group("gloo")
     except RuntimeError as error:
         raise RankLostError.of(error).but(expected=expected, remedy=_ALONE) from error
+    except ValueError as error:  # a variable that is not set, or is no number
+        raise ValueError(f"{expected}, and they cannot meet ({error}); {_ALONE}") from error
     finally:
         waiting.cancel()
 
@@ -159,7 +160,7 @@ def ranks_of_this_job() -> Iterator[Ranks]:
     if has_group():
         ranks = GroupRanks()
         yield ranks if ranks.size > 1 else Ranks()
-    elif (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    elif (size := ranks_stated("WORLD_SIZE") or 1) > 1:
         import torch.distributed as dist
 
         _join(size)

@@ -33,6 +33,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def ranks_stated(variable: str) -> int | None:
+    """Return the number of ranks that a launcher's variable states, or None if it is not set. Raises `ValueError`."""
+    text = os.environ.get(variable)
+    if text and not text.isdecimal():
+        raise ValueError(f"{variable} is {text!r}; expected how many ranks there are, or unset it to run alone")
+    return int(text) if text else None
+
+
 def read_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """Fill flat buffers with the bytes from ``offset`` on. Return their number, less at the end of the file."""
     if hasattr(os, "preadv"):

@@ -31,7 +31,7 @@ _STYLES = {"bold": 1, "red": 31, "green": 32, "yellow": 33}  # numbers of the te
 
 def speaks() -> bool:
     """Whether this process prints: under torchrun, only the first rank does."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+    return os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ  # a pod's shell has the first alone
 
 
 def fail(message: str) -> NoReturn:

@@ -26,7 +26,7 @@ import numpy as np
 from fp8ckpt.errors import Fp8CheckpointError
 from fp8ckpt.stores.ahead import Request
 from fp8ckpt.stores.store import Bytes
-from fp8ckpt.system import lock, reserve
+from fp8ckpt.system import lock, ranks_stated, reserve
 
 SHARED = 256 << 20  # bytes
 BLOCK = 16 << 20  # bytes
@@ -45,7 +45,7 @@ class Shared:
     @classmethod
     def of_this_job(cls) -> Shared | None:
         """The blocks of the ranks that a launcher started here; None for a single rank, or without shared memory."""
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2 or not os.access(_MEMORY, os.W_OK):
+        if (ranks_stated("LOCAL_WORLD_SIZE") or 1) < 2 or not os.access(_MEMORY, os.W_OK):
             return None
         prefix = f"fp8ckpt-{os.getuid()}-"
         for left in _MEMORY.glob(prefix + "*"):
