@@ -26,7 +26,9 @@ class CheckpointNotFoundError(Fp8CheckpointError, FileNotFoundError):
     of_empty = Says("there is no object below it", remedy="check the URL")
     of_page = Says("its page lists no files",
         remedy="give a directory whose index page lists its files; for a model of the Hub, hf://org/name")
-    of_answer = Says("{who} answered {answer}", remedy="{remedy}")
+    of_answer = Says("the server answered {status}", remedy="check the URL")
+    of_hub = Says("the Hub answered {status} ({kind})", remedy="{store.permission}")
+    of_store = Says("the store answered {answer}", remedy="{remedy}")
     of_path = Says("there is no such directory or file", remedy=_CHECK)
     # A directory without the configuration of an adapter.
     of_unconfigured = Says("there is no {config} in it", remedy="give the directory that PEFT's save_pretrained wrote")
@@ -158,7 +160,12 @@ class HeaderError(_JsonError):
 class TruncatedFileError(HeaderError):
     """A file holds fewer bytes than its header describes."""
 
-    of_end = Says("the file ends at byte {end}", "at least {least} bytes", "{remedy}")
+    of_end = Says(
+        "the file ends at byte {end}",
+        "at least {least} bytes",
+        "restore the file, or run it again once nothing writes to it",
+    )
+    of_listed_end = Says("the file ends at byte {end}", "at least {least} bytes", "look for a whole copy")
 
     @classmethod
     def of(cls, file: Named, size: int, end: int | None = None) -> Self:

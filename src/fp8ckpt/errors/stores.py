@@ -65,7 +65,8 @@ class StorageError(Fp8CheckpointError, OSError):
     """
 
     # fmt: off
-    of_kind = Says("it is {kind}", "a file", "{remedy}")
+    of_kind = Says("it is {kind}", "a file", "move it away")
+    of_any_link = Says("it is a link", "a file", "move it away, and run it again")
     of_link = Says("it is a link that leads out of the directory", "a file, or a link to one inside",
         "put the file itself there, if you know who made the link")
     of_absent = Says("there is no such file", remedy="restore the file")

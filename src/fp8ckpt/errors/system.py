@@ -20,5 +20,6 @@ class MissingPackageError(Fp8CheckpointError, ImportError):
     # fmt: off
     of_report = Says("a report is drawn by matplotlib, which is not installed",
         remedy="install the extra: pip install 'fp8ckpt[report]'")
-    of = Says("{doing} needs {package}", remedy="pip install {install}")
+    of_boto3 = Says("reading s3:// needs boto3", remedy="pip install 'fp8ckpt[s3]'")
+    of_client = Says("reading {scheme}:// needs {package}", remedy="pip install {package}")
     # fmt: on

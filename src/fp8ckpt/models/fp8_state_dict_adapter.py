@@ -74,9 +74,8 @@ class FP8StateDictAdapter(StateDictAdapter):
         for tensor in checkpoint.quantized:
             fits, expected = self._fits(tensor)
             if not fits or tensor.scale.name != tensor.name + SCALE_SUFFIX:
-                raise UnsupportedFormatError.of_grid(
-                    tensor.name, file=tensor.scale.file, scale=tensor.scale, fits=f"{expected}, {SCALE_SUFFIX}"
-                )
+                scale, words = tensor.scale, f"{expected}, {SCALE_SUFFIX}"
+                raise UnsupportedFormatError.of_grid(tensor.name, file=scale.file, scale=scale, fits=words)
         quantized = {self.hf_to_native(tensor.name): tensor for tensor in checkpoint.quantized}
         self._release = Release(quantized, frozenset(checkpoint.tensors), states_powers_of_two(checkpoint.config))
         self.may_lack_head = bool(ties_embeddings(checkpoint.config))

@@ -135,7 +135,7 @@ def open_to_write(file: Path, flags: int = os.O_WRONLY) -> int:
         fd = os.open(file, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StorageError.of_kind(file=file, kind="a link", remedy="move it away, and run it again") from error
+            raise StorageError.of_any_link(file=file) from error
         raise StorageError.of_writing(error, file) from error
     try:
         refuse_irregular(os.fstat(fd), file.name)

@@ -131,9 +131,7 @@ class HttpObjects:
         if listed and status in (404, 410, 412, 416):
             raise SourceChangedError.of(file=name)
         if status in (404, 410):
-            raise CheckpointNotFoundError.of_answer(
-                file=self.where, who="the server", answer=status, remedy="check the URL"
-            )
+            raise CheckpointNotFoundError.of_answer(file=self.where, status=status)
         if status >= 300:
             raise StorageError.of_answer(file=name or None, who=self.where, answer=status, remedy=self.permission)
 

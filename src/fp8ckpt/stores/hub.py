@@ -96,10 +96,7 @@ class HubObjects(HttpObjects):
             status, kind = error.response.status_code, type(error).__name__.removesuffix("Error")
             if status >= 500 or status in (408, 429):
                 raise Broken(f"the Hub answered {status}") from None
-            answer, remedy = f"{status} ({kind})", self.permission
-            raise CheckpointNotFoundError.of_answer(
-                file=self.where, who="the Hub", answer=answer, remedy=remedy
-            ) from None
+            raise CheckpointNotFoundError.of_hub(file=self.where, store=self, status=status, kind=kind) from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "ssl"):
                 raise

@@ -226,9 +226,7 @@ def open_to_read(file: str | Path, name: str) -> int:
 def refuse_irregular(stat: os.stat_result, name: str) -> None:
     """Raise `StorageError` for anything but a regular file: a FIFO, a socket, a device, a folder, a link."""
     if not modes.S_ISREG(stat.st_mode):
-        raise StorageError.of_kind(
-            file=name, kind=_KINDS.get(modes.S_IFMT(stat.st_mode), "no file"), remedy="move it away"
-        )
+        raise StorageError.of_kind(file=name, kind=_KINDS.get(modes.S_IFMT(stat.st_mode), "no file"))
 
 
 def read_whole(file: Path) -> bytes:
@@ -324,6 +322,5 @@ def _read_slowly(fd: int, part: ByteRange, buffer: Bytes) -> None:
         except OSError as error:
             raise StorageError.of_reading(error, part.file, f"reading at byte {at} failed") from error
         if count == 0:
-            remedy = "restore the file, or run it again once nothing writes to it"
-            raise TruncatedFileError.of_end(file=part.file, end=at, least=part.stop, remedy=remedy)
+            raise TruncatedFileError.of_end(file=part.file, end=at, least=part.stop)
         done += count

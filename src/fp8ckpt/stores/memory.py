@@ -36,9 +36,7 @@ class MemoryStore:
             self._refuse_change(part.file)
             data = self.contents[part.file][part.start : part.stop]
             if len(data) < buffer.nbytes:
-                raise TruncatedFileError.of_end(
-                    file=part.file, end=part.start + len(data), least=part.stop, remedy="restore the file"
-                )
+                raise TruncatedFileError.of_end(file=part.file, end=part.start + len(data), least=part.stop)
             buffer[:] = np.frombuffer(data, np.uint8)
 
     def ahead(self, reads: Iterable[Sequence[ByteRange]]) -> AbstractContextManager[object]:

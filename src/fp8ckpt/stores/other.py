@@ -47,9 +47,7 @@ class OtherObjects:
             missing = getattr(error.__cause__, "name", None) or error.name or known_implementations[scheme]["class"]
             module = missing.partition(".")[0]
             package = _PACKAGES.get(module, module)
-            raise MissingPackageError.of(
-                file=self.where, doing=f"reading {scheme}://", package=package, install=package
-            ) from error
+            raise MissingPackageError.of_client(file=self.where, scheme=scheme, package=package) from error
         except TypeError:
             raise StorageError.of_instance(file=self.where) from None
         except Exception as error:

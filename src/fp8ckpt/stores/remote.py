@@ -243,9 +243,7 @@ class RemoteStore:
         if stat is None:
             raise StorageError.of_no_object(file=request.file, where=self.where)
         if request.stop > stat.size:
-            raise TruncatedFileError.of_end(
-                file=request.file, end=stat.size, least=request.stop, remedy="look for a whole copy"
-            )
+            raise TruncatedFileError.of_listed_end(file=request.file, end=stat.size, least=request.stop)
         if self._shared is not None and reads_over(request):
             self._shared.fetch(request, f"{self.where} {stat.version}", stat.size, partial(self._fetch, stat))
         else:

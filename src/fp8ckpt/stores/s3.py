@@ -79,9 +79,7 @@ class S3Objects:
             from botocore import UNSIGNED
             from botocore.config import Config
         except ImportError as error:
-            raise MissingPackageError.of(
-                file=self.where, doing="reading s3://", package="boto3", install="'fp8ckpt[s3]'"
-            ) from error
+            raise MissingPackageError.of_boto3(file=self.where) from error
         with _making, self.errors(None, making=True):
             session = boto3.Session()
             unsigned = {} if session.get_credentials() else {"signature_version": UNSIGNED}
@@ -262,7 +260,7 @@ class S3Objects:
             return SourceChangedError.of(file=name)
         remedy = _REMEDIES.get(code) or ("check the URL" if status == 404 else self._permission(writing))
         if status == 404 and not writing:
-            return CheckpointNotFoundError.of_answer(file=self.where, who="the store", answer=answer, remedy=remedy)
+            return CheckpointNotFoundError.of_store(file=self.where, answer=answer, remedy=remedy)
         place = self.where if name is None else f"{self.where}/{name}"
         return StorageError.of_answer(file=place, who="the store", answer=answer, remedy=remedy)
 
