@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fp8ckpt.errors import Fp8CheckpointError, ServingError
-from fp8ckpt.serving import joining, leftovers, listing, scales, statements
+from fp8ckpt.serving import joining, leftovers, listing, notes, scales, statements
 from fp8ckpt.serving.joining import TensorParallel
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.checkpoint import Checkpoint
@@ -57,17 +57,17 @@ def examine(checkpoint: Checkpoint, *, tensor_parallel: int | None = None) -> Se
     """
     subject = Subject(checkpoint, tensor_parallel)
     failures: list[ServingError] = []
-    notes: list[str] = []
+    said: list[str] = []
     unreadable: dict[str, ServingError] = {}  # by message, since several checks may read one file
     able = None
     checks = [*_ANY]
     if not subject.is_readable:
-        notes.append("the configuration cannot be understood, and was not checked")
+        said.append(notes.UNREADABLE)
     elif subject.has_codes:
         checks = [*_QUANTIZED, *_ANY, *_READABLE]
         able = joining.tensor_parallel(subject)
     else:
-        notes.append("nothing is quantized")
+        said.append(notes.NOTHING_QUANTIZED)
         checks = [*_ANY, *_READABLE]
     for check in checks:
         try:
@@ -75,7 +75,7 @@ def examine(checkpoint: Checkpoint, *, tensor_parallel: int | None = None) -> Se
                 if isinstance(found, ServingError):
                     failures.append(found)
                 else:
-                    notes.append(found)
+                    said.append(found)
         except Fp8CheckpointError as error:  # a file that cannot be read, by engines either
             unreadable[error.message] = ServingError(error.found, **error.facts)
-    return Servability((*failures, *unreadable.values()), tuple(notes), able)
+    return Servability((*failures, *unreadable.values()), tuple(said), able)

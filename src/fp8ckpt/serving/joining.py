@@ -10,6 +10,7 @@ from itertools import takewhile
 from fp8ckpt.errors import ServingError
 from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged, sibling_units
 from fp8ckpt.numerics.codes import FP8_DTYPES
+from fp8ckpt.serving import notes
 from fp8ckpt.serving.subject import Finding, Subject, some
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.formats import module_of
@@ -50,11 +51,7 @@ def blocks(subject: Subject) -> Iterator[Finding]:
     shapes = {tensor.name: tensor.shape for tensor in subject.quantized}
     columns = [name for name, block in _blocks(subject).items() if shapes[name][-1] % block[1]]
     if columns:
-        yield (
-            f"{len(columns)} FP8 tensors have columns that are no multiple of their block's ({some(columns)}): kernels "
-            "that quantize activations by such groups refuse them when the model runs, and transformers, where it "
-            "dequantizes, takes the blocks for smaller ones, or refuses them"
-        )
+        yield notes.TORN_COLUMNS.format(len(columns), some(columns))
     yield from _torn_rows(subject, shapes)
 
 
@@ -65,13 +62,9 @@ def _torn_rows(subject: Subject, shapes: Mapping[str, tuple[int, ...]]) -> Itera
     blocks = {name: block[0] for name, block in _blocks(subject).items() if len(shapes[name]) == 2}
     torn = {name: rows for name, block in blocks.items() if (rows := shapes[name][0]) > block and rows % block}
     divides = {name: rows % -(-rows // blocks[name]) == 0 for name, rows in torn.items()}
-    outcomes = {True: "takes the blocks for smaller ones, and reads wrong values", False: "refuses them"}
-    for taken, does in outcomes.items():
+    for taken, note in ((True, notes.MISREAD_ROWS), (False, notes.REFUSED_ROWS)):
         if names := [name for name in torn if divides[name] is taken]:
-            yield (
-                f"{len(names)} FP8 tensors have rows that are no multiple of their block's ({some(names)}): "
-                f"transformers, where it dequantizes, {does}"
-            )
+            yield note.format(len(names), some(names))
 
 
 def tensor_parallel(subject: Subject) -> TensorParallel | None:

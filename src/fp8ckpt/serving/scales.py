@@ -10,6 +10,7 @@ import numpy as np
 from fp8ckpt.errors import ServingError, shown
 from fp8ckpt.families.parallel import sibling_units
 from fp8ckpt.output.like import with_needless_dimensions
+from fp8ckpt.serving import notes
 from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.blocks import block_sizes
@@ -77,26 +78,21 @@ def powers_of_two(subject: Subject) -> Iterator[Finding]:
 def of_siblings(subject: Subject) -> Iterator[Finding]:
     """Note joined weights whose scales, or second-level scales, are unequal."""
     second = {t.name: t.second.span for t in subject.quantized if t.second is not None}
-    yield from _unequal(
-        second, "second levels of scales, and are served with the largest number for all: values are off"
-    )
+    yield from _unequal(second, notes.UNEQUAL_FACTORS)
     if block_sizes(subject.checkpoint.store, subject.checkpoint.config).stated:
         return  # grids are joined unchanged, those of a single block too
     single = {
         t.name: t.scale for t in subject.quantized if t.grid.per_tensor and t.scale.numel == 1 and len(t.shape) == 2
     }
-    yield from _unequal(single, "scales, and are served through a requantization to the largest scale")
+    yield from _unequal(single, notes.UNEQUAL_SCALES)
 
 
-def _unequal(single: dict[str, TensorSpan], what: str) -> Iterator[Finding]:
+def _unequal(single: dict[str, TensorSpan], note: str) -> Iterator[Finding]:
     units = sibling_units(single)
     values = {span.name: float(value[0]) for span, value in _read(single[name] for unit in units for name in unit)}
     unequal = [unit for unit in units if len({values[single[name].name] for name in unit}) > 1]
     if unequal:
-        yield (
-            f"{len(unequal)} of {len(units)} groups of weights that are served as one have unequal {what}; the first "
-            "is " + ", ".join(shown(name) for name in unequal[0])
-        )
+        yield note.format(len(unequal), len(units), ", ".join(shown(name) for name in unequal[0]))
 
 
 def _read(spans: Iterable[TensorSpan]) -> Iterator[tuple[TensorSpan, npt.NDArray[Any]]]:

@@ -10,6 +10,7 @@ from fp8ckpt.families.roles import is_built_plain
 from fp8ckpt.families.tied import HEADS, embeddings_and_head, has_language_head, ties_embeddings
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.numerics.geometry import tiled
+from fp8ckpt.serving import notes
 from fp8ckpt.serving.skip_list import SkipList, unquantized_linears
 from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_method, some, strings
 from fp8ckpt.tensors import config as configuration
@@ -31,7 +32,7 @@ def method(subject: Subject) -> Iterator[Finding]:
         methods, guess = ", ".join(name for name in METHODS if name != "mistral"), guessed_method(stated.quantization)
         yield ServingError.of_no_method(file=stated.file, methods=methods, guess=guess)
     elif stated.method not in METHODS:
-        yield f"quant_method is {shown(stated.method)}, of which fp8ckpt does not know what engines need: not checked"
+        yield notes.UNKNOWN_METHOD.format(shown(stated.method))
 
 
 def fp8_fields(subject: Subject) -> Iterator[Finding]:
@@ -44,7 +45,7 @@ def fp8_fields(subject: Subject) -> Iterator[Finding]:
         yield ServingError.of_scheme(file=stated.file, scheme="missing" if scheme is None else scheme)
     block = stated.quantization.get("weight_block_size")
     if "weight_block_size" not in stated.quantization:
-        yield "weight_block_size is absent: vLLM takes that for one scale a tensor, transformers for 128 x 128 blocks"
+        yield notes.NO_BLOCK_SIZE
     size = tuple(block) if block else None
 
     def differs(tensor: QuantizedTensor) -> bool:
@@ -87,9 +88,9 @@ def not_quantized(subject: Subject) -> Iterator[Finding]:
         spans = (span for header in checkpoint.files for span in header.spans)
         integers = [span.name for span in spans if span.dtype in _INTEGERS and len(span.shape) > 1]
         if _states_cache(stated) and _states_no_weights(stated, linears):
-            yield f"{file} states the quantization of the key-value cache alone, and the weights are as they should be"
+            yield notes.CACHE_ALONE.format(file)
         elif integers:
-            yield f"{file} states a quantization that is not FP8 ({some(integers)}): not checked"
+            yield notes.NOT_FP8.format(file, some(integers))
         else:
             yield ServingError.of_unquantized(file=file)
 
