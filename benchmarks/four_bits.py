@@ -5,6 +5,8 @@ do with the same bytes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,16 +54,17 @@ def main(shape: tuple[int, int] = SHAPE, rounds: int = 15) -> None:
             else:
                 wide = torch.from_numpy(scales).view(torch.float8_e4m3fn).to(torch.bfloat16)
                 multipliers = wide / torch.tensor([float(factor.value)])
-            return (codes * multipliers[..., None]).to(torch.bfloat16).reshape(rows, cols)
+            found: torch.Tensor = (codes * multipliers[..., None]).to(torch.bfloat16).reshape(rows, cols)
+            return found
 
         run = in_threads(ours, cores, rows)
         run()
         reference = compressed_tensors()
         assert torch.equal(out.view(torch.int16), reference.view(torch.int16)), name
-        runs = {
+        runs: dict[str, Callable[[], object]] = {
             "ours": run,
             "compressed-tensors": compressed_tensors,
-            "copy": lambda reference=reference: out.copy_(reference),
+            "copy": partial(out.copy_, reference),
         }
         if factor is None:
             assert torch.equal(out.view(torch.int16), transformers()[0].T.contiguous().view(torch.int16))

@@ -19,7 +19,7 @@ from fp8ckpt.numerics.geometry import BlockGrid
 ROWS, COLS = 4096, 12288  # 50 M elements; 150 MB of codes and values: far beyond the caches
 
 
-def rates(runs: dict[str, Callable[[], None]], rounds: int = 15) -> dict[str, float]:
+def rates(runs: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """Elements a second of each, the median of warm rounds taken in turn: what the machine does meanwhile falls on all
     alike.
     """

@@ -45,7 +45,7 @@ class Peak:
             time.sleep(0.002)
 
 
-def build(kind: type = Mistral3ForConditionalGeneration) -> torch.nn.Module:
+def build(kind: type = Mistral3ForConditionalGeneration) -> Any:
     config = AutoConfig.from_pretrained(SOURCE)
     if KIND.startswith("nemo"):
         config.quantization_config["dequantize"] = True
@@ -95,12 +95,11 @@ def main() -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
-    model: torch.nn.Module
+    model: Any
     if KIND == "transformers":
         skip = json.loads((Path(SOURCE) / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
-        quantization = FineGrainedFP8Config(
-            dequantize=True, weight_block_size=None, activation_scheme="static", modules_to_not_convert=skip
-        )
+        how: dict[str, Any] = {"weight_block_size": None, "modules_to_not_convert": skip}
+        quantization = FineGrainedFP8Config(dequantize=True, activation_scheme="static", **how)
 
         def load_model() -> None:
             nonlocal model

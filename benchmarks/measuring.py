@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -58,7 +58,7 @@ def facts() -> dict[str, Any]:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], None]], rounds: int = 5, pause: float = 0.0
+    runs: Mapping[str, Callable[[], object]], rounds: int = 5, pause: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """Time each run once a round, in turn, so that other work on the machine affects all alike.
 

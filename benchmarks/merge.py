@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def linears(base: Path) -> dict[str, tuple[int, ...]]:
 
 def adapter_of(base: Path, directory: Path, rank: int) -> Path:
     """Random factors for each of them, whose products are a hundredth of the weights."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for module, (rows, cols) in linears(base).items():
         made = factors(PREFIX + module, rank, cols, rows, dtype="BF16")
         tensors |= made

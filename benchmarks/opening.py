@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -50,7 +51,7 @@ def main() -> None:
             source = sample(Path(work) / "fp8", sizes, files=files, sparse=True)
             stored = sum(len(header.spans) for header in open_checkpoint(source).files)
             logical = open_checkpoint(source).tensors
-            theirs = HuggingFaceStorageReader(str(source)).read_metadata().state_dict_metadata
+            theirs: dict[str, Any] = HuggingFaceStorageReader(str(source)).read_metadata().state_dict_metadata
             assert len(theirs) == stored
             assert all(tuple(theirs[name].size) == tensor.shape for name, tensor in logical.items())
             row = {

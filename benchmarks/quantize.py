@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from benchmarks.convert import BLOCKS, LAYER, PEAK, tree_bytes
 from benchmarks.kernel import in_threads
 from benchmarks.measuring import child, interleaved, keep, read_all, show, write_durably
 from fp8ckpt import convert, sample
+from fp8ckpt.encodings.results import Fp8Result
 from fp8ckpt.numerics import quantize, scaling
-from fp8ckpt.numerics.codes import scale_values
+from fp8ckpt.numerics.codes import F32, scale_values
 from fp8ckpt.numerics.geometry import BlockGrid
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 
@@ -44,10 +46,12 @@ def against_copies(work: Path, name: str, sizes: Mistral3Sizes | DeepseekSizes) 
     convert(base, work / "bf16")
     subprocess.run(["cp", "-r", str(base), str(work / "to-copy")], check=True)
     done = convert(work / "bf16", work / "back", to="fp8", like=base)
+    assert isinstance(done, Fp8Result)
     assert done.report is not None
     assert done.report.total.moved == 0
     subprocess.run(["diff", "-r", str(base), str(work / "back")], check=True)
     fresh = convert(work / "bf16", work / "fresh", to="fp8", like=base, scales="fresh")
+    assert isinstance(fresh, Fp8Result)
     sizes_of = {"source": tree_bytes(work / "bf16"), "output": tree_bytes(base)}
     shutil.rmtree(work / "back")
     shutil.rmtree(work / "fresh")
@@ -141,7 +145,7 @@ def one_weight() -> None:
         found: dict[str, torch.Tensor] = {}
 
         def ours(grid: BlockGrid = grid, found: dict[str, torch.Tensor] = found) -> None:
-            maxima: list[quantize.F32] = []
+            maxima: list[F32] = []
 
             def bands(part: slice) -> Iterator[tuple[list[quantize.Part], quantize.Values, slice]]:
                 for row in range(part.start, part.stop, 128):  # one band at a time, as in the converter
@@ -176,14 +180,14 @@ def one_weight() -> None:
 
         def theirs(block: tuple[int, int] = block, found: dict[str, torch.Tensor] = found) -> None:
             config = SimpleNamespace(weight_block_size=None if block[0] == rows else block, scale_fmt=None)
-            quantizer = Fp8Quantize(SimpleNamespace(quantization_config=config))
+            quantizer: Any = Fp8Quantize(SimpleNamespace(quantization_config=config))
             found["transformers"] = quantizer.convert({"w.weight": weight})["w.weight"].view(torch.uint8)
 
         def compressed(block: tuple[int, int] = block, found: dict[str, torch.Tensor] = found) -> None:
             strategy = (
                 {"strategy": "tensor"} if block[0] == rows else {"strategy": "block", "block_structure": list(block)}
             )
-            arguments = QuantizationArgs(num_bits=8, type="float", symmetric=True, **strategy)  # type: ignore[arg-type]
+            arguments = QuantizationArgs(num_bits=8, type="float", symmetric=True, **strategy)
             tiles = weight.reshape(rows // block[0], block[0], cols // block[1], block[1])
             low, high = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
             scale, zero = calculate_qparams(low, high, arguments)

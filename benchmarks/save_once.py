@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-    def parallelize(model: torch.nn.Module) -> None:
+    def parallelize(model: Any) -> None:
         for layer in model.model.language_model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -19,11 +19,12 @@ import numpy as np
 
 from benchmarks.measuring import ROOT, facts
 from fp8ckpt import convert, open_checkpoint, sample, verify
+from fp8ckpt.encodings.results import Fp8Result
 from fp8ckpt.sample import DeepseekSizes, Mistral3Sizes
 
 FIGURE = ROOT / "docs" / "figures" / "scale-reuse"
 _MISTRAL3 = Mistral3Sizes(layers=2, hidden=1024, intermediate=2048, heads=8, kv_heads=2, head_dim=128)
-MODELS = {
+MODELS: dict[str, Mistral3Sizes | DeepseekSizes] = {
     "per tensor": _MISTRAL3,
     "per tensor, scales with a margin": _MISTRAL3,
     "128 x 128 blocks": DeepseekSizes(
@@ -69,6 +70,7 @@ def with_margin(base: Path, work: Path) -> Path:
         }
         save_file(scaled, file, {"format": "pt"})
     result = convert(plain, out, to="fp8", like=wider)
+    assert isinstance(result, Fp8Result)
     assert result.report is not None
     assert result.report.total.fresh == 0
     return out
@@ -93,6 +95,7 @@ def measure(work: Path) -> list[dict[str, object]]:
                     result = convert(trained, out, to="fp8", like=base, scales=scales)
                     differing = sum(difference.elements or 0 for difference in verify(trained, out).tensor_differences)
                     shutil.rmtree(out)
+                    assert isinstance(result, Fp8Result)
                     assert result.report is not None
                     total = result.report.total
                     rows.append(
