@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -49,10 +49,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """What has been imported and collected stays: the collector of garbage need not look at it ever again."""
-    gc.collect()
+    """What has been imported and collected stays: the collector of garbage need not look at it ever."""
     gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Ranks are forked of this process as it is now, without what pytest patches around each test."""
+    if session.items:  # not where workers have them
+        from tests.distributed import serve
+
+        capture = session.config.pluginmanager.get_plugin("capturemanager")
+        capture.resume_global_capture()  # what ranks print is captured, too
+        serve()
+        capture.suspend_global_capture()
+    return (yield)
 
 
 @pytest.fixture(scope="session")

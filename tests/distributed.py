@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import select
 import shutil
 import socket
 import sys
@@ -17,9 +18,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import chdir
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,14 +49,32 @@ UNEVEN = Mistral3Sizes(
     vision_intermediate=37,
 )
 
-ROOT = Path(__file__).parent.parent
-
 
 def serve() -> None:
-    """Start the server that ranks are forked from, where the tests can be imported."""
-    multiprocessing.set_forkserver_preload(["tests.warm"])
-    with chdir(ROOT):
-        forkserver.ensure_running()
+    """Fork the server that ranks are forked from, as multiprocessing would start it: so it has what the tests have
+    imported. What `warm` does it does once it is asked for a rank.
+    """
+    address = connection.arbitrary_address("AF_UNIX")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    ended, alive = os.pipe()
+    if not (pid := os.fork()):
+        os.close(alive)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what pytest puts there
+        try:
+            if listener in select.select([listener, ended], [], [])[0]:
+                from tests import warm  # noqa: F401
+
+                forkserver.main(listener.detach(), ended, [])
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    listener.close()
+    os.close(ended)
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, alive, pid
 
 
 def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -65,7 +83,6 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
 
     ``function`` is importable (of a module, not of a test), and so are what it takes and returns.
     """
-    serve()
     with TemporaryDirectory(prefix="ranks-") as folder:
         mp.start_processes(_rank, (size, Path(folder), function, arguments), size, start_method="forkserver")
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(size)]
@@ -79,7 +96,6 @@ class Launched:
     """
 
     def __init__(self, folder: Path, size: int | None, *command: object, **environment: str) -> None:
-        serve()
         self._folder = folder
         folder.mkdir()
         ranks = [environment]
@@ -140,7 +156,6 @@ def _launched(output: Path, command: list[str], environment: dict[str, str]) -> 
 
 def apart(function: Callable[[Any], Any], arguments: list[Any]) -> list[Any]:
     """``function`` of each argument in a process of its own, two at a time, without a process group."""
-    serve()
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
         return list(pool.map(function, arguments))

@@ -109,7 +109,9 @@ def digests(directory: Path) -> dict[str, str]:
     return found
 
 
-def at_step(number: int, fault: Callable[[], object], names: tuple[str, ...] = STEPS) -> Callable[[], int]:
+def at_step(
+    number: int, fault: Callable[[], object], names: tuple[str, ...] = STEPS, patch: Callable[..., None] = setattr
+) -> Callable[[], int]:
     """Have this process meet with a fault before its ``number``-th call of these functions of os: with the first half
     of the data written, if it is a write. Returns a function that says how many calls there were.
     """
@@ -124,7 +126,7 @@ def at_step(number: int, fault: Callable[[], object], names: tuple[str, ...] = S
         return real(*arguments, **more)
 
     for name in names:
-        setattr(os, name, partial(counted, getattr(os, name)))
+        patch(os, name, partial(counted, getattr(os, name)))
     return lambda: next(taken) - 1
 
 

@@ -78,11 +78,12 @@ def _plan(rank: int) -> Planned:
     return Planned(regions, {name: local(tensor).numel() for name, tensor in state.items()}, seconds)
 
 
-@pytest.fixture(scope="module")
-def plans(release: Checkpoint) -> list[Planned]:
-    """By rank."""
-    [found] = apart(_plans, [release.path])
-    return found
+def test_64_ranks(release: Checkpoint) -> None:
+    """All that is said of their plans, which take seconds: in one test, so that no two workers make them."""
+    [plans] = apart(_plans, [release.path])
+    each_byte_is_read_once(release, plans)
+    stages_divide_the_model(plans)
+    plan_says_what_each_rank_reads(release, plans)
 
 
 def _bytes(name: str, numel: int, release: Checkpoint) -> int:
@@ -90,7 +91,7 @@ def _bytes(name: str, numel: int, release: Checkpoint) -> int:
     return numel if isinstance(tensor, QuantizedTensor) else numel * tensor.nbytes // tensor.numel
 
 
-def test_64_ranks_read_each_byte_once(release: Checkpoint, plans: list[Planned]) -> None:
+def each_byte_is_read_once(release: Checkpoint, plans: list[Planned]) -> None:
     """Each rank plans its shards and no more; over all ranks each sharded tensor is covered once, each other one once a
     rank.
     """
@@ -131,7 +132,7 @@ def test_64_ranks_read_each_byte_once(release: Checkpoint, plans: list[Planned])
     print(f"{sum(planned) / 1e9:.1f} GB together, of {total / 1e9:.1f} GB on disk")
 
 
-def test_stages_divide_the_model(plans: list[Planned]) -> None:
+def stages_divide_the_model(plans: list[Planned]) -> None:
     """Eleven layers a stage: the ends hold the embeddings and the vision tower, and the norm and the head."""
     layers = [
         {int(name.split(".")[3]) for name in plan.held if name.startswith("model.language_model.layers.")}
@@ -153,7 +154,7 @@ def test_the_release_takes_no_room(release: Checkpoint) -> None:
     assert sum(file.stat().st_blocks * 512 for file in files) < 20e6
 
 
-def test_plan_says_what_each_rank_reads(release: Checkpoint, plans: list[Planned]) -> None:
+def plan_says_what_each_rank_reads(release: Checkpoint, plans: list[Planned]) -> None:
     """`fp8ckpt.plan` needs no model and no process group, and knows what the real shards of the model will read."""
     found = plan(release, ranks=STAGES * SHARDS, tp=SHARDS, pp=STAGES)
     for rank, planned in zip(found.ranks, plans, strict=True):

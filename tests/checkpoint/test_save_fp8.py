@@ -10,8 +10,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +53,7 @@ from fp8ckpt.errors import (
 )
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.sample import Mistral3Sizes
-from tests.distributed import UNEVEN, fsdp, mesh, rewrite, run, stage, tied, tp, tp_fsdp
+from tests.distributed import UNEVEN, apart, fsdp, mesh, rewrite, run, stage, tied, tp, tp_fsdp
 from tests.miniatures import Family
 from tests.oracle import Stored, assert_same_tree, read_directory, write_plain
 from tests.support import ALL, each, pairs
@@ -866,30 +864,33 @@ def test_the_writer_is_public_and_travels(models: dict[str, Case], tmp_path: Pat
 # ---------------------------------------------------------------- memory
 
 
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) << 10
+
+
+def _beyond(folder: Path) -> list[tuple[int, int]]:
+    """What saving takes beyond the model, at most, and what the model takes, in bytes: of two dtypes."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    small, found = load_pretrained(folder / "small"), []
+    save_model(small, folder / "once", to="fp8", like=folder / "small")  # code and libraries are there
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load_pretrained(folder / "large", dtype=dtype)
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _status("VmRSS")
+        save_model(model, folder / str(dtype), to="fp8", like=folder / "large")
+        found.append((_status("VmHWM") - before, held))
+    return found
+
+
 def test_memory_beyond_the_model(tmp_path: Path) -> None:
     """Saving some 150 MB of bf16 as FP8 takes at most 64 MiB beyond the model, in one process of two threads; and so
     does the same model in float32.
     """
     sizes = Mistral3Sizes(layers=1, hidden=2048, intermediate=10240, heads=16, kv_heads=4, head_dim=128)
-    large, small = sample(tmp_path / "large", sizes, files=2, sparse=True), sample(tmp_path / "small", files=2)
-    code = f"""
-import os, torch, fp8ckpt
-os.environ["LOCAL_WORLD_SIZE"] = str(max(1, len(os.sched_getaffinity(0)) // 2))
-def status(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) << 10
-small = fp8ckpt.load_pretrained({str(small)!r})
-fp8ckpt.save_model(small, {str(tmp_path / "once")!r}, to="fp8", like={str(small)!r})  # code and libraries are there
-for dtype in (torch.bfloat16, torch.float32):
-    model = fp8ckpt.load_pretrained({str(large)!r}, dtype=dtype)
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-    before = status("VmRSS")
-    fp8ckpt.save_model(model, {str(tmp_path)!r} + f"/{{dtype}}", to="fp8", like={str(large)!r})
-    print("beyond", status("VmHWM") - before, held)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("beyond")]
+    large, _ = sample(tmp_path / "large", sizes, files=2, sparse=True), sample(tmp_path / "small", files=2)
+    [found] = apart(_beyond, [tmp_path])
     for (beyond, held), width, dtype in zip(found, (2, 4), ("bfloat16", "float32"), strict=True):
         print(f"{beyond / 2**20:.1f} MiB beyond {held / 1e6:.0f} MB")
         assert held > 75e6 * width
