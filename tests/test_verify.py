@@ -173,6 +173,15 @@ def test_signed_zeros_and_nan_payloads_differ(tmp_path: Path) -> None:
     assert verify(tmp_path / "a", tmp_path / "a").ok
 
 
+def test_second_copies_of_the_weights_are_compared(sample_fp8: Path, tmp_path: Path) -> None:
+    """Mistral's own beside the Hugging Face files, where both have one: some engines load that."""
+    one, other = copy(sample_fp8, tmp_path / "one"), copy(sample_fp8, tmp_path / "other")
+    (one / "consolidated.safetensors").write_bytes(b"1")
+    assert verify(one, other).ok
+    (other / "consolidated.safetensors").write_bytes(b"2")
+    assert verify(one, other).file_differences == ("consolidated.safetensors: differs",)
+
+
 def test_a_configuration_with_infinities(sample_fp8: Path, tmp_path: Path) -> None:
     """As Python writes them, and no JSON has: Nemotron-H's limits of a time step. They stay as they are."""
     source = copy(sample_fp8, tmp_path / "source")

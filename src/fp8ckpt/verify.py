@@ -28,6 +28,7 @@ from fp8ckpt.stores.store import Bytes, File, same_bytes
 from fp8ckpt.targets import refuse_count
 from fp8ckpt.tensors.checkpoint import Checkpoint, CheckpointLike, survey
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, load_json, without_quantization
+from fp8ckpt.tensors.directory import is_native
 from fp8ckpt.tensors.stored import DTYPE_BITS, TensorSpan
 from fp8ckpt.tensors.tensor import DequantizerOf, Reader, Tensor
 from fp8ckpt.walk import CHUNK, Step, Walk
@@ -340,6 +341,10 @@ def _file_differences(a: Checkpoint, b: Checkpoint, *, renamed: bool) -> Iterato
                 if [configs[0].get(key)] != [configs[1].get(key)]:  # lists compare by identity first: NaN equals NaN
                     yield f"{name}: {key} differs"
         elif not same_bytes(files[0][name], files[1][name]):
+            yield f"{name}: differs"
+    read = {header.file.name for side in (a, b) for header in side.files}
+    for name in sorted(a.store.files().keys() & b.store.files().keys() - read):
+        if is_native(name) and not same_bytes(*(File(side.store, name) for side in (a, b))):
             yield f"{name}: differs"
     if not mixed:
         yield from _other_scale_differences(a, b, renamed=renamed)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import sys
 
 import pytest
 
-from fp8ckpt.cli.progress import INTERVAL, Lines
+from fp8ckpt.cli.progress import INTERVAL, Lines, progress
 
 
 class Clock:
@@ -42,6 +45,26 @@ def test_a_line_every_thirty_seconds() -> None:
     lines = told(*((second / 10, second, 3000, "x") for second in range(1, 1000)))
     assert len(lines) == 3
     assert INTERVAL == 30
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_stream_that_takes_nothing_ends_no_job(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of a log is full, or a terminal is gone."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.setattr("fp8ckpt.cli.progress.INTERVAL", 0.0)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with progress("converting", quiet=False) as report:
+        assert report is not None
+        report(1, 2, "writing")
+        report(2, 2, "writing")
+    sys.stderr.close()
 
 
 def test_what_is_done_at_once_prints_nothing() -> None:

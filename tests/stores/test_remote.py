@@ -820,6 +820,16 @@ def test_an_endpoint_that_is_a_web_page(s3: Server) -> None:
         open_checkpoint(f"s3://{BUCKET}/x")
 
 
+@HUB
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"id": "org/name", "sha": "1"}'])
+def test_a_hub_that_is_another_server(far: Far, body: bytes) -> None:
+    """Whatever it answers."""
+    assert far.hub is not None
+    far.hub.hub.answer = lambda asked: Answer(200, {}, body)
+    with pytest.raises(StorageError, match=r"what answers there is no such store.*HF_ENDPOINT"):
+        open_checkpoint(far.url)
+
+
 # ---------------------------------------------------------------- what cannot be served
 
 REFUSED: dict[str, tuple[type[Fp8CheckpointError], str]] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from fp8ckpt.cli.printing import duration, size, speaks
 from fp8ckpt.errors import shown
@@ -16,7 +17,29 @@ if TYPE_CHECKING:
 
 INTERVAL = 30.0  # seconds between two lines, without a terminal
 
+T = TypeVar("T")
 Report = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+
+
+class _Heedless:
+    """stderr, as long as it takes anything: a log's full disk, or a terminal that is gone, ends no job."""
+
+    def write(self, text: str) -> int:
+        return self._try(sys.stderr.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(sys.stderr.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    @staticmethod
+    def _try(step: Callable[..., T], *arguments: str) -> T | None:
+        try:
+            return step(*arguments)
+        except OSError:
+            sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - a name that is a text; open until the end
+            return None
 
 
 @contextmanager
@@ -24,15 +47,17 @@ def progress(verb: str, *, quiet: bool) -> Iterator[Report | None]:
     """Yield a function that reports progress, or None if nothing is to be shown."""
     if quiet or not speaks():
         yield None
-    elif sys.stderr.isatty():
-        with _bar() as bar:
+        return
+    stream: Any = _Heedless()
+    if stream.isatty():
+        with _bar(stream) as bar:
             task = bar.add_task(verb, total=None, doing="opening")
             yield lambda done, total, doing: bar.update(task, completed=done, total=total, doing=shown(doing))
     else:
-        yield Lines(verb, sys.stderr).report
+        yield Lines(verb, stream).report
 
 
-def _bar() -> Progress:
+def _bar(stream: TextIO) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -44,7 +69,7 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[doing]}", markup=False),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(file=stream), transient=True)
 
 
 class Lines:

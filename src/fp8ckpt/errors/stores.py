@@ -74,7 +74,7 @@ class StorageError(Fp8CheckpointError, OSError):
     # ---------------------------------------------------------------- remote stores
     of_another_hand = Says("it was changed after it was written", "{size} bytes",
         "see what changes it, and run it again")
-    of_web_page = Says("what answers there is no such store", "a listing", "check the endpoint (AWS_ENDPOINT_URL)")
+    of_web_page = Says("what answers there is no such store", "a listing", "check the endpoint ({variable})")
     of_no_object = Says("there is no such object", "one below {where}")
     of_request = Says("no request can be made of it ({error.__class__.__name__})",
         remedy=f"{_URL}, where its server leads to, and the token")

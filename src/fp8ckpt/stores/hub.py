@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -90,6 +91,8 @@ class HubObjects(HttpObjects):
             raise StorageError.of_offline(file=self.where) from None
         except HFValidationError:
             raise UnsupportedStoreError.of_hub(file=self.where) from None
+        except (JSONDecodeError, KeyError, TypeError, AttributeError):  # what answers there is another server
+            raise StorageError.of_web_page(file=self.where, variable="HF_ENDPOINT") from None
         except ValueError as error:
             raise StorageError.of_request(file=self.where, error=error) from None
         except HfHubHTTPError as error:

@@ -224,7 +224,7 @@ class S3Objects:
         with self.errors(name, writing=name is not None):
             for page in self.client.get_paginator(operation).paginate(Bucket=self.bucket, **more):
                 if page.keys() <= {"ResponseMetadata"}:  # some other text, in which boto3 finds nothing
-                    raise StorageError.of_web_page(file=self.where)
+                    raise StorageError.of_web_page(file=self.where, variable="AWS_ENDPOINT_URL")
                 yield from page.get(of, ())
 
     @contextmanager
