@@ -85,12 +85,8 @@ def test_every_family_equals_the_oracle(name: str, to: str, tmp_path: Path) -> N
     assert read_directory(out) == expected
     assert tree(source) == before
     assert sorted(os.listdir(tmp_path)) == ["fp8", "out"]
-    assert (result.tensors, result.dequantized, result.to, result.destination) == (
-        len(expected),
-        len(family.blocks),
-        to,
-        out,
-    )
+    assert (result.tensors, result.dequantized) == (len(expected), len(family.blocks))
+    assert (result.to, result.destination) == (to, out)
     assert result.dropped_scales == len(family.tensors) - len(expected)
     assert result.nan_codes == {}
 
@@ -122,16 +118,12 @@ def test_every_family_equals_the_oracle(name: str, to: str, tmp_path: Path) -> N
 def test_configuration_loses_quantization_and_names_the_target(to: str, tmp_path: Path) -> None:
     """quantization_config goes at the top and nested; dtype and torch_dtype follow the target; all else stays."""
     quantization = FP8["quantization_config"]
+    text = {"rope_parameters": {"theta": 1e6}, "n": None}
     config = {
         "architectures": ["X"],
         "dtype": "bfloat16",
         "quantization_config": quantization,
-        "text_config": {
-            "torch_dtype": "float8_e4m3fn",
-            "quantization_config": quantization,
-            "rope_parameters": {"theta": 1e6},
-            "n": None,
-        },
+        "text_config": {"torch_dtype": "float8_e4m3fn", "quantization_config": quantization, **text},
         "vision_config": {"dtype": "bfloat16", "layers": [1, 2], "name": "é"},
         "quantization_note": "kept",
     }
@@ -141,7 +133,7 @@ def test_configuration_loses_quantization_and_names_the_target(to: str, tmp_path
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         "architectures": ["X"],
         "dtype": name,
-        "text_config": {"torch_dtype": name, "rope_parameters": {"theta": 1e6}, "n": None},
+        "text_config": {"torch_dtype": name, **text},
         "vision_config": {"dtype": name, "layers": [1, 2], "name": "é"},
         "quantization_note": "kept",
     }
@@ -307,11 +299,9 @@ def test_wrong_total_size_is_put_right_and_other_metadata_is_kept(tmp_path: Path
     (source / INDEX).write_text(json.dumps(index))
     convert(source, tmp_path / "out")
     expected = family.expected().values()
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"] == {
-        "origin": "x",
-        "total_parameters": sum(int(np.prod(tensor.shape)) for tensor in expected),
-        "total_size": sum(len(tensor.data) for tensor in expected),
-    }
+    elements, size = sum(int(np.prod(t.shape)) for t in expected), sum(len(t.data) for t in expected)
+    found = json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]
+    assert found == {"origin": "x", "total_parameters": elements, "total_size": size}
 
 
 def test_metadata_of_files_is_kept_and_completed(tmp_path: Path) -> None:
@@ -360,11 +350,8 @@ def test_empty_scalar_and_vector_weights(
     weight_shape: tuple[int, ...], scale_shape: tuple[int, ...], block: tuple[int, ...], to: str, tmp_path: Path
 ) -> None:
     """FP8 weights without elements, of no dimension and of one, beside others, come out as the oracle has them."""
-    scale = Stored.of(
-        np.full(scale_shape, 0.375, np.float32)
-        + np.arange(np.prod(scale_shape), dtype=np.float32).reshape(scale_shape),
-        "F32",
-    )
+    steps = np.arange(np.prod(scale_shape), dtype=np.float32).reshape(scale_shape)
+    scale = Stored.of(np.full(scale_shape, 0.375, np.float32) + steps, "F32")
     weight = all_codes(*weight_shape) if weight_shape else Stored("F8_E4M3", (), b"\x39")
     more = {
         "z.empty": Stored("BF16", (0, 3), b""),
@@ -377,11 +364,8 @@ def test_empty_scalar_and_vector_weights(
     family = Family(tensors, config, {"z.weight": ("z.weight_scale_inv", (7, 3))}, (WEIGHT, SCALE))
     expected = family.expected(TARGETS[to])
     empty = 0 in weight_shape
-    expected[WEIGHT] = Stored(
-        TARGETS[to],
-        weight_shape,
-        b"" if empty else dequantize(weight, _as_grid(scale, weight_shape), block, TARGETS[to]),
-    )
+    values = b"" if empty else dequantize(weight, _as_grid(scale, weight_shape), block, TARGETS[to])
+    expected[WEIGHT] = Stored(TARGETS[to], weight_shape, values)
     convert(family.write(tmp_path / "fp8", files=1), tmp_path / "out", to=to)
     assert read_directory(tmp_path / "out") == expected
     for file in (tmp_path / "out").glob("*.safetensors"):

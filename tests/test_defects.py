@@ -436,11 +436,8 @@ def remedies() -> Iterator[str]:
                 and "remed" in ast.dump(node.targets[0] if isinstance(node, ast.Assign) else node.target).lower()
             )
             if named or assigned:
-                yield "".join(
-                    part.value
-                    for part in ast.walk(node)
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
-                )
+                parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                yield "".join(part for part in parts if isinstance(part, str))
 
 
 def test_no_remedy_can_lose_anything() -> None:
@@ -450,15 +447,12 @@ def test_no_remedy_can_lose_anything() -> None:
     assert [text for text in found if UNSAFE.search(text) and not any(words in text for words in SAFE)] == []
 
 
-@pytest.mark.parametrize(
-    ("code", "remedy"),
-    [
-        (errno.EACCES, "get the permission to read it"),
-        (errno.EMFILE, "raise the limit on open files (ulimit -n)"),
-        (errno.EIO, "check the disk"),
-        (errno.ENOENT, "restore the file"),
-    ],
-)
+@pytest.mark.parametrize(("code", "remedy"), [
+    (errno.EACCES, "get the permission to read it"),
+    (errno.EMFILE, "raise the limit on open files (ulimit -n)"),
+    (errno.EIO, "check the disk"),
+    (errno.ENOENT, "restore the file"),
+])  # fmt: skip
 def test_what_helps_where_a_file_cannot_be_read(code: int, remedy: str) -> None:
     """By what the operating system says."""
     error = StorageError.of_reading(OSError(code, os.strerror(code)), "x")
@@ -491,14 +485,8 @@ def test_inspect_lists_every_defect_and_convert_counts_them(tmp_path: Path, cli:
     shown = cli("inspect", source)
     assert (shown.returncode, shown.stderr) == (1, "")
     lines = shown.stdout[shown.stdout.index("defects: ") :].splitlines()
-    kinds = [
-        "IndexMismatchError",
-        "MissingScaleError",
-        "OrphanScaleError",
-        "ScaleShapeError",
-        "ScaleValueError",
-        "UnsupportedFormatError",
-    ]
+    kinds = ["IndexMismatchError", "MissingScaleError", "OrphanScaleError", "ScaleShapeError", "ScaleValueError"]
+    kinds += ["UnsupportedFormatError"]
     # The activation scale of a weight that lost its scale is no orphan.
     assert lines[0] == "defects: 6"
     assert sorted(line.split(":")[0].strip() for line in lines[1:]) == kinds

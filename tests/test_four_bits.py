@@ -112,8 +112,7 @@ def test_float16_is_refused_where_a_value_goes_beyond(tmp_path: Path) -> None:
     family = FAMILIES["Quark MXFP4"]
     for code, fits in ((0x55, True), (0x66, False)):
         weight, scale = (
-            Stored.codes(np.full((24, 48), code, np.uint8), "U8"),
-            Stored.codes(np.full((24, 3), 141, np.uint8), "U8"),
+            Stored.codes(np.full(shape, byte, np.uint8), "U8") for shape, byte in (((24, 48), code), ((24, 3), 141))
         )
         changed = {**family.tensors, "m.q.weight": weight, "m.q.weight_scale": scale}
         source = type(family)(changed, family.config, family.blocks, packed=family.packed).write(tmp_path / str(code))
@@ -139,9 +138,7 @@ def test_inspect_shows_a_scheme_of_its_own(name: str, written: dict[str, Checkpo
     assert len(four) == 1
     assert four[0].tensors == len(family.packed)
     assert four[0].elements == sum(int(np.prod(packed.shape)) for packed in family.packed.values())
-    beside = {
-        key for stored, packed in family.packed.items() for key in (stored, family.blocks[stored][0], packed.factor)
-    }
+    beside = {key for name, packed in family.packed.items() for key in (name, family.blocks[name][0], packed.factor)}
     assert four[0].bytes == sum(len(family.tensors[key].data) for key in beside - {None})
     assert four[0].block.endswith("x 16" if four[0].scale_dtype == "F8_E4M3" else "x 32")
     assert {row.name: row.shape for row in found.listed} == {key: tensor.shape for key, tensor in expected.items()}
@@ -153,16 +150,12 @@ def test_loaded_into_whole_and_strided_targets(name: str, written: dict[str, Che
     family = FAMILIES[name]
     for dtype, of_torch in (("BF16", torch.bfloat16), ("F32", torch.float32)):
         expected = family.expected(dtype)
-        state: dict[str, Any] = {
-            key: torch.zeros(t.shape, dtype=of_torch if t.dtype == dtype else torch.bfloat16)
-            for key, t in expected.items()
-        }
+        dtypes = {key: of_torch if tensor.dtype == dtype else torch.bfloat16 for key, tensor in expected.items()}
+        state: dict[str, Any] = {key: torch.zeros(t.shape, dtype=dtypes[key]) for key, t in expected.items()}
         reader = FP8StorageReader(written[name].path)
         dcp.load(state, storage_reader=reader, no_dist=True)
         assert {key: raw(tensor) for key, tensor in state.items()} == {key: t.data for key, t in expected.items()}
-        assert reader.bytes_read == sum(
-            len(family.tensors[s].data) for s in family.tensors if family.name(s) in expected
-        )
+        assert reader.bytes_read == sum(len(t.data) for s, t in family.tensors.items() if family.name(s) in expected)
     expected = family.expected()
     across = {key: torch.zeros(t.shape[::-1], dtype=torch.bfloat16) for key, t in expected.items()}
     state = {key: tensor.permute(*reversed(range(tensor.dim()))) for key, tensor in across.items()}
@@ -225,11 +218,8 @@ def trained(family: Family, rng: np.random.Generator, dtype: str) -> dict[str, S
         values = found[name].array.astype(np.float32)
         noise = 1 + 0.05 * rng.standard_normal(values.shape)
         kind = rng.integers(0, 6, values.shape[:-1])[..., None]
-        changed = np.select(
-            [kind == 0, kind == 1, kind == 2, kind == 3],
-            [values * noise, values * 0.3, values * 1.15, 0 * values],
-            values,
-        )
+        of_kind = [values * noise, values * 0.3, values * 1.15, 0 * values]
+        changed = np.select([kind == i for i in range(4)], of_kind, values)
         found[name] = Stored.of(changed.astype(np.float32), dtype)
     return found
 
@@ -250,9 +240,8 @@ def four_bits_of(
     exact = np.zeros(wide.shape, bool)
     for dtype in (values.dtype, "BF16"):
         back = oracle.dequantize(Stored("F4", old.shape, codes), scale, block, dtype, **more)
-        exact |= np.frombuffer(back, oracle.NUMPY[dtype]).reshape(wide.shape).astype(np.float32).view(
-            np.uint32
-        ) == wide.view(np.uint32)
+        again = np.frombuffer(back, oracle.NUMPY[dtype]).reshape(wide.shape).astype(np.float32)
+        exact |= again.view(np.uint32) == wide.view(np.uint32)
     whole = oracle.maxima(Stored.of(~exact, "F32"), block) == 0
     ratio = amax / before
     keep = (amax == 0) | ((ratio >= 4) & (ratio <= np.float32(6 * 450 / 448))) | ((ratio < 4) & whole)
@@ -579,13 +568,10 @@ def restate(config: Any, size: object) -> Any:
 
 
 @pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("ModelOpt NVFP4", "ModelOpt mixed with NVFP4"),
-        *("compressed-tensors NVFP4", "compressed-tensors MXFP4", "Quark MXFP4"),
-    ],
-)
+@pytest.mark.parametrize("name", [
+    *("ModelOpt NVFP4", "ModelOpt mixed with NVFP4"),
+    *("compressed-tensors NVFP4", "compressed-tensors MXFP4", "Quark MXFP4"),
+])  # fmt: skip
 def test_the_group_size_must_be_that_of_the_file(name: str, where: str, tmp_path: Path) -> None:
     """Engines size the scales by what is stated; it is in the headers what they are."""
     source, right = FAMILIES[name].write(tmp_path / "a"), 32 if "MXFP4" in name else 16

@@ -347,15 +347,12 @@ def test_what_arrived(strength: float, plain: dict[str, Stored], sample_fp8: Pat
     assert (arrived < 0.5) == (strength < 0.01)
 
 
-@pytest.mark.parametrize(
-    ("name", "helps"),
-    [
-        ("compressed-tensors MXFP4", False),
-        ("gpt-oss", False),
-        ("DeepSeek V4 in four bits", False),
-        ("ModelOpt NVFP4", True),
-    ],
-)
+@pytest.mark.parametrize(("name", "helps"), [
+    ("compressed-tensors MXFP4", False),
+    ("gpt-oss", False),
+    ("DeepSeek V4 in four bits", False),
+    ("ModelOpt NVFP4", True),
+])  # fmt: skip
 def test_what_helps_where_little_arrived(name: str, *, helps: bool, tmp_path: Path) -> None:
     """New scales are the old ones where they are powers of two, and the codes too."""
     family = WRITTEN[name]
@@ -678,16 +675,13 @@ def test_serving(everything: Path, sample_fp8: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- other ways round
 
 
-@pytest.mark.parametrize(
-    ("module", "model_type", "shape", "stated", "across"),
-    [
-        ("h.attn", None, (16, 8), True, True),
-        ("h.linear", None, (16, 8), True, False),
-        ("h.c_proj", "gpt2", (8, 8), False, True),
-        ("h.c_fc", "gpt2", (8, 16), False, True),
-        ("lm_head", "gpt2", (8, 8), False, False),
-    ],
-)
+@pytest.mark.parametrize(("module", "model_type", "shape", "stated", "across"), [
+    ("h.attn", None, (16, 8), True, True),
+    ("h.linear", None, (16, 8), True, False),
+    ("h.c_proj", "gpt2", (8, 8), False, True),
+    ("h.c_fc", "gpt2", (8, 16), False, True),
+    ("lm_head", "gpt2", (8, 8), False, False),
+])  # fmt: skip
 def test_weights_stored_the_other_way_round(
     module: str, model_type: str | None, shape: tuple[int, int], stated: bool, across: bool, tmp_path: Path
 ) -> None:
@@ -765,15 +759,12 @@ def test_a_stack_that_was_trained_whole(tmp_path: Path) -> None:
         merge(write_plain(tmp_path / "apart", experts("matrices")), adapter, tmp_path / "never")
 
 
-@pytest.mark.parametrize(
-    ("of_base", "version", "sound"),
-    [
-        ("matrices", "0.19.1", True),
-        ("matrices", "0.19.0", False),
-        ("matrices", None, False),
-        ("stack", "0.21.2", False),
-    ],
-)
+@pytest.mark.parametrize(("of_base", "version", "sound"), [
+    ("matrices", "0.19.1", True),
+    ("matrices", "0.19.0", False),
+    ("matrices", None, False),
+    ("stack", "0.21.2", False),
+])  # fmt: skip
 def test_square_experts(of_base: str, version: str | None, sound: bool, tmp_path: Path) -> None:
     """Where shapes do not say which way round a stack was taken, PEFT's version must, or it is refused."""
     base = write_plain(tmp_path / "base", experts(of_base, COLS))

@@ -258,16 +258,13 @@ def test_a_client_in_bf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "peft_type is IA3"),
-        (peft.LoHaConfig(target_modules=["q_proj"]), "peft_type is LOHA"),
-        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "peft_type is ADALORA"),
-        (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), "init_lora_weights is olora"),
-        (peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable_token_indices"),
-    ],
-)
+@pytest.mark.parametrize(("config", "text"), [
+    (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "peft_type is IA3"),
+    (peft.LoHaConfig(target_modules=["q_proj"]), "peft_type is LOHA"),
+    (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), "peft_type is ADALORA"),
+    (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), "init_lora_weights is olora"),
+    (peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable_token_indices"),
+])  # fmt: skip
 def test_what_peft_saves_and_we_refuse(config: Any, text: str, tmp_path: Path) -> None:
     """By name, and nothing is written."""
     base = RELEASES["Ministral3 text"].write(tmp_path / "base")

@@ -73,20 +73,17 @@ def test_a_working_directory_that_is_gone(sample_fp8: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("command", ["convert", "sample"])
-@pytest.mark.parametrize(
-    ("destination", "found", "remedy"),
-    [
-        ("x" * 255, "File name too long", "choose a shorter name"),
-        ("x" * 256, "File name too long", "choose a shorter name"),
-        ("x" * 256 + "/out", "File name too long", "choose a shorter name"),
-        ("/", "the destination exists", "choose another one"),
-        (".", "the destination exists", "choose another one"),
-        ("file/out", "Not a directory", "choose a place below a directory"),
-        ("loop/out", "Too many levels of symbolic links", "mend the links"),
-        ("/proc/out", "No such file or directory", "run it again"),
-        ("new/..", "the destination exists", "choose another one"),
-    ],
-)
+@pytest.mark.parametrize(("destination", "found", "remedy"), [
+    ("x" * 255, "File name too long", "choose a shorter name"),
+    ("x" * 256, "File name too long", "choose a shorter name"),
+    ("x" * 256 + "/out", "File name too long", "choose a shorter name"),
+    ("/", "the destination exists", "choose another one"),
+    (".", "the destination exists", "choose another one"),
+    ("file/out", "Not a directory", "choose a place below a directory"),
+    ("loop/out", "Too many levels of symbolic links", "mend the links"),
+    ("/proc/out", "No such file or directory", "run it again"),
+    ("new/..", "the destination exists", "choose another one"),
+])  # fmt: skip
 def test_destinations_that_cannot_be(
     command: str,
     destination: str,
@@ -109,18 +106,15 @@ def test_destinations_that_cannot_be(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-@pytest.mark.parametrize(
-    ("path", "remedy"),
-    [
-        ("nowhere", "; check the path\n"),
-        ("./nowhere", "; check the path\n"),
-        (
-            "org/nowhere",
-            "; check the path; or, for a model of the hub, fetch it first: hf download org/nowhere; or read it there: hf://org/nowhere\n",
-        ),
-        ("a/b/c", "; check the path\n"),
-    ],
-)
+@pytest.mark.parametrize(("path", "remedy"), [
+    ("nowhere", "; check the path\n"),
+    ("./nowhere", "; check the path\n"),
+    (
+        "org/nowhere",
+        "; check the path; or, for a model of the hub, fetch it first: hf download org/nowhere; or read it there: hf://org/nowhere\n",
+    ),
+    ("a/b/c", "; check the path\n"),
+])  # fmt: skip
 def test_mistyped_path(path: str, remedy: str, cli: Run, tmp_path: Path) -> None:
     """The path is what to look at first; only what can be a hub id can be fetched."""
     done = cli("inspect", path, cwd=tmp_path)

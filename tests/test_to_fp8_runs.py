@@ -899,22 +899,19 @@ def test_notes_are_printed(small: Path, tmp_path: Path, command: Cli) -> None:
     assert out.splitlines()[1:] == ["note: mine.txt is only in the source, and is not written"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--to", "fp8"],
-        ["--to", "fp8", "--like", "BASE", "--scheme", "block"],
-        ["--to", "fp8", "--scheme", "int4"],
-        ["--to", "fp8", "--like", "BASE", "--scales", "some"],
-        ["--to", "bf16", "--like", "BASE"],
-        ["--like", "BASE", "--scheme", "block"],
-        ["--scales", "fresh"],
-        ["--serving"],
-        ["--to", "fp8", "--scheme", "block", "--scales", "fresh"],
-        ["--to", "fp8", "--scheme", "block", "--serving"],
-        ["--to", "fp8", "--like", "BASE", "--workers", "0"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [
+    ["--to", "fp8"],
+    ["--to", "fp8", "--like", "BASE", "--scheme", "block"],
+    ["--to", "fp8", "--scheme", "int4"],
+    ["--to", "fp8", "--like", "BASE", "--scales", "some"],
+    ["--to", "bf16", "--like", "BASE"],
+    ["--like", "BASE", "--scheme", "block"],
+    ["--scales", "fresh"],
+    ["--serving"],
+    ["--to", "fp8", "--scheme", "block", "--scales", "fresh"],
+    ["--to", "fp8", "--scheme", "block", "--serving"],
+    ["--to", "fp8", "--like", "BASE", "--workers", "0"],
+])  # fmt: skip
 def test_combinations_that_make_no_sense(arguments: list[str], small: Path, tmp_path: Path, command: Cli) -> None:
     """Exit 2 with the usage, and nothing written."""
     given = [str(small / "fp8") if argument == "BASE" else argument for argument in arguments]

@@ -12,6 +12,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ from tests.distributed import UNEVEN, apart, fsdp, mesh, rewrite, run, stage, ti
 from tests.miniatures import Family
 from tests.oracle import Stored, assert_same_tree, read_directory, write_plain
 from tests.support import ALL, each, pairs
-from tests.test_to_fp8 import E4M3, OTHERS, UE8M0, grown, powers_of_two, siblings, trained
+from tests.test_to_fp8 import E4M3, OTHERS, UE8M0, grown, one, powers_of_two, siblings, trained
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 MODES = ("reuse", "fresh")
@@ -65,12 +66,12 @@ MODES = ("reuse", "fresh")
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     """A state dict of a directory of plain tensors."""
-    return {
-        name: torch.frombuffer(bytearray(tensor.data), dtype=TORCH[tensor.dtype]).reshape(tensor.shape)
-        if tensor.data
-        else torch.empty(tensor.shape, dtype=TORCH[tensor.dtype])
-        for name, tensor in read_directory(directory).items()
-    }
+    found = {}
+    for name, tensor in read_directory(directory).items():
+        found[name] = torch.empty(tensor.shape, dtype=TORCH[tensor.dtype])
+        if tensor.data:
+            found[name] = torch.frombuffer(bytearray(tensor.data), dtype=TORCH[tensor.dtype]).reshape(tensor.shape)
+    return found
 
 
 def stored_bytes(directory: Path) -> int:
@@ -378,12 +379,11 @@ def _plain_on_ranks(cases: dict[str, Case], saves: list[Save], root: Path, step:
     with pytest.MonkeyPatch.context() as patch:
         if step is not None:
             small_steps(patch, step)
-        return [
-            plain_save(
-                sharded(tensors_of(cases[name].sources[source]), kind), root / str(i), cases[name].base, scales=mode
-            )
-            for i, (name, (source, mode), kind) in enumerate(saves)
-        ]
+        saved = []
+        for i, (name, (source, mode), kind) in enumerate(saves):
+            state = sharded(tensors_of(cases[name].sources[source]), kind)
+            saved.append(plain_save(state, root / str(i), cases[name].base, scales=mode))
+        return saved
 
 
 def check_plain(cases: dict[str, Case], saves: list[Save], ranks: int, root: Path, step: int | None = None) -> None:
@@ -450,15 +450,11 @@ def test_siblings_on_ranks(tmp_path: Path) -> None:
         root.mkdir()
         family = siblings(scales)
         case = cases[f"siblings {i}"] = Case(root, family.write(root / "fp8"))
-        tensors = family.expected()
-        tensors["a.v_proj.weight"] = Stored.of(
-            tensors["a.v_proj.weight"].array.astype(np.float32) * np.float32(factor), "BF16"
-        )
-        case.add("trained", write_plain(root / "source", tensors))
-        small = {
-            name: Stored.of(tensor.array.astype(np.float32) * np.float32(0.0131), "BF16")
-            for name, tensor in family.expected().items()
-        }
+        tensors = {name: tensor.array.astype(np.float32) for name, tensor in family.expected().items()}
+        small = {name: Stored.of(values * np.float32(0.0131), "BF16") for name, values in tensors.items()}
+        tensors["a.v_proj.weight"] = tensors["a.v_proj.weight"] * np.float32(factor)
+        grown = {name: Stored.of(values, "BF16") for name, values in tensors.items()}
+        case.add("trained", write_plain(root / "source", grown))
         case.add("all small", write_plain(root / "small", small))
     saves = list(itertools.product(cases, itertools.product(("trained", "all small"), MODES), ("rows", "columns")))
     check_plain(cases, saves, 2, tmp_path, 10)
@@ -490,11 +486,9 @@ def _models_on_ranks(models: dict[str, Case], root: Path) -> dict[str, Saved]:
     for name, (source, mode), (ranks, kind) in MODELS_ON_RANKS:
         if ranks == size:
             case, parallelize = models[name], shardings[kind]
-            model = (
-                load_pretrained(case.base, parallelize=parallelize)
-                if "pp" not in kind
-                else parallelize(load_pretrained(case.base))
-            )
+            early = None if "pp" in kind else parallelize
+            model = load_pretrained(case.base, parallelize=early)
+            model = model if early else parallelize(model)
             load_model(model, case.sources[source], partial="pp" in kind)
             out = f"{name}, {source}, {mode}, {kind}"
             done = save_model(model, root / out, to="fp8", like=case.base, scales=mode)
@@ -599,9 +593,8 @@ def test_nonfinite_weights_are_refused_on_every_rank(families_trained: dict[str,
         for i, text in enumerate(told):
             weight = next(iter(E4M3[names[i // 2]].blocks))
             numel = np.prod(E4M3[names[i // 2]].tensors[weight].shape)
-            assert (
-                text.count(f"WeightValueError: {weight}: {3 + i % 2} of {numel} elements are NaN or infinite") == 2
-            ), text
+            said = f"WeightValueError: {weight}: {3 + i % 2} of {numel} elements are NaN or infinite"
+            assert text.count(said) == 2, text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -631,61 +624,48 @@ def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], t
     convert(base, tmp_path / "plain")
     out = tmp_path / "out"
     good = tensors_of(tmp_path / "plain")
-    refused(
-        UnsupportedFormatError, "none of its tensors is quantized", lambda: plain_save(good, out, tmp_path / "plain")
-    )
+    tensors = {**family.tensors, "m.q.weight_scale_inv": Stored.of(np.float32(-1), "BF16")}
+    bad = Family(tensors, family.config, family.blocks).write(tmp_path / "bad")
+    plain, q, fewer = tmp_path / "plain", good["m.q.weight"], {**good}
+    del fewer["lm_head.weight"]
+    rows: list[tuple[type[Fp8CheckpointError], str, dict[str, Any], Path, Path]] = [
+        (UnsupportedFormatError, "none of its tensors is quantized", good, out, plain),
+        (ScaleValueError, r"m\.q\.weight_scale_inv", good, out, bad),
+        (ModelMismatchError, r"lm_head\.weight, in the base", fewer, out, base),
+        (ModelMismatchError, "extra, in the model", {**good, "extra": torch.ones(2)}, out, base),
+        (ModelMismatchError, r"m\.q\.weight: shape \(24, 40\).*\(40, 24\)", {**good, "m.q.weight": q.T}, out, base),
+        (UnsupportedFormatError, r"m\.q\.weight: a weight of dtype F64", {**good, "m.q.weight": q.double()}, out, base),
+        (ModelMismatchError, r"model\.norm\.weight: dtype I64.*BF16",
+         {**good, "model.norm.weight": good["model.norm.weight"].long()}, out, base),
+        (UnsupportedFormatError, "step: it is no tensor", {**good, "step": 3}, out, base),
+        (OutputExistsError, "inside the base", good, base / "out", base),
+        (OutputExistsError, "destination exists", good, plain, base),
+    ]  # fmt: skip
     for name, other in OTHERS.items():
         directory = other.write(tmp_path / f"other {name}")
         convert(directory, tmp_path / f"plain {name}")
         state = tensors_of(tmp_path / f"plain {name}")
-        refused(
-            UnsupportedFormatError,
-            "codes in the base; expected F8_E4M3",
-            lambda s=state, d=directory: plain_save(s, out, d),
-        )
-    tensors = {**family.tensors, "m.q.weight_scale_inv": Stored.of(np.float32(-1), "BF16")}
-    bad = Family(tensors, family.config, family.blocks).write(tmp_path / "bad")
-    refused(ScaleValueError, r"m\.q\.weight_scale_inv", lambda: plain_save(good, out, bad))
-    fewer = {name: tensor for name, tensor in good.items() if name != "lm_head.weight"}
-    refused(ModelMismatchError, r"lm_head\.weight, in the base", lambda: plain_save(fewer, out, base))
-    refused(ModelMismatchError, "extra, in the model", lambda: plain_save({**good, "extra": torch.ones(2)}, out, base))
-    turned = {**good, "m.q.weight": good["m.q.weight"].T}
-    refused(ModelMismatchError, r"m\.q\.weight: shape \(24, 40\).*\(40, 24\)", lambda: plain_save(turned, out, base))
-    double = {**good, "m.q.weight": good["m.q.weight"].double()}
-    refused(UnsupportedFormatError, r"m\.q\.weight: a weight of dtype F64", lambda: plain_save(double, out, base))
-    whole = {**good, "model.norm.weight": good["model.norm.weight"].long()}
-    refused(ModelMismatchError, r"model\.norm\.weight: dtype I64.*BF16", lambda: plain_save(whole, out, base))
-    refused(UnsupportedFormatError, "step: it is no tensor", lambda: plain_save({**good, "step": 3}, out, base))
-    refused(OutputExistsError, "inside the base", lambda: plain_save(good, base / "out", base))
-    refused(OutputExistsError, "destination exists", lambda: plain_save(good, tmp_path / "plain", base))
+        rows.append((UnsupportedFormatError, "codes in the base; expected F8_E4M3", state, out, directory))
+    for kind, said, state, to, of in rows:
+        refused(kind, said, partial(plain_save, state, to, of))
     assert not list(tmp_path.glob("out*"))
     assert not list(base.glob("out*"))
 
 
 def test_a_scale_beyond_its_dtype_is_refused(tmp_path: Path) -> None:
     """Values that a float16 scale cannot reach."""
-    tensors = {
-        "w.weight": Stored.codes(np.full((2, 2), 0x38, np.uint8)),
-        "w.weight_scale": Stored.of(np.float32(1), "F16"),
-    }
-    base = Family(tensors, {}, {}).write(tmp_path / "fp8")
-    refused(
-        RangeError,
-        r"^w\.weight in .*range of F16",
-        lambda: plain_save({"w.weight": torch.full((2, 2), 1e9)}, tmp_path / "out", base),
-    )
+    base = Family(one(dtype="F16"), {}, {}).write(tmp_path / "fp8")
+    state = {"w.weight": torch.full((2, 2), 1e9)}
+    refused(RangeError, r"^w\.weight in .*range of F16", lambda: plain_save(state, tmp_path / "out", base))
     assert [file.name for file in tmp_path.iterdir()] == ["fp8"]
 
 
-@pytest.mark.parametrize(
-    ("how", "match"),
-    [
-        ({"to": "fp8"}, "needs like.*--scheme"),
-        ({"to": "fp8", "base": "x", "scales": "some"}, "expected one of reuse, fresh"),
-        ({"to": "bf16", "scales": "fresh"}, "goes with to='fp8'"),
-        ({"to": "int8"}, "expected one of bf16, fp16, fp32, fp8"),
-    ],
-)
+@pytest.mark.parametrize(("how", "match"), [
+    ({"to": "fp8"}, "needs like.*--scheme"),
+    ({"to": "fp8", "base": "x", "scales": "some"}, "expected one of reuse, fresh"),
+    ({"to": "bf16", "scales": "fresh"}, "goes with to='fp8'"),
+    ({"to": "int8"}, "expected one of bf16, fp16, fp32, fp8"),
+])  # fmt: skip
 def test_arguments_that_do_not_go_together(how: dict[str, str], match: str, tmp_path: Path) -> None:
     """A `ValueError` that says which do."""
     with pytest.raises(ValueError, match=match):
@@ -706,9 +686,7 @@ def _full_on_one_rank(case: Case, root: Path) -> list[str]:
     def attempt(name: str) -> None:
         try:
             save_model(model, root / name, to="fp8", like=case.base)
-        except (
-            BaseException
-        ) as error:  # torch's CheckpointException is no Exception; it would end the rank without a word
+        except BaseException as error:  # torch's CheckpointException is no Exception: it would end the rank in silence
             told.append(f"{type(error).__name__}: {error}")
         else:
             told.append("nothing was raised")

@@ -46,14 +46,11 @@ def test_models_that_are_unlike(sample_fp8: Path, tmp_path: Path, cli: Run) -> N
     assert found.stdout.count(" more: tensors that are only in ") == 2
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        lambda: json.dumps({"a": [[]] * 2_000_001}),
-        lambda: json.dumps({str(i): 0 for i in range(2_000_001)}),
-        lambda: json.dumps({"__metadata__": {"a": "x" * 25_000_000 + "\u00e9"}}, ensure_ascii=False),
-    ],
-)
+@pytest.mark.parametrize("text", [
+    lambda: json.dumps({"a": [[]] * 2_000_001}),
+    lambda: json.dumps({str(i): 0 for i in range(2_000_001)}),
+    lambda: json.dumps({"__metadata__": {"a": "x" * 25_000_000 + "\u00e9"}}, ensure_ascii=False),
+])  # fmt: skip
 def test_what_would_take_too_much_memory_is_not_parsed(text: Callable[[], str], tmp_path: Path) -> None:
     """Refused by what it would hold."""
     with pytest.raises(HeaderError, match="commas and brackets"):

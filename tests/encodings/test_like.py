@@ -94,14 +94,11 @@ def test_what_is_missing_for_no_known_reason_is_named(made: Path, tmp_path: Path
     assert tree(tmp_path / "back") == tree(base)
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ({"to": "bf16", "carry": "x"}, "carry goes with like"),
-        ({"to": "fp8", "scheme": "block", "carry": "x"}, "carry goes with like"),
-        ({"to": "fp8", "like": "base", "carry": "("}, r"carry='\(' is no regular expression"),
-    ],
-)
+@pytest.mark.parametrize(("how", "message"), [
+    ({"to": "bf16", "carry": "x"}, "carry goes with like"),
+    ({"to": "fp8", "scheme": "block", "carry": "x"}, "carry goes with like"),
+    ({"to": "fp8", "like": "base", "carry": "("}, r"carry='\(' is no regular expression"),
+])  # fmt: skip
 def test_carry_is_refused_where_it_means_nothing(how: dict[str, Any], message: str, made: Path, tmp_path: Path) -> None:
     """Without a base there is nothing to take from."""
     if "like" in how:

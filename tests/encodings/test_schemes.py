@@ -60,13 +60,9 @@ def expected_scales(tensors: dict[str, Stored], scheme: str) -> dict[str, Stored
     for name, values in tensors.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         joined = next((leaves for leaves in JOINED if leaf in leaves), (leaf,))
-        members = (
-            [name]
-            if len(values.shape) != 2
-            else [m for m in (f"{parent}.{leaf}.weight" for leaf in joined) if m in tensors]
-        )
-        if scheme != "per-tensor":
-            members = [name]
+        members = [name]
+        if len(values.shape) == 2 and scheme == "per-tensor":
+            members = [m for m in (f"{parent}.{leaf}.weight" for leaf in joined) if m in tensors]
         largest = max(members, key=lambda member: float(maxima(tensors[member], tensors[member].shape).max()))
         scale = fresh_scale(tensors[largest], block_of(scheme, tensors[largest].shape), "F32")
         found[name] = scale._replace(shape=()) if scale.shape == (1, 1) and scheme == "per-tensor" else scale
@@ -94,12 +90,10 @@ def stacked(directory: Path, dtype: str) -> tuple[Path, set[str]]:
         "model.norm.weight": (24,),
         "lm_head.weight": (64, 24),
     }
-    tensors = {
-        name: Stored.of(
-            (rng.standard_normal(shape) * np.exp2(rng.uniform(-9, 3, (*shape[:-1], 1)))).astype(np.float32), dtype
-        )
-        for name, shape in shapes.items()
-    }
+    tensors = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape) * np.exp2(rng.uniform(-9, 3, (*shape[:-1], 1)))
+        tensors[name] = Stored.of(values.astype(np.float32), dtype)
     tensors[f"{layer}.mlp.zero.weight"] = Stored.of(np.zeros((30, 20)), dtype)
     tensors["position_ids"] = Stored.of(np.arange(12).reshape(3, 4), "I64")
     directory.mkdir(parents=True)
@@ -107,12 +101,8 @@ def stacked(directory: Path, dtype: str) -> tuple[Path, set[str]]:
         part = dict(list(tensors.items())[start : start + 7])
         write_safetensors(directory / f"model-0000{i + 1}-of-00002.safetensors", part)
     (directory / "config.json").write_text(json.dumps({"architectures": ["X"], "text_config": {"hidden_size": 24}}))
-    quantized = {
-        name
-        for name in tensors
-        if name.endswith(("q_proj.weight", "k_proj.weight", "zero.weight", "gate_up_proj", "down_proj"))
-    }
-    return directory, quantized
+    ends = ("q_proj.weight", "k_proj.weight", "zero.weight", "gate_up_proj", "down_proj")
+    return directory, {name for name in tensors if name.endswith(ends)}
 
 
 def from_sample(sizes: Mistral3Sizes | DeepseekSizes, **how: Any) -> Callable[[Path], tuple[Path, set[str]]]:
@@ -180,9 +170,8 @@ def test_every_stored_byte(scheme: str, source: Source, tmp_path: Path, monkeypa
         # Weights with one scale in all are looked at first; all else is read once.
         whole = [name for name in quantized if scales[name].array.size == 1]
         if chunk == 4 << 20:
-            assert result.bytes_read == sum(len(t.data) for t in given.values()) + sum(
-                len(given[name].data) for name in whole
-            )
+            twice = [*given.values(), *(given[name] for name in whole)]
+            assert result.bytes_read == sum(len(tensor.data) for tensor in twice)
     assert tree(directory) == before
     assert_same_tree(tmp_path / "2000", tmp_path / str(4 << 20))
 
@@ -206,10 +195,11 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     shapes = {name: tensor.shape for name, tensor in read_directory(directory).items()}
     assert grids.keys() == quantized
     for name, block in grids.items():
-        expected = block_of(scheme, shapes[name])
-        assert [-(-dim // size) for dim, size in zip(shapes[name], block, strict=True)] == [
-            -(-dim // size) for dim, size in zip(shapes[name], expected, strict=True)
-        ]
+        ours, expected = (
+            [-(-dim // size) for dim, size in zip(shapes[name], sizes, strict=True)]
+            for sizes in (block, block_of(scheme, shapes[name]))
+        )
+        assert ours == expected
     assert {tensor.activation_scales for tensor in checkpoint.quantized} == {()}
 
     files = {file.name: read_safetensors(file).keys() for file in out.glob("*.safetensors")}
@@ -241,25 +231,15 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
         assert weights.get("block_structure") == ([128, 128] if scheme == "block" else None)
         assert (activations["strategy"], activations["dynamic"]) == ("group" if scheme == "block" else "token", True)
         assert activations.get("group_size") == (128 if scheme == "block" else None)
-        assert quantization == {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-        }
+        stated = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+        assert quantization == {**stated, "quantization_status": "compressed"}
     else:
         block = [128, 128] if scheme == "block" else None
-        assert quantization == {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": block,
-        }
+        stated = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        assert quantization == {**stated, "weight_block_size": block}
     assert not {name.removesuffix(".weight") for name in quantized} & {*skipped}
-    vision = {
-        name.removesuffix(".weight")
-        for name, shape in shapes.items()
-        if len(shape) == 2 and ("vision" in name or "projector" in name)
-    }
+    matrices = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2}
+    vision = {name for name in matrices if "vision" in name or "projector" in name}
     assert vision <= {*skipped}
     if vision:
         assert any(module.endswith("lm_head") for module in skipped)
@@ -348,11 +328,7 @@ def test_files_that_engines_take_for_the_model_are_left_out(tmp_path: Path) -> N
 def test_an_old_quantization_config_is_replaced(tmp_path: Path) -> None:
     """What the source's configuration still says of an earlier quantization, nested too, does not mix with the new."""
     stacked(tmp_path / "plain", "BF16")
-    old = {
-        "quant_method": "fp8",
-        "activation_scheme": "static",
-        "modules_to_not_convert": ["model.layers.0.self_attn.q_proj"],
-    }
+    old = {"quant_method": "fp8", "activation_scheme": "static", "modules_to_not_convert": [f"{L}.self_attn.q_proj"]}
     config = {"quantization_config": old, "text_config": {"hidden_size": 24, "quantization_config": old}}
     (tmp_path / "plain/config.json").write_text(json.dumps(config))
     convert(tmp_path / "plain", tmp_path / "out", to="fp8", scheme="per-tensor")
@@ -379,12 +355,8 @@ def test_refusals(tmp_path: Path) -> None:
     refused(UnsupportedFormatError, "quantized already", base, tmp_path / "out")
     (tmp_path / "none").mkdir()
     write_safetensors(tmp_path / "none/model.safetensors", {"model.norm.weight": Stored.of(np.ones(3), "BF16")})
-    refused(
-        UnsupportedFormatError,
-        "none of its tensors is quantized by this scheme.*--like BASE",
-        tmp_path / "none",
-        tmp_path / "out",
-    )
+    none = "none of its tensors is quantized by this scheme.*--like BASE"
+    refused(UnsupportedFormatError, none, tmp_path / "none", tmp_path / "out")
     (tmp_path / "native").mkdir()
     native = {"layers.0.attention.wq.weight": Stored.of(np.ones((4, 4)), "BF16")}
     write_safetensors(tmp_path / "native/consolidated.safetensors", native)
@@ -402,9 +374,8 @@ def test_weights_that_are_not_finite_are_refused(scheme: str, value: float, tmp_
         values = tensors[name].array.copy()
         values.reshape(-1)[[1, -1]] = value
         write_safetensors(file, {**tensors, name: Stored.of(values, "F32")})
-        refused(
-            WeightValueError, rf"^{name} in {file.name}: 2 of {values.size} elements", spoilt, tmp_path / "out", scheme
-        )
+        said = rf"^{name} in {file.name}: 2 of {values.size} elements"
+        refused(WeightValueError, said, spoilt, tmp_path / "out", scheme)
 
 
 def test_read_as_torch_reads_it(tmp_path: Path) -> None:
@@ -427,12 +398,9 @@ def plain_directory(directory: Path, shapes: dict[str, tuple[int, ...]], **confi
     """BF16 weights of these shapes, by the names of their modules (``.weight``) or, with a bar, their own."""
     rng = np.random.default_rng(3)
     directory.mkdir(parents=True)
-    tensors = {
-        name.removesuffix("|") if name.endswith("|") else f"{name}.weight": Stored.of(
-            rng.standard_normal(shape), "BF16"
-        )
-        for name, shape in shapes.items()
-    }
+    keys = [name.removesuffix("|") if name.endswith("|") else f"{name}.weight" for name in shapes]
+    drawn = [Stored.of(rng.standard_normal(shape), "BF16") for shape in shapes.values()]
+    tensors = dict(zip(keys, drawn, strict=True))
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -594,7 +562,6 @@ def test_blocks_of_mistral3_have_the_names_that_its_loader_knows(tmp_path: Path)
     source = plain_directory(tmp_path / "plain", shapes, **MISTRAL3)
     for scheme, ending in (("block", "_scale"), ("per-tensor", "_scale_inv")):
         convert(source, tmp_path / scheme, to="fp8", scheme=scheme)
-        assert {tensor.scale.name for tensor in open_checkpoint(tmp_path / scheme).quantized} == {
-            f"{name}.weight{ending}" for name in shapes
-        }
+        names = {tensor.scale.name for tensor in open_checkpoint(tmp_path / scheme).quantized}
+        assert names == {f"{name}.weight{ending}" for name in shapes}
         assert verify(tmp_path / scheme, serving=True).ok

@@ -142,15 +142,12 @@ def test_a_base_may_be_stacked_where_the_source_is_not(made: Path, tmp_path: Pat
     assert verify(source, made / "Mistral4").ok
 
 
-@pytest.mark.parametrize(
-    ("source", "arguments"),
-    [
-        ("DeepSeek-V3", {"layout": "model"}),
-        ("DeepSeek-V3, model", {"to": "fp8", "like": "DeepSeek-V3"}),
-        ("DeepSeek-V3, model", {"to": "fp8", "like": "DeepSeek-V3", "scales": "fresh"}),
-        ("Mistral4, apart", {"to": "fp8", "like": "Mistral4"}),
-    ],
-)
+@pytest.mark.parametrize(("source", "arguments"), [
+    ("DeepSeek-V3", {"layout": "model"}),
+    ("DeepSeek-V3, model", {"to": "fp8", "like": "DeepSeek-V3"}),
+    ("DeepSeek-V3, model", {"to": "fp8", "like": "DeepSeek-V3", "scales": "fresh"}),
+    ("Mistral4, apart", {"to": "fp8", "like": "Mistral4"}),
+])  # fmt: skip
 def test_what_is_cut_off_goes_on_from_there(
     source: str, arguments: dict[str, Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,18 +32,14 @@ NESTED_ON_DISK = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("layout", "native", "hf"),
-    [
-        (IDENTITY, VLM, VLM),
-        (NESTED, VLM, NESTED_ON_DISK),
-        (TEXT_OF_IDENTITY, TEXT, [*VLM[:3], "lm_head.weight"]),
-        (TEXT_OF_NESTED, TEXT, [*NESTED_ON_DISK[:3], "language_model.lm_head.weight"]),
-        (HEADLESS, [name.removeprefix("model.") for name in VLM[:5]], VLM[:5]),
-        (HEADLESS_OF_NESTED, [name.removeprefix("model.") for name in VLM[:5]], NESTED_ON_DISK[:5]),
-    ],
-    ids=lambda value: value.name if isinstance(value, KeyLayout) else "",
-)
+@pytest.mark.parametrize(("layout", "native", "hf"), [
+    (IDENTITY, VLM, VLM),
+    (NESTED, VLM, NESTED_ON_DISK),
+    (TEXT_OF_IDENTITY, TEXT, [*VLM[:3], "lm_head.weight"]),
+    (TEXT_OF_NESTED, TEXT, [*NESTED_ON_DISK[:3], "language_model.lm_head.weight"]),
+    (HEADLESS, [name.removeprefix("model.") for name in VLM[:5]], VLM[:5]),
+    (HEADLESS_OF_NESTED, [name.removeprefix("model.") for name in VLM[:5]], NESTED_ON_DISK[:5]),
+], ids=lambda value: value.name if isinstance(value, KeyLayout) else "")  # fmt: skip
 def test_names_translate_both_ways(layout: KeyLayout, native: list[str], hf: list[str]) -> None:
     """Each native name has its name on disk, and leads back; the layout is found from the names on both sides."""
     assert [layout.native_to_hf(name) for name in native] == hf

@@ -58,25 +58,22 @@ def test_a_gate_beside_an_up_of_its_shape_is_none() -> None:
     assert [roles.left(name) for name in shapes] == [None, None, None]
 
 
-@pytest.mark.parametrize(
-    ("name", "stacked", "config"),
-    [
-        (f"{L}.block_sparse_moe.input_linear.weight", True, {}),  # Granite
-        (f"{L}.moe.up_proj.weight", True, {}),  # Step
-        (f"{L}.mlp.experts.gate_up_proj", True, {}),
-        (f"{L}.mlp.experts.w13_weight", True, {}),
-        (f"{L}.mlp.experts.gate_up_proj.weight", True, {}),
-        (f"{L}.feed_forward.experts.w2", True, {}),
-        (f"{L}.ffn.up.weight", True, {"num_experts": 8}),
-        (f"{L}.ffn.up.weight", True, {"text_config": {"n_routed_experts": 8}}),
-        (f"{L}.ffn.up.weight", False, {"num_experts": 16, "num_experts_per_tok": 8}),
-        (f"{L}.mixer.conv1d.weight", False, {"num_experts": 8}),
-        (f"{L}.self_attn.key_decay", False, {"num_experts": 8}),  # MiniMax, of as many heads as experts
-        (f"{L}.mlp.experts.gate_up_proj_bias", False, {}),
-        (f"{L}.mlp.experts.gate_up_proj_blocks", False, {}),
-        ("model.vision_tower.moe.up.weight", False, {}),
-    ],
-)
+@pytest.mark.parametrize(("name", "stacked", "config"), [
+    (f"{L}.block_sparse_moe.input_linear.weight", True, {}),  # Granite
+    (f"{L}.moe.up_proj.weight", True, {}),  # Step
+    (f"{L}.mlp.experts.gate_up_proj", True, {}),
+    (f"{L}.mlp.experts.w13_weight", True, {}),
+    (f"{L}.mlp.experts.gate_up_proj.weight", True, {}),
+    (f"{L}.feed_forward.experts.w2", True, {}),
+    (f"{L}.ffn.up.weight", True, {"num_experts": 8}),
+    (f"{L}.ffn.up.weight", True, {"text_config": {"n_routed_experts": 8}}),
+    (f"{L}.ffn.up.weight", False, {"num_experts": 16, "num_experts_per_tok": 8}),
+    (f"{L}.mixer.conv1d.weight", False, {"num_experts": 8}),
+    (f"{L}.self_attn.key_decay", False, {"num_experts": 8}),  # MiniMax, of as many heads as experts
+    (f"{L}.mlp.experts.gate_up_proj_bias", False, {}),
+    (f"{L}.mlp.experts.gate_up_proj_blocks", False, {}),
+    ("model.vision_tower.moe.up.weight", False, {}),
+])  # fmt: skip
 def test_stacks_of_experts(name: str, stacked: bool, config: dict[str, Any]) -> None:
     """By their module's name or the configuration's number of experts; no other tensor of three dimensions."""
     roles = Roles({name: STACK}, config)
@@ -112,21 +109,18 @@ def test_projections_to_a_number_a_head(path: str, rows: int, beside: dict[str, 
     assert (roles.left(name) is not None) == left
 
 
-@pytest.mark.parametrize(
-    ("name", "left"),
-    [
-        ("lm_head.weight", "heads"),
-        ("output.weight", "heads"),
-        ("score.weight", "heads"),
-        ("model.layers.61.shared_head.head.weight", "heads"),
-        (f"{L}.self_attn.output.weight", None),
-        (f"{L}.mlp.output.weight", None),
-        ("transformer.wte.weight", "embeddings"),
-        ("model.embed_tokens.weight", "embeddings"),
-        (f"{L}.post_attention_layernorm.weight", "norms"),
-        ("model.layers.61.eh_proj.weight", "projections of multi-token prediction"),
-    ],
-)
+@pytest.mark.parametrize(("name", "left"), [
+    ("lm_head.weight", "heads"),
+    ("output.weight", "heads"),
+    ("score.weight", "heads"),
+    ("model.layers.61.shared_head.head.weight", "heads"),
+    (f"{L}.self_attn.output.weight", None),
+    (f"{L}.mlp.output.weight", None),
+    ("transformer.wte.weight", "embeddings"),
+    ("model.embed_tokens.weight", "embeddings"),
+    (f"{L}.post_attention_layernorm.weight", "norms"),
+    ("model.layers.61.eh_proj.weight", "projections of multi-token prediction"),
+])  # fmt: skip
 def test_what_else_is_left(name: str, left: str | None) -> None:
     """Heads are outside layers, but for those of multi-token prediction; a layer's own output is a Linear."""
     assert Roles({name: LINEAR}, {}).left(name) == left

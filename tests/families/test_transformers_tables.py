@@ -178,15 +178,11 @@ def test_infinities_of_a_configuration_are_floats() -> None:
     assert list(model.config.time_step_limit) == [0.0, float("inf")]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]),
-        transformers.Sam3Config(architectures=["Sam3Model"]),  # a configuration in one that is in another
-        transformers.ApertusConfig(architectures=["ApertusForCausalLM"]),  # its activation has parameters of its own
-    ],
-    ids=lambda config: config.model_type,
-)
+@pytest.mark.parametrize("config", [
+    transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]),
+    transformers.Sam3Config(architectures=["Sam3Model"]),  # a configuration in one that is in another
+    transformers.ApertusConfig(architectures=["ApertusForCausalLM"]),  # its activation has parameters of its own
+], ids=lambda config: config.model_type)  # fmt: skip
 def test_the_dtype_asked_for_is_that_of_every_part(config: Any) -> None:
     """Whatever the configurations of the parts state; and what is given stays as it was."""
 

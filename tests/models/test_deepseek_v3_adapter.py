@@ -100,25 +100,22 @@ def test_interface() -> None:
     assert list(renamed.from_hf(hf)) == ["a.weight"]
 
 
-@pytest.mark.parametrize(
-    ("name", "fp8"),
-    [
-        ("model.layers.3.self_attn.kv_a_proj_with_mqa.weight", True),
-        ("model.layers.3.mlp.gate_proj.weight", True),
-        ("model.layers.3.mlp.experts.7.down_proj.weight", True),
-        ("model.layers.3.mlp.gate.weight", False),
-        ("model.layers.3.mlp.gate.e_score_correction_bias", False),
-        ("model.layers.3.self_attn.q_a_layernorm.weight", False),
-        ("model.layers.3.input_layernorm.weight", False),
-        ("model.layers.61.eh_proj.weight", False),
-        ("model.layers.61.enorm.weight", False),
-        ("model.layers.61.shared_head.head.weight", False),
-        ("model.layers.61.shared_head.norm.weight", False),
-        ("model.embed_tokens.weight", False),
-        ("model.norm.weight", False),
-        ("lm_head.weight", False),
-    ],
-)
+@pytest.mark.parametrize(("name", "fp8"), [
+    ("model.layers.3.self_attn.kv_a_proj_with_mqa.weight", True),
+    ("model.layers.3.mlp.gate_proj.weight", True),
+    ("model.layers.3.mlp.experts.7.down_proj.weight", True),
+    ("model.layers.3.mlp.gate.weight", False),
+    ("model.layers.3.mlp.gate.e_score_correction_bias", False),
+    ("model.layers.3.self_attn.q_a_layernorm.weight", False),
+    ("model.layers.3.input_layernorm.weight", False),
+    ("model.layers.61.eh_proj.weight", False),
+    ("model.layers.61.enorm.weight", False),
+    ("model.layers.61.shared_head.head.weight", False),
+    ("model.layers.61.shared_head.norm.weight", False),
+    ("model.embed_tokens.weight", False),
+    ("model.norm.weight", False),
+    ("lm_head.weight", False),
+])  # fmt: skip
 def test_rule_of_names_is_the_releases(name: str, fp8: bool) -> None:
     """Without a file, a name decides: Linears are FP8, and not routers, norms, embeddings, heads."""
     assert DeepseekV3FP8StateDictAdapter().is_fp8_weight(name) is fp8

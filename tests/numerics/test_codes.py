@@ -143,17 +143,14 @@ def test_scale_values_leaves_its_input_alone() -> None:
     assert stored.tolist() == [0, 1, 255]
 
 
-@pytest.mark.parametrize(
-    ("values", "bad"),
-    [
-        ([], 0),
-        ([1.0, 2.0, 1e-45, 3.4e38], 0),
-        ([np.nan], 1),
-        ([-np.nan, np.inf, -np.inf], 3),
-        ([0.0, -0.0], 2),
-        ([-1.0, 1.0, -1e-45], 2),
-    ],
-)
+@pytest.mark.parametrize(("values", "bad"), [
+    ([], 0),
+    ([1.0, 2.0, 1e-45, 3.4e38], 0),
+    ([np.nan], 1),
+    ([-np.nan, np.inf, -np.inf], 3),
+    ([0.0, -0.0], 2),
+    ([-1.0, 1.0, -1e-45], 2),
+])  # fmt: skip
 def test_count_bad_scales(values: list[float], bad: int) -> None:
     """NaN, infinite, zero and negative scales are counted; subnormal and huge ones are not."""
     assert count_bad_scales(np.array(values, np.float32)) == bad

@@ -199,19 +199,16 @@ class Calls:
 
 
 @pytest.mark.parametrize("dtype", TARGETS)
-@pytest.mark.parametrize(
-    ("shape", "block", "scale_dtype", "kernel"),
-    [
-        ((64, 64), (64, 64), "BF16", "look_up"),
-        ((64, 64), (64, 64), "U8", "look_up"),
-        ((300, 200), (128, 128), "F32", "look_up_blocks"),
-        ((5, 3000), (1, 3000), "BF16", "look_up_blocks"),
-        ((24, 100), (1, 32), "U8", "look_up_blocks"),
-        ((24, 100), (1, 32), "F8_E8M0", "look_up_blocks"),
-        ((24, 100), (1, 32), "F32", "multiply_blocks"),
-        ((40, 24), (1, 24), "F16", "multiply_blocks"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "block", "scale_dtype", "kernel"), [
+    ((64, 64), (64, 64), "BF16", "look_up"),
+    ((64, 64), (64, 64), "U8", "look_up"),
+    ((300, 200), (128, 128), "F32", "look_up_blocks"),
+    ((5, 3000), (1, 3000), "BF16", "look_up_blocks"),
+    ((24, 100), (1, 32), "U8", "look_up_blocks"),
+    ((24, 100), (1, 32), "F8_E8M0", "look_up_blocks"),
+    ((24, 100), (1, 32), "F32", "multiply_blocks"),
+    ((40, 24), (1, 24), "F16", "multiply_blocks"),
+])  # fmt: skip
 def test_which_kernel_runs(
     monkeypatch: pytest.MonkeyPatch, shape: Shape, block: Shape, scale_dtype: str, kernel: str, dtype: str
 ) -> None:

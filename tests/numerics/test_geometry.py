@@ -69,19 +69,16 @@ def test_each_dimension_is_spanned_or_single(weight: Shape, scale: Shape, expect
     assert infer_grid(weight, scale, None) == BlockGrid(weight, expected)
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "block", "expected"),
-    [
-        ((256, 256), (2, 2), (128, 128), (128, 128)),
-        ((300, 200), (3, 2), (128, 128), (128, 128)),  # ragged in both dimensions
-        ((129, 128), (2, 1), (128, 128), (128, 128)),
-        ((24, 100), (24, 4), (1, 32), (1, 32)),
-        ((3, 130, 200), (3, 2, 2), (128, 128), (1, 128, 128)),  # one matrix an expert
-        ((2, 3, 130, 200), (2, 3, 2, 2), (128, 128), (1, 1, 128, 128)),
-        ((300,), (3,), (128,), (128,)),
-        ((8, 6, 10), (4, 2, 5), (2, 3, 2), (2, 3, 2)),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "block", "expected"), [
+    ((256, 256), (2, 2), (128, 128), (128, 128)),
+    ((300, 200), (3, 2), (128, 128), (128, 128)),  # ragged in both dimensions
+    ((129, 128), (2, 1), (128, 128), (128, 128)),
+    ((24, 100), (24, 4), (1, 32), (1, 32)),
+    ((3, 130, 200), (3, 2, 2), (128, 128), (1, 128, 128)),  # one matrix an expert
+    ((2, 3, 130, 200), (2, 3, 2, 2), (128, 128), (1, 1, 128, 128)),
+    ((300,), (3,), (128,), (128,)),
+    ((8, 6, 10), (4, 2, 5), (2, 3, 2), (2, 3, 2)),
+])  # fmt: skip
 def test_the_configured_block_tiles_the_last_dimensions(
     weight: Shape, scale: Shape, block: Shape, expected: Shape
 ) -> None:
@@ -107,30 +104,27 @@ def test_other_scales_of_twice_the_rank_are_refused(scale: Shape) -> None:
     assert infer_grid((256, 384), scale, (128, 128)) is None
 
 
-@pytest.mark.parametrize(
-    ("weight", "scale", "block"),
-    [
-        ((256, 256), (2, 1), (128, 128)),  # a lost column
-        ((256, 256), (1, 2), (128, 128)),  # a lost row
-        ((384, 384), (2, 3), (128, 128)),
-        ((384, 384), (3, 4), (128, 128)),  # one too many
-        ((300, 200), (2, 1), (128, 128)),  # rounded down instead of up
-        ((256, 256), (2,), (128, 128)),
-        ((24, 100), (24, 3), (1, 32)),
-        ((3, 256, 256), (3, 2, 1), (128, 128)),
-        ((3, 256, 256), (2, 2), (128, 128)),  # no expert dimension
-        ((3, 256, 256), (2, 2, 2), (128, 128)),  # a lost expert
-        ((256, 256), (2, 2), (64, 64)),
-        ((256, 256), (2, 2), None),  # no guessing by division
-        ((256, 256), (256, 2), None),
-        ((256, 256), (2, 2, 1), (128, 128)),
-        ((256,), (2,), (128, 128)),  # the block has more dimensions than the weight
-        ((256, 256), (0,), None),
-        ((256, 256), (0, 2), (128, 128)),
-        ((), (2,), None),
-        ((), (2, 2), (128, 128)),
-    ],
-)
+@pytest.mark.parametrize(("weight", "scale", "block"), [
+    ((256, 256), (2, 1), (128, 128)),  # a lost column
+    ((256, 256), (1, 2), (128, 128)),  # a lost row
+    ((384, 384), (2, 3), (128, 128)),
+    ((384, 384), (3, 4), (128, 128)),  # one too many
+    ((300, 200), (2, 1), (128, 128)),  # rounded down instead of up
+    ((256, 256), (2,), (128, 128)),
+    ((24, 100), (24, 3), (1, 32)),
+    ((3, 256, 256), (3, 2, 1), (128, 128)),
+    ((3, 256, 256), (2, 2), (128, 128)),  # no expert dimension
+    ((3, 256, 256), (2, 2, 2), (128, 128)),  # a lost expert
+    ((256, 256), (2, 2), (64, 64)),
+    ((256, 256), (2, 2), None),  # no guessing by division
+    ((256, 256), (256, 2), None),
+    ((256, 256), (2, 2, 1), (128, 128)),
+    ((256,), (2,), (128, 128)),  # the block has more dimensions than the weight
+    ((256, 256), (0,), None),
+    ((256, 256), (0, 2), (128, 128)),
+    ((), (2,), None),
+    ((), (2, 2), (128, 128)),
+])  # fmt: skip
 def test_what_does_not_tile_is_refused(weight: Shape, scale: Shape, block: Shape | None) -> None:
     """A lost or surplus row or column of scales, and what nothing states, is None."""
     assert infer_grid(weight, scale, block) is None

@@ -429,24 +429,21 @@ def above(values: np.ndarray | float) -> np.ndarray:
     return np.nextafter(np.asarray(values, np.float32), INFINITY)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "fitting", "small"),
-    [
-        (450.0, True, False),
-        (above(450.0), False, False),
-        (464.0, False, False),
-        (INFINITY, False, False),
-        (449.743, True, False),
-        (448.875, True, False),
-        (448.0, True, False),
-        (28.0, True, False),
-        (above(28.0), True, False),
-        (below(28.0), False, True),
-        (1.0, False, True),
-        (2.0**-9, False, True),
-        (0.0, True, False),
-    ],
-)
+@pytest.mark.parametrize(("ratio", "fitting", "small"), [
+    (450.0, True, False),
+    (above(450.0), False, False),
+    (464.0, False, False),
+    (INFINITY, False, False),
+    (449.743, True, False),
+    (448.875, True, False),
+    (448.0, True, False),
+    (28.0, True, False),
+    (above(28.0), True, False),
+    (below(28.0), False, True),
+    (1.0, False, True),
+    (2.0**-9, False, True),
+    (0.0, True, False),
+])  # fmt: skip
 def test_the_rule_at_its_edges(ratio: float, fitting: bool, small: bool) -> None:
     """The largest magnitude as a multiple of the scale; under powers of two, whose products are exact."""
     maxima = POWERS * np.float32(ratio)
@@ -672,28 +669,25 @@ def test_powers_of_two_in_a_dtype_that_holds_others(dtype: str) -> None:
     assert (448 * finite.astype(np.float64) >= amax[np.isfinite(scales)]).all()
 
 
-@pytest.mark.parametrize(
-    ("amax", "dtype", "bits"),
-    [
-        (0.0, "F32", 0x3F800000),
-        (0.0, "BF16", 0x3F80),
-        (0.0, "F16", 0x3C00),
-        (0.0, "U8", 127),
-        (0.0, "F8_E8M0", 127),
-        (2.0**-149, "F32", 1),
-        (2.0**-149, "BF16", 1),
-        (2.0**-149, "F16", 1),
-        (2.0**-149, "U8", 0),
-        (448 * 2.0**-127, "U8", 0),
-        (float(above(448 * 2.0**-127)), "U8", 1),
-        (LARGEST["F32"], "BF16", 0x7B13),  # 2**128 / 448 is 2**119 * 8 / 7
-        (LARGEST["F32"], "U8", 247),
-        (LARGEST["F32"], "F16", 0x7C00),
-        (448 * 65504.0, "F16", 0x7BFF),
-        (float(above(448 * 65504.0)), "F16", 0x7C00),
-        (448.0, "F32", 0x3F800000),
-    ],
-)
+@pytest.mark.parametrize(("amax", "dtype", "bits"), [
+    (0.0, "F32", 0x3F800000),
+    (0.0, "BF16", 0x3F80),
+    (0.0, "F16", 0x3C00),
+    (0.0, "U8", 127),
+    (0.0, "F8_E8M0", 127),
+    (2.0**-149, "F32", 1),
+    (2.0**-149, "BF16", 1),
+    (2.0**-149, "F16", 1),
+    (2.0**-149, "U8", 0),
+    (448 * 2.0**-127, "U8", 0),
+    (float(above(448 * 2.0**-127)), "U8", 1),
+    (LARGEST["F32"], "BF16", 0x7B13),  # 2**128 / 448 is 2**119 * 8 / 7
+    (LARGEST["F32"], "U8", 247),
+    (LARGEST["F32"], "F16", 0x7C00),
+    (448 * 65504.0, "F16", 0x7BFF),
+    (float(above(448 * 65504.0)), "F16", 0x7C00),
+    (448.0, "F32", 0x3F800000),
+])  # fmt: skip
 def test_extreme_magnitudes(amax: float, dtype: str, bits: int) -> None:
     """No scale is zero or NaN; only F16 has magnitudes that it cannot hold, which are infinite."""
     found = fresh_scales(np.float32([[amax]]), dtype)

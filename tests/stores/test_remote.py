@@ -219,10 +219,9 @@ def test_what_is_made_of_others_is_fetched_ahead(
         merge(base, adapter, tmp_path / "near")
     assert tree(tmp_path / "far") == tree(tmp_path / "near")
     codes = [tensor.weight for tensor in checkpoint.quantized]  # scales are read again where they are decided on
-    met = [
+    assert not [
         w for w in asked for span in codes if span.file.name == w.file and w.start < span.stop and span.start < w.stop
     ]
-    assert met == []
     size = sum(header.size - 8 - len(header.text) for header in checkpoint.files)
     assert sum(asked.ranged for asked in s3.asked if ".safetensors" in asked.path) <= (1 + 1 / 16) * size
 
@@ -375,9 +374,8 @@ def test_what_is_announced_and_what_is_read(seed: int, monkeypatch: pytest.Monke
         if in_order:
             assert window._held == 0
     if in_order:
-        assert sum(stop - start for start, stop in objects.ranges) <= (1 + 1 / 16) * sum(
-            w.stop - w.start for [w] in reads
-        )
+        size = sum(wanted.stop - wanted.start for [wanted] in reads)
+        assert sum(stop - start for start, stop in objects.ranges) <= (1 + 1 / 16) * size
 
 
 # ---------------------------------------------------------------- faults
@@ -544,11 +542,8 @@ def test_a_file_of_a_web_server_that_changes(what: str, sample_fp8: Path) -> Non
         if changed and asked.ranged:
             name = asked.path.lstrip("/")
             data = {"gone": b"", "shorter": files[name][:-1], "other": files[name]}[what]
-            return (
-                Answer(404, {}, b"")
-                if what == "gone"
-                else ranged(data, "W/new", asked._replace(headers={"range": asked.headers["range"]}))
-            )
+            plain = asked._replace(headers={"range": asked.headers["range"]})
+            return Answer(404, {}, b"") if what == "gone" else ranged(data, "W/new", plain)
         return web(files)(asked)
 
     with serving(answer) as server:
@@ -579,9 +574,8 @@ def test_ctrl_c_while_the_store_is_silent(far: Far, tmp_path: Path) -> None:
     far.server.fault = silent
     _, said = child.communicate(timeout=25)  # a stall is one after thirty seconds
     assert child.returncode == 130
-    assert (
-        said == f"fp8ckpt: interrupted; what was written is in {out}.partial, and the same command goes on from there\n"
-    )
+    written = f"what was written is in {out}.partial, and the same command goes on from there"
+    assert said == f"fp8ckpt: interrupted; {written}\n"
 
 
 @S3
@@ -687,9 +681,8 @@ def test_the_token_goes_to_the_hub_alone(far: Far, sample_fp8: Path, caplog: pyt
     with caplog.at_level(logging.DEBUG, "fp8ckpt"):
         assert verify(far.url, sample_fp8).ok
     assert all("authorization" not in asked.headers for asked in far.hub.cdn.asked)
-    assert all(
-        asked.headers["authorization"] == f"Bearer {Hub.TOKEN}" for asked in far.hub.hub.asked if "name" in asked.path
-    )
+    asked_hub = [asked for asked in far.hub.hub.asked if "name" in asked.path]
+    assert all(asked.headers["authorization"] == f"Bearer {Hub.TOKEN}" for asked in asked_hub)
     assert Hub.TOKEN not in caplog.text
     assert "Signature" not in caplog.text
 
@@ -713,9 +706,8 @@ def test_a_signed_place_that_holds_no_more(far: Far, sample_fp8: Path, monkeypat
 
     far.server.fault = together
     monkeypatch.setattr(remote, "_BLOCK", 1)
-    several = [
-        tensor.name for tensor in checkpoint.quantized if tensor.weight.file == checkpoint.quantized[0].weight.file
-    ]
+    file = checkpoint.quantized[0].weight.file
+    several = [tensor.name for tensor in checkpoint.quantized if tensor.weight.file == file]
     with ThreadPoolExecutor(2) as pool:
         for name, read in zip(several[:2], pool.map(checkpoint.read, several[:2]), strict=True):
             assert read.equal(near.read(name))
@@ -801,15 +793,15 @@ def test_a_refusal_says_what_to_do_and_holds_no_secret(far: Far, code: str) -> N
     assert "AKIA" not in str(caught.value)
 
 
-@pytest.mark.parametrize("endpoint", ["nonsense", "http://127.0.0.1:1"])
-def test_an_endpoint_that_is_none(endpoint: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("endpoint", "said"), [
+    ("nonsense", "boto3 refuses .*AWS_ENDPOINT_URL"),
+    ("http://127.0.0.1:1", "at attempt 4: nothing answers there; check"),
+])  # fmt: skip
+def test_an_endpoint_that_is_none(endpoint: str, said: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A typing error is named at once, what does not answer after some attempts."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setattr(remote, "wait", lambda seconds: None)
-    text = (
-        "boto3 refuses .*AWS_ENDPOINT_URL" if endpoint == "nonsense" else "at attempt 4: nothing answers there; check"
-    )
-    with pytest.raises(StorageError, match=text):
+    with pytest.raises(StorageError, match=said):
         open_checkpoint(f"s3://{BUCKET}/x")
 
 

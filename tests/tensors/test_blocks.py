@@ -30,29 +30,25 @@ def stated(tmp_path: Path, *groups: dict[str, Any], **more: Any) -> BlockSizes:
     return block_sizes(LocalStore(tmp_path), {"quantization_config": {"config_groups": named, **more}})
 
 
-@pytest.mark.parametrize(
-    ("groups", "expected"),
-    [
-        ([group(["Linear"], [128, 128])], [(128, 128)] * 3),
-        ([group(None, [128, 128])], [(128, 128)] * 3),
-        ([group(["re:.*mlp.*"], [64, 64])], [(64, 64)] * 3),  # the only size there is
-        ([group(["Linear"], "128x128")], [(128, 128)] * 3),
-        ([group(["Linear"], None)], [None] * 3),
-        ([group(["re:.*self_attn.*"], [128, 128]), group(["re:.*mlp.*"], 32)], [(128, 128), (1, 32), (1, 32)]),
-        ([group(["Linear"], [128, 128]), group([UP], 32)], [(128, 128), (1, 32), (128, 128)]),
-        ([group([UP], 32), group(["Linear"], [128, 128])], [(128, 128), (1, 32), (128, 128)]),
-        ([group(["re:.*layers\\.0\\..*"], 32), group([UP], 16)], [(1, 32), (1, 16), None]),
-        ([group(["re:.*layers\\.1\\..*"], 32), group(["Linear"], 16)], [(1, 16)] * 3),
-        ([group(["re:.*up_proj"], 32), group(["re:.*mlp.*"], 16)], [None, (1, 32), (1, 16)]),
-        ([group(["re:.*mlp.*"], 16), group(["re:.*up_proj"], 32)], [None, (1, 16), (1, 16)]),
-        ([group(["*.mlp.*"], 16), group([Q], None)], [None, (1, 16), (1, 16)]),
-        ([group(["Linear"], [128, 128]), group(["re:.*self_attn"], None)], [None, (128, 128), (128, 128)]),
-        ([group(["re:["], 16), group(["Linear"], 32)], [(1, 32)] * 3),
-        ([group(["Embedding"], 16), group(["Linear"], 32)], [(1, 32)] * 3),
-        ([group([f"model.language_{UP}"], 16), group(["Linear"], 32)], [(1, 32), (1, 16), (1, 32)]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("groups", "expected"), [
+    ([group(["Linear"], [128, 128])], [(128, 128)] * 3),
+    ([group(None, [128, 128])], [(128, 128)] * 3),
+    ([group(["re:.*mlp.*"], [64, 64])], [(64, 64)] * 3),  # the only size there is
+    ([group(["Linear"], "128x128")], [(128, 128)] * 3),
+    ([group(["Linear"], None)], [None] * 3),
+    ([group(["re:.*self_attn.*"], [128, 128]), group(["re:.*mlp.*"], 32)], [(128, 128), (1, 32), (1, 32)]),
+    ([group(["Linear"], [128, 128]), group([UP], 32)], [(128, 128), (1, 32), (128, 128)]),
+    ([group([UP], 32), group(["Linear"], [128, 128])], [(128, 128), (1, 32), (128, 128)]),
+    ([group(["re:.*layers\\.0\\..*"], 32), group([UP], 16)], [(1, 32), (1, 16), None]),
+    ([group(["re:.*layers\\.1\\..*"], 32), group(["Linear"], 16)], [(1, 16)] * 3),
+    ([group(["re:.*up_proj"], 32), group(["re:.*mlp.*"], 16)], [None, (1, 32), (1, 16)]),
+    ([group(["re:.*mlp.*"], 16), group(["re:.*up_proj"], 32)], [None, (1, 16), (1, 16)]),
+    ([group(["*.mlp.*"], 16), group([Q], None)], [None, (1, 16), (1, 16)]),
+    ([group(["Linear"], [128, 128]), group(["re:.*self_attn"], None)], [None, (128, 128), (128, 128)]),
+    ([group(["re:["], 16), group(["Linear"], 32)], [(1, 32)] * 3),
+    ([group(["Embedding"], 16), group(["Linear"], 32)], [(1, 32)] * 3),
+    ([group([f"model.language_{UP}"], 16), group(["Linear"], 32)], [(1, 32), (1, 16), (1, 32)]),
+], ids=str)  # fmt: skip
 def test_a_module_has_the_size_of_its_own_group(
     tmp_path: Path, groups: list[dict[str, Any]], expected: list[tuple[int, ...] | None]
 ) -> None:
@@ -122,17 +118,13 @@ def test_the_group_size_beside_an_algorithm_of_modelopt(tmp_path: Path, size: in
     assert block_sizes(LocalStore(tmp_path), {}).of(UP) == (1, size)
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        {"weight_block_size": [64, 64], "config_groups": {"a": group(["Linear"], [128, 128])}},
-        {"config_groups": {"a": group(["Linear"], 32), "b": group(["Linear"], 16)}},
-        {"config_groups": {"a": group([UP], 32), "b": group([UP], 16)}},
-        {"config_groups": {"a": group([UP], 32)}, "quantized_layers": {UP: {"quant_algo": "FP8_PB_WO"}}},
-        {"weight_block_size": [64, 64], "quant_algo": "FP8_PB_WO"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("quantization", [
+    {"weight_block_size": [64, 64], "config_groups": {"a": group(["Linear"], [128, 128])}},
+    {"config_groups": {"a": group(["Linear"], 32), "b": group(["Linear"], 16)}},
+    {"config_groups": {"a": group([UP], 32), "b": group([UP], 16)}},
+    {"config_groups": {"a": group([UP], 32)}, "quantized_layers": {UP: {"quant_algo": "FP8_PB_WO"}}},
+    {"weight_block_size": [64, 64], "quant_algo": "FP8_PB_WO"},
+], ids=str)  # fmt: skip
 def test_two_sizes_for_the_same_modules(tmp_path: Path, quantization: dict[str, Any]) -> None:
     """Neither is chosen."""
     with pytest.raises(ConfigError, match="several block sizes for"):

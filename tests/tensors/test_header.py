@@ -50,10 +50,8 @@ def read(tmp_path: Path, raw: bytes) -> tuple[Header | None, list[Fp8CheckpointE
 def library(file: Path) -> dict[str, tuple[str, list[int]]]:
     """Names, dtypes and shapes as the safetensors library gives them."""
     with safetensors.safe_open(file, "np") as opened:
-        return {
-            name: (opened.get_slice(name).get_dtype(), opened.get_slice(name).get_shape())
-            for name in opened.keys()  # noqa: SIM118
-        }
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
 
 
 def agrees(file: Path, header: Header) -> None:
@@ -127,33 +125,27 @@ def test_a_file_without_tensors_is_valid(tmp_path: Path, text: str) -> None:
     assert header.spans == ()
 
 
-@pytest.mark.parametrize(
-    ("raw", "kind", "words"),
-    [
-        (b"", TruncatedFileError, "holds 0 bytes"),
-        (b"\x02\0\0\0\0\0\0", TruncatedFileError, "holds 7 bytes"),
-        (frame(b"", length=0), HeaderError, "not valid JSON"),
-        (frame(b"{}", length=3), TruncatedFileError, "claims 3 bytes"),
-        (frame(b"{}", length=100_000_000), TruncatedFileError, "claims 100000000 bytes"),
-        (frame(b"{}", length=100_000_001), HeaderError, "claims 100000001 bytes"),
-        (frame(b"{}", length=2**64 - 1), HeaderError, "claims 18446744073709551615 bytes"),
-        (frame("{"), HeaderError, "not valid JSON"),
-        (frame("{} x"), HeaderError, "not valid JSON"),
-        (frame("[]"), HeaderError, "the JSON is a list"),
-        (frame("null"), HeaderError, "the JSON is a NoneType"),
-        (frame("7"), HeaderError, "the JSON is a int"),
-        (frame(b"\xff\xfe\xfa"), HeaderError, "not valid JSON"),
-        (frame('{"a": NaN}'), HeaderError, "NaN is not JSON"),
-        (frame('{"a": Infinity}'), HeaderError, "Infinity is not JSON"),
-        (frame('{"\\ud800": 1}'), HeaderError, "not valid JSON"),
-        (frame('{"a": "\\udfff"}'), HeaderError, "not valid JSON"),
-        (frame("[" * 100_000), HeaderError, "not valid JSON"),
-        (frame('{"a":' * 100_000), HeaderError, "not valid JSON"),
-        (frame('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), HeaderError, "not valid JSON"),
-        (frame('{"a":' + "9" * 10_000 + "}"), HeaderError, "not valid JSON"),
-    ],
-    ids=range(21),
-)
+NO_JSON: tuple[str | bytes, ...] = (
+    b"", "{", "{} x", b"\xff\xfe\xfa", '{"\\ud800": 1}', '{"a": "\\udfff"}', "[" * 100_000, '{"a":' * 100_000,
+    '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", '{"a":' + "9" * 10_000 + "}",
+)  # fmt: skip
+USELESS: list[tuple[bytes, type[HeaderError], str]] = [
+    (b"", TruncatedFileError, "holds 0 bytes"),
+    (b"\x02\0\0\0\0\0\0", TruncatedFileError, "holds 7 bytes"),
+    (frame(b"{}", length=3), TruncatedFileError, "claims 3 bytes"),
+    (frame(b"{}", length=100_000_000), TruncatedFileError, "claims 100000000 bytes"),
+    (frame(b"{}", length=100_000_001), HeaderError, "claims 100000001 bytes"),
+    (frame(b"{}", length=2**64 - 1), HeaderError, "claims 18446744073709551615 bytes"),
+    *((frame(text), HeaderError, "not valid JSON") for text in NO_JSON),
+    *(
+        (frame(text), HeaderError, f"the JSON is a {of}")
+        for text, of in (("[]", "list"), ("null", "NoneType"), ("7", "int"))
+    ),
+    *((frame(f'{{"a": {text}}}'), HeaderError, f"{text} is not JSON") for text in ("NaN", "Infinity")),
+]
+
+
+@pytest.mark.parametrize(("raw", "kind", "words"), USELESS, ids=range(len(USELESS)))
 def test_nothing_in_it_can_be_used(tmp_path: Path, raw: bytes, kind: type[HeaderError], words: str) -> None:
     """Truncated files, lying lengths and what is no JSON object: one defect, no header."""
     header, defects = read(tmp_path, raw)
@@ -163,49 +155,24 @@ def test_nothing_in_it_can_be_used(tmp_path: Path, raw: bytes, kind: type[Header
     assert defects[0].remedy
 
 
-_BROKEN_ENTRIES: dict[str, Any] = {
-    "no dtype": {"shape": [1], "data_offsets": [0, 4]},
-    "no shape": {"dtype": "F32", "data_offsets": [0, 4]},
-    "no offsets": {"dtype": "F32", "shape": [1]},
-    "null": None,
-    "list": [],
-    "text": "F32",
-    "number": 5,
-    "dtype number": {**ENTRY, "dtype": 5},
-    "dtype list": {**ENTRY, "dtype": ["F32"]},
-    "dtype null": {**ENTRY, "dtype": None},
-    "shape number": {**ENTRY, "shape": 1},
-    "shape object": {**ENTRY, "shape": {"0": 1}},
-    "shape text": {**ENTRY, "shape": "1"},
-    "shape null": {**ENTRY, "shape": None},
-    "dim float": {**ENTRY, "shape": [1.0]},
-    "dim bool": {**ENTRY, "shape": [True]},
-    "dim text": {**ENTRY, "shape": ["1"]},
-    "dim null": {**ENTRY, "shape": [None]},
-    "dim list": {**ENTRY, "shape": [[1]]},
-    "dim negative": {**ENTRY, "shape": [-1]},
+BROKEN: dict[str, Any] = {
+    **{f"no {key}": {k: v for k, v in ENTRY.items() if k != key} for key in ENTRY},
+    **{f"entry {value!r}": value for value in (None, [], "F32", 5)},
+    **{f"dtype {value!r}": {**ENTRY, "dtype": value} for value in (5, ["F32"], None)},
+    **{f"shape {value!r}": {**ENTRY, "shape": value} for value in (1, {"0": 1}, "1", None)},
+    **{f"dim {value!r}": {**ENTRY, "shape": [value]} for value in (1.0, True, "1", None, [1], -1, 2**70, 2**63)},
     "dims negative": {**ENTRY, "shape": [-1, -1]},
-    "dim huge": {**ENTRY, "shape": [2**70]},
-    "dim of 64 bits": {**ENTRY, "shape": [2**63]},
-    "many dims": {**ENTRY, "shape": [1] * 1000},
-    "many huge dims": {**ENTRY, "shape": [2**62] * 1000},
-    "many zero dims": {**ENTRY, "shape": [0] * 1000},
-    "offset float": {**ENTRY, "data_offsets": [0, 4.0]},
-    "offset bool": {**ENTRY, "data_offsets": [False, 4]},
-    "offset null": {**ENTRY, "data_offsets": [None, 4]},
-    "one offset": {**ENTRY, "data_offsets": [4]},
-    "three offsets": {**ENTRY, "data_offsets": [0, 4, 8]},
-    "offsets text": {**ENTRY, "data_offsets": "04"},
-    "offsets object": {**ENTRY, "data_offsets": {"a": 0, "b": 4}},
-    "offsets number": {**ENTRY, "data_offsets": 4},
-}
+    **{f"many dims {value}": {**ENTRY, "shape": [value] * 1000} for value in (1, 2**62, 0)},
+    **{f"offsets {value!r}": {**ENTRY, "data_offsets": value}
+       for value in ([0, 4.0], [False, 4], [None, 4], [4], [0, 4, 8], "04", {"a": 0, "b": 4}, 4)},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", _BROKEN_ENTRIES)
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_malformed_entry_is_named(tmp_path: Path, name: str) -> None:
     """An entry whose types are wrong is named, and the sound tensors beside it are kept."""
     sound = {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}
-    header, defects = read(tmp_path, frame({"bad.weight": _BROKEN_ENTRIES[name], "sound": sound}, WORD * 2))
+    header, defects = read(tmp_path, frame({"bad.weight": BROKEN[name], "sound": sound}, WORD * 2))
     assert header is not None
     assert [span.name for span in header.spans] == ["sound"]
     assert [type(defect) for defect in defects] == [HeaderError]
@@ -215,7 +182,6 @@ def test_a_malformed_entry_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["F8", "f32", "FLOAT", "", "F8_E3M4", "I128", "\ud83d\ude00"])
 def test_an_unknown_dtype_is_named(tmp_path: Path, dtype: str) -> None:
-    """A dtype that safetensors does not have."""
     _, defects = read(tmp_path, frame({"w": {**ENTRY, "dtype": dtype}}, WORD))
     assert [type(defect) for defect in defects] == [HeaderError]
     assert "unknown dtype" in defects[0].found
@@ -223,26 +189,17 @@ def test_an_unknown_dtype_is_named(tmp_path: Path, dtype: str) -> None:
     assert defects[0].tensor == "w"
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {**ENTRY, "shape": [2]},
-        {**ENTRY, "shape": [0]},
-        {**ENTRY, "shape": [2**62, 2**62]},
-        {**ENTRY, "shape": [2**63 - 1] * 64},
-        {**ENTRY, "dtype": "F64"},
-        {**ENTRY, "data_offsets": [0, 3]},
-        {**ENTRY, "data_offsets": [4, 0]},
-        {**ENTRY, "data_offsets": [-4, 0]},
-        {**ENTRY, "data_offsets": [0, 2**70]},
-        {**ENTRY, "data_offsets": [2**70, 2**70 + 5]},
-        {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]},  # half a byte over
-        {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]},
-        {"dtype": "F6_E2M3", "shape": [1], "data_offsets": [0, 1]},
-    ],
-)
-def test_offsets_that_do_not_hold_the_shape(tmp_path: Path, entry: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [
+    *({"shape": shape} for shape in ([2], [0], [2**62, 2**62], [2**63 - 1] * 64)),
+    {"dtype": "F64"},
+    *({"data_offsets": offsets} for offsets in ([0, 3], [4, 0], [-4, 0], [0, 2**70], [2**70, 2**70 + 5])),
+    {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]},  # half a byte over
+    {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]},
+    {"dtype": "F6_E2M3", "shape": [1], "data_offsets": [0, 1]},
+])  # fmt: skip
+def test_offsets_that_do_not_hold_the_shape(tmp_path: Path, change: dict[str, Any]) -> None:
     """The offsets must hold exactly what dtype and shape take."""
+    entry = {**ENTRY, **change}
     _, defects = read(tmp_path, frame({"w": entry}, WORD))
     assert [type(defect) for defect in defects] == [HeaderError]
     assert "data_offsets" in defects[0].found
@@ -250,27 +207,22 @@ def test_offsets_that_do_not_hold_the_shape(tmp_path: Path, entry: dict[str, Any
 
 
 def entries(*spans: tuple[int, int]) -> dict[str, Any]:
-    return {
-        f"t{i}": {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
-        for i, (start, stop) in enumerate(spans)
-    }
+    each = ({"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]} for start, stop in spans)
+    return {f"t{i}": entry for i, entry in enumerate(each)}
 
 
-@pytest.mark.parametrize(
-    ("spans", "size", "kind", "tensor", "words"),
-    [
-        ([(0, 4), (2, 6)], 6, HeaderError, "t1", "overlaps t0"),
-        ([(0, 4), (0, 4)], 4, HeaderError, "t1", "overlaps t0"),
-        ([(0, 4), (6, 8)], 8, HeaderError, "t1", "hole of 2 bytes after t0"),
-        ([(2, 4)], 4, HeaderError, "t0", "hole of 2 bytes after the header"),
-        ([(0, 4)], 3, TruncatedFileError, None, "the file holds"),
-        ([(0, 4)], 0, TruncatedFileError, None, "the file holds"),
-        ([(0, 2**40)], 4, TruncatedFileError, None, "the file holds"),
-        ([(0, 4)], 5, HeaderError, None, "1 bytes follow the last tensor"),
-        ([], 1, HeaderError, None, "1 bytes follow the last tensor"),
-        ([(2**61, 2**61 + 4)], 4, HeaderError, "t0", "hole"),
-    ],
-)
+@pytest.mark.parametrize(("spans", "size", "kind", "tensor", "words"), [
+    ([(0, 4), (2, 6)], 6, HeaderError, "t1", "overlaps t0"),
+    ([(0, 4), (0, 4)], 4, HeaderError, "t1", "overlaps t0"),
+    ([(0, 4), (6, 8)], 8, HeaderError, "t1", "hole of 2 bytes after t0"),
+    ([(2, 4)], 4, HeaderError, "t0", "hole of 2 bytes after the header"),
+    ([(0, 4)], 3, TruncatedFileError, None, "the file holds"),
+    ([(0, 4)], 0, TruncatedFileError, None, "the file holds"),
+    ([(0, 2**40)], 4, TruncatedFileError, None, "the file holds"),
+    ([(0, 4)], 5, HeaderError, None, "1 bytes follow the last tensor"),
+    ([], 1, HeaderError, None, "1 bytes follow the last tensor"),
+    ([(2**61, 2**61 + 4)], 4, HeaderError, "t0", "hole"),
+])  # fmt: skip
 def test_data_is_covered_exactly(
     tmp_path: Path, spans: list[tuple[int, int]], size: int, kind: type[HeaderError], tensor: str | None, words: str
 ) -> None:
@@ -300,18 +252,15 @@ def test_metadata_maps_text_to_text(tmp_path: Path, metadata: object) -> None:
     assert "__metadata__" in defects[0].found
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"w": %s, "w": %s}',
-        '{"w": {"dtype": "F32", "dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "v": %s}',
-        '{"__metadata__": {"k": "1", "k": "2"}, "w": %s}',
-        '{"__metadata__": {}, "__metadata__": {}, "w": %s}',
-        '{"w": %s, "\\u0077": %s}',
-        '{"w": %s, "w": %s, "v": 1}',
-        '{"w": {"dtype": ":F32", "dtype": "F32", "shape": [{"a": 1, "a": 1}], "data_offsets": [0, 4]}}',
-    ],
-)
+@pytest.mark.parametrize("text", [
+    '{"w": %s, "w": %s}',
+    '{"w": {"dtype": "F32", "dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "v": %s}',
+    '{"__metadata__": {"k": "1", "k": "2"}, "w": %s}',
+    '{"__metadata__": {}, "__metadata__": {}, "w": %s}',
+    '{"w": %s, "\\u0077": %s}',
+    '{"w": %s, "w": %s, "v": 1}',
+    '{"w": {"dtype": ":F32", "dtype": "F32", "shape": [{"a": 1, "a": 1}], "data_offsets": [0, 4]}}',
+])  # fmt: skip
 def test_duplicate_keys_are_refused(tmp_path: Path, text: str) -> None:
     """No object of the header may have a key twice, however it is spelled."""
     text = text.replace("%s", json.dumps(ENTRY))
@@ -322,20 +271,17 @@ def test_duplicate_keys_are_refused(tmp_path: Path, text: str) -> None:
         assert "twice" in defects[0].found
 
 
-def test_names_cannot_break_the_line(tmp_path: Path) -> None:
-    """A name of control characters, or of megabytes, gives one short line."""
-    for name in ("a\nfp8ckpt: all is well", "\x1b[2J", "\u2028", "x" * 5_000_000):
-        _, defects = read(tmp_path, frame({name: {**ENTRY, "dtype": "X"}}, WORD))
-        assert len(defects) == 1
-        assert str(defects[0]).isprintable()
-        assert len(str(defects[0])) < 1000
+LONG: tuple[dict[str, Any], ...] = tuple(
+    {name: {**ENTRY, "dtype": "X"}} for name in ("a\nfp8ckpt: all is well", "\x1b[2J", "\u2028", "x" * 5_000_000)
+)
 
 
-def test_an_entry_of_megabytes_gives_a_short_line(tmp_path: Path) -> None:
-    """A malformed entry is shown shortened."""
-    _, defects = read(tmp_path, frame({"w": {**ENTRY, "shape": ["\n" * 2_000_000]}}, WORD))
-    assert str(defects[0]).isprintable()
-    assert len(str(defects[0])) < 1000
+@pytest.mark.parametrize("header", [*LONG, {"w": {**ENTRY, "shape": ["\n" * 2_000_000]}}], ids=range(5))
+def test_a_defect_is_one_short_line(tmp_path: Path, header: dict[str, Any]) -> None:
+    """Where a name is of control characters, or a name or an entry of megabytes."""
+    _, [defect] = read(tmp_path, frame(header))
+    assert str(defect).isprintable()
+    assert len(str(defect)) < 1000
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
@@ -387,19 +333,13 @@ _REFUSED_BY_THE_LIBRARY = {
     "encoded surrogate": (b'{"w\xed\xa0\x80":' + json.dumps(ENTRY).encode() + b"}", WORD),
     "minus zero": (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', WORD),
     "minus zero dimension": (b'{"w":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b""),
-    "product beyond 64 bits, times zero": (
-        json.dumps({"w": {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}).encode(),
-        b"",
-    ),
-    "a number out of range beside the entry's own": (
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1e999}}',
-        WORD,
-    ),
-    "nesting beside the entry's own": (
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":' + b"[" * 200 + b"]" * 200 + b"}}",
-        WORD,
-    ),
-}
+    "product beyond 64 bits, times zero":
+        (json.dumps({"w": {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}).encode(), b""),
+    "a number out of range beside the entry's own":
+        (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1e999}}', WORD),
+    "nesting beside the entry's own":
+        (b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":' + b"[" * 200 + b"]" * 200 + b"}}", WORD),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", _REFUSED_BY_THE_LIBRARY)
@@ -414,26 +354,21 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path, name: str) -> None:
     assert defects
 
 
-def check(file: Path, raw: bytes) -> None:
+def check(tmp_path: Path, raw: bytes) -> None:
     """Only named errors come out, on one line; what has no defect, the library reads alike."""
-    file.write_bytes(raw)
-    header, defects = read_header(local_file(file))
-    assert header is not None or defects
-    for defect in defects:
-        assert isinstance(defect, Fp8CheckpointError)
-        assert str(defect).isprintable()
-        assert len(str(defect)) < 2000
+    header, defects = read(tmp_path, raw)
+    assert all(str(defect).isprintable() for defect in defects)
     if not defects:
         assert header is not None
-        agrees(file, header)
+        agrees(tmp_path / "model.safetensors", header)
 
 
 @examples(300)
 @given(raw=st.binary(max_size=200), length=st.none() | st.integers(0, 2**64 - 1) | st.integers(0, 200))
 def test_fuzz_arbitrary_bytes(tmp_path: Path, raw: bytes, length: int | None) -> None:
     """Any bytes as a file, and any bytes as a header under a true or a false length."""
-    check(tmp_path / "f", raw)
-    check(tmp_path / "f", frame(raw, length=length))
+    check(tmp_path, raw)
+    check(tmp_path, frame(raw, length=length))
 
 
 _numbers = st.one_of(
@@ -443,9 +378,8 @@ _numbers = st.one_of(
     st.floats(),
     st.booleans(),
 )
-_names = st.text(max_size=6) | st.sampled_from(
-    ["w", "__metadata__", "", "\0", "a\nb", "\ud800", "weight_scale", "dtype"]
-)
+_ODD = ["w", "__metadata__", "", "\0", "a\nb", "\ud800", "weight_scale", "dtype"]
+_names = st.text(max_size=6) | st.sampled_from(_ODD)
 _json = st.recursive(
     st.none() | _numbers | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_names, inner, max_size=4),
@@ -465,7 +399,7 @@ _entries = st.fixed_dictionaries(
 @given(header=st.dictionaries(_names, _entries | _json, max_size=4), data=st.binary(max_size=16))
 def test_fuzz_json(tmp_path: Path, header: dict[str, Any], data: bytes) -> None:
     """Any JSON shaped nearly like a header: huge, negative, fractional and boolean numbers, surrogates, odd names."""
-    check(tmp_path / "f", frame(json.dumps(header), data))
+    check(tmp_path, frame(json.dumps(header), data))
 
 
 @st.composite
@@ -488,12 +422,10 @@ def _valid(draw: st.DrawFn) -> bytes:
 @given(raw=_valid())
 def test_sound_files_have_no_defect(tmp_path: Path, raw: bytes) -> None:
     """What the format allows is accepted, and agrees with the library."""
-    file = tmp_path / "f"
-    file.write_bytes(raw)
-    header, defects = read_header(local_file(file))
+    header, defects = read(tmp_path, raw)
     assert not defects
     assert header is not None
-    agrees(file, header)
+    agrees(tmp_path / "model.safetensors", header)
 
 
 _SNIPPETS = [
@@ -520,7 +452,7 @@ def test_fuzz_mutated_headers(tmp_path: Path, raw: bytes, data: st.DataObject) -
     if data.draw(st.booleans()) and len(text) >= 8:
         length = int.from_bytes(raw[:8], "little") + grown
         text[:8] = max(length, 0).to_bytes(8, "little")
-    check(tmp_path / "f", bytes(text))
+    check(tmp_path, bytes(text))
 
 
 @examples(300)
@@ -529,17 +461,12 @@ def test_fuzz_replaced_numbers(tmp_path: Path, raw: bytes, number: object, data:
     """One dimension or offset of a sound header becomes any other number."""
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
-    places = [
-        (name, key, i)
-        for name, entry in header.items()
-        if name != "__metadata__"
-        for key in ("shape", "data_offsets")
-        for i in range(len(entry[key]))
-    ]
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    places = [(n, key, i) for n in entries for key in ("shape", "data_offsets") for i in range(len(entries[n][key]))]
     if places:
         name, key, i = data.draw(st.sampled_from(places))
         header[name][key][i] = number
-    check(tmp_path / "f", frame(json.dumps(header), raw[8 + length :]))
+    check(tmp_path, frame(json.dumps(header), raw[8 + length :]))
 
 
 @pytest.mark.parametrize("depth", [1, 100, 127, 128, 900, 990, 1000, 1100, 3000, 100_000])
