@@ -354,9 +354,7 @@ add("two block sizes", lambda d: (d / "hf_quant_config.json").write_text('{"quan
 def test_defect_is_refused_by_name(
     name: str, tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """convert: exit 1, one line that names tensor, file, found and expected, nothing written. inspect: exit 1, and
-    lists it.
-    """
+    """convert: exit 1, one line with tensor, file, found and expected, no output. inspect: exit 1, and lists it."""
     case = CASES[name]
     source = base(tmp_path / "fp8")
     case.break_it(source)

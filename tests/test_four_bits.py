@@ -408,9 +408,7 @@ def save_in_shards(source: Path, base: Path, destination: Path, dim: int) -> int
 
 @pytest.mark.parametrize(("name", "size", "dim"), [("gpt-oss", 5, -1), ("new factors", 3, -1), ("new factors", 2, 0)])
 def test_shards_that_cut_a_group_or_a_byte_in_two(name: str, size: int, dim: int, tmp_path: Path) -> None:
-    """Shards of odd widths: a byte's halves, and a group's elements, lie on two ranks, and a factor is of all of
-    them; the files are a conversion's.
-    """
+    """Where a byte or a group lies on two ranks, the files are still those of a conversion."""
     if name == "gpt-oss":
         family = FAMILIES[name]
         tensors = trained(family, np.random.default_rng(5), "BF16")
@@ -477,9 +475,7 @@ def written_by_compressed_tensors(unit: list[np.ndarray]) -> tuple[bytes, list[t
 def test_a_new_factor_is_the_librarys_and_the_siblings(
     *, divides: bool, scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decided of all of a weight and its siblings: converted, in pages, saved in steps and in shards, all are the
-    oracle's bytes, and the report says which are new.
-    """
+    """It is decided for a weight and its siblings together, in pages, steps and shards: the oracle's bytes."""
     family, tensors = with_siblings(divides=divides)
     base, source = family.write(tmp_path / "fp4"), write_plain(tmp_path / "source", tensors)
     result = convert(source, tmp_path / "out", like=base, scales=scales)
@@ -626,9 +622,7 @@ def gpt_oss(directory: Path, intermediate: int = 64) -> Path:
 
 
 def test_gpt_oss_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
-    """Loaded, or converted and loaded: its parameters and its logits, bit for bit; saved by transformers or by us, it
-    goes back to the release.
-    """
+    """Parameters and logits are bit-equal, loaded or converted; saved by either, it becomes the release again."""
     release = gpt_oss(tmp_path / "release")
     ours = load_pretrained(release)
     how: dict[str, Any] = {"quantization_config": transformers.Mxfp4Config(dequantize=True), "dtype": torch.bfloat16}

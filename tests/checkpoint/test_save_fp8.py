@@ -506,9 +506,7 @@ MODELS_ON_RANKS = pairs(
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_sharding(ranks: int, models: dict[str, Case], tmp_path: Path) -> None:
-    """FSDP2, TP, stages of a pipeline, 2-D meshes: the directory that `convert` writes, each byte written once over all
-    ranks.
-    """
+    """From FSDP2, TP, pipelines and 2-D meshes: what `convert` writes, each byte once over all ranks."""
     written = run(ranks, _models_on_ranks, models, tmp_path)
     assert len(written[0]) == sum(where == ranks for _, _, (where, _) in MODELS_ON_RANKS) >= 6
     for out in written[0]:
@@ -616,9 +614,7 @@ def test_nonfinite_weights_of_a_model_are_refused(models: dict[str, Case], tmp_p
 
 
 def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], tmp_path: Path) -> None:
-    """A base without FP8, of other codes, with a bad scale; other tensors, shapes and dtypes: by name, and nothing is
-    written.
-    """
+    """What does not fit is refused by name, and nothing is written."""
     family = E4M3["per-tensor 0-d BF16"]
     base = family.write(tmp_path / "fp8")
     convert(base, tmp_path / "plain")

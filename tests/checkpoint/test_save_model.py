@@ -173,9 +173,7 @@ def test_changed_weights_are_saved(paths: dict[str, Path], tmp_path: Path) -> No
 def test_without_a_base_it_loads_in_transformers(
     to: str, dtype: torch.dtype, paths: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A float32 model in the dtype asked for: its own names, its configuration without quantization, and the values
-    rounded.
-    """
+    """A float32 model is rounded to the dtype given, under its own names, with no quantization in its configuration."""
     model = load_pretrained(paths["uneven"], dtype=torch.float32)
     save_model(model, tmp_path / "out", to=to)
     names = {file.name for file in (tmp_path / "out").iterdir()}
@@ -314,9 +312,7 @@ def test_an_existing_destination_is_refused(paths: dict[str, Path], tmp_path: Pa
 
 
 def test_a_base_of_another_model_is_refused(paths: dict[str, Path], tmp_path: Path) -> None:
-    """A tensor that only one of the two has, or that has another shape in each: `ModelMismatchError` names it; nothing
-    is written.
-    """
+    """`ModelMismatchError` names a tensor that only one has, or that differs in shape; nothing is written."""
     model: Any = load_pretrained(paths["identity"])
     model.extra = nn.Linear(2, 2, bias=False)
     with pytest.raises(ModelMismatchError, match=r"extra\.weight"):
@@ -658,9 +654,7 @@ def _save_on_ranks(paths: dict[str, Path], root: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_sharding(ranks: int, paths: dict[str, Path], tmp_path: Path) -> None:
-    """From FSDP2, TP and both: the directory that `convert` writes, byte for byte, each byte written by one rank. The
-    two models take turns.
-    """
+    """From FSDP2, TP and both: what `convert` writes, each byte by one rank. The two models take turns."""
     source = tied(paths["identity"], tmp_path / "tied fp8")
     convert(source, tmp_path / "tied bf16")
     root = tmp_path / "out"
@@ -719,9 +713,7 @@ def _refused_on_ranks(path: Path, root: Path) -> list[str]:
 
 
 def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> None:
-    """An existing destination, a full disk of one rank, another model's base: all ranks raise the same, and go on
-    together.
-    """
+    """All ranks raise the error of one, and go on together."""
     for told in run(2, _refused_on_ranks, paths["uneven"], tmp_path):
         assert told[0].startswith("OutputExistsError: ")
         assert told[1].startswith("StorageError: ")

@@ -141,9 +141,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_stored_byte(scheme: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes and scales are the oracle's, in pieces of any size; all that is no Linear of the language model's layers is
-    copied.
-    """
+    """Codes and scales are the oracle's, in pieces of any size; all other tensors are copied."""
     directory, quantized = source
     ending = ending_of(scheme, directory)
     given = read_directory(directory)
@@ -178,9 +176,7 @@ def test_every_stored_byte(scheme: str, source: Source, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source, tmp_path: Path) -> None:
-    """Sound, servable, the partition of the source, an index, every side file, and a configuration that says what was
-    done.
-    """
+    """The output is sound and servable, in the source's files, with its side files and a true configuration."""
     directory, quantized = source
     ending = ending_of(scheme, directory)
     out = tmp_path / "out"
@@ -310,9 +306,7 @@ def test_what_is_quantized(
 
 
 def test_files_that_engines_take_for_the_model_are_left_out(tmp_path: Path) -> None:
-    """Mistral's configuration and ModelOpt's, which speak of other weights, do not stand beside the new ones; and the
-    notes say so.
-    """
+    """Configurations of Mistral and ModelOpt, which state other weights, are left out, with a note."""
     base = sample(tmp_path / "released", Mistral3Sizes(layers=1, vision_layers=1))
     convert(base, tmp_path / "plain")
     (tmp_path / "plain/params.json").write_text('{"dim": 4}')
@@ -421,9 +415,7 @@ DELTA_NET = {f"{L}.linear_attn.{leaf}": (64, 128) for leaf in ("in_proj_ba", "in
 def test_a_weight_is_known_by_what_it_is(
     scheme: str, shapes: dict[str, tuple[int, ...]], quantized: set[str], tmp_path: Path
 ) -> None:
-    """Routers and small projections are left under any name, stacks of experts are quantized; each that is left is in
-    the notes and, if an engine asks, in the list.
-    """
+    """Routers and small projections are left, under any name, with a note; stacks of experts are quantized."""
     source = plain_directory(tmp_path / "plain", {**shapes, f"{L}.self_attn.o_proj": (128, 128)})
     result = convert(source, tmp_path / "out", to="fp8", scheme=scheme)
     found = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
@@ -475,9 +467,7 @@ def test_embeddings_tied_heads_and_conv1d_are_no_codes(
     scheme: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], left: set[str], listed: set[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Tables under names of their own, or of a row for each token; a head that is stored nowhere is a Linear to
-    engines, and listed.
-    """
+    """Tables stay as they are under any name; a head that is not stored is a Linear to engines, and listed."""
     convert(plain_directory(tmp_path / "plain", shapes, **config), tmp_path / "out", to="fp8", scheme=scheme)
     found = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
     assert found == {f"{name}.weight" for name in {*shapes} - left}

@@ -140,9 +140,7 @@ def _data(far: Far) -> list[Asked]:
 
 @SERVED
 def test_requests_of_opening(far: Far) -> None:
-    """One range a file, and another one where the header is longer; many files at once, and one for each
-    configuration.
-    """
+    """One range a file, two where the header is longer, many files at once; one request a configuration."""
     checkpoint = open_checkpoint(far.store())
     assert len(_data(far)) == len(checkpoint.files)
     far.server.asked.clear()
@@ -193,9 +191,7 @@ def test_each_byte_is_fetched_once(far: Far, tmp_path: Path) -> None:
 def test_what_is_made_of_others_is_fetched_ahead(
     job: str, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stacked experts, and a base with an adapter merged: all that is read of codes was announced, each byte is
-    fetched once, and the files are those of a directory.
-    """
+    """All reads of codes were announced, and each byte is fetched once, of stacks and of merges."""
     base = sample(tmp_path / "base", DeepseekSizes(layers=2, experts=4))
     for name, data in tree(base).items():
         boto3.client("s3").put_object(Bucket=BUCKET, Key=f"base/{name}", Body=data)
