@@ -38,16 +38,9 @@ from tests.oracle import Stored, read_directory, write_safetensors
 
 # Few of its dimensions are multiples of any number of ranks, and k_proj and v_proj have four rows.
 UNEVEN = Mistral3Sizes(
-    layers=2,
-    hidden=100,
-    intermediate=203,
-    heads=6,
-    kv_heads=1,
-    head_dim=4,
-    vocabulary=515,
-    vision_hidden=68,
+    layers=2, hidden=100, intermediate=203, heads=6, kv_heads=1, head_dim=4, vocabulary=515, vision_hidden=68,
     vision_intermediate=37,
-)
+)  # fmt: skip
 
 
 def serve() -> None:

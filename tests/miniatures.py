@@ -142,15 +142,9 @@ def families() -> dict[str, Family]:
     for dtype in ("BF16", "F32", "F16"):
         add(f"per-tensor 0-d {dtype}", w, codes(rng, 40, 24), s, scales(rng, dtype), (40, 24), fp8, a)
     add(
-        "per-tensor [1]",
-        w,
-        codes(rng, 40, 24),
-        "m.q.weight_scale",
-        scales(rng, "BF16", 1),
-        (40, 24),
-        {},
+        "per-tensor [1]", w, codes(rng, 40, 24), "m.q.weight_scale", scales(rng, "BF16", 1), (40, 24), {},
         "m.q.input_scale",
-    )
+    )  # fmt: skip
     add("per-tensor [1,1]", w, codes(rng, 40, 24), s, scales(rng, "F32", 1, 1), (40, 24), fp8)
     add("per-channel [o,1]", w, codes(rng, 40, 24), "m.q.weight_scale", scales(rng, "F32", 40, 1), (1, 24))
     add("per-channel [o]", w, codes(rng, 40, 24), "m.q.weight_scale", scales(rng, "F32", 40), (1, 24))
@@ -163,15 +157,9 @@ def families() -> dict[str, Family]:
                  "m.norm.weight": plain(rng, 4)})  # fmt: skip
     e = "m.experts.gate_up_proj"
     add(
-        "experts [E,1,1]",
-        e,
-        codes(rng, 3, 20, 16),
-        f"{e}_scale_inv",
-        scales(rng, "BF16", 3, 1, 1),
-        (1, 20, 16),
-        fp8,
+        "experts [E,1,1]", e, codes(rng, 3, 20, 16), f"{e}_scale_inv", scales(rng, "BF16", 3, 1, 1), (1, 20, 16), fp8,
         f"{e}_activation_scale",
-    )
+    )  # fmt: skip
     add("experts in blocks", "m.experts.down_proj", codes(rng, 3, 130, 200), "m.experts.down_proj_scale_inv",
         scales(rng, "F32", 3, 2, 2), (1, 128, 128), block)  # fmt: skip
     add("experts fbgemm", "m.experts.gate_up_proj", codes(rng, 3, 20, 16), "m.experts.gate_up_proj_scale",

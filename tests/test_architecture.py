@@ -137,9 +137,7 @@ def test_every_module_is_of_a_known_room() -> None:
 
 
 def test_arrows_point_down() -> None:
-    """Each module imports its own room and those below it, type checkers' imports included; and never the package
-    itself, whose public names are for users.
-    """
+    """A module imports its own room and those below, for type checkers too, and never the package itself."""
     wrong = []
     for module in MODULES:
         room = room_of(module)
@@ -211,9 +209,7 @@ def test_the_public_names() -> None:
 
 
 def test_whatever_takes_a_checkpoint_takes_each_kind() -> None:
-    """A path, a hub id, the URL of a store, a store or an open checkpoint; the checkpoint that is written like is
-    ``like``, and threads are ``workers``.
-    """
+    """A path, hub id, URL, store or open checkpoint; the base is ``like``, and threads are ``workers``."""
     given, seen = {"a", "b", "base", "like", "path", "source"}, 0
     for name in PUBLIC:
         entry = getattr(fp8ckpt, name)
@@ -336,9 +332,7 @@ def heavy_modules(*codes: str) -> list[set[str]]:
 
 
 def test_importing_the_package_is_cheap() -> None:
-    """Neither torch nor numba nor numpy nor the hub's client; nor do help texts, and the usage that no argument gives,
-    import any of them.
-    """
+    """The package, help texts and usage errors import no torch, numba, numpy or hub client."""
     code = "import sys\nfrom fp8ckpt.cli import main\nsys.argv = {!r}\ntry:\n    main()\nexcept SystemExit:\n    pass"
     helps = [code.format(["fp8ckpt", *words]) for words in ([], ["--help"], *([job, "--help"] for job in JOBS))]
     assert heavy_modules("import fp8ckpt", *helps) == [set()] * (1 + len(helps))

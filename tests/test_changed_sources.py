@@ -92,13 +92,9 @@ def test_either_side_of_a_conversion_back(fp8: Path, side: str, name: str) -> No
     file = (fp8 if side == "base" else fp8.parent / "bf16") / name
     with pytest.raises(SourceChangedError, match=name):
         convert(
-            fp8.parent / "bf16",
-            fp8.parent / "out",
-            to="fp8",
-            like=fp8,
-            workers=1,
+            fp8.parent / "bf16", fp8.parent / "out", to="fp8", like=fp8, workers=1,
             progress=once(lambda: rewritten(file)),
-        )
+        )  # fmt: skip
     assert sorted(os.listdir(fp8.parent)) == ["bf16", "fp8"]
 
 

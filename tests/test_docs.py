@@ -87,13 +87,9 @@ def test_the_worked_example_of_contributing(tmp_path: Path) -> None:
     table.write_text(with_it.replace(row, ""))
     for said in re.findall(r"prints? `([^`]+)`", text):
         done = subprocess.run(
-            [sys.executable, "-c", example],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(source)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+            [sys.executable, "-c", example], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(source)},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
         assert done.stdout == f"{said}\n", done.stderr
         table.write_text(with_it)
 

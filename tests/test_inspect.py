@@ -93,9 +93,7 @@ def test_miniature(sample_fp8: Path) -> None:
 
 
 def test_blocks(sample_block: Path) -> None:
-    """The DeepSeek miniature: blocks of 128 x 128, shapes that vary, routers stored without a scale, no activation
-    scales.
-    """
+    """The DeepSeek miniature: blocks of 128 x 128, varying shapes, unquantized routers, no activation scales."""
     found = inspect(sample_block)
     (scheme,) = found.schemes
     stored = read_directory(sample_block)
@@ -319,9 +317,7 @@ def test_scales_that_stand_out_are_flagged(tmp_path: Path, cli: Run) -> None:
 
 
 def test_what_is_defective_has_no_range(sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
-    """A scale that is no scale is a defect, and the listing is valid JSON nevertheless; so with a file that is cut off
-    and a configuration that states nonsense.
-    """
+    """A bad scale is a defect, and the listing is valid JSON; so with a truncated file and a bad configuration."""
     source = Path(shutil.copytree(sample_fp8, tmp_path / "fp8"))
     file = min(source.glob("*.safetensors"))
     tensors = read_safetensors(file)

@@ -55,12 +55,9 @@ def run_line(language: str, line: str, folder: Path) -> None:
             case _:
                 path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
                 done = subprocess.run(
-                    ["bash", "-euc", line],
-                    capture_output=True,
-                    text=True,
-                    env={**os.environ, "PATH": path},
+                    ["bash", "-euc", line], capture_output=True, text=True, env={**os.environ, "PATH": path},
                     timeout=240,
-                )
+                )  # fmt: skip
                 assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
                 return
     code, stdout, stderr = Launched(folder, ranks, *command).ended()

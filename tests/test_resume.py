@@ -78,9 +78,7 @@ def test_resumed_command_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C: exit 130 and one line that says the run can be resumed; the rerun says what was there, and ends with
-    equal bytes.
-    """
+    """Ctrl-C: exit 130, and one line on resuming; the rerun says what was there, and ends with equal bytes."""
     out = tmp_path / "out"
     stopped = run_until("record", 2, signal.SIGINT, "convert", sample_fp8, out, "--workers", "1")
     assert (stopped.returncode, stopped.stdout) == (130, "")
@@ -411,9 +409,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
 
 
 def test_file_size_limit(sample_fp8: Path, expected: dict[str, str], tmp_path: Path, cli: Run) -> None:
-    """A real refusal by the kernel: with a limit on file sizes, exit 1, one line, no DST; without it, the rerun ends
-    well.
-    """
+    """With a limit of the kernel on file sizes: exit 1, one line, no DST; the rerun without it ends well."""
     command = shlex.join([sys.executable, "-m", "fp8ckpt", "convert", str(sample_fp8), str(tmp_path / "out")])
     limited = ["bash", "-c", f"ulimit -f 64; exec {command}"]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)

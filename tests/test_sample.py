@@ -92,9 +92,7 @@ def test_weights_have_a_real_distribution(sample_fp8: Path, sample_block: Path) 
 
 
 def test_block_scheme_has_ragged_blocks(sample_block: Path) -> None:
-    """F32 scales of 128 x 128 blocks, ceil(shape / 128); dimensions that are no multiples; experts, routers, no
-    activation scales.
-    """
+    """F32 scales of ceil(shape / 128), of ragged weights too; experts, routers, no activation scales."""
     stored = read_directory(sample_block)
     weights = {name: tensor for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}
     assert any(dim % 128 for tensor in weights.values() for dim in tensor.shape)
@@ -117,9 +115,7 @@ def test_block_scheme_has_ragged_blocks(sample_block: Path) -> None:
 @pytest.mark.parametrize("sizes", [Mistral3Sizes(), DeepseekSizes()])
 @pytest.mark.parametrize("files", [1, 3, 5])
 def test_files(sizes: Mistral3Sizes | DeepseekSizes, files: int, tmp_path: Path) -> None:
-    """So many files of about the same size, an index that is right, side files; sound; some scale in another file than
-    its weight.
-    """
+    """Files of about equal size, a true index, side files; a scale in another file than its weight."""
     source = sample(tmp_path / "fp8", sizes, files=files)
     names = (
         [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
@@ -174,16 +170,12 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
         if name.startswith(prefix)
     }
     assert shapes == {
-        "input_layernorm.weight": (12288,),
-        "post_attention_layernorm.weight": (12288,),
-        "self_attn.q_proj.weight": (12288, 12288),
-        "self_attn.k_proj.weight": (1024, 12288),
-        "self_attn.v_proj.weight": (1024, 12288),
-        "self_attn.o_proj.weight": (12288, 12288),
-        "mlp.gate_proj.weight": (28672, 12288),
-        "mlp.up_proj.weight": (28672, 12288),
+        "input_layernorm.weight": (12288,), "post_attention_layernorm.weight": (12288,),
+        "self_attn.q_proj.weight": (12288, 12288), "self_attn.k_proj.weight": (1024, 12288),
+        "self_attn.v_proj.weight": (1024, 12288), "self_attn.o_proj.weight": (12288, 12288),
+        "mlp.gate_proj.weight": (28672, 12288), "mlp.up_proj.weight": (28672, 12288),
         "mlp.down_proj.weight": (12288, 28672),
-    }
+    }  # fmt: skip
     assert "model.language_model.layers.88.input_layernorm.weight" not in checkpoint.tensors
     assert (
         checkpoint["lm_head.weight"].shape
@@ -205,12 +197,8 @@ def test_true_shape_of_deepseek() -> None:
     """The released sizes of DeepSeek V3: 61 layers, 256 experts."""
     sizes = DeepseekSizes.true_shape()
     assert (sizes.layers, sizes.dense_layers, sizes.hidden, sizes.intermediate, sizes.expert_intermediate) == (
-        61,
-        3,
-        7168,
-        18432,
-        2048,
-    )
+        61, 3, 7168, 18432, 2048,
+    )  # fmt: skip
     assert (sizes.experts, sizes.heads, sizes.q_rank, sizes.kv_rank, sizes.vocabulary) == (256, 128, 1536, 512, 129280)
 
 
@@ -264,15 +252,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 def test_command_line_options(tmp_path: Path, cli: Run) -> None:
     """Every option reaches the sample; the directory is printed; mistakes are usage errors."""
     sizes = {
-        "layers": 3,
-        "hidden": 64,
-        "intermediate": 96,
-        "heads": 4,
-        "kv-heads": 1,
-        "head-dim": 16,
-        "vocabulary": 400,
+        "layers": 3, "hidden": 64, "intermediate": 96, "heads": 4, "kv-heads": 1, "head-dim": 16, "vocabulary": 400,
         "vision-layers": 1,
-    }
+    }  # fmt: skip
     options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     done = cli("sample", tmp_path / "a", *options, "--layout", "nested", "--files", "2", "--seed", "9")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'a'}\n", "")

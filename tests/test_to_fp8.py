@@ -247,9 +247,7 @@ def test_round_trip_of_a_header_that_no_library_writes(tmp_path: Path) -> None:
 
 
 def test_small_and_zero_blocks_keep_their_scale(tmp_path: Path) -> None:
-    """Blocks that use little of the range, or nothing, come back with the scale that they had: it gives them back
-    exactly.
-    """
+    """A block that is small, or zero, keeps its scale: that gives it back exactly."""
     codes = np.zeros((4, 64), np.uint8)
     codes[1] = 0x01
     codes[2, :3] = (0x80, 0x10, 0x91)
@@ -437,9 +435,7 @@ def siblings(scales: list[float], leaves: tuple[str, ...] = ("q_proj", "k_proj",
 def test_siblings_that_shared_a_scale_share_the_fresh_one(
     chunk: int, scales: list[float], together: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of q, k and v grows: all three get the same new scale, of the largest of them; a sibling with a scale of its
-    own keeps it.
-    """
+    """If one of q, k and v grows, all that shared its scale get the new one; others keep theirs."""
     cut(monkeypatch, chunk, 2)
     steps(monkeypatch, 50)
     family = siblings(scales)

@@ -163,9 +163,7 @@ def test_cut_off_between_the_passes(scales: str, small: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("remainder", range(2))
 def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dying before any one change to the disk (half of them, but for the campaign), or halfway through a write, then
-    running again: the same directory.
-    """
+    """Killed before, or halfway through, any change to the disk (half of them, except in the campaign), it resumes."""
     cut(monkeypatch, 24 << 10, 3)
     step, ended = remainder, False
     left, passes = 0, set()
@@ -209,9 +207,7 @@ def test_death_at_every_step(remainder: int, small: Path, tmp_path: Path, monkey
 def test_full_disk(
     source: str, moments: tuple[int, ...], workers: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ENOSPC after some writes of either pass: named, source and base untouched, no DST; the rerun, with other workers,
-    ends well.
-    """
+    """ENOSPC in either pass is named, and leaves no DST; the rerun, with other workers, ends well."""
     cut(monkeypatch, 8 << 10, 2)
     before = tree(small / source), tree(small / "fp8")
     whole = back(small, tmp_path / "whole", source)
@@ -236,9 +232,7 @@ def test_full_disk(
 def test_a_record_that_the_disk_cuts_short(
     full: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first pass has found is not forgotten: a record taken in part is completed, or ends the run, which can
-    be resumed.
-    """
+    """A record that is written in part is completed, or ends the run, which can be resumed."""
     cut(monkeypatch, 8 << 10, 2)
     write = os.write
     shortened = 0
@@ -305,9 +299,7 @@ def test_the_second_pass_stands_where_all_of_the_first_does(
 def test_other_arguments_are_not_taken_up(
     change: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rerun that would write other bytes, or report other facts, is refused, and nothing is touched; the same command
-    goes on.
-    """
+    """A rerun that would write or report something else is refused; the same command goes on."""
     cut(monkeypatch, 4096, 2)
     base = Path(shutil.copytree(small / "fp8", tmp_path / "base"))
     how: dict[str, Any] = {"to": "fp8", "like": base}
@@ -385,9 +377,7 @@ def test_weights_are_written_while_others_are_looked_at(
 def test_wide_weights_of_many_blocks_are_decided_block_by_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once one block has outgrown its scale, the others are still asked whether theirs gives them back; in any number
-    of pieces.
-    """
+    """After one block has outgrown its scale, the others are still compared, in any number of pieces."""
     rng = np.random.default_rng(4)
     codes = rng.integers(1, 127, (48, 64)).astype(np.uint8)
     scales = Stored.of(np.full((3, 2), 0.5), "F32")
@@ -415,9 +405,7 @@ def test_wide_weights_of_many_blocks_are_decided_block_by_block(
 
 
 def test_siblings_in_blocks_have_scales_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines join grids as they are: of two siblings with equal grids one grows, and the other keeps its scales, in
-    pieces of any size.
-    """
+    """Engines join grids unchanged: of two siblings in blocks one grows, and the other keeps its scales."""
     codes = np.random.default_rng(3).integers(1, 127, (32, 64)).astype(np.uint8)
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 32]}}
     scale = Stored.of(np.full((2, 2), 0.5), "F32")
@@ -497,9 +485,7 @@ if rank == 0:
 def test_ranks_write_and_report_what_one_process_does(
     ranks: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes and the same report, to the last digit; an error of one rank is every rank's, by name, and can be
-    resumed.
-    """
+    """The same bytes and report, to the last digit; an error of one rank is every rank's, and can be resumed."""
     cut(monkeypatch, 8192, 2)
     folder = Path(shutil.copytree(small, tmp_path / "in", ignore=shutil.ignore_patterns("undisturbed")))
     shutil.copytree(folder / "trained", folder / "nan")
@@ -584,9 +570,7 @@ class Counted:
 def test_each_byte_is_read_once_and_written_once(
     case: str, report: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source wherever scales are kept, or blocks fit a chunk; the base's codes for the report alone; the output
-    always.
-    """
+    """The source once if scales are kept or blocks fit a chunk; the base's codes for the report alone."""
     family = {"channel fresh": "per-channel [o,1]", "MXFP8 fresh": "MXFP8 U8"}.get(case)
     sizes = DeepseekSizes(layers=1) if "block" in case else Mistral3Sizes(layers=1, vision_layers=1)
     base = sample(tmp_path / "fp8", sizes) if family is None else families()[family].write(tmp_path / "fp8")
@@ -637,9 +621,7 @@ def test_what_is_written_twice_is_counted(small: Path, tmp_path: Path, monkeypat
 
 
 def test_many_small_weights_are_flushed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written again, and scales, decided last: a flush an extent, and one a file, not one a weight; nor is an
-    extent gone through for each weight in it.
-    """
+    """One flush an extent, and one a file, not one a weight; each extent is searched once a pass."""
     rng = np.random.default_rng(5)
     names = [f"model.layers.0.mlp.experts.{i}.down_proj.weight" for i in range(50)]
     weights = {name: Stored.of(rng.standard_normal((8, 16)).astype(np.float32), "BF16") for name in names}
@@ -714,10 +696,7 @@ def checkpoints(draw: st.DrawFn) -> Drawn:
 @examples(30)
 @given(drawn=checkpoints(), to=st.sampled_from(["bf16", "fp32"]), report=st.booleans())
 def test_any_checkpoint_round_trips(
-    drawn: Drawn,
-    to: str,
-    report: bool,
-    tmp_path_factory: pytest.TempPathFactory,
+    drawn: Drawn, to: str, report: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Whatever it holds and however it is cut up, in files and in pieces: to bf16 or fp32, and back byte for byte."""
     tensors, files, chunk, chunks, step = drawn
@@ -752,15 +731,9 @@ def test_any_checkpoint_round_trips(
     drawn=checkpoints(), dtype=st.sampled_from(["BF16", "F32"]), seed=st.integers(0, 2**32), workers=st.integers(1, 3)
 )
 def test_any_training_equals_the_oracle(
-    drawn: Drawn,
-    dtype: str,
-    seed: int,
-    workers: int,
-    tmp_path_factory: pytest.TempPathFactory,
+    drawn: Drawn, dtype: str, seed: int, workers: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Each block grown, shrunk, made zero or left by itself: scales by the rule, codes by the contract, however it is
-    cut up.
-    """
+    """Blocks grow, shrink, become zero or stay: scales by the rule, codes by the contract, in any pieces."""
     tensors, _, chunk, chunks, step = drawn
     rng = np.random.default_rng(seed)
     folder = tmp_path_factory.mktemp("any")
@@ -952,9 +925,7 @@ def test_refusals_are_one_line(source: str, base: str, found: str, small: Path, 
 
 
 def test_serving_completes_the_released_list(tmp_path: Path, command: Cli) -> None:
-    """Without ``--serving`` the release comes back byte for byte, its list of three with it; with it, engines serve the
-    output right.
-    """
+    """Without ``--serving`` the release comes back byte for byte; with it, only its list is longer."""
     for layout in ("identity", "nested"):
         folder = tmp_path / layout
         base = sample(folder / "fp8", layout=layout)
@@ -1061,9 +1032,7 @@ def from_scheme(folder: Path, scheme: str) -> Path:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_serving_changes_nothing_that_is_right(name: str, tmp_path: Path) -> None:
-    """A base that engines serve right goes out as it is; of any other, what goes out is sound, and falls short in
-    nothing new.
-    """
+    """A base that engines serve right is unchanged; any other output is sound, with no new failure."""
     base = SERVED[name](tmp_path / "fp8")
     before = verify(base, serving=True)
     convert(base, tmp_path / "plain")

@@ -147,15 +147,9 @@ def test_ranks_write_what_one_process_writes(sample_fp8: Path, expected: dict[st
     result = json.loads(stdout)  # one summary, not one a rank
     alone = convert(sample_fp8, tmp_path / "alone")
     same = (
-        "files",
-        "tensors",
-        "dequantized",
-        "dropped_scales",
-        "bytes_read",
-        "bytes_written",
-        "bytes_resumed",
+        "files", "tensors", "dequantized", "dropped_scales", "bytes_read", "bytes_written", "bytes_resumed",
         "nan_codes",
-    )
+    )  # fmt: skip
     assert {key: result[key] for key in same} == {key: getattr(alone, key) for key in same}
 
 

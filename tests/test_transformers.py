@@ -153,9 +153,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("how", ["like", "like serving", "per-tensor"])
 def test_fp8_outputs_load_as_they_dequantize(how: str, trained: Path, tmp_path: Path) -> None:
-    """transformers reads the output by its own configuration; weights and logits equal those of its conversion to BF16,
-    bit for bit.
-    """
+    """transformers' weights and logits of the output are bit-equal to those of its conversion to BF16."""
     out, plain = tmp_path / "out", tmp_path / "plain"
     if how.startswith("like"):
         result = convert(trained / "trained", out, to="fp8", like=trained / "fp8", serving="serving" in how)

@@ -181,9 +181,7 @@ def test_other_dtypes_are_rounded_once(name: str, dtype: torch.dtype, stored: st
 
 
 def test_loads_in_place(paths: dict[str, Path]) -> None:
-    """Parameters keep their memory and their gradients' flag; a path may be a string or an open checkpoint;
-    Checkpointer is the same.
-    """
+    """Parameters keep memory and gradient flags, given a string, an open checkpoint, or by a Checkpointer."""
     model = _meta_model(paths["nested"], "cpu")
     model.model.vision_tower.requires_grad_(False)
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
@@ -216,9 +214,7 @@ def test_buffers_are_restored(name: str, paths: dict[str, Path]) -> None:
 
 
 def test_buffers_of_a_module_that_holds_the_model(paths: dict[str, Path]) -> None:
-    """A trainer's wrapper, with an adapter for its names: the inner model's buffers are restored, the wrapper's own
-    left alone.
-    """
+    """Under a trainer's wrapper, the inner model's buffers are restored, and the wrapper's own left alone."""
 
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -713,9 +709,7 @@ def _refused_on_ranks(path: Path, bad: Path) -> list[str]:
 
 
 def test_refusals_reach_every_rank(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Whichever rank finds a mismatch, or a bad scale in its part: all raise the same, none waits for ever, and go on
-    together.
-    """
+    """Whichever rank finds a mismatch or a bad scale, all raise the same error, and go on together."""
     quantized = open_checkpoint(paths["identity"]).quantized
     name = next(tensor.name for tensor in quantized if "layers.1" in tensor.name)
     nan = Stored("BF16", (), (0x7FC0).to_bytes(2, "little"))
@@ -752,9 +746,7 @@ def _tied_on_ranks(path: Path, twice: Path, other: Path, untied: Path) -> None:
 
 
 def test_tied_embeddings_under_fsdp_and_tp(paths: dict[str, Path], tmp_path: Path) -> None:
-    """Sharded, the head has the embeddings' values and the untied model's logits; a different head on disk is refused
-    on all ranks.
-    """
+    """A sharded head equals the embeddings; a different head on disk is refused on all ranks."""
     source = paths["identity"]
     twice, other = tied(source, tmp_path / "twice", "equal"), tied(source, tmp_path / "other", "other")
     run(2, _tied_on_ranks, tied(source, tmp_path / "tied"), twice, other, _untied(source, tmp_path / "untied"))

@@ -168,9 +168,7 @@ def _attempt(names: list[str], folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_all_ranks_raise_the_same_error(sample_fp8: Path, tmp_path: Path) -> None:
-    """Opening, arguments, what the caller gave: every public function, on a rank that fails alone, or that is asked for
-    something else than the others.
-    """
+    """Each public function raises it on all ranks, also if one rank fails alone or is given other arguments."""
     convert(sample_fp8, tmp_path / "bf16")
     shutil.copytree(sample_fp8, tmp_path / "fp8")
     damaged = Path(shutil.copytree(sample_fp8, tmp_path / "damaged"))

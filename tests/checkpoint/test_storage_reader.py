@@ -76,9 +76,7 @@ def test_every_family_and_target(name: str, dtype: str, written: dict[str, Path]
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_strided_targets(name: str, written: dict[str, Path]) -> None:
-    """Targets that are transposed, or every second column of something, are filled at their places, and nothing beside
-    them.
-    """
+    """Transposed targets, and every second column of one, are filled, and nothing beside them."""
     expected = FAMILIES[name].expected()
     transposed = {key: torch.zeros(t.shape[::-1], dtype=torch_dtype(t.dtype)) for key, t in expected.items()}
     _load({key: t.permute(*reversed(range(t.dim()))) for key, t in transposed.items()}, FP8StorageReader(written[name]))
@@ -215,9 +213,7 @@ def test_unknown_names_and_wrong_shapes_are_refused(sample_fp8: Path) -> None:
 
 
 def test_integer_targets_are_refused(sample_fp8: Path) -> None:
-    """An FP8 tensor has no values in int32, nor in float64: `UnsupportedFormatError` by name, and in another FP8 dtype
-    neither.
-    """
+    """An FP8 tensor has no values in int32, float64 or another FP8 dtype: `UnsupportedFormatError` by name."""
     tensor = open_checkpoint(sample_fp8).quantized[0]
     for dtype in (torch.int32, torch.float64, torch.float8_e5m2):
         message = _error_of({tensor.name: torch.zeros(tensor.shape).to(dtype)}, FP8StorageReader(sample_fp8))
@@ -319,9 +315,7 @@ def _slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ..
 @given(data=st.data())
 @examples(150)
 def test_random_regions(data: st.DataObject, written: dict[str, Path]) -> None:
-    """Several regions of a weight at once, of any size, into targets of any dtype: the oracle's values, each byte read
-    once.
-    """
+    """Several regions of a weight at once, into any dtype: the oracle's values, each byte read once."""
     name = data.draw(st.sampled_from(list(FAMILIES)))
     dtype = data.draw(st.sampled_from(list(DTYPES)))
     family: Family = FAMILIES[name]

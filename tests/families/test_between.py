@@ -59,9 +59,7 @@ def test_the_models_layout_is_what_the_model_holds(name: str, made: Path) -> Non
 
 @pytest.mark.parametrize("name", [*STACKED, *OTHERS])
 def test_stacked_and_not_are_converted_and_compared(name: str, made: Path, tmp_path: Path) -> None:
-    """The model's layout gives the release back, byte for byte, and both compare as equal, in either order; notes say
-    that it was done through the model.
-    """
+    """The model's layout gives the release back byte for byte, and both compare as equal, in either order."""
     base, stacked = made / name, made / f"{name}, model"
     result = convert(stacked, tmp_path / "back", to="fp8", like=base)
     assert tree(tmp_path / "back") == tree(base)
@@ -151,9 +149,7 @@ def test_a_base_may_be_stacked_where_the_source_is_not(made: Path, tmp_path: Pat
 def test_what_is_cut_off_goes_on_from_there(
     source: str, arguments: dict[str, Any], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a stacked source, or of one that is stacked: what was on disk is not written again, and the bytes are the
-    same.
-    """
+    """What was on disk is not written again, and the bytes are the same, of stacks and of experts apart."""
     if source == "Mistral4, apart":
         rewrite(made / "Mistral4, file", tmp_path / source, experts_apart)
         source = str(tmp_path / source)

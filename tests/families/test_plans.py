@@ -110,9 +110,7 @@ def _assert_same_shards(ours: Any, theirs: Any) -> None:
 
 
 def test_each_rank_holds_what_it_would_hold_by_from_pretrained(released: Path, tmp_path: Path) -> None:
-    """The same shards in the same places, tied where they are, and the same logits; and so does load_model fill a
-    model that transformers has sharded.
-    """
+    """The shards, ties and logits are those of from_pretrained; load_model fills such a model, too."""
     names = ["Qwen3 tied", "Qwen3-MoE"]
     for name in names:
         convert(released / name, tmp_path / name)

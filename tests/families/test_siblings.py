@@ -20,16 +20,11 @@ def test_each_row_is_one_unit_in_its_order(leaves: tuple[str, ...]) -> None:
 def test_units_are_told_apart_by_their_module() -> None:
     """Layers and experts apart, two rows in one module apart, groups in the order in which they are first met."""
     names = [
-        "model.layers.1.mlp.up_proj.weight",
-        "model.layers.0.attn.kv_a_proj_with_mqa.weight",
-        "model.layers.0.attn.v_proj.weight",
-        "model.layers.10.mlp.gate_proj.weight",
-        "model.layers.0.attn.q_a_proj.weight",
-        "model.layers.1.mlp.gate_proj.weight",
-        "model.layers.0.attn.q_proj.weight",
-        "w3.weight",
-        "w1.weight",
-    ]
+        "model.layers.1.mlp.up_proj.weight", "model.layers.0.attn.kv_a_proj_with_mqa.weight",
+        "model.layers.0.attn.v_proj.weight", "model.layers.10.mlp.gate_proj.weight",
+        "model.layers.0.attn.q_a_proj.weight", "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.0.attn.q_proj.weight", "w3.weight", "w1.weight",
+    ]  # fmt: skip
     assert sibling_units(names) == [
         ("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"),
         ("model.layers.0.attn.q_a_proj.weight", "model.layers.0.attn.kv_a_proj_with_mqa.weight"),

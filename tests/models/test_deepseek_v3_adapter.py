@@ -181,9 +181,7 @@ def test_from_hf_refuses_what_cannot_be_a_grid() -> None:
 @given(rows=st.integers(1, 300), columns=st.integers(1, 300), seed=st.integers(0, 1 << 30), size=st.integers(-40, 20))
 @examples(40)
 def test_convert_single_within_rounding(rows: int, columns: int, seed: int, size: int) -> None:
-    """Each block has its own scale ``amax / 448``; each element is within half a step of e4m3; blocks of zeros have
-    scale 1.
-    """
+    """Each block has the scale ``amax / 448``, and 1 if zero; each element is within half a step of e4m3."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**size
     weight[:128, :128] = 0
     pairs = DeepseekV3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
@@ -318,17 +316,13 @@ def _on_ranks(path: Path) -> None:
 
 
 def test_placeholders_filled_by_torchs_reader(blocks: Path) -> None:
-    """One process: to_hf, torch's `HuggingFaceStorageReader`, from_hf give the oracle's values; our reader the same
-    codes.
-    """
+    """to_hf, torch's `HuggingFaceStorageReader`, from_hf: the oracle's values; our reader gives the same codes."""
     _load_by_placeholders(blocks, None)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8] if ALL else [3, 6])
 def test_edges_of_shards_need_not_be_edges_of_blocks(blocks: Path, ranks: int) -> None:
-    """Rows or columns over the ranks, uneven and empty shards: the oracle's values come in, and the unsharded codes go
-    out.
-    """
+    """Uneven and empty shards of rows or columns take the oracle's values, and give the unsharded codes."""
     run(ranks, _on_ranks, blocks)
 
 

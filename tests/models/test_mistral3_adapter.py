@@ -362,9 +362,7 @@ def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fra
 @given(seed=st.integers(0, 1 << 30), size=st.floats(-30, 20))
 @examples(100)
 def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
-    """A weight that was never FP8: each element within half a step of e4m3, the largest not clipped, nothing but finite
-    codes.
-    """
+    """Each element of a weight that was never FP8 is within half a step of e4m3, and the largest is not clipped."""
     weight = (torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) * 2.0**size).to(torch.bfloat16)
     codes, scale = _single(weight)
     values = codes.to(torch.float64) * scale.to(torch.float64)

@@ -77,13 +77,9 @@ def cases(draw: st.DrawFn) -> Case:
     shape = draw(st.integers(1, 3).flatmap(lambda rank: st.tuples(*[_dims[rank]] * rank)))
     block = tuple(draw(st.one_of(st.integers(1, dim + 1), st.sampled_from([1, dim, 7, 16]))) for dim in shape)
     return Case(
-        shape,
-        block,
-        draw(st.sampled_from(list(FP8_DTYPES))),
-        draw(st.sampled_from(list(FP8_SCALES))),
-        draw(st.sampled_from(TARGETS)),
-        draw(st.integers(0, 2**32 - 1)),
-    )
+        shape, block, draw(st.sampled_from(list(FP8_DTYPES))), draw(st.sampled_from(list(FP8_SCALES))),
+        draw(st.sampled_from(TARGETS)), draw(st.integers(0, 2**32 - 1)),
+    )  # fmt: skip
 
 
 @examples(300)
@@ -212,9 +208,7 @@ class Calls:
 def test_which_kernel_runs(
     monkeypatch: pytest.MonkeyPatch, shape: Shape, block: Shape, scale_dtype: str, kernel: str, dtype: str
 ) -> None:
-    """Large blocks and exponents are looked up, small blocks and the commonest codes are multiplied; all give the
-    oracle's bits.
-    """
+    """Large blocks and exponents are looked up, small blocks and the commonest codes multiplied, with equal bits."""
     if dtype == "BF16":
         kernel = "multiply_e4m3_to_bf16"
     calls = Calls(monkeypatch)

@@ -142,9 +142,7 @@ def test_all_codes_with_all_scales(kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", TARGETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dequantized_weight_gets_its_own_bytes_back(kind: str, dtype: str) -> None:
-    """All 16 codes, negative zero included, under all scales whose products the dtype holds; and every block keeps its
-    scale, whatever its largest code is.
-    """
+    """All 16 codes, under all scales whose products the dtype holds; every block keeps its scale."""
     of = KINDS[kind]
     factor, _ = of.factor(VALUES[of.divides])
     scales = of.every_scale()
@@ -258,12 +256,9 @@ def test_nvfp4_equals_compressed_tensors() -> None:
     factor = fresh_factor(maxima.max(), divides=True)
     assert theirs.item() == factor.value
     arguments = QuantizationArgs(
-        **ARGUMENTS,
-        strategy="tensor_group",
-        group_size=16,
-        scale_dtype=torch.float8_e4m3fn,
+        **ARGUMENTS, strategy="tensor_group", group_size=16, scale_dtype=torch.float8_e4m3fn,
         zp_dtype=torch.float8_e4m3fn,
-    )
+    )  # fmt: skip
     groups = weight.reshape(48, -1, 16)
     scales, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments, theirs)
     ours = fresh_scales(maxima, "F8_E4M3", coding=E2M1, factor=factor)
@@ -318,9 +313,7 @@ def test_a_fresh_exponent_is_that_of_the_ocp() -> None:
 
 @pytest.mark.parametrize("divides", [False, True])
 def test_fresh_scales_of_two_levels(*, divides: bool) -> None:
-    """The group of the largest magnitude has 448, others the nearest; what is beyond the factor has none; zeros and
-    what is next to them have what their library gives them.
-    """
+    """The group of the largest magnitude has 448, others the nearest; zeros have their library's."""
     factor = fresh_factor(np.float32(0.37), divides=divides)
     assert scale_values(np.uint8([0x7E]), "F8_E4M3", factor)[0] * 6 == pytest.approx(0.37)
     tiny = 0.37 * 2.0**-20

@@ -82,9 +82,7 @@ def test_each_dimension_is_spanned_or_single(weight: Shape, scale: Shape, expect
 def test_the_configured_block_tiles_the_last_dimensions(
     weight: Shape, scale: Shape, block: Shape, expected: Shape
 ) -> None:
-    """Rule 4: what is neither 1 nor the weight's own is the configuration's to say; leading dimensions get one block an
-    index.
-    """
+    """Rule 4: the configuration decides what is neither 1 nor the weight's own size; the others have blocks of 1."""
     assert infer_grid(weight, scale, block) == BlockGrid(weight, expected)
 
 

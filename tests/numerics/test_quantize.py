@@ -306,9 +306,7 @@ def test_zeros_and_subnormals(dtype: str, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES)
 def test_values_that_are_not_finite_stay_above_all(dtype: str) -> None:
-    """A block with an infinity or a NaN of any sign and payload has a maximum that is not finite; its neighbours have
-    theirs.
-    """
+    """A block with an infinity or a NaN has a maximum that is not finite; its neighbours have their own."""
     wide = bits_dtype(dtype)
     one, infinity, sign = {
         "BF16": (0x3F80, 0x7F80, 0x8000),
@@ -452,9 +450,7 @@ def test_the_rule_at_its_edges(ratio: float, fitting: bool, small: bool) -> None
 
 
 def test_a_value_of_448_that_was_rounded_to_bfloat16_is_not_beyond() -> None:
-    """Under scales of every mantissa: it comes out at most 258 / 257 times as large, which fits and keeps the code of
-    448.
-    """
+    """It is at most 258 / 257 times as large, under any mantissa, which fits and keeps the code of 448."""
     for every in (np.arange(0x3F800000, 0x40000000, 7), np.arange(0x3F800000, 0x40000000, 1 << 16)):
         scale = every.astype(np.uint32).view(np.float32)
         maxima = (np.float32(448) * scale).astype(NUMPY["BF16"]).astype(np.float32)
@@ -498,9 +494,7 @@ def test_magnitudes_far_beyond_the_scale_do_not_warn() -> None:
 
 
 def test_an_exact_look_keeps_a_small_block_and_sees_one_changed_element() -> None:
-    """Codes far below 28 keep their scale as long as each element is given back; the count is of the block that was
-    changed.
-    """
+    """Small blocks keep their scale if each element is given back; one changed element is counted."""
     codes = np.tile(np.arange(0x40, dtype=np.uint8), (4, 1))  # at most 1.875
     grid = BlockGrid(codes.shape, (1, 64))
     scales = np.float32([[0.1], [1.37], [2.0**-20], [3e-5]])
@@ -622,9 +616,7 @@ def test_nothing_clips_and_no_smaller_scale_would_do(dtype: str) -> None:
 
 
 def test_float32_scales_are_the_quotient() -> None:
-    """The nearest float32 to it, as exact fractions say; below the normal numbers, the next one up; and every block
-    fits its own.
-    """
+    """The nearest float32, by exact fractions; the next one up if subnormal; and every block fits its own."""
     rng = np.random.default_rng(1)
     amax = np.concatenate(
         [rng.choice(magnitudes(), 1500), np.float32([1e-45, 448 * 2.0**-126, below(448 * 2.0**-126)])]
@@ -643,9 +635,7 @@ def test_float32_scales_are_the_quotient() -> None:
 
 @pytest.mark.parametrize("dtype", FP8_SCALES)
 def test_powers_of_two_are_exact(dtype: str) -> None:
-    """448 times a power of two that the dtype holds gives it; the next number up gives the next scale, but for
-    float32's own.
-    """
+    """448 times a power of two gives that scale; the next number up gives the next scale, except in float32."""
     least, most = {"F16": (-24, 15), "U8": (-127, 119), "F8_E8M0": (-127, 119)}.get(dtype, (-130, 119))
     powers = np.exp2(np.arange(least, most + 1, dtype=np.float64)).astype(np.float32)
     assert scale_values(fresh_scales(powers * np.float32(448), dtype), dtype).tolist() == powers.tolist()
@@ -700,9 +690,7 @@ def test_extreme_magnitudes(amax: float, dtype: str, bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES)
 def test_round_to(dtype: str) -> None:
-    """As ml_dtypes and numpy round it, with the number of finite values that became infinite; NaN stays NaN and is not
-    counted.
-    """
+    """As ml_dtypes and numpy round; finite values that become infinite are counted, and NaN stays NaN."""
     edges = {"BF16": 0x7F7F8000, "F16": 0x477FF000, "F32": 0x7F7FFFFF}[dtype]  # half way to what would be infinite
     near = np.arange(edges - 3, edges + 1, dtype=np.uint32)
     patterns = np.arange(0, 2**32, 4093, dtype=np.uint64).astype(np.uint32)

@@ -164,9 +164,7 @@ def released(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_the_released_list_is_named_and_completed(released: Path) -> None:
-    """The list of three prefixes skips nothing in vLLM; with `serving_config` it has all names, and nothing else is
-    changed.
-    """
+    """vLLM skips nothing by the three prefixes; `serving_config` lists all names, and changes nothing else."""
     failure = only_failure(released)
     linears = [
         name.removesuffix(".weight")
@@ -237,9 +235,7 @@ ROWS = {**catalogue(), **in_four_bits()}
 
 @pytest.mark.parametrize(("name", "row"), ROWS.items(), ids=[*ROWS])
 def test_every_row_of_the_catalogue(name: str, row: Row, tmp_path: Path) -> None:
-    """What engines say to each release, as pinned: each failure and each note, and no other; what is not read is
-    refused by name. docs/formats.md speaks of each.
-    """
+    """Failures and notes of each release are those pinned; what is not read is refused. docs/formats.md has each."""
     docs = Path(__file__).parents[2] / "docs/formats.md"
     assert row.docs in docs.read_text()
     checkpoint = survey(row.write(tmp_path / "x"))
@@ -454,12 +450,9 @@ def test_parts_of_a_model() -> None:
     """The shortest prefixes with nothing FP8 below them, and none inside a stack of layers."""
     quantized = ["model.language_model.layers.0.q", "model.language_model.layers.1.q"]
     linears = [
-        "model.visual.blocks.0.qkv",
-        "model.visual.merger.fc",
-        "lm_head",
-        "model.language_model.layers.0.gate",
+        "model.visual.blocks.0.qkv", "model.visual.merger.fc", "lm_head", "model.language_model.layers.0.gate",
         "proj.linear_1",
-    ]
+    ]  # fmt: skip
     assert unquantized_parts(linears, quantized) == ["model.visual", "lm_head", "proj"]
     assert unquantized_parts(["model.vision.a.fc", "model.vision.b.fc"], ["model.vision.b.q", "model.x"]) == [
         "model.vision.a",
@@ -495,9 +488,7 @@ _MODULES = [
     ),
 )
 def test_no_gap_is_left(chosen: dict[str, bool], listed: list[str] | None) -> None:
-    """Whatever is quantized and whatever is listed, the completed list has no gap; it is kept in order, and
-    transformers agrees.
-    """
+    """The completed list has no gap and keeps its order, whatever is quantized and listed; transformers agrees."""
     listed = None if listed is None else [entry for entry in dict.fromkeys(listed) if not chosen.get(entry)]
     tensors: dict[str, Stored] = {}
     for module, is_fp8 in chosen.items():
@@ -580,9 +571,7 @@ def test_a_trainers_files_are_no_weights(good: Path) -> None:
 ])  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True])
 def test_tied_heads(tied: bool | None, head: dict[str, Stored], found: list[str], nested: bool) -> None:
-    """A tied head is the embeddings or not there, one that is not tied is there; where nothing is stated, nothing is
-    asked.
-    """
+    """A tied head equals the embeddings or is absent; one that is not tied is there; otherwise nothing is asked."""
     config: dict[str, Any] = {} if tied is None else {"tie_word_embeddings": tied}
     config = {"text_config": config} if nested else config
     assert begin([failure.found for failure in judge(EMBEDDED | head, DYNAMIC, **config).failures], found)

@@ -24,13 +24,8 @@ from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.config import dump_json
 
 CHECKS = (
-    statements.method,
-    statements.fp8_fields,
-    statements.contradictions,
-    listing.complete,
-    listing.true,
-    joining.mixed,
-)
+    statements.method, statements.fp8_fields, statements.contradictions, listing.complete, listing.true, joining.mixed,
+)  # fmt: skip
 #: Of each class, what is left although its name or its place might say otherwise.
 LEFT = {
     "BertForMaskedLM": ["cls.predictions.transform.dense"],

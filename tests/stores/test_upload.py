@@ -118,9 +118,7 @@ PUTS = ("PUT", "partNumber="), ("POST", "uploadId="), ("PUT", ".json")  # parts,
 def test_a_cut_and_a_second_run(
     s3: Server, client: Any, what: int, at: int, sample_fp8: Path, sample_bf16: Path
 ) -> None:
-    """Cut off at a request, among the parts, the completions, the small files: the same bytes, and no part is sent
-    twice but those that were on the way.
-    """
+    """Cut off at any request, the rerun ends with the same bytes, and sends no part again that had arrived."""
     method, path = PUTS[what]
     count = 0
 
@@ -210,9 +208,7 @@ def opaque(server: Server) -> None:
 
 
 def test_etags_that_are_no_digests(s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path) -> None:
-    """Cut off among the parts, then in completing, with the answer lost: what was sent is not again, what was completed
-    is known for ours, and what is somebody else's is not.
-    """
+    """Cut off at a part, at a completion, at its answer: parts are not sent again, nor others' objects taken."""
     opaque(s3)
     _interrupted(s3, _at_part(20), lambda: convert(sample_fp8, URL))
     s3.fault = lambda asked: None
@@ -264,9 +260,7 @@ def _of_a_stranger(client: Any, key: str, body: bytes) -> str:
 def test_uploads_of_others_are_left_alone(
     s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path, trained: Path
 ) -> None:
-    """Begun before ours, or while ours was cut off: not a part, a type or a word of it is in the result; and where
-    ours are given up, theirs are not.
-    """
+    """Nothing of other uploads gets into the result, and giving up ours does not end theirs."""
     key = "models/out/model-00001-of-00003.safetensors"
     body = (sample_bf16 / Path(key).name).read_bytes()[:PART]
     theirs = {_of_a_stranger(client, key, body)}
@@ -307,9 +301,7 @@ def test_nothing_is_overwritten(s3: Server, client: Any, name: str, sample_fp8: 
 def test_a_place_of_the_same_last_name_does_not_go_on(
     s3: Server, client: Any, sample_fp8: Path, sample_bf16: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The state in the working directory has the last name alone; what it has sent elsewhere is not lost, and nobody is
-    told to delete it, or a lock that is not its own.
-    """
+    """State is found by the last name: parts sent elsewhere are not lost, and locks of others stay."""
     _interrupted(s3, _at_first_completion(), lambda: convert(sample_fp8, URL))
     s3.forget()
     for other in (f"s3://{BUCKET}/elsewhere/out", "out"):

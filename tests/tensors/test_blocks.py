@@ -94,9 +94,7 @@ def test_the_layers_of_modelopt(tmp_path: Path, where: str) -> None:
 
 
 def test_the_schemes_of_quark(tmp_path: Path) -> None:
-    """Layers by name and pattern, then classes, then all others; of several levels of scales, the one that is of
-    groups.
-    """
+    """Layers by name and pattern, then classes, then all others; of several levels of scales, the groups'."""
     lines, whole = {"weight": {"qscheme": "per_group", "group_size": 32}}, {"weight": {"qscheme": "per_tensor"}}
     levels = {"weight": [{"qscheme": "per_group", "group_size": 16}, {"qscheme": "per_tensor", "group_size": None}]}
     blocks = {"weight": {"qscheme": "per_block", "block_size": [128, 128]}}

@@ -122,15 +122,8 @@ def config_of(quantization: object) -> Spoil:
 FIRST = next(iter(PER_TENSOR.tensors))
 EVIL = {"evil.weight": Stored.of(np.zeros(3), "BF16")}
 NO_NAMES = (
-    "../x.safetensors",
-    "/etc/passwd",
-    "sub/x.safetensors",
-    "..",
-    ".",
-    "",
-    "a\\b.safetensors",
-    "x\0.safetensors",
-)
+    "../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\b.safetensors", "x\0.safetensors",
+)  # fmt: skip
 NO_INDEXES = ("", "{", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": null}',
               '{"weight_map": {"a": null}}', '{"weight_map": {"a": "f", "a": "f"}}', "\ud83d", "[" * 10**5)  # fmt: skip
 NO_CONFIGS = ("{", "[]", "3", '{"a": 1, "a": 2}', "\ud800", "[" * 100_000)

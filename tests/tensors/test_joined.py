@@ -128,9 +128,7 @@ def test_the_way_back_is_the_same_boxes(made: tuple[np.ndarray, Assembly, dict[s
 def test_a_joined_tensor_gives_its_values(
     made: tuple[np.ndarray, Assembly, dict[str, np.ndarray]], data: st.DataObject
 ) -> None:
-    """Any region into any strides, and any run of elements, through scratch however small; `reads` says what is read,
-    and no more is.
-    """
+    """Any region, into any strides, and any run, through any scratch; `reads` says what is read."""
     array, assembly, arrays = made
     store = MemoryStore({name: of.astype(np.int32).tobytes() for name, of in arrays.items()})
     sources = {
