@@ -35,7 +35,7 @@ Each message has the form *tensor, file, found, expected, what to do*, on one li
 shown with control characters escaped and shortened, so that no input can break the line.
 """
 
-from fp8ckpt.errors.base import Fp8CheckpointError, listed, shown
+from fp8ckpt.errors.base import Fp8CheckpointError, listed, shown, some
 from fp8ckpt.errors.files import (
     CheckpointNotFoundError,
     ConfigError,
@@ -73,5 +73,5 @@ __all__ = [
     "RanksDifferError", "RegionError", "ResumeMismatchError", "ScaleDtypeError", "ScaleShapeError",
     "ScaleValueError", "ServingError", "SourceChangedError", "StorageError", "TruncatedFileError",
     "UnknownTensorError", "UnsupportedFormatError", "UnsupportedStoreError", "UnsupportedSystemError",
-    "WeightValueError", "listed", "shown",
+    "WeightValueError", "listed", "shown", "some",
 ]  # fmt: skip

@@ -20,24 +20,29 @@ def shown(text: object) -> str:
     return clean if len(clean) <= _LONGEST_NAME else clean[:_LONGEST_NAME] + "..."
 
 
-def listed(names: Iterable[str]) -> str:
+def some(names: Iterable[str], most: int = 3) -> str:
     """The first of the names, and the number of others."""
-    names = sorted(names)
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(shown(name) for name in names[:_MOST_NAMES]) + more
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
+
+
+def listed(names: Iterable[str]) -> str:
+    """The same in alphabetical order, and more of them."""
+    return some(sorted(names), _MOST_NAMES)
 
 
 E = TypeVar("E", bound="Fp8CheckpointError")
 
 
 _SHOWN: dict[str, Callable[[Any], str]] = {
-    "shown": shown, "listed": listed, "joined": ", ".join, "count": lambda names: str(len(names)),
+    "shown": shown, "some": some, "listed": listed, "joined": ", ".join, "count": lambda names: str(len(names)),
 }  # fmt: skip
 
 
 class _Facts(Formatter):
-    """As `str.format`; and "{name:shown}" is a name from a file, "{names:listed}" are some of many,
-    "{names:joined}" are all of them, and "{names:count}" is how many there are.
+    """As `str.format`; and "{name:shown}" is a name from a file, "{names:some}" and "{names:listed}" are the first of
+    many, "{names:joined}" are all of them, and "{names:count}" is how many there are.
     """
 
     def format_field(self, value: Any, format_spec: str) -> Any:

@@ -6,7 +6,7 @@ from fp8ckpt.errors.base import Fp8CheckpointError, Says
 
 _NOT_STATED = "the weights are FP8, and no configuration says so"
 _MULTIPLES = "multiples of {part.block} {part.dimension}, where vLLM and SGLang raise ValueError otherwise"
-_UNLISTED = "{count} unquantized Linears are not in {key}: {some}"
+_UNLISTED = "{names:count} unquantized Linears are not in {key}: {names:some}"
 _TO_LIST = "list them: an engine makes FP8 of what it is not told to skip"
 _ACTIVATIONS = "the activation scale has shape {shape}, and is one of {count} that engines cannot load"
 _NO_DIMENSIONS = "store it without dimensions"
@@ -36,7 +36,7 @@ class ServingError(Fp8CheckpointError, ValueError):
         "if they are meant to be as they are, state no quantization of them: an engine would look for scales")
     of_contradiction = Says("it states quantization by ModelOpt, and {config} states {stated:shown}", "one method",
         "move away the file that does not speak of these weights")
-    of_stacks = Says("{count} stacks of experts are FP8 ({some}): {misread}", "an expert a tensor",
+    of_stacks = Says("{names:count} stacks of experts are FP8 ({names:some}): {misread}", "an expert a tensor",
         "leave them in BF16 (convert --scheme, --skip experts), or give each expert a tensor of its own")
     of_head = Says("the head is not {embeddings:shown}, and {said}", "the same bytes, or no head",
         "state false in all of it if the head is its own; an engine would serve the embeddings in its place")
@@ -45,12 +45,13 @@ class ServingError(Fp8CheckpointError, ValueError):
     of_unlisted = Says(_UNLISTED, "a name or a pattern for each", _TO_LIST)
     of_unlisted_names = Says(_UNLISTED, "each by its full name: vLLM skips no module that a prefix stands for",
         _TO_LIST)
-    of_unlisted_parts = Says("{count} parts of the model that hold nothing FP8 are not in {key}: {some}",
+    of_unlisted_parts = Says("{names:count} parts of the model that hold nothing FP8 are not in {key}: {names:some}",
         "each by its prefix, as transformers and SGLang read the list", _TO_LIST)
-    of_listed = Says("{count} FP8 tensors are in {key}: {some}", "none that is FP8",
+    of_listed = Says("{names:count} FP8 tensors are in {key}: {names:some}", "none that is FP8",
         "take them off the list: an engine would read codes as weights")
     of_misread_list = Says(
-        "transformers {version} takes {entry:shown} in {key} for the {part} FP8 tensors' names: {some}",
+        "transformers {version} takes {entry:shown} in {key} for the {part} of {names:count} FP8 tensors' "
+        "names: {names:some}",
         "none that is FP8", "list what is not FP8 by its full name, and with a $ after it where other names begin so")
 
     # ---------------------------------------------------------------- scales
@@ -69,7 +70,7 @@ class ServingError(Fp8CheckpointError, ValueError):
         "quantize these weights again (convert --scales fresh): engines keep only the exponents of such scales")
 
     # ---------------------------------------------------------------- what engines join and shard
-    of_mixed = Says("{count} groups of weights that engines join are FP8 in part; the first is {some}",
+    of_mixed = Says("{count} groups of weights that engines join are FP8 in part; the first is {names:some}",
         "all FP8, or none", "quantize all of a group, or none: vLLM refuses to build the layer")
     of_torn = Says("{count} FP8 tensors {why} and are not whole blocks: {part}", _MULTIPLES,
         "convert the BF16 weights with --scheme block, which leaves such, or with per-tensor or channel")
@@ -77,11 +78,11 @@ class ServingError(Fp8CheckpointError, ValueError):
         _MULTIPLES, "serve it with {largest} or fewer; experts that are not cut (expert parallelism) fit")
 
     # ---------------------------------------------------------------- files
-    of_native_weights = Says("Mistral's own copy of the weights stands beside the others: {some}", "one copy",
+    of_native_weights = Says("Mistral's own copy of the weights stands beside the others: {names:some}", "one copy",
         "move it away: vLLM serves it instead of the others")
     of_native_config = Says("Mistral's own configuration stands beside weights that it does not speak of",
         "{config} alone", "move it away: vLLM reads it, and looks for consolidated*.safetensors")
-    of_other_weights = Says("weights of another kind stand beside the safetensors files: {some}", "one copy",
+    of_other_weights = Says("weights of another kind stand beside the safetensors files: {names:some}", "one copy",
         "move them away: an engine may load them instead")
     of_no_index = Says("{count} safetensors files without an index", "model.safetensors.index.json",
         "take the index that was written with them, or write the directory anew with convert, which makes one")

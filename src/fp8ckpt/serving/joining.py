@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
-from fp8ckpt.errors import ServingError
+from fp8ckpt.errors import ServingError, some
 from fp8ckpt.families.parallel import Block, Heads, Ragged, ragged, sibling_units
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.serving import notes
-from fp8ckpt.serving.subject import Finding, Subject, some
+from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.blocks import block_sizes
 from fp8ckpt.tensors.formats import module_of
 from fp8ckpt.tensors.scaled import QuantizedTensor
@@ -35,7 +35,7 @@ def mixed(subject: Subject) -> Iterator[Finding]:
     units = [unit for unit in sibling_units(tensors) if len({tensors[name].scaled is None for name in unit}) > 1]
     if units:
         tensor = next(name for name in units[0] if tensors[name].scaled is None)
-        yield ServingError.of_mixed(tensor, file=subject.file, count=len(units), some=some(units[0]))
+        yield ServingError.of_mixed(tensor, file=subject.file, count=len(units), names=units[0])
 
 
 def blocks(subject: Subject) -> Iterator[Finding]:

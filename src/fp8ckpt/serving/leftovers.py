@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8ckpt.errors import ServingError
-from fp8ckpt.serving.subject import Finding, Subject, some
+from fp8ckpt.serving.subject import Finding, Subject
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG
 from fp8ckpt.tensors.directory import is_native, is_of_another_kind
 
@@ -17,11 +17,11 @@ def second_copies(subject: Subject) -> Iterator[Finding]:
     names = sorted(name for name in subject.checkpoint.store.files() if "/" not in name)
     if any(not is_native(header.file.name) for header in subject.checkpoint.files):
         if second := [name for name in names if is_native(name)]:
-            yield ServingError.of_native_weights(file=second[0], some=some(second))
+            yield ServingError.of_native_weights(file=second[0], names=second)
         if MISTRAL_CONFIG in names:
             yield ServingError.of_native_config(file=MISTRAL_CONFIG, config=CONFIG)
     if others := [name for name in names if name.endswith(_LOADED) and is_of_another_kind(name)]:
-        yield ServingError.of_other_weights(file=others[0], some=some(others))
+        yield ServingError.of_other_weights(file=others[0], names=others)
 
 
 def index_and_metadata(subject: Subject) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from fp8ckpt.serving.skip_list import (
     unquantized_linears,
     unquantized_parts,
 )
-from fp8ckpt.serving.subject import METHODS, UNKNOWN, Finding, Method, Subject, guessed_method, some, strings
+from fp8ckpt.serving.subject import METHODS, UNKNOWN, Finding, Method, Subject, guessed_method, strings
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.checkpoint import Checkpoint
 from fp8ckpt.tensors.formats import module_of
@@ -36,7 +36,7 @@ def complete(subject: Subject) -> Iterator[Finding]:
         by_name = ServingError.of_unlisted_names if stated.row.both_forms else ServingError.of_unlisted
         for unlisted, names in ((by_name, missing.names), (ServingError.of_unlisted_parts, missing.prefixes)):
             if names:
-                yield unlisted(names[0], file=stated.file, count=len(names), key=key, some=some(names))
+                yield unlisted(names[0], file=stated.file, key=key, names=names)
 
 
 def true(subject: Subject) -> Iterator[Finding]:
@@ -49,7 +49,7 @@ def true(subject: Subject) -> Iterator[Finding]:
         skip_list = SkipList.of(entries)
         listed = [m for m in modules if skip_list.reaches(m) or skip_list.reaches(subject.native(m))]
         if listed:
-            yield ServingError.of_listed(listed[0], file=stated.file, count=len(listed), key=key, some=some(listed))
+            yield ServingError.of_listed(listed[0], file=stated.file, key=key, names=listed)
         if not stated.row.by_transformers:
             continue
         known = set(listed)
@@ -57,13 +57,9 @@ def true(subject: Subject) -> Iterator[Finding]:
         for version, part, like in (("5.18", "beginning", skip_list.begins), ("5.23", "end", skip_list.ends)):
             taken = [(m, entry) for m in others if (entry := like(m) or like(subject.native(m)))]
             if taken:
-                (module, entry), names, misread = (
-                    taken[0],
-                    some(name for name, _ in taken),
-                    f"the {part} of {len(taken)}",
-                )
+                names, entry = [name for name, _ in taken], taken[0][1]
                 yield ServingError.of_misread_list(
-                    module, file=stated.file, version=version, entry=entry, key=key, part=misread, some=names
+                    names[0], file=stated.file, version=version, entry=entry, key=key, part=part, names=names
                 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fp8ckpt.errors import ServingError, shown
+from fp8ckpt.errors import ServingError, shown, some
 from fp8ckpt.families.loaders import engines_that_rename_scales, has_no_fp8_experts, is_stack, misreads_stacks
 from fp8ckpt.families.roles import is_built_plain
 from fp8ckpt.families.tied import HEADS, embeddings_and_head, has_language_head, ties_embeddings
@@ -12,7 +12,7 @@ from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.numerics.geometry import tiled
 from fp8ckpt.serving import notes
 from fp8ckpt.serving.skip_list import SkipList, unquantized_linears
-from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_method, some, strings
+from fp8ckpt.serving.subject import METHODS, SCHEMES, Finding, Subject, guessed_method, strings
 from fp8ckpt.tensors import config as configuration
 from fp8ckpt.tensors.config import CONFIG, MISTRAL_CONFIG, MODELOPT_CONFIG, Json
 from fp8ckpt.tensors.reading import same_bits
@@ -125,8 +125,7 @@ def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
     stated, config = subject.stated, subject.checkpoint.config
     if not stacks or stated is None or (misread := misreads_stacks(config, stated.method)) is None:
         return
-    names = some(tensor.name for tensor in stacks)
-    failure = ServingError.of_stacks(stacks[0], count=len(stacks), some=names, misread=misread)
+    failure = ServingError.of_stacks(stacks[0], names=[tensor.name for tensor in stacks], misread=misread)
     yield failure if has_no_fp8_experts(config) else failure.found
 
 

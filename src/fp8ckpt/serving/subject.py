@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from fp8ckpt.errors import ConfigError, ServingError, shown
+from fp8ckpt.errors import ConfigError, ServingError
 from fp8ckpt.families.names import KeyLayout, layout_on_disk
 from fp8ckpt.numerics.codes import FP8_DTYPES
 from fp8ckpt.tensors import config as configuration
@@ -20,7 +20,6 @@ from fp8ckpt.tensors.scaled import QuantizedTensor
 Finding = ServingError | str  # a failure, or a note
 SCHEMES = ("static", "dynamic")
 _MISTRAL_STATIC = {"TENSOR": (True,), "NO_SCALES": (False,)}  # qscheme_act in params.json
-_NAMED = 3  # examples in a message
 
 #: Takes a module; {True} if it is stated to have an activation scale, {False} if to have none; both if statements
 #: contradict each other, empty if nothing is stated.
@@ -207,13 +206,6 @@ class Subject:
     def file(self) -> str:
         """The file that states quantization, or should."""
         return self.stated.file if self.stated else MISTRAL_CONFIG if self.is_native_only else CONFIG
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = len(names) - _NAMED
-    return ", ".join(shown(name) for name in names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def strings(value: Any) -> Sequence[str]:
