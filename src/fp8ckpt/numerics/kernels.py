@@ -451,6 +451,24 @@ def _errors_of_row(
         errors[i] = abs(decoded(codes[i], form) * factors[i] - size)
 
 
+@compiled(inline="always")
+def _add_by_halves(sizes: Array, errors: Array, sums: Array) -> None:
+    """Add magnitudes and errors, both f32 [n], to the first two of ``sums``, and overwrite them: halves are added, an
+    order that vector instructions can keep, and that loses little.
+    """
+    left_over = sizes.size
+    while left_over > 16:
+        half = (left_over + 1) // 2
+        for i in range(left_over - half):
+            sizes[i] += sizes[i + half]
+        for i in range(left_over - half):
+            errors[i] += errors[i + half]
+        left_over = half
+    for i in range(left_over):
+        sums[0] += np.float64(sizes[i])
+        sums[1] += np.float64(errors[i])
+
+
 @compiled()
 def tally_blocks(
     values: Array,
@@ -496,18 +514,7 @@ def tally_blocks(
                 outgrown = np.int32(outgrown + np.int32(sizes[i] > bounds[i]))
                 largest = max(largest, np.float32(sizes[i]).view(np.int32))
                 worst = max(worst, np.float32(errors[i]).view(np.int32))
-            # Sums by halves, in place: an order of addition that vector instructions can keep, and that loses little.
-            left_over = size
-            while left_over > 16:
-                half = (left_over + 1) // 2
-                for i in range(left_over - half):
-                    sizes[i] += sizes[i + half]
-                for i in range(left_over - half):
-                    errors[i] += errors[i + half]
-                left_over = half
-            for i in range(left_over):
-                sums[0] += np.float64(sizes[i])
-                sums[1] += np.float64(errors[i])
+            _add_by_halves(sizes, errors, sums)
             sums[2] = max(sums[2], np.float64(np.int32(largest).view(np.float32)))
             sums[3] = max(sums[3], np.float64(np.int32(worst).view(np.float32)))
             counts[0] += clipped
@@ -534,16 +541,7 @@ def compare_values(before: Array, after: Array, sums: Array) -> int:
             distances[i] = distance if counted else np.float32(0)
         for i in range(size):
             largest, worst = max(largest, magnitudes[i]), max(worst, distances[i])
-        left_over = size
-        while left_over > 16:  # as in `tally_blocks`
-            half = (left_over + 1) // 2
-            for i in range(left_over - half):
-                magnitudes[i] += magnitudes[i + half]
-                distances[i] += distances[i + half]
-            left_over = half
-        for i in range(left_over):
-            sums[0] += np.float64(magnitudes[i])
-            sums[1] += np.float64(distances[i])
+        _add_by_halves(magnitudes[:size], distances[:size], sums)
         sums[2] = max(sums[2], np.float64(largest))
         sums[3] = max(sums[3], np.float64(worst))
     return unequal
