@@ -453,8 +453,8 @@ def _errors_of_row(
 
 @compiled(inline="always")
 def _add_by_halves(sizes: Array, errors: Array, sums: Array) -> None:
-    """Add magnitudes and errors, both f32 [n], to the first two of ``sums``, and overwrite them: halves are added, an
-    order that vector instructions can keep, and that loses little.
+    """Add magnitudes and errors, both f32 [n], to the first two of ``sums``, and overwrite them. Halves are added to
+    each other: vector instructions can keep that order, and it loses little.
     """
     left_over = sizes.size
     while left_over > 16:

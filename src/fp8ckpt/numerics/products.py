@@ -95,6 +95,19 @@ def _decode_row(codes: Array, scale: Any, out: Array) -> None:
         out[i] = np.int32(size | np.int32(np.int32(code & np.int32(0x80)) << np.int32(24))).view(np.float32)
 
 
+@compiled(inline="always", error_model="numpy")
+def _encode_row(values: Array, divisors: Array, most: Any, limit: Any, codes: Array, counts: Array) -> Any:
+    """Encode values f32 [n] to codes u8 [n], and return the bits i32 of the largest magnitude, as `_merge_codes`."""
+    bits, top = values.view(np.int32), np.int32(0)
+    for i in range(values.size):
+        top = max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+    if np.int32(top).view(np.float32) > limit:
+        for i in range(values.size):
+            counts[1] += abs(values[i]) > limit
+    encode_row(values.view(np.uint32), divisors, most, FORM, codes)
+    return top
+
+
 @compiled(error_model="numpy")
 def _merge_codes(
     codes: Array,
@@ -146,15 +159,8 @@ def _merge_codes(
                     add_tile(lefts, panels[panel], first, ends[product], scalings[product], new, panel * COLS)
                 first = ends[product]
             for r in range(count):
-                bits, coded = new[r, :size].view(np.int32), codes[row + r, start : start + size]
-                top = np.int32(0)
-                for i in range(size):
-                    top = max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
-                largest = max(largest, top)
-                if np.int32(top).view(np.float32) > limit:
-                    for i in range(size):
-                        counts[1] += abs(new[r, i]) > limit
-                encode_row(new[r, :size].view(np.uint32), divisors[:size], most, FORM, coded)
+                coded = codes[row + r, start : start + size]
+                largest = max(largest, _encode_row(new[r, :size], divisors[:size], most, limit, coded, counts))
                 _decode_row(coded, scale, stored[r, :size])
             add_arrived(old.reshape(-1), new.reshape(-1), stored.reshape(-1), lanes, changed)
     sum_arrived(lanes, changed, sums, counts)
