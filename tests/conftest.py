@@ -56,6 +56,7 @@ def pytest_collection_finish() -> None:
     """What has been imported and collected stays: the collector of garbage need not look at it ever."""
     gc.freeze()
     gc.enable()
+    gc.set_threshold(20_000, 50, 100)  # of 700, 10 and 10 a sixteenth of all time is the collector's
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
