@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -233,9 +234,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor's values, in row-major order."""
-    flat = (
-        tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
-    )  # reshape() keeps odd strides of one element
+    # reshape() keeps odd strides of one element
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().tobytes()
 
 
@@ -262,6 +262,22 @@ def rewrite(
     return destination
 
 
+def rescaled(source: Path, destination: Path, change: Callable[[np.ndarray], Stored], **more: Any) -> Path:
+    """A copy whose scales are others, made of their values in float32."""
+
+    def edit(tensors: dict[str, Stored]) -> dict[str, Stored]:
+        scales = {name: change(t.array.astype(np.float32)) for name, t in tensors.items() if "_scale_inv" in name}
+        return {**tensors, **scales}
+
+    return rewrite(source, destination, edit, **more)
+
+
+def single(adapter: Any, weight: torch.Tensor, name: str = "a.weight") -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales that an adapter makes of one weight."""
+    (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
+    return codes, scale
+
+
 def tied(source: Path, destination: Path, head: str | None = None) -> Path:
     """A checkpoint whose configuration ties; its head absent, "equal" to the embeddings, or "other"."""
 
@@ -269,10 +285,7 @@ def tied(source: Path, destination: Path, head: str | None = None) -> Path:
         name = next(name for name in tensors if name.endswith("lm_head.weight"))
         embeddings = next(name for name in tensors if name.endswith("embed_tokens.weight"))
         kept = {key: tensor for key, tensor in tensors.items() if key != name}
-        return {
-            **kept,
-            **({"equal": {name: tensors[embeddings]}, "other": {name: tensors[name]}}[head] if head else {}),
-        }
+        return kept | {None: {}, "equal": {name: tensors[embeddings]}, "other": {name: tensors[name]}}[head]
 
     def tie(config: dict[str, Any]) -> None:
         config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True

@@ -59,9 +59,8 @@ def test_numbers_of_every_family(name: str, tmp_path: Path) -> None:
     assert {(scheme.dtype, scheme.scale_dtype) for scheme in found.schemes} == {scheme[:2] for scheme in schemes}
     assert sum(scheme.tensors for scheme in found.schemes) == len(family.blocks)
     assert sum(scheme.elements for scheme in found.schemes) == sum(numel(family.tensors[w]) for w in family.blocks)
-    assert sum(scheme.bytes for scheme in found.schemes) == sum(
-        len(family.tensors[w].data) + len(family.tensors[s].data) for w, (s, _) in family.blocks.items()
-    )
+    both = [family.tensors[key] for weight, (scale, _) in family.blocks.items() for key in (weight, scale)]
+    assert sum(scheme.bytes for scheme in found.schemes) == sum(len(tensor.data) for tensor in both)
     scheme = found.schemes[0]
     if name in BLOCKS:
         assert (scheme.block, scheme.scale_shape) == BLOCKS[name]
@@ -133,17 +132,14 @@ def test_skip_lists(key: str, entry: str, listed: bool, tmp_path: Path) -> None:
 def test_skip_list_of_modelopt(tmp_path: Path) -> None:
     """hf_quant_config.json has a skip list of its own."""
     found = inspect(FAMILIES["ModelOpt 4-D"].write(tmp_path / "fp8"))
-    assert {row.modules: row.reason for row in found.unquantized}[
-        "lm_head.weight",
-    ] == "in the configuration's skip list"
+    reasons = {row.modules: row.reason for row in found.unquantized}
+    assert reasons["lm_head.weight",] == "in the configuration's skip list"
 
 
 def test_nothing_quantized(tmp_path: Path) -> None:
     """A bf16 checkpoint has no scheme and no defect, and bf16 takes what is stored."""
-    source = Family({"a.weight": Stored("BF16", (2, 3), bytes(12)), "b": Stored("F32", (), bytes(4))}, {}, {}).write(
-        tmp_path / "bf16"
-    )
-    found = inspect(source)
+    tensors = {"a.weight": Stored("BF16", (2, 3), bytes(12)), "b": Stored("F32", (), bytes(4))}
+    found = inspect(Family(tensors, {}, {}).write(tmp_path / "bf16"))
     assert found.schemes == ()
     assert {row.reason for row in found.unquantized} == {"nothing is quantized"}
     assert found.bf16_bytes == found.stored_bytes == 16
@@ -152,12 +148,8 @@ def test_nothing_quantized(tmp_path: Path) -> None:
 def test_mixed_schemes_are_told_apart_largest_first(tmp_path: Path) -> None:
     """Per-tensor, per-channel and block scales in one checkpoint: a row each."""
     tensors: dict[str, Stored] = {}
-    for name, weight, scale in (
-        ("a", (4, 4), ()),
-        ("b", (300, 200), (3, 2)),
-        ("c", (40, 24), (40, 1)),
-        ("d", (8, 8), ()),
-    ):
+    shapes = (((4, 4), ()), ((300, 200), (3, 2)), ((40, 24), (40, 1)), ((8, 8), ()))
+    for name, (weight, scale) in zip("abcd", shapes, strict=True):
         tensors[f"{name}.weight"] = Stored.codes(np.zeros(weight, np.uint8))
         tensors[f"{name}.weight_scale"] = Stored.of(np.ones(scale, np.float32), "F32")
     config = {"quantization_config": {"weight_block_size": [128, 128]}}
@@ -203,16 +195,8 @@ def test_command_line(sample_fp8: Path, tmp_path: Path, cli: Run) -> None:
     """A table for people, JSON for machines; exit 0 without a defect, 1 with one, 2 for usage."""
     done = cli("inspect", sample_fp8)
     assert (done.returncode, done.stderr) == (0, "")
-    for part in (
-        "45 tensors",
-        "F8_E4M3",
-        "per tensor",
-        "activation scales: 14",
-        "in bf16: ",
-        "defects: none",
-        "in the configuration's skip list",
-    ):
-        assert part in done.stdout
+    parts = ("45 tensors", "F8_E4M3", "per tensor", "activation scales: 14", "in bf16: ", "defects: none")
+    assert all(part in done.stdout for part in (*parts, "in the configuration's skip list"))
     as_json = json.loads(cli("inspect", sample_fp8, "--json").stdout)
     found = inspect(sample_fp8)
     assert as_json["schemes"] == [found.schemes[0].__dict__]
@@ -260,9 +244,8 @@ def test_tensors_are_listed(name: str, tmp_path: Path) -> None:
     source = family.write(tmp_path / "fp8")
     found = inspect(source, tensor="", scales=True)
     stored = {family.name(key): key for key in family.blocks}
-    assert {row.name: row.shape for row in found.listed} == {
-        name: tensor.shape for name, tensor in family.expected().items()
-    }
+    shapes = {name: tensor.shape for name, tensor in family.expected().items()}
+    assert {row.name: row.shape for row in found.listed} == shapes
     for row in found.listed:
         key = stored.get(row.name, row.name)
         assert row.dtype == family.tensors[key].dtype
@@ -276,26 +259,21 @@ def test_tensors_are_listed(name: str, tmp_path: Path) -> None:
         assert row.scales is not None
         assert (row.scales.count, row.scales.least, row.scales.greatest) == (values.size, values.min(), values.max())
     assert sum(kind.weights for kind in found.scales) == len(family.blocks)
-    assert sum(kind.scales.count for kind in found.scales) == sum(
-        scale_floats(family.tensors[scale]).size for scale, _ in family.blocks.values()
-    )
+    sizes = [scale_floats(family.tensors[scale]).size for scale, _ in family.blocks.values()]
+    assert sum(kind.scales.count for kind in found.scales) == sum(sizes)
 
 
 def test_a_pattern_is_searched_in_names(sample_fp8: Path, cli: Run) -> None:
     """Only what matches is listed; nothing that does is told in one line; a pattern that is none is wrong usage."""
     found = inspect(sample_fp8, tensor=r"layers\.1\.mlp\.(gate|up)_proj")
-    assert [row.name.rpartition("layers.")[2] for row in found.listed] == [
-        "1.mlp.gate_proj.weight",
-        "1.mlp.up_proj.weight",
-    ]
+    names = [row.name.rpartition("layers.")[2] for row in found.listed]
+    assert names == ["1.mlp.gate_proj.weight", "1.mlp.up_proj.weight"]
     assert (inspect(sample_fp8).listed, inspect(sample_fp8).scales) == ((), ())
     with pytest.raises(UnknownTensorError, match="no tensor has a name like 'nothing'"):
         inspect(sample_fp8, tensor="nothing")
     done = cli("inspect", sample_fp8, "--tensor", r"self_attn\.o_proj")
-    assert [line.split()[0].rpartition("layers.")[2] for line in done.stdout.splitlines()[1:-1]] == [
-        "0.self_attn.o_proj.weight",
-        "1.self_attn.o_proj.weight",
-    ]
+    names = [line.split()[0].rpartition("layers.")[2] for line in done.stdout.splitlines()[1:-1]]
+    assert names == ["0.self_attn.o_proj.weight", "1.self_attn.o_proj.weight"]
     assert cli("inspect", sample_fp8, "--tensor", "nothing").returncode == 1
     done = cli("inspect", sample_fp8, "--tensor", "o_proj(")
     assert (done.returncode, "no regular expression" in done.stderr) == (2, True)

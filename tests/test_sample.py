@@ -68,11 +68,8 @@ def test_config_is_the_released_one(sample_fp8: Path) -> None:
     assert config["architectures"] == ["Mistral3ForConditionalGeneration"]
     assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == ("ministral3", "pixtral")
     quantization = config["quantization_config"]
-    assert (quantization["quant_method"], quantization["activation_scheme"], quantization["weight_block_size"]) == (
-        "fp8",
-        "static",
-        None,
-    )
+    stated = [quantization[key] for key in ("quant_method", "activation_scheme", "weight_block_size")]
+    assert stated == ["fp8", "static", None]
     assert quantization["modules_to_not_convert"] == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
@@ -117,11 +114,8 @@ def test_block_scheme_has_ragged_blocks(sample_block: Path) -> None:
 def test_files(sizes: Mistral3Sizes | DeepseekSizes, files: int, tmp_path: Path) -> None:
     """Files of about equal size, a true index, side files; a scale in another file than its weight."""
     source = sample(tmp_path / "fp8", sizes, files=files)
-    names = (
-        [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
-        if files > 1
-        else ["model.safetensors"]
-    )
+    names = [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
+    names = names if files > 1 else ["model.safetensors"]
     assert set(os.listdir(source)) == {*names, *SIDE_FILES, "model.safetensors.index.json"}
     sizes_on_disk = [(source / name).stat().st_size for name in names]
     assert max(sizes_on_disk) < 1.5 * sum(sizes_on_disk) / files
@@ -164,11 +158,8 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     assert len(checkpoint.quantized) == 616
     prefix = "model.language_model.layers.87."
-    shapes = {
-        name.removeprefix(prefix): tensor.shape
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(prefix)
-    }
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    shapes = {name.removeprefix(prefix): checkpoint[name].shape for name in names}
     assert shapes == {
         "input_layernorm.weight": (12288,), "post_attention_layernorm.weight": (12288,),
         "self_attn.q_proj.weight": (12288, 12288), "self_attn.k_proj.weight": (1024, 12288),
@@ -177,11 +168,8 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
         "mlp.down_proj.weight": (12288, 28672),
     }  # fmt: skip
     assert "model.language_model.layers.88.input_layernorm.weight" not in checkpoint.tensors
-    assert (
-        checkpoint["lm_head.weight"].shape
-        == checkpoint["model.language_model.embed_tokens.weight"].shape
-        == (131072, 12288)
-    )
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        assert checkpoint[name].shape == (131072, 12288)
     elements = sum(tensor.numel for tensor in checkpoint.tensors.values())
     assert 125e9 < elements < 131e9
     files = list(source.glob("*.safetensors"))
@@ -196,9 +184,8 @@ def test_true_shape_of_mistral_medium(tmp_path: Path) -> None:
 def test_true_shape_of_deepseek() -> None:
     """The released sizes of DeepSeek V3: 61 layers, 256 experts."""
     sizes = DeepseekSizes.true_shape()
-    assert (sizes.layers, sizes.dense_layers, sizes.hidden, sizes.intermediate, sizes.expert_intermediate) == (
-        61, 3, 7168, 18432, 2048,
-    )  # fmt: skip
+    assert (sizes.layers, sizes.dense_layers, sizes.hidden) == (61, 3, 7168)
+    assert (sizes.intermediate, sizes.expert_intermediate) == (18432, 2048)
     assert (sizes.experts, sizes.heads, sizes.q_rank, sizes.kv_rank, sizes.vocabulary) == (256, 128, 1536, 512, 129280)
 
 

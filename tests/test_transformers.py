@@ -35,11 +35,9 @@ def models(
     source = sample(folder / "fp8", layout=request.param)
     convert(source, folder / "bf16")
     quantization = json.loads((source / "config.json").read_text())["quantization_config"]
+    skipped = quantization["modules_to_not_convert"]
     config = FineGrainedFP8Config(
-        dequantize=True,
-        weight_block_size=None,
-        activation_scheme="static",
-        modules_to_not_convert=quantization["modules_to_not_convert"],
+        dequantize=True, weight_block_size=None, activation_scheme="static", modules_to_not_convert=skipped
     )
     ours, info = Mistral3ForConditionalGeneration.from_pretrained(
         folder / "bf16", dtype=torch.bfloat16, output_loading_info=True

@@ -19,7 +19,7 @@ from fp8ckpt.sample import Mistral3Sizes
 from fp8ckpt.verify import TensorDifference
 from tests.conftest import Run
 from tests.miniatures import Family, families
-from tests.oracle import Stored, read_directory, read_safetensors, write_safetensors
+from tests.oracle import Stored, read_directory, read_safetensors, write_plain, write_safetensors
 
 FAMILIES = families()
 WEIGHT, SCALE = "m.q.weight", "m.q.weight_scale_inv"
@@ -101,9 +101,8 @@ def test_every_family_is_the_same_as_its_conversion(name: str, tmp_path: Path) -
     assert verify(source, tmp_path / "out").ok
     stored = next(iter(FAMILIES[name].blocks))
     weight = FAMILIES[name].name(stored)
-    replace(
-        tmp_path / "out", weight, lambda t: Stored(t.dtype, t.shape, t.data[:-2] + bytes((t.data[-2] ^ 1, t.data[-1])))
-    )
+    flipped = lambda t: t._replace(data=t.data[:-2] + bytes((t.data[-2] ^ 1, t.data[-1])))  # noqa: E731
+    replace(tmp_path / "out", weight, flipped)
     (difference,) = verify(source, tmp_path / "out").tensor_differences
     numel = int(np.prod(FAMILIES[name].tensors[stored].shape))
     assert (difference.name, difference.elements, difference.numel) == (weight, 1, numel)
@@ -118,15 +117,11 @@ def test_differing_values_are_counted_and_measured(sample_fp8: Path, bf16: Path)
     replace(bf16, b, as_dtype("BF16", _0=-3.0))
     result = verify(sample_fp8, bf16)
     assert not result.ok
-    assert {difference.name: difference for difference in result.tensor_differences} == {
-        a: TensorDifference(
-            a, "values differ", 2, values[a].size, abs(100.0 - float(values[a][5])), pytest.approx(1.0, abs=0.1)
-        ),
-        b: TensorDifference(
-            b, "values differ", 1, values[b].size, abs(float(values[b][0]) + 3.0),
-            abs(float(values[b][0]) + 3.0) / max(3.0, abs(float(values[b][0]))),
-        ),
-    }  # fmt: skip
+    one, two = {difference.name: difference for difference in result.tensor_differences}, float(values[b][0])
+    measured = abs(100.0 - float(values[a][5])), pytest.approx(1.0, abs=0.1)
+    assert one.pop(a) == TensorDifference(a, "values differ", 2, values[a].size, *measured)
+    measured = abs(two + 3.0), abs(two + 3.0) / max(3.0, abs(two))
+    assert one == {b: TensorDifference(b, "values differ", 1, values[b].size, *measured)}
     swapped = verify(bf16, sample_fp8)
     assert set(swapped.tensor_differences) == set(result.tensor_differences)
 
@@ -139,14 +134,12 @@ def test_differences_add_up_over_chunks(workers: int, tmp_path: Path) -> None:
     right = left.copy()
     right.reshape(-1)[[0, 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 7, 2_999_999]] += (0.5, 1.0, 8.0, 0.25, 2.0, 0.125)
     for name, array in (("a", left), ("b", right)):
-        (tmp_path / name).mkdir()
-        write_safetensors(tmp_path / name / "model.safetensors", {"w": Stored.of(array, "F32")})
+        write_plain(tmp_path / name, {"w": Stored.of(array, "F32")})
     (difference,) = verify(tmp_path / "a", tmp_path / "b", workers=workers).tensor_differences
     distance = np.abs(left.astype(np.float64) - right.astype(np.float64))
     relative = distance / np.maximum(np.abs(left), np.abs(right)).astype(np.float64)
-    assert difference == TensorDifference(
-        "w", "values differ", 6, 3_000_000, float(distance.max()), float(relative.max())
-    )
+    largest = float(distance.max()), float(relative.max())
+    assert difference == TensorDifference("w", "values differ", 6, 3_000_000, *largest)
 
 
 def test_signed_zeros_and_nan_payloads_differ(tmp_path: Path) -> None:
@@ -154,21 +147,15 @@ def test_signed_zeros_and_nan_payloads_differ(tmp_path: Path) -> None:
     nan = np.array([0x7FC00000, 0x7FC00000, 0x3F800000], np.uint32).view(np.float32)
     other = np.array([0x7FC00001, 0x7FC00000, 0x7F800000], np.uint32).view(np.float32)
     for name, zero, n in (("a", 0.0, nan), ("b", -0.0, other)):
-        (tmp_path / name).mkdir()
         far = Stored.of(np.array([1e308 if name == "a" else -1e308]), "F64")
-        tensors = {
-            "zero": Stored.of(np.array([zero, 1.0], np.float32), "F32"),
-            "nan": Stored("F32", (3,), n.tobytes()),
-            "far": far,
-        }
-        write_safetensors(tmp_path / name / "model.safetensors", tensors)
+        zeros, nans = Stored.of(np.array([zero, 1.0], np.float32), "F32"), Stored("F32", (3,), n.tobytes())
+        write_plain(tmp_path / name, {"zero": zeros, "nan": nans, "far": far})
     differences = verify(tmp_path / "a", tmp_path / "b").tensor_differences
+    largest = sys.float_info.max  # and not infinite
     assert set(differences) == {
         TensorDifference("zero", "values differ", 1, 2, 0.0, 0.0),
         TensorDifference("nan", "values differ", 2, 3, None, None),
-        TensorDifference(
-            "far", "values differ", 1, 1, largest := sys.float_info.max, largest / 1e308
-        ),  # and not infinite
+        TensorDifference("far", "values differ", 1, 1, largest, largest / 1e308),
     }
     assert verify(tmp_path / "a", tmp_path / "a").ok
 
@@ -198,8 +185,7 @@ def test_a_configuration_with_infinities(sample_fp8: Path, tmp_path: Path) -> No
 def test_every_dtype_is_compared(dtype: str, tmp_path: Path) -> None:
     """Unquantized tensors of any dtype; integers differ without a distance, floats with one."""
     for name, values in (("a", [0, 1, 1, 0, 1]), ("b", [0, 1, 0, 0, 0])):
-        (tmp_path / name).mkdir()
-        write_safetensors(tmp_path / name / "model.safetensors", {"w": Stored.of(np.array(values), dtype)})
+        write_plain(tmp_path / name, {"w": Stored.of(np.array(values), dtype)})
     (difference,) = verify(tmp_path / "a", tmp_path / "b").tensor_differences
     measured = (1.0, 1.0) if dtype.startswith("F") else (None, None)
     assert difference == TensorDifference("w", "values differ", 2, 5, *measured)
@@ -252,11 +238,8 @@ def test_nan_codes_are_counted_on_each_side(tmp_path: Path) -> None:
     source = Family(tensors, {}, {WEIGHT: (SCALE, (30, 40))}).write(tmp_path / "fp8")
     convert(source, tmp_path / "out")
     assert verify(source).nan_codes == ({WEIGHT: 2},)
-    for pair, counts in (
-        ((source, tmp_path / "out"), ({WEIGHT: 2}, {})),
-        ((source, source), ({WEIGHT: 2}, {WEIGHT: 2})),
-    ):
-        result = verify(*pair)
+    for other, counts in ((tmp_path / "out", ({WEIGHT: 2}, {})), (source, ({WEIGHT: 2}, {WEIGHT: 2}))):
+        result = verify(source, other)
         assert result.ok
         assert result.nan_codes == counts
 
@@ -368,9 +351,8 @@ def test_quantization_files_of_modelopt_and_mistral(tmp_path: Path) -> None:
         assert verify(source, tmp_path / f"{name} out").ok
     params = tmp_path / "Mistral native out/params.json"
     params.write_text('{"dim": 17}')
-    assert verify(tmp_path / "Mistral native", tmp_path / "Mistral native out").file_differences == (
-        "params.json: dim differs",
-    )
+    found = verify(tmp_path / "Mistral native", tmp_path / "Mistral native out")
+    assert found.file_differences == ("params.json: dim differs",)
 
 
 def test_another_partition_is_the_same(sample_fp8: Path, tmp_path: Path) -> None:
@@ -438,8 +420,7 @@ def test_empty_and_scalar_tensors_are_compared(tmp_path: Path) -> None:
     value = np.array(1.125, np.float32)
     plain = {"e.weight": Stored("BF16", (0, 4), b""), "s.weight": Stored.of(value, "BF16"), "empty": tensors["empty"]}
     for name, stored in (("a", tensors), ("b", plain)):
-        (tmp_path / name).mkdir()
-        write_safetensors(tmp_path / name / "model.safetensors", stored)
+        write_plain(tmp_path / name, stored)
     assert verify(tmp_path / "a").ok
     assert verify(tmp_path / "a", tmp_path / "a").ok
     assert verify(tmp_path / "a", tmp_path / "b").ok

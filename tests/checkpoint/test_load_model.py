@@ -57,7 +57,7 @@ from tests.distributed import (
     whole,
 )
 from tests.families.releases import RELEASES
-from tests.oracle import Stored, dequantize, read_directory, write_safetensors
+from tests.oracle import Stored, dequantize, read_directory, write_plain, write_safetensors
 from tests.support import ALL
 
 PROMPT = torch.tensor([[1, 300, 17, 42, 255, 3, 99]])
@@ -78,16 +78,12 @@ def theirs(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     found = {}
     for name in ("identity", "nested"):
         quantization = json.loads((paths[name] / "config.json").read_text())["quantization_config"]
+        skipped = quantization["modules_to_not_convert"]
         config = FineGrainedFP8Config(
-            dequantize=True,
-            weight_block_size=None,
-            activation_scheme="static",
-            modules_to_not_convert=quantization["modules_to_not_convert"],
+            dequantize=True, weight_block_size=None, activation_scheme="static", modules_to_not_convert=skipped
         )
-        model = Mistral3ForConditionalGeneration.from_pretrained(
-            paths[name], dtype=torch.bfloat16, quantization_config=config
-        )
-        found[name] = model.eval()
+        how: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": config}
+        found[name] = Mistral3ForConditionalGeneration.from_pretrained(paths[name], **how).eval()
     return found
 
 
@@ -319,8 +315,7 @@ def test_an_adapter_that_makes_new_tensors(tmp_path: Path) -> None:
     for name, rows in (("q.weight", 40), ("k.weight", 24)):
         tensors[name] = Stored.codes(rng.integers(0, 0x7F, (rows, 8), np.uint8))
         tensors[name + "_scale_inv"] = Stored.of(np.array(0.01 * rows, np.float32), "F32")
-    (tmp_path / "fp8").mkdir()
-    write_safetensors(tmp_path / "fp8" / "model.safetensors", tensors)
+    write_plain(tmp_path / "fp8", tensors)
     model = nn.Module()
     model.qk = nn.Parameter(torch.zeros(64, 8, dtype=torch.bfloat16))
     model.state_dict_adapter = _FusedAdapter()
@@ -572,9 +567,7 @@ def test_ties_of_a_plain_module(tmp_path: Path) -> None:
     """A module that is no transformers model, and shares a Parameter: either name on disk fills both."""
     values = Stored.of(np.arange(6, dtype=np.float32).reshape(3, 2), "F32")
     for name in ("a.weight", "b.weight"):
-        path = tmp_path / name
-        path.mkdir()
-        write_safetensors(path / "model.safetensors", {name: values})
+        path = write_plain(tmp_path / name, {name: values})
         model = nn.ModuleDict({"a": nn.Embedding(3, 2), "b": nn.Linear(2, 3, bias=False)})
         model["b"].weight = model["a"].weight
         load_model(model, path)

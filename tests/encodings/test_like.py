@@ -139,10 +139,8 @@ def test_a_tied_head_that_the_base_stores_is_the_sources_embeddings(
     found, before = read_directory(tmp_path / "back"), read_directory(base)
     assert found[HEAD] == found[EMBEDDINGS] == read_directory(source)[EMBEDDINGS]
     assert {name for name in before if found[name] != before[name]} == {HEAD, EMBEDDINGS}
-    assert (
-        "lm_head.weight, which the source does not store, is its model.embed_tokens.weight, as in the base"
-        in result.notes
-    )
+    note = "lm_head.weight, which the source does not store, is its model.embed_tokens.weight, as in the base"
+    assert note in result.notes
 
 
 @pytest.mark.parametrize("why", ["not tied", "another head"])
@@ -153,11 +151,8 @@ def test_a_head_of_its_own_is_missed(why: str, made: Path, tmp_path: Path) -> No
         return tensors | {HEAD: Stored(*tensors[HEAD][:2], tensors[HEAD].data[::-1])}
 
     tied = made / "Qwen3 tied, head stored"
-    base = (
-        rewrite(tied, tmp_path / "base", config=says(False))
-        if why == "not tied"
-        else rewrite(tied, tmp_path / "base", other)
-    )
+    how: dict[str, Any] = {"config": says(False)} if why == "not tied" else {"tensors": other}
+    base = rewrite(tied, tmp_path / "base", **how)
     source = without(made / "Qwen3 tied, head stored, bf16", tmp_path / "source", "lm_head")
     with pytest.raises(ModelMismatchError, match=r"1 tensors are only in the base.*lm_head.*--carry REGEX"):
         back(source, base, tmp_path / "back")
@@ -169,14 +164,11 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(mad
     copy = rewrite(plain, tmp_path / "copy", lambda t: t | {HEAD: t[EMBEDDINGS]})
     result = back(copy, base, tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)
-    assert (
-        "lm_head.weight of the source is its model.embed_tokens.weight, and is not stored, as in the base"
-        in result.notes
-    )
+    note = "lm_head.weight of the source is its model.embed_tokens.weight, and is not stored, as in the base"
+    assert note in result.notes
     own = rewrite(plain, tmp_path / "own", lambda t: t | {HEAD: Stored.of(t[EMBEDDINGS].array * 2, "BF16")})
-    with pytest.raises(
-        ModelMismatchError, match=r"^lm_head.weight in .*: it is not model.embed_tokens.weight, and the base"
-    ):
+    said = r"^lm_head.weight in .*: it is not model.embed_tokens.weight, and the base"
+    with pytest.raises(ModelMismatchError, match=said):
         back(own, base, tmp_path / "own-back")
     untied = rewrite(base, tmp_path / "untied", config=says(False))
     with pytest.raises(ModelMismatchError, match=r"1 only in the source; the first is lm_head"):

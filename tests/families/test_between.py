@@ -201,10 +201,8 @@ def test_the_models_layout_is_advised_where_transformers_leaves_experts_random(
         RELEASES[name].write(tmp_path / name)
     source = made / name if (made / name).exists() else tmp_path / name
     notes = [convert(source, tmp_path / layout, layout=layout).notes for layout in ("file", "model")]
-    assert [any("say --layout model" in note for note in of_one) for of_one in notes] == [
-        not RELEASES[name].understood,
-        False,
-    ]
+    said = [any("say --layout model" in note for note in of_one) for of_one in notes]
+    assert said == [not RELEASES[name].understood, False]
 
 
 def test_the_command_line_says_it(made: Path, tmp_path: Path, cli: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,14 +237,12 @@ def unknown(config: dict[str, Any]) -> None:
 
 
 def wider(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    return {
-        k: Stored(
-            t.dtype, (t.shape[0], t.shape[1] + 2, t.shape[2]), bytes(len(t.data) // t.shape[1] * (t.shape[1] + 2))
-        )
-        if k.endswith("gate_up_proj")
-        else t
-        for k, t in tensors.items()
-    }
+    found = {**tensors}
+    for name, (dtype, shape, data) in tensors.items():
+        if name.endswith("gate_up_proj"):
+            rows = shape[1] + 2
+            found[name] = Stored(dtype, (shape[0], rows, shape[2]), bytes(len(data) // shape[1] * rows))
+    return found
 
 
 def test_without_transformers_it_is_said_what_to_install(

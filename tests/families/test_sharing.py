@@ -49,8 +49,5 @@ def test_the_experts_of_a_layer_are_stacks() -> None:
     """One for each leaf, whatever the numbers of the experts."""
     leaves = [f"experts.{i}.{leaf}" for i in range(3) for leaf in ("up_proj", "down_proj")]
     found = sharing({f"model.layers.{layer}.mlp.{leaf}.weight": MATRIX for layer in (0, 1) for leaf in leaves}, {})
-    assert {(one.layer, one.stack) for _, one in found} == {
-        (layer, f"model.layers.{layer}.mlp.experts.{leaf}.weight")
-        for layer in (0, 1)
-        for leaf in ("up_proj", "down_proj")
-    }
+    stacks = {(i, f"model.layers.{i}.mlp.experts.{leaf}.weight") for i in (0, 1) for leaf in ("up_proj", "down_proj")}
+    assert {(one.layer, one.stack) for _, one in found} == stacks

@@ -37,12 +37,8 @@ def test_what_is_no_unit() -> None:
     """One member alone, other leaves, names that only end like a leaf, and tensors that are not weights."""
     assert sibling_units([]) == []
     assert sibling_units(["a.q_proj.weight", "b.k_proj.weight", "a.o_proj.weight", "a.down_proj.weight"]) == []
-    assert (
-        sibling_units(
-            ["a.my_q_proj.weight", "a.my_k_proj.weight", "a.q_proj.bias", "a.k_proj.bias", "q_proj", "k_proj"]
-        )
-        == []
-    )
+    names = ["a.my_q_proj.weight", "a.my_k_proj.weight", "a.q_proj.bias", "a.k_proj.bias", "q_proj", "k_proj"]
+    assert sibling_units(names) == []
 
 
 @given(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fp8ckpt.models.deepseek_v3 import state_dict_adapter as module
 from fp8ckpt.models.deepseek_v3.state_dict_adapter import DeepseekV3FP8StateDictAdapter
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
 from fp8ckpt.tensors.reading import torch_dtype
-from tests.distributed import assert_same, bits, mesh, rewrite, run
+from tests.distributed import assert_same, bits, mesh, rescaled, run, single
 from tests.oracle import Stored, dequantize, read_directory, write_safetensors
 from tests.support import ALL, examples
 
@@ -64,19 +64,11 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of `SHAPES`, its scales in another file than the weights."""
     path = tmp_path_factory.mktemp("blocks")
     stored = _stored()
-    write_safetensors(
-        path / "model-00001-of-00002.safetensors",
-        {n: t for n, t in stored.items() if t.dtype != "F32"},
-        {"format": "pt"},
-    )
-    write_safetensors(
-        path / "model-00002-of-00002.safetensors",
-        {n: t for n, t in stored.items() if t.dtype == "F32"},
-        {"format": "pt"},
-    )
-    (path / "config.json").write_text(
-        '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}'
-    )
+    for i, scales in enumerate((False, True)):
+        held = {name: tensor for name, tensor in stored.items() if (tensor.dtype == "F32") == scales}
+        write_safetensors(path / f"model-0000{i + 1}-of-00002.safetensors", held, {"format": "pt"})
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 
@@ -138,10 +130,8 @@ def test_placeholders(blocks: Path) -> None:
         assert list(hf) == [key for name in SHAPES for key in (name, name + "_scale_inv")] + ["model.norm.weight"]
         for name, shape in SHAPES.items():
             assert (hf[name].dtype, hf[name].shape) == (torch.float8_e4m3fn, shape)
-            assert (hf[name + "_scale_inv"].dtype, tuple(hf[name + "_scale_inv"].shape)) == (
-                torch.float32,
-                _grid(shape),
-            )
+            scale = hf[name + "_scale_inv"]
+            assert (scale.dtype, tuple(scale.shape)) == (torch.float32, _grid(shape))
         assert hf["model.norm.weight"] is native["model.norm.weight"]
         assert all(adapter.to_hf(native)[name] is native[name] for name in native)
     with pytest.raises(UnsupportedFormatError, match=r"x\.weight"):
@@ -150,11 +140,7 @@ def test_placeholders(blocks: Path) -> None:
 
 def test_placeholders_of_bf16_scales(sample_block: Path, tmp_path: Path) -> None:
     """Scales on disk may be BF16: so are the placeholders."""
-
-    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        return {n: Stored.of(t.array, "BF16") if n.endswith("_scale_inv") else t for n, t in tensors.items()}
-
-    path = rewrite(sample_block, tmp_path / "bf16", change)
+    path = rescaled(sample_block, tmp_path / "bf16", lambda scales: Stored.of(scales, "BF16"))
     adapter = DeepseekV3FP8StateDictAdapter.from_checkpoint(path)
     tensor = open_checkpoint(path).quantized[0]
     hf = adapter.to_hf({tensor.name: torch.zeros(tensor.shape)}, quantization=True)
@@ -195,9 +181,8 @@ def test_convert_single_within_rounding(rows: int, columns: int, seed: int, size
             amax, scale = weight[part].abs().max(), scales[i, j]
             assert float(scale) == (float(amax / 448) if float(amax) else 1.0)
             error = (codes[part].double() * scale.double() - weight[part].double()).abs()
-            assert bool(
-                (error <= torch.maximum(weight[part].double().abs() / 16, scale.double() / 1024) * 1.0001).all()
-            )
+            most = torch.maximum(weight[part].double().abs() / 16, scale.double() / 1024) * 1.0001
+            assert bool((error <= most).all())
 
 
 def test_what_was_fp8_is_reproduced_exactly(sample_block: Path, blocks: Path) -> None:
@@ -219,24 +204,17 @@ def test_new_scales_are_powers_of_two_where_the_file_says_so(sample_block: Path,
     file's own scale elsewhere; scales of F32 and of exponents alike.
     """
 
-    def change(dtype: str) -> Callable[[dict[str, Stored]], dict[str, Stored]]:
-        return lambda tensors: {
-            name: Stored.of(np.full(tensor.shape, 2.0**-10, np.float32), dtype)
-            if name.endswith("_scale_inv")
-            else tensor
-            for name, tensor in tensors.items()
-        }
-
     def say(config: dict[str, Any]) -> None:
         config["quantization_config"]["scale_fmt"] = "ue8m0"
 
     for dtype in ("F32", "F8_E8M0"):
-        path = rewrite(sample_block, tmp_path / dtype, change(dtype), say)
+        change = lambda scales, dtype=dtype: Stored.of(np.full_like(scales, 2.0**-10), dtype)  # noqa: E731
+        path = rescaled(sample_block, tmp_path / dtype, change, config=say)
         checkpoint, adapter = open_checkpoint(path), DeepseekV3FP8StateDictAdapter.from_checkpoint(path)
         tensor = next(tensor for tensor in checkpoint.quantized if math.prod(tensor.scale.shape) > 1)
         weight = checkpoint.read(tensor.name)
         weight[:128, :128] *= 3.3
-        _, (_, scales) = adapter.convert_single_tensor_to_hf(tensor.name, weight, quantization=True)
+        _, scales = single(adapter, weight, tensor.name)
         expected = torch.full(tensor.scale.shape, 2.0**-10)
         expected[0, 0] = 2.0 ** math.ceil(math.log2(float(weight[:128, :128].abs().max()) / 448))
         assert_same(scales, expected.to(scales.dtype))
@@ -245,14 +223,10 @@ def test_new_scales_are_powers_of_two_where_the_file_says_so(sample_block: Path,
 
 def test_fresh_scales_have_the_files_dtype(sample_block: Path, tmp_path: Path) -> None:
     """Where the file's scales are BF16, those that go out are too, rounded up so that nothing clips."""
-
-    def change(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        return {n: Stored.of(t.array, "BF16") if n.endswith("_scale_inv") else t for n, t in tensors.items()}
-
-    path = rewrite(sample_block, tmp_path / "bf16", change)
+    path = rescaled(sample_block, tmp_path / "bf16", lambda scales: Stored.of(scales, "BF16"))
     adapter, name = DeepseekV3FP8StateDictAdapter.from_checkpoint(path), open_checkpoint(path).quantized[0].name
     weight = torch.randn(130, 140)
-    (_, codes), (_, scales) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
+    codes, scales = single(adapter, weight, name)
     assert (scales.dtype, tuple(scales.shape)) == (torch.bfloat16, (2, 2))
     assert float((adapter.from_hf({"a": codes, "a_scale_inv": scales})["a"].float() - weight).abs().max()) < 0.3
 
@@ -263,7 +237,7 @@ def test_what_is_not_finite_is_refused() -> None:
         weight = torch.ones(130, 3)
         weight[129, 2] = bad
         with pytest.raises(WeightValueError, match=r"a\.weight: 1 elements .*not finite"):
-            DeepseekV3FP8StateDictAdapter().convert_single_tensor_to_hf("a.weight", weight, quantization=True)
+            single(DeepseekV3FP8StateDictAdapter(), weight)
 
 
 # ---------------------------------------------------------------- shards
@@ -299,9 +273,8 @@ def _quantize(placements: list[Placement]) -> None:
     for name, weight in _expected().items():
         if name not in SHAPES:
             continue
-        (_, expected), (_, expected_scales) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
-        sharded = distribute_tensor(weight, mesh(), placements)
-        (_, codes), (_, scales) = adapter.convert_single_tensor_to_hf(name, sharded, quantization=True)
+        expected, expected_scales = single(adapter, weight, name)
+        codes, scales = single(adapter, distribute_tensor(weight, mesh(), placements), name)
         assert isinstance(codes, DTensor)
         assert codes.placements == tuple(placements)
         assert bits(codes.view(torch.uint8).full_tensor()) == bits(expected), (name, placements)
@@ -328,15 +301,13 @@ def test_edges_of_shards_need_not_be_edges_of_blocks(blocks: Path, ranks: int) -
 
 def _nan_on_the_last_rank() -> list[str]:
     told = []
-    for adapter, dtype in (
-        (DeepseekV3FP8StateDictAdapter, torch.float32),
-        (Mistral3FP8StateDictAdapter, torch.bfloat16),
-    ):
+    of_mistral = (Mistral3FP8StateDictAdapter, torch.bfloat16)
+    for adapter, dtype in ((DeepseekV3FP8StateDictAdapter, torch.float32), of_mistral):
         weight = torch.ones(200, 4, dtype=dtype)
         weight[199, 1] = float("nan")
         sharded = distribute_tensor(weight, mesh(), [Shard(0)])
         try:
-            adapter().convert_single_tensor_to_hf("a.weight", sharded, quantization=True)
+            single(adapter(), sharded)
         except WeightValueError as error:
             dist.barrier()
             told.append(str(error))

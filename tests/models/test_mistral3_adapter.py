@@ -24,7 +24,7 @@ from fp8ckpt.encodings.rule import Rule
 from fp8ckpt.errors import RangeError, ScaleShapeError, ScaleValueError, UnsupportedFormatError, WeightValueError
 from fp8ckpt.models.mistral3_vlm import state_dict_adapter as module
 from fp8ckpt.models.mistral3_vlm.state_dict_adapter import Mistral3FP8StateDictAdapter
-from tests.distributed import assert_same, bits, mesh, rewrite, run
+from tests.distributed import assert_same, bits, mesh, rescaled, rewrite, run, single
 from tests.oracle import Stored, dequantize, read_directory
 from tests.support import examples
 
@@ -41,15 +41,6 @@ def _stored(tensor: torch.Tensor) -> Stored:
 def _parameters(function: Any) -> dict[str, Any]:
     found = inspect.signature(function).parameters
     return {name: parameter.default for name, parameter in found.items() if name != "self"}
-
-
-def _single(
-    weight: torch.Tensor, adapter: Mistral3FP8StateDictAdapter | None = None, name: str = "a.weight"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale of one weight."""
-    adapter = adapter or Mistral3FP8StateDictAdapter()
-    (_, codes), (_, scale) = adapter.convert_single_tensor_to_hf(name, weight, quantization=True)
-    return codes, scale
 
 
 # ---------------------------------------------------------------- the documented surface
@@ -364,7 +355,7 @@ def test_what_was_fp8_is_reproduced_exactly(codes: list[int], exponent: int, fra
 def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
     """Each element of a weight that was never FP8 is within half a step of e4m3, and the largest is not clipped."""
     weight = (torch.randn(9, 7, generator=torch.Generator().manual_seed(seed)) * 2.0**size).to(torch.bfloat16)
-    codes, scale = _single(weight)
+    codes, scale = single(Mistral3FP8StateDictAdapter(), weight)
     values = codes.to(torch.float64) * scale.to(torch.float64)
     error = (values - weight.to(torch.float64)).abs()
     half_step = torch.maximum(weight.to(torch.float64).abs() * 2.0**-4, scale.to(torch.float64) * 2.0**-10)
@@ -375,10 +366,10 @@ def test_other_weights_are_within_rounding(seed: int, size: float) -> None:
 def test_zeros_get_a_scale_of_one() -> None:
     """A weight of zeros, signed ones too, and an empty one: zero codes of their signs, a scale that means nothing."""
     weight = torch.tensor([[0.0, -0.0]], dtype=torch.bfloat16)
-    codes, scale = _single(weight)
+    codes, scale = single(Mistral3FP8StateDictAdapter(), weight)
     assert bits(codes) == b"\x00\x80"
     assert float(scale) == 1.0
-    codes, scale = _single(weight[:0])
+    codes, scale = single(Mistral3FP8StateDictAdapter(), weight[:0])
     assert codes.shape == (0, 2)
     assert float(scale) == 1.0
 
@@ -389,7 +380,7 @@ def test_what_is_not_finite_is_refused_by_name(bad: float) -> None:
     weight = torch.ones(3, 4, dtype=torch.bfloat16)
     weight[1, 2] = bad
     with pytest.raises(WeightValueError, match=r"a\.weight: 1 elements .*not finite"):
-        _single(weight)
+        single(Mistral3FP8StateDictAdapter(), weight)
 
 
 def test_a_scale_that_its_dtype_cannot_hold_is_refused_by_name() -> None:
@@ -418,16 +409,6 @@ def test_without_quantization_there_is_one_pair() -> None:
 @pytest.fixture(scope="module")
 def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sample(tmp_path_factory.mktemp("nested") / "fp8", layout="nested")
-
-
-def _rescaled(source: Path, destination: Path, change: Callable[[np.ndarray], Stored]) -> Path:
-    """A copy whose scales are others."""
-
-    def edit(tensors: dict[str, Stored]) -> dict[str, Stored]:
-        scales = {name: change(t.array.astype(np.float32)) for name, t in tensors.items() if "_scale_inv" in name}
-        return {**tensors, **scales}
-
-    return rewrite(source, destination, edit)
 
 
 def test_from_checkpoint_identity(sample_fp8: Path) -> None:
@@ -477,12 +458,12 @@ def test_from_checkpoint_takes_scales_as_the_file_has_them(
 ) -> None:
     """Placeholders and fresh scales have the dtype and shape that the scales on disk have."""
 
-    path = _rescaled(sample_fp8, tmp_path / "scales", lambda scale: Stored.of(scale.reshape(shape), dtype))
+    path = rescaled(sample_fp8, tmp_path / "scales", lambda scale: Stored.of(scale.reshape(shape), dtype))
     adapter = Mistral3FP8StateDictAdapter.from_checkpoint(path)
     name = TEXT + "mlp.up_proj.weight"
     weight = torch.randn(4, 3)
     placeholder = adapter.to_hf({name: weight}, quantization=True)[name + "_scale_inv"]
-    codes, scale = _single(weight, adapter, name)
+    codes, scale = single(adapter, weight, name)
     expected = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[dtype]
     assert (placeholder.dtype, placeholder.shape) == (scale.dtype, scale.shape) == (expected, shape)
     assert float((module._dequantize_from_fp8(codes, scale, torch.float32) - weight).abs().max()) < 0.3
@@ -492,13 +473,13 @@ def test_f32_scales_come_back_as_exactly(sample_fp8: Path, tmp_path: Path) -> No
     """A file with F32 scales, loaded as BF16 or FP32: its own codes and scales again, for every weight."""
 
     factor = np.float32(1.000977)  # so that BF16 does not hold the scales
-    path = _rescaled(sample_fp8, tmp_path / "f32", lambda scale: Stored.of(scale * factor, "F32"))
+    path = rescaled(sample_fp8, tmp_path / "f32", lambda scale: Stored.of(scale * factor, "F32"))
     checkpoint, adapter = open_checkpoint(path), Mistral3FP8StateDictAdapter.from_checkpoint(path)
     stored, differing = read_directory(path), []
     for name, dtype in product([tensor.name for tensor in checkpoint.quantized], (torch.bfloat16, torch.float32)):
         weight = torch.empty(checkpoint[name].shape, dtype=dtype)
         dcp.load({name: weight}, storage_reader=FP8StorageReader(checkpoint), no_dist=True)
-        codes, scale = _single(weight, adapter, name)
+        codes, scale = single(adapter, weight, name)
         assert scale.dtype == torch.float32
         if (bits(codes), bits(scale)) != (stored[name].data, stored[name + "_scale_inv"].data):
             differing.append((name, dtype))
@@ -554,8 +535,8 @@ def _on_ranks() -> None:
     for case, weight in _weights().items():
         for placement in (Shard(0), Shard(1), Replicate()):
             sharded = distribute_tensor(weight, over, [placement])
-            codes, scale = _single(sharded)
-            expected, expected_scale = _single(weight)
+            codes, scale = single(adapter, sharded)
+            expected, expected_scale = single(adapter, weight)
             assert isinstance(codes, DTensor)
             assert codes.placements == sharded.placements
             assert bits(codes.view(torch.uint8).full_tensor()) == bits(expected), (case, placement)
