@@ -82,6 +82,7 @@ def test_a_working_directory_that_is_gone(sample_fp8: Path, tmp_path: Path) -> N
     ("file/out", "Not a directory", "choose a place below a directory"),
     ("loop/out", "Too many levels of symbolic links", "mend the links"),
     ("/proc/out", "No such file or directory", "run it again"),
+    ("dangling/out", "No such file or directory", "run it again"),
     ("new/..", "the destination exists", "choose another one"),
 ])  # fmt: skip
 def test_destinations_that_cannot_be(
@@ -94,15 +95,17 @@ def test_destinations_that_cannot_be(
     cli: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A place where nothing can be made is refused, and nothing is made."""
+    """A place where nothing can be made is refused, by a plan as well, and nothing is made."""
     (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     before = sorted(os.listdir(tmp_path))
     monkeypatch.chdir(tmp_path)
-    done = cli(command, *[sample_fp8] * (command == "convert"), destination)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
-    assert found in done.stderr
-    assert remedy in done.stderr
+    for plan in ([], *([["--plan"]] if destination != "/proc/out" else [])):  # whose permissions say that root may
+        done = cli(command, *[sample_fp8] * (command == "convert"), destination, *plan)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
+        assert found in done.stderr
+        assert remedy in done.stderr
     assert sorted(os.listdir(tmp_path)) == before
 
 

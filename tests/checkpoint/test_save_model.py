@@ -434,9 +434,29 @@ def test_codes_without_scales_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatchError, match=r"weight: a parameter of dtype .*, and no scale .*bfloat16"):
         save_model(model, tmp_path / "out")
     assert not [*tmp_path.iterdir()]
-    model.register_buffer("weight_scale", torch.tensor(0.5))
-    save_model(model, tmp_path / "out", to="fp32")
-    assert open_checkpoint(tmp_path / "out").read("weight").unique().item() == 0.5
+    model.register_buffer("weight_scale", torch.tensor(0.3))  # which bfloat16 would round
+    assert save_model(model, tmp_path / "out").notes == ()
+    assert open_checkpoint(tmp_path / "out").read("weight").unique().item() == torch.tensor(0.3).bfloat16().item()
+    assert read_directory(tmp_path / "out")["weight_scale"].data == bits(torch.tensor(0.3))
+
+
+def _save_a_stage(root: Path) -> None:
+    model = nn.Module()
+    if dist.get_rank() == 0:
+        model.first = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    else:
+        model.register_buffer("weight", torch.ones(4, 4).to(torch.float8_e4m3fn))
+        model.register_buffer("weight_scale", torch.tensor(0.3))
+    save_model(model, root / "out")
+
+
+def test_what_only_one_stage_keeps_in_float32(tmp_path: Path) -> None:
+    """Stages of a pipeline have different tensors to keep, of which none asks the others."""
+    run(2, _save_a_stage, tmp_path)
+    stored = read_directory(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {
+        "first.weight": "BF16", "weight": "F8_E4M3", "weight_scale": "F32"
+    }  # fmt: skip
 
 
 def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class Checkpointer:
                 return FP8StorageWriter(path, scales=scales, report=report, **how), plan, to
             if checkpoint is None:
                 how["side_files"] = SideFiles(_configuration_of(own, TARGETS[to]))
-                how["keep"] = _kept(own, plan.state, torch_dtype(TARGETS[to]))
+                how["keep"] = plan.scales.union(_kept(own, plan.state, torch_dtype(TARGETS[to])))
             return SafetensorsStorageWriter(path, dtype=to, max_file_bytes=max_file_bytes, **how), plan, to
 
         begun, ranks = time.monotonic(), self._ranks()

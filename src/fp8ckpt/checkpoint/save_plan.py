@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class SavePlan(NamedTuple):
     """The plan of a save. ``state``: the tensors; ``planner``: cuts them into items; ``carry``: names of the base's
     tensors that may be taken from it. ``tied``: the tensors that are left out, each with the tensor that it is tied to
-    and stored as; ``native``: all tensors of the model.
+    and stored as; ``native``: all tensors of the model; ``scales``: without a base, what belongs to codes in FP8.
     """
 
     state: dict[str, torch.Tensor]
@@ -39,6 +39,7 @@ class SavePlan(NamedTuple):
     carry: set[str]
     tied: dict[str, str]
     native: dict[str, torch.Tensor]
+    scales: set[str]
 
     def refuse_trained_apart(self) -> None:
         """Raise `ModelMismatchError` if a tensor that is left out differs from the one it is tied to. Comparing may
@@ -81,22 +82,24 @@ def plan_save(model: nn.Module, base: Checkpoint | None, carry: str | None) -> S
             raise ModelMismatchError.of_shape(name, base.path, tuple(tensor.shape), parts[name].shape, "model")
     if base is not None:
         _warn_of_fewer_bits(state, parts, base)
-    else:
-        _refuse_bare_codes(state)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     pattern = name_pattern("carry", carry)
     matching = {name for name in stored if pattern is not None and pattern.search(name)}
     planner = AssemblySavePlanner(parts, {**shapes, **stored})
-    return SavePlan(state, planner, {*assembled.ignored, *matching}, tied, native)
+    scales = _scales_of(state) if base is None else set()
+    return SavePlan(state, planner, {*assembled.ignored, *matching}, tied, native, scales)
 
 
-def _refuse_bare_codes(state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what was cast to FP8, without scales: nothing could load it."""
+def _scales_of(state: Mapping[str, torch.Tensor]) -> set[str]:
+    """Return what belongs to codes that are stored beside it. Refuse codes without scales: nothing could load them."""
     dtypes = {name: stored_dtype(tensor.dtype) for name, tensor in state.items()}
     specs = (TensorSpec(name, dtype, tuple(state[name].shape)) for name, dtype in dtypes.items() if dtype is not None)
-    for defect in pair({span.name: span for span in lay_out("", specs, {}).spans}, BlockSizes()).defects:
+    spans = {span.name: span for span in lay_out("", specs, {}).spans}
+    pairing = pair(spans, BlockSizes())
+    for defect in pairing.defects:
         if isinstance(defect, MissingScaleError) and defect.tensor is not None:
             raise ModelMismatchError.of_bare_codes(defect.tensor, dtype=state[defect.tensor].dtype)
+    return spans.keys() - pairing.tensors.keys()
 
 
 def _renamed(adapter: Any, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ class SafetensorsStorageWriter(DirectoryWriter):
     same logical tensors; it decides the files, the dtype of tensors that it does not hold as FP8, and the side files,
     as in ``convert(like, ..., to=dtype)``; ``base`` is its former name. ``carry``: names of tensors that are taken from
     it if the state dict lacks them; those of MTP layers always are. Without ``like``, ``side_files`` go beside the
-    weights, a new file begins at ``max_file_bytes`` (default: 5 GB), the tensors ``keep`` keep their dtype, and a
-    warning names those that are rounded. ``process_group``: the one that ``dcp.save`` is given; needed if ``path`` is a
-    store's. ``bytes_written`` counts this rank's tensor bytes.
+    weights, a new file begins at ``max_file_bytes`` (default: 5 GB), the tensors that ``keep`` of any rank names keep
+    their dtype, and a warning names those that are rounded. ``process_group``: the one that ``dcp.save`` is given;
+    needed if ``path`` is a store's. ``bytes_written`` counts this rank's tensor bytes.
 
     Raises, on every rank: `ModelMismatchError` for tensors, shapes or kinds of values other than those of ``like``, and
     `RangeError` for finite values that the stored dtype cannot hold. ``dcp.save`` raises them inside torch's
@@ -98,8 +99,12 @@ class SafetensorsStorageWriter(DirectoryWriter):
         self._max_file_bytes = DEFAULT_FILE_BYTES if max_file_bytes is None else max_file_bytes
 
     def _said(self) -> dict[str, Any]:
-        own = {"keep": sorted(self._keep), "dtype": self._dtype, "max_file_bytes": self._max_file_bytes}
+        own = {"keep": self._keep, "dtype": self._dtype, "max_file_bytes": self._max_file_bytes}
         return {**super()._said(), **own}
+
+    def _refuse_unlike(self, said: list[dict[str, Any]]) -> None:
+        self._keep = {*chain.from_iterable(one.pop("keep", ()) for one in said)}  # stages hold different tensors
+        super()._refuse_unlike(said)
 
     def _planned(self, tensors: dict[str, TensorSpec]) -> tuple[OutputPlan, Mapping[str, str]]:
         if (base := self._base_of_output()) is None:

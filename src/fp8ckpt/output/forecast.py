@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fp8ckpt.errors import NoRoomError, StorageError
+from fp8ckpt.errors import NoRoomError
 from fp8ckpt.output.extents import Extent, met
-from fp8ckpt.output.files import aligned_buffer
+from fp8ckpt.output.files import aligned_buffer, writing_to
 from fp8ckpt.system import flush_data
 
 _BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system's own is
@@ -97,9 +97,10 @@ class Forecast:
 def refuse_unwritable(folder: Path) -> None:
     """Raise `StorageError` if no file can be made in a folder that is there."""
     if not os.access(folder, os.W_OK | os.X_OK):
-        number = errno.EACCES if folder.is_dir() else errno.ENOTDIR
-        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else number
-        raise StorageError.of_writing(OSError(number, os.strerror(number)), folder)
+        with writing_to(folder):
+            number = errno.EACCES if folder.is_dir() else errno.ENOTDIR
+            number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else number
+            raise OSError(number, os.strerror(number))
 
 
 def bytes_read_for(extents: Iterable[Extent], made_of: Mapping[str, int]) -> int:
