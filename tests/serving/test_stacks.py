@@ -59,6 +59,21 @@ def test_stacks_that_transformers_does_not_read_everywhere(scheme: str, tmp_path
     assert len(read_by_transformers(tmp_path / "fp8")[0]["unexpected_keys"]) == 4
 
 
+@pytest.mark.parametrize(("name", "fails"), [("GraniteMoe", False), ("AriaText", True)])
+def test_stacks_under_weight(name: str, fails: bool, tmp_path: Path) -> None:
+    """Which transformers gives other names in the model: it takes their codes for values, too, and it is said."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2, vocab_size=64, pad_token_id=0)
+    getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    result = convert(tmp_path / "bf16", tmp_path / "fp8", scheme="per-tensor")
+    assert any("2 stacks of experts are quantized" in note for note in result.notes)
+    servability = verify(tmp_path / "fp8", serving=True).serving
+    assert servability is not None
+    said = [failure.found for failure in servability.failures] if fails else servability.notes
+    assert any("2 stacks of experts are FP8" in found for found in said)
+    assert len(read_by_transformers(tmp_path / "fp8")[0]["unexpected_keys"]) == 2
+
+
 def test_a_head_is_listed_by_every_scheme(tmp_path: Path) -> None:
     """compressed-tensors in transformers makes codes of every Linear that is not: of a head that has no scale."""
     convert(RELEASES["Qwen3"].write(tmp_path / "release"), tmp_path / "bf16")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fp8ckpt.encodings.asked import Asked
 from fp8ckpt.encodings.recipes import Quantization, QuantizingPlan, source_tensors
 from fp8ckpt.errors import UnsupportedFormatError, shown
-from fp8ckpt.families.loaders import engines_that_rename_scales, is_stack, misreads_stacks
+from fp8ckpt.families.loaders import engines_that_rename_scales, misreads_stacks
 from fp8ckpt.families.names import name_pattern
 from fp8ckpt.families.parallel import equal_units, ragged, sibling_units
 from fp8ckpt.families.roles import Roles
@@ -243,6 +243,6 @@ def _notes(
     for name in dropped:
         if name != CONFIG:  # which is written anew
             yield f"{name} speaks of other weights, and is not written"
-    stacks = [name for name, weight in weights.items() if is_stack(name, weight.weight.shape)]
+    stacks = [name for name, weight in weights.items() if len(weight.weight.shape) == 3]
     if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
         yield f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}"

@@ -19,7 +19,12 @@ RENAMED_SCALES = {
 #: Identified by ``architectures``.
 EXPERTS_LEFT_RANDOM = {"Llama4ForCausalLM", "Llama4ForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}
 #: Models whose experts cannot be FP8 layers of transformers: they have biases, or are transposed. By ``architectures``.
-EXPERTS_NEVER_FP8 = {"GptOssForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
+EXPERTS_NEVER_FP8 = {
+    *("GptOssForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+    *("AriaTextForCausalLM", "AriaForConditionalGeneration"),
+}
+#: Models whose stacked experts transformers dequantizes as it does a Linear's weight, by ``model_type``.
+_EXPERTS_DEQUANTIZED = {"jetmoe"}
 #: Models with ``Conv1D`` of transformers: a weight is ``[in, out]``, and no engine treats it as a Linear. Identified by
 #: ``model_type``, also of a section; and their modules, by the last component.
 _OF_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "jais"}
@@ -44,18 +49,13 @@ def leaves_experts_random(config: Mapping[str, Any], names: Iterable[str]) -> bo
     return not architectures(config).isdisjoint(EXPERTS_LEFT_RANDOM) and any(map(_ONE_EXPERT.search, names))
 
 
-def is_stack(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a stack of experts that is itself a parameter. Engines know the scales of a ``.weight``."""
-    return len(shape) == 3 and not name.endswith(".weight")
-
-
 def misreads_stacks(config: Mapping[str, Any], method: str | None) -> str | None:
     """Return, in words, when transformers 5 takes the codes of stacked experts with this ``quant_method`` for values.
     None for a method that it does not load, or has layers of stacks for.
     """
     if method == "compressed-tensors":
         return "transformers quantizes nothing but Linears by compressed-tensors, and takes codes for values"
-    if method not in ("fp8", None):
+    if method not in ("fp8", None) or config.get("model_type") in _EXPERTS_DEQUANTIZED:
         return None
     if has_no_fp8_experts(config):
         return "transformers has no FP8 layer for this model's experts, and takes codes for values"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8ckpt.errors import ServingError, shown, some
-from fp8ckpt.families.loaders import engines_that_rename_scales, has_no_fp8_experts, is_stack, misreads_stacks
+from fp8ckpt.families.loaders import engines_that_rename_scales, has_no_fp8_experts, misreads_stacks
 from fp8ckpt.families.roles import is_built_plain
 from fp8ckpt.families.tied import HEADS, embeddings_and_head, has_language_head, ties_embeddings
 from fp8ckpt.numerics.codes import FP8_DTYPES
@@ -121,7 +121,7 @@ def contradictions(subject: Subject) -> Iterator[Finding]:
 
 def stacks_of_experts(subject: Subject) -> Iterator[Finding]:
     """Experts must be separate tensors if the model has no other FP8 layers; other stacks get a note."""
-    stacks = [t for t in subject.quantized if is_stack(t.name, t.shape) and t.weight.dtype in FP8_DTYPES]
+    stacks = [t for t in subject.quantized if len(t.shape) == 3 and t.weight.dtype in FP8_DTYPES]
     stated, config = subject.stated, subject.checkpoint.config
     if not stacks or stated is None or (misread := misreads_stacks(config, stated.method)) is None:
         return
