@@ -233,7 +233,10 @@ def _blocks() -> dict[str, Row]:
         ),
         "MiniMax M3": Row(release(replace(LINES, scale=".weight_scale_inv"), DENSE, m3), "MiniMax M2 and M3"),
         "MiMo V2": Row(release(SQUARES, MLP, two, tensors=padded), "MiMo V2", refused=ScaleShapeError),
-        "Step 3.5": Row(release(SQUARES, DENSE, two, unquantized=PLAIN, more=((of_stacks, stacks),)), "Step 3.5"),
+        "Step 3.5": Row(
+            release(SQUARES, DENSE, two, unquantized=PLAIN, more=((of_stacks, stacks),)), "Step 3.5",
+            notes=("3 stacks of experts are FP8",),
+        ),
         "tied head that is stored": Row(
             _tied(release(SQUARES, DENSE, two | {"tie_word_embeddings": True})), "The head"
         ),

@@ -276,6 +276,8 @@ LINEAR, OTHER = (16, 8), (8,)
     ("model.layers.61.shared_head.head.weight", LINEAR, "BF16", False),
     ("model.layers.0.self_attn.indexer.weights_proj.weight", LINEAR, "BF16", False),
     ("model.embed_tokens.weight", LINEAR, "BF16", False),
+    ("text_model.model.segment_emb.weight", LINEAR, "BF16", False),
+    ("model.layers.0.attn_hyper_connection.block_inject_weight.weight", LINEAR, "BF16", False),
     ("lm_head.weight", LINEAR, "BF16", False),
     ("language_model.lm_head.weight", LINEAR, "BF16", False),
     ("score.weight", LINEAR, "BF16", False),

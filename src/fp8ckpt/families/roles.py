@@ -35,7 +35,8 @@ DEEPSEEK_V3 = (
 _WEIGHT = ".weight"
 #: Parts that are never quantized, whatever their shape, and the pattern of their modules' names.
 _PARTS = (
-    ("embeddings", re.compile(r"embed|relative_attention_bias$|(^|\.)(emb|shared|wpe|wte)$", re.IGNORECASE)),
+    ("embeddings", re.compile(r"embed|relative_attention_bias$|_emb$|(^|\.)(emb|shared|wpe|wte)$", re.IGNORECASE)),
+    ("projections of hyper-connections", re.compile(r"hyper_connection")),
     ("norms", re.compile(r"norm", re.IGNORECASE)),
     ("convolutions", re.compile(r"conv", re.IGNORECASE)),
     (
