@@ -281,6 +281,7 @@ LINEAR, OTHER = (16, 8), (8,)
     ("lm_head.weight", LINEAR, "BF16", False),
     ("language_model.lm_head.weight", LINEAR, "BF16", False),
     ("score.weight", LINEAR, "BF16", False),
+    ("pre_classifier.weight", LINEAR, "BF16", False),
     ("model.vision_tower.transformer.layers.0.attention.q_proj.weight", LINEAR, "BF16", False),
     ("model.visual.blocks.0.attn.qkv.weight", LINEAR, "BF16", False),
     ("vit.encoder.layers.0.fc1.weight", LINEAR, "BF16", False),

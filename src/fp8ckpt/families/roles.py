@@ -54,7 +54,7 @@ _LEAVES = {
     "projections of multi-token prediction": {"eh_proj"},
     "weights of sparse attention's indexer": {"weights_proj"},
 }
-_HEADS_OUTSIDE_LAYERS = {"output", "score", "classifier"}
+_HEADS_OUTSIDE_LAYERS = {"output", "score", "classifier", "pre_classifier"}
 #: A component in the names of a head's parts, outside layers: ``lm_head.dense``, ``predictions.transform``.
 _PARTS_OF_HEADS = re.compile(r"(\w+_)?(head|predictions|pooler|vocab_transform)")
 #: The prefix of a tower without a name of its own, and the prefix of the text model beside it.
