@@ -110,7 +110,7 @@ def test_a_source_that_changes_between_two_runs(fp8: Path, name: str, change: Ca
     if change in (rewritten, replaced):
         assert isinstance(error.value, ResumeMismatchError)
         assert f"{name}, which it is made from, has changed since" in str(error.value)
-        assert f"delete {out}.partial to begin anew" in str(error.value)
+        assert f"delete {out}.partial to start again" in str(error.value)
     assert sorted(os.listdir(fp8.parent)) == ["fp8", "out.partial"]
     assert left == set((fp8.parent / "out.partial").rglob("*"))
 

@@ -234,7 +234,7 @@ def test_fp16_overflow_is_refused_only_where_a_code_overflows(scale: float, refu
         convert(source, tmp_path / "out", to="fp16")
         assert read_directory(tmp_path / "out") == family.expected("F16")
         return
-    with pytest.raises(RangeError, match=r"m\.q\.weight .*2 elements go beyond 65504"):
+    with pytest.raises(RangeError, match=r"m\.q\.weight .*2 elements exceed 65504"):
         convert(source, tmp_path / "out", to="fp16")
     assert os.listdir(tmp_path) == ["fp8"]
     convert(source, tmp_path / "out", to="bf16")
@@ -643,7 +643,7 @@ def test_finite_codes_that_become_infinite_are_refused(to: str, scale: float, tm
     target = torch.empty(8, 16, dtype=getattr(torch, TORCH_NAMES[to]))
     with pytest.raises(RangeError, match=rf"^{WEIGHT} in .*: 1 elements"):
         convert(large, tmp_path / "large-out", to=to)
-    with pytest.raises(CheckpointException, match=rf"{WEIGHT} in .*: 1 elements of finite codes go beyond"):
+    with pytest.raises(CheckpointException, match=rf"{WEIGHT} in .*: 1 elements with finite codes exceed"):
         dcp.load({WEIGHT: target}, storage_reader=FP8StorageReader(large), no_dist=True)
     codes[3, 5] = 0x7C  # infinity in e5m2
     infinite = one_weight(Stored.codes(codes, "F8_E5M2"), Stored.of(np.full((), 1.0), "F32"), (8, 16))

@@ -157,7 +157,7 @@ for shape in ((3, 2), (2, 1), (2, 3), (1, 2), (2, 2, 1), (4,), (2, 256)):
 add("scale without elements", change(TWO, m__q__weight_scale_inv=floats(1, 0)), "ScaleShapeError", Q, ONE,
     "scale shape (0,)", "(1, 1)")
 add("blocks without a configured size", lambda directory: (directory / "config.json").write_text("{}"),
-    "ScaleShapeError", K, ONE, "scale shape (2, 2)", "one element, or one a row")
+    "ScaleShapeError", K, ONE, "scale shape (2, 2)", "one scale, or one per row")
 for dtype, itemsize in (("F64", 8), ("I32", 4), ("BOOL", 1)):
     add(f"scale dtype {dtype}", change(TWO, m__q__weight_scale_inv=Stored(dtype, (), b"\1" * itemsize)),
         "ScaleDtypeError", Q, ONE, f"dtype {dtype}", "F32")
@@ -173,17 +173,17 @@ for word, value in (
 ):
     for dtype in ("F32", "BF16") if value != -0.5 else ("F16",):
         add(f"{dtype} scale {word}", change(TWO, m__q__weight_scale_inv=floats(value, dtype=dtype)), "ScaleValueError",
-            QS, TWO, f"the first {word}", "finite and positive")
+            QS, TWO, f"the first is {word}", "finite and positive")
     spoilt = np.full((2, 2), 0.25, np.float32)
     spoilt[1, 0] = value
     add(f"one block's scale {word}", change(TWO, m__k__weight_scale_inv=Stored.of(spoilt, "F32")), "ScaleValueError",
-        KS, TWO, f"1 of 4 scales cannot be a scale, the first {word} at (1, 0)", "finite and positive")
+        KS, TWO, f"1 of 4 scales are not valid, the first is {word} at (1, 0)", "finite and positive")
     add(f"activation scale {word}", change(TWO, m__q__activation_scale=floats(value, dtype="BF16")), "ScaleValueError",
-        "m.q.activation_scale", TWO, f"the first {word}", "finite and positive")
+        "m.q.activation_scale", TWO, f"the first is {word}", "finite and positive")
 for dtype in ("U8", "F8_E8M0"):
     add(f"exponent 255 in {dtype}",
         change(TWO, m__k__weight_scale_inv=Stored.codes(np.array([[127, 127], [255, 1]], np.uint8), dtype)),
-        "ScaleValueError", KS, TWO, "the first nan at (1, 0)", "finite and positive")
+        "ScaleValueError", KS, TWO, "the first is nan at (1, 0)", "finite and positive")
 
 # Files that are cut off or too long.
 add("data cut off", raw(ONE, lambda data: data[:-3]), "TruncatedFileError", None, ONE, "the file holds",
@@ -268,9 +268,9 @@ def twice_in_files(directory: Path) -> None:
 
 add("name twice in a header", raw(ONE, twice_in_a_header), "HeaderError", Q, ONE, "the name occurs twice",
     "each name once")
-add("name in two files", twice_in_files, "HeaderError", Q, TWO, f"it is in {ONE} as well", "each name once")
+add("name in two files", twice_in_files, "HeaderError", Q, TWO, f"it is also in {ONE}", "each name once")
 add("name in two files, no index", lambda d: (twice_in_files(d), (d / INDEX).unlink()), "HeaderError", Q, TWO,
-    f"it is in {ONE} as well", "each name once")
+    f"it is also in {ONE}", "each name once")
 
 # An index that disagrees, or leaves the directory.
 agree = "the index and the headers to agree"
@@ -281,9 +281,9 @@ add("index lacks a tensor", index(lambda i: i["weight_map"].pop("lm_head.weight"
 add("index lacks a scale", index(lambda i: i["weight_map"].pop(QS)), "IndexMismatchError", QS, INDEX, "does not list",
     agree)
 add("index names the wrong file", index(lambda i: i["weight_map"].update({Q: TWO})), "IndexMismatchError", Q, INDEX,
-    f"says {TWO}, and it is in {ONE}", agree)
+    f"says that it is in {TWO}, but it is in {ONE}", agree)
 add("index names a missing file", lambda d: (d / TWO).unlink(), "IndexMismatchError", QS, INDEX,
-    f"the file {TWO} is not there", TWO)
+    f"the file {TWO} does not exist", TWO)
 add("index does not name a file", lambda d: write_safetensors(d / "more.safetensors", {"x": floats(1)}),
     "IndexMismatchError", None, "more.safetensors", "does not name this file")
 for name in ("../evil.safetensors", "/etc/passwd", "sub/a.safetensors", "..\\a.safetensors", "..", ".", "", "a\0b"):
@@ -299,7 +299,7 @@ add("index lists a tensor twice",
     raw(INDEX, lambda data: data.replace(b'"weight_map": {', f'"weight_map": {{"{Q}": "{TWO}", '.encode())),
     "IndexMismatchError", Q, INDEX, "the name occurs twice", "each name once")
 add("a part is missing, no index", lambda d: ((d / INDEX).unlink(), (d / TWO).unlink()), "IndexMismatchError", None,
-    ONE, f"the part {TWO} is not there", "all of the 2 parts")
+    ONE, f"the part {TWO} does not exist", "all of the 2 parts")
 
 # Codes of four bits, and packed weights that are none.
 packed = "FP8, MXFP4 or NVFP4"
@@ -313,14 +313,14 @@ add("NVFP4 without its factor",
 add("NVFP4 with a factor that is none",
     change(ONE, m__z__weight_packed=Stored("U8", (4, 16), bytes(64)), m__z__weight_global_scale=floats(0, 1),
         m__z__weight_scale=Stored("F8_E4M3", (4, 2), b"\x38" * 8)),
-    "ScaleValueError", "m.z.weight_global_scale", ONE, "the first 0.0", "finite and positive")
+    "ScaleValueError", "m.z.weight_global_scale", ONE, "the first is 0.0", "finite and positive")
 add("MXFP4 in other groups",
     change(ONE, m__up_blocks=Stored("U8", (2, 4, 1, 8), bytes(64)), m__up_scales=Stored("U8", (2, 4, 1), b"\x7f" * 8)),
     "ScaleShapeError", "m.up_blocks", ONE, "block size (32,)", "")
 add("MXFP4 with a scale that is NaN",
     change(ONE, m__z__weight=Stored("I8", (4, 16), bytes(64)),
         m__z__scale=Stored("F8_E8M0", (4, 1), b"\x7f\x7f\xff\x7f")),
-    "ScaleValueError", "m.z.scale", ONE, "the first nan at (2, 0)", "finite and positive")
+    "ScaleValueError", "m.z.scale", ONE, "the first is nan at (2, 0)", "finite and positive")
 add("INT8", change(ONE, m__z__weight=Stored("I8", (4, 4), bytes(16)), m__z__weight_scale=floats(1, 4, 1)),
     "UnsupportedFormatError", "m.z.weight", ONE, "integer", packed)
 add("a second factor beside FP8", change(ONE, m__q__weight_scale_2=floats(1)), "UnsupportedFormatError", Q, ONE,
@@ -402,7 +402,7 @@ def test_message_has_the_form_of_the_design(tmp_path: Path, cli: Run) -> None:
     assert done.stderr == (
         f"fp8ckpt: {K} in {ONE}: scale shape (3, 2) in {TWO} does not fit weight (256, 256) "
         "with block size (128, 128); expected (2, 2); "
-        "see whether the configuration is that of these weights; if it is, the scales are not\n"
+        "check that the configuration belongs to these weights; if it does, the scales do not\n"
     )
 
 
@@ -410,12 +410,12 @@ def test_message_has_the_form_of_the_design(tmp_path: Path, cli: Run) -> None:
 UNSAFE = re.compile(r"\b(remove|delete|overwrite|fetch|download|of the release|the base that it came from)\b")
 #: What is safe of it: ours, and left to the user; what is nowhere on this machine; a base that is asked for.
 SAFE = (
-    " to begin anew, without what that run had done",
+    " to start again without the work of that run",
     "fetch the files",
     "fetch it first",
     "hf download",
     ": --like BASE",
-    "if it never will, delete that object",  # our own mark that a run writes there
+    "if it is dead, delete this object",  # our own mark that a run writes there
 )
 
 
@@ -458,7 +458,7 @@ def test_a_file_that_an_index_names_is_not_fetched_from_a_release(tmp_path: Path
     (source / TWO).unlink()
     (first, *_) = survey(source).defects
     assert str(first.remedy).startswith(
-        "get it from where the other files came from, and from nowhere else; or take the"
+        "get it from where the other files came from, and from nowhere else; or use the index that"
     )
 
 

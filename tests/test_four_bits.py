@@ -120,7 +120,7 @@ def test_float16_is_refused_where_a_value_goes_beyond(tmp_path: Path) -> None:
             convert(source, tmp_path / "out", to="fp16")
             assert (read_directory(tmp_path / "out")["m.q.weight"].array == 49152).all()
         else:
-            with pytest.raises(RangeError, match=f"{24 * 96} elements go beyond 65504"):
+            with pytest.raises(RangeError, match=f"{24 * 96} elements exceed 65504"):
                 convert(source, tmp_path / "none", to="fp16")
 
 
@@ -528,7 +528,7 @@ def test_rows_that_no_chunk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             cut(patch, 64, 8)
             if cols % 16:
-                with pytest.raises(UnsupportedFormatError, match="72 elements, of which the last group is not whole"):
+                with pytest.raises(UnsupportedFormatError, match="72 elements, whose last group is not whole"):
                     convert(source, at / "cut", like=base)
             else:
                 convert(source, at / "cut", like=base, workers=2)
@@ -538,7 +538,7 @@ def test_rows_that_no_chunk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_base_in_four_bits_is_no_source(tmp_path: Path) -> None:
     """It is converted first."""
     source = FAMILIES["gpt-oss"].write(tmp_path / "fp4")
-    with pytest.raises(UnsupportedFormatError, match="quantized already"):
+    with pytest.raises(UnsupportedFormatError, match="already quantized"):
         convert(source, tmp_path / "out", like=source)
 
 
@@ -583,7 +583,7 @@ def test_the_group_size_must_be_that_of_the_file(name: str, where: str, tmp_path
     for serving in (False, True):
         [defect] = verify(source, serving=serving).defects
         assert isinstance(defect, ScaleShapeError)
-        assert f"is of groups of {right}, group_size is {48 - right}" in defect.found
+        assert f"has groups of {right}, group_size is {48 - right}" in defect.found
 
 
 def test_two_group_sizes_are_named(tmp_path: Path) -> None:

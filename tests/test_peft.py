@@ -173,10 +173,11 @@ def test_what_becomes_of_a_tied_head(name: str, *, twice: bool, tmp_path: Path) 
             assert torch.allclose(one.weight.float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-6)
 
     linears = {"target_modules": r".*\.(query_key_value|q_proj|query|q)$", "r": 2}
-    merged(0, "apart from what it is tied to.*unties them", **linears, modules_to_save=[embeddings])
+    apart = "separately from the tensors that the base ties it to.*unties them"
+    merged(0, apart, **linears, modules_to_save=[embeddings])
     merged(1, None, target_modules=[embeddings], r=2, use_dora=twice)
-    merged(2, f"{head}.weight is .*would change with it", target_modules=[head], r=2)
-    merged(3, f"{head}.weight is .*would change with it", target_modules=[embeddings, head], r=2)
+    merged(2, f"the base ties {head}.weight to .*would change with these", target_modules=[head], r=2)
+    merged(3, f"the base ties {head}.weight to .*would change with these", target_modules=[embeddings, head], r=2)
     if embeddings.endswith("embed_tokens"):  # the names of which PEFT knows that they are tied
         merged(4, None, **linears, modules_to_save=[embeddings], ensure_weight_tying=True)
         merged(5, None, target_modules=[embeddings], r=2, ensure_weight_tying=True)
@@ -231,9 +232,9 @@ def test_experts_apart_whose_stacks_interleave_gate_and_up(tmp_path: Path) -> No
     apart.mkdir()
     write_safetensors(apart / "model.safetensors", tensors, {"format": "pt"})
     shutil.copy(tmp_path / "stacked/config.json", apart)
-    with pytest.raises(UnsupportedFormatError, match="gate and up in turn"):
+    with pytest.raises(UnsupportedFormatError, match="interleave the rows of gate and up"):
         merge(apart, tmp_path / "a", tmp_path / "merged")
-    with pytest.raises(UnsupportedFormatError, match="gate and up in turn"):
+    with pytest.raises(UnsupportedFormatError, match="interleave the rows of gate and up"):
         convert(apart, tmp_path / "out", layout="model")
 
 
@@ -279,10 +280,10 @@ def test_a_model_with_adapters_in_it_is_not_saved(sample_fp8: Path, tmp_path: Pa
     """Neither under PEFT's names nor without what was trained."""
     model = peft.get_peft_model(load_pretrained(sample_fp8), peft.LoraConfig(target_modules=["q_proj"]))
     for how in ({}, {"like": sample_fp8}, {"like": sample_fp8, "to": "fp8"}):
-        with pytest.raises(ModelMismatchError, match=r"adapters of PEFT .*merge_and_unload"):
+        with pytest.raises(ModelMismatchError, match=r"PEFT adapters .*merge_and_unload"):
             save_model(model, tmp_path / "out", **how)
     for held in (model, model.base_model.model):
-        with pytest.raises(ModelMismatchError, match=r"adapters of PEFT .*before it is given adapters"):
+        with pytest.raises(ModelMismatchError, match=r"PEFT adapters .*before it is given adapters"):
             load_model(held, sample_fp8)
     save_model(model.merge_and_unload(), tmp_path / "out", like=sample_fp8)
     assert verify(sample_fp8, tmp_path / "out").ok  # a fresh adapter adds nothing

@@ -482,7 +482,7 @@ def test_a_browser_shows_it(scheme: str, paper: tuple[int, ...], trained: dict[s
 def test_what_stands_where_the_page_is_written(sample_fp8: Path, tmp_path: Path) -> None:
     """A file of somebody's at the page's name with ".partial" is refused before anything is read, and stays."""
     (tmp_path / "page.html.partial").write_text("mine")
-    with pytest.raises(OutputExistsError, match=r"page\.html\.partial: there is something already"):
+    with pytest.raises(OutputExistsError, match=r"page\.html\.partial: the path exists"):
         report(sample_fp8, output=tmp_path / "page.html")
     assert (tmp_path / "page.html.partial").read_text() == "mine"
 

@@ -199,7 +199,7 @@ def test_side_files_are_of_the_same_source(name: str, begun: tuple[Path, Path]) 
 @pytest.mark.parametrize("to", ["fp16", "fp32"])
 def test_other_target_dtype_is_refused(to: str, begun: tuple[Path, Path]) -> None:
     """A partial bf16 output is not continued as another dtype."""
-    assert_refused_untouched(*begun, "another target dtype", to=to)
+    assert_refused_untouched(*begun, "another source, target dtype", to=to)
 
 
 @pytest.mark.parametrize("stray", ["notes.txt", "model-00009-of-00009.safetensors", ".hidden", "folder/file"])
@@ -230,7 +230,7 @@ def test_damaged_state_is_refused(text: str, begun: tuple[Path, Path]) -> None:
     """A plan that cannot be read, or is no plan, is refused."""
     source, out = begun
     (out.with_name("out.partial") / ".fp8ckpt/plan.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert_refused_untouched(source, out, "its state cannot be read|another source")
+    assert_refused_untouched(source, out, "the record of what the run did cannot be read|another source")
 
 
 @pytest.mark.parametrize(

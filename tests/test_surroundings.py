@@ -77,13 +77,13 @@ def test_a_working_directory_that_is_gone(sample_fp8: Path, tmp_path: Path) -> N
     ("x" * 255, "File name too long", "choose a shorter name"),
     ("x" * 256, "File name too long", "choose a shorter name"),
     ("x" * 256 + "/out", "File name too long", "choose a shorter name"),
-    ("/", "the destination exists", "choose another one"),
-    (".", "the destination exists", "choose another one"),
+    ("/", "the destination exists", "choose another destination"),
+    (".", "the destination exists", "choose another destination"),
     ("file/out", "Not a directory", "choose a place below a directory"),
-    ("loop/out", "Too many levels of symbolic links", "mend the links"),
+    ("loop/out", "Too many levels of symbolic links", "correct the links"),
     ("/proc/out", "No such file or directory", "run it again"),
     ("dangling/out", "No such file or directory", "run it again"),
-    ("new/..", "the destination exists", "choose another one"),
+    ("new/..", "the destination exists", "choose another destination"),
 ])  # fmt: skip
 def test_destinations_that_cannot_be(
     command: str,

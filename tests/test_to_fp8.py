@@ -551,7 +551,7 @@ def test_places_and_kinds_of_directories_are_refused(tmp_path: Path) -> None:
     family = E4M3["per-tensor 0-d BF16"]
     base, out = family.write(tmp_path / "fp8"), tmp_path / "out"
     plain = write_plain(tmp_path / "plain", family.expected())
-    refused(UnsupportedFormatError, "quantized already", base, base, out)
+    refused(UnsupportedFormatError, "already quantized", base, base, out)
     refused(UnsupportedFormatError, "none of its tensors is quantized", plain, plain, out)
     refused(OutputExistsError, "inside the base", plain, base, base / "out")
     refused(OutputExistsError, "inside the source", plain, base, plain / "out")

@@ -905,7 +905,7 @@ def test_four_bits_are_the_bases(dtype: str, small: Path, tmp_path: Path, comman
 
 
 @pytest.mark.parametrize(("source", "base", "found"), [
-    ("fp8", "fp8", "it is quantized already; expected BF16, F16 or F32; convert it first: --to bf16"),
+    ("fp8", "fp8", "it is already quantized; expected BF16, F16 or F32; convert it first: --to bf16"),
     ("plain", "plain", "none of its tensors is quantized"),
     ("plain", "other", "tensors are only in the base"),
     ("plain", "nothing", "nothing"),

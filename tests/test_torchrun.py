@@ -190,7 +190,7 @@ def test_error_of_every_rank_is_printed_once(sample_fp8: Path, tmp_path: Path) -
     assert stdout == ""
     assert [line for line in stderr.splitlines() if "block size" in line] == [
         "fp8ckpt: config.json: the block size is [0]; expected positive whole numbers, such as [128, 128]; "
-        "state the one that the scales were made with"
+        "state the block size that the scales were made with"
     ]
     assert "fp8ckpt/convert.py" not in stderr
     assert sorted(os.listdir(tmp_path)) == ["fp8", "ranks"]

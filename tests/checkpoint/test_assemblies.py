@@ -115,5 +115,5 @@ def test_there_and_back_on_two_ranks(tmp_path: Path) -> None:
 def test_names_without_a_base_are_missed_by_name(tmp_path: Path) -> None:
     """Assemblies are made of a base's tensors: where none is given, the adapter must say what they are called."""
     checkpoint = open_checkpoint(RELEASES[NAME].write(tmp_path / "release"))
-    with pytest.raises(ModelMismatchError, match=r"says only by assemblies.*give like"):
+    with pytest.raises(ModelMismatchError, match=r"only through assemblies, which need a base.*give like"):
         save_model(model_of(checkpoint, range(2)), tmp_path / "out")

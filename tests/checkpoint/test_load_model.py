@@ -433,7 +433,7 @@ def test_memory_that_cannot_hold_it_is_refused(tmp_path: Path) -> None:
     assert torch.equal(one["gate"].weight, torch.from_numpy(stored["up.weight"].array.copy()))
     expanded = model()
     expanded["up"].weight = nn.Parameter(torch.zeros(1, 6).expand(4, 6))
-    with pytest.raises(ModelMismatchError, match=r"up\.weight: its 24 elements lie in the memory of 6"):
+    with pytest.raises(ModelMismatchError, match=r"up\.weight: its 24 elements share the memory of 6"):
         load_model(expanded, tmp_path / "differ.safetensors")
     empty = model()
     empty["extra"] = nn.Module()

@@ -541,7 +541,7 @@ def test_a_subgroup_saves(models: dict[str, Case], tmp_path: Path) -> None:
     """By the writer's ``process_group``, which must be the one of the save."""
     told = run(3, _from_a_subgroup, models["equal"], tmp_path)
     assert_same_tree(tmp_path / "out", models["equal"].expected("trained", "reuse"))
-    assert all("give FP8StorageWriter the process_group that dcp.save is given" in text for text in told[1:])
+    assert all("give FP8StorageWriter the process_group that dcp.save gets" in text for text in told[1:])
 
 
 @pytest.mark.gpu
@@ -633,7 +633,7 @@ def test_bases_and_models_that_do_not_fit_are_refused(models: dict[str, Case], t
         (UnsupportedFormatError, r"m\.q\.weight: a weight of dtype F64", {**good, "m.q.weight": q.double()}, out, base),
         (ModelMismatchError, r"model\.norm\.weight: dtype I64.*BF16",
          {**good, "model.norm.weight": good["model.norm.weight"].long()}, out, base),
-        (UnsupportedFormatError, "step: it is no tensor", {**good, "step": 3}, out, base),
+        (UnsupportedFormatError, "step: it is not a tensor", {**good, "step": 3}, out, base),
         (OutputExistsError, "inside the base", good, base / "out", base),
         (OutputExistsError, "destination exists", good, plain, base),
     ]  # fmt: skip

@@ -111,7 +111,9 @@ def test_a_buffer_that_its_class_does_not_make_anew_is_named(stacked: Path) -> N
     """A value that nobody knows is refused, not left to what the memory held; the remedy is one."""
     model = load_pretrained(stacked)
     model.model.register_buffer("mystery", torch.ones(3), persistent=False)
-    with pytest.raises(ConfigError, match=r"model\.mystery: no checkpoint holds this buffer.*once the model is loaded"):
+    with pytest.raises(
+        ConfigError, match=r"model\.mystery: no checkpoint holds this buffer.*after the model is loaded"
+    ):
         load_model(model, stacked)
     del model.model.mystery
     load_model(model, stacked)

@@ -41,7 +41,7 @@ def test_a_state_dict_of_copies_is_not_loaded(saved: Path) -> None:
         return {name: tensor.clone() for name, tensor in state.items()}
 
     hook = model._register_state_dict_hook(copied)
-    with pytest.raises(ModelMismatchError, match=r"gives copies of 1 tensors.* weight; .*before it is wrapped"):
+    with pytest.raises(ModelMismatchError, match=r"returns copies of 1 tensors.* weight; .*before it is wrapped"):
         load_model(model, saved)
     assert model.weight.equal(before)
     hook.remove()

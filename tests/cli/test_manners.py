@@ -200,7 +200,7 @@ def test_one_of_several_files_by_the_index_alone(sample_fp8: Path, tmp_path: Pat
     with pytest.raises(CheckpointNotFoundError, match="this is 1 of 3 files"):
         inspect(source / "part1.safetensors")
     for name in ("config.json", "model.safetensors.index.json"):
-        with pytest.raises(CheckpointNotFoundError, match="this holds no weights"):
+        with pytest.raises(CheckpointNotFoundError, match="this file holds no weights"):
             inspect(source / name)
 
 

@@ -87,7 +87,7 @@ def test_what_is_missing_for_no_known_reason_is_named(made: Path, tmp_path: Path
     refused = cli(*arguments)
     assert refused.returncode == 1
     assert "4 tensors are only in the base, 0 only in the source" in refused.stderr
-    assert "or name what is to be taken from the base: --carry REGEX" in refused.stderr
+    assert "or name the tensors to take from the base: --carry REGEX" in refused.stderr
     done = cli(*arguments, "--carry", r"layers\.1\.mlp|^lm_head")
     assert done.returncode == 0, done.stderr
     assert "note: 4 tensors that the source lacks are carried from the base: lm_head.weight" in done.stdout
@@ -167,7 +167,7 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(mad
     note = "lm_head.weight of the source is its model.embed_tokens.weight, and is not stored, as in the base"
     assert note in result.notes
     own = rewrite(plain, tmp_path / "own", lambda t: t | {HEAD: Stored.of(t[EMBEDDINGS].array * 2, "BF16")})
-    said = r"^lm_head.weight in .*: it is not model.embed_tokens.weight, and the base"
+    said = r"^lm_head.weight in .*: it differs from model.embed_tokens.weight, which the base"
     with pytest.raises(ModelMismatchError, match=said):
         back(own, base, tmp_path / "own-back")
     untied = rewrite(base, tmp_path / "untied", config=says(False))
@@ -191,7 +191,7 @@ def test_a_copy_of_what_is_tied_is_left_out_whatever_its_name(name: str, tmp_pat
     assert read_directory(tmp_path / "back twice") == read_directory(twice)
     head = next(iter(tied))
     own = rewrite(copies, tmp_path / "own", lambda t: t | {head: Stored.of(t[head].array * 2, "BF16")})
-    with pytest.raises(ModelMismatchError, match=f"^{head} in .*: it is not .*a --scheme"):
+    with pytest.raises(ModelMismatchError, match=f"^{head} in .*: it differs from .*with --scheme"):
         back(own, fp8, tmp_path / "own back")
 
 

@@ -307,10 +307,10 @@ def test_pieces_of_several_dtypes_are_refused(made: Path, tmp_path: Path) -> Non
 
     name = "Qwen3-MoE"
     mixed = rewrite(made / f"{name}, file", tmp_path / "mixed", of("F32"))
-    with pytest.raises(UnsupportedFormatError, match=r"experts\.down_proj: its pieces are of BF16 and F32"):
+    with pytest.raises(UnsupportedFormatError, match=r"experts\.down_proj: its pieces have the dtypes BF16 and F32"):
         convert(mixed, tmp_path / "out", layout="model")
     partly = rewrite(made / name, tmp_path / "partly", of("BF16"))
     convert(partly, tmp_path / "bf16", layout="model")
     assert verify(partly, tmp_path / "bf16").ok
-    with pytest.raises(UnsupportedFormatError, match=r"some of its pieces are FP8, and others BF16.*convert to bf16"):
+    with pytest.raises(UnsupportedFormatError, match=r"some of its pieces are FP8 and others BF16.*convert to bf16"):
         convert(partly, tmp_path / "out", to="fp32", layout="model")

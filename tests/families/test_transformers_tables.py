@@ -130,7 +130,7 @@ def test_experts_with_gaps_in_their_numbers_are_refused() -> None:
             matrices = {"gate_proj": (up[1] // 2, up[2]), "up_proj": (up[1] // 2, up[2]), "down_proj": down[1:]}
             stored |= {f"{experts}.{number}.{leaf}.weight": shape for leaf, shape in matrices.items()}
     with pytest.raises(
-        UnsupportedFormatError, match=r"layers\.1\.mlp\.experts\.\w+: .* up to number 7, and 3, 4, 5, 6 are"
+        UnsupportedFormatError, match=r"layers\.1\.mlp\.experts\.\w+: .* numbered up to 7, and 3, 4, 5, 6 are missing"
     ):
         assemble(model, own, stored)
     renamed = {name.replace("experts.7.", "experts.3."): shape for name, shape in stored.items()}

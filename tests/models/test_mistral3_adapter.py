@@ -216,7 +216,7 @@ def test_dequantize_refuses_values_beyond_bfloat16() -> None:
     """A scale that takes finite codes to infinity is refused; codes that are infinite themselves stay so."""
     largest = torch.tensor(2.0**120, dtype=torch.bfloat16)
     beyond = int((ALL_CODES.float().abs() * 2.0**120).isinf().sum())
-    with pytest.raises(RangeError, match=f"{beyond} elements of finite codes go beyond the largest BF16"):
+    with pytest.raises(RangeError, match=f"{beyond} elements with finite codes exceed the largest BF16"):
         module._dequantize_from_fp8(ALL_CODES, largest)
     codes = torch.tensor([float("inf"), float("-inf"), 1.0]).to(torch.float8_e5m2)
     values = module._dequantize_from_fp8(codes, largest)

@@ -131,7 +131,7 @@ def test_another_fingerprint_is_refused(destination: Path, plan: dict[str, objec
     first.release()
     before = tree(first.directory)
     second = PartialOutput(destination)
-    with pytest.raises(ResumeMismatchError, match="begin anew") as caught:
+    with pytest.raises(ResumeMismatchError, match="to start again without the work of that run") as caught:
         second.begin(plan, NAMES)
     second.release()
     assert caught.value.file == str(partial_of(destination))
@@ -275,7 +275,7 @@ def test_a_plan_that_cannot_be_read(destination: Path, torn: bytes) -> None:
     """A damaged state is refused by name, never taken for a match."""
     begun(destination).release()
     (partial_of(destination) / ".fp8ckpt" / "plan.json").write_bytes(torn)
-    with pytest.raises(ResumeMismatchError, match="begin anew"):
+    with pytest.raises(ResumeMismatchError, match="to start again without the work of that run"):
         begun(destination)
 
 
@@ -285,7 +285,7 @@ def test_an_output_without_a_plan_is_refused(destination: Path) -> None:
     first.record(0, 0, {})
     first.release()
     (partial_of(destination) / ".fp8ckpt" / "plan.json").unlink()
-    with pytest.raises(ResumeMismatchError, match="its state is gone"):
+    with pytest.raises(ResumeMismatchError, match="the record of what the run did is missing"):
         begun(destination)
 
 

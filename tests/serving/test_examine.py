@@ -255,7 +255,7 @@ def q(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("edit", "found"), [
-    (lambda c: c.pop("quantization_config"), "the weights are FP8, and no configuration says so"),
+    (lambda c: c.pop("quantization_config"), "the weights are FP8, but no configuration says so"),
     (lambda c: q(c).pop("quant_method"), "quant_method is missing"),
     (lambda c: q(c).pop("activation_scheme"), "activation_scheme is missing"),
     (lambda c: q(c).update(activation_scheme="sometimes"), "activation_scheme is sometimes"),
@@ -270,7 +270,7 @@ def q(config: dict[str, Any]) -> dict[str, Any]:
     (lambda c: q(c)["modules_to_not_convert"].append("*down_proj"), "2 FP8 tensors are in modules_to_not_convert"),
     (lambda c: q(c)["modules_to_not_convert"].append(r"re:.*layers\.0.*down_proj"),
      "1 FP8 tensors are in modules_to_not_convert"),
-    (lambda c: c.update(tie_word_embeddings=True), "the head is not model.language_model.embed_tokens.weight"),
+    (lambda c: c.update(tie_word_embeddings=True), "the head differs from model.language_model.embed_tokens.weight"),
 ])  # fmt: skip
 def test_a_wrong_configuration_is_named(good: Path, edit: Callable[[dict[str, Any]], object], found: str) -> None:
     """Each statement that an engine reads, missing or wrong."""
@@ -528,13 +528,13 @@ def drop_format(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "file", "found"), [
-    (add_consolidated, "consolidated.safetensors", "Mistral's own copy of the weights stands beside the others"),
-    (write("params.json"), "params.json", "Mistral's own configuration stands beside"),
-    (write("pytorch_model.bin"), "pytorch_model.bin", "weights of another kind"),
-    (write("x.gguf"), "x.gguf", "weights of another kind"),
-    (write("original.pth"), "original.pth", "weights of another kind"),
+    (add_consolidated, "consolidated.safetensors", "Mistral's own copy of the weights is beside the others"),
+    (write("params.json"), "params.json", "Mistral's own configuration is beside"),
+    (write("pytorch_model.bin"), "pytorch_model.bin", "weights in another format"),
+    (write("x.gguf"), "x.gguf", "weights in another format"),
+    (write("original.pth"), "original.pth", "weights in another format"),
     (write("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'), "hf_quant_config.json",
-     "it states quantization by ModelOpt, and config.json states fp8"),
+     "it states quantization by ModelOpt, but config.json states fp8"),
     (lambda d: (d / "model.safetensors.index.json").unlink(), "model-00001-of-00003.safetensors",
      "3 safetensors files without an index"),
     (drop_format, None, "the metadata does not say what wrote it, in 1 of 3 files"),
@@ -560,12 +560,12 @@ def test_a_trainers_files_are_no_weights(good: Path) -> None:
 @pytest.mark.parametrize(("tied", "head", "found"), [
     (True, {}, []),
     (True, plain(HEAD, 8, 4), []),
-    (True, {f"{HEAD}.weight": bf16((8, 4), 2)}, ["the head is not model.embed_tokens.weight"]),
-    (True, {f"{HEAD}.weight": bf16((8, 4), dtype="F32")}, ["the head is not"]),
-    (True, plain(HEAD, 9, 4), ["the head is not"]),
-    (True, fp8(HEAD, 8, 4), ["the head is not"]),
+    (True, {f"{HEAD}.weight": bf16((8, 4), 2)}, ["the head differs from model.embed_tokens.weight"]),
+    (True, {f"{HEAD}.weight": bf16((8, 4), dtype="F32")}, ["the head differs from"]),
+    (True, plain(HEAD, 9, 4), ["the head differs from"]),
+    (True, fp8(HEAD, 8, 4), ["the head differs from"]),
     (False, plain(HEAD, 9, 4), []),
-    (False, {}, ["tie_word_embeddings is false, and no head is stored"]),
+    (False, {}, ["tie_word_embeddings is false, but no head is stored"]),
     (None, {}, []),
     (None, plain(HEAD, 9, 4), []),
 ])  # fmt: skip
@@ -616,7 +616,7 @@ def test_mistrals_own_layout_alone(tmp_path: Path) -> None:
         ("c", ("TENSOR", False), "2 of 2 FP8 tensors have no activation scale; "),
         ("d", ("NO_SCALES", True), "2 of 2 FP8 tensors have an activation scale; "),
         ("e", ("TENSOR", True, (1, 1)), "the scale of a whole tensor has shape [1, 1]"),
-        ("f", (None, False), "the weights are FP8, and no configuration says so; "),
+        ("f", (None, False), "the weights are FP8, but no configuration says so; "),
     ):
         assert f": {found}" in only_failure(native(name, *wrong)).message  # type: ignore[arg-type]
     assert only_failure(tmp_path / "f").file == "params.json"
@@ -635,7 +635,7 @@ def test_what_is_not_quantized_is_served_as_it_is(sample_fp8: Path, tmp_path: Pa
     config = read_config(tmp_path / "bf16")
     assert serving_config(survey(tmp_path / "bf16"), static=True) == config
     rewrite(tmp_path / "bf16", lambda config: config.update(quantization_config=DYNAMIC))
-    assert only_failure(tmp_path / "bf16").found == "it states that the weights are quantized, and none is"
+    assert only_failure(tmp_path / "bf16").found == "it states that the weights are quantized, but none is"
     (tmp_path / "bf16" / "config.json").write_text(json.dumps(config))
     write("model.gguf")(tmp_path / "bf16")
     assert only_failure(tmp_path / "bf16").file == "model.gguf"
@@ -848,10 +848,10 @@ MISTRAL3 = {"architectures": ["Mistral3ForConditionalGeneration"]}
 O_PROJ = tiled("m.o_proj", 256, 128)
 UE8M0 = {**BLOCKS, "scale_fmt": "ue8m0"}
 NOT_EXPONENTS = (
-    "m.o_proj.weight_scale_inv in model.safetensors: 2 scales of 1 FP8 tensors are no powers of two, and config.json "
+    "m.o_proj.weight_scale_inv in model.safetensors: 2 scales of 1 FP8 tensors are not powers of two, but config.json "
     "states scale_fmt ue8m0;"
 )
-NO_HEAD = "config.json: tie_word_embeddings is false, and no head is stored; "
+NO_HEAD = "config.json: tie_word_embeddings is false, but no head is stored; "
 SIBLINGS = {name: stored for layer, values in enumerate([(0.5, 0.5, 0.5), (0.5, 0.25, 0.5)])
             for leaf, value in zip("qkv", values, strict=True)
             for name, stored in fp8(f"model.layers.{layer}.{leaf}_proj", value=value).items()}  # fmt: skip
@@ -881,9 +881,9 @@ CASES = [
     case("a block of one scale", fp8("m.q", 100, 128, scale=(1, 1)), BLOCKS),
     case("one scale a tensor", SQUARE, DYNAMIC),
     case("one scale under a block size", SQUARE | TILED, BLOCKS,
-         "m.q.weight in config.json: weight_block_size is [128, 128], and 1 of 2 FP8 tensors are scaled otherwise;"),
+         "m.q.weight in config.json: weight_block_size is [128, 128], and 1 of 2 FP8 tensors have other blocks;"),
     case("rows under no block size", fp8("m.q", 256, 256, scale=(256, 1)), DYNAMIC,
-         "m.q.weight in config.json: weight_block_size is None, and 1 of 1 FP8 tensors are scaled otherwise;"),
+         "m.q.weight in config.json: weight_block_size is None, and 1 of 1 FP8 tensors have other blocks;"),
     case("no block size stated", SQUARE, {key: DYNAMIC[key] for key in ("quant_method", "activation_scheme")},
          notes=["weight_block_size is absent"]),
     case("scale [1]", fp8("m.q", scale=(1,)), DYNAMIC),
@@ -902,7 +902,7 @@ CASES = [
     case("DeepSeek-V4 calls it head", EMBEDDED | plain("head", 9, 4), DYNAMIC,
          "head in config.json: 1 unquantized", tie_word_embeddings=False),
     case("sections that contradict each other", EMBEDDED | plain(HEAD, 9, 4), DYNAMIC,
-         f"{HEAD}.weight in model.safetensors: the head is not {EMBEDDINGS}.weight, and text_config says "
+         f"{HEAD}.weight in model.safetensors: the head differs from {EMBEDDINGS}.weight, but text_config says "
          "tie_word_embeddings, though config.json itself says false;", tie_word_embeddings=False,
          text_config={"tie_word_embeddings": True}),
     case("tied heads", TIED, DYNAMIC, tie_word_embeddings=True),
@@ -915,7 +915,7 @@ CASES = [
     case("columns that are no whole blocks", tiled(f"{M}.down_proj", 256, 192), BLOCKS,
          notes=["1 FP8 tensors have columns that are no multiple of their block's ("]),
     *(case(f"{leaves[0]} FP8 beside {leaves[1:]}", *joined(*leaves),
-           f"m.{leaves[1]}.weight in config.json: 1 groups of weights that engines join are FP8 in part")
+           f"m.{leaves[1]}.weight in config.json: 1 groups of weights that engines join are only partly FP8")
       for leaves in (("k_proj", "q_proj", "v_proj"), ("w1", "w3"))),
     case("whole blocks alone of FP8_PB_WO", RAGGED, MODELOPT,
          "m.p.weight in model.safetensors: 1 FP8 tensors are of FP8_PB_WO and are not whole blocks: m.p.weight has "
@@ -928,8 +928,8 @@ CASES = [
           ("any scale", 3 * 2.0**-9, BLOCKS, ()), ("another under ue8m0", 3 * 2.0**-9, UE8M0, (NOT_EXPONENTS,)))),
     case("exponents under ue8m0", scaled_by(Stored.codes(np.full((2, 1), 118, np.uint8), "F8_E8M0")), UE8M0),
     case("blocks of Mistral3 by a name that vLLM renames", O_PROJ, BLOCKS,
-         "m.o_proj.weight_scale_inv in model.safetensors: vLLM 0.33 takes weight_scale_inv of this model for the one "
-         "scale of a tensor, and refuses 1 that are blocks;", **MISTRAL3),
+         "m.o_proj.weight_scale_inv in model.safetensors: vLLM 0.33 reads this model's weight_scale_inv as one "
+         "scale per tensor, and refuses 1 that are blocks;", **MISTRAL3),
     case("blocks of mistral3", O_PROJ, BLOCKS, "m.o_proj.weight_scale_inv", model_type="mistral3"),
     case("one scale of Mistral3", fp8("m.o_proj"), DYNAMIC, **MISTRAL3),
     case("blocks of Llama", O_PROJ, BLOCKS, notes=["SGLang 0.5"], architectures=["LlamaForCausalLM"]),
@@ -986,7 +986,7 @@ def test_a_quantized_cache_alone_is_sound(
     if modelopt is not None:
         (directory / "hf_quant_config.json").write_text(json.dumps({"quantization": modelopt}))
     failures = told(directory).failures
-    assert [f.found for f in failures] == ["it states that the weights are quantized, and none is"] * (not fit)
+    assert [f.found for f in failures] == ["it states that the weights are quantized, but none is"] * (not fit)
     assert "remove" not in "".join(map(str, failures))
 
 
@@ -1009,7 +1009,7 @@ def test_an_entry_is_read_as_each_version_of_transformers_does(entries: list[str
     tensors = {name: stored for module in modules for name, stored in fp8(module).items()}
     result = judge(tensors, {**DYNAMIC, "modules_to_not_convert": entries})
     assert any(old_rule(module, entries) for module in modules) == (version is not None)
-    assert begin([f.found for f in result.failures], [] if version is None else [f"transformers {version} takes "])
+    assert begin([f.found for f in result.failures], [] if version is None else [f"transformers {version} matches "])
 
 
 def test_a_router_beside_a_gate_proj_is_listed_as_every_version_reads_it(tmp_path: Path) -> None:

@@ -149,5 +149,5 @@ def test_the_client_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MissingPackageError, match=r"sftp:// needs paramiko; pip install paramiko"):
         open_checkpoint("sftp://host/x")
     pytest.importorskip("requests")
-    with pytest.raises(StorageError, match=r"dbfs://x: its client takes more than a URL; copy it here"):
+    with pytest.raises(StorageError, match=r"dbfs://x: its client needs more than a URL; copy it to this machine"):
         open_checkpoint("dbfs:/x")

@@ -169,7 +169,7 @@ def test_headers_are_read_at_once() -> None:
             barrier.wait()
             yield (len(head).to_bytes(8, "little") + head)[start:stop]
 
-    with pytest.raises(Fp8CheckpointError, match=r"in model-00001-of-00032\.safetensors as well"):
+    with pytest.raises(Fp8CheckpointError, match=r"it is also in model-00001-of-00032\.safetensors"):
         open_checkpoint(remote.RemoteStore(Waiting()))  # all hold one name: it is only opened
 
 
@@ -790,7 +790,7 @@ def test_a_refusal_says_what_to_do_and_holds_no_secret(far: Far, code: str) -> N
 
 
 @pytest.mark.parametrize(("endpoint", "said"), [
-    ("nonsense", "boto3 refuses .*AWS_ENDPOINT_URL"),
+    ("nonsense", "boto3 raised an error .*AWS_ENDPOINT_URL"),
     ("http://127.0.0.1:1", "at attempt 4: nothing answers there; check"),
 ])  # fmt: skip
 def test_an_endpoint_that_is_none(endpoint: str, said: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -804,7 +804,7 @@ def test_an_endpoint_that_is_none(endpoint: str, said: str, s3: Server, monkeypa
 def test_an_endpoint_that_is_a_web_page(s3: Server) -> None:
     """boto3 makes an empty listing of it."""
     s3.answer = lambda asked: Answer(200, {"Content-Type": "text/html"}, b"<html><body/></html>")
-    with pytest.raises(StorageError, match=r"what answers there is no such store.*AWS_ENDPOINT_URL"):
+    with pytest.raises(StorageError, match=r"the endpoint is not such a store.*AWS_ENDPOINT_URL"):
         open_checkpoint(f"s3://{BUCKET}/x")
 
 
@@ -814,7 +814,7 @@ def test_a_hub_that_is_another_server(far: Far, body: bytes) -> None:
     """Whatever it answers."""
     assert far.hub is not None
     far.hub.hub.answer = lambda asked: Answer(200, {}, body)
-    with pytest.raises(StorageError, match=r"what answers there is no such store.*HF_ENDPOINT"):
+    with pytest.raises(StorageError, match=r"the endpoint is not such a store.*HF_ENDPOINT"):
         open_checkpoint(far.url)
 
 
@@ -830,7 +830,7 @@ REFUSED: dict[str, tuple[type[Fp8CheckpointError], str]] = {
     "https://": (UnsupportedStoreError, "https://host/directory"),
     "file:///tmp/x": (UnsupportedStoreError, "give the path itself: /tmp/x"),
     "hf://org/name": (StorageError, "unset HF_HUB_OFFLINE"),
-    "memory://nothing": (CheckpointNotFoundError, "no object below it"),
+    "memory://nothing": (CheckpointNotFoundError, "no objects below this URL"),
 }
 
 
@@ -874,5 +874,5 @@ def test_a_server_without_ranges() -> None:
             return Answer(200, {"Content-Type": "text/html"}, b'<a href="model.safetensors">x</a>')
         return Answer(200, {"ETag": '"x"', "Content-Length": "100"}, b"x" * 100)
 
-    with serving(answer) as server, pytest.raises(StorageError, match="serves no ranges"):
+    with serving(answer) as server, pytest.raises(StorageError, match="does not serve byte ranges"):
         open_checkpoint(f"{server.url}/dir")

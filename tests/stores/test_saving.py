@@ -256,7 +256,8 @@ def test_other_values_after_a_cut_in_completing(
     assert len([record for record in caplog.records if "bytes are on their way" in record.message]) > 4
     other = {name: tensor + 1 for name, tensor in state.items()}
     with pytest.raises(
-        ResumeMismatchError, match=r"a run before was cut off while .*: other weights, by their MD5s.*choose another"
+        ResumeMismatchError,
+        match=r"earlier run was interrupted while .*, and its weights differ \(MD5\).*choose another",
     ):
         save_model(Held(other), URL, like=trained / "fp8")
     save_model(Held(state), URL, like=trained / "fp8")

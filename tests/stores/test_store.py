@@ -194,8 +194,8 @@ def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.Mo
 REASONS = {
     errno.EIO: "check the disk",
     errno.EACCES: "get the permission to read it",
-    errno.ESTALE: "the file server has something else there by now: run it again",
-    errno.ETIMEDOUT: "see that the file server answers, and run it again",
+    errno.ESTALE: "the file was replaced on the file server: run it again",
+    errno.ETIMEDOUT: "check that the file server answers, and run it again",
     errno.EMFILE: "raise the limit on open files",
     errno.ENODEV: "restore the file",
 }

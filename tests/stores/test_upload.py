@@ -305,7 +305,9 @@ def test_a_place_of_the_same_last_name_does_not_go_on(
     _interrupted(s3, _at_first_completion(), lambda: convert(sample_fp8, URL))
     s3.forget()
     for other in (f"s3://{BUCKET}/elsewhere/out", "out"):
-        with pytest.raises(ResumeMismatchError, match=r"goes to s3://bucket/models/out; run this in another") as caught:
+        with pytest.raises(
+            ResumeMismatchError, match=r"writes to s3://bucket/models/out; run this in another"
+        ) as caught:
             convert(sample_fp8, other)
         assert "delete" not in str(caught.value)
     convert(sample_fp8, URL + "/")
@@ -315,7 +317,7 @@ def test_a_place_of_the_same_last_name_does_not_go_on(
         with pytest.raises(KeyboardInterrupt):
             convert(sample_fp8, "here")
     here = Path("here").absolute()
-    with pytest.raises(ResumeMismatchError, match=f"goes to {here}; run this in another") as caught:
+    with pytest.raises(ResumeMismatchError, match=f"writes to {here}; run this in another") as caught:
         convert(sample_fp8, f"s3://{BUCKET}/here")
     assert "delete" not in str(caught.value)
     convert(sample_fp8, "here")
@@ -521,7 +523,7 @@ def test_two_runs_at_once(s3: Server, client: Any, sample_fp8: Path, sample_bf16
     s3.forget()
     Path("elsewhere").mkdir()
     os.chdir("elsewhere")
-    with pytest.raises(OutputBusyError, match=rf"{URL}/{LOCK}.*another run writes there.*delete that object"):
+    with pytest.raises(OutputBusyError, match=rf"{URL}/{LOCK}.*another run is writing there.*delete this object"):
         convert(sample_fp8, URL, to="fp32")
     assert (os.listdir(), _parts(s3)) == ([], Counter())
     client.delete_object(Bucket=BUCKET, Key=f"models/out/{LOCK}")

@@ -98,7 +98,9 @@ def test_sharded(index: bool, tmp_path: Path) -> None:
         (directory / "adapter_model.safetensors.index.json").write_text(text)
     assert len(open_adapter(directory).pairs) == 1
     (directory / files[1]).unlink()
-    with pytest.raises(HeaderError, match="there"):
+    with pytest.raises(
+        HeaderError, match=r"model-00002-of-00002.safetensors, which does not exist|only 1 of 2 parts exist"
+    ):
         open_adapter(directory)
 
 

@@ -134,7 +134,7 @@ TWO_SIZES = {str(i): {"weights": {"block_structure": [size, size]}} for i, size 
 #: How `two` is spoiled; the one defect: its class, the tensor or file that it names, words that are in it.
 SPOILED: dict[str, tuple[Spoil, type[Fp8CheckpointError], str | None, tuple[str, ...]]] = {
     "a tensor in another file than the index says":
-        (mapping(**{FIRST: TWO}), IndexMismatchError, FIRST, (f"says {TWO}", f"in {ONE}")),
+        (mapping(**{FIRST: TWO}), IndexMismatchError, FIRST, (f"says that it is in {TWO}", f"but it is in {ONE}")),
     "a tensor that the index does not list":
         (mapping(**{FIRST: None}), IndexMismatchError, FIRST, ("does not list", ONE)),
     "a tensor that no file holds":
@@ -370,7 +370,7 @@ def test_what_decides_nothing(two: Path, name: str) -> None:
 def test_a_file_that_is_not_there(two: Path) -> None:
     """File and first tensor are named; its tensors' scales are not held against others."""
     (two / TWO).unlink()
-    error = refused(two, IndexMismatchError, TWO, "not there")
+    error = refused(two, IndexMismatchError, TWO, "does not exist")
     assert error.file == INDEX
     assert error.tensor in PER_TENSOR.tensors
 
@@ -396,7 +396,7 @@ def test_a_missing_part_without_an_index(two: Path, part: str) -> None:
     """The names say how many parts there are."""
     (two / INDEX).unlink()
     (two / part).unlink()
-    refused(two, IndexMismatchError, f"the part {part} is not there", "all of the 2 parts")
+    refused(two, IndexMismatchError, f"the part {part} does not exist", "all of the 2 parts")
 
 
 def test_every_missing_part_is_listed(two: Path) -> None:
@@ -416,7 +416,7 @@ def test_a_name_in_two_files(two: Path, index: bool) -> None:
     write_safetensors(two / TWO, PER_TENSOR.tensors)
     twice = {defect.tensor for defect in survey(two).defects if isinstance(defect, HeaderError)}
     assert twice == set(list(PER_TENSOR.tensors)[0::2])
-    with pytest.raises(HeaderError, match="as well"):
+    with pytest.raises(HeaderError, match="it is also in"):
         open_checkpoint(two)
 
 
@@ -446,7 +446,7 @@ def test_quantization_that_is_no_object(tmp_path: Path, file: str, key: str, sta
     """What is stated of quantization is an object, or it is the one defect: no scale is blamed for it."""
     source = BLOCK.write(tmp_path / "checkpoint")
     (source / file).write_text(json.dumps({key: stated}))
-    error = refused(source, ConfigError, "of quantization")
+    error = refused(source, ConfigError, "its quantization configuration is")
     assert (error.file, error.expected) == (file, "an object")
 
 
@@ -697,7 +697,7 @@ def test_scales_that_cannot_be_scales(tmp_path: Path, dtype: str, kind: str, gri
         checkpoint.read("w.weight", (0, 0), (1, 1))  # the bad one need not lie in the region
     error = caught.value
     assert (error.tensor, error.file) == ("w.weight_scale", "model.safetensors")
-    assert error.expected == "finite and positive"
+    assert error.expected == "finite and positive scales"
     assert f"1 of {scales.size} scales" in error.found
     assert grid != "rows" or "at (4, 0)" in error.found
     found = reading.scale_defects(checkpoint.quantized)

@@ -342,9 +342,9 @@ DEFECTS: dict[str, Defect] = {
     "too few of ragged blocks": misfit((2, 1), "(3, 2)", SQUARES, (300, 200)),
     "too few groups": misfit((24, 3), "(24, 4)", (1, 32), (24, 100)),
     "too few of a stack": misfit((3, 2, 1), "(3, 2, 2)", SQUARES, (3, 130, 200)),
-    "blocks of no size": misfit((2, 2), "one element, or one a row", None),
-    "rows too few": misfit((255,), "one element, or one a row", None),
-    "blocks of a vector": misfit((2,), "one element, or one a row", SQUARES, (256,)),
+    "blocks of no size": misfit((2, 2), "one scale, or one per row", None),
+    "rows too few": misfit((255,), "one scale, or one per row", None),
+    "blocks of a vector": misfit((2,), "one scale, or one per row", SQUARES, (256,)),
     "torchao's names, no scale": Defect(MissingScaleError, "m._weight_qdata", {"m._weight_qdata": W},
         expected="m._weight_scale"),
     **{f"integers of torchao in {dtype}": Defect(UnsupportedFormatError, "m._weight_qdata", {

@@ -11,15 +11,15 @@ from typing import Self
 from fp8ckpt.errors.base import Fp8CheckpointError, Says, Stored, shown
 from fp8ckpt.errors.files import COPY
 
-SAME_TOOL = "use the tool that wrote it"
+SAME_TOOL = "read it with the tool that wrote it"
 
 
 class MissingScaleError(Fp8CheckpointError, ValueError):
     """An FP8 weight without a scale: its codes alone are not its values."""
 
     remedy = (
-        "look for it in the other files that belong to this one, or under another name; "
-        "if the weights were only cast to FP8, without any, use the tool that did: fp8ckpt cannot know"
+        "look for the scale in the other files of this checkpoint, or under another name; "
+        "if the weights were only cast to FP8, without scales, use the tool that cast them: fp8ckpt cannot know that"
     )
 
     @classmethod
@@ -32,7 +32,7 @@ class MissingScaleError(Fp8CheckpointError, ValueError):
 class OrphanScaleError(Fp8CheckpointError, ValueError):
     """A scale belongs to no FP8 weight."""
 
-    remedy = "look for the weight in the other files that belong to this one, or ask who wrote it what became of it"
+    remedy = "look for the weight in the other files of this checkpoint, or ask its author where the weight is"
 
     @classmethod
     def of(cls, scale: Stored, weights: Sequence[str], stored: Mapping[str, Stored]) -> Self:
@@ -46,7 +46,7 @@ class AmbiguousScaleError(Fp8CheckpointError, ValueError):
     """More than one tensor could be the scale of one weight."""
 
     expected = "one scale"
-    remedy = "ask who wrote the file which of them the codes were made with"
+    remedy = "ask the author of the file which scale the codes were made with"
 
     @classmethod
     def of(cls, weight: Stored, scales: Sequence[str]) -> Self:
@@ -60,9 +60,9 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
     of_grid = Says("scale shape {scale} does not fit weight {weight}", "a grid of blocks of {block}")
     # ``stated``: the configuration's number of 4-bit codes per scale; ``group``: the actual number.
     of_group = Says(
-        "scale shape {scale.shape} in {scale.file.name:shown} is of groups of {group}, group_size is {stated}",
+        "scale shape {scale.shape} in {scale.file.name:shown} has groups of {group}, group_size is {stated}",
         "group_size {group}, by the scales' dtype {scale.dtype}",
-        "state the group_size of the scales, wherever a configuration file has one: engines size them by it")
+        "state this group_size in every configuration file that has one: engines allocate the scales by it")
     # fmt: on
 
     @classmethod
@@ -70,14 +70,14 @@ class ScaleShapeError(Fp8CheckpointError, ValueError):
         """``block_size``: the module's, as stated in the configuration; ``fit``: the shape of scales that fits it."""
         found = f"scale shape {scale.shape} in {shown(scale.file.name)} does not fit weight {weight.shape}"
         if fit is None:
-            expected = "one element, or one a row"
-            remedy = "if they are of blocks, state the size that they were made with (weight_block_size in config.json)"
+            expected = "one scale, or one per row"
+            remedy = "if they are per block, state the size they were made with (weight_block_size in config.json)"
             if scale.dtype in ("U8", "F8_E8M0"):
-                remedy += "; ComfyUI's exponents are in another order, and not read"
+                remedy += "; ComfyUI's exponents are in another order, which fp8ckpt does not read"
         else:
             found += f" with block size {block_size}"
             expected = str(fit)
-            remedy = "see whether the configuration is that of these weights; if it is, the scales are not"
+            remedy = "check that the configuration belongs to these weights; if it does, the scales do not"
         return cls(found, tensor=weight, expected=expected, remedy=remedy)
 
 
@@ -104,5 +104,5 @@ class ScaleValueError(Fp8CheckpointError, ValueError):
     @classmethod
     def of(cls, scale: Stored, counts: tuple[int, int], first: object, at: tuple[int, ...]) -> Self:
         """``counts``: the number of bad scales, and of all; ``first``: the first bad one, and its index ``at``."""
-        found = "{} of {} scales cannot be a scale, the first {}".format(*counts, first) + (f" at {at}" if at else "")
-        return cls(found, tensor=scale, expected="finite and positive", remedy=COPY)
+        found = "{} of {} scales are not valid, the first is {}".format(*counts, first) + (f" at {at}" if at else "")
+        return cls(found, tensor=scale, expected="finite and positive scales", remedy=COPY)

@@ -36,7 +36,7 @@ class WeightValueError(Fp8CheckpointError, ValueError):
     of = Says("{found}", "finite weights",
         "find out where they come from: training that diverged, or NaN codes of an FP8 source (verify counts them)")
     # A row or a column (``what``) of a tensor that DoRA scales.
-    of_direction = Says("{what} {index} is zero, and DoRA's magnitude has no direction to be of",
+    of_direction = Says("{what} {index} is zero, and has no direction that DoRA's magnitude can scale",
         "{what}s that are not zero")
     of_adapter = Says("{count} of {numel} elements are NaN or infinite", "finite values",
         "give a checkpoint of the adapter from before its training diverged")
@@ -44,24 +44,24 @@ class WeightValueError(Fp8CheckpointError, ValueError):
 
     @classmethod
     def of_nonfinite(cls, tensor: str, file: object, count: int, numel: int) -> Self:
-        return cls.of(tensor, file=file, found=f"{count} of {numel} elements are NaN or infinite, and have no code")
+        return cls.of(tensor, file=file, found=f"{count} of {numel} elements are NaN or infinite, which have no code")
 
 
 class RangeError(Fp8CheckpointError, OverflowError):
     """Finite values do not fit the range of the target dtype."""
 
     # fmt: off
-    of_halves = Says("{count} elements go beyond 65504, the largest float16", remedy="convert to bf16 or fp32")
+    of_halves = Says("{count} elements exceed 65504, the largest float16", remedy="convert to bf16 or fp32")
     # Sums of a base and its adapters that ``dtype`` cannot hold.
     of_merged = Says("{count} merged values do not fit {dtype}", "an adapter of this base",
-        "see that the adapter was trained on this base, and by what lora_alpha and =WEIGHT multiply it")
+        "check that the adapter was trained on this base, and how lora_alpha and =WEIGHT scale it")
     # fmt: on
 
     @classmethod
     def of_codes(cls, tensor: str | Readable, count: int, dtype: str) -> Self:
         """Finite codes whose scaled values exceed ``dtype``."""
-        remedy = "compare its scale with where it came from" if dtype == "F32" else "take fp32"
-        return cls(f"{count} elements of finite codes go beyond the largest {dtype}", tensor=tensor, remedy=remedy)
+        remedy = "compare its scale with the original" if dtype == "F32" else "use fp32"
+        return cls(f"{count} elements with finite codes exceed the largest {dtype}", tensor=tensor, remedy=remedy)
 
     @classmethod
     def of_base(cls, tensor: str, source: Readable, dtypes: tuple[str, str], count: int) -> Self:
@@ -72,11 +72,11 @@ class RangeError(Fp8CheckpointError, OverflowError):
     @classmethod
     def of_cast(cls, stored: Stored, given: str, count: int, *, beyond_all: bool) -> Self:
         """Values of dtype ``given`` in one piece of a save; ``beyond_all``: no dtype holds some of them."""
-        found = f"finite values of {given} do not fit {stored.dtype}, {count} of them in one piece"
+        found = f"{count} finite {given} values of one piece do not fit {stored.dtype}"
         wider = {"F16": "save in bf16 or fp32", "BF16": "save in fp32"}.get(stored.dtype)
-        remedy = f"{wider}; where it is the base that says the dtype, without like"
+        remedy = f"{wider}; if the base decides the dtype, save without like"
         if beyond_all or wider is None:
-            remedy = "look why they are so large: no dtype to save in holds them"
+            remedy = "find out why they are so large: no dtype that can be saved holds them"
         return cls(found, tensor=stored, expected=f"values within {stored.dtype}", remedy=remedy)
 
     @classmethod
