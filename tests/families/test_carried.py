@@ -30,6 +30,7 @@ NAMES = {  # a tensor, a configuration, whether it is of an MTP layer
         True,
     ),
     "a vision layer": ("model.vision_tower.layers.3.x", {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}, False),
+    "no object": ("model.layers.3.x", {"text_config": 5, "num_hidden_layers": 3, "num_mtp_layers": 1}, True),
     "named": ("mtp.layers.0.x", {}, True),
     "named, nested": ("model.mtp.layers.0.x", {}, True),
     "named like it": ("model.mtpx.weight", {}, False),

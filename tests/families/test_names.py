@@ -17,6 +17,7 @@ from fp8ckpt.families.names import (
     TEXT_OF_NESTED,
     KeyLayout,
     find_layout,
+    layout_on_disk,
 )
 
 VLM = [
@@ -45,6 +46,11 @@ def test_names_translate_both_ways(layout: KeyLayout, native: list[str], hf: lis
     assert [layout.native_to_hf(name) for name in native] == hf
     assert [layout.hf_to_native(name) for name in hf] == native
     assert find_layout(native, hf) == layout
+
+
+def test_a_model_type_that_is_no_word() -> None:
+    """A list where a word belongs is a model that is not known, and no error of Python's."""
+    assert layout_on_disk(["language_model.model.norm.weight"], {"model_type": ["llava"]}) == IDENTITY
 
 
 def test_names_that_no_prefix_touches_stay() -> None:

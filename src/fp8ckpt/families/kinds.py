@@ -62,7 +62,9 @@ def parts_of(name: str) -> tuple[str, int | None, str]:
 
 def mtp_tensors(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     """Return the names that belong to MTP layers, by the name itself or by the number of layers in ``config``."""
-    text = {**config, **(config.get("text_config") or {})}
+    text = dict(config)
+    if isinstance(inner := config.get("text_config"), Mapping):
+        text |= inner
     layers = text.get("num_hidden_layers")
     more = max((count for key in _COUNTS if isinstance(count := text.get(key), int)), default=0)
 

@@ -115,7 +115,7 @@ def name_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
 def layout_on_disk(names: Iterable[str], config: Mapping[str, Any]) -> KeyLayout:
     """Return the layout of a checkpoint: nested if its names are, and its model has such names or is not stated."""
     kind = config.get("model_type")
-    if kind is not None and kind not in NESTED_MODELS:
+    if kind is not None and str(kind) not in NESTED_MODELS:
         return IDENTITY
     return NESTED if any(name.startswith("language_model.model.") for name in names) else IDENTITY
 
