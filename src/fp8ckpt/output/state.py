@@ -115,9 +115,10 @@ class State:
 
     def forget(self) -> None:
         """Mark every extent as not written: the files that the records describe are gone."""
-        for file in (*self.at.glob(_RECORDS + "*"), *self.at.glob(_STAGED + "*")):
-            file.unlink()
-        flush_directory(self.at)  # none comes back after what follows
+        with writing_to(self.at):
+            for file in (*self.at.glob(_RECORDS + "*"), *self.at.glob(_STAGED + "*")):
+                file.unlink()
+            flush_directory(self.at)  # none comes back after what follows
 
     def staged(self, place: int) -> Path:
         """The file of a part while ranks write it, by the part's place among the parts of all files."""
