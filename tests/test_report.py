@@ -487,11 +487,11 @@ def test_what_stands_where_the_page_is_written(sample_fp8: Path, tmp_path: Path)
     assert (tmp_path / "page.html.partial").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["out", "out.partial/page.html"])
+@pytest.mark.parametrize("name", ["out", "out.partial/page.html", "../{}/out"])
 def test_a_page_where_the_output_is_written(name: str, sample_fp8: Path, tmp_path: Path) -> None:
     """It could not be drawn once all is converted."""
     with pytest.raises(ValueError, match="where the output is written"):
-        convert(sample_fp8, tmp_path / "out", report_html=tmp_path / name)
+        convert(sample_fp8, tmp_path / "out", report_html=tmp_path / name.format(tmp_path.name))
     assert not [*tmp_path.iterdir()]
 
 

@@ -11,6 +11,7 @@ same bytes. Under torchrun the ranks share the work: call `convert` on all of th
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,8 @@ def convert(
             from fp8ckpt.report import draw, refuse_page
 
             page = ranks.together(lambda: refuse_page(report_html))
-            if page == output.destination or page.is_relative_to(output.partial):
+            where, whole, partial = (Path(os.path.realpath(p)) for p in (page, output.destination, output.partial))
+            if where == whole or where.is_relative_to(partial):
                 raise ValueError(f"report_html is {report_html}, where the output is written: choose another name")
         threads = threads_of_this_rank(workers)
         begun = time.monotonic()
