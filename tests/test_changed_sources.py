@@ -80,7 +80,7 @@ def test_a_source_that_changes_during_a_conversion(fp8: Path, name: str, change:
     """Whichever file it is, and though size and time are kept: a named error, and nothing is left of the output."""
     with pytest.raises(SourceChangedError, match="it changed after it was opened") as error:
         convert(fp8, fp8.parent / "out", workers=1, progress=once(lambda: change(fp8 / name)))
-    assert (error.value.file, error.value.remedy) == (name, "run it again once nothing writes to the file")
+    assert (error.value.file, error.value.remedy) == (name, "run it again when nothing writes to the file any more")
     assert os.listdir(fp8.parent) == ["fp8"]
 
 
