@@ -26,9 +26,9 @@ SMALL = {f"{A}q_proj": (32, 24), f"{A}k_proj": (16, 24), f"{A}v_proj": (16, 24),
          f"{M}up_proj": (40, 24)}  # fmt: skip
 PLAIN = {"model.embed_tokens": (16, 24), "lm_head": (16, 24)}
 NOT_LISTED = "unquantized Linears are not in modules_to_not_convert"
-COLUMNS = "columns that are no multiple of their block's"
-TORN = "rows that are no multiple of their block's"
-STACKS = "transformers dequantizes no stack"
+COLUMNS = "columns that are not a multiple of their block's"
+TORN = "rows that are not a multiple of their block's"
+STACKS = "transformers does not dequantize stacks"
 UNEQUAL = "groups of weights that are served as one have unequal scales"
 
 

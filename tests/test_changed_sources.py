@@ -180,7 +180,7 @@ def test_a_base_that_changes_during_a_save(fp8: Path, writer: Any, name: str) ->
     lambda file: write_whole(file, b"ours"),
     lambda file: copy_whole(local_file(Path(__file__)), file),
 ], ids=["OutputFile", "open_to_write", "create", "write_whole", "copy_whole"])  # fmt: skip
-@pytest.mark.parametrize("kind", ["link", "link to nowhere", "FIFO", "folder"])
+@pytest.mark.parametrize("kind", ["link", "broken link", "FIFO", "folder"])
 def test_no_output_is_written_through_a_link(tmp_path: Path, kind: str, write: Callable[[Path], object]) -> None:
     """Whatever stands in the place of an output file and is no file is refused by name, and not followed."""
     victim, file = tmp_path / "victim", tmp_path / "config.json"

@@ -162,8 +162,8 @@ def test_other_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     for name, data in copied.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
-    note = "weights in 2 other files are no part of the checkpoint, and go where side files go, as they are, quantized "
-    note += "or not: assets/deep/er/x.bin, onnx/model.safetensors"
+    note = "weights in 2 other files are not part of the checkpoint, and are copied unchanged with the side files, "
+    note += "quantized or not: assets/deep/er/x.bin, onnx/model.safetensors"
     for notes in (plan_convert(source, tmp_path / "out").notes, inspect(source).notes):
         assert note in notes
     assert convert(source, tmp_path / "out").notes == (note,)

@@ -438,7 +438,7 @@ def test_a_run_that_was_cut_off_goes_on(
         real(file, *arguments)
 
     monkeypatch.setattr(OutputFile, "write", write)
-    with pytest.raises(StorageError, match="goes on from there"):
+    with pytest.raises(StorageError, match="continues from there"):
         merge(sample_fp8, everything, tmp_path / "out", to=to, workers=1)
     monkeypatch.setattr(OutputFile, "write", real)
     assert not (tmp_path / "out").exists()

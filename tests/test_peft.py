@@ -283,7 +283,7 @@ def test_a_model_with_adapters_in_it_is_not_saved(sample_fp8: Path, tmp_path: Pa
         with pytest.raises(ModelMismatchError, match=r"PEFT adapters .*merge_and_unload"):
             save_model(model, tmp_path / "out", **how)
     for held in (model, model.base_model.model):
-        with pytest.raises(ModelMismatchError, match=r"PEFT adapters .*before it is given adapters"):
+        with pytest.raises(ModelMismatchError, match=r"PEFT adapters .*before adapters are added"):
             load_model(held, sample_fp8)
     save_model(model.merge_and_unload(), tmp_path / "out", like=sample_fp8)
     assert verify(sample_fp8, tmp_path / "out").ok  # a fresh adapter adds nothing

@@ -37,7 +37,7 @@ from tests.conftest import Run
 from tests.stopping import run_until
 from tests.support import cut
 
-GOES_ON = "the same command goes on from there"
+GOES_ON = "the same command continues from there"
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_full_disk(
     cut(monkeypatch, 32 << 10, 2)
     with monkeypatch.context() as patch:
         fail_after(patch, "pwrite", calls, errno.ENOSPC)
-        with pytest.raises(StorageError, match=r"out\.partial, and the same command goes on") as caught:
+        with pytest.raises(StorageError, match=r"out\.partial, and the same command continues") as caught:
             convert(sample_fp8, tmp_path / "out", workers=2)
     assert "writing failed: No space left on device; free some space" in str(caught.value)
     assert os.listdir(tmp_path) == ["out.partial"]

@@ -299,7 +299,7 @@ def test_the_second_pass_stands_where_all_of_the_first_does(
 def test_other_arguments_are_not_taken_up(
     change: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rerun that would write or report something else is refused; the same command goes on."""
+    """A rerun that would write or report something else is refused; the same command continues."""
     cut(monkeypatch, 4096, 2)
     base = Path(shutil.copytree(small / "fp8", tmp_path / "base"))
     how: dict[str, Any] = {"to": "fp8", "like": base}

@@ -206,7 +206,7 @@ def test_error_of_one_rank_ends_all_and_is_printed_once(
     assert code != 0
     assert json.loads(stdout)["error"]["found"] == "writing failed: No space left on device"
     assert stderr.count("No space left on device") == 1
-    assert "the same command goes on from there" in stderr
+    assert "the same command continues from there" in stderr
     assert not out.exists()
     code, stdout, stderr = Launched(tmp_path / "alone", 1, *command, **environment).ended()
     assert code == 0, stderr

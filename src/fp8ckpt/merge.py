@@ -270,10 +270,8 @@ def _notes(report: MergeReport, to: str, plan: QuantizingPlan) -> list[str]:
         ways = ["ship BF16 (--to bf16)"]
         if not {row.name for row in little} <= _of_powers_of_two(plan):  # their grid stays, whatever their scale
             ways += [*([] if plan.fresh else ["try --scales fresh"]), "merge into a base in smaller blocks"]
-        found = (
-            f"of {len(little)} of {len(report.weights)} merged tensors less than half of what was to be added arrived"
-        )
-        notes.append(f"{found}, of {least.name} {share:.2g} %: it is lost in the rounding; {', or '.join(ways)}")
+        found = f"in {len(little)} of {len(report.weights)} merged tensors less than half of the change arrived"
+        notes.append(f"{found} ({least.name}: {share:.2g} %): the rest is lost in rounding; {', or '.join(ways)}")
     if report.weights and report.total.arrived is None:
         notes.append("the adapters add nothing: their factors B are zero, as before training, or their weights are")
     return notes

@@ -153,7 +153,7 @@ def _as_in(a: Checkpoint, b: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
         return b, (f"tensors are compared by their names alone: {error}",)
     if found is None:
         return b, ()
-    how = "are stacked, cut or named in another way"
+    how = "are stacked, cut or named differently"
     note = f"{found.made} tensors {how} in {b.path}, and are compared as they are in {a.path}"
     return replace(b, tensors=found.tensors), (note,)
 

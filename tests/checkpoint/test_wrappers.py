@@ -25,9 +25,9 @@ def saved(tmp_path: Path) -> Path:
 def test_what_is_no_model(saved: Path, tmp_path: Path) -> None:
     """A state dict, and arguments in another order."""
     for model in (nn.Linear(4, 4).state_dict(), str(saved), None):
-        with pytest.raises(TypeError, match=r"is of type \w+, and no torch\.nn\.Module: for a state dict, use dcp"):
+        with pytest.raises(TypeError, match=r"is of type \w+, not a torch\.nn\.Module: for a state dict, use dcp"):
             load_model(model, saved)
-        with pytest.raises(TypeError, match=r"no torch\.nn\.Module"):
+        with pytest.raises(TypeError, match=r"not a torch\.nn\.Module"):
             save_model(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

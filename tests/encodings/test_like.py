@@ -139,7 +139,7 @@ def test_a_tied_head_that_the_base_stores_is_the_sources_embeddings(
     found, before = read_directory(tmp_path / "back"), read_directory(base)
     assert found[HEAD] == found[EMBEDDINGS] == read_directory(source)[EMBEDDINGS]
     assert {name for name in before if found[name] != before[name]} == {HEAD, EMBEDDINGS}
-    note = "lm_head.weight, which the source does not store, is its model.embed_tokens.weight, as in the base"
+    note = "lm_head.weight, which the source does not store, is tied to model.embed_tokens.weight, as in the base"
     assert note in result.notes
 
 
@@ -164,7 +164,7 @@ def test_a_stored_copy_of_a_tied_head_is_left_out_where_the_base_stores_none(mad
     copy = rewrite(plain, tmp_path / "copy", lambda t: t | {HEAD: t[EMBEDDINGS]})
     result = back(copy, base, tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)
-    note = "lm_head.weight of the source is its model.embed_tokens.weight, and is not stored, as in the base"
+    note = "lm_head.weight of the source is tied to model.embed_tokens.weight and is not stored, as in the base"
     assert note in result.notes
     own = rewrite(plain, tmp_path / "own", lambda t: t | {HEAD: Stored.of(t[EMBEDDINGS].array * 2, "BF16")})
     said = r"^lm_head.weight in .*: it differs from model.embed_tokens.weight, which the base"

@@ -183,7 +183,7 @@ def test_the_directory_is_whole_and_fit_to_be_served(scheme: str, source: Source
     convert(directory, out, to="fp8", scheme=scheme)
     checked = verify(out, serving=True)
     assert checked.serving is not None
-    notes = [n for n in checked.serving.notes if "no multiple of their block" not in n and "stacks of exp" not in n]
+    notes = [n for n in checked.serving.notes if "not a multiple of their block" not in n and "stacks of exp" not in n]
     assert (checked.defects, checked.serving.failures, notes) == ((), (), [])
 
     checkpoint = open_checkpoint(out)
@@ -423,7 +423,7 @@ def test_a_weight_is_known_by_what_it_is(
     result = convert(source, tmp_path / "out", to="fp8", scheme=scheme)
     found = {tensor.name for tensor in open_checkpoint(tmp_path / "out").quantized}
     assert found == quantized | {f"{L}.self_attn.o_proj.weight"}
-    left = [note for note in result.notes if note.startswith("left as they are, ")]
+    left = [note for note in result.notes if note.startswith("left unquantized, ")]
     assert bool(left) == (len(found) <= len(shapes))
     checked = verify(tmp_path / "out", serving=True)
     assert checked.ok
@@ -501,7 +501,7 @@ def test_what_cannot_be_joined_in_blocks_is_left_together(tmp_path: Path) -> Non
     found = {tensor.name.removesuffix(".weight") for tensor in open_checkpoint(tmp_path / "out").quantized}
     assert found == {name for name in shapes if "layers.2" in name or name.endswith(("o_proj", "0.mlp.down_proj"))}
     (note,) = result.notes
-    assert note.startswith("left as they are, joined by engines where they are not whole blocks of 128 rows: ")
+    assert note.startswith("left unquantized, joined by engines where they are not whole blocks of 128 rows: ")
     assert verify(tmp_path / "out", serving=True).ok
     for scheme in ("per-tensor", "channel"):
         assert convert(source, tmp_path / scheme, to="fp8", scheme=scheme).quantized == len(shapes)
@@ -530,9 +530,9 @@ def test_only_and_skip(tmp_path: Path) -> None:
     found, notes = quantized("d", skip=r"k_proj|experts\.1\.up")
     assert found == {"self_attn.o_proj"}
     assert [note.partition(":")[0] for note in notes] == [
-        "left as they are, among --skip",
-        "left as they are, routers of experts",
-        "left as they are, joined by engines with what is left",
+        "left unquantized, matched by --skip",
+        "left unquantized, routers of experts",
+        "left unquantized, joined by engines with what is left",
     ]
 
 
@@ -543,7 +543,7 @@ def test_only_and_skip_are_refused_where_they_mean_nothing(tmp_path: Path) -> No
         convert(source, tmp_path / "out", to="fp8", scheme="block", only="(")
     with pytest.raises(ValueError, match="only and skip go with scheme"):
         convert(source, tmp_path / "out", to="fp8", like=source, skip="x")
-    with pytest.raises(UnsupportedFormatError, match=r"none of its tensors.*among --skip"):
+    with pytest.raises(UnsupportedFormatError, match=r"none of its tensors.*matched by --skip"):
         convert(source, tmp_path / "out", to="fp8", scheme="block", skip="o_proj")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()

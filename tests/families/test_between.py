@@ -64,11 +64,11 @@ def test_stacked_and_not_are_converted_and_compared(name: str, made: Path, tmp_p
     result = convert(stacked, tmp_path / "back", to="fp8", like=base)
     assert tree(tmp_path / "back") == tree(base)
     other = read_directory(stacked).keys() != open_checkpoint(base).tensors.keys()
-    assert any("in another way in the source" in note for note in result.notes) == (name in STACKED)
+    assert any("differently in the source" in note for note in result.notes) == (name in STACKED)
     for pair in ((base, stacked), (stacked, base), (made / f"{name}, file", stacked)):
         compared = verify(*pair)
         assert compared.ok
-        assert [f"in another way in {pair[1]}" in note for note in compared.notes] == [True] * other
+        assert [f"differently in {pair[1]}" in note for note in compared.notes] == [True] * other
 
 
 def spoiled(tensors: dict[str, Stored]) -> dict[str, Stored]:
@@ -136,7 +136,7 @@ def test_a_base_may_be_stacked_where_the_source_is_not(made: Path, tmp_path: Pat
     assert not stacks or not read_directory(source).keys() & set(stacks)
     result = convert(source, tmp_path / "back", to="fp8", like=made / "Mistral4")
     assert tree(tmp_path / "back") == tree(made / "Mistral4")
-    assert f"{len(stacks)} tensors are stacked, cut or named in another way in the source" in result.notes
+    assert f"{len(stacks)} tensors are stacked, cut or named differently in the source" in result.notes
     assert verify(source, made / "Mistral4").ok
 
 
@@ -201,7 +201,7 @@ def test_the_models_layout_is_advised_where_transformers_leaves_experts_random(
         RELEASES[name].write(tmp_path / name)
     source = made / name if (made / name).exists() else tmp_path / name
     notes = [convert(source, tmp_path / layout, layout=layout).notes for layout in ("file", "model")]
-    said = [any("say --layout model" in note for note in of_one) for of_one in notes]
+    said = [any("use --layout model" in note for note in of_one) for of_one in notes]
     assert said == [not RELEASES[name].understood, False]
 
 
@@ -214,7 +214,7 @@ def test_the_command_line_says_it(made: Path, tmp_path: Path, cli: Run, capsys: 
     refused = cli("convert", tmp_path / "bf16", tmp_path / "x", "--to", "fp8", "--like", base, "--layout", "model")
     assert refused.returncode == 2
     print_compared(verify(base, tmp_path / "bf16"))
-    assert "note: 12 tensors are stacked, cut or named in another way in" in capsys.readouterr().out
+    assert "note: 12 tensors are stacked, cut or named differently in" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what has no way

@@ -75,7 +75,9 @@ def test_load_pretrained_gives_what_transformers_gives(
     with caplog.at_level(logging.INFO, "fp8ckpt"):
         model = load_pretrained(released / name)
     said = [record.getMessage() for record in caplog.records]
-    assert any("the model has no place" in line and "eh_proj" in line for line in said) == (release.mtp is not None)
+    assert any("that the model does not have" in line and "eh_proj" in line for line in said) == (
+        release.mtp is not None
+    )
     assert any("rounded" in line for line in said) == bool(release.rounded)
     assert_loaded(model, name, released / name)
     found = logits(model)
@@ -93,7 +95,7 @@ def test_load_pretrained_gives_what_transformers_gives(
     assert isinstance(result, Fp8Result)
     assert any("carried from the base" in note for note in result.notes) == (release.mtp is not None)
     assert any("fewer bits" in note for note in result.notes) == bool(release.rounded)
-    assert any("in another way in the source" in note for note in result.notes) != release.understood
+    assert any("differently in the source" in note for note in result.notes) != release.understood
     assert_released(tmp_path / "back", name, released / name)
 
 

@@ -136,7 +136,7 @@ def test_what_is_there_counts(sample_fp8: Path, tmp_path: Path, monkeypatch: pyt
     assert rest < whole
     free(monkeypatch, rest - 1)
     assert not plan_convert(sample_fp8, tmp_path / "out").fits
-    with pytest.raises(NoRoomError, match="the same command goes on from there"):
+    with pytest.raises(NoRoomError, match="the same command continues from there"):
         convert(sample_fp8, tmp_path / "out")
     free(monkeypatch, rest)
     assert convert(sample_fp8, tmp_path / "out").bytes_resumed

@@ -801,7 +801,8 @@ def test_a_size_on_the_command_line(tmp_path: Path, cli: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "does"), [(192, "smaller ones, and reads wrong values"), (576, "refuses them"), (100, None), (256, None)]
+    ("rows", "does"),
+    [(192, "assumes smaller blocks, and reads wrong values"), (576, "refuses them"), (100, None), (256, None)],
 )
 def test_rows_that_are_no_whole_blocks_are_a_note(rows: int, does: str | None, tmp_path: Path) -> None:
     """What transformers itself does to such codes, which have another scale in each block."""
@@ -913,7 +914,7 @@ CASES = [
            architectures=[architecture])
       for architecture in ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForConditionalGeneration")),
     case("columns that are no whole blocks", tiled(f"{M}.down_proj", 256, 192), BLOCKS,
-         notes=["1 FP8 tensors have columns that are no multiple of their block's ("]),
+         notes=["1 FP8 tensors have columns that are not a multiple of their block's ("]),
     *(case(f"{leaves[0]} FP8 beside {leaves[1:]}", *joined(*leaves),
            f"m.{leaves[1]}.weight in config.json: 1 groups of weights that engines join are only partly FP8")
       for leaves in (("k_proj", "q_proj", "v_proj"), ("w1", "w3"))),
@@ -943,7 +944,7 @@ CASES = [
     case("a list of quark's", ROW, {"quant_method": "quark", "exclude": ["x"]},
          "lm_head in config.json: 1 unquantized Linears are not in exclude: lm_head;", notes=[]),
     case("an unknown method", ROW, {"quant_method": "something_new", "ignore": []},
-         notes=["quant_method is something_new, of which fp8ckpt does not know what engines need: not checked"]),
+         notes=["quant_method is something_new, for which fp8ckpt does not know what engines need: not checked"]),
     case("integers of a method that is none of ours", INTEGERS | plain(HEAD), {"quant_method": "something"},
          notes=["nothing is quantized",
                 "config.json states a quantization that is not FP8 (m.q_proj.packed): not checked"]),

@@ -440,7 +440,7 @@ def test_an_answer_with_all_of_the_object(far: Far, times: int, sample_bf16: Pat
         convert(checkpoint, tmp_path / "out")
         assert tree(tmp_path / "out") == tree(sample_bf16)
     else:
-        with pytest.raises(StorageError, match="attempt 8: the answer is no range"):
+        with pytest.raises(StorageError, match="attempt 8: the answer is not a range"):
             convert(checkpoint, tmp_path / "out")
         assert os.listdir(tmp_path) == ["out.partial"]
 
@@ -570,7 +570,7 @@ def test_ctrl_c_while_the_store_is_silent(far: Far, tmp_path: Path) -> None:
     far.server.fault = silent
     _, said = child.communicate(timeout=25)  # a stall is one after thirty seconds
     assert child.returncode == 130
-    written = f"what was written is in {out}.partial, and the same command goes on from there"
+    written = f"what was written is in {out}.partial, and the same command continues from there"
     assert said == f"fp8ckpt: interrupted; {written}\n"
 
 
@@ -594,7 +594,7 @@ def test_what_a_resume_compares(far: Far, sample_bf16: Path, tmp_path: Path, mon
     """ETags or blob ids: the same objects are taken up again, by whoever opens them; the state holds no secret."""
     monkeypatch.setattr(remote, "_BLOCK", 8192)
     far.server.fault = lambda asked: "503" if asked.ranged > 20_000 and "=0-" not in asked.headers["range"] else None
-    with pytest.raises(StorageError, match="the same command goes on from there"):
+    with pytest.raises(StorageError, match="the same command continues from there"):
         convert(far.store(), tmp_path / "out")
     state = (tmp_path / "out.partial" / ".fp8ckpt" / "plan.json").read_text()
     assert "secret" not in state
@@ -738,7 +738,7 @@ def test_a_proxy_of_the_environment(sample_fp8: Path, monkeypatch: pytest.Monkey
         assert {asked.headers["proxy-authorization"] for asked in proxy.asked} == {"Basic bWU6cGFzcw=="}
         assert all(asked.path.startswith("http://far.invalid/dir/") for asked in proxy.asked)
         monkeypatch.setattr(remote, "wait", lambda seconds: None)
-        with pytest.raises(StorageError, match="no host of that name is known here"):
+        with pytest.raises(StorageError, match="the host name cannot be resolved"):
             open_checkpoint("http://elsewhere.invalid/dir")
 
 
@@ -767,10 +767,10 @@ def _address(url: str) -> Any:
 
 REFUSALS = {
     "AccessDenied": (403, "the permissions to list and get objects"),
-    "AuthorizationHeaderMalformed": (400, "in which region the bucket is"),
+    "AuthorizationHeaderMalformed": (400, "set AWS_DEFAULT_REGION to the region of the bucket"),
     "ExpiredToken": (400, "renew the credentials"),
     "RequestTimeTooSkewed": (403, "set this machine's clock"),
-    "PermanentRedirect": (301, "in which region the bucket is"),
+    "PermanentRedirect": (301, "set AWS_DEFAULT_REGION to the region of the bucket"),
 }
 
 
@@ -791,7 +791,7 @@ def test_a_refusal_says_what_to_do_and_holds_no_secret(far: Far, code: str) -> N
 
 @pytest.mark.parametrize(("endpoint", "said"), [
     ("nonsense", "boto3 raised an error .*AWS_ENDPOINT_URL"),
-    ("http://127.0.0.1:1", "at attempt 4: nothing answers there; check"),
+    ("http://127.0.0.1:1", "at attempt 4: the host does not answer; check"),
 ])  # fmt: skip
 def test_an_endpoint_that_is_none(endpoint: str, said: str, s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A typing error is named at once, what does not answer after some attempts."""

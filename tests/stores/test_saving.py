@@ -253,7 +253,7 @@ def test_other_values_after_a_cut_in_completing(
     at = _at_first_completion()
     _interrupted(s3, at, lambda: save_model(Held(state), URL, like=trained / "fp8"), "failed at attempt 8")
     s3.forget()
-    assert len([record for record in caplog.records if "bytes are on their way" in record.message]) > 4
+    assert len([record for record in caplog.records if "bytes are being sent" in record.message]) > 4
     other = {name: tensor + 1 for name, tensor in state.items()}
     with pytest.raises(
         ResumeMismatchError,

@@ -67,7 +67,7 @@ class Rounds(NamedTuple):
             if self.stages is not None and isinstance(self.files, Staging):
                 self.files.send(self.stages.sends[number])
                 if self.ranks.rank == 0:
-                    logger.info("%d of %d bytes are on their way", self.stages.done[number], self.stages.done[-1])
+                    logger.info("%d of %d bytes are being sent", self.stages.done[number], self.stages.done[-1])
         if self.stages is not None:
             self.ranks.gather(self.files.flush)
 

@@ -37,7 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises `TypeError` for anything but a module.
     """
     if not isinstance(model, nn.Module):
-        found = f"the model is of type {type(model).__name__}, and no torch.nn.Module"
+        found = f"the model is of type {type(model).__name__}, not a torch.nn.Module"
         raise TypeError(
             f"{found}: for a state dict, use dcp.load with FP8StorageReader, and dcp.save with "
             "SafetensorsStorageWriter or FP8StorageWriter"

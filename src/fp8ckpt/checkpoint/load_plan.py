@@ -44,9 +44,9 @@ class LoadPlan:
     def __init__(self, model: nn.Module, path: CheckpointLike, partial: bool, narrow: bool, follow_index: bool) -> None:
         self.model = model
         self.checkpoint = open_checkpoint(path, follow_index=follow_index)
-        refuse_what_hides(model, "load the model before it is given adapters")
+        refuse_what_hides(model, "load the model before adapters are added")
         tie(model)
-        remedy = "materialize it first: model.to_empty(device=...), and set anew what no checkpoint holds"
+        remedy = "materialize it first: model.to_empty(device=...), and set again the buffers that no checkpoint holds"
         self._native = tensors_of(model, remedy)
         self._refuse_copies()
         self._refuse_memory()
@@ -160,7 +160,7 @@ class LoadPlan:
         )
         if self._carried:
             logger.info(
-                "%d tensors for which the model has no place are left out: %s",
+                "%d tensors that the model does not have are left out: %s",
                 len(self._carried),
                 listed(self._carried),
             )
@@ -175,7 +175,7 @@ class LoadPlan:
         for name, tensor in second.items():
             loaded = local_part(self.named[self.twice[name]]), local_part(tensor)
             if not torch.equal(*(part.contiguous().view(torch.uint8) for part in loaded)):
-                found = f"the model ties it to {shown(self.twice[name])}, and on disk they differ"
+                found = f"the model ties it to {shown(self.twice[name])}, but they differ on disk"
                 raise ModelMismatchError.of_two(name, file=self.checkpoint.path, found=found)
 
     def finish(self) -> None:

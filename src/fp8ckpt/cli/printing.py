@@ -64,7 +64,7 @@ def job(destination: Path | None = None) -> Iterator[None]:
             from fp8ckpt.convert import kept_of
 
             kept = None if destination is None else kept_of(destination)
-            where = f"; what was written is in {shown(kept)}, and the same command goes on from there" if kept else ""
+            where = f"; what was written is in {shown(kept)}, and the same command continues from there" if kept else ""
             print(f"fp8ckpt: interrupted{where}", file=sys.stderr, flush=True)
         os._exit(130)
 

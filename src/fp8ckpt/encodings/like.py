@@ -103,7 +103,7 @@ def _as_in(base: Checkpoint, given: Checkpoint) -> tuple[dict[str, Tensor], tupl
     if (found := translated(given, base)) is None:
         return tensors, notes
     tensors, notes = _tied_as_in(found.tensors, base, tied)
-    return tensors, (f"{found.made} tensors are stacked, cut or named in another way in the source", *notes)
+    return tensors, (f"{found.made} tensors are stacked, cut or named differently in the source", *notes)
 
 
 def _in_order(given: Tensor, base: QuantizedTensor) -> Tensor:
@@ -130,7 +130,7 @@ def _tied_as_in(
         for name in one.stored:
             if name not in tensors and same_bits(base.tensors[name], base.tensors[kept]):
                 tensors[name] = tensors[kept]
-                notes.append(f"{name}, which the source does not store, is its {kept}, as in the base")
+                notes.append(f"{name}, which the source does not store, is tied to {kept}, as in the base")
         for name in tensors.keys() - base.tensors.keys():
             if not any(layout.hf_to_native(name) in one.names for layout in LAYOUTS):
                 continue
@@ -139,7 +139,7 @@ def _tied_as_in(
                     continue
                 raise ModelMismatchError.of_head(name, file=tensors[name].span.file, kept=kept)
             del tensors[name]
-            notes.append(f"{name} of the source is its {kept}, and is not stored, as in the base")
+            notes.append(f"{name} of the source is tied to {kept} and is not stored, as in the base")
     return tensors, tuple(notes)
 
 

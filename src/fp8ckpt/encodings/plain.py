@@ -38,7 +38,7 @@ def plan_plain(asked: Asked, output: PartialOutput) -> QuantizingPlan:
     else:
         plain = PlainLayout.of(checkpoint, dtype)
         if leaves_experts_random(checkpoint.config, tensors):
-            notes += ("transformers leaves experts random that are a tensor each of this model: say --layout model",)
+            notes += ("transformers leaves this model's experts random when each is a tensor: use --layout model",)
     written = OutputPlan((checkpoint,), asked.arguments(job="convert", dtype=dtype), *plain)
     return QuantizingPlan(
         written, checkpoint, None, {}, tensors, (), fresh=False, report=True, see=asked.see, notes=notes

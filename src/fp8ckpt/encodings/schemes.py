@@ -114,9 +114,9 @@ def choose(
             continue
         reason = roles.left(name)
         if reason is None and wanted is not None and not wanted.search(name):
-            reason = "not among --only"
+            reason = "not matched by --only"
         if reason is None and unwanted is not None and unwanted.search(name):
-            reason = "among --skip"
+            reason = "matched by --skip"
         if reason is None:
             chosen[name] = SCHEMES[scheme].grid(span.shape)
         else:
@@ -157,7 +157,7 @@ def _apart(
 def _left_notes(left: Mapping[str, list[str]]) -> Iterator[str]:
     for reason, names in left.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"left as they are, {reason}: {shown(names[0])}{more}"
+        yield f"left unquantized, {reason}: {shown(names[0])}{more}"
 
 
 def plan_scheme(asked: Asked, output: PartialOutput, served: Callable[[Checkpoint], Json]) -> QuantizingPlan:
@@ -242,7 +242,7 @@ def _notes(
     """Yield the notes on configurations that are ``dropped``, as engines would trust them, and on stacks of experts."""
     for name in dropped:
         if name != CONFIG:  # which is written anew
-            yield f"{name} speaks of other weights, and is not written"
+            yield f"{name} describes other weights, and is not written"
     stacks = [name for name, weight in weights.items() if len(weight.weight.shape) == 3]
     if stacks and (misread := misreads_stacks(given.config, row.config.get("quant_method"))) is not None:
         yield f"{len(stacks)} stacks of experts are quantized, {shown(stacks[0])} first: {misread}"

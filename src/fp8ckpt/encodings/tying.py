@@ -71,6 +71,6 @@ def tied_notes(
         name = next((name for name in tied.stored if name in changed), None)
         others = [] if name is None else tied.others(name)
         if others and tied in one:
-            yield f"{name} is {listed(others)} as well, which changes with it{added}"
+            yield f"{name} is {listed(others)} as well, so both change{added}"
         elif others and not any(other in changed for other in others):
-            yield f"{listed(others)} is stored beside {name}, which it is said to be tied to: only that one was merged"
+            yield f"{listed(others)} is stored beside {name}, which it should be tied to: only {name} was merged"

@@ -167,7 +167,7 @@ class TruncatedFileError(HeaderError):
         "at least {least} bytes",
         "restore the file, or run it again once nothing writes to it",
     )
-    of_listed_end = Says("the file ends at byte {end}", "at least {least} bytes", "look for a whole copy")
+    of_listed_end = Says("the file ends at byte {end}", "at least {least} bytes", "get a complete copy")
 
     @classmethod
     def of(cls, file: Named, size: int, end: int | None = None) -> Self:

@@ -64,7 +64,7 @@ class ModelMismatchError(Fp8CheckpointError, ValueError):
     # A parameter that was cast, and would be saved as codes that nothing could load.
     of_bare_codes = Says("a parameter of dtype {dtype} without a scale", "values",
         "cast it to bfloat16 first; to='fp8' with like= writes codes with their scales")
-    of_meta = Says("{names:count} tensors are on the meta device and have no values: {names:listed}", remedy="{remedy}")
+    of_meta = Says("{names:count} tensors are on the meta device: {names:listed}", remedy="{remedy}")
     # A tensor that differs from the one that it is tied to and stored as.
     of_apart = Says("it differs from {kept}, which the configuration ties it to: only one of the two can be stored",
         "the same values",

@@ -52,13 +52,13 @@ def misreads_stacks(config: Mapping[str, Any], method: str | None) -> str | None
     None for a method that it does not load, or has layers of stacks for.
     """
     if method == "compressed-tensors":
-        return "transformers quantizes nothing but Linears by compressed-tensors, and takes codes for values"
+        return "transformers quantizes only Linears by compressed-tensors, and reads codes as values"
     if method not in ("fp8", None) or config.get("model_type") in _EXPERTS_DEQUANTIZED:
         return None
     if has_no_fp8_experts(config):
-        return "transformers has no FP8 layer for this model's experts, and takes codes for values"
+        return "transformers has no FP8 layer for this model's experts, and reads codes as values"
     where = "where it has no FP8 kernels (on a CPU, an older GPU, or with dequantize=True)"
-    return f"transformers dequantizes no stack: {where} it takes codes for values"
+    return f"transformers does not dequantize stacks: {where} it reads codes as values"
 
 
 def has_no_fp8_experts(config: Mapping[str, Any]) -> bool:

@@ -229,7 +229,7 @@ def writing(destination: str | os.PathLike[str]) -> Iterator[PartialOutput]:
     except StorageError as error:
         if not os.path.exists(output.directory):  # noqa: PTH110 - Path.exists() raises for a name that is too long
             raise
-        remedy = f"what was written is in {output.partial}, and the same command goes on from there"
+        remedy = f"what was written is in {output.partial}, and the same command continues from there"
         raise error.advising(remedy) from error
     finally:
         output.release()

@@ -179,7 +179,7 @@ class LocalStore:
             if error.errno in ABSENT and name in self._seen:
                 raise SourceChangedError.of(file=name) from error
             nowhere = error.errno == errno.ENOENT and self._has(name)
-            failed = "it is a link to nowhere" if nowhere else "cannot be opened"
+            failed = "it is a broken link" if nowhere else "cannot be opened"
             raise StorageError.of_reading(error, name, failed) from error
 
     def _first_seen(self, name: str, stat: os.stat_result) -> _Identity:

@@ -60,7 +60,7 @@ class Broken(Exception):
 
     def __init__(self, found: str, remedy: str | None = None, *, after: str | None = None) -> None:
         super().__init__(found)
-        self.remedy = remedy or "see whether the store answers, and run it again"
+        self.remedy = remedy or "check that the store answers, and run it again"
         self.after = min(float(after), _MOST_PATIENT) if after and after.isdigit() else 0.0
         self.brought = 0  # bytes, before it failed
 
@@ -72,7 +72,7 @@ def refuse_other_range(said: str | None, start: int, stop: int, name: str, stat:
     """
     match = _CONTENT_RANGE.fullmatch(said or "")
     if match is None:
-        raise Broken("the answer is no range", "fetch the files, or read them where ranges are served")
+        raise Broken("the answer is not a range", "fetch the files, or read them where ranges are served")
     first, last, size = match.groups()
     if size not in (str(stat.size), "*"):
         raise SourceChangedError.of(file=name)
@@ -89,10 +89,10 @@ def stat_of(where: str, name: str, size: object, version: str) -> Stat:
 
 _PLACE = "check the URL, the endpoint (AWS_ENDPOINT_URL, HF_ENDPOINT) and this machine's network"
 _MET = {
-    "NameResolutionError": ("no host of that name is known here", _PLACE),
-    "NewConnectionError": ("nothing answers there", _PLACE),
-    "ConnectError": ("nothing answers there", _PLACE),  # huggingface_hub's client is not more specific
-    "ProxyError": ("the proxy does not answer", "see HTTPS_PROXY and NO_PROXY"),
+    "NameResolutionError": ("the host name cannot be resolved", _PLACE),
+    "NewConnectionError": ("the host does not answer", _PLACE),
+    "ConnectError": ("the host does not answer", _PLACE),  # huggingface_hub's client is not more specific
+    "ProxyError": ("the proxy does not answer", "check HTTPS_PROXY and NO_PROXY"),
     "SSLError": ("the server does not speak https there", "check whether the URL should begin with http://"),
 }
 
@@ -102,7 +102,7 @@ def met(error: BaseException, where: str) -> Exception:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return StorageError.of_certificate(file=where)
     kind = type(error).__name__
-    return Broken(*_MET.get(kind, (f"no whole answer ({kind})",)))
+    return Broken(*_MET.get(kind, (f"the answer is incomplete ({kind})",)))
 
 
 class Objects(Protocol):

@@ -37,11 +37,11 @@ _LATER = {
     "BadDigest", "RequestTimeout", "SlowDown", "Throttling", "RequestTimeTooSkewed", "InternalError",
     "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted",
 }  # fmt: skip
-_REGION = "say in AWS_DEFAULT_REGION in which region the bucket is"
+_REGION = "set AWS_DEFAULT_REGION to the region of the bucket"
 _REMEDIES = {
     "ExpiredToken": "renew the credentials, and run it again",
     "InvalidAccessKeyId": "check the credentials: the store does not know this key",
-    "SignatureDoesNotMatch": "check the credentials: the secret is not that of the key",
+    "SignatureDoesNotMatch": "check the credentials: the secret does not belong to the key",
     "RequestTimeTooSkewed": "set this machine's clock, and run it again",
     "PermanentRedirect": _REGION,
     "TemporaryRedirect": _REGION,
@@ -269,9 +269,9 @@ class S3Objects:
         from botocore import UNSIGNED
 
         if self.client.meta.config.signature_version is UNSIGNED:
-            return "no credentials were found here, as buckets that are not public want them: set AWS_PROFILE"
+            return "set AWS_PROFILE: no credentials were found, and the bucket is not public"
         needed = "list, get, put and delete objects, and to upload in parts" if writing else "list and get objects"
-        return f"check the credentials and the region; it takes the permissions to {needed}"
+        return f"check the credentials and the region; the permissions to {needed} are needed"
 
 
 def _status(error: Any) -> int:

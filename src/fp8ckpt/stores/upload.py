@@ -81,7 +81,7 @@ class Destination:
         if held is None and self._do("writing", LOCK, self._client.put_new, LOCK, text):
             if self._do("writing", LOCK, self._client.put_new, LOCK, text):
                 self._knows_conditions = False
-                logger.warning("%s knows no conditional writes: see that no other run writes there now", self.where)
+                logger.warning("%s does not support conditional writes: see that no other run writes there", self.where)
             held = text
         elif held is None:
             held = self._do("looking at", LOCK, self._client.text, LOCK)
@@ -93,7 +93,7 @@ class Destination:
         try:
             self._do("writing", LOCK, self._client.delete, LOCK)
         except StorageError as error:  # who may write may not always delete; the checkpoint is complete
-            logger.warning("%s/%s stays there: %s", self.where, LOCK, error)
+            logger.warning("%s/%s could not be deleted: %s", self.where, LOCK, error)
 
     def begin(self, names: Collection[str]) -> None:
         """Begin those uploads that were not begun yet."""

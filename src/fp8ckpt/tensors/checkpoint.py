@@ -221,7 +221,7 @@ def _unnamed(index: Index, store: Store, on_disk: list[str], follow_index: bool,
         if name in listed or not directory.holds_tensors(File(store, name)):
             continue
         if follow_index:
-            found.notes.append(f"{shown(name)}: {index.name} does not name it, and it is no part of the checkpoint")
+            found.notes.append(f"{shown(name)}: {index.name} does not name it, so it is not part of the checkpoint")
             yield name
         else:
             found.defects.append(IndexMismatchError.of_unnamed(file=name, index=index.name))
@@ -248,8 +248,8 @@ def spans_by_name(headers: Iterable[Header], listed: Mapping[str, str] | None, i
             into.defects.append(HeaderError.of_two(found[name], other=spans[name].file.name))
         spans.update(found)
         if left_out:
-            names = f"{len(left_out)} tensors, the first of them {shown(left_out[0])}"
-            into.notes.append(f"{shown(header.file.name)}: the index does not list {names}: they are not read")
+            names = f"{len(left_out)} tensors, of which the first is {shown(left_out[0])}"
+            into.notes.append(f"{shown(header.file.name)}: the index does not list {names}; they are not read")
     return spans
 
 

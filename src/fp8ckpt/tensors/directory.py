@@ -101,8 +101,8 @@ def note_on_other_weights(store: Store) -> list[str]:
     if not found:
         return []
     count = f"{len(found)} other file{'s' if len(found) > 1 else ''}"
-    copied = "go where side files go, as they are, quantized or not"
-    return [f"weights in {count} are no part of the checkpoint, and {copied}: {listed(found)}"]
+    copied = "are copied unchanged with the side files, quantized or not"
+    return [f"weights in {count} are not part of the checkpoint, and {copied}: {listed(found)}"]
 
 
 def safetensors_in(store: Store) -> list[str]:
