@@ -349,9 +349,7 @@ def test_plain_tensors_are_cast_as_a_conversion_casts_them(tmp_path: Path) -> No
             plain_save(tensors_of(source), tmp_path / f"out {dtype}", base)
             assert_same_tree(tmp_path / f"out {dtype}", tmp_path / f"expected {dtype}")
     state = {**tensors_of(tmp_path / "F32"), "F16": torch.full((300, 7), 7e4)}
-    refused(
-        RangeError, "F16 in .*finite values of F32 do not fit F16", lambda: plain_save(state, tmp_path / "no", base)
-    )
+    refused(RangeError, "F16 in .*finite F32 values .*do not fit F16", lambda: plain_save(state, tmp_path / "no", base))
     assert not list(tmp_path.glob("no*"))
 
 
